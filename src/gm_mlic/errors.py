@@ -1,0 +1,33 @@
+"""Errors that a user can mend. The command line prints their message as one line and exits with their code.
+
+Every message says what is wrong, where, and what to do next. Anything that is not a :class:`GMMLICError` is a
+defect of this package, and is reported as one.
+"""
+
+from __future__ import annotations
+
+
+class GMMLICError(Exception):
+    """Base of all errors that the user can mend; ``str(error)`` is one line: what is wrong and what to do next."""
+
+    exit_code: int = 2
+
+
+class ConfigError(GMMLICError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(GMMLICError):
+    """Something in a dataset's files is missing, malformed or inconsistent."""
+
+
+class UnreadableImage(DataError):
+    """One image cannot be decoded. Extraction records it and goes on; everything else stops."""
+
+
+class StoreError(GMMLICError):
+    """An instance store is missing, unfinished, damaged, or was made for something else."""
+
+
+class WeightsError(GMMLICError):
+    """A weights file or checkpoint is missing, malformed, or does not fit the model or the labels."""
