@@ -1,0 +1,102 @@
+"""What each command does with its composed config. Each function is small: the stages do the work."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from gm_mlic.cli.compose import CONFIG_MODULE, register_resolvers
+from gm_mlic.errors import GMMLICError
+
+log = logging.getLogger(__name__)
+
+
+def run(command: str, arguments: list[str], verbose: bool = False) -> None:
+    """Compose the command's config from ``arguments`` and run it."""
+    register_resolvers()
+    task = _reporting_failed_jobs(_TASKS[command])
+    if verbose:
+        arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
+    sys.argv = [f"gm-mlic {command}", *arguments]
+    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command.replace("-", "_"))(task)()
+
+
+def extract(config: DictConfig) -> None:
+    """``gm-mlic extract``."""
+    from gm_mlic.training.build import build_stores
+    from gm_mlic.training.settings import check
+
+    check(config)
+    for split, store in build_stores(config, splits=list(config.splits)).items():
+        log.info("%s: %d images, %d skipped: %s", split, len(store.rows), len(store.manifest.skipped), store.path)
+
+
+def train(config: DictConfig) -> float:
+    """``gm-mlic train``; returns val mAP, for Hydra's sweepers to maximise."""
+    from gm_mlic.reporting.tables import print_metrics
+    from gm_mlic.training import run as training
+
+    result = training.train(config)
+    print_metrics(result, title=f"test split of {result['dataset']['name']}")
+    log.info("run folder: %s", config.run_dir)
+    return float(result["val"]["mAP"])
+
+
+def evaluate(config: DictConfig) -> None:
+    """``gm-mlic eval``."""
+    from gm_mlic.reporting.tables import print_metrics
+    from gm_mlic.training import run as training
+
+    result = training.evaluate(
+        config.checkpoint, split=config.split, overrides=list(config.overrides), out=config.run_dir
+    )
+    print_metrics(result, title=f"{config.split} split of {result['dataset']['name']}")
+
+
+def train_detector(config: DictConfig) -> None:
+    """``gm-mlic train-detector``."""
+    from gm_mlic.training.build import train_detector as start
+    from gm_mlic.training.settings import check
+
+    check(config)
+    start(config)
+
+
+def demo(config: DictConfig) -> None:
+    """``gm-mlic demo``."""
+    from gm_mlic.cli.demo import demo as start
+
+    start(config)
+
+
+def _reporting_failed_jobs(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """In a multirun the other jobs go on when one fails; say at once which one failed, and why."""
+
+    def with_report(config: DictConfig) -> Any:
+        try:
+            return task(config)
+        except GMMLICError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                job = HydraConfig.get().job
+                log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
+            raise
+
+    # Hydra looks at the task's module to find out what calls it.
+    with_report.__module__ = task.__module__
+    return with_report
+
+
+_TASKS: dict[str, Callable[[DictConfig], Any]] = {
+    "extract": extract,
+    "train": train,
+    "eval": evaluate,
+    "train-detector": train_detector,
+    "demo": demo,
+}

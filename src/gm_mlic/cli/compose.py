@@ -1,0 +1,63 @@
+"""Compose ``conf/`` with Hydra: the resolvers its files use, and composition without a command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+CONFIG_MODULE = "gm_mlic.conf"
+
+#: Settings that say where and how fast, not what: runs that differ only in these are the same run.
+_NOT_PART_OF_A_RUN = {
+    "": {"hydra", "run_dir", "overwrite", "out"},
+    "instances": {"root", "batch_size", "workers", "overwrite", "shard"},
+    "trainer": {"num_workers"},
+}
+
+
+def register_resolvers() -> None:
+    """Make ``gm_mlic.digest``, ``gm_mlic.absolute`` and ``gm_mlic.run_of`` known to OmegaConf."""
+    OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.run_of", _run_of, replace=True)
+
+
+def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:
+    """The config that ``gm-mlic COMMAND OVERRIDES`` runs with.
+
+    Args:
+        config_name: a file of ``conf/`` without its suffix, as ``train``.
+        overrides: Hydra overrides, as on the command line.
+        return_hydra_config: keep the ``hydra`` section.
+    """
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        return hydra_compose(config_name, overrides=list(overrides), return_hydra_config=return_hydra_config)
+
+
+def _digest(*sections: str, _root_: DictConfig) -> str:
+    """Eight hex digits that stand for the settings (all, or only these sections) of the config they are used in."""
+    config: dict[str, Any] = {}
+    for key in sorted(sections or (str(key) for key in _root_)):
+        if key in _NOT_PART_OF_A_RUN[""]:
+            continue
+        node = _root_._get_node(key)
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else _root_[key]
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in _NOT_PART_OF_A_RUN.get(key, ())}
+        config[key] = value
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _run_of(checkpoint: str) -> str:
+    """The run folder of ``RUN/checkpoints/NAME.ckpt``."""
+    return str(Path(checkpoint).parent.parent)

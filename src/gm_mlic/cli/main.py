@@ -1,0 +1,86 @@
+"""The console script ``gm-mlic``: choose a command, hand the rest to Hydra, turn errors into one line and a code.
+
+Exit codes: 0 done, 1 a defect of this package, 2 something the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from gm_mlic._version import __version__
+
+#: What each command does, in one line.
+COMMANDS = {
+    "demo": "see the whole system work on drawn scenes, in minutes; nothing is downloaded",
+    "train": "train a model, from images to metrics; continues where it was stopped",
+    "eval": "evaluate a checkpoint on a split",
+    "extract": "run the detector once over a dataset and keep its instances",
+    "train-detector": "train a detector on a dataset that has boxes",
+}
+
+_HELP = f"""gm-mlic {__version__}: graph matching based multi-label image classification
+
+usage: gm-mlic COMMAND [key=value ...] [--help] [--cfg job] [-m] [--verbose]
+
+commands:
+{{commands}}
+
+examples:
+  gm-mlic demo
+  gm-mlic train experiment=scenes_smoke
+  gm-mlic train dataset=coco2014 dataset.root=DIR embedding=glove embedding.path=glove.6B.300d.txt
+  gm-mlic train -m graph.m=5,10,15 seed=0,1,2
+  gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
+
+gm-mlic COMMAND --help tells what a command does and which settings it has.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    verbose = "--verbose" in argv
+    argv = [argument for argument in argv if argument != "--verbose"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<16}{what}" for name, what in COMMANDS.items())), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"gm-mlic {__version__}")
+        return 0
+    command, arguments = argv[0], argv[1:]
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}."
+        print(f"gm-mlic: error: no command {command!r}: {hint}", file=sys.stderr)
+        return 2
+    # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        from gm_mlic.cli import commands
+
+        commands.run(command, arguments, verbose=verbose)
+    except SystemExit as stop:  # argparse, and Hydra's --help
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("\ngm-mlic: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `gm-mlic ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        from gm_mlic.cli.problems import explain
+
+        if verbose:
+            traceback.print_exc()
+        line, code = explain(error, command, arguments)
+        print(f"gm-mlic: {line}", file=sys.stderr)
+        return code
+    return 0

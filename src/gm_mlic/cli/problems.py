@@ -1,0 +1,91 @@
+"""Say any exception in one line, with the exit code that belongs to it."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import re
+from collections.abc import Sequence
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from gm_mlic.errors import GMMLICError
+
+_MENDABLE_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again: it continues",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again: it continues",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+}
+
+
+def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[str, int]:
+    """One line for people, and the exit code.
+
+    Args:
+        error: what was raised.
+        command: the command it was raised in.
+        arguments: that command's arguments; they help to name what would have been right.
+    """
+    if isinstance(error, GMMLICError):
+        return f"error: {_one_line(str(error))}", error.exit_code
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return f"error: {_one_line(_setting(error, command, arguments))}", 2
+    if isinstance(error, OSError) and error.errno in _MENDABLE_OS_ERRORS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch only to name it would be slow
+        return "error: the accelerator's memory is full: lower trainer.batch_size (or instances.batch_size).", 2
+    what = _one_line(f"{type(error).__name__}: {error}")
+    return f"internal error: {what} (run with --verbose for the traceback, and please report it)", 1
+
+
+def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> str:
+    """What is wrong with a setting, and what would be right."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: there is no such option; choose from {', '.join(sorted(error.options))}."
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
+        return _unknown_key(str(cause.full_key), command, arguments)
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        found = re.search(r"[Mm]issing mandatory value: ([\w.]+)", str(error)) or re.search(r"node '([\w.]+)'", str(error))
+        key = found.group(1) if found else str(getattr(error, "full_key", "") or "a setting")
+        return f"{key} has no value: set it with {key}=VALUE."
+    no_match = re.search(r"Could not override '([\w/@.]+)'", str(error))
+    if isinstance(error, ConfigCompositionException) and no_match:
+        return _unknown_key(no_match.group(1), command, arguments)
+    message = str(error)
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+        message += f" ({str(error.__cause__).splitlines()[0]})"
+    return message
+
+
+def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
+    """Name the settings that stand where ``key`` was looked for."""
+    from gm_mlic.cli.compose import compose
+
+    parent, _, name = key.rpartition(".")
+    groups = [a for a in arguments if re.fullmatch(r"\w+=\w+", a) and not a.startswith(f"{key}=")]
+    try:
+        config: DictConfig = compose(command.replace("-", "_"), groups)
+        section = OmegaConf.select(config, parent) if parent else config
+        known = sorted(str(k) for k in section)
+    except Exception:
+        return f"{key}: there is no such setting; see gm-mlic {command} --help."
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    where = f"{parent} has" if parent else "there are"
+    hint = f"did you mean {parent + '.' if parent else ''}{close[0]}? " if close else ""
+    return f"{key}: there is no such setting; {hint}{where} {', '.join(known)}."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
