@@ -112,6 +112,13 @@ class AssignmentGraph(BaseTransform):
         self.edge_attr = edge_attr
         self._relates = label_relations(label_vectors, label_neighbours)
 
+    @property
+    def label_lists(self) -> Tensor | None:
+        """Each label's neighbours (C, K), or None where that is all others."""
+        C = self.label_vectors.shape[0]
+        complete = self.label_neighbours is None or self.label_neighbours >= C - 1
+        return None if complete else self._relates[0].view(C, -1)
+
     def forward(self, data: HeteroData) -> HeteroData:
         instances, W = data[INSTANCE], self.label_vectors
         if self.m is not None:

@@ -1,16 +1,20 @@
-"""The assignment graphs of an instance store, one ``HeteroData`` for each image."""
+"""The assignment graphs of an instance store: one ``HeteroData`` for each image, or a dense batch at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.utils.data
+from torch import Tensor
 from torch_geometric.data import Dataset, HeteroData
 
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.graphs.assignment import AssignmentGraph
+from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
 
 
@@ -36,35 +40,24 @@ def instance_data(instances: Instances) -> HeteroData:
     return data
 
 
-class AssignmentGraphDataset(Dataset):
-    """The assignment graphs of the readable images of an instance store.
+class _Views:
+    """The readable images of a store, and which view of each an epoch takes."""
 
-    Each graph also has ``y`` (1, C) int64 in {1, 0, -1} and ``row`` (1,), the image's row in the store. It batches
-    with PyG's ``DataLoader``.
-
-    Args:
-        store: an opened instance store.
-        transform: an :class:`AssignmentGraph` (m and the graphs' settings live there).
-        augment: take an augmented view instead of the plain one, drawn anew in each epoch (see :meth:`set_epoch`).
-        seed: of that draw.
-    """
-
-    def __init__(self, store: InstanceRows, transform: AssignmentGraph, *, augment: bool = False, seed: int = 0):
-        super().__init__()
-        stored_m = store.features.shape[2]
-        if transform.m is not None and transform.m > stored_m:
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool, seed: int) -> None:
+        _, views, stored_m, _ = store.features.shape
+        if graph.m is not None and graph.m > stored_m:
             raise StoreError(
-                f"The store holds m={stored_m} instances for each image, graph.m={transform.m} asks for more: "
-                f"extract again with detector.max_instances={transform.m}, or lower graph.m."
+                f"The store holds m={stored_m} instances for each image, graph.m={graph.m} asks for more: "
+                f"extract again with detector.max_instances={graph.m}, or lower graph.m."
             )
-        if store.targets.shape[1] != transform.label_vectors.shape[0]:
+        if store.targets.shape[1] != graph.label_vectors.shape[0]:
             raise StoreError(
-                f"The store has {store.targets.shape[1]} labels, the label vectors {transform.label_vectors.shape[0]}."
+                f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
             )
-        if augment and store.features.shape[1] < 2:
-            raise ConfigError("The store has no augmented views: extract with instances.views=4, or set augment off.")
+        if augment and views < 2:
+            raise ConfigError("The store has no augmented views: extract with instances.views=4, or do not augment.")
         self.store = store
-        self.graph = transform
+        self.graph = graph
         self.augment = augment
         self.seed = seed
         self.epoch = 0
@@ -80,6 +73,28 @@ class AssignmentGraphDataset(Dataset):
         rng = np.random.Generator(np.random.Philox(key=[self.seed, (self.epoch << 32) | row]))
         return int(rng.integers(1, self.store.features.shape[1]))
 
+
+class AssignmentGraphDataset(_Views, Dataset):
+    """The assignment graphs of the readable images of an instance store, one ``HeteroData`` each.
+
+    Each graph also has ``y`` (1, C) int64 in {1, 0, -1} and ``row`` (1,), the image's row in the store. It batches
+    with PyG's ``DataLoader``.
+
+    Args:
+        store: an opened instance store.
+        graph: the transform that builds the graphs; m and the graphs' settings live there.
+        augment: take an augmented view instead of the plain one, drawn anew in each epoch (see :meth:`set_epoch`).
+        seed: of that draw.
+
+    Raises:
+        StoreError: if the store holds fewer than m instances, or other labels.
+        ConfigError: if there are no augmented views to draw from.
+    """
+
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+        Dataset.__init__(self)
+        _Views.__init__(self, store, graph, augment=augment, seed=seed)
+
     def len(self) -> int:
         return len(self.store.rows)
 
@@ -88,7 +103,7 @@ class AssignmentGraphDataset(Dataset):
         view = self.view(row)
         count = int(self.store.counts[row, view])
 
-        def take(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        def take(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.array(array[row, view, :count])).to(dtype)
 
         data = instance_data(
@@ -103,3 +118,48 @@ class AssignmentGraphDataset(Dataset):
         data.row = torch.tensor([row])
         graph: HeteroData = self.graph(data)
         return graph
+
+
+class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
+    """The same graphs as :class:`AssignmentGraphDataset`, a whole :class:`AssignmentBatch` at once.
+
+    A ``DataLoader`` asks it for all rows of a batch together, and no object is made for a single image: give the
+    loader ``collate_fn=AssignmentBatchDataset.collate``.
+
+    Args:
+        store, graph, augment, seed: as for :class:`AssignmentGraphDataset`.
+
+    Raises:
+        StoreError, ConfigError: likewise.
+    """
+
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+        super().__init__(store, graph, augment=augment, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.store.rows)
+
+    def __getitem__(self, index: int) -> AssignmentBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> AssignmentBatch:
+        store, graph = self.store, self.graph
+        rows = np.asarray(store.rows)[np.asarray(indices)]
+        views = np.array([self.view(int(row)) for row in rows]) if self.augment else np.zeros_like(rows)
+        M = store.features.shape[2] if graph.m is None else graph.m
+        count = torch.from_numpy(np.asarray(store.counts[rows, views], dtype=np.int64)).clamp(max=M)
+        return AssignmentBatch.build(
+            x=torch.from_numpy(store.features[rows, views, :M]).float(),
+            box=torch.from_numpy(store.boxes[rows, views, :M]),
+            mask=torch.arange(M) < count[:, None],
+            label_vectors=graph.label_vectors,
+            neighbours=graph.neighbours if graph.instance_graph else None,
+            relates=graph.label_lists,
+            y=torch.from_numpy(store.targets[rows].astype(np.int64)),
+            row=torch.from_numpy(rows.astype(np.int64)),
+        )
+
+    @staticmethod
+    def collate(batch: AssignmentBatch) -> AssignmentBatch:
+        """For ``DataLoader(collate_fn=...)``: the batch is one already."""
+        return batch
