@@ -21,6 +21,7 @@ class AssignmentBatch:
 
     Attributes:
         x: (B, M, D_o) instance features, zero where there is none.
+        box: (B, M, 4), (x1, y1, x2, y2) divided by image width and height.
         mask: (B, M) bool, which instances there are; each image's stand first.
         label_vectors: (C, D_l).
         near: (B, M, K) int64, neighbours j of each instance i; None without an instance graph.
@@ -32,6 +33,7 @@ class AssignmentBatch:
     """
 
     x: Tensor
+    box: Tensor
     mask: Tensor
     label_vectors: Tensor
     near: Tensor | None = None
@@ -93,7 +95,7 @@ class AssignmentBatch:
             near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
             sources = torch.gather(box, 1, near.reshape(len(x), M * K, 1).expand(-1, -1, 4)).view(len(x), M, K, 4)
             near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
-        return cls(x, mask, label_vectors, near, near_mask, near_attr, relates, y, row)
+        return cls(x, box, mask, label_vectors, near, near_mask, near_attr, relates, y, row)
 
     @classmethod
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
@@ -122,6 +124,8 @@ class AssignmentBatch:
         mask = torch.arange(M, device=x.device) < counts[:, None]
         dense_x = x.new_zeros(B, M, x.shape[1])
         dense_x[mask] = x
+        box = x.new_zeros(B, M, 4)
+        box[mask] = data[INSTANCE].box
         near = near_mask = near_attr = relates = None
         if NEAR in data.edge_types:
             source, target = data[NEAR].edge_index
@@ -143,7 +147,7 @@ class AssignmentBatch:
                 relates = lists
         y = data.y if "y" in data else None
         row = data.row if "row" in data else None
-        return cls(dense_x, mask, W[0], near, near_mask, near_attr, relates, y, row)
+        return cls(dense_x, box, mask, W[0], near, near_mask, near_attr, relates, y, row)
 
 
 def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:

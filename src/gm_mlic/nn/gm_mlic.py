@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         if self.e_m is not None:
             ends = self._ends(data, MATCHES, x_o, x_l)
             if self.product is not None:
-                f, w = ends.split([self.instance_dim, self.label_dim], dim=1)
+                f, w = ends[:, : self.instance_dim], ends[:, self.instance_dim :]
                 ends = torch.cat([ends, self.product(f, w)], dim=1)
             e_m = self.e_m(ends)
         return self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m
@@ -213,7 +213,7 @@ class GMMLIC(nn.Module):
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
         for block in self.blocks:
-            block.reset_parameters()
+            block.reset_parameters()  # type: ignore[operator]
         self.decoder.reset_parameters()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
@@ -221,16 +221,20 @@ class GMMLIC(nn.Module):
         batch = self._dense(data)
         if batch is not None:
             return pool_match_matrix(structured.match_matrix(self, batch), batch.mask)
+        return pool_matches(self._explicit(data), data)
 
+    def _explicit(self, data: HeteroData) -> Tensor:
+        """Match logits (E,) by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
         near = data[NEAR].edge_index if self.relations.instance_graph else None
         relates = data[RELATES].edge_index if self.relations.label_graph else None
         matches = data[MATCHES].edge_index
+
         v_o, v_l, e_o, e_l, e_m = self.encoder(data)
         for block in self.blocks:
             v_o, v_l, e_o, e_l, e_m = block(v_o, v_l, e_o, e_l, e_m, near, relates, matches)
         ends = (e_m,) if e_m is not None else (v_o[matches[0]], v_l[matches[1]])
-        match_logits = self.decoder(*ends).squeeze(-1)
-        return pool_matches(match_logits, data)
+        match_logits: Tensor = self.decoder(*ends).squeeze(-1)
+        return match_logits
 
     def _dense(self, data: HeteroData | AssignmentBatch) -> AssignmentBatch | None:
         """The dense form of ``data`` for the structured execution, or None for the explicit one."""

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
-from gm_mlic.nn.gm_mlic import ModelOutput, pool_matches
+from gm_mlic.nn.gm_mlic import ModelOutput, pool_match_matrix, pool_matches
 from gm_mlic.nn.mlp import MLP
 
 
@@ -41,12 +42,16 @@ class MILMax(nn.Module):
         self.encoder.reset_parameters()
         self.decoder.reset_parameters()
 
-    def forward(self, data: HeteroData) -> ModelOutput:
+    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image of ``data``."""
-        instances = data[INSTANCE]
-        scores: Tensor = self.decoder(self.encoder(instances.x, instances.box))
+        if isinstance(data, AssignmentBatch):
+            self._check(data.label_vectors.shape[0])
+            return pool_match_matrix(self.decoder(self.encoder(data.x, data.box)), data.mask)
+        self._check(data[LABEL].x.shape[0] // int(getattr(data, "num_graphs", 1)))
+        scores: Tensor = self.decoder(self.encoder(data[INSTANCE].x, data[INSTANCE].box))
         source, target = data[MATCHES].edge_index
-        B = getattr(data, "num_graphs", 1)
-        if data[LABEL].x.shape[0] != B * self.num_labels:
-            raise ConfigError(f"The graph has {data[LABEL].x.shape[0] // B} labels, the model {self.num_labels}.")
         return pool_matches(scores[source, torch.remainder(target, self.num_labels)], data)
+
+    def _check(self, num_labels: int) -> None:
+        if num_labels != self.num_labels:
+            raise ConfigError(f"The graph has {num_labels} labels, the model {self.num_labels}.")

@@ -1,12 +1,12 @@
-"""The structured execution: the same modules, for complete relations, without gathers, concatenations or scatters.
+r"""The structured execution: the same modules, for complete relations, without gathers, concatenations or scatters.
 
 It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearranged by exact algebra:
 
 1. a Linear on a concatenation is a sum of Linears, each applied where its argument lives and added by broadcast
    (:func:`concat_linear`);
 2. the mean over neighbours commutes with a message's last Linear (:func:`mean_message`);
-3. :math:`\\sigma`'s last Linear composes with the slice of :math:`\\psi`'s first that reads it (:func:`edge_update`);
-4. what does not depend on the image (labels and label edges of the encoder, the first block's :math:`\\rho_{ll}`) has
+3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`edge_update`);
+4. what does not depend on the image (labels and label edges of the encoder, the first block's :math:`\rho_{ll}`) has
    a leading size of 1 and is computed once for the batch.
 
 Shapes: instances (B, M, d), labels (B or 1, C, d), matching edges (B, M, C, d), instance edges (B, M, K, d), label
@@ -21,12 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.mlp import MLP, ConcatLinear
 
 if TYPE_CHECKING:
     from gm_mlic.nn.conv import AssignmentConv, EdgeConv
     from gm_mlic.nn.gm_mlic import GMMLIC, Encoder
+
+
+def some(value: Tensor | None) -> Tensor:
+    """``value``, which the network's relations promise is there."""
+    if value is None:
+        raise ConfigError("The graph lacks an edge type that the model has: build both with the same ablation.")
+    return value
 
 
 def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
     x, W = batch.x, batch.label_vectors[None]
     e_o = e_l = e_m = None
     if encoder.e_o is not None:
-        e_o = encoder.e_o(batch.near_attr)
+        e_o = encoder.e_o(some(batch.near_attr))
     if encoder.e_l is not None:
         e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
     if encoder.e_m is not None:
@@ -118,37 +126,23 @@ def block(conv: AssignmentConv, batch: AssignmentBatch, states: States) -> State
     nodes = conv.nodes
     to_o, to_l = [v_o], [v_l]
     if nodes.rho_oo is not None:
-        assert e_o is not None and batch.near is not None and batch.near_mask is not None
-        senders = neighbours(v_o, batch.near)
-        to_o.append(mean_message(nodes.rho_oo.rho, e_o, senders, 2, batch.near_mask[..., None]))
+        senders, present = neighbours(v_o, some(batch.near)), some(batch.near_mask)[..., None]
+        to_o.append(mean_message(nodes.rho_oo.rho, some(e_o), senders, 2, present))
     if nodes.rho_ol is not None:
-        assert e_m is not None
-        to_o.append(mean_message(nodes.rho_ol.rho, e_m, v_l[:, None], 2))
+        to_o.append(mean_message(nodes.rho_ol.rho, some(e_m), v_l[:, None], 2))
     if nodes.rho_ll is not None:
-        assert e_l is not None
-        to_l.append(mean_message(nodes.rho_ll.rho, e_l, label_senders(v_l, batch), 2, _others(v_l, batch)))
+        to_l.append(mean_message(nodes.rho_ll.rho, some(e_l), label_senders(v_l, batch), 2, other_labels(v_l, batch)))
     if nodes.rho_lo is not None:
-        assert e_m is not None
-        to_l.append(mean_message(nodes.rho_lo.rho, e_m, v_o[:, :, None], 1, batch.mask[:, :, None, None]))
+        to_l.append(mean_message(nodes.rho_lo.rho, some(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
-    if conv.edges_o is None:
-        e_o = None
-    else:
-        assert e_o is not None and batch.near is not None
-        e_o = edge_update(conv.edges_o, e_o, neighbours(v_o, batch.near), v_o[:, :, None])
-    if conv.edges_l is None:
-        e_l = None
-    else:
-        assert e_l is not None
-        e_l = edge_update(conv.edges_l, e_l, label_senders(v_l, batch), v_l[:, :, None])
-    if conv.edges_m is not None:
-        assert e_m is not None
-        e_m = edge_update(conv.edges_m, e_m, v_o[:, :, None], v_l[:, None])
+    e_o = conv.edges_o and edge_update(conv.edges_o, some(e_o), neighbours(v_o, some(batch.near)), v_o[:, :, None])
+    e_l = conv.edges_l and edge_update(conv.edges_l, some(e_l), label_senders(v_l, batch), v_l[:, :, None])
+    e_m = conv.edges_m and edge_update(conv.edges_m, some(e_m), v_o[:, :, None], v_l[:, None])
     return v_o, v_l, e_o, e_l, e_m
 
 
-def _others(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
+def other_labels(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
     """The mask (1, C, C, 1) that keeps a label from hearing itself; None where neighbours are listed."""
     if batch.relates is not None:
         return None
@@ -160,7 +154,7 @@ def match_matrix(model: GMMLIC, batch: AssignmentBatch) -> Tensor:
     """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
     states = encode(model.encoder, batch)
     for conv in model.blocks:
-        states = block(conv, batch, states)
+        states = block(conv, batch, states)  # type: ignore[arg-type]
     v_o, v_l, _, _, e_m = states
     ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     return mlp(model.decoder, *ends).squeeze(-1)
