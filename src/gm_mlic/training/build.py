@@ -1,0 +1,212 @@
+"""From a config to the parts of a run: datasets, extractor, stores, label vectors, graphs, model, loss, trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+import gm_mlic.datasets
+from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
+from gm_mlic.detection import InstanceExtractor, build_extractor
+from gm_mlic.embeddings import LabelEmbedding, embed_labels
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset
+from gm_mlic.instances import InstanceStore, extract
+from gm_mlic.losses import WeightedBCE
+from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.training.callbacks import EpochBar, EpochCSV
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+
+
+def section(config: DictConfig, key: str) -> dict[str, Any]:
+    """A section of the config as a plain dict, resolved."""
+    value = OmegaConf.to_container(config[key], resolve=True)
+    assert isinstance(value, dict)
+    return {str(k): v for k, v in value.items()}
+
+
+# Datasets
+
+
+def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
+    """One split of ``config.dataset``.
+
+    Raises:
+        ConfigError: for a dataset or a split that does not exist.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
+    settings = section(config, "dataset")
+    name = settings.pop("name")
+    datasets = {cls.name: cls for cls in vars(gm_mlic.datasets).values() if _is_dataset(cls)}
+    if name not in datasets:
+        raise ConfigError(f"dataset.name={name}: expected one of {', '.join(sorted(datasets))}.")
+    if "sizes" in settings:
+        settings["size"] = settings.pop("sizes")[split]
+    return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
+
+
+def _is_dataset(thing: Any) -> bool:
+    return isinstance(thing, type) and issubclass(thing, MultiLabelDataset) and thing is not MultiLabelDataset
+
+
+# Detection and instances
+
+
+def build_detector(config: DictConfig, device: str = "cpu") -> Any:
+    """The extractor of ``config.detector``."""
+    settings = section(config, "detector")
+    del settings["max_instances"], settings["trainable"]
+    return build_extractor(settings.pop("arch"), device=device, **settings)
+
+
+def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
+    """Where the store of one split is: ``instances.path``, or a folder named after all that it depends on."""
+    instances = config.instances
+    if instances.path is not None:
+        return Path(instances.path) / dataset.split
+    m, views = config.detector.max_instances, instances.views
+    fingerprints = f"{dataset.fingerprint} {extractor.fingerprint}"
+    digest = hashlib.sha256(fingerprints.encode()).hexdigest()[:8]
+    extra = f"-v{views}" if views and dataset.split == "train" else ""
+    return Path(instances.root) / dataset.name / f"{extractor.name}-m{m}-{digest}" / f"{dataset.split}{extra}"
+
+
+def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore:
+    """The complete store of one split: opened, or extracted first (what a killed extraction left is kept).
+
+    Raises:
+        StoreError: if the store at ``instances.path`` was made for something else.
+    """
+    instances = config.instances
+    store = extract(
+        dataset,
+        extractor,
+        store_path(config, dataset, extractor),
+        m=config.detector.max_instances,
+        views=instances.views if dataset.split == "train" else 0,
+        batch_size=instances.batch_size,
+        workers=instances.workers,
+        overwrite=instances.overwrite,
+        shard=instances.get("shard"),
+    )
+    if store.manifest.skipped:
+        names = list(store.manifest.skipped)
+        log.warning(
+            "%s: %d of %d images cannot be read and are left out: %s%s",
+            dataset.split, len(names), len(dataset), ", ".join(names[:5]), ", ..." if len(names) > 5 else "",
+        )  # fmt: skip
+    return store
+
+
+# Labels and graphs
+
+
+def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding:
+    """Vectors for these labels, as ``config.embedding`` says."""
+    return embed_labels(labels, **section(config, "embedding"))
+
+
+def build_graphs(
+    store: InstanceStore, graph: AssignmentGraph, *, execution: str, augment: bool = False, seed: int = 0
+) -> AssignmentBatchDataset | AssignmentGraphDataset:
+    """The assignment graphs of a store: whole batches where the model takes them, single graphs otherwise."""
+    kind = AssignmentGraphDataset if execution == "explicit" else AssignmentBatchDataset
+    return kind(store, graph, augment=augment, seed=seed)
+
+
+# Model, loss, metrics
+
+
+def model_settings(config: DictConfig, *, instance_dim: int, label_dim: int, num_labels: int) -> dict[str, Any]:
+    """Arguments of ``create_model``: ``config.model`` and the sizes that the data decide."""
+    settings = {**section(config, "model"), "instance_dim": instance_dim}
+    # Only the baseline has a classifier for each label; GM-MLIC reads labels as vectors.
+    return settings | ({"num_labels": num_labels} if settings["name"] == "mil_max" else {"label_dim": label_dim})
+
+
+def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:
+    """The weighted cross-entropy, with r_c from the training split."""
+    return WeightedBCE(torch.from_numpy(label_ratio(train_targets)), **section(config, "loss"))
+
+
+def build_metrics(config: DictConfig, num_labels: int) -> MultiLabelMetrics:
+    """The metrics of ``config.metrics``."""
+    return MultiLabelMetrics(num_labels, **section(config, "metrics"))
+
+
+# Trainer
+
+
+def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
+    """A Lightning trainer with our log lines instead of its own.
+
+    Args:
+        config: with ``trainer``.
+        run_dir: None for evaluation only.
+        callbacks: besides those that the config asks for.
+
+    Raises:
+        ConfigError: if there is no such accelerator, device, strategy or precision here.
+    """
+    settings = config.trainer
+    try:
+        return Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            strategy=settings.strategy,
+            precision=settings.precision,
+            max_epochs=settings.max_epochs,
+            gradient_clip_val=settings.gradient_clip_val,
+            callbacks=list(callbacks),
+            default_root_dir=run_dir,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=run_dir is not None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
+            f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
+    """Bar, CSV log, checkpoints of best and last epoch, and what the config asks for."""
+    settings = config.trainer
+    callbacks: list[Callback] = [
+        EpochBar(),
+        EpochCSV(run_dir / "metrics.csv"),
+        ModelCheckpoint(
+            dirpath=run_dir / "checkpoints",
+            filename="best",
+            monitor="val/mAP",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        ),
+    ]
+    if settings.ema is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.ema))
+    if settings.early_stopping is not None:
+        callbacks.append(
+            EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
+        )
+    return callbacks

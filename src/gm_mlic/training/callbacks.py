@@ -1,0 +1,117 @@
+"""What a run shows and writes after each epoch."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+
+class EpochBar(Callback):
+    """One bar for each epoch, which ends as one line with train loss, val mAP and the best so far.
+
+    Where stderr is not a terminal (a log file, CI) only that line is written.
+    """
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._best = float("-inf")
+        self._begin = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._begin = time.monotonic()
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=int(trainer.num_training_batches), desc=self._title(trainer), unit="step", leave=False,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close()
+        if not trainer.is_global_zero:
+            return
+        values = trainer.callback_metrics
+        mAP = float(values["val/mAP"])
+        mark = " *" if mAP > self._best else ""
+        self._best = max(self._best, mAP)
+        seconds = time.monotonic() - self._begin
+        log.info(
+            "%s  train loss %.4f  val mAP %5.2f  best %5.2f  %.1f s%s",
+            self._title(trainer), float(values["train/loss"]), mAP, self._best, seconds, mark,
+        )  # fmt: skip
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    @staticmethod
+    def _title(trainer: Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = state_dict["best"]
+
+
+class EpochCSV(Callback):
+    """``metrics.csv``: one row for each epoch, rewritten whole and atomically, so that a killed run loses none.
+
+    A resumed run keeps the rows of the epochs that its checkpoint has seen. (Lightning's CSVLogger deletes the file.)
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, Any]] = []
+        self._begin = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._begin = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = {name: f"{float(value):.6g}" for name, value in sorted(trainer.callback_metrics.items())}
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self._rows.append(
+            {
+                "epoch": trainer.current_epoch,
+                "step": trainer.global_step,
+                "seconds": f"{time.monotonic() - self._begin:.3f}",
+                "lr": f"{lr:.6g}",
+                **values,
+            }
+        )
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(part, self.path)

@@ -1,0 +1,91 @@
+"""Batches of assignment graphs in an order that depends on seed and epoch alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch_geometric.loader import DataLoader as GraphLoader
+
+from gm_mlic.graphs import AssignmentBatchDataset
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """A permutation for each (seed, epoch), shared out over processes; passes the epoch on to the dataset.
+
+    An interrupted run therefore sees the same images in the same order, in the same augmented views, as one that was
+    not.
+
+    Args:
+        dataset: with ``set_epoch(epoch)`` where its samples depend on the epoch.
+        seed, rank, num_replicas: see :class:`torch.utils.data.DistributedSampler`.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int, rank: int = 0, num_replicas: int = 1) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+class _Share:
+    """Every ``num_replicas``-th index: an evaluation split over processes in which no image counts twice."""
+
+    def __init__(self, size: int, rank: int, num_replicas: int) -> None:
+        self._indices = range(rank, size, num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class GraphData(LightningDataModule):
+    """Loaders for the splits of a run.
+
+    Args:
+        splits: a dataset of graphs (or of whole batches of them) for each of ``train``, ``val``, ``test`` that is used.
+        batch_size: images per step and process.
+        seed: of the order of training images.
+        num_workers: processes that read.
+    """
+
+    def __init__(self, splits: Mapping[str, Dataset[Any]], batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
+        super().__init__()
+        self.splits = splits
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank, world = self._place()
+        return self._loader("train", EpochSampler(self.splits["train"], self.seed, rank, world))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.evaluation_loader("val")
+
+    def evaluation_loader(self, split: str) -> DataLoader[Any]:
+        """All images of a split, in order, each once."""
+        rank, world = self._place()
+        return self._loader(split, _Share(len(self.splits[split]), rank, world))  # type: ignore[arg-type]
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _loader(self, split: str, sampler: Any) -> DataLoader[Any]:
+        dataset = self.splits[split]
+        settings: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "sampler": sampler,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+        if isinstance(dataset, AssignmentBatchDataset):
+            return DataLoader(dataset, collate_fn=AssignmentBatchDataset.collate, **settings)
+        return GraphLoader(dataset, **settings)

@@ -1,0 +1,151 @@
+"""The Lightning module: loss, scores, metrics, optimiser. The network itself knows nothing of Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.training.checkpoint import KEY, Description
+
+#: How often, in steps, a GPU's loss is looked at (looking waits for the GPU).
+_CHECK_EVERY = 50
+
+
+class DivergedError(GMMLICError):
+    """The loss is NaN or infinite."""
+
+
+class MLICModule(LightningModule):
+    """Trains ``model`` to minimise ``loss`` and measures it with ``metrics``.
+
+    Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
+    ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with ``AP`` (C,).
+
+    Args:
+        model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
+        loss: from logits (B, C) and targets (B, C) to a scalar.
+        metrics: a metric of scores in [0, 1] and targets, both (N, C), that computes a dict.
+        optimizer: the settings of ``conf/optimizer``.
+        description: written into each checkpoint.
+        detector: a detector to train along, in on-line mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        metrics: nn.Module,
+        optimizer: dict[str, Any],
+        description: Description,
+        detector: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.metrics = metrics
+        self.detector = detector
+        self.optimizer_settings = optimizer
+        self.description = description
+        self.test_values: dict[str, Any] = {}
+        self._bad_step: Tensor | None = None
+
+    def forward(self, batch: Any) -> Any:
+        return self.model(batch)
+
+    # Training
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss: Tensor = self.loss(self.model(batch).logits, batch.y)
+        self._watch(loss)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=batch.num_graphs, sync_dist=True)
+        return loss
+
+    def _watch(self, loss: Tensor) -> None:
+        """Remember the first step with a loss that is not finite; look seldom, since looking waits for the device."""
+        if self._bad_step is None:
+            self._bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        is_first = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
+        self._bad_step = torch.where(is_first, self.global_step, self._bad_step)
+        if loss.device.type == "cpu" or self.global_step % _CHECK_EVERY == 0:
+            self._stop_if_diverged()
+
+    def _stop_if_diverged(self) -> None:
+        if self._bad_step is not None and int(self._bad_step) >= 0:
+            raise DivergedError(
+                f"The loss is not finite at epoch {self.current_epoch}, step {int(self._bad_step)}: lower optimizer.lr "
+                f"(now {self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The last good epoch is in "
+                "checkpoints/last.ckpt."
+            )
+
+    def on_train_epoch_end(self) -> None:
+        self._stop_if_diverged()
+
+    def on_validation_epoch_start(self) -> None:
+        self._stop_if_diverged()  # before a checkpoint of such weights is written
+
+    # Evaluation
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        logits = self.model(batch).logits.float()
+        self.log("val/loss", self.loss(logits, batch.y), batch_size=batch.num_graphs, sync_dist=True)
+        self.metrics.update(torch.sigmoid(logits), batch.y)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self.metrics.update(torch.sigmoid(self.model(batch).logits.float()), batch.y)
+
+    def on_test_epoch_end(self) -> None:
+        self.test_values = self._log_metrics("test")
+
+    def _log_metrics(self, split: str) -> dict[str, Any]:
+        values: dict[str, Any] = self.metrics.compute()
+        self.metrics.reset()
+        for name, value in values.items():
+            if torch.as_tensor(value).numel() == 1 and name != "AP":
+                self.log(f"{split}/{name}", float(value), rank_zero_only=True)
+        return values
+
+    def predict_step(self, batch: Any, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (B,), scores (B, C) and winners (B, C)."""
+        output = self.model(batch)
+        return batch.row, torch.sigmoid(output.logits.float()), output.winners
+
+    # Optimisation
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimizer_settings
+        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
+        if self.detector is not None:
+            lr = settings["detector_lr"] if settings["detector_lr"] is not None else settings["lr"] / 10
+            groups.append({"params": [p for p in self.detector.parameters() if p.requires_grad], "lr": lr})
+        optimizer: torch.optim.Optimizer
+        if settings["name"] == "sgd":
+            optimizer = torch.optim.SGD(
+                groups, lr=settings["lr"], momentum=settings["momentum"], weight_decay=settings["weight_decay"]
+            )
+        elif settings["name"] == "adamw":
+            optimizer = torch.optim.AdamW(groups, lr=settings["lr"], weight_decay=settings["weight_decay"])
+        else:
+            raise ConfigError(f"optimizer.name={settings['name']}: expected one of sgd, adamw.")
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if settings["schedule"] == "step":
+            assert self.trainer.max_epochs is not None
+            epoch = max(1, steps // self.trainer.max_epochs)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings["step_epochs"] * epoch, settings["gamma"])
+        else:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=settings["warmup"])
+        # Both count steps: a checkpoint at the end of an epoch is written before an epoch-wise schedule would move on.
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[KEY] = self.description.to_checkpoint()

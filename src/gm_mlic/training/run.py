@@ -1,0 +1,300 @@
+"""A run: from a config to a run folder with checkpoints, ``metrics.csv``, ``metrics.json`` and ``config.yaml``."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gm_mlic._version import __version__
+from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.instances import InstanceStore
+from gm_mlic.training import build
+from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
+from gm_mlic.training.data import GraphData
+from gm_mlic.training.module import MLICModule
+from gm_mlic.training.settings import check
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One split of a run's data."""
+
+    dataset: MultiLabelDataset
+    store: InstanceStore
+
+
+def train(config: DictConfig) -> dict[str, Any]:
+    """Train as ``config`` says, or go on where an earlier call with the same ``run_dir`` stopped.
+
+    Builds missing instance stores, trains, chooses the epoch with the best val mAP and tests it.
+
+    Args:
+        config: the composed config of ``conf/train.yaml``.
+
+    Returns:
+        What ``metrics.json`` holds: test metrics (all, top-3, AP per label), best validation, epoch, sizes, versions.
+
+    Raises:
+        GMMLICError: for anything the user can mend.
+    """
+    check(config)
+    run_dir = Path(config.run_dir)
+    finished = run_dir / "metrics.json"
+    if config.overwrite:
+        _forget(run_dir)
+    elif finished.exists():
+        log.info("%s: finished already (overwrite=true starts again).", run_dir)
+        result: dict[str, Any] = json.loads(finished.read_text())
+        return result
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    _quieten_lightning()
+
+    extractor = build.build_detector(config)
+    data = {split: _split_data(config, split, extractor) for split in build.SPLITS}
+    module, graph = _build_module(config, data["train"], extractor)
+    _fit(config, module, graph, data, run_dir)
+
+    best = run_dir / "checkpoints" / "best.ckpt"
+    values = _test(config, best, data["test"])
+    result = _summary(config, run_dir, module, data, values)
+    _write_atomically(finished, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def evaluate(
+    checkpoint: str | Path, split: str = "test", overrides: Sequence[str] = (), out: str | Path | None = None
+) -> dict[str, Any]:
+    """Metrics of a checkpoint on one split, with the settings of the run that made it.
+
+    Args:
+        checkpoint: ``RUN/checkpoints/NAME.ckpt``; ``RUN/config.yaml`` says what data it was made with.
+        split: ``train``, ``val`` or ``test``.
+        overrides: changes to those settings, as ``dataset.root=/elsewhere``.
+        out: a folder; the result is written to ``SPLIT.json`` there.
+
+    Raises:
+        WeightsError: if it is not such a checkpoint, or was made for other labels or another detector.
+    """
+    path = Path(checkpoint)
+    description, _ = read_checkpoint(path)
+    config = _run_config(path, overrides)
+    check(config)
+    _quieten_lightning()
+    dataset = build.build_dataset(config, split)
+    description.check_labels(tuple(dataset.labels), path)
+    extractor = build.build_detector(config)
+    description.check_detector(extractor.name, extractor.fingerprint, path)
+    data = SplitData(dataset, build.build_store(config, dataset, extractor))
+    values = _test(config, path, data)
+    result = {
+        "checkpoint": str(path),
+        "split": split,
+        "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
+        "preset": config.metrics.preset,
+        "skipped": {split: dict(data.store.manifest.skipped)},
+        "test": _by_name(values, dataset.labels),
+    }
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        _write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+# The parts of a run
+
+
+def _split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
+    dataset = build.build_dataset(config, split)
+    return SplitData(dataset, build.build_store(config, dataset, extractor))
+
+
+def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
+    labels = tuple(train_data.dataset.labels)
+    embedding = build.build_embedding(config, labels)
+    graph_settings = build.section(config, "graph") | {
+        relation: config.model.get(relation, False) for relation in ("instance_graph", "label_graph")
+    }
+    graph = AssignmentGraph(embedding.vectors, edge_attr=False, **graph_settings)
+    description = Description(
+        labels=labels,
+        label_vectors=embedding.vectors,
+        label_source=embedding.source,
+        model=build.model_settings(
+            config,
+            instance_dim=extractor.feature_dim,
+            label_dim=int(embedding.vectors.shape[1]),
+            num_labels=len(labels),
+        ),
+        graph=graph_settings,
+        detector=extractor.name,
+        detector_fingerprint=extractor.fingerprint,
+    )
+    seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
+    module = MLICModule(
+        description.build_model(),
+        build.build_loss(config, train_data.dataset.targets),
+        build.build_metrics(config, len(labels)),
+        build.section(config, "optimizer"),
+        description,
+    )
+    return module, graph
+
+
+def _fit(
+    config: DictConfig, module: MLICModule, graph: AssignmentGraph, data: dict[str, SplitData], run_dir: Path
+) -> None:
+    execution = module.description.model.get("execution", "auto")
+    splits = {
+        split: build.build_graphs(
+            data[split].store,
+            graph,
+            execution=execution,
+            augment=split == "train" and config.instances.views > 0,
+            seed=config.seed,
+        )
+        for split in ("train", "val")
+    }
+    loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    if last.exists():
+        _, content = read_checkpoint(last)
+        if _stopped_early(content):
+            return
+        log.info("continuing %s after epoch %d", run_dir, content["epoch"] + 1)
+    trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
+    trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _stopped_early(content: dict[str, Any]) -> bool:
+    return any(state.get("stopped_epoch", 0) > 0 for state in content["callbacks"].values() if isinstance(state, dict))
+
+
+def _test(config: DictConfig, checkpoint: Path, data: SplitData) -> dict[str, Any]:
+    """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
+    description, content = read_checkpoint(checkpoint)
+    model = description.build_model()
+    load_weights(model, content, checkpoint)
+    module = MLICModule(
+        model, torch.nn.Identity(), build.build_metrics(config, len(description.labels)), {}, description
+    )
+    graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+    graphs = build.build_graphs(data.store, graph, execution=description.model.get("execution", "auto"))
+    loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
+    trainer = build.build_trainer(config, None)
+    trainer.test(module, loaders.evaluation_loader(data.dataset.split), verbose=False)
+    return module.test_values
+
+
+# The run folder
+
+
+def _forget(run_dir: Path) -> None:
+    for name in ("metrics.json", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; a checkpoint is evaluated with the config of its run folder.")
+    config = OmegaConf.load(path)
+    assert isinstance(config, DictConfig)
+    OmegaConf.set_struct(config, True)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ConfigError(f"overrides: {override!r} is not KEY=VALUE.")
+        try:
+            config.merge_with_dotlist([override])
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"overrides: the run has no setting {key!r}; see {path}.") from error
+    return config
+
+
+def _summary(
+    config: DictConfig, run_dir: Path, module: MLICModule, data: dict[str, SplitData], values: dict[str, Any]
+) -> dict[str, Any]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    best = max(epochs, key=lambda row: float(row["val/mAP"]))
+    return {
+        "test": _by_name(values, data["test"].dataset.labels),
+        "val": {name.removeprefix("val/"): float(best[name]) for name in best if name.startswith("val/")},
+        "best_epoch": int(best["epoch"]),
+        "epochs": len(epochs),
+        "seed": config.seed,
+        "preset": config.metrics.preset,
+        "dataset": {
+            "name": data["train"].dataset.name,
+            "labels": len(data["train"].dataset.labels),
+            "sizes": {split: len(part.dataset) for split, part in data.items()},
+        },
+        "skipped": {split: dict(part.store.manifest.skipped) for split, part in data.items()},
+        "model": {**module.description.model, "parameters": sum(p.numel() for p in module.model.parameters())},
+        "detector": {"name": module.description.detector, "fingerprint": module.description.detector_fingerprint},
+        "train_seconds": round(sum(float(row["seconds"]) for row in epochs), 3),
+        "versions": {
+            "gm-mlic": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "torch-geometric", "lightning")},
+        },
+        "revision": _revision(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _by_name(values: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Metric values as JSON: floats, and AP by label."""
+    named: dict[str, Any] = {k: _number(v) for k, v in values.items() if k != "AP"}
+    named["AP"] = {label: _number(ap) for label, ap in zip(labels, values["AP"], strict=True)}
+    return named
+
+
+def _number(value: Any) -> float | None:
+    """JSON knows no NaN: a metric without a value (AP of a label without positives) is null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _revision() -> str | None:
+    """The git revision of the code, where it runs from a checkout."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _quieten_lightning() -> None:
+    """Lightning's tips and banners tell users of gm-mlic nothing that they can act upon."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

@@ -1,0 +1,163 @@
+"""Which values a setting may take. Checked before anything slow starts; a wrong one is named in one line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gm_mlic.errors import ConfigError
+
+#: A test of a value, and what a good value is, in words.
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(minimum: int) -> Rule:
+    return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
+    words = f"a number {'above' if open_low else 'of at least'} {low:g}" + (
+        f" and at most {high:g}" if high < math.inf else ""
+    )
+    return lambda v: _is_number(v) and (v > low if open_low else v >= low) and v <= high, words
+
+
+def _one_of(*choices: str) -> Rule:
+    return lambda v: v in choices, f"one of {', '.join(choices)}"
+
+
+def _or_null(rule: Rule) -> Rule:
+    test, words = rule
+    return lambda v: v is None or test(v), f"{words}, or null"
+
+
+_YES_NO: Rule = (lambda v: isinstance(v, bool), "true or false")
+_TEXT: Rule = (lambda v: isinstance(v, str) and v != "", "a text")
+
+#: Every setting whose value can be wrong by itself. What only the stages know (does the file exist? does the store have
+#: that many instances?) they say themselves.
+RULES: Mapping[str, Rule] = {
+    "seed": _whole(0),
+    "dataset.name": _TEXT,
+    "dataset.root": _TEXT,
+    "dataset.seed": _whole(0),
+    "dataset.sizes.train": _whole(1),
+    "dataset.sizes.val": _whole(1),
+    "dataset.sizes.test": _whole(1),
+    "dataset.company_pairs": _whole(0),
+    "dataset.spatial_pairs": _whole(0),
+    "dataset.hard": _number(0, 1),
+    "dataset.image_size": _whole(32),
+    "dataset.val_fraction": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "dataset.unlabelled": _one_of("drop", "keep"),
+    "dataset.label_order": _one_of("name", "id"),
+    "detector.arch": _TEXT,
+    "detector.weights": _or_null(_TEXT),
+    "detector.min_size": _whole(32),
+    "detector.max_size": _whole(32),
+    "detector.score_threshold": _number(0, 1),
+    "detector.nms_threshold": _number(0, 1),
+    "detector.max_instances": _whole(1),
+    "detector.trainable": _or_null(_one_of("box_head", "all")),
+    "instances.root": _TEXT,
+    "instances.path": _or_null(_TEXT),
+    "instances.views": _whole(0),
+    "instances.batch_size": _whole(1),
+    "instances.workers": _whole(0),
+    "instances.overwrite": _YES_NO,
+    "instances.online": _YES_NO,
+    "embedding.source": _one_of("hashed", "glove"),
+    "embedding.path": _or_null(_TEXT),
+    "embedding.dim": _whole(1),
+    "embedding.oov": _one_of("error", "zeros", "hashed", "skip_words"),
+    "graph.m": _whole(1),
+    "graph.neighbours": _whole(1),
+    "graph.label_neighbours": _or_null(_whole(1)),
+    "model.k": _whole(1),
+    "model.width": _whole(1),
+    "model.encoder_width": _or_null(_whole(1)),
+    "model.widths": (
+        lambda v: v is None or (isinstance(v, list) and len(v) > 0 and all(_is_whole(w) and w > 0 for w in v)),
+        "a list of whole numbers, one for each of the k blocks, or null",
+    ),
+    "model.label_graph": _YES_NO,
+    "model.instance_graph": _YES_NO,
+    "model.matching_edges": _YES_NO,
+    "loss.beta": _number(0),
+    "loss.difficult": _one_of("positive", "negative", "ignore"),
+    "metrics.threshold": _number(0, 1),
+    "optimizer.name": _one_of("sgd", "adamw"),
+    "optimizer.lr": _number(0, open_low=True),
+    "optimizer.detector_lr": _or_null(_number(0, open_low=True)),
+    "optimizer.momentum": _number(0, 1),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.schedule": _one_of("step", "onecycle"),
+    "optimizer.step_epochs": _whole(1),
+    "optimizer.gamma": _number(0, 1, open_low=True),
+    "optimizer.warmup": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "trainer.max_epochs": _whole(1),
+    "trainer.batch_size": _whole(1),
+    "trainer.num_workers": _whole(0),
+    "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),
+    "trainer.ema": _or_null((lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")),
+    "trainer.early_stopping": _or_null(_whole(1)),
+    "epochs": _whole(1),
+    "batch_size": _whole(1),
+    "lr": _number(0, open_low=True),
+    "overwrite": _YES_NO,
+}
+
+
+def check(config: DictConfig) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting with a value that cannot work."""
+    for key, (is_good, words) in RULES.items():
+        value = OmegaConf.select(config, key, default=_ABSENT)
+        if value is _ABSENT:
+            section = _section(config, key)
+            if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
+                raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
+            continue
+        if OmegaConf.is_list(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        if not is_good(value):
+            raise ConfigError(f"{key}={'null' if value is None else value}: expected {words}.")
+    _check_together(config)
+
+
+def _check_together(config: DictConfig) -> None:
+    def get(key: str) -> Any:
+        return OmegaConf.select(config, key, default=None)
+
+    if get("graph.m") and get("detector.max_instances") and get("graph.m") > get("detector.max_instances"):
+        raise ConfigError(
+            f"graph.m={get('graph.m')} is more than the store would keep (detector.max_instances="
+            f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
+        )
+    widths, k = get("model.widths"), get("model.k")
+    if widths is not None and k is not None and len(widths) != k:
+        raise ConfigError(f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block.")
+    if get("detector.trainable") and not get("instances.online"):
+        raise ConfigError(
+            f"detector.trainable={get('detector.trainable')} needs instances.online=true: a store holds what the "
+            "frozen detector saw."
+        )
+
+
+_ABSENT = object()
+
+
+def _section(config: DictConfig, key: str) -> Any:
+    """The section that a dotted key stands in, or None."""
+    parent = key.rpartition(".")[0]
+    return OmegaConf.select(config, parent) if parent else config
