@@ -190,18 +190,18 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
 def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
     """Bar, CSV log, checkpoints of best and last epoch, and what the config asks for."""
     settings = config.trainer
+    checkpoints: dict[str, Any] = {
+        "dirpath": run_dir / "checkpoints",
+        "save_on_train_epoch_end": True,
+        "enable_version_counter": False,
+    }
     callbacks: list[Callback] = [
         EpochBar(),
         EpochCSV(run_dir / "metrics.csv"),
-        ModelCheckpoint(
-            dirpath=run_dir / "checkpoints",
-            filename="best",
-            monitor="val/mAP",
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
+        # Two of them, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. The best
+        # comes first: last.ckpt then knows of it, and a run killed between the two repeats that epoch.
+        ModelCheckpoint(filename="best", monitor="val/mAP", mode="max", **checkpoints),
+        ModelCheckpoint(filename="last", **checkpoints),
     ]
     if settings.ema is not None:
         callbacks.append(EMAWeightAveraging(decay=settings.ema))

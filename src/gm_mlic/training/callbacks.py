@@ -73,7 +73,7 @@ class EpochBar(Callback):
 
 
 class EpochCSV(Callback):
-    """``metrics.csv``: one row for each epoch, rewritten whole and atomically, so that a killed run loses none.
+    """``metrics.csv``: one row for each epoch (the first is 1), rewritten whole and atomically, so that a killed run loses none.
 
     A resumed run keeps the rows of the epochs that its checkpoint has seen. (Lightning's CSVLogger deletes the file.)
 
@@ -89,7 +89,7 @@ class EpochCSV(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.path.exists():
             with self.path.open(newline="") as file:
-                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+                self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin = time.monotonic()
@@ -101,7 +101,7 @@ class EpochCSV(Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         self._rows.append(
             {
-                "epoch": trainer.current_epoch,
+                "epoch": trainer.current_epoch + 1,
                 "step": trainer.global_step,
                 "seconds": f"{time.monotonic() - self._begin:.3f}",
                 "lr": f"{lr:.6g}",

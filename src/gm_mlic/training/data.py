@@ -54,18 +54,29 @@ class GraphData(LightningDataModule):
         batch_size: images per step and process.
         seed: of the order of training images.
         num_workers: processes that read.
+        first_epoch: the epoch that training starts with; above 0 where a run goes on.
     """
 
-    def __init__(self, splits: Mapping[str, Dataset[Any]], batch_size: int, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        splits: Mapping[str, Dataset[Any]],
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        first_epoch: int = 0,
+    ) -> None:
         super().__init__()
         self.splits = splits
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.first_epoch = first_epoch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        rank, world = self._place()
-        return self._loader("train", EpochSampler(self.splits["train"], self.seed, rank, world))
+        sampler = EpochSampler(self.splits["train"], self.seed, *self._place())
+        # On resuming, Lightning starts to read (with workers, at once) before it tells the sampler its epoch.
+        sampler.set_epoch(self.first_epoch)
+        return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader("val")

@@ -76,7 +76,7 @@ class MLICModule(LightningModule):
     def _stop_if_diverged(self) -> None:
         if self._bad_step is not None and int(self._bad_step) >= 0:
             raise DivergedError(
-                f"The loss is not finite at epoch {self.current_epoch}, step {int(self._bad_step)}: lower optimizer.lr "
+                f"The loss is not finite at epoch {self.current_epoch + 1}, step {int(self._bad_step)}: lower optimizer.lr "
                 f"(now {self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The last good epoch is in "
                 "checkpoints/last.ckpt."
             )

@@ -175,13 +175,15 @@ def _fit(
         )
         for split in ("train", "val")
     }
-    loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers)
     last = run_dir / "checkpoints" / "last.ckpt"
+    first_epoch = 0
     if last.exists():
         _, content = read_checkpoint(last)
-        if _stopped_early(content):
+        first_epoch = content["epoch"] + 1
+        if _stopped_early(content) or first_epoch >= config.trainer.max_epochs:
             return
-        log.info("continuing %s after epoch %d", run_dir, content["epoch"] + 1)
+        log.info("continuing %s after epoch %d", run_dir, first_epoch)
+    loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers, first_epoch)
     trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
     trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     if trainer.interrupted:
