@@ -1,0 +1,57 @@
+# make demo, make test: nothing before them. The first of them makes .venv and installs into it (a few GB, once).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SCATTER := $(VENV)/.torch-scatter
+
+.PHONY: help demo test test-slow test-scatter lint format clean
+
+help: ## show this
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
+
+# The stamp is written last, so an installation that was interrupted is taken up again; pip keeps what is there.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "gm-mlic needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Installing into $(VENV) (once; a few GB)."
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## scenes from drawing to table: about 5 minutes on 2 cores
+	$(BIN)/gm-mlic demo
+
+test: $(INSTALLED) ## the fast tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not scatter"
+
+test-slow: $(INSTALLED) ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+# torch-scatter has no binary wheel on the package index: built here, against the torch that is installed.
+$(SCATTER): $(INSTALLED)
+	$(BIN)/python -m pip install --no-build-isolation --no-cache-dir -c constraints.txt torch-scatter
+	@touch $@
+
+test-scatter: $(SCATTER) ## build torch-scatter (needs a C++ compiler; minutes) and run its tests
+	$(BIN)/python -m pytest -m scatter
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what these made, but neither runs/ nor data/
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
