@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
@@ -71,7 +73,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     _quieten_lightning()
 
     extractor = build.build_detector(config)
-    data = {split: _split_data(config, split, extractor) for split in build.SPLITS}
+    data = {split: split_data(config, split, extractor) for split in build.SPLITS}
     module, graph = _build_module(config, data["train"], extractor)
     _fit(config, module, graph, data, run_dir)
 
@@ -124,7 +126,8 @@ def evaluate(
 # The parts of a run
 
 
-def _split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
+def split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
+    """One split and its instance store, extracted if it is missing."""
     dataset = build.build_dataset(config, split)
     return SplitData(dataset, build.build_store(config, dataset, extractor))
 
@@ -194,20 +197,32 @@ def _stopped_early(content: dict[str, Any]) -> bool:
     return any(state.get("stopped_epoch", 0) > 0 for state in content["callbacks"].values() if isinstance(state, dict))
 
 
+def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (n,) of the readable images, their scores (n, C), and which instance won each label (n, C)."""
+    module, loader = _trained(config, checkpoint, data)
+    batches = build.build_trainer(config, None).predict(module, loader)
+    rows, scores, winners = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
+    return rows, scores, winners
+
+
 def _test(config: DictConfig, checkpoint: Path, data: SplitData) -> dict[str, Any]:
     """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
+    module, loader = _trained(config, checkpoint, data)
+    build.build_trainer(config, None).test(module, loader, verbose=False)
+    return module.test_values
+
+
+def _trained(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[MLICModule, DataLoader[Any]]:
+    """The checkpoint's model, and the images of ``data`` as it reads them."""
     description, content = read_checkpoint(checkpoint)
     model = description.build_model()
     load_weights(model, content, checkpoint)
-    module = MLICModule(
-        model, torch.nn.Identity(), build.build_metrics(config, len(description.labels)), {}, description
-    )
+    metrics = build.build_metrics(config, len(description.labels))
+    module = MLICModule(model, torch.nn.Identity(), metrics, {}, description)
     graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
     graphs = build.build_graphs(data.store, graph, execution=description.model.get("execution", "auto"))
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
-    trainer = build.build_trainer(config, None)
-    trainer.test(module, loaders.evaluation_loader(data.dataset.split), verbose=False)
-    return module.test_values
+    return module, loaders.evaluation_loader(data.dataset.split)
 
 
 # The run folder

@@ -1,0 +1,118 @@
+"""``gm-mlic demo``: the whole system on drawn scenes, ending in a table and a picture."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from gm_mlic.datasets import Scenes
+from gm_mlic.errors import ConfigError
+from gm_mlic.instances import InstanceStore
+from gm_mlic.reporting.pictures import judged_labels, picture_grid
+from gm_mlic.reporting.tables import comparison_markdown, comparison_table
+from gm_mlic.training import build
+from gm_mlic.training.run import SplitData, predict, split_data, train
+from gm_mlic.training.settings import check
+
+log = logging.getLogger(__name__)
+
+#: What the rows of ``conf/demo.yaml`` are called in the table.
+_NAMES = {
+    "mil_max": "per-instance classifier, max-pooled (no graphs)",
+    "concat": "GM-MLIC, concat (the paper's fusion)",
+    "product": "GM-MLIC, product",
+}
+_PICTURED, _PANELS = "product", 12
+
+
+def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
+    """Train the models of ``config.rows`` on one instance store and compare them with what is known beforehand.
+
+    Returns:
+        The rows of the table: names and test metrics.
+
+    Raises:
+        ConfigError: if the dataset is not scenes: only there is the limit known.
+    """
+    begin = time.monotonic()
+    check(config)
+    if config.dataset.name != "scenes":
+        raise ConfigError(f"dataset={config.dataset.name}: the demo needs dataset=scenes; use gm-mlic train for others.")
+    run_dir = Path(config.run_dir)
+    results = {}
+    for row, name in _NAMES.items():
+        log.info("training: %s", name)
+        results[row] = train(_row_config(config, row))
+
+    test = split_data(config, "test", build.build_detector(config))
+    assert isinstance(test.dataset, Scenes)
+    readable = test.store.rows
+    targets = test.store.targets[readable]
+    rows = [
+        ("known limit (sees every object, its look and place)", test.dataset.limit_scores[readable]),
+        ("detector's own labels", detector_scores(test.store)[readable]),
+    ]
+    table = [(name, _measure(config, scores, targets)) for name, scores in rows]
+    table += [(_NAMES[row], result["test"]) for row, result in results.items()]
+
+    picture = run_dir / "scenes.png"
+    _draw(_row_config(config, _PICTURED), test, picture)
+    (run_dir / "results.md").write_text(comparison_markdown(table))
+    (run_dir / "results.json").write_text(json.dumps(dict(table), indent=2) + "\n")
+    title = f"{len(readable)} test scenes, {config.metrics.preset} metrics, %"
+    Console().print(comparison_table(table, title))
+    minutes = (time.monotonic() - begin) / 60
+    print(f"run folder: {run_dir}\npicture:    {picture}\ntime:       {minutes:.1f} min")
+    return table
+
+
+def detector_scores(store: InstanceStore) -> np.ndarray:
+    """(N, C): the best confidence of any instance that the detector itself gave label c, found by its name; else 0."""
+    column = {name: c for c, name in enumerate(store.manifest.labels)}
+    column_of = np.array([*(column.get(name, -1) for name in store.manifest.detector_labels), -1])
+    scores = np.zeros((len(store), len(column)), dtype=np.float32)
+    labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no label, and for one of the detector's only
+    image, slot = np.nonzero(labels >= 0)
+    np.maximum.at(scores, (image, labels[image, slot]), store.scores[image, 0, slot])
+    return scores
+
+
+def _row_config(config: DictConfig, row: str) -> DictConfig:
+    """The config of one row: its model, and a run folder of its own."""
+    one = copy.deepcopy(config)
+    one.model = config.rows[row]
+    one.run_dir = str(Path(config.run_dir) / row)
+    del one.rows
+    return one
+
+
+def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    metrics = build.build_metrics(config, targets.shape[1])
+    metrics.update(torch.from_numpy(np.asarray(scores, dtype=np.float32)), torch.from_numpy(targets.astype(np.int64)))
+    return {name: float(value) for name, value in metrics.compute().items() if name != "AP"}
+
+
+def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
+    rows, scores, winners = predict(config, Path(config.run_dir) / "checkpoints" / "best.ckpt", test)
+    panels = []
+    for i in range(min(_PANELS, len(rows))):
+        row = int(rows[i])
+        found = judged_labels(
+            test.dataset.labels,
+            scores[i].numpy(),
+            test.dataset.targets[row],
+            test.store.boxes[row, 0],
+            winners[i].numpy(),
+            config.metrics.threshold,
+        )
+        panels.append((test.dataset.image(row), found))
+    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: the first {len(panels)} test scenes, and the box that won each label")

@@ -1,0 +1,131 @@
+"""Pictures of predictions: photos with the box that won each label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+#: Colours of what a prediction turned out to be; they differ in brightness too, for the colour-blind.
+COLOURS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
+_MARKS = {"right": "✓", "wrong": "✗", "missed": "–"}
+
+
+@dataclass(frozen=True)
+class LabelBox:
+    """One label of one image.
+
+    Attributes:
+        name: of the label.
+        score: in [0, 1].
+        box: (x1, y1, x2, y2) of the instance that won the label, divided by image width and height.
+        kind: ``right`` (predicted and present), ``wrong`` (predicted, absent) or ``missed`` (present, not predicted).
+    """
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    kind: str
+
+
+def judged_labels(
+    labels: Sequence[str],
+    scores: NDArray[np.floating],
+    targets: NDArray[np.integer],
+    boxes: NDArray[np.floating],
+    winners: NDArray[np.integer],
+    threshold: float = 0.5,
+) -> list[LabelBox]:
+    """The labels of one image that are predicted or present, best score first.
+
+    Args:
+        labels: the C names.
+        scores, targets, winners: (C,): scores in [0, 1]; 1 present, 0 difficult, -1 absent; index of the winner.
+        boxes: (M, 4) of the image's instances.
+        threshold: predicted are labels with a score above it.
+    """
+    found = []
+    for c in np.argsort(-np.asarray(scores), kind="stable"):
+        predicted, present = scores[c] > threshold, targets[c] >= 0
+        if predicted or present:
+            kind = "missed" if not predicted else "right" if present else "wrong"
+            box = tuple(float(v) for v in boxes[winners[c]])
+            found.append(LabelBox(labels[c], float(scores[c]), box, kind))  # type: ignore[arg-type]
+    return found
+
+
+def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelBox]]], title: str, columns: int = 4) -> None:
+    """Write a PNG: each image with numbered boxes, and beneath it the labels with the numbers of their boxes.
+
+    Labels won by the same instance share its box. Green: predicted and present; red: predicted, absent; brown, dashed:
+    present, not predicted.
+
+    Args:
+        path: of the PNG.
+        panels: images and their labels.
+        title: above all.
+        columns: panels in a row.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows = math.ceil(len(panels) / columns)
+    lines = max((len(found) for _, found in panels), default=1)
+    text_inches, image_inches = 0.22 * lines + 0.15, 2.9
+    figure = Figure(figsize=(columns * 3.15, rows * (image_inches + text_inches) + 0.75))
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", y=1 - 0.12 / figure.get_figheight())
+    legend_y = 1 - 0.5 / figure.get_figheight()
+    for x, kind, words in (
+        (0.012, "right", "predicted, and there"),
+        (0.24, "wrong", "predicted, but not there"),
+        (0.49, "missed", "there, but not predicted (dashed: its best box)"),
+    ):
+        figure.text(x, legend_y, f"{_MARKS[kind]} {words}", color=COLOURS[kind], fontsize=10)
+    grid = figure.add_gridspec(
+        2 * rows, columns, height_ratios=[image_inches, text_inches] * rows, hspace=0.03, wspace=0.05,
+        left=0.01, right=0.99, bottom=0.005, top=1 - 0.68 / figure.get_figheight(),
+    )  # fmt: skip
+    for i, (image, found) in enumerate(panels):
+        row, column = divmod(i, columns)
+        axes = figure.add_subplot(grid[2 * row, column])
+        axes.imshow(np.asarray(image), interpolation="bilinear")
+        axes.set_axis_off()
+        numbers: dict[tuple[float, ...], int] = {}
+        kinds: dict[tuple[float, ...], str] = {}
+        for label in found:
+            numbers.setdefault(label.box, len(numbers) + 1)
+            # A box shared by several labels has the colour of the worst of them.
+            kinds[label.box] = max(kinds.get(label.box, "right"), label.kind, key=("right", "missed", "wrong").index)
+        for box, n in numbers.items():
+            x1, x2 = (v * image.width - 0.5 for v in box[0::2])
+            y1, y2 = (v * image.height - 0.5 for v in box[1::2])
+            colour, dashed = COLOURS[kinds[box]], kinds[box] == "missed"
+            frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2)
+            axes.add_patch(frame)
+            axes.add_patch(
+                Rectangle(
+                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8,
+                    linestyle="--" if dashed else "-",
+                )
+            )  # fmt: skip
+            axes.text(
+                x1, y1, str(n), color="white", fontsize=8, fontweight="bold", ha="left", va="bottom", clip_on=False,
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2},
+            )  # fmt: skip
+        below = figure.add_subplot(grid[2 * row + 1, column])
+        below.set_axis_off()
+        below.set_ylim(lines, 0)
+        for line, label in enumerate(found):
+            text = f"{numbers[label.box]}  {_MARKS[label.kind]} {label.name}"
+            style = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center"}
+            below.text(0.02, line + 0.5, text, **style)
+            below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, facecolor="white")
