@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gm_mlic.datasets import Scenes
@@ -91,8 +91,7 @@ def _row_config(config: DictConfig, row: str) -> DictConfig:
     one = copy.deepcopy(config)
     one.model = config.rows[row]
     one.run_dir = str(Path(config.run_dir) / row)
-    del one.rows
-    return one
+    return OmegaConf.masked_copy(one, [key for key in one if key != "rows"])
 
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:

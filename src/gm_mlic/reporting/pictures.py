@@ -76,9 +76,9 @@ def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelB
     from matplotlib.patches import Rectangle
 
     rows = math.ceil(len(panels) / columns)
-    lines = max((len(found) for _, found in panels), default=1)
-    text_inches, image_inches = 0.22 * lines + 0.15, 2.9
-    figure = Figure(figsize=(columns * 3.15, rows * (image_inches + text_inches) + 0.75))
+    lines = [max(len(found) for _, found in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
+    heights = [inches for n in lines for inches in (2.9, 0.22 * n + 0.15)]
+    figure = Figure(figsize=(columns * 3.15, sum(heights) + 0.75))
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", y=1 - 0.12 / figure.get_figheight())
     legend_y = 1 - 0.5 / figure.get_figheight()
@@ -89,7 +89,7 @@ def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelB
     ):
         figure.text(x, legend_y, f"{_MARKS[kind]} {words}", color=COLOURS[kind], fontsize=10)
     grid = figure.add_gridspec(
-        2 * rows, columns, height_ratios=[image_inches, text_inches] * rows, hspace=0.03, wspace=0.05,
+        2 * rows, columns, height_ratios=heights, hspace=0.03, wspace=0.05,
         left=0.01, right=0.99, bottom=0.005, top=1 - 0.68 / figure.get_figheight(),
     )  # fmt: skip
     for i, (image, found) in enumerate(panels):
@@ -121,7 +121,7 @@ def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelB
             )  # fmt: skip
         below = figure.add_subplot(grid[2 * row + 1, column])
         below.set_axis_off()
-        below.set_ylim(lines, 0)
+        below.set_ylim(max(1, lines[row]), 0)
         for line, label in enumerate(found):
             text = f"{numbers[label.box]}  {_MARKS[label.kind]} {label.name}"
             style = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center"}
