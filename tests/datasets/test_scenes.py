@@ -140,8 +140,8 @@ def test_absolute_places_say_nothing_about_twins(many: Scenes) -> None:
             assert stats.chisquare(counts).pvalue > 1e-3
 
     x, y = np.concatenate([beside, above]), np.repeat([0, 1], [len(beside), len(above)])
-    # By AUC: where tx - ax is 0 for all of one kind and 60 or -60 for the other, a slope that is mere noise puts half of
-    # the latter on either side, so the accuracy at one threshold is far from 0.5, up or down, though nothing is known.
+    # By AUC: tx - ax is 0 for all of one kind and 60 or -60 for the other, so a slope that is mere noise puts half of
+    # the latter on either side, and accuracy at one threshold strays far from 0.5, up or down, with nothing known.
     chance = 4 * np.sqrt(1 / (12 * len(beside)) + 1 / (12 * len(above)))
     auc = cross_val_score(LogisticRegression(), x / 160, y, cv=5, scoring="roc_auc").mean()
     assert abs(auc - 0.5) < chance
