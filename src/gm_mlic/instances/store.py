@@ -354,7 +354,9 @@ def partial_path(path: Path) -> Path:
 def check_sizes(m: int | None = None, views: int | None = None) -> None:
     """Raise ConfigError unless ``m`` is at least 1 and ``views`` is not negative."""
     if m is not None and m < 1:
-        raise ConfigError(f"m={m}: the number of instances for each image (graph.m, detector.max_instances) is 1 or more.")
+        raise ConfigError(
+            f"m={m}: the number of instances for each image (graph.m, detector.max_instances) is 1 or more."
+        )
     if views is not None and views < 0:
         raise ConfigError(f"views={views}: the number of augmented views (instances.views) is 0 or more.")
 

@@ -118,7 +118,9 @@ class StoreWriter:
         writer = cls(path, manifest)
         partial = writer.partial
         if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
-            raise StoreError(f"{path} exists and is not an instance store: set another instances.root or instances.path.")
+            raise StoreError(
+                f"{path} exists and is not an instance store: set another instances.root or instances.path."
+            )
         found = None
         for name in (MANIFEST, _JOB):
             if (partial / name).is_file():
@@ -130,7 +132,9 @@ class StoreWriter:
                 return writer
             # one without a finished row has nothing to lose
             if not overwrite and (found.skipped or found.arrays or _states(partial).any()):
-                raise StoreError(f"The unfinished store {partial} was begun for something else: {difference}; {REMEDY}.")
+                raise StoreError(
+                    f"The unfinished store {partial} was begun for something else: {difference}; {REMEDY}."
+                )
         with writer.writing():
             if partial.exists():
                 shutil.rmtree(partial)
