@@ -322,8 +322,8 @@ class InstanceStore:
             raise StoreError(f"The store {self.path} was made for something else: {difference}; {REMEDY}.")
         if m is not None and m > have.m:
             raise StoreError(
-                f"The store {self.path} has m={have.m} instances for each image, you asked for m={m} (graph.m): extract "
-                f"again with detector.max_instances={m} instances.overwrite=true, or lower graph.m."
+                f"The store {self.path} has m={have.m} instances for each image, you asked for m={m} (graph.m): "
+                f"extract again with detector.max_instances={m} instances.overwrite=true, or lower graph.m."
             )
         if views is not None and views > have.views:
             raise StoreError(
@@ -354,9 +354,7 @@ def partial_path(path: Path) -> Path:
 def check_sizes(m: int | None = None, views: int | None = None) -> None:
     """Raise ConfigError unless ``m`` is at least 1 and ``views`` is not negative."""
     if m is not None and m < 1:
-        raise ConfigError(
-            f"m={m}: the number of instances for each image (graph.m, detector.max_instances) is 1 or more."
-        )
+        raise ConfigError(f"m={m}: the instances kept for each image (graph.m, detector.max_instances) are 1 or more.")
     if views is not None and views < 0:
         raise ConfigError(f"views={views}: the number of augmented views (instances.views) is 0 or more.")
 
@@ -384,7 +382,8 @@ def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
         raise StoreError(f"The file {file} is damaged ({error}): {again}.") from error
     if array.shape != shape or array.dtype != dtype:
         raise StoreError(
-            f"The file {file} is damaged: it has {array.dtype} {array.shape}, the manifest says {dtype} {shape}; {again}."
+            f"The file {file} is damaged: it has {array.dtype} {array.shape}, the manifest says {dtype} {shape}: "
+            f"{again}."
         )
     if file.stat().st_size != array.offset + array.nbytes:
         raise StoreError(f"The file {file} is damaged: it is longer than its header says; {again}.")

@@ -24,10 +24,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
@@ -101,7 +99,9 @@ class StoreWriter:
         self._files: dict[str, tuple[io.FileIO, int]] = {}
 
     @classmethod
-    def begin(cls, path: Path, manifest: Manifest, targets: np.ndarray, overwrite: bool = False) -> StoreWriter:
+    def begin(
+        cls, path: Path, manifest: Manifest, targets: np.ndarray, overwrite: bool = False, in_use: bool = False
+    ) -> StoreWriter:
         """Begin the store ``path``, or go on with the one that was begun there.
 
         To be called by one process at a time.
@@ -111,6 +111,7 @@ class StoreWriter:
             manifest: the job, from :func:`plan`.
             targets: (N, C).
             overwrite: discard an unfinished store of another job, and replace a finished one at the end.
+            in_use: another process is writing there: discard nothing.
 
         Raises:
             StoreError: if the unfinished store is of another job, or the disk is full or read-only.
@@ -131,7 +132,8 @@ class StoreWriter:
             if difference is None:
                 return writer
             # one without a finished row has nothing to lose
-            if not overwrite and (found.skipped or found.arrays or _states(partial).any()):
+            worthless = not (partial / MANIFEST).is_file() and not _states(partial).any()
+            if in_use or not (overwrite or worthless):
                 raise StoreError(
                     f"The unfinished store {partial} was begun for something else: {difference}; {REMEDY}."
                 )
@@ -245,7 +247,7 @@ class StoreWriter:
                     }
                     for name, (shape, dtype) in self.manifest.specs().items()
                 }
-                manifest = dataclasses.replace(self.manifest, skipped=self._reasons(), arrays=arrays)
+                manifest = dataclasses.replace(self.manifest, skipped=self.reasons(), arrays=arrays)
                 _write_text(self.partial / MANIFEST, manifest.to_json())
             keep = {MANIFEST} | {f"{name}.npy" for name in self.manifest.specs()}
             for file in self.partial.iterdir():
@@ -270,7 +272,7 @@ class StoreWriter:
             file.close()
         self._files.clear()
 
-    def _reasons(self) -> dict[str, str]:
+    def reasons(self) -> dict[str, str]:
         """Id to reason of the unreadable images, in the order of the rows."""
         reasons: dict[int, str] = {}
         if (self.partial / _SKIPPED).is_file():
@@ -304,8 +306,8 @@ class StoreWriter:
             need = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for s, d in self.manifest.specs().values())
             raise StoreError(
                 f"No room for the instance store {self.path} ({error.strerror}): it needs {need / 1e9:.3g} GB, "
-                f"{_free(self.path) / 1e9:.3g} GB are free: free some and run the same command again (it continues), set "
-                "another instances.root, or lower detector.max_instances or instances.views."
+                f"{_free(self.path) / 1e9:.3g} GB are free: free some and run the same command again (it continues), "
+                "set another instances.root, or lower detector.max_instances or instances.views."
             ) from error
 
 
