@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -350,7 +350,7 @@ def _company(label: Array, look_of: Array) -> tuple[Array, Array]:
 
 
 def _mean_average_precision(scores: Array, targets: Array) -> float:
-    """Mean AP in per cent: AP is the mean over positives of the precision at their rank; labels without any are left out.
+    """Mean AP in per cent: AP is the mean over positives of the precision at their rank; no positive, no AP.
 
     Ties keep the order of the rows.
     """
@@ -517,7 +517,7 @@ class Scenes(MultiLabelDataset):
 
     # --- the limit ---
 
-    @property
+    @cached_property
     def limit_scores(self) -> NDArray[np.float64]:
         r"""The exact posterior of every label given every object's look and box: (N, 22) float64.
 
@@ -583,7 +583,8 @@ def _occlude(canvas: Array, box: tuple[int, int, int, int], covered: Array, styl
     grey, across, from_end = 70 + int(style[4]) % 31, bool(style[5] & 1), bool(style[5] & 2)
     area = covered.sum(axis=0 if across else 1)
     hidden = np.cumsum(area[::-1] if from_end else area) * 100 // area.sum()
-    depth = 1 + int(abs(hidden - share).argmin())
+    # A glyph a few pixels long cannot be cut anywhere: within the bounds first, then near the wanted share.
+    depth = 1 + int((1000 * abs(hidden - hidden.clip(*_OCCLUDED)) + abs(hidden - share)).argmin())
     length = w if across else h
     start = length - depth if from_end else 0
     if across:
