@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import gm_mlic.datasets
 from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
-from gm_mlic.detection import InstanceExtractor, build_extractor
+from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, build_extractor
 from gm_mlic.embeddings import LabelEmbedding, embed_labels
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset
@@ -66,11 +67,12 @@ def _is_dataset(thing: Any) -> bool:
 # Detection and instances
 
 
-def build_detector(config: DictConfig, device: str = "cpu") -> Any:
-    """The extractor of ``config.detector``."""
+def build_detector(config: DictConfig) -> FasterRCNNExtractor:
+    """The extractor of ``config.detector``, on the device that the trainer would use."""
     settings = section(config, "detector")
-    del settings["max_instances"], settings["trainable"]
-    return build_extractor(settings.pop("arch"), device=device, **settings)
+    del settings["max_instances"]
+    gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return build_extractor(settings.pop("arch"), device="cuda" if gpu else "cpu", **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -78,38 +80,48 @@ def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: Instan
     instances = config.instances
     if instances.path is not None:
         return Path(instances.path) / dataset.split
-    m, views = config.detector.max_instances, instances.views
-    fingerprints = f"{dataset.fingerprint} {extractor.fingerprint}"
-    digest = hashlib.sha256(fingerprints.encode()).hexdigest()[:8]
-    extra = f"-v{views}" if views and dataset.split == "train" else ""
-    return Path(instances.root) / dataset.name / f"{extractor.name}-m{m}-{digest}" / f"{dataset.split}{extra}"
+    views = _views(config, dataset.split)
+    depends_on = [dataset.fingerprint, extractor.fingerprint, config.detector.max_instances, instances.batch_size]
+    depends_on += [views, instances.view_size] if views else []
+    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
+    return Path(instances.root) / dataset.name / f"{dataset.split}-{extractor.name}-{digest}"
 
 
-def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore:
-    """The complete store of one split: opened, or extracted first (what a killed extraction left is kept).
+def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore | None:
+    """The store of one split: opened, or extracted first (what a killed extraction left is kept).
+
+    Returns:
+        The complete store; None if this process did its shard and others have not yet done theirs.
 
     Raises:
         StoreError: if the store at ``instances.path`` was made for something else.
     """
     instances = config.instances
+    index, shards = (0, 1) if instances.shard is None else map(int, instances.shard.split("/"))
     store = extract(
         dataset,
         extractor,
         store_path(config, dataset, extractor),
         m=config.detector.max_instances,
-        views=instances.views if dataset.split == "train" else 0,
+        views=_views(config, dataset.split),
+        view_size=instances.view_size,
         batch_size=instances.batch_size,
-        workers=instances.workers,
+        num_workers=instances.workers,
         overwrite=instances.overwrite,
-        shard=instances.get("shard"),
+        shard=(index, shards),
     )
-    if store.manifest.skipped:
+    if store is not None and store.manifest.skipped:
         names = list(store.manifest.skipped)
         log.warning(
             "%s: %d of %d images cannot be read and are left out: %s%s",
             dataset.split, len(names), len(dataset), ", ".join(names[:5]), ", ..." if len(names) > 5 else "",
         )  # fmt: skip
     return store
+
+
+def _views(config: DictConfig, split: str) -> int:
+    """Only training images have augmented views."""
+    return int(config.instances.views) if split == "train" else 0
 
 
 # Labels and graphs

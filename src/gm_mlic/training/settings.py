@@ -22,6 +22,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_shard(text: str) -> bool:
+    index, slash, shards = text.partition("/")
+    return bool(slash) and index.isdecimal() and shards.isdecimal() and int(index) < int(shards)
+
+
 def _whole(minimum: int) -> Rule:
     return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
 
@@ -64,18 +69,22 @@ RULES: Mapping[str, Rule] = {
     "dataset.label_order": _one_of("name", "id"),
     "detector.arch": _TEXT,
     "detector.weights": _or_null(_TEXT),
-    "detector.min_size": _whole(32),
-    "detector.max_size": _whole(32),
+    "detector.min_size": _or_null(_whole(32)),
+    "detector.max_size": _or_null(_whole(32)),
     "detector.score_threshold": _number(0, 1),
     "detector.nms_threshold": _number(0, 1),
     "detector.max_instances": _whole(1),
-    "detector.trainable": _or_null(_one_of("box_head", "all")),
+    "detector.trainable": _one_of("none", "box_head", "all"),
     "instances.root": _TEXT,
     "instances.path": _or_null(_TEXT),
     "instances.views": _whole(0),
+    "instances.view_size": _whole(32),
     "instances.batch_size": _whole(1),
     "instances.workers": _whole(0),
     "instances.overwrite": _YES_NO,
+    "instances.shard": _or_null(
+        (lambda v: isinstance(v, str) and _is_shard(v), "i/n with 0 <= i < n, as in instances.shard=0/4")
+    ),
     "instances.online": _YES_NO,
     "embedding.source": _one_of("hashed", "glove"),
     "embedding.path": _or_null(_TEXT),
@@ -147,7 +156,7 @@ def _check_together(config: DictConfig) -> None:
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:
         raise ConfigError(f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block.")
-    if get("detector.trainable") and not get("instances.online"):
+    if get("detector.trainable") not in (None, "none") and not get("instances.online"):
         raise ConfigError(
             f"detector.trainable={get('detector.trainable')} needs instances.online=true: a store holds what the "
             "frozen detector saw."
