@@ -72,7 +72,7 @@ def scenes_tiny(num_classes: int, min_size: int, max_size: int, **settings: Any)
         rpn_pre_nms_top_n_test=80,
         rpn_post_nms_top_n_test=40,
         rpn_batch_size_per_image=64,
-        box_batch_size_per_image=48,
+        box_batch_size_per_image=32,
         box_roi_pool=box_roi_pool,
         box_head=TwoMLPHead(_CHANNELS * 7 * 7, FEATURE_DIM),
         box_predictor=FastRCNNPredictor(FEATURE_DIM, num_classes),
