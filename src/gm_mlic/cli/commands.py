@@ -30,12 +30,17 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
 
 def extract(config: DictConfig) -> None:
     """``gm-mlic extract``."""
-    from gm_mlic.training.build import build_stores
+    from gm_mlic.training import build
     from gm_mlic.training.settings import check
 
     check(config)
-    for split, store in build_stores(config, splits=list(config.splits)).items():
-        log.info("%s: %d images, %d skipped: %s", split, len(store.rows), len(store.manifest.skipped), store.path)
+    extractor = build.build_detector(config)
+    for split in config.splits:
+        store = build.build_store(config, build.build_dataset(config, split), extractor)
+        if store is None:
+            log.info("%s: shard %s is done, others are not yet", split, config.instances.shard)
+        else:
+            log.info("%s: %d images in %s", split, len(store.rows), store.path)
 
 
 def train(config: DictConfig) -> float:
@@ -62,11 +67,25 @@ def evaluate(config: DictConfig) -> None:
 
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
-    from gm_mlic.training.build import train_detector as start
+    from gm_mlic.detection.training import train_detector as start
+    from gm_mlic.training import build
     from gm_mlic.training.settings import check
 
     check(config)
-    start(config)
+    settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed", "num_workers")}
+    record = start(
+        build.build_dataset(config, "train"),
+        build.build_dataset(config, "val"),
+        arch=config.detector.arch,
+        out=config.out,
+        weights=config.detector.weights,
+        min_size=config.detector.min_size,
+        max_size=config.detector.max_size,
+        device=build.device(config.accelerator),
+        command=" ".join(sys.argv),
+        **settings,
+    )
+    log.info("val AP50 %.1f; use it with detector.weights=%s", record["val_ap50"][-1], config.out)
 
 
 def demo(config: DictConfig) -> None:

@@ -17,8 +17,8 @@ CONFIG_MODULE = "gm_mlic.conf"
 
 #: Settings that say where and how fast, not what: runs that differ only in these are the same run.
 _NOT_PART_OF_A_RUN = {
-    "": {"hydra", "run_dir", "overwrite", "out"},
-    "instances": {"root", "batch_size", "workers", "overwrite", "shard"},
+    "": {"hydra", "run_dir", "overwrite", "out", "num_workers"},
+    "instances": {"root", "workers", "overwrite", "shard"},
     "trainer": {"num_workers"},
 }
 

@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 from gm_mlic._version import __version__
@@ -63,6 +64,8 @@ def run(argv: list[str]) -> int:
         return 2
     # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    # PyG's use of TorchScript is not for our users to mend.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     try:
         from gm_mlic.cli import commands
 

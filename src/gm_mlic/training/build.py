@@ -71,8 +71,12 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor:
     """The extractor of ``config.detector``, on the device that the trainer would use."""
     settings = section(config, "detector")
     del settings["max_instances"]
-    gpu = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu", "cuda")
-    return build_extractor(settings.pop("arch"), device="cuda" if gpu else "cpu", **settings)
+    return build_extractor(settings.pop("arch"), device=device(config.trainer.accelerator), **settings)
+
+
+def device(accelerator: str) -> str:
+    """The torch device that Lightning's name of an accelerator stands for here."""
+    return "cuda" if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda") else "cpu"
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:

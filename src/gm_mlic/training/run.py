@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
-from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.errors import ConfigError, StoreError, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore
 from gm_mlic.training import build
@@ -107,7 +107,7 @@ def evaluate(
     description.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
     description.check_detector(extractor.name, extractor.fingerprint, path)
-    data = SplitData(dataset, build.build_store(config, dataset, extractor))
+    data = SplitData(dataset, _complete(build.build_store(config, dataset, extractor), config))
     values = _test(config, path, data)
     result = {
         "checkpoint": str(path),
@@ -129,7 +129,16 @@ def evaluate(
 def split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
     """One split and its instance store, extracted if it is missing."""
     dataset = build.build_dataset(config, split)
-    return SplitData(dataset, build.build_store(config, dataset, extractor))
+    return SplitData(dataset, _complete(build.build_store(config, dataset, extractor), config))
+
+
+def _complete(store: InstanceStore | None, config: DictConfig) -> InstanceStore:
+    if store is None:
+        raise StoreError(
+            f"instances.shard={config.instances.shard}: the other shards are not done; leave instances.shard out to "
+            "have this process extract the rest."
+        )
+    return store
 
 
 def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:

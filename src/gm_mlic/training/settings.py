@@ -124,6 +124,8 @@ RULES: Mapping[str, Rule] = {
     "epochs": _whole(1),
     "batch_size": _whole(1),
     "lr": _number(0, open_low=True),
+    "weight_decay": _number(0),
+    "num_workers": _whole(0),
     "overwrite": _YES_NO,
 }
 
