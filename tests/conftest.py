@@ -8,9 +8,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real photos and vectors; the test is skipped where there is none."""
-    root = Path(__file__).resolve().parents[1]
-    path = Path(os.environ.get("GM_MLIC_SHARED", root.parent / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip(f"real data not found at {path} (set GM_MLIC_SHARED)")
-    return path
+    """The folder of real photos and vectors beside the repository (or ``$GM_MLIC_SHARED``); skips where absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("GM_MLIC_SHARED", default))
+    if not root.is_dir():
+        pytest.skip("needs the shared data (../shared/data, or the folder named by GM_MLIC_SHARED)")
+    return root

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from omegaconf import DictConfig
+
+from gm_mlic.errors import ConfigError, StoreError, WeightsError
+from gm_mlic.training import build, run
+
+Config = Callable[..., DictConfig]
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Ends a run in the middle of an epoch, as a kill would: nothing is written after it."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        self.at = (epoch, step)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
+        if (trainer.current_epoch, i) == self.at:
+            raise Stop
+
+
+def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
+    """Train, stop in the middle of ``epoch`` (from 0), and call train again."""
+    callbacks = build.training_callbacks
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), StopAt(epoch, 1)])
+        with pytest.raises(Stop):
+            run.train(config)
+    return run.train(config)
+
+
+def checkpoint(run_dir: Path, name: str = "last") -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(run_dir / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    return content
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def test_a_run_leaves_what_was_promised(run_config: Config, tmp_path: Path):
+    result = run.train(run_config())
+    folder = tmp_path / "run"
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "metrics.json", "config.yaml"):
+        assert (folder / name).is_file()
+    assert json.loads((folder / "metrics.json").read_text()) == result
+    assert [row["epoch"] for row in rows(folder)] == ["1", "2"]
+    assert {"train/loss", "val/loss", "val/mAP", "val/CF1", "val/top3/CF1", "lr"} <= set(rows(folder)[0])
+    best = max(rows(folder), key=lambda row: float(row["val/mAP"]))
+    assert result["best_epoch"] == int(best["epoch"])
+    assert result["val"]["mAP"] == float(best["val/mAP"])
+    assert checkpoint(folder, "best")["epoch"] + 1 == result["best_epoch"]
+    assert set(result["test"]["AP"]) == set(checkpoint(folder)["gm_mlic"]["labels"])
+    assert result["dataset"]["sizes"] == {"train": 24, "val": 12, "test": 12}
+
+
+def test_a_finished_run_is_not_repeated_unless_asked(run_config: Config, tmp_path: Path):
+    first = run.train(run_config())
+    written = (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns
+    assert run.train(run_config()) == first
+    assert (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns == written
+    again = run.train(run_config("overwrite=true"))
+    assert (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns > written
+    assert again["test"] == first["test"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer=adamw"],
+        ["optimizer=paper", "optimizer.step_epochs=1", "model=mil_max", "model.width=8"],
+        ["instances.views=3", "instances.view_size=96", "trainer.ema=0.8"],
+        ["model.execution=explicit", "trainer.early_stopping=1"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+):
+    overrides = [*overrides, "trainer.max_epochs=4"]
+    whole = run.train(run_config(*overrides))
+    other = tmp_path / "other"
+    parts = stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
+    a, b = checkpoint(tmp_path / "run"), checkpoint(other)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(a[key], b[key], key)
+    assert parts["test"] == whole["test"]
+    assert rows(tmp_path / "run") == rows(other)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_workers_sees_the_same_views(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Workers start to read before Lightning tells the sampler its epoch."""
+    overrides = ["instances.views=3", "instances.view_size=96", "trainer.num_workers=1", "trainer.max_epochs=4"]
+    run.train(run_config(*overrides))
+    other = tmp_path / "other"
+    stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
+    assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(other)["state_dict"])
+
+
+def test_a_run_killed_before_its_test_only_tests(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = run.train(run_config())
+    (tmp_path / "run/metrics.json").unlink()
+    monkeypatch.setattr(build, "training_callbacks", lambda *_: pytest.fail("trained again"))
+    assert run.train(run_config()) == whole
+
+
+def test_seeds_differ_and_repeat(run_config: Config, tmp_path: Path):
+    losses = []
+    for i, seed in enumerate((0, 1, 0)):
+        run.train(run_config(f"seed={seed}", "trainer.max_epochs=1", f"run_dir={tmp_path}/{i}"))
+        losses.append(rows(tmp_path / str(i))[0]["train/loss"])
+    assert losses[0] == losses[2] != losses[1]
+
+
+@pytest.mark.parametrize("overrides", [[], ["trainer.ema=0.5"], ["model.execution=explicit"]], ids=str)
+def test_eval_gives_the_numbers_of_the_run(run_config: Config, tmp_path: Path, overrides: list[str]):
+    result = run.train(run_config(*overrides))
+    again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt", out=tmp_path / "out")
+    assert again["test"] == result["test"]
+    assert json.loads((tmp_path / "out/test.json").read_text()) == again
+    val = run.evaluate(tmp_path / "run/checkpoints/best.ckpt", split="val")
+    assert val["test"]["mAP"] == pytest.approx(result["val"]["mAP"], abs=1e-3)
+
+
+def test_eval_with_other_settings(run_config: Config, tmp_path: Path):
+    run.train(run_config())
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    strict = run.evaluate(path, overrides=["metrics.threshold=1.0"])
+    assert strict["test"]["CR"] == 0
+    with pytest.raises(ConfigError, match=r"metrics\.treshold"):
+        run.evaluate(path, overrides=["metrics.treshold=0.3"])
+    with pytest.raises(ConfigError, match="split=trial"):
+        run.evaluate(path, split="trial")
+
+
+def test_a_checkpoint_for_other_labels_is_refused(run_config: Config, tmp_path: Path):
+    run.train(run_config("trainer.max_epochs=1"))
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["gm_mlic"]["labels"][3] = "zebra"
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match="its label 3 is 'zebra', the dataset's is"):
+        run.evaluate(path)
+    content["gm_mlic"]["labels"].pop()
+    torch.save(content, path)
+    with pytest.raises(WeightsError, match=r"it has \d+ labels, the dataset \d+"):
+        run.evaluate(path)
+
+
+def test_a_checkpoint_for_another_detector_is_refused(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run.train(run_config("trainer.max_epochs=1"))
+    other = build.build_detector(run_config())
+    other.fingerprint = "0123456789abcdef"
+    monkeypatch.setattr(build, "build_detector", lambda config: other)
+    with pytest.raises(WeightsError, match=r"trained on instances of grid \(\w{8}\), these are of grid \(01234567\)"):
+        run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"], ids=["empty", "text", "broken"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="not a checkpoint of gm-mlic train"):
+        run.evaluate(path)
+    with pytest.raises(WeightsError, match="no such checkpoint"):
+        run.evaluate(tmp_path / "y.ckpt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    class Bad(torch.nn.Module):
+        calls = 0
+
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            Bad.calls += 1
+            return logits.sum() * (float("nan") if Bad.calls == 2 else 1.0)
+
+    monkeypatch.setattr(build, "build_loss", lambda *_: Bad())
+    with pytest.raises(ConfigError.__mro__[1], match=r"not finite at epoch 1, step 1: lower optimizer\.lr"):
+        run.train(run_config())
+    assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+
+
+def test_a_store_for_something_else_is_refused(run_config: Config, tmp_path: Path):
+    stores = f"instances.path={tmp_path}/stores"
+    run.train(run_config(stores, "trainer.max_epochs=1"))
+    with pytest.raises(StoreError, match="m"):
+        run.train(run_config(stores, f"run_dir={tmp_path}/b", "detector.max_instances=7"))
+    with pytest.raises(StoreError):
+        run.train(run_config(stores, f"run_dir={tmp_path}/b", "dataset.seed=5"))
+
+
+def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Path):
+    run.train(run_config("graph.m=2", "trainer.max_epochs=1"))
+    stores = sorted(p.name for p in (tmp_path / "instances/scenes").iterdir())
+    run.train(run_config("graph.m=6", "trainer.max_epochs=1", f"run_dir={tmp_path}/b"))
+    assert sorted(p.name for p in (tmp_path / "instances/scenes").iterdir()) == stores
+
+
+def test_an_accelerator_that_is_not_there(run_config: Config):
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=tpu.* cannot be had here"):
+        run.train(run_config("trainer.accelerator=tpu"))
