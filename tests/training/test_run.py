@@ -107,10 +107,10 @@ def test_a_finished_run_is_not_repeated_unless_asked(run_config: Config, tmp_pat
 def test_a_resumed_run_ends_with_the_same_weights(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ):
-    overrides = [*overrides, "trainer.max_epochs=4"]
+    overrides = [*overrides, "trainer.max_epochs=3"]
     whole = run.train(run_config(*overrides))
     other = tmp_path / "other"
-    parts = stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
+    parts = stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
     a, b = checkpoint(tmp_path / "run"), checkpoint(other)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(a[key], b[key], key)
@@ -229,6 +229,30 @@ def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Pa
     stores = sorted(p.name for p in (tmp_path / "instances/scenes").iterdir())
     run.train(run_config("graph.m=6", "trainer.max_epochs=1", f"run_dir={tmp_path}/b"))
     assert sorted(p.name for p in (tmp_path / "instances/scenes").iterdir()) == stores
+
+
+@pytest.mark.parametrize("trainable", ["none", "box_head"])
+@pytest.mark.parametrize("execution", ["auto", "explicit"])
+def test_on_line(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, execution: str
+):
+    monkeypatch.undo()  # the real detector
+    overrides = [
+        "instances.online=true", "instances.view_size=96", "detector.min_size=96", "optimizer.detector_lr=0.01",
+        f"detector.trainable={trainable}", f"model.execution={execution}",
+        "dataset.sizes={train: 6, val: 3, test: 3}", "trainer.batch_size=3",
+    ]  # fmt: skip
+    whole = run.train(run_config(*overrides))
+    again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
+    assert again["test"] == whole["test"]
+    other = tmp_path / "other"
+    stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
+    state = checkpoint(tmp_path / "run")["state_dict"]
+    assert_same(state, checkpoint(other)["state_dict"])
+    head = {k: v for k, v in state.items() if k.startswith("online.detector.") and "box_head" in k}
+    fresh = build.build_detector(run_config(*overrides)).state_dict()
+    changed = [k for k, v in head.items() if not torch.equal(v, fresh[k.removeprefix("online.detector.")])]
+    assert bool(changed) == (trainable == "box_head")
 
 
 def test_an_accelerator_that_is_not_there(run_config: Config):

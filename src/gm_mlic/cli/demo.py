@@ -95,7 +95,7 @@ def _row_config(config: DictConfig, row: str) -> DictConfig:
 
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    metrics = build.build_metrics(config, targets.shape[1])
+    metrics = build.build_metrics(config, [str(c) for c in range(targets.shape[1])])
     metrics.update(torch.from_numpy(np.asarray(scores, dtype=np.float32)), torch.from_numpy(targets.astype(np.int64)))
     return {name: float(value) for name, value in metrics.compute().items() if name != "AP"}
 
@@ -111,7 +111,7 @@ def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
             test.dataset.targets[row],
             test.store.boxes[row, 0],
             winners[i].numpy(),
-            config.metrics.threshold,
+            build.build_metrics(config, test.dataset.labels).convention.threshold,
         )
         panels.append((test.dataset.image(row), found))
     picture_grid(path, panels, f"{_NAMES[_PICTURED]}: the first {len(panels)} test scenes, and the box that won each label")

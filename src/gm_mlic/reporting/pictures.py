@@ -47,11 +47,11 @@ def judged_labels(
         labels: the C names.
         scores, targets, winners: (C,): scores in [0, 1]; 1 present, 0 difficult, -1 absent; index of the winner.
         boxes: (M, 4) of the image's instances.
-        threshold: predicted are labels with a score above it.
+        threshold: predicted are labels whose score reaches it.
     """
     found = []
     for c in np.argsort(-np.asarray(scores), kind="stable"):
-        predicted, present = scores[c] > threshold, targets[c] >= 0
+        predicted, present = scores[c] >= threshold, targets[c] >= 0
         if predicted or present:
             kind = "missed" if not predicted else "right" if present else "wrong"
             box = tuple(float(v) for v in boxes[winners[c]])

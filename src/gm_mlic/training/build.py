@@ -159,9 +159,10 @@ def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:
     return WeightedBCE(torch.from_numpy(label_ratio(train_targets)), **section(config, "loss"))
 
 
-def build_metrics(config: DictConfig, num_labels: int) -> MultiLabelMetrics:
-    """The metrics of ``config.metrics``."""
-    return MultiLabelMetrics(num_labels, **section(config, "metrics"))
+def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:
+    """The metrics of ``config.metrics``; options that are null are the preset's."""
+    options = {name: value for name, value in section(config, "metrics").items() if value is not None}
+    return MultiLabelMetrics(len(labels), labels=labels, **options)
 
 
 # Trainer
@@ -196,7 +197,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-    except (MisconfigurationException, ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
             f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"

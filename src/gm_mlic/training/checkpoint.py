@@ -87,13 +87,13 @@ def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
         raise WeightsError(f"{path}: not a checkpoint of gm-mlic train ({reason[:120]}).") from error
 
 
-def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into ``model``.
+def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:
+    """Put those of a checkpoint's weights whose names begin with ``prefix`` into ``model``.
 
     Raises:
         WeightsError: if names or shapes differ.
     """
-    weights = {name.removeprefix("model."): w for name, w in content["state_dict"].items() if name.startswith("model.")}
+    weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch_geometric.loader import DataLoader as GraphLoader
 
 from gm_mlic.graphs import AssignmentBatchDataset
+from gm_mlic.instances import OnlineImages
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -50,7 +51,7 @@ class GraphData(LightningDataModule):
     """Loaders for the splits of a run.
 
     Args:
-        splits: a dataset of graphs (or of whole batches of them) for each of ``train``, ``val``, ``test`` that is used.
+        splits: a dataset of graphs, of whole batches of them, or of images, for each split that is used.
         batch_size: images per step and process.
         seed: of the order of training images.
         num_workers: processes that read.
@@ -99,4 +100,6 @@ class GraphData(LightningDataModule):
         }
         if isinstance(dataset, AssignmentBatchDataset):
             return DataLoader(dataset, collate_fn=AssignmentBatchDataset.collate, **settings)
+        if isinstance(dataset, OnlineImages):
+            return DataLoader(dataset, collate_fn=dataset.collate, **settings)
         return GraphLoader(dataset, **settings)

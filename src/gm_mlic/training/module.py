@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.instances import OnlineBatch
 from gm_mlic.training.checkpoint import KEY, Description
+from gm_mlic.training.online import OnlineGraphs
 
 #: How often, in steps, a GPU's loss is looked at (looking waits for the GPU).
 _CHECK_EVERY = 50
@@ -31,7 +33,7 @@ class MLICModule(LightningModule):
         metrics: a metric of scores in [0, 1] and targets, both (N, C), that computes a dict.
         optimizer: the settings of ``conf/optimizer``.
         description: written into each checkpoint.
-        detector: a detector to train along, in on-line mode.
+        online: what turns images into graphs, for batches that are images.
     """
 
     def __init__(
@@ -41,13 +43,13 @@ class MLICModule(LightningModule):
         metrics: nn.Module,
         optimizer: dict[str, Any],
         description: Description,
-        detector: nn.Module | None = None,
+        online: OnlineGraphs | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.metrics = metrics
-        self.detector = detector
+        self.online = online
         self.optimizer_settings = optimizer
         self.description = description
         self.test_values: dict[str, Any] = {}
@@ -56,9 +58,24 @@ class MLICModule(LightningModule):
     def forward(self, batch: Any) -> Any:
         return self.model(batch)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if isinstance(batch, OnlineBatch):  # the detector takes its images where it needs them
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _graphs(self, batch: Any) -> Any:
+        """The assignment graphs of a batch; None if none of its images can be read."""
+        if not isinstance(batch, OnlineBatch):
+            return batch
+        assert self.online is not None
+        return self.online(batch, self.device) if len(batch) else None
+
     # Training
 
-    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor | None:
+        batch = self._graphs(batch)
+        if batch is None:
+            return None
         loss: Tensor = self.loss(self.model(batch).logits, batch.y)
         self._watch(loss)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=batch.num_graphs, sync_dist=True)
@@ -90,15 +107,21 @@ class MLICModule(LightningModule):
     # Evaluation
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
+        batch = self._graphs(batch)
+        if batch is None:
+            return
         logits = self.model(batch).logits.float()
         self.log("val/loss", self.loss(logits, batch.y), batch_size=batch.num_graphs, sync_dist=True)
-        self.metrics.update(torch.sigmoid(logits), batch.y)
+        self.metrics.update(torch.sigmoid(logits), batch.y, batch.row)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
 
     def test_step(self, batch: Any, batch_index: int) -> None:
-        self.metrics.update(torch.sigmoid(self.model(batch).logits.float()), batch.y)
+        batch = self._graphs(batch)
+        if batch is None:
+            return
+        self.metrics.update(torch.sigmoid(self.model(batch).logits.float()), batch.y, batch.row)
 
     def on_test_epoch_end(self) -> None:
         self.test_values = self._log_metrics("test")
@@ -112,7 +135,7 @@ class MLICModule(LightningModule):
         return values
 
     def predict_step(self, batch: Any, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (B,), scores (B, C) and winners (B, C)."""
+        """Rows (B,), scores (B, C) and winners (B, C) of a batch of graphs."""
         output = self.model(batch)
         return batch.row, torch.sigmoid(output.logits.float()), output.winners
 
@@ -121,9 +144,10 @@ class MLICModule(LightningModule):
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        if self.detector is not None:
+        learning = [] if self.online is None else [p for p in self.online.parameters() if p.requires_grad]
+        if learning:
             lr = settings["detector_lr"] if settings["detector_lr"] is not None else settings["lr"] / 10
-            groups.append({"params": [p for p in self.detector.parameters() if p.requires_grad], "lr": lr})
+            groups.append({"params": learning, "lr": lr})
         optimizer: torch.optim.Optimizer
         if settings["name"] == "sgd":
             optimizer = torch.optim.SGD(

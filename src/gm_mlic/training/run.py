@@ -27,11 +27,12 @@ from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import ConfigError, StoreError, WeightsError
 from gm_mlic.graphs import AssignmentGraph
-from gm_mlic.instances import InstanceStore
+from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.training import build
 from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import MLICModule
+from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SplitData:
-    """One split of a run's data."""
+    """One split of a run's data: images, and their instances in a store; or, in on-line mode, no store but readers."""
 
     dataset: MultiLabelDataset
-    store: InstanceStore
+    store: InstanceStore | None
+    online: OnlineImages | None = None
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Images that cannot be read, by id, with the reason."""
+        if self.store is not None:
+            return dict(self.store.manifest.skipped)
+        return {} if self.online is None else dict.fromkeys(self.online.unreadable, "unreadable")
 
 
 def train(config: DictConfig) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def train(config: DictConfig) -> dict[str, Any]:
     _fit(config, module, graph, data, run_dir)
 
     best = run_dir / "checkpoints" / "best.ckpt"
-    values = _test(config, best, data["test"])
+    values = _test(config, best, data["test"], extractor)
     result = _summary(config, run_dir, module, data, values)
     _write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
@@ -107,14 +116,14 @@ def evaluate(
     description.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
     description.check_detector(extractor.name, extractor.fingerprint, path)
-    data = SplitData(dataset, _complete(build.build_store(config, dataset, extractor), config))
-    values = _test(config, path, data)
+    data = split_data(config, split, extractor)
+    values = _test(config, path, data, extractor)
     result = {
         "checkpoint": str(path),
         "split": split,
         "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
         "preset": config.metrics.preset,
-        "skipped": {split: dict(data.store.manifest.skipped)},
+        "skipped": {split: data.skipped},
         "test": _by_name(values, dataset.labels),
     }
     if out is not None:
@@ -127,18 +136,28 @@ def evaluate(
 
 
 def split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
-    """One split and its instance store, extracted if it is missing."""
+    """One split and its instance store, extracted if it is missing; or its images, for on-line detection."""
     dataset = build.build_dataset(config, split)
-    return SplitData(dataset, _complete(build.build_store(config, dataset, extractor), config))
-
-
-def _complete(store: InstanceStore | None, config: DictConfig) -> InstanceStore:
+    # A frozen detector sees the same in an evaluation image at every epoch, so a store serves there.
+    if _trains_detector(config) or (config.instances.online and split == "train"):
+        images = OnlineImages(dataset, train=split == "train", size=config.instances.view_size, seed=config.seed)
+        return SplitData(dataset, None, images)
+    store = build.build_store(config, dataset, extractor)
     if store is None:
         raise StoreError(
             f"instances.shard={config.instances.shard}: the other shards are not done; leave instances.shard out to "
             "have this process extract the rest."
         )
-    return store
+    return SplitData(dataset, store)
+
+
+def _trains_detector(config: DictConfig) -> bool:
+    return bool(config.detector.trainable != "none")
+
+
+def _online_graphs(config: DictConfig, description: Description, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
+    dense = description.model.get("execution", "auto") != "explicit"
+    return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
 def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
@@ -166,9 +185,10 @@ def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> 
     module = MLICModule(
         description.build_model(),
         build.build_loss(config, train_data.dataset.targets),
-        build.build_metrics(config, len(labels)),
+        build.build_metrics(config, labels),
         build.section(config, "optimizer"),
         description,
+        _online_graphs(config, description, graph, extractor) if config.instances.online else None,
     )
     return module, graph
 
@@ -177,15 +197,9 @@ def _fit(
     config: DictConfig, module: MLICModule, graph: AssignmentGraph, data: dict[str, SplitData], run_dir: Path
 ) -> None:
     execution = module.description.model.get("execution", "auto")
+    augment = {"train": config.instances.views > 0, "val": False}
     splits = {
-        split: build.build_graphs(
-            data[split].store,
-            graph,
-            execution=execution,
-            augment=split == "train" and config.instances.views > 0,
-            seed=config.seed,
-        )
-        for split in ("train", "val")
+        split: _readable(data[split], graph, execution, augment=augment[split], seed=config.seed) for split in augment
     }
     last = run_dir / "checkpoints" / "last.ckpt"
     first_epoch = 0
@@ -202,34 +216,47 @@ def _fit(
         raise KeyboardInterrupt
 
 
+def _readable(data: SplitData, graph: AssignmentGraph, execution: str, **settings: Any) -> Any:
+    """What a loader reads: the graphs of the split's store, or its images."""
+    if data.store is None:
+        return data.online
+    return build.build_graphs(data.store, graph, execution=execution, **settings)
+
+
 def _stopped_early(content: dict[str, Any]) -> bool:
     return any(state.get("stopped_epoch", 0) > 0 for state in content["callbacks"].values() if isinstance(state, dict))
 
 
 def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (n,) of the readable images, their scores (n, C), and which instance won each label (n, C)."""
-    module, loader = _trained(config, checkpoint, data)
+    module, loader = _trained(config, checkpoint, data, None)
     batches = build.build_trainer(config, None).predict(module, loader)
     rows, scores, winners = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
     return rows, scores, winners
 
 
-def _test(config: DictConfig, checkpoint: Path, data: SplitData) -> dict[str, Any]:
+def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> dict[str, Any]:
     """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
-    module, loader = _trained(config, checkpoint, data)
+    module, loader = _trained(config, checkpoint, data, extractor)
     build.build_trainer(config, None).test(module, loader, verbose=False)
     return module.test_values
 
 
-def _trained(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[MLICModule, DataLoader[Any]]:
+def _trained(
+    config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any
+) -> tuple[MLICModule, DataLoader[Any]]:
     """The checkpoint's model, and the images of ``data`` as it reads them."""
     description, content = read_checkpoint(checkpoint)
     model = description.build_model()
     load_weights(model, content, checkpoint)
-    metrics = build.build_metrics(config, len(description.labels))
-    module = MLICModule(model, torch.nn.Identity(), metrics, {}, description)
     graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
-    graphs = build.build_graphs(data.store, graph, execution=description.model.get("execution", "auto"))
+    online = None
+    if data.store is None:
+        load_weights(extractor, content, checkpoint, prefix="online.detector.")
+        online = _online_graphs(config, description, graph, extractor)
+    metrics = build.build_metrics(config, description.labels)
+    module = MLICModule(model, torch.nn.Identity(), metrics, {}, description, online)
+    graphs = _readable(data, graph, description.model.get("execution", "auto"))
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
     return module, loaders.evaluation_loader(data.dataset.split)
 
@@ -278,7 +305,7 @@ def _summary(
             "labels": len(data["train"].dataset.labels),
             "sizes": {split: len(part.dataset) for split, part in data.items()},
         },
-        "skipped": {split: dict(part.store.manifest.skipped) for split, part in data.items()},
+        "skipped": {split: part.skipped for split, part in data.items()},
         "model": {**module.description.model, "parameters": sum(p.numel() for p in module.model.parameters())},
         "detector": {"name": module.description.detector, "fingerprint": module.description.detector_fingerprint},
         "train_seconds": round(sum(float(row["seconds"]) for row in epochs), 3),

@@ -105,7 +105,7 @@ RULES: Mapping[str, Rule] = {
     "model.matching_edges": _YES_NO,
     "loss.beta": _number(0),
     "loss.difficult": _one_of("positive", "negative", "ignore"),
-    "metrics.threshold": _number(0, 1),
+    "metrics.threshold": _or_null(_number(0, 1)),
     "optimizer.name": _one_of("sgd", "adamw"),
     "optimizer.lr": _number(0, open_low=True),
     "optimizer.detector_lr": _or_null(_number(0, open_low=True)),

@@ -1,0 +1,67 @@
+"""On-line mode: from the images of a step to its assignment graphs, by way of the detector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Batch, HeteroData
+
+from gm_mlic.detection import InstanceExtractor, Instances
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, instance_data
+from gm_mlic.instances import OnlineBatch
+
+
+class OnlineGraphs(nn.Module):
+    """Detects in a batch of images and joins what was found with the labels.
+
+    Args:
+        extractor: the detector. Only one that is trained along becomes part of this module and its checkpoints.
+        graph: the transform with label vectors and m.
+        dense: make an :class:`~gm_mlic.graphs.AssignmentBatch`; else a batch of ``HeteroData``.
+        trained: whether the detector learns.
+    """
+
+    def __init__(self, extractor: InstanceExtractor, graph: AssignmentGraph, *, dense: bool, trained: bool) -> None:
+        super().__init__()
+        self._frozen = None if trained else [extractor]  # in a list, so that torch does not register it
+        self.detector = extractor if trained else None
+        self.graph = graph
+        self.dense = dense
+
+    @property
+    def extractor(self) -> Any:
+        """The detector, learning or not."""
+        return self.detector if self._frozen is None else self._frozen[0]
+
+    def forward(self, batch: OnlineBatch, device: torch.device) -> AssignmentBatch | HeteroData:
+        """The assignment graphs of the batch's images, on ``device``."""
+        with torch.autocast(device.type, enabled=False):  # as extraction does it, whatever the precision of training
+            found = self.extractor(batch.images, self.graph.m)
+        targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
+        if self.dense:
+            return self._dense(found, targets, rows, device)
+        graphs = []
+        for instances, y, row in zip(found, targets, rows, strict=True):
+            data = instance_data(instances)
+            data.y, data.row = y[None], row[None]
+            graphs.append(self.graph(data.to("cpu")))
+        together: HeteroData = Batch.from_data_list(graphs).to(device)
+        return together
+
+    def _dense(self, found: list[Instances], targets: Tensor, rows: Tensor, device: torch.device) -> AssignmentBatch:
+        def pad(parts: list[Tensor]) -> Tensor:
+            return nn.utils.rnn.pad_sequence([part.to(device) for part in parts], batch_first=True)
+
+        counts = torch.tensor([len(instances) for instances in found], device=device)
+        return AssignmentBatch.build(
+            x=pad([instances.features for instances in found]),
+            box=pad([instances.boxes for instances in found]),
+            mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
+            label_vectors=self.graph.label_vectors.to(device),
+            neighbours=self.graph.neighbours if self.graph.instance_graph else None,
+            relates=None if self.graph.label_lists is None else self.graph.label_lists.to(device),
+            y=targets,
+            row=rows,
+        )
