@@ -159,9 +159,7 @@ def _load(source: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{source} has no list {key!r}: expected COCO's instances format.")
         if not all(isinstance(entry, dict) for entry in content[key]):
-            raise DataError(
-                f"{source}: {key!r} holds an entry that is not an object: expected COCO's instances format."
-            )
+            raise DataError(f"{source}: {key!r} holds an entry that is no object: expected COCO's instances format.")
     return content
 
 
@@ -215,9 +213,7 @@ def _annotate(photos: dict[int, _Photo], content: dict[str, Any], source: Path, 
         where = f"{source}: annotation {entry.get('id', f'number {n}')}"
         photo = photos.get(_integer(entry, "image_id", where))
         if photo is None:
-            raise DataError(
-                f"{where} is for image id {entry['image_id']}, which is not among the images: mend the file."
-            )
+            raise DataError(f"{where} is for image id {entry['image_id']}, not among the images: mend the file.")
         column = column_of.get(_integer(entry, "category_id", where))
         if column is None:
             raise DataError(
@@ -254,7 +250,7 @@ def _holdout(photos: list[_Photo], split: str, val_fraction: float, seed: int) -
     chosen = [photo for row, photo in enumerate(photos) if (row in held_out) == (split == "val")]
     if photos and not chosen:
         raise ConfigError(
-            f"dataset.val_fraction={val_fraction} of {len(photos)} images leaves no image for split {split!r}: change it."
+            f"dataset.val_fraction={val_fraction} of {len(photos)} images leaves none for split {split!r}: change it."
         )
     return chosen
 

@@ -44,9 +44,7 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                         continue
                     dim = _trailing_numbers(line)
                     if not dim:
-                        raise DataError(
-                            _malformed(path, number, "a word and its numbers are needed, separated by spaces")
-                        )
+                        raise DataError(_malformed(path, number, "a word and its numbers are needed"))
                 if line.count(b" ") < dim:
                     raise DataError(_malformed(path, number, f"a word and {dim} numbers are needed"))
                 written = line[: line.index(b" ")].decode("utf-8", "replace")
@@ -63,9 +61,7 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                 except ValueError as error:
                     raise DataError(_malformed(path, number, f"{written!r} has something that is no number")) from error
                 if not np.isfinite(vector).all():
-                    raise DataError(
-                        f"{path}, line {number}: the vector of {written!r} holds NaN or infinity: replace it."
-                    )
+                    raise DataError(f"{path}, line {number}: the vector of {written!r} holds NaN or infinity.")
                 if written == word:
                     exact[word] = vector
                 else:
