@@ -1,7 +1,8 @@
 """Scenes: drawn multi-label images whose labels need company and geometry, and whose best reachable mAP is known.
 
-Sampling is counter-based (Philox, one stream per seed, split and purpose; scene i reads row i of it), so a scene depends
-neither on the size of its split nor on the process that draws it. Everything that reaches a pixel is integer arithmetic.
+Sampling is counter-based (Philox, one stream per seed, split and purpose; scene i reads row i of it), so a scene
+depends neither on the size of its split nor on the process that draws it. Everything that reaches a pixel is integer
+arithmetic, or products of small integers, so that every machine draws the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ _THEME_LABELS = (
 _FAMILIES = (("house", "gate", "hatch"), ("moon", "comet", "satellite"))
 LABELS = tuple(label for group in _THEME_LABELS + _FAMILIES for label in group)
 
-STRAY = 0.15  # share of singles that belong to no theme in particular
+STRAY = 0.2  # share of singles that belong to no theme in particular
 SINGLES = (2, 5)  # fewest and most singles of a scene
 KIT = 0.5  # share of scenes with an anchor and its twin
 LONE_ANCHOR = 0.15  # share of scenes with an anchor that has no twin
@@ -56,7 +57,7 @@ _CANDIDATES = 48  # places tried per object before the scene is laid out anew
 _BLOCK = 4096  # scenes laid out at once, to bound memory
 
 
-# --- looks: shapes on the square -1000..1000 (x to the right, y down), each of which touches all four sides -----------
+# --- looks: shapes on the square -1000..1000 (x to the right, y down), each of which touches all four sides ---
 
 
 def _polygon(*points: tuple[int, int]) -> Callable[[Array, Array], Array]:
@@ -187,7 +188,7 @@ def _smooth(knots: Array, size: int) -> Array:
     return np.asarray((ramps @ knots.astype(np.float32) @ ramps.T).astype(np.int32) >> 12)
 
 
-# --- layout: which objects, and where ----------------------------------------------------------------------------------
+# --- layout: which objects, and where ---
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ def _lay_out(split: str, size: int, seed: int, hard: float, image_size: int, loo
     return _Layout(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
-# --- the best that any method can do -----------------------------------------------------------------------------------
+# --- the best that any method can do ---
 
 
 def _label_given_theme() -> Array:
@@ -349,7 +350,7 @@ def _company(label: Array, look_of: Array) -> tuple[Array, Array]:
 
 
 def _mean_average_precision(scores: Array, targets: Array) -> float:
-    """mAP in per cent: AP is the mean over positives of the precision at their rank; labels without any are left out.
+    """Mean AP in per cent: AP is the mean over positives of the precision at their rank; no positive, no AP.
 
     Ties keep the order of the rows.
     """
@@ -389,9 +390,9 @@ class Scenes(MultiLabelDataset):
     r"""Drawn scenes whose labels need the company that objects keep and where they stand; nothing is downloaded.
 
     A scene has a theme t (of 4, uniform) and 2 to 5 single objects. Each has one of the theme's 4 labels with
-    probability 0.85, else it is a stray: one of all 16 theme labels, so
-    :math:`q_t(a) = 0.85\,[a \in t]/4 + 0.15/16`. Half of the scenes also have a kit: an anchor and one of its two twins.
-    15 % have an anchor without a twin. What makes labels hard are three dials:
+    probability 0.8, else it is a stray: one of all 16 theme labels, so
+    :math:`q_t(a) = 0.8\,[a \in t]/4 + 0.2/16`. Half of the scenes also have a kit: an anchor and one of its two
+    twins. 15 % have an anchor without a twin. What makes labels hard are three dials:
 
     * *company pairs*: two labels of different themes share one look (lemon and tennis ball: yellow disc). Only the
       other objects tell them apart;
@@ -401,10 +402,13 @@ class Scenes(MultiLabelDataset):
 
     Statistics with the default dials:
 
-    ===== ====== ====== =============== =========== ========
-    split images labels labels per image r_c         best mAP
-    ===== ====== ====== =============== =========== ========
-    ===== ====== ====== =============== =========== ========
+    ===== ====== ====== ================ =============== ========
+    split images labels labels per image r_c             best mAP
+    ===== ====== ====== ================ =============== ========
+    train 2000   22     3.91             0.125 to 0.325  97.2
+    val   500    22     3.88             0.112 to 0.338  97.1
+    test  1000   22     3.91             0.113 to 0.334  97.3
+    ===== ====== ====== ================ =============== ========
 
     Args:
         split: ``train``, ``val`` or ``test``: independent streams.
@@ -513,7 +517,7 @@ class Scenes(MultiLabelDataset):
 
     # --- the limit ---
 
-    @property
+    @cached_property
     def limit_scores(self) -> NDArray[np.float64]:
         r"""The exact posterior of every label given every object's look and box: (N, 22) float64.
 
@@ -531,7 +535,11 @@ class Scenes(MultiLabelDataset):
         return np.concatenate([theme_labels, spatial], axis=1)
 
     def best_map(self) -> float:
-        """mAP in per cent of ranking by :attr:`limit_scores`; no method has a better one in expectation."""
+        """The mAP, in per cent, of ranking by :attr:`limit_scores`.
+
+        AP is the mean over a label's positives of the precision at their rank. Ranking by the exact posterior maximises
+        its expectation, so no method has a better one on average; on one finite split luck may add a little.
+        """
         return _mean_average_precision(self.limit_scores, self.targets)
 
     def explain(self, i: int) -> list[SceneObject]:
@@ -575,7 +583,8 @@ def _occlude(canvas: Array, box: tuple[int, int, int, int], covered: Array, styl
     grey, across, from_end = 70 + int(style[4]) % 31, bool(style[5] & 1), bool(style[5] & 2)
     area = covered.sum(axis=0 if across else 1)
     hidden = np.cumsum(area[::-1] if from_end else area) * 100 // area.sum()
-    depth = 1 + int(abs(hidden - share).argmin())
+    # A glyph a few pixels long cannot be cut anywhere: within the bounds first, then near the wanted share.
+    depth = 1 + int((1000 * abs(hidden - hidden.clip(*_OCCLUDED)) + abs(hidden - share)).argmin())
     length = w if across else h
     start = length - depth if from_end else 0
     if across:
