@@ -1,0 +1,377 @@
+"""Run a detector over a split, once, into an instance store: resumable, in one process or in several.
+
+Work goes in fixed batches: batch b is rows bB to bB + B - 1, whatever was done before and whoever does it, so that the
+store's bytes do not depend on where extraction was interrupted or how it was split. A batch is done again unless the
+journal says that all its rows are finished.
+
+Who does what is settled with two kinds of file locks, which the system releases when a process dies: one beside the
+store (``.NAME.lock``), held while the unfinished store is created, claimed or finished, and one for each shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.detection.protocol import InstanceExtractor, Instances
+from gm_mlic.errors import ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
+from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, partial_path
+from gm_mlic.instances.views import crop_and_flip, view_rng
+from gm_mlic.instances.writer import State, StoreWriter, plan
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two looks at whether another process has finished, and between two log lines without a terminal.
+POLL_S = 0.5
+LOG_S = 10.0
+#: Seconds for which a shard's lock may be held before that is an error: a killed process's DataLoader workers inherit
+#: its locks and notice its death only after some seconds.
+PATIENCE_S = 15.0
+
+
+def extract(
+    dataset: MultiLabelDataset,
+    extractor: InstanceExtractor,
+    path: str | Path,
+    *,
+    m: int,
+    views: int = 0,
+    view_size: int = 448,
+    view_seed: int = 0,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    overwrite: bool = False,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> InstanceStore | None:
+    """Make the instance store ``path``, go on with it where it was interrupted, or open it if it is there.
+
+    Args:
+        dataset: one split.
+        extractor: the detector.
+        path: the store's folder; ``<path>.partial`` while it is unfinished.
+        m: instances to keep for each view, by confidence.
+        views: r, augmented views (random crop, resized, random flip) to keep beside the plain image.
+        view_size: their side in pixels.
+        view_seed: their seed.
+        batch_size: images to one call of the extractor.
+        num_workers: processes that decode images; 0 decodes in this one.
+        overwrite: replace a finished store, and discard an unfinished one of another job. A finished store stays in
+            place until its replacement is complete; an unfinished one of this very job is continued.
+        shard: (i, n): do every n-th batch from the i-th on. Start n processes, i = 0 ... n-1, with the same other
+            arguments; the last to end makes the store complete.
+        progress: show a bar (without a terminal: a log line every 10 s).
+
+    Returns:
+        The store; None if shards of other processes are still pending.
+
+    Raises:
+        StoreError: if a store is there that was made for something else, if the detector gives what cannot be stored
+            (NaN, say; the message names the image), or if the disk is full or read-only. What was done stays.
+        DataError: if no image at all can be read.
+        ConfigError: if a number is out of range.
+    """
+    path = Path(path)
+    index, shards = shard
+    check_sizes(m=m, views=views)
+    if batch_size < 1 or num_workers < 0 or view_size < 1 or view_seed < 0:
+        raise ConfigError(
+            f"instances.batch_size={batch_size} and the view size {view_size} are 1 or more; "
+            f"instances.workers={num_workers} and the view seed {view_seed} are 0 or more."
+        )
+    if not 0 <= index < shards:
+        raise ConfigError(f"instances.shard={index},{shards}: give (i, n) with 0 <= i < n.")
+    job = plan(
+        dataset,
+        extractor,
+        m=m,
+        views=views,
+        view_size=view_size,
+        view_seed=view_seed,
+        batch_size=batch_size,
+    )
+
+    def finished() -> InstanceStore:
+        store = InstanceStore.open(path)
+        store.check(dataset, extractor, m=m, views=views, view_size=view_size, view_seed=view_seed)
+        return store
+
+    if (path / MANIFEST).is_file() and not overwrite:
+        return finished()
+    claim = _Claim(path, job, dataset, overwrite, index, shards)
+    with claim:
+        if claim.writer is None:
+            return finished()
+        try:
+            _fill(claim.writer, dataset, extractor, num_workers, index, shards, progress)
+        except KeyboardInterrupt:
+            log.warning("Stopped. The same command continues %s where it stopped.", path)
+            raise
+        store = claim.finish()
+    if store is None:
+        return None
+    skipped = store.manifest.skipped
+    if skipped:
+        log.warning(
+            "%d of %d images could not be read and have no instances in %s (all are listed in its manifest.json): %s%s",
+            len(skipped),
+            len(store),
+            path,
+            "; ".join(list(skipped.values())[:3]),
+            "; ..." if len(skipped) > 3 else "",
+        )
+    return store
+
+
+def _fill(
+    writer: StoreWriter,
+    dataset: MultiLabelDataset,
+    extractor: InstanceExtractor,
+    num_workers: int,
+    index: int,
+    shards: int,
+    progress: bool,
+) -> None:
+    """Do this shard's batches that the journal does not call finished."""
+    job = writer.manifest
+    N, B = len(job.ids), job.batch_size
+    states = writer.states()
+    # an image that was mended since gets its chance: no state is worth keeping that a second look contradicts
+    for row in np.flatnonzero(states == State.UNREADABLE).tolist():
+        with contextlib.suppress(UnreadableImage):
+            dataset.image(row)
+            states[row] = State.PENDING
+    batches = [list(range(start, min(start + B, N))) for start in range(index * B, N, shards * B)]
+    pending = [rows for rows in batches if (states[rows] == State.PENDING).any()]
+    total, left = sum(map(len, batches)), sum(map(len, pending))
+    if 0 < left < total:
+        log.info("Continuing %s: %d of %d images are done.", writer.path, total - left, total)
+    loader: DataLoader[Any] = DataLoader(
+        _Rows(dataset, job),
+        batch_sampler=pending,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # leave the global generator alone
+    )
+    with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
+        for rows, images in zip(pending, loader, strict=True):
+            writer.write(rows[0], _detect(extractor, images, job))
+            meter.advance(len(rows))
+
+
+def _detect(
+    extractor: InstanceExtractor, rows: Sequence[list[np.ndarray] | str | GMMLICError], job: Manifest
+) -> list[list[Instances] | str]:
+    """The instances of each view of each readable row; of the others, the reason."""
+    for row in rows:
+        if isinstance(row, GMMLICError):
+            raise row
+    found: list[list[Instances] | str] = [row if isinstance(row, str) else [] for row in rows]
+    readable = [(row, out) for row, out in zip(rows, found, strict=True) if isinstance(row, list)]
+    for view in range(1 + job.views if readable else 0):
+        images = [_to_tensor(row[view]) for row, _ in readable]
+        try:
+            with torch.no_grad():
+                instances = extractor(images, job.m)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"The detector {job.detector} ran out of memory with instances.batch_size={job.batch_size}: lower it."
+            ) from error
+        if len(instances) != len(images):
+            raise StoreError(f"The detector {job.detector} gave {len(instances)} results for {len(images)} images.")
+        for (_, out), result in zip(readable, instances, strict=True):
+            out.append(result)  # type: ignore[union-attr]
+    return found
+
+
+def _to_tensor(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1).float().div(255)
+
+
+class _Rows(Dataset[Any]):
+    """Row to its 1 + r views, each (H, W, 3) uint8, or to why there are none.
+
+    Bytes, not floats, and arrays, not tensors: from a worker they then come through a pipe at a quarter of the size,
+    and need no shared memory, of which containers have little.
+    """
+
+    def __init__(self, dataset: MultiLabelDataset, job: Manifest) -> None:
+        self.dataset = dataset
+        self.views, self.size, self.seed = job.views, job.view_size, job.view_seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> list[np.ndarray] | str | GMMLICError:
+        try:
+            image = self.dataset.image(i)
+        except UnreadableImage as error:
+            return str(error)
+        except GMMLICError as error:  # raised here, a worker would bury its line in a traceback
+            return error
+        views = [image]
+        if self.size is not None and self.seed is not None:
+            for view in range(1, 1 + self.views):
+                views.append(crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], view)))
+        return [np.array(view, dtype=np.uint8) for view in views]
+
+
+class _Claim:
+    """A context in which this process alone works on its shard of the unfinished store.
+
+    Attributes:
+        writer: to the unfinished store; None if another process finished it while this one waited.
+    """
+
+    writer: StoreWriter | None = None
+
+    def __init__(
+        self, path: Path, job: Manifest, dataset: MultiLabelDataset, overwrite: bool, index: int, shards: int
+    ) -> None:
+        self.path, self.job, self.dataset, self.overwrite = path, job, dataset, overwrite
+        self.partial = partial_path(path)
+        self.guard = FileLock(path.with_name(f".{path.name}.lock"))
+        self.name = f"shard-{index}-of-{shards}"
+        self.lock = FileLock(self.partial / f"{self.name}.lock")
+        self.index, self.shards = index, shards
+
+    def __enter__(self) -> _Claim:
+        began = time.monotonic()
+        overwrite, waiting = self.overwrite, False
+        with StoreWriter(self.path, self.job).writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                with contextlib.suppress(Timeout), self.guard.acquire(timeout=0):
+                    # whoever we waited for made the store that was asked for
+                    if (self.path / MANIFEST).is_file() and (waiting or not overwrite):
+                        return self
+                    holders = self._holders()
+                    rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
+                    if not rivals:
+                        self.writer = StoreWriter.begin(
+                            self.path, self.job, self.dataset.targets, overwrite, in_use=bool(holders)
+                        )
+                        self.lock.acquire(timeout=0)
+                        (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")
+                        return self
+                    if self.shards > 1 and time.monotonic() - began > PATIENCE_S:
+                        raise StoreError(
+                            f"Process {holders[rivals[0]]} is extracting {self.path} as {rivals[0]}: wait for it, or "
+                            "give each process its own instances.shard of the same number of shards."
+                        )
+                if not waiting:
+                    by = self._pids()
+                    log.warning("Waiting for %s, which another process%s is extracting.", self.path, by)
+                    waiting = True
+                time.sleep(POLL_S)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.lock.release()
+
+    def finish(self) -> InstanceStore | None:
+        """Make the store complete if nothing is pending in any shard."""
+        assert self.writer is not None
+        with self.guard:
+            if not self.partial.is_dir():  # the process of another shard was faster
+                return InstanceStore.open(self.path)
+            states = self.writer.states()
+            if (pending := int((states == State.PENDING).sum())) > 0:
+                log.info(
+                    "Shard %d of %d of %s is done; %d of %d images are pending in other shards.",
+                    self.index,
+                    self.shards,
+                    self.path,
+                    pending,
+                    len(states),
+                )
+                return None
+            self.lock.release()
+            if (states == State.UNREADABLE).all():
+                first = next(iter(self.writer.reasons().values()))
+                self.writer.discard()
+                raise DataError(f"None of the {len(states)} images can be read: check dataset.root. The first: {first}")
+            return self.writer.finish()
+
+    def _holders(self) -> dict[str, str]:
+        """Shard to process number, for each shard that a living process (this one apart) works on."""
+        holders = {}
+        for file in sorted(self.partial.glob("shard-*.lock")):
+            try:
+                with FileLock(file).acquire(timeout=0):
+                    pass
+            except Timeout:
+                with contextlib.suppress(OSError):
+                    holders[file.stem] = "of unknown number"
+                    holders[file.stem] = file.with_suffix(".pid").read_text().strip()
+        return holders
+
+    def _pids(self) -> str:
+        return "".join(f" (process {number})" for number in list(self._holders().values())[:1])
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
+
+
+class _Meter:
+    """Images done, of how many, images/s and time left: as a bar on a terminal, else as a log line every 10 s."""
+
+    def __init__(self, what: str, total: int, done: int, show: bool) -> None:
+        self.what, self.total, self.done, self.show = what, total, done, show
+        console = Console(stderr=True)
+        self.bar: Progress | None = None
+        if show and console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        self.began = self.logged = time.monotonic()
+        self.resumed = done
+
+    def __enter__(self) -> _Meter:
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task(self.what, total=self.total, completed=self.done)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, images: int) -> None:
+        self.done += images
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.advance(self.task, images)
+        elif self.show and (now - self.logged > LOG_S or self.done == self.total):
+            speed = (self.done - self.resumed) / max(now - self.began, 1e-9)
+            log.info(
+                "%s: %d of %d images, %.1f images/s, %.0f s left",
+                self.what,
+                self.done,
+                self.total,
+                speed,
+                (self.total - self.done) / speed,
+            )
+            self.logged = now

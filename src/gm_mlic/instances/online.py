@@ -1,0 +1,93 @@
+"""On-line mode: images for detection at every training step, augmented anew in each epoch, instead of a store."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.errors import UnreadableImage
+from gm_mlic.instances.views import crop_and_flip, view_rng
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OnlineBatch:
+    """Images for the extractor; B is what is left of a batch without its unreadable images, and may be 0.
+
+    Attributes:
+        rows: (B,) int64 rows of the dataset.
+        images: B tensors (3, H, W) float32 in [0, 1].
+        targets: (B, C) int8 with 1 present, 0 difficult, -1 absent.
+    """
+
+    rows: Tensor
+    images: list[Tensor]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class OnlineImages(Dataset[tuple[int, Tensor | None]]):
+    """Row ``i`` to ``(i, image)``: the image as it is, or, for training, cropped, resized and flipped at random.
+
+    The randomness is a function of (``seed``, epoch, image id) alone: not of workers, order or batch. Call
+    :meth:`set_epoch` before each epoch. An unreadable image gives None, is logged once, and :meth:`collate` (the
+    ``collate_fn`` of a DataLoader) leaves it out.
+
+    Args:
+        dataset: one split.
+        train: augment.
+        size: side of augmented images in pixels.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, dataset: MultiLabelDataset, train: bool, size: int = 448, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.train = train
+        self.size = size
+        self.seed = seed
+        # shared with the DataLoader's workers, also with those that outlive an epoch
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the random crops and flips of epoch ``epoch``."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Ids of the images found unreadable until now."""
+        return tuple(self.dataset.ids[i] for i in torch.nonzero(self._unreadable).flatten().tolist())
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None]:
+        try:
+            image = self.dataset.image(i)
+        except UnreadableImage as error:
+            if not self._unreadable[i]:
+                self._unreadable[i] = True
+                log.warning("Left out, image %s: %s", self.dataset.ids[i], error)
+            return i, None
+        if self.train:
+            image = crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], int(self._epoch)))
+        return i, torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+
+    def collate(self, samples: list[tuple[int, Tensor | None]]) -> OnlineBatch:
+        """Put samples into a batch, without the unreadable ones."""
+        kept = [(row, image) for row, image in samples if image is not None]
+        rows = [row for row, _ in kept]
+        return OnlineBatch(
+            rows=torch.tensor(rows, dtype=torch.int64),
+            images=[image for _, image in kept],
+            targets=torch.from_numpy(np.asarray(self.dataset.targets[rows], dtype=np.int8)),
+        )
