@@ -75,7 +75,7 @@ def read_image(path: str | Path) -> Image.Image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UnreadableImage(
-                        f"Image {path} has {width} x {height} pixels, more than the limit of {MAX_PIXELS:,}: scale it down."
+                        f"Image {path} has {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: scale it down."
                     )
                 image.load()
                 return _to_rgb(_upright(image))
@@ -83,7 +83,7 @@ def read_image(path: str | Path) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"Image {path} is not an image that can be read (unknown or damaged format): replace it or convert it to JPEG or PNG."
+            f"Image {path} is not an image that can be read (unknown or damaged format): convert it to JPEG or PNG."
         ) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(

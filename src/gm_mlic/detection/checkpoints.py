@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import (
@@ -136,7 +136,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
     text = json.dumps(dict(record), indent=2, ensure_ascii=False)
     part = path.with_name(path.name + ".part")
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(on_cpu, part, metadata={"gm_mlic": text})
+    part.write_bytes(serialise(on_cpu, metadata={"gm_mlic": text}))
     part.replace(path)
     part = path.with_name(path.stem + ".json.part")
     part.write_text(text + "\n", encoding="utf-8")
