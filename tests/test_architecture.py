@@ -85,6 +85,8 @@ def test_building_blocks_load_without_frameworks():
 
 
 def test_the_command_line_starts_without_heavy_imports():
-    code = "import sys, gm_mlic.cli.main\nprint(sorted({'torch', 'hydra', 'lightning', 'matplotlib'} & set(sys.modules)))"
+    code = (
+        "import sys, gm_mlic.cli.main\nprint(sorted({'torch', 'hydra', 'lightning', 'matplotlib'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

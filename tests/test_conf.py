@@ -33,7 +33,7 @@ def leaves(config: DictConfig, prefix: str = "") -> list[str]:
 
 def check_complete(config: DictConfig) -> None:
     """No value is missing except those that only the user can know, and each interpolation resolves."""
-    missing = {key for key in OmegaConf.missing_keys(config)}
+    missing = set(OmegaConf.missing_keys(config))
     assert missing <= MAY_BE_MISSING
     OmegaConf.to_container(config, resolve=True)
     for key in missing:
@@ -74,6 +74,11 @@ def test_a_dataset_names_its_detector_and_the_user_has_the_last_word():
     assert compose("train_detector", ["dataset=coco2014"]).detector.arch == "fasterrcnn_resnet50_fpn"
     both = ["dataset=coco2014", "detector=mobilenet_v3_large_fpn"]
     assert compose("train", both).detector.arch == "fasterrcnn_mobilenet_v3_large_fpn"
+
+
+def test_widths_follow_the_number_of_blocks():
+    assert compose("train", ["model.k=3"]).model.widths == [64, 64, 64]
+    assert compose("demo").rows.concat.widths == [64, 64]
 
 
 def test_the_experiments_of_the_paper_have_its_settings():

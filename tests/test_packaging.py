@@ -88,7 +88,9 @@ def test_the_ranges_admit_what_was_promised(name: str):
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     package, version = name.split("==")
-    requirements = [Requirement(x) for x in setup["options"]["install_requires"].splitlines() if x.strip() and "#" not in x]
+    requirements = [
+        Requirement(x) for x in setup["options"]["install_requires"].splitlines() if x.strip() and "#" not in x
+    ]
     (found,) = [r for r in requirements if r.name == package]
     assert found.specifier.contains(version)
 

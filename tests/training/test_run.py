@@ -17,7 +17,7 @@ from gm_mlic.training import build, run
 Config = Callable[..., DictConfig]
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -29,7 +29,7 @@ class StopAt(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
         if (trainer.current_epoch, i) == self.at:
-            raise Stop
+            raise StopError
 
 
 def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: i
     callbacks = build.training_callbacks
     with monkeypatch.context() as patch:
         patch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), StopAt(epoch, 1)])
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             run.train(config)
     return run.train(config)
 
@@ -233,9 +233,7 @@ def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Pa
 
 @pytest.mark.parametrize("trainable", ["none", "box_head"])
 @pytest.mark.parametrize("execution", ["auto", "explicit"])
-def test_on_line(
-    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, execution: str
-):
+def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, execution: str):
     monkeypatch.undo()  # the real detector
     overrides = [
         "instances.online=true", "instances.view_size=96", "detector.min_size=96", "optimizer.detector_lr=0.01",

@@ -24,10 +24,11 @@ _NOT_PART_OF_A_RUN = {
 
 
 def register_resolvers() -> None:
-    """Make ``gm_mlic.digest``, ``gm_mlic.absolute`` and ``gm_mlic.run_of`` known to OmegaConf."""
+    """Make the ``gm_mlic.*`` resolvers, which the files of ``conf/`` use, known to OmegaConf."""
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.run_of", _run_of, replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.repeat", lambda value, times: [value] * max(0, int(times)), replace=True)
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:
@@ -41,7 +42,10 @@ def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return hydra_compose(config_name, overrides=list(overrides), return_hydra_config=return_hydra_config)
+        config: DictConfig = hydra_compose(
+            config_name, overrides=list(overrides), return_hydra_config=return_hydra_config
+        )
+        return config
 
 
 def _digest(*sections: str, _root_: DictConfig) -> str:

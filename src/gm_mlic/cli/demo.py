@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 #: What the rows of ``conf/demo.yaml`` are called in the table.
 _NAMES = {
-    "mil_max": "per-instance classifier, max-pooled (no graphs)",
-    "concat": "GM-MLIC, concat (the paper's fusion)",
+    "mil_max": "max-pooled classifier, no graphs",
+    "concat": "GM-MLIC, concat",
     "product": "GM-MLIC, product",
 }
 _PICTURED, _PANELS = "product", 12
@@ -46,7 +46,9 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     begin = time.monotonic()
     check(config)
     if config.dataset.name != "scenes":
-        raise ConfigError(f"dataset={config.dataset.name}: the demo needs dataset=scenes; use gm-mlic train for others.")
+        raise ConfigError(
+            f"dataset={config.dataset.name}: the demo needs dataset=scenes; others are for gm-mlic train."
+        )
     run_dir = Path(config.run_dir)
     results = {}
     for row, name in _NAMES.items():
@@ -55,10 +57,11 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
 
     test = split_data(config, "test", build.build_detector(config))
     assert isinstance(test.dataset, Scenes)
+    assert test.store is not None
     readable = test.store.rows
     targets = test.store.targets[readable]
     rows = [
-        ("known limit (sees every object, its look and place)", test.dataset.limit_scores[readable]),
+        ("known limit", test.dataset.limit_scores[readable]),
         ("detector's own labels", detector_scores(test.store)[readable]),
     ]
     table = [(name, _measure(config, scores, targets)) for name, scores in rows]
@@ -91,7 +94,7 @@ def _row_config(config: DictConfig, row: str) -> DictConfig:
     one = copy.deepcopy(config)
     one.model = config.rows[row]
     one.run_dir = str(Path(config.run_dir) / row)
-    return OmegaConf.masked_copy(one, [key for key in one if key != "rows"])
+    return OmegaConf.masked_copy(one, [str(key) for key in one if key != "rows"])
 
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -102,6 +105,7 @@ def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dic
 
 def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
     rows, scores, winners = predict(config, Path(config.run_dir) / "checkpoints" / "best.ckpt", test)
+    assert test.store is not None
     panels = []
     for i in range(min(_PANELS, len(rows))):
         row = int(rows[i])
@@ -114,4 +118,4 @@ def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
             build.build_metrics(config, test.dataset.labels).convention.threshold,
         )
         panels.append((test.dataset.image(row), found))
-    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: the first {len(panels)} test scenes, and the box that won each label")
+    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: {len(panels)} test scenes, and the box that won each label")

@@ -57,7 +57,9 @@ def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> st
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
         return _unknown_key(str(cause.full_key), command, arguments)
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        found = re.search(r"[Mm]issing mandatory value: ([\w.]+)", str(error)) or re.search(r"node '([\w.]+)'", str(error))
+        found = re.search(r"[Mm]issing mandatory value: ([\w.]+)", str(error)) or re.search(
+            r"node '([\w.]+)'", str(error)
+        )
         key = found.group(1) if found else str(getattr(error, "full_key", "") or "a setting")
         return f"{key} has no value: set it with {key}=VALUE."
     no_match = re.search(r"Could not override '([\w/@.]+)'", str(error))

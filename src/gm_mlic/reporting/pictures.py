@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,11 +60,13 @@ def judged_labels(
     return found
 
 
-def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelBox]]], title: str, columns: int = 4) -> None:
+def picture_grid(
+    path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelBox]]], title: str, columns: int = 4
+) -> None:
     """Write a PNG: each image with numbered boxes, and beneath it the labels with the numbers of their boxes.
 
-    Labels won by the same instance share its box. Green: predicted and present; red: predicted, absent; brown, dashed:
-    present, not predicted.
+    Labels won by the same instance, or by boxes that nearly coincide, share a number. Green: predicted and present;
+    red: predicted, absent; brown, dashed: present, not predicted.
 
     Args:
         path: of the PNG.
@@ -97,16 +100,15 @@ def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelB
         axes = figure.add_subplot(grid[2 * row, column])
         axes.imshow(np.asarray(image), interpolation="bilinear")
         axes.set_axis_off()
-        numbers: dict[tuple[float, ...], int] = {}
-        kinds: dict[tuple[float, ...], str] = {}
-        for label in found:
-            numbers.setdefault(label.box, len(numbers) + 1)
-            # A box shared by several labels has the colour of the worst of them.
-            kinds[label.box] = max(kinds.get(label.box, "right"), label.kind, key=("right", "missed", "wrong").index)
-        for box, n in numbers.items():
+        places = _places([label.box for label in found])
+        for n in sorted(set(places)):
+            here = [label for label, place in zip(found, places, strict=True) if place == n]
+            box = here[0].box
+            # A box that several labels share has the colour of the worst of them.
+            kind = max((label.kind for label in here), key=("right", "missed", "wrong").index)
             x1, x2 = (v * image.width - 0.5 for v in box[0::2])
             y1, y2 = (v * image.height - 0.5 for v in box[1::2])
-            colour, dashed = COLOURS[kinds[box]], kinds[box] == "missed"
+            colour, dashed = COLOURS[kind], kind == "missed"
             frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2)
             axes.add_patch(frame)
             axes.add_patch(
@@ -123,9 +125,30 @@ def picture_grid(path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelB
         below.set_axis_off()
         below.set_ylim(max(1, lines[row]), 0)
         for line, label in enumerate(found):
-            text = f"{numbers[label.box]}  {_MARKS[label.kind]} {label.name}"
-            style = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center"}
+            text = f"{places[line]}  {_MARKS[label.kind]} {label.name}"
+            style: dict[str, Any] = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center"}
             below.text(0.02, line + 0.5, text, **style)
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
+
+
+def _places(boxes: Sequence[tuple[float, float, float, float]], same: float = 0.6) -> list[int]:
+    """A number from 1 for each box; boxes that overlap an earlier one by an IoU above ``same`` have its number."""
+    kept: list[tuple[float, float, float, float]] = []
+    places = []
+    for box in boxes:
+        place = next((n for n, other in enumerate(kept, start=1) if _iou(box, other) > same), None)
+        if place is None:
+            kept.append(box)
+            place = len(kept)
+        places.append(place)
+    return places
+
+
+def _iou(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    """Intersection over union of two boxes; 0 where both are empty."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    return width * height / union if union > 0 else float(a == b)

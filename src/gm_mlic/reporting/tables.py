@@ -39,9 +39,7 @@ def comparison_table(
     return table
 
 
-def comparison_markdown(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON
-) -> str:
+def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON) -> str:
     """The same as a Markdown table."""
     head = ["", *(column.replace("top3/", "top-3 ") for column in columns)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(columns)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -73,9 +72,10 @@ class EpochBar(Callback):
 
 
 class EpochCSV(Callback):
-    """``metrics.csv``: one row for each epoch (the first is 1), rewritten whole and atomically, so that a killed run loses none.
+    """``metrics.csv``: one row for each epoch (the first is 1).
 
-    A resumed run keeps the rows of the epochs that its checkpoint has seen. (Lightning's CSVLogger deletes the file.)
+    The file is rewritten whole and atomically, so that a killed run loses no row. A resumed run keeps the rows of the
+    epochs that its checkpoint has seen. (Lightning's CSVLogger deletes the file.)
 
     Args:
         path: the file.
@@ -114,4 +114,4 @@ class EpochCSV(Callback):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(part, self.path)
+        part.replace(self.path)

@@ -97,4 +97,6 @@ def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, pr
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise WeightsError(f"{path}: its weights do not fit the model ({str(error).splitlines()[1].strip()}).") from error
+        raise WeightsError(
+            f"{path}: its weights do not fit the model ({str(error).splitlines()[1].strip()})."
+        ) from error

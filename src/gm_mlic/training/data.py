@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -99,7 +99,8 @@ class GraphData(LightningDataModule):
             "pin_memory": torch.cuda.is_available(),
         }
         if isinstance(dataset, AssignmentBatchDataset):
-            return DataLoader(dataset, collate_fn=AssignmentBatchDataset.collate, **settings)
+            return DataLoader(dataset, collate_fn=cast("Any", AssignmentBatchDataset.collate), **settings)
         if isinstance(dataset, OnlineImages):
             return DataLoader(dataset, collate_fn=dataset.collate, **settings)
-        return GraphLoader(dataset, **settings)
+        loader: DataLoader[Any] = GraphLoader(dataset, **settings)
+        return loader

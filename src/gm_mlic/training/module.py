@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.instances import OnlineBatch
@@ -25,7 +26,8 @@ class MLICModule(LightningModule):
     """Trains ``model`` to minimise ``loss`` and measures it with ``metrics``.
 
     Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
-    ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with ``AP`` (C,).
+    ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with
+    ``AP`` (C,).
 
     Args:
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
@@ -40,7 +42,7 @@ class MLICModule(LightningModule):
         self,
         model: nn.Module,
         loss: nn.Module,
-        metrics: nn.Module,
+        metrics: Metric,
         optimizer: dict[str, Any],
         description: Description,
         online: OnlineGraphs | None = None,
@@ -93,9 +95,9 @@ class MLICModule(LightningModule):
     def _stop_if_diverged(self) -> None:
         if self._bad_step is not None and int(self._bad_step) >= 0:
             raise DivergedError(
-                f"The loss is not finite at epoch {self.current_epoch + 1}, step {int(self._bad_step)}: lower optimizer.lr "
-                f"(now {self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The last good epoch is in "
-                "checkpoints/last.ckpt."
+                f"The loss is not finite at epoch {self.current_epoch + 1}, step {int(self._bad_step)}: lower "
+                f"optimizer.lr (now {self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The last good "
+                "epoch is in checkpoints/last.ckpt."
             )
 
     def on_train_epoch_end(self) -> None:

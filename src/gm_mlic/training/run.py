@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import subprocess
 import sys
 import warnings
@@ -36,6 +35,9 @@ from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
+
+#: Packages whose versions a run records.
+_VERSIONS = ("torch", "torchvision", "torch-geometric", "lightning")
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ def _trains_detector(config: DictConfig) -> bool:
     return bool(config.detector.trainable != "none")
 
 
-def _online_graphs(config: DictConfig, description: Description, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
+def _online_graphs(
+    config: DictConfig, description: Description, graph: AssignmentGraph, extractor: Any
+) -> OnlineGraphs:
     dense = description.model.get("execution", "auto") != "explicit"
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
@@ -312,7 +316,10 @@ def _summary(
         "versions": {
             "gm-mlic": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "torch-geometric", "lightning")},
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("torch", "torchvision", "torch-geometric", "lightning")
+            },
         },
         "revision": _revision(),
         "command": " ".join(sys.argv),
@@ -343,7 +350,7 @@ def _revision() -> str | None:
 def _write_atomically(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _quieten_lightning() -> None:

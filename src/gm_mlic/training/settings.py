@@ -157,7 +157,9 @@ def _check_together(config: DictConfig) -> None:
         )
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:
-        raise ConfigError(f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block.")
+        raise ConfigError(
+            f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block."
+        )
     if get("detector.trainable") not in (None, "none") and not get("instances.online"):
         raise ConfigError(
             f"detector.trainable={get('detector.trainable')} needs instances.online=true: a store holds what the "

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+
+from gm_mlic.cli import commands
+from gm_mlic.cli.main import COMMANDS, run
+from gm_mlic.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gm-mlic"])
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        assert run(arguments) == 0
+        shown = capsys.readouterr().out
+        for name, what in COMMANDS.items():
+            assert re.search(rf"^  {name} +{re.escape(what)}$", shown, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"gm-mlic {command}: ")
+    assert "Examples:" in shown
+    for line in re.findall(r"^ +(gm-mlic .*)$", shown, flags=re.MULTILINE):
+        assert line.split()[1] in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_cfg(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run([command, "--cfg", "job"]) == 0
+    assert "run_dir:" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert run(["--version"]) == 0
+    assert re.fullmatch(r"gm-mlic \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "no command 'trian': did you mean 'train'?"),
+        (["zzz"], "no command 'zzz': there are demo, train, eval, extract, train-detector."),
+        (["train", "dataset=voc"], "dataset=voc: there is no such option; choose from coco2014, scenes."),
+        (
+            ["train", "graph.mm=3"],
+            "graph.mm: there is no such setting; did you mean graph.m? graph has label_neighbours, m, neighbours.",
+        ),
+        (["train", "grap.m=3"], "grap: there is no such setting; did you mean graph?"),
+        (["train", "seed"], "missing EQUAL"),
+        (["train", "graph.m=-1"], "graph.m=-1: expected a whole number, at least 1."),
+        (["train", "model.k=0"], "model.k=0: expected a whole number, at least 1."),
+        (["train", "model.k=two"], "model.k=two: expected a whole number, at least 1."),
+        (
+            ["train", "model.k=3", "model.widths=[8,8]"],
+            "widths=[8, 8] has 2 widths, model.k=3: give one per block.",
+        ),
+        (["train", "loss.beta=.nan"], "loss.beta=.nan: expected a number of at least 0."),
+        (["train", "graph.m=40"], "graph.m=40 is more than the store would keep (detector.max_instances="),
+        (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
+        (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),
+        (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),
+        (["eval"], "checkpoint has no value: set it with checkpoint=VALUE."),
+        (["eval", "checkpoint=none.ckpt"], "none.ckpt: no such checkpoint"),
+        (["demo", "dataset=coco2014"], "the demo needs dataset=scenes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_user_can_mend(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+    assert run(arguments) == 2
+    line = last_line(capsys)
+    assert line.startswith("gm-mlic: error: ")
+    assert expected in line
+
+
+def raising(error: BaseException):
+    def task(config):
+        raise error
+
+    return task
+
+
+def test_errors_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(DataError("x.json:\n  broken. Mend it.")))
+    assert run(["train"]) == 2
+    assert last_line(capsys) == "gm-mlic: error: x.json: broken. Mend it."
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(OSError(28, "No space left on device", "runs/x")))
+    assert run(["train"]) == 2
+    assert "runs/x: the disk is full; free some space, then run the same command again" in last_line(capsys)
+
+
+def test_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(KeyboardInterrupt()))
+    assert run(["train"]) == 130
+    assert "the same command continues" in last_line(capsys)
+
+
+def test_a_defect_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(ZeroDivisionError("division by zero")))
+    assert run(["train"]) == 1
+    line = last_line(capsys)
+    assert "internal error: ZeroDivisionError: division by zero" in line
+    assert "--verbose" in line
+    assert run(["train", "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_multirun_goes_on_after_a_failed_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    seen = []
+
+    def task(config):
+        seen.append((config.seed, config.run_dir))
+        if config.seed == 1:
+            raise DataError("seed 1 is unlucky.")
+
+    monkeypatch.setitem(commands._TASKS, "train", task)
+    assert run(["train", "-m", "seed=0,1,2"]) == 2
+    assert [seed for seed, _ in seen] == [0, 1, 2]
+    assert len({folder for _, folder in seen}) == 3
+    err = capsys.readouterr().err
+    assert "job 1 (seed=1) failed: seed 1 is unlucky." in err
+    assert err.strip().splitlines()[-1] == "gm-mlic: error: seed 1 is unlucky."

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gm_mlic.reporting.pictures import COLOURS, _places, judged_labels, picture_grid
+
+LABELS = ("cat", "dog", "bird", "fish")
+
+
+def test_labels_are_judged_and_sorted():
+    found = judged_labels(
+        LABELS,
+        scores=np.array([0.4, 0.5, 0.9, 0.1]),
+        targets=np.array([1, 1, -1, -1]),
+        boxes=np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]),
+        winners=np.array([1, 0, 1, 0]),
+    )
+    assert [(x.name, x.kind) for x in found] == [("bird", "wrong"), ("dog", "right"), ("cat", "missed")]
+    assert [x.box for x in found] == [(0.5, 0.5, 1, 1), (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
+
+
+def test_difficult_labels_are_not_wrong():
+    zero = np.zeros(4, dtype=int)
+    found = judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([0, -1, -1, -1]), np.zeros((1, 4)), zero)
+    assert [(x.name, x.kind) for x in found] == [("cat", "right")]
+
+
+def test_boxes_that_nearly_coincide_share_a_number():
+    boxes = [(0.0, 0.0, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9), (0.01, 0.0, 0.5, 0.5), (0.0, 0.0, 0.2, 0.2)]
+    assert _places(boxes) == [1, 2, 1, 3]
+    assert _places([(0.3, 0.3, 0.3, 0.3)] * 2) == [1, 1]
+    assert _places([]) == []
+
+
+def test_the_picture_has_the_colours_of_what_it_shows(tmp_path: Path):
+    image = Image.new("RGB", (60, 40), (128, 128, 128))
+    box = np.array([[0.1, 0.1, 0.9, 0.9]])
+    panel = (
+        image,
+        judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([1, -1, -1, -1]), box, np.zeros(4, int)),
+    )
+    path = tmp_path / "new" / "x.png"
+    picture_grid(path, [panel, (image, [])], "two", columns=4)
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    green = tuple(int(COLOURS["right"][i : i + 2], 16) for i in (1, 3, 5))
+    assert (pixels == green).all(axis=1).any()
