@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -276,8 +276,9 @@ class _Claim:
                             "give each process its own instances.shard of the same number of shards."
                         )
                 if not waiting:
-                    by = self._pids()
-                    log.warning("Waiting for %s, which another process%s is extracting.", self.path, by)
+                    numbers = [self._number(file) for file in sorted(self.partial.glob("*.pid"))]
+                    by = ", ".join(numbers) or "of unknown number"
+                    log.warning("Waiting for %s, which another process is extracting (process %s).", self.path, by)
                     waiting = True
                 time.sleep(POLL_S)
 
@@ -286,6 +287,7 @@ class _Claim:
     ) -> None:
         if self.writer is not None:
             self.writer.close()
+            (self.partial / f"{self.name}.pid").unlink(missing_ok=True)
         self.lock.release()
 
     def finish(self) -> InstanceStore | None:
@@ -313,20 +315,22 @@ class _Claim:
             return self.writer.finish()
 
     def _holders(self) -> dict[str, str]:
-        """Shard to process number, for each shard that a living process (this one apart) works on."""
+        """Shard to process number, for each shard that a living process works on. Only under the guard."""
         holders = {}
         for file in sorted(self.partial.glob("shard-*.lock")):
             try:
                 with FileLock(file).acquire(timeout=0):
                     pass
             except Timeout:
-                with contextlib.suppress(OSError):
-                    holders[file.stem] = "of unknown number"
-                    holders[file.stem] = file.with_suffix(".pid").read_text().strip()
+                holders[file.stem] = self._number(file.with_suffix(".pid"))
         return holders
 
-    def _pids(self) -> str:
-        return "".join(f" (process {number})" for number in list(self._holders().values())[:1])
+    @staticmethod
+    def _number(file: Path) -> str:
+        try:
+            return file.read_text().strip()
+        except OSError:
+            return "of unknown number"
 
 
 class _Speed(ProgressColumn):
