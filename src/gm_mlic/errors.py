@@ -21,7 +21,7 @@ class DataError(GMMLICError):
     """Something in a dataset's files is missing, malformed or inconsistent."""
 
 
-class UnreadableImage(DataError):
+class UnreadableImage(DataError):  # noqa: N818 - named for what it is about
     """One image cannot be decoded. Extraction records it and goes on; everything else stops."""
 
 

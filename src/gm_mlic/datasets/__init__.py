@@ -1,0 +1,15 @@
+"""Datasets: what each offers to the rest of the package, and the ones that are shipped."""
+
+from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, label_ratio
+from gm_mlic.datasets.scenes import SceneObject, Scenes
+
+__all__ = [
+    "ABSENT",
+    "DIFFICULT",
+    "PRESENT",
+    "BoxAnnotations",
+    "MultiLabelDataset",
+    "SceneObject",
+    "Scenes",
+    "label_ratio",
+]

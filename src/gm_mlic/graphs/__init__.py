@@ -1,0 +1,21 @@
+"""Assignment graphs: instances and labels as one ``HeteroData``."""
+
+from gm_mlic.graphs.assignment import AssignmentGraph, label_relations, nearest_neighbours
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, instance_data
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+
+__all__ = [
+    "INSTANCE",
+    "LABEL",
+    "MATCHES",
+    "NEAR",
+    "RELATES",
+    "AssignmentBatch",
+    "AssignmentBatchDataset",
+    "AssignmentGraph",
+    "AssignmentGraphDataset",
+    "instance_data",
+    "label_relations",
+    "nearest_neighbours",
+]

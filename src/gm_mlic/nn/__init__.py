@@ -1,0 +1,26 @@
+"""Layers and models, as PyG building blocks."""
+
+from gm_mlic.nn.conv import AssignmentConv, EdgeConv, MeanMessage, NodeConv, Product, Relations
+from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, ModelOutput, pool_matches
+from gm_mlic.nn.mil import MILMax
+from gm_mlic.nn.mlp import MLP, ConcatLinear
+from gm_mlic.nn.registry import create_model, list_models, register_model
+
+__all__ = [
+    "GMMLIC",
+    "MLP",
+    "AssignmentConv",
+    "ConcatLinear",
+    "EdgeConv",
+    "Encoder",
+    "MILMax",
+    "MeanMessage",
+    "ModelOutput",
+    "NodeConv",
+    "Product",
+    "Relations",
+    "create_model",
+    "list_models",
+    "pool_matches",
+    "register_model",
+]

@@ -1,0 +1,181 @@
+"""A batch of assignment graphs as dense tensors: what the structured execution reads.
+
+Matching edges are complete, so a tensor (B, M, C, d) holds them without any ``edge_index``; fewer instances are a mask.
+Nothing of eq. 2 and 3 is ever written out, for it only repeats node attributes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+
+
+@dataclass(frozen=True)
+class AssignmentBatch:
+    """B assignment graphs over the same C labels.
+
+    Attributes:
+        x: (B, M, D_o) instance features, zero where there is none.
+        box: (B, M, 4), (x1, y1, x2, y2) divided by image width and height.
+        mask: (B, M) bool, which instances there are; each image's stand first.
+        label_vectors: (C, D_l).
+        near: (B, M, K) int64, neighbours j of each instance i; None without an instance graph.
+        near_mask: (B, M, K) bool, which of them there are.
+        near_attr: (B, M, K, 8), [B_j, B_i] of eq. 1.
+        relates: (C, K_l) int64, neighbours of each label; None for all other labels, or without a label graph.
+        y: (B, C) int64 targets in {1, 0, -1}, or None.
+        row: (B,) int64 row of each image in its store, or None.
+    """
+
+    x: Tensor
+    box: Tensor
+    mask: Tensor
+    label_vectors: Tensor
+    near: Tensor | None = None
+    near_mask: Tensor | None = None
+    near_attr: Tensor | None = None
+    relates: Tensor | None = None
+    y: Tensor | None = None
+    row: Tensor | None = None
+
+    @property
+    def num_graphs(self) -> int:
+        """B."""
+        return int(self.x.shape[0])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AssignmentBatch:
+        """The same batch on another device."""
+        moved = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if (value := getattr(self, f.name)) is not None
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> AssignmentBatch:
+        """The same batch in page-locked memory, for copies to a GPU that overlap with work."""
+        pinned = {f.name: value.pin_memory() for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **pinned)
+
+    @classmethod
+    def build(
+        cls,
+        x: Tensor,
+        box: Tensor,
+        mask: Tensor,
+        label_vectors: Tensor,
+        *,
+        neighbours: int | None = 5,
+        relates: Tensor | None = None,
+        y: Tensor | None = None,
+        row: Tensor | None = None,
+    ) -> AssignmentBatch:
+        """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
+
+        Args:
+            x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
+            label_vectors: (C, D_l).
+            neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
+            relates, y, row: see the class.
+        """
+        near = near_mask = near_attr = None
+        if neighbours is not None:
+            M = x.shape[1]
+            centres = (box[..., :2] + box[..., 2:]) / 2
+            distance = (centres[:, :, None] - centres[:, None]).square().sum(dim=-1)
+            distance.masked_fill_(~mask[:, None], float("inf"))
+            distance.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+            distance, near = distance.sort(dim=2, stable=True)
+            K = min(neighbours, M - 1)
+            near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
+            sources = torch.gather(box, 1, near.reshape(len(x), M * K, 1).expand(-1, -1, 4)).view(len(x), M, K, 4)
+            near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
+        return cls(x, box, mask, label_vectors, near, near_mask, near_attr, relates, y, row)
+
+    @classmethod
+    def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
+        """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
+
+        There is none where the matching edges are not every instance with every label, where images differ in their
+        labels, where the label graph is neither complete nor of equal degree, or where the graph carries edge
+        attributes for eq. 2 and 3 of its own.
+        """
+        if "edge_attr" in data[MATCHES] or ("edge_attr" in data[RELATES] if RELATES in data.edge_types else False):
+            return None
+        B = int(getattr(data, "num_graphs", 1))
+        x, W = data[INSTANCE].x, data[LABEL].x
+        if W.shape[0] % B:
+            return None
+        C = W.shape[0] // B
+        ptr = data[INSTANCE].ptr if "ptr" in data[INSTANCE] else torch.tensor([0, x.shape[0]], device=x.device)
+        counts = ptr.diff()
+        W = W.view(B, C, -1)
+        if B > 1 and not torch.equal(W, W[:1].expand_as(W)):
+            return None
+        if not _complete_matches(data[MATCHES].edge_index, x.shape[0], C, counts):
+            return None
+
+        M = int(counts.max())
+        mask = torch.arange(M, device=x.device) < counts[:, None]
+        dense_x = x.new_zeros(B, M, x.shape[1])
+        dense_x[mask] = x
+        box = x.new_zeros(B, M, 4)
+        box[mask] = data[INSTANCE].box
+        near = near_mask = near_attr = relates = None
+        if NEAR in data.edge_types:
+            source, target = data[NEAR].edge_index
+            image = torch.repeat_interleave(torch.arange(B, device=x.device), counts)
+            slot, K = _slots(target, x.shape[0])
+            near = source.new_zeros(B, M, K)
+            near_mask = torch.zeros(B, M, K, dtype=torch.bool, device=x.device)
+            near_attr = x.new_zeros(B, M, K, data[NEAR].edge_attr.shape[1])
+            where = (image[target], target - ptr[image[target]], slot)
+            near[where] = source - ptr[image[source]]
+            near_mask[where] = True
+            near_attr[where] = data[NEAR].edge_attr
+        if RELATES in data.edge_types:
+            source, target = data[RELATES].edge_index
+            if source.numel() != B * C * (C - 1):
+                lists = _equal_lists(source, target, B, C)
+                if lists is None:
+                    return None
+                relates = lists
+        y = data.y if "y" in data else None
+        row = data.row if "row" in data else None
+        return cls(dense_x, box, mask, W[0], near, near_mask, near_attr, relates, y, row)
+
+
+def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:
+    """Whether the matching edges are every instance with every label of its image, sorted by instance."""
+    if matches.shape[1] != num_instances * C:
+        return False
+    image = torch.repeat_interleave(torch.arange(len(counts), device=matches.device), counts)
+    source = torch.arange(num_instances, device=matches.device).repeat_interleave(C)
+    target = (image * C)[:, None] + torch.arange(C, device=matches.device)
+    return torch.equal(matches[0], source) and torch.equal(matches[1], target.reshape(-1))
+
+
+def _slots(target: Tensor, num_nodes: int) -> tuple[Tensor, int]:
+    """The rank of each edge among the edges of its target, and the largest number of edges of a target."""
+    degree = torch.bincount(target, minlength=num_nodes)
+    order = target.argsort(stable=True)
+    start = degree.cumsum(0) - degree
+    slot = torch.empty_like(target)
+    slot[order] = torch.arange(target.numel(), device=target.device) - start[target[order]]
+    return slot, int(degree.max()) if target.numel() else 0
+
+
+def _equal_lists(source: Tensor, target: Tensor, B: int, C: int) -> Tensor | None:
+    """Neighbour lists (C, K) if every label of every image has the same K, else None."""
+    degree = torch.bincount(target, minlength=B * C)
+    K = int(degree[0])
+    if not bool((degree == K).all()):
+        return None
+    order = target.argsort(stable=True)
+    lists = torch.remainder(source[order], C).view(B, C, K)
+    return lists[0] if torch.equal(lists, lists[:1].expand_as(lists)) else None

@@ -1,0 +1,165 @@
+"""The assignment graphs of an instance store: one ``HeteroData`` for each image, or a dense batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+from torch_geometric.data import Dataset, HeteroData
+
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.graphs.assignment import AssignmentGraph
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.graphs.schema import INSTANCE
+
+
+class InstanceRows(Protocol):
+    """What graphs need of an instance store: its arrays (see :class:`gm_mlic.instances.InstanceStore`)."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    detected_labels: np.ndarray
+    counts: np.ndarray
+    targets: np.ndarray
+    rows: np.ndarray
+
+
+def instance_data(instances: Instances) -> HeteroData:
+    """A ``HeteroData`` with the ``instance`` store only: what :class:`AssignmentGraph` starts from."""
+    data = HeteroData()
+    data[INSTANCE].x = instances.features
+    data[INSTANCE].box = instances.boxes
+    data[INSTANCE].score = instances.scores
+    data[INSTANCE].detected_label = instances.detected_labels
+    return data
+
+
+class _Views:
+    """The readable images of a store, and which view of each an epoch takes."""
+
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool, seed: int) -> None:
+        _, views, stored_m, _ = store.features.shape
+        if graph.m is not None and graph.m > stored_m:
+            raise StoreError(
+                f"The store holds m={stored_m} instances for each image, graph.m={graph.m} asks for more: "
+                f"extract again with detector.max_instances={graph.m}, or lower graph.m."
+            )
+        if store.targets.shape[1] != graph.label_vectors.shape[0]:
+            raise StoreError(
+                f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
+            )
+        if augment and views < 2:
+            raise ConfigError("The store has no augmented views: extract with instances.views=4, or do not augment.")
+        self.store = store
+        self.graph = graph
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other views from now on; the same epoch always draws the same."""
+        self.epoch = epoch
+
+    def view(self, row: int) -> int:
+        """Which view of the image at ``row`` this epoch takes: 0 is the plain one."""
+        if not self.augment:
+            return 0
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, (self.epoch << 32) | row]))
+        return int(rng.integers(1, self.store.features.shape[1]))
+
+
+class AssignmentGraphDataset(_Views, Dataset):
+    """The assignment graphs of the readable images of an instance store, one ``HeteroData`` each.
+
+    Each graph also has ``y`` (1, C) int64 in {1, 0, -1} and ``row`` (1,), the image's row in the store. It batches
+    with PyG's ``DataLoader``.
+
+    Args:
+        store: an opened instance store.
+        graph: the transform that builds the graphs; m and the graphs' settings live there.
+        augment: take an augmented view instead of the plain one, drawn anew in each epoch (see :meth:`set_epoch`).
+        seed: of that draw.
+
+    Raises:
+        StoreError: if the store holds fewer than m instances, or other labels.
+        ConfigError: if there are no augmented views to draw from.
+    """
+
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+        Dataset.__init__(self)
+        _Views.__init__(self, store, graph, augment=augment, seed=seed)
+
+    def len(self) -> int:
+        return len(self.store.rows)
+
+    def get(self, idx: int) -> HeteroData:
+        row = int(self.store.rows[idx])
+        view = self.view(row)
+        count = int(self.store.counts[row, view])
+
+        def take(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+            return torch.from_numpy(np.array(array[row, view, :count])).to(dtype)
+
+        data = instance_data(
+            Instances(
+                boxes=take(self.store.boxes, torch.float32),
+                scores=take(self.store.scores, torch.float32),
+                detected_labels=take(self.store.detected_labels, torch.int64),
+                features=take(self.store.features, torch.float32),
+            )
+        )
+        data.y = torch.from_numpy(self.store.targets[row].astype(np.int64))[None]
+        data.row = torch.tensor([row])
+        graph: HeteroData = self.graph(data)
+        return graph
+
+
+class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
+    """The same graphs as :class:`AssignmentGraphDataset`, a whole :class:`AssignmentBatch` at once.
+
+    A ``DataLoader`` asks it for all rows of a batch together, and no object is made for a single image: give the
+    loader ``collate_fn=AssignmentBatchDataset.collate``.
+
+    Args:
+        store, graph, augment, seed: as for :class:`AssignmentGraphDataset`.
+
+    Raises:
+        StoreError, ConfigError: likewise.
+    """
+
+    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+        super().__init__(store, graph, augment=augment, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.store.rows)
+
+    def __getitem__(self, index: int) -> AssignmentBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> AssignmentBatch:
+        store, graph = self.store, self.graph
+        rows = np.asarray(store.rows)[np.asarray(indices)]
+        views = np.array([self.view(int(row)) for row in rows]) if self.augment else np.zeros_like(rows)
+        M = store.features.shape[2] if graph.m is None else graph.m
+        count = torch.from_numpy(np.asarray(store.counts[rows, views], dtype=np.int64)).clamp(max=M)
+        return AssignmentBatch.build(
+            x=torch.from_numpy(store.features[rows, views, :M]).float(),
+            box=torch.from_numpy(store.boxes[rows, views, :M]),
+            mask=torch.arange(M) < count[:, None],
+            label_vectors=graph.label_vectors,
+            neighbours=graph.neighbours if graph.instance_graph else None,
+            relates=graph.label_lists,
+            y=torch.from_numpy(store.targets[rows].astype(np.int64)),
+            row=torch.from_numpy(rows.astype(np.int64)),
+        )
+
+    @staticmethod
+    def collate(batch: AssignmentBatch) -> AssignmentBatch:
+        """For ``DataLoader(collate_fn=...)``: the batch is one already."""
+        return batch

@@ -1,0 +1,259 @@
+"""The network: encoder, k graph network blocks, decoder, pooling (eq. 4 to 14)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.nn import structured
+from gm_mlic.nn.conv import AssignmentConv, Product, Relations, default_widths
+from gm_mlic.nn.mlp import MLP
+from gm_mlic.nn.scatter import group_max
+
+FUSIONS = ("concat", "product")
+NORMS = ("none", "encoder", "all")
+EXECUTIONS = ("auto", "structured", "explicit")
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model says of a batch of B images.
+
+    Attributes:
+        logits: (B, C) label logits; ``sigmoid`` of them is p of eq. 14.
+        match_logits: (E,) logit of each matching edge, in the order of the graph's ``edge_index`` (eq. 13).
+        winners: (B, C) int64, which instance of the image (0 is the most confident) won each label.
+    """
+
+    logits: Tensor
+    match_logits: Tensor
+    winners: Tensor
+
+
+def pool_matches(match_logits: Tensor, data: HeteroData) -> ModelOutput:
+    """Max-pooling over instances (eq. 14), on logits: match logits (E,) to :class:`ModelOutput`."""
+    source, target = data[MATCHES].edge_index
+    labels = data[LABEL]
+    B = getattr(data, "num_graphs", 1)
+    best, edge = group_max(match_logits, target, labels.x.shape[0])
+    first = data[INSTANCE].ptr[:-1] if "ptr" in data[INSTANCE] else source.new_zeros(1)
+    winners = source[edge].view(B, -1) - first.view(B, 1)
+    return ModelOutput(best.view(B, -1), match_logits, winners)
+
+
+def pool_match_matrix(matrix: Tensor, mask: Tensor) -> ModelOutput:
+    """The same from a dense (B, M, C) and the mask (B, M) of the instances that there are."""
+    values = matrix.detach().masked_fill(~mask[..., None], float("-inf"))
+    best = values.amax(dim=1, keepdim=True)
+    position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
+    winners = torch.where(values == best, position, matrix.shape[1]).amin(dim=1)
+    logits = matrix.gather(1, winners[:, None]).squeeze(1)
+    return ModelOutput(logits, matrix[mask].flatten(), winners)
+
+
+class Encoder(nn.Module):
+    r"""Takes every node and edge attribute into the latent space, by one MLP for each type (eq. 4).
+
+    Attributes of eq. 2 and 3 that the graph does not carry are formed from its nodes.
+
+    Args:
+        instance_dim: D_o, length of an instance's feature.
+        label_dim: D_l, length of a label's vector.
+        out_channels: width of all encoded states.
+        relations: which edge types there are.
+        product: give the matching edges the third argument :class:`~gm_mlic.nn.Product`.
+        norm: LayerNorm on the encoded states.
+    """
+
+    def __init__(
+        self,
+        instance_dim: int,
+        label_dim: int,
+        out_channels: int,
+        relations: Relations,
+        *,
+        product: bool = False,
+        norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.instance_dim, self.label_dim, self.out_channels = instance_dim, label_dim, out_channels
+
+        def mlp(*parts: int) -> MLP:
+            return MLP(parts, out_channels, out_channels, norm=norm)
+
+        self.v_o = mlp(instance_dim)
+        self.v_l = mlp(label_dim)
+        self.e_o = mlp(4, 4) if relations.instance_graph else None
+        self.e_l = mlp(label_dim, label_dim) if relations.label_graph else None
+        self.e_m: MLP | None = None
+        self.product: Product | None = None
+        if relations.matching_edges and product:
+            self.product = Product((instance_dim, label_dim), out_channels)
+            self.e_m = mlp(instance_dim, label_dim, out_channels)
+        elif relations.matching_edges:
+            self.e_m = mlp(instance_dim, label_dim)
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, data: HeteroData) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The encoded ``v_o, v_l, e_o, e_l, e_m``; None for an edge type that the network does not have."""
+        x_o, x_l = data[INSTANCE].x, data[LABEL].x
+        e_o = e_l = e_m = None
+        if self.e_o is not None:
+            e_o = self.e_o(data[NEAR].edge_attr)
+        if self.e_l is not None:
+            e_l = self.e_l(self._ends(data, RELATES, x_l, x_l))
+        if self.e_m is not None:
+            ends = self._ends(data, MATCHES, x_o, x_l)
+            if self.product is not None:
+                f, w = ends[:, : self.instance_dim], ends[:, self.instance_dim :]
+                ends = torch.cat([ends, self.product(f, w)], dim=1)
+            e_m = self.e_m(ends)
+        return self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m
+
+    @staticmethod
+    def _ends(data: HeteroData, edge_type: tuple[str, str, str], x_source: Tensor, x_target: Tensor) -> Tensor:
+        if "edge_attr" in data[edge_type]:
+            attr: Tensor = data[edge_type].edge_attr
+            return attr
+        source, target = data[edge_type].edge_index
+        return torch.cat([x_source[source], x_target[target]], dim=1)
+
+
+class GMMLIC(nn.Module):
+    r"""Graph Matching based Multi-Label Image Classification, from the paper of that name (Wu et al., IJCAI 2021).
+
+    .. math::
+        G_A &\leftarrow \mathrm{Enc}(G_A) \\
+        G_A &\leftarrow \mathrm{EdgeConv}(\mathrm{NodeConv}(G_A)) \quad k \text{ times} \\
+        s_{ic} &= \mathrm{Dec}(e^m_{ic}), \qquad p_c = \sigma(\max_i s_{ic})
+
+    No parameter belongs to a label or to a number of instances: one model takes any C and M.
+
+    Args:
+        instance_dim: D_o, length of an instance's feature f.
+        label_dim: D_l, length of a label's vector w (300 for the paper's GloVe).
+        k: number of blocks (default: 2, the paper's).
+        widths: width of each block; default k - 1 times 512, then 256.
+        encoder_width: width of the encoded states; default: that of the first block.
+        fusion: what functions on the matching edges see of the two ends: ``concat`` (the paper), or ``product``, which
+            adds an element-wise product of learnt projections (default; see ``experiments/recipe``).
+        norm: LayerNorm on ``none``, on the ``encoder``'s states, or on ``all`` encoded and updated states.
+        label_graph, instance_graph, matching_edges: False removes that edge type (the paper's Table 4). Without
+            matching edges the decoder reads :math:`[v^o_i, v^l_c]`.
+        execution: ``explicit`` passes messages over ``edge_index``; ``structured`` does the same sums on dense tensors,
+            several times faster, where relations are complete; ``auto`` (default) takes the structured one wherever
+            the graph allows it. Same parameters, same numbers.
+
+    Shapes:
+        - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an
+          :class:`~gm_mlic.graphs.AssignmentBatch`
+        - **output:** :class:`ModelOutput`
+
+    Raises:
+        ConfigError: for a setting that cannot work.
+    """
+
+    def __init__(
+        self,
+        instance_dim: int,
+        label_dim: int,
+        k: int = 2,
+        widths: Sequence[int] | None = None,
+        encoder_width: int | None = None,
+        fusion: str = "product",
+        norm: str = "encoder",
+        *,
+        label_graph: bool = True,
+        instance_graph: bool = True,
+        matching_edges: bool = True,
+        execution: str = "auto",
+    ) -> None:
+        super().__init__()
+        if k < 1:
+            raise ConfigError(f"model.k must be 1 or more, got {k}.")
+        widths = default_widths(k) if widths is None else tuple(widths)
+        encoder_width = widths[0] if encoder_width is None and widths else encoder_width or 0
+        if len(widths) != k:
+            raise ConfigError(f"model.widths must have k = {k} entries, got {list(widths)}.")
+        if min(instance_dim, label_dim, encoder_width, *widths) < 1:
+            raise ConfigError("model.widths, model.encoder_width and both input lengths must be 1 or more.")
+        for name, value, allowed in (
+            ("fusion", fusion, FUSIONS),
+            ("norm", norm, NORMS),
+            ("execution", execution, EXECUTIONS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"model.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
+        self.widths, self.encoder_width, self.fusion, self.norm = tuple(widths), encoder_width, fusion, norm
+        self.execution = execution
+        self.relations = relations = Relations(label_graph, instance_graph, matching_edges)
+        product = fusion == "product"
+
+        self.encoder = Encoder(instance_dim, label_dim, encoder_width, relations, product=product, norm=norm != "none")
+        channels = [encoder_width, *widths]
+        self.blocks = nn.ModuleList(
+            AssignmentConv(
+                channels[b], channels[b + 1], relations, product=product, norm=norm == "all", last=b == k - 1
+            )
+            for b in range(k)
+        )
+        self.decoder = MLP([widths[-1]] if matching_edges else [widths[-1]] * 2, widths[-1], 1)
+
+    def reset_parameters(self) -> None:
+        self.encoder.reset_parameters()
+        for block in self.blocks:
+            block.reset_parameters()  # type: ignore[operator]
+        self.decoder.reset_parameters()
+
+    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
+        """Score every label of every image of ``data``."""
+        batch = self._dense(data)
+        if batch is not None:
+            return pool_match_matrix(structured.match_matrix(self, batch), batch.mask)
+        return pool_matches(self._explicit(data), data)
+
+    def _explicit(self, data: HeteroData) -> Tensor:
+        """Match logits (E,) by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
+        near = data[NEAR].edge_index if self.relations.instance_graph else None
+        relates = data[RELATES].edge_index if self.relations.label_graph else None
+        matches = data[MATCHES].edge_index
+
+        v_o, v_l, e_o, e_l, e_m = self.encoder(data)
+        for block in self.blocks:
+            v_o, v_l, e_o, e_l, e_m = block(v_o, v_l, e_o, e_l, e_m, near, relates, matches)
+        ends = (e_m,) if e_m is not None else (v_o[matches[0]], v_l[matches[1]])
+        match_logits: Tensor = self.decoder(*ends).squeeze(-1)
+        return match_logits
+
+    def _dense(self, data: HeteroData | AssignmentBatch) -> AssignmentBatch | None:
+        """The dense form of ``data`` for the structured execution, or None for the explicit one."""
+        if isinstance(data, AssignmentBatch):
+            if self.execution == "explicit":
+                raise ConfigError("model.execution=explicit needs a HeteroData, not an AssignmentBatch.")
+            return data
+        if self.execution == "explicit":
+            return None
+        batch = AssignmentBatch.from_data(data)
+        if batch is None and self.execution == "structured":
+            raise ConfigError(
+                "model.execution=structured needs complete matching edges, the same labels in each image, and no edge "
+                "attributes of their own; use model.execution=auto for other graphs."
+            )
+        return batch
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, k={self.k}, widths={list(self.widths)}, "
+            f"fusion={self.fusion!r})"
+        )

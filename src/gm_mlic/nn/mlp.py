@@ -1,0 +1,97 @@
+"""The one building block of every function of the network: ``Linear, ReLU, Linear`` over a concatenation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ConcatLinear(nn.Module):
+    r"""A Linear over a concatenation, :math:`W [x_1, \ldots, x_n] + b`, that takes the parts.
+
+    With :math:`W = [W_1, \ldots, W_n]` it equals :math:`\sum_k W_k x_k + b`. :meth:`forward` concatenates, as the
+    paper writes it; :meth:`part` applies one :math:`W_k`, for executions that add the parts by broadcasting.
+
+    Args:
+        in_channels: the length of each part.
+        out_channels: the length of the result.
+
+    Shapes:
+        - **input:** parts (..., in_channels[k]) with equal leading sizes
+        - **output:** (..., out_channels)
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.in_channels = tuple(in_channels)
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.empty(out_channels, sum(self.in_channels)))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as torch.nn.Linear
+        bound = 1 / math.sqrt(max(1, self.weight.shape[1]))
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return nn.functional.linear(torch.cat(parts, dim=-1), self.weight, self.bias)
+
+    def part_weight(self, k: int) -> Tensor:
+        """:math:`W_k`, (out_channels, in_channels[k])."""
+        start = sum(self.in_channels[:k])
+        return self.weight[:, start : start + self.in_channels[k]]
+
+    def part(self, k: int, x: Tensor) -> Tensor:
+        """:math:`W_k x`, without the bias."""
+        return nn.functional.linear(x, self.part_weight(k))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
+
+
+class MLP(nn.Module):
+    r"""``Linear, ReLU, Linear`` over a concatenation, then LayerNorm if asked for.
+
+    Every function of the paper's equations (:math:`\rho, \phi, \sigma, \psi`, encoder, decoder) is one of these, with
+    parameters of its own.
+
+    Args:
+        in_channels: the length of each part of the concatenation.
+        hidden_channels: width between the two Linears.
+        out_channels: length of the result.
+        norm: LayerNorm on the result.
+
+    Shapes:
+        - **input:** parts (..., in_channels[k])
+        - **output:** (..., out_channels)
+    """
+
+    def __init__(
+        self, in_channels: Sequence[int], hidden_channels: int, out_channels: int, *, norm: bool = False
+    ) -> None:
+        super().__init__()
+        self.lin1 = ConcatLinear(in_channels, hidden_channels)
+        self.lin2 = nn.Linear(hidden_channels, out_channels)
+        self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.lin1.reset_parameters()
+        self.lin2.reset_parameters()
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.reset_parameters()
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.lin2(self.lin1(*parts).relu()))
+        return out
+
+    def __repr__(self) -> str:
+        norm = ", norm" if isinstance(self.norm, nn.LayerNorm) else ""
+        return (
+            f"{type(self).__name__}({list(self.lin1.in_channels)}, {self.lin1.out_channels}, "
+            f"{self.lin2.out_features}{norm})"
+        )

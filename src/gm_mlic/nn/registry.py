@@ -1,0 +1,78 @@
+"""Models by name, in the habit of timm: ``list_models("*voc*")``, ``create_model("gm_mlic_voc2007", ...)``."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.nn.gm_mlic import GMMLIC
+from gm_mlic.nn.mil import MILMax
+
+_REGISTRY: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Decorator: make ``builder`` known to :func:`create_model` under its own name."""
+    if builder.__name__ in _REGISTRY:
+        raise ValueError(f"A model named {builder.__name__!r} is registered already.")
+    _REGISTRY[builder.__name__] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all registered models that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(_REGISTRY, pattern))
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """Build a registered model.
+
+    Args:
+        name: one of :func:`list_models`.
+        **overrides: arguments of the model's constructor, over the named preset's.
+
+    Raises:
+        ConfigError: for an unknown name, naming the closest one, or an argument that the model does not have.
+    """
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"There is no model {name!r}.{hint} Known: {', '.join(list_models())}.")
+    try:
+        return _REGISTRY[name](**overrides)
+    except TypeError as error:
+        raise ConfigError(f"create_model({name!r}): {error}") from error
+
+
+def _gm_mlic(preset: dict[str, Any], overrides: dict[str, Any]) -> GMMLIC:
+    return GMMLIC(**{**preset, **overrides})
+
+
+@register_model
+def gm_mlic(**overrides: Any) -> nn.Module:
+    """GM-MLIC with every argument of :class:`GMMLIC` to be given."""
+    return _gm_mlic({}, overrides)
+
+
+@register_model
+def gm_mlic_scenes(**overrides: Any) -> nn.Module:
+    """GM-MLIC for the built-in scenes and their tiny detector; settings from ``experiments/recipe``."""
+    return _gm_mlic({"instance_dim": 256, "label_dim": 300, "k": 2, "widths": (64, 64)}, overrides)
+
+
+@register_model
+def gm_mlic_paper(**overrides: Any) -> nn.Module:
+    """GM-MLIC as in the paper: k = 2, widths 512 and 256, 1024-d features, GloVe, plain concatenation."""
+    preset = {"instance_dim": 1024, "label_dim": 300, "k": 2, "widths": (512, 256), "fusion": "concat"}
+    return _gm_mlic(preset, overrides)
+
+
+@register_model
+def mil_max(**overrides: Any) -> nn.Module:
+    """The max-pooled per-instance classifier, :class:`MILMax`."""
+    return MILMax(**overrides)

@@ -1,0 +1,160 @@
+r"""The structured execution: the same modules, for complete relations, without gathers, concatenations or scatters.
+
+It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearranged by exact algebra:
+
+1. a Linear on a concatenation is a sum of Linears, each applied where its argument lives and added by broadcast
+   (:func:`concat_linear`);
+2. the mean over neighbours commutes with a message's last Linear (:func:`mean_message`);
+3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`edge_update`);
+4. what does not depend on the image (labels and label edges of the encoder, the first block's :math:`\rho_{ll}`) has
+   a leading size of 1 and is computed once for the batch.
+
+Shapes: instances (B, M, d), labels (B or 1, C, d), matching edges (B, M, C, d), instance edges (B, M, K, d), label
+edges (B or 1, C, C or K, d), receiving label first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.mlp import MLP, ConcatLinear
+
+if TYPE_CHECKING:
+    from gm_mlic.nn.conv import AssignmentConv, EdgeConv
+    from gm_mlic.nn.gm_mlic import GMMLIC, Encoder
+
+
+def some(value: Tensor | None) -> Tensor:
+    """``value``, which the network's relations promise is there."""
+    if value is None:
+        raise ConfigError("The graph lacks an edge type that the model has: build both with the same ablation.")
+    return value
+
+
+def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
+    """:math:`W [x_1, ..., x_n] + b` of parts that broadcast against each other (rule 1)."""
+    # Smallest parts first: the one sum of full size is formed last.
+    order = sorted(range(len(parts)), key=lambda k: parts[k].numel())
+    total = linear(parts[order[0]], lin.part_weight(order[0]), lin.bias)
+    for k in order[1:]:
+        total = total + lin.part(k, parts[k])
+    return total
+
+
+def mlp(f: MLP, *parts: Tensor) -> Tensor:
+    """An MLP of parts that broadcast against each other."""
+    out: Tensor = f.norm(f.lin2(concat_linear(f.lin1, *parts).relu()))
+    return out
+
+
+def mean_message(rho: MLP, edges: Tensor, senders: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
+    """The mean along ``dim`` of the messages ``rho([edges, senders])``, its last Linear after the mean (rule 2).
+
+    Args:
+        rho: the message function.
+        edges, senders: edge states and senders' states, broadcasting against each other.
+        dim: the axis of the senders.
+        mask: which messages there are, broadcasting against the hidden states; None for all.
+
+    Returns:
+        The means; zero where there is no message.
+    """
+    hidden = concat_linear(rho.lin1, edges, senders).relu()
+    if mask is None:
+        return rho.lin2(hidden.mean(dim=dim))  # type: ignore[no-any-return]
+    weight = mask.to(hidden.dtype)
+    count = weight.sum(dim=dim)
+    mean = (hidden * weight).sum(dim=dim) / count.clamp(min=1)
+    # A node without neighbours receives nothing, not even the bias.
+    return rho.lin2(mean) * (count > 0)  # type: ignore[no-any-return]
+
+
+def edge_update(conv: EdgeConv, edges: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Edge convolution with the two Linears between sigma and psi composed into one (rule 3)."""
+    parts = [source, target]
+    if conv.product is not None:
+        parts.append(conv.product.A(source) * conv.product.B(target))
+    hidden = concat_linear(conv.sigma.lin1, *parts).relu()
+    read = conv.psi.lin1.part_weight(1)
+    composed = read @ conv.sigma.lin2.weight
+    bias = read @ conv.sigma.lin2.bias + conv.psi.lin1.bias
+    hidden = (conv.psi.lin1.part(0, edges) + linear(hidden, composed, bias)).relu()
+    out: Tensor = conv.psi.norm(conv.psi.lin2(hidden))
+    return out
+
+
+def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
+    """States of listed neighbours: nodes (B, N, d), lists (B or 1, N, K) -> (B, N, K, d)."""
+    B, _, d = nodes.shape
+    _, N, K = lists.shape
+    flat = lists.expand(B, N, K).reshape(B, N * K, 1).expand(-1, -1, d)
+    return torch.gather(nodes, 1, flat).view(B, N, K, d)
+
+
+States = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
+    """The encoder; labels and label edges once for the batch (rule 4)."""
+    x, W = batch.x, batch.label_vectors[None]
+    e_o = e_l = e_m = None
+    if encoder.e_o is not None:
+        e_o = encoder.e_o(some(batch.near_attr))
+    if encoder.e_l is not None:
+        e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
+    if encoder.e_m is not None:
+        f, w = x[:, :, None], W[:, None]
+        parts = [f, w] if encoder.product is None else [f, w, encoder.product.A(f) * encoder.product.B(w)]
+        e_m = mlp(encoder.e_m, *parts)
+    return encoder.v_o(x), encoder.v_l(W), e_o, e_l, e_m
+
+
+def label_senders(v_l: Tensor, batch: AssignmentBatch) -> Tensor:
+    """States of the labels that each label hears: (., 1, C, d) for all of them, (., C, K, d) for listed ones."""
+    return v_l[:, None] if batch.relates is None else neighbours(v_l, batch.relates[None])
+
+
+def block(conv: AssignmentConv, batch: AssignmentBatch, states: States) -> States:
+    """One graph network block, line by line as :meth:`AssignmentConv.forward`."""
+    v_o, v_l, e_o, e_l, e_m = states
+    nodes = conv.nodes
+    to_o, to_l = [v_o], [v_l]
+    if nodes.rho_oo is not None:
+        senders, present = neighbours(v_o, some(batch.near)), some(batch.near_mask)[..., None]
+        to_o.append(mean_message(nodes.rho_oo.rho, some(e_o), senders, 2, present))
+    if nodes.rho_ol is not None:
+        to_o.append(mean_message(nodes.rho_ol.rho, some(e_m), v_l[:, None], 2))
+    if nodes.rho_ll is not None:
+        to_l.append(mean_message(nodes.rho_ll.rho, some(e_l), label_senders(v_l, batch), 2, other_labels(v_l, batch)))
+    if nodes.rho_lo is not None:
+        to_l.append(mean_message(nodes.rho_lo.rho, some(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
+    v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
+
+    e_o = conv.edges_o and edge_update(conv.edges_o, some(e_o), neighbours(v_o, some(batch.near)), v_o[:, :, None])
+    e_l = conv.edges_l and edge_update(conv.edges_l, some(e_l), label_senders(v_l, batch), v_l[:, :, None])
+    e_m = conv.edges_m and edge_update(conv.edges_m, some(e_m), v_o[:, :, None], v_l[:, None])
+    return v_o, v_l, e_o, e_l, e_m
+
+
+def other_labels(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
+    """The mask (1, C, C, 1) that keeps a label from hearing itself; None where neighbours are listed."""
+    if batch.relates is not None:
+        return None
+    C = v_l.shape[1]
+    return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None, :, :, None]
+
+
+def match_matrix(model: GMMLIC, batch: AssignmentBatch) -> Tensor:
+    """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
+    states = encode(model.encoder, batch)
+    for conv in model.blocks:
+        states = block(conv, batch, states)  # type: ignore[arg-type]
+    v_o, v_l, _, _, e_m = states
+    ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
+    return mlp(model.decoder, *ends).squeeze(-1)

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+
+from gm_mlic.datasets import PRESENT, Scenes, label_ratio
+from gm_mlic.datasets import scenes as module
+from gm_mlic.errors import ConfigError
+
+THEME_OF = {a: a // 4 for a in range(16)}
+#: The label pairs that share a look, spelled out again rather than read from the package.
+PAIRS = [("lemon", "tennis ball"), ("cricket bat", "fence post"), ("marigold", "starfish"), ("life ring", "doughnut")]
+
+
+@pytest.fixture(scope="module")
+def test_split() -> Scenes:
+    return Scenes("test")
+
+
+@pytest.fixture(scope="module")
+def many() -> Scenes:
+    return Scenes("train", size=20_000, seed=11)
+
+
+def kits(scenes: Scenes) -> dict[str, np.ndarray]:
+    """Centres of twin and anchor, (kits, 4) as twin x, y, anchor x, y, for both relations."""
+    found: dict[str, list[list[float]]] = {"beside": [], "over or under": []}
+    for i in range(len(scenes)):
+        boxes = scenes.boxes(i)
+        for family in (16, 19):
+            labels = boxes.labels.tolist()
+            for relation, twin in (("beside", family + 1), ("over or under", family + 2)):
+                if twin in labels:
+                    b = boxes.boxes.numpy()[[labels.index(twin), labels.index(family)]]
+                    centre = b[:, :2] + (b[:, 2:] - b[:, :2]) // 2
+                    found[relation].append(centre.ravel().tolist())
+    return {relation: np.array(rows) for relation, rows in found.items()}
+
+
+# --- the limit ---
+
+
+def brute_force(labels: list[int], shared: int) -> np.ndarray:
+    """P(label present | looks of the singles) by enumeration of every theme and every label assignment."""
+    twin = {}
+    for first, second in PAIRS[:shared]:
+        a, b = module.LABELS.index(first), module.LABELS.index(second)
+        twin[a], twin[b] = [a, b], [a, b]
+    options = [twin.get(a, [a]) for a in labels]
+    total, present = 0.0, np.zeros(16)
+    for theme in range(4):
+        for assignment in itertools.product(*options):
+            weight = 0.25
+            for a in assignment:
+                weight *= 0.8 / 4 * (THEME_OF[a] == theme) + 0.2 / 16
+            total += weight
+            present[sorted(set(assignment))] += weight
+    return present / total
+
+
+@pytest.mark.parametrize("company_pairs", [0, 2, 4])
+def test_limit_equals_enumeration(company_pairs: int) -> None:
+    scenes = Scenes("val", size=300, company_pairs=company_pairs)
+    for i in range(len(scenes)):
+        singles = [a for a in scenes.boxes(i).labels.tolist() if a < 16]
+        np.testing.assert_allclose(scenes.limit_scores[i, :16], brute_force(singles, company_pairs), atol=1e-11)
+
+
+def test_limit_of_anchors_and_twins_is_the_truth(test_split: Scenes) -> None:
+    np.testing.assert_array_equal(test_split.limit_scores[:, 16:] == 1, test_split.targets[:, 16:] == PRESENT)
+    assert set(np.unique(test_split.limit_scores[:, 16:])) == {0.0, 1.0}
+
+
+def test_limit_is_calibrated(many: Scenes) -> None:
+    # Only company pairs are uncertain; in each bin the labels come true as often as the posterior says.
+    p, y = many.limit_scores[:, :16].ravel(), (many.targets[:, :16] == PRESENT).ravel()
+    np.testing.assert_array_equal(y[p == 1], True)
+    np.testing.assert_array_equal(y[p == 0], False)
+    bins = np.digitize(p, np.linspace(0, 1, 11))
+    checked = 0
+    for b in np.unique(bins[(p > 0) & (p < 1)]):
+        rows = (bins == b) & (p > 0) & (p < 1)
+        if rows.sum() >= 200:
+            deviation = np.sqrt((p[rows] * (1 - p[rows])).sum()) / rows.sum()
+            assert abs(y[rows].mean() - p[rows].mean()) < 4 * deviation
+            checked += 1
+    assert checked >= 5
+
+
+def test_best_map_is_rank_ap(test_split: Scenes) -> None:
+    aps = []
+    for c in range(len(test_split.labels)):
+        ranked = sorted(range(len(test_split)), key=lambda i: -test_split.limit_scores[i, c])
+        hits, precisions = 0, []
+        for rank, i in enumerate(ranked, start=1):
+            if test_split.targets[i, c] == PRESENT:
+                hits += 1
+                precisions.append(hits / rank)
+        aps.append(sum(precisions) / len(precisions))
+    assert test_split.best_map() == pytest.approx(100 * sum(aps) / len(aps), abs=1e-9)
+
+
+def test_more_company_pairs_lower_the_limit() -> None:
+    limits = [Scenes("test", company_pairs=pairs).best_map() for pairs in range(5)]
+    assert limits[0] == 100.0
+    assert all(a > b for a, b in itertools.pairwise(limits))
+    assert 95 < limits[4] < 98
+
+
+def test_spatial_pairs_and_hard_objects_leave_the_limit() -> None:
+    # Geometry decides twins, and the limit is that of perfect perception.
+    assert Scenes("test", spatial_pairs=0, hard=0.0).best_map() == Scenes("test").best_map()
+
+
+def test_a_label_without_positives_has_no_ap() -> None:
+    scenes = Scenes("val", size=2, company_pairs=0)
+    assert (scenes.targets != PRESENT).all(axis=0).any()
+    assert scenes.best_map() == 100.0
+
+
+# --- the twins: only where they stand relative to their anchor tells them apart ---
+
+
+def test_absolute_places_say_nothing_about_twins(many: Scenes) -> None:
+    found = kits(many)
+    beside, above = found["beside"], found["over or under"]
+    assert min(len(beside), len(above)) > 4500
+    for column in range(4):
+        assert stats.ks_2samp(beside[:, column], above[:, column]).pvalue > 1e-3
+        for sample in (beside, above):  # uniform over the 120 places of the usable square
+            values, counts = np.unique(sample[:, column], return_counts=True)
+            assert len(values) == 120
+            assert stats.chisquare(counts).pvalue > 1e-3
+
+    x, y = np.concatenate([beside, above]), np.repeat([0, 1], [len(beside), len(above)])
+    # By AUC: tx - ax is 0 for all of one kind and 60 or -60 for the other, so a slope that is mere noise puts half of
+    # the latter on either side, and accuracy at one threshold strays far from 0.5, up or down, with nothing known.
+    chance = 4 * np.sqrt(1 / (12 * len(beside)) + 1 / (12 * len(above)))
+    auc = cross_val_score(LogisticRegression(), x / 160, y, cv=5, scoring="roc_auc").mean()
+    assert abs(auc - 0.5) < chance
+    # Neither can a rule that sees all of the place of one of the two: compare the cells of a 6 x 6 grid.
+    for columns in ((0, 1), (2, 3)):
+        tables = [np.histogram2d(*s[:, columns].T, bins=6, range=[[20, 140]] * 2)[0].ravel() for s in (beside, above)]
+        assert stats.chi2_contingency(np.stack(tables)).pvalue > 1e-3
+
+
+def test_relative_places_decide_twins(many: Scenes) -> None:
+    for relation, places in kits(many).items():
+        along, across = np.abs(places[:, 2:] - places[:, :2]).T[:: 1 if relation == "beside" else -1]
+        np.testing.assert_array_equal(along, 60)
+        assert across.max() <= 4
+
+
+# --- layout ---
+
+
+@pytest.mark.parametrize("image_size", [96, 160, 224])
+def test_objects_are_inside_and_apart(image_size: int) -> None:
+    scenes = Scenes("train", size=1500, seed=3, image_size=image_size)
+    gaps = []
+    for i in range(len(scenes)):
+        annotations = scenes.boxes(i)
+        b, labels = annotations.boxes.numpy(), annotations.labels.tolist()
+        assert b.min() >= 0
+        assert b.max() <= image_size
+        assert (b[:, 2:] > b[:, :2]).all()
+        gap = np.maximum(b[:, None, :2] - b[None, :, 2:], b[None, :, :2] - b[:, None, 2:]).max(axis=-1)
+        assert (gap[~np.eye(len(b), dtype=bool)] >= 2).all()
+        for family in (16, 19):
+            for twin in (family + 1, family + 2):
+                if twin in labels:
+                    gaps.append(gap[labels.index(family), labels.index(twin)])
+    assert min(gaps) >= 22 * image_size // 160
+
+
+def test_boxes_agree_with_targets(test_split: Scenes) -> None:
+    for i in range(200):
+        assert set(test_split.boxes(i).labels.tolist()) == set(np.flatnonzero(test_split.targets[i] == PRESENT))
+
+
+def test_shares_of_the_model(many: Scenes) -> None:
+    kinds = many.targets == PRESENT
+    twins = kinds[:, [17, 18, 20, 21]]
+    assert (twins.sum(axis=1) <= 1).all()
+    assert twins.any(axis=1).mean() == pytest.approx(0.5, abs=0.015)
+    assert (kinds[:, 16] & ~kinds[:, 17:19].any(axis=1)).mean() == pytest.approx(0.075, abs=0.01)
+    singles = np.array([sum(o.label in module.LABELS[:16] for o in many.explain(i)) for i in range(2000)])
+    assert set(singles) == {2, 3, 4, 5}
+    objects = [o for i in range(2000) for o in many.explain(i)]
+    assert np.mean([o.small for o in objects]) == pytest.approx(0.15, abs=0.02)
+    assert np.mean([o.occluded for o in objects]) == pytest.approx(0.15, abs=0.02)
+    for o in objects:
+        length = max(o.box[2] - o.box[0], o.box[3] - o.box[1])
+        assert 10 <= length <= 13 if o.small else 18 <= length <= 34
+
+
+# --- pictures ---
+
+
+def test_bytes_are_pinned() -> None:
+    scenes = Scenes("test", size=8)
+    pictures = hashlib.sha256(scenes.images_uint8(range(8)).tobytes()).hexdigest()
+    targets = hashlib.sha256(Scenes("test").targets.tobytes()).hexdigest()
+    assert pictures == "365b2efaa674bb72c86867ce2f6d1d79a593e7247b03045d3448d2c4b79900aa"
+    assert targets == "9e6a02853c2e2b5368385f05816f2b3e90999c2ab377efc1dad240bc2bbbc24e"
+
+
+def test_a_scene_depends_on_neither_size_nor_order() -> None:
+    few, more = Scenes("val", size=7), Scenes("val", size=5000)
+    np.testing.assert_array_equal(few.images_uint8([6, 0, 3]), np.stack([np.asarray(more.image(i)) for i in (6, 0, 3)]))
+    np.testing.assert_array_equal(few.targets, more.targets[:7])
+    assert [few.explain(i) for i in range(7)] == [more.explain(i) for i in range(7)]
+    past_a_block = Scenes("val", size=4100)
+    assert past_a_block.explain(4099) == more.explain(4099)
+
+
+def test_splits_and_seeds_are_independent() -> None:
+    targets = [Scenes(s, size=400, seed=k).targets for s, k in (("train", 0), ("val", 0), ("test", 0), ("train", 1))]
+    for a, b in itertools.combinations(targets, 2):
+        assert (a == b).all(axis=1).mean() < 0.05  # a few equal label sets may occur by chance
+
+
+def test_crowded_scenes_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Scenes("train", size=300)
+    monkeypatch.setattr(module, "_CANDIDATES", 2)
+    scenes = Scenes("train", size=300)
+    np.testing.assert_array_equal(scenes.targets, before.targets)
+    for relation, places in kits(scenes).items():  # the kit stays where it was
+        np.testing.assert_array_equal(places, kits(before)[relation])
+    for i in range(300):
+        b = scenes.boxes(i).boxes.numpy()
+        gap = np.maximum(b[:, None, :2] - b[None, :, 2:], b[None, :, :2] - b[:, None, 2:]).max(axis=-1)
+        assert (gap[~np.eye(len(b), dtype=bool)] >= 2).all()
+
+
+def test_glyphs_are_where_the_boxes_say() -> None:
+    # The colour in the middle band of each box's glyph is nearest to that of its look: boxes and pixels agree.
+    scenes = Scenes("train", size=150, hard=0.0)
+    looks = {look.name: look for look in module._LOOKS}
+    names = list(dict.fromkeys(o.look for i in range(150) for o in scenes.explain(i)))
+    assert len(names) == 16
+    right = []
+    for i in range(150):
+        picture = np.asarray(scenes.image(i)).astype(float)
+        assert picture.shape == (160, 160, 3)
+        for o in scenes.explain(i):
+            x1, y1, x2, y2 = o.box
+            fill = module._stencil(module._LOOKS.index(looks[o.look]), x2 - x1, y2 - y1)[1] == 16
+            colour = picture[y1:y2, x1:x2][fill].mean(axis=0)
+            right.append(min(names, key=lambda n: np.abs(colour - looks[n].colour).sum()) == o.look)
+    assert np.mean(right) > 0.9
+
+
+@pytest.mark.parametrize("look", range(len(module._LOOKS)), ids=lambda k: module._LOOKS[k].name)
+def test_boxes_are_tight_and_patches_hide_half(look: int) -> None:
+    for size in (10, 13, 18, 25, 34):
+        w, h = (max(2, size * share // 100) for share in (module._LOOKS[look].width, module._LOOKS[look].height))
+        covered, fill = module._stencil(look, w, h)
+        assert (fill <= covered).all()
+        rows, columns = np.flatnonzero(covered.any(axis=1)), np.flatnonzero(covered.any(axis=0))
+        assert rows[0] <= 1
+        assert rows[-1] >= h - 2
+        assert columns[0] <= 1
+        assert columns[-1] >= w - 2
+        if size >= 18:  # small objects are never occluded
+            for side, share in itertools.product(range(4), (0, 8, 15)):
+                canvas = np.full((3, 60, 60), 1000)
+                module._occlude(canvas, (10, 12, w, h), covered, np.array([0, 0, 0, share, 0, side]))
+                hidden = covered[(canvas[0] != 1000)[12 : 12 + h, 10 : 10 + w]].sum() / covered.sum()
+                assert 0.40 <= hidden <= 0.66
+
+
+def test_rows_out_of_range_are_refused(test_split: Scenes) -> None:
+    with pytest.raises(IndexError):
+        test_split.image(1000)
+    assert test_split.image(-1).tobytes() == test_split.image(999).tobytes()
+
+
+# --- explanations, dials, words ---
+
+
+def test_explanations_agree_with_everything_else(test_split: Scenes) -> None:
+    scores = test_split.limit_scores
+    for i in range(300):
+        objects, boxes = test_split.explain(i), test_split.boxes(i)
+        assert [o.label for o in objects] == [test_split.labels[a] for a in boxes.labels.tolist()]
+        assert [list(o.box) for o in objects] == boxes.boxes.int().tolist()
+        for o in objects:
+            assert o.probability == scores[i, test_split.labels.index(o.label)]
+            if any(o.label in pair for pair in PAIRS):
+                assert re.fullmatch(r"company: seen with .+ -> theme (kitchen|sport|garden|harbour) [01]\.\d\d", o.rule)
+            elif o.label in ("gate", "comet"):
+                assert o.rule == f"spatial: beside the {'house' if o.label == 'gate' else 'moon'}"
+            elif o.label in ("hatch", "satellite"):
+                assert o.rule == f"spatial: over or under the {'house' if o.label == 'hatch' else 'moon'}"
+            else:
+                assert o.rule == "own look"
+                assert o.probability == 1.0
+
+
+@pytest.mark.parametrize("company_pairs", range(5))
+@pytest.mark.parametrize("spatial_pairs", range(3))
+def test_dials_say_which_labels_share_a_look(company_pairs: int, spatial_pairs: int) -> None:
+    scenes = Scenes("val", company_pairs=company_pairs, spatial_pairs=spatial_pairs)
+    looks: dict[str, set[str]] = {}
+    for i in range(len(scenes)):
+        for o in scenes.explain(i):
+            looks.setdefault(o.look, set()).add(o.label)
+    together = {frozenset(pair) for pair in PAIRS[:company_pairs]}
+    together |= {frozenset(pair) for pair in [("gate", "hatch"), ("comet", "satellite")][:spatial_pairs]}
+    assert {frozenset(s) for s in looks.values() if len(s) > 1} == together
+    assert len(scenes.labels) == len(set(scenes.labels)) == 22
+    assert set().union(*looks.values()) == set(scenes.labels)
+
+
+def test_every_dial_changes_the_fingerprint() -> None:
+    dials = [
+        {},
+        {"seed": 1},
+        {"company_pairs": 3},
+        {"spatial_pairs": 1},
+        {"hard": 0.0},
+        {"image_size": 128},
+        {"size": 9},
+    ]
+    prints = [Scenes("val", **{"size": 10, **dial}).fingerprint for dial in dials]
+    assert len(set(prints)) == len(dials)
+    assert Scenes("val", size=10).fingerprint == prints[0]
+    assert Scenes("test", size=10).fingerprint not in prints
+
+
+@pytest.mark.parametrize(
+    "dial",
+    [
+        {"split": "trainval"},
+        {"size": 0},
+        {"size": 2.5},
+        {"size": True},
+        {"seed": -1},
+        {"company_pairs": 5},
+        {"spatial_pairs": -1},
+        {"hard": 1.5},
+        {"hard": float("nan")},
+        {"hard": "much"},
+        {"image_size": 64},
+    ],
+    ids=str,
+)
+def test_impossible_dials_are_one_line(dial: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Scenes(**dial)  # type: ignore[arg-type]
+    (key, value), message = *dial.items(), str(caught.value)
+    assert "\n" not in message
+    assert f"dataset.{key} is {value!r}" in message
+
+
+def test_statistics_in_the_docstring() -> None:
+    table = re.findall(
+        r"^ +(train|val|test) +(\d+) +(\d+) +([\d.]+) +([\d.]+) to ([\d.]+) +([\d.]+)$", str(Scenes.__doc__), re.M
+    )
+    assert [row[0] for row in table] == ["train", "val", "test"]
+    for split, *numbers in table:
+        scenes = Scenes(split)
+        ratio = label_ratio(scenes.targets)
+        mean = (scenes.targets == PRESENT).sum(axis=1).mean()
+        made = [len(scenes), len(scenes.labels), mean, ratio.min(), ratio.max(), scenes.best_map()]
+        assert [float(n) for n in numbers] == pytest.approx(made, abs=0.05)
+        assert float(numbers[2]) == pytest.approx(mean, abs=0.005)
