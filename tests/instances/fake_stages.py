@@ -73,7 +73,10 @@ class PixelExtractor:
         if not cells:
             whole = (0.0, 0.0, 1.0, 1.0)
             return Instances(
-                torch.tensor([whole]), torch.zeros(1), torch.tensor([-1]), self._feature(image, whole)[None] * self.scale
+                torch.tensor([whole]),
+                torch.zeros(1),
+                torch.tensor([-1]),
+                self._feature(image, whole)[None] * self.scale,
             )
         features = torch.stack([f for f, _ in cells[:m]])
         return Instances(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from fake_stages import Files, PixelExtractor
-
 from torchvision.transforms.functional import to_tensor
+
 from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.instances import InstanceStore, extract
 
