@@ -72,12 +72,8 @@ class PixelExtractor:
         cells.sort(key=lambda cell: -float(cell[0][0]))
         if not cells:
             whole = (0.0, 0.0, 1.0, 1.0)
-            return Instances(
-                torch.tensor([whole]),
-                torch.zeros(1),
-                torch.tensor([-1]),
-                self._feature(image, whole)[None] * self.scale,
-            )
+            feature = self._feature(image, whole)[None] * self.scale
+            return Instances(torch.tensor([whole]), torch.zeros(1), torch.tensor([-1]), feature)
         features = torch.stack([f for f, _ in cells[:m]])
         return Instances(
             boxes=torch.tensor([box for _, box in cells[:m]]),

@@ -126,7 +126,7 @@ def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed,
     write_all = writer._write_all
 
     def work():
-        left = int(rng.integers(1, 40))
+        left = moment
 
         def dying(file, data):
             nonlocal left
@@ -139,11 +139,10 @@ def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed,
         monkeypatch.setattr(writer, "_write_all", dying)
         extract(dataset, PixelExtractor(log), path, **SETTINGS)
 
-    killed = 0
+    killed, moment = 0, int(rng.integers(1, 40))
     while (status := in_child(work)) != 0:
         assert status == -signal.SIGKILL
-        rng.random()  # the child's draws are not seen here
-        killed += 1
+        killed, moment = killed + 1, int(rng.integers(1, 40))
         with pytest.raises(StoreError, match=r"unfinished.*gm-mlic extract"):
             InstanceStore.open(path)
         if killed > 30:
@@ -212,54 +211,59 @@ sys.path.insert(0, {tests!r})
 from fake_stages import Files, PixelExtractor
 from gm_mlic.instances import extract
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-class Slow(PixelExtractor):
+class Held(PixelExtractor):
+    left = {free_calls}
     def __call__(self, images, m):
-        time.sleep({pause})
+        self.left -= 1
+        while self.left < 0 and not Path({gate!r}).exists():
+            time.sleep(0.05)
         return super().__call__(images, m)
-extract(Files(Path({photos!r})), Slow(Path({log!r})), {path!r}, num_workers=2, **{settings!r})
+extract(Files(Path({photos!r})), Held(Path({log!r})), {path!r}, num_workers=2, **{settings!r})
 """
 
 
-def command(dataset: Files, log: Path, path: Path, pause: float = 0.0) -> list[str]:
-    code = COMMAND.format(
-        tests=str(Path(__file__).parent),
-        photos=str(dataset.root),
-        log=str(log),
-        path=str(path),
-        settings=SETTINGS,
-        pause=pause,
-    )
-    return [sys.executable, "-c", code]
-
-
 def wait_until(condition) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         if condition():
             return
-        time.sleep(0.1)
+        time.sleep(0.05)
     pytest.fail("it never happened")
 
 
 def test_second_process_waits_and_kill_from_outside_is_survived(dataset, tmp_path, undisturbed):
     """A process with workers is killed from outside; of two that then run the same command, one waits."""
-    path, log = tmp_path / "store", tmp_path / "calls.txt"
-    first = subprocess.Popen(command(dataset, log, path, pause=0.3))
-    wait_until(lambda: len(calls(log)) >= 3)
+    path, log, gate = tmp_path / "store", tmp_path / "calls.txt", tmp_path / "gate"
+
+    def start(name: str, free_calls: int) -> tuple[subprocess.Popen, Path]:
+        """The command in a process that stops after some calls of the extractor, until the gate is open."""
+        code = COMMAND.format(
+            tests=str(Path(__file__).parent),
+            photos=str(dataset.root),
+            log=str(log),
+            path=str(path),
+            gate=str(gate),
+            settings=SETTINGS | {"overwrite": True},  # continues, too, and is not done again after waiting
+            free_calls=free_calls,
+        )
+        messages = tmp_path / f"{name}.txt"
+        with messages.open("w") as stream:
+            return subprocess.Popen([sys.executable, "-c", code], stderr=stream), messages
+
+    first, _ = start("first", 5)
+    wait_until(lambda: len(calls(log)) == 5)
     first.kill()
     first.wait()
-    done = int((writer._states(tmp_path / "store.partial") > 0).sum())
-    assert 0 < done < 21
-    second = subprocess.Popen(command(dataset, log, path, pause=0.3), stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len(calls(log)) >= 6)
-    third = subprocess.run(command(dataset, log, path), stderr=subprocess.PIPE, text=True, check=True, timeout=100)
-    message = second.communicate(timeout=100)[1]
-    assert second.returncode == 0
-    assert "Continuing" in message
-    assert re.search(rf"Waiting for .*\(process {second.pid}\)", third.stderr)
+    assert (writer._states(tmp_path / "store.partial") > 0).sum() == 8  # the third batch has its plain view only
+    second, said = start("second", 4)
+    wait_until(lambda: len(calls(log)) == 9)
+    third, heard = start("third", 0)
+    wait_until(lambda: "Waiting for" in heard.read_text())
+    gate.touch()
+    assert second.wait(100) == third.wait(100) == 0
+    assert "8 of 21 images are done" in said.read_text()
+    assert f"(process {second.pid})" in heard.read_text()
     assert files_of(path) == undisturbed[0]
-    made = Counter(calls(log))
-    assert set(made) == set(undisturbed[1])
-    assert sum(made.values()) <= len(undisturbed[1]) + 2
+    assert sorted(calls(log)) == sorted(undisturbed[1] + undisturbed[1][4:5])
 
 
 @pytest.mark.parametrize("shards", [2, 5, 9])
@@ -383,7 +387,7 @@ def test_finished_store_of_another_job_is_refused_and_kept(dataset, tmp_path, un
     path = tmp_path / "undisturbed"
     with pytest.raises(StoreError, match="detector pixels"):
         extract(dataset, PixelExtractor(scale=2.0), path, **SETTINGS)
-    with pytest.raises(StoreError, match="m=5.*m=9"):
+    with pytest.raises(StoreError, match=r"m=5.*m=9"):
         extract(dataset, PixelExtractor(), path, **SETTINGS | {"m": 9})
     assert files_of(path) == undisturbed[0]
 
@@ -481,6 +485,12 @@ def test_settings_out_of_range(dataset, tmp_path, change, told):
     with pytest.raises(ConfigError, match=told):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | change)
     assert not (tmp_path / "store.partial").exists()
+
+
+def test_an_empty_dataset_is_a_data_error(dataset, tmp_path):
+    dataset.ids, dataset.targets = (), dataset.targets[:0]
+    with pytest.raises(DataError, match="no images"):
+        extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
 
 
 def test_disk_full_at_the_start_says_how_much_is_needed(dataset, tmp_path, undisturbed, monkeypatch):
@@ -591,7 +601,6 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
         (folder / "store").chmod(0o555)
         folder.chmod(0o555)
         root = os.geteuid() == 0
-        log = folder / "none"
         try:
             if root:
                 os.seteuid(65534)  # root may write everywhere
@@ -599,7 +608,6 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
             assert len(store.instances(0)) > 0
             with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*instances.root"):
                 extract(dataset, PixelExtractor(), folder / "other", **SETTINGS)
-            assert not log.exists()
         finally:
             if root:
                 os.seteuid(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fake_stages import Files, PixelExtractor
+from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from gm_mlic.errors import ConfigError, StoreError
@@ -20,8 +21,6 @@ def made(tmp_path_factory):
     """A finished store with one black image, and what it was made from."""
     root = tmp_path_factory.mktemp("made")
     dataset, extractor = Files(root / "photos"), PixelExtractor()
-    from PIL import Image
-
     Image.new("RGB", (30, 20)).save(dataset.file("0003"))
     store = extract(dataset, extractor, root / "store", m=8, views=2, view_size=32, batch_size=4, progress=False)
     return dataset, extractor, store
@@ -170,7 +169,7 @@ def test_asking_for_more_than_is_there(made):
 
 
 def test_missing_store_names_the_command(tmp_path):
-    with pytest.raises(StoreError, match="does not exist.*gm-mlic extract"):
+    with pytest.raises(StoreError, match=r"does not exist.*gm-mlic extract"):
         InstanceStore.open(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(StoreError, match=r"not an instance store.*gm-mlic extract"):

@@ -28,10 +28,10 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
-from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, partial_path
+from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.views import crop_and_flip, view_rng
 from gm_mlic.instances.writer import State, StoreWriter, plan
 
@@ -84,7 +84,7 @@ def extract(
     Raises:
         StoreError: if a store is there that was made for something else, if the detector gives what cannot be stored
             (NaN, say; the message names the image), or if the disk is full or read-only. What was done stays.
-        DataError: if no image at all can be read.
+        DataError: if no image at all can be read, or the dataset is empty or contradicts itself.
         ConfigError: if a number is out of range.
     """
     path = Path(path)
@@ -97,6 +97,7 @@ def extract(
         )
     if not 0 <= index < shards:
         raise ConfigError(f"instances.shard={index},{shards}: give (i, n) with 0 <= i < n.")
+    check_targets(dataset.ids, dataset.labels, dataset.targets)
     job = plan(
         dataset,
         extractor,
@@ -253,19 +254,18 @@ class _Claim:
 
     def __enter__(self) -> _Claim:
         began = time.monotonic()
-        overwrite, waiting = self.overwrite, False
+        waiting = False
         with StoreWriter(self.path, self.job).writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 with contextlib.suppress(Timeout), self.guard.acquire(timeout=0):
-                    # whoever we waited for made the store that was asked for
-                    if (self.path / MANIFEST).is_file() and (waiting or not overwrite):
+                    if self._is_made(waiting):
                         return self
                     holders = self._holders()
                     rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
                     if not rivals:
                         self.writer = StoreWriter.begin(
-                            self.path, self.job, self.dataset.targets, overwrite, in_use=bool(holders)
+                            self.path, self.job, self.dataset.targets, self.overwrite, in_use=bool(holders)
                         )
                         self.lock.acquire(timeout=0)
                         (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")
@@ -313,6 +313,16 @@ class _Claim:
                 self.writer.discard()
                 raise DataError(f"None of the {len(states)} images can be read: check dataset.root. The first: {first}")
             return self.writer.finish()
+
+    def _is_made(self, waited: bool) -> bool:
+        """Whether the store is there and need not be overwritten, or not again: we waited for who just made it."""
+        if not (self.path / MANIFEST).is_file():
+            return False
+        if not self.overwrite:
+            return True
+        if not waited or self.partial.is_dir():
+            return False
+        return next(differences(Manifest.read(self.path / MANIFEST), self.job), None) is None
 
     def _holders(self) -> dict[str, str]:
         """Shard to process number, for each shard that a living process works on. Only under the guard."""

@@ -55,8 +55,8 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         self.size = size
         self.seed = seed
         # shared with the DataLoader's workers, also with those that outlive an epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.dataset)
