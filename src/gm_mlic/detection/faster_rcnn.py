@@ -1,0 +1,293 @@
+"""Faster R-CNN as an instance extractor: what torchvision's detectors find, with a feature for each found box."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import (
+    FasterRCNN,
+    fasterrcnn_mobilenet_v3_large_fpn,
+    fasterrcnn_resnet50_fpn,
+    fasterrcnn_resnet50_fpn_v2,
+)
+from torchvision.models.detection.image_list import ImageList
+
+from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.tiny import scenes_tiny
+from gm_mlic.errors import ConfigError
+
+#: What may be trained end to end; see :class:`FasterRCNNExtractor`.
+TRAINABLE = ("none", "box_head", "all")
+
+
+#: How each is built, and its default input size.
+_BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
+    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, 448),
+    "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, 448),
+    "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
+    "scenes_tiny": (scenes_tiny, 160),
+}
+#: Names of the detectors that :func:`build_extractor` builds.
+ARCHITECTURES = tuple(_BUILDERS)
+
+
+class FasterRCNNExtractor(nn.Module):
+    r"""Any torchvision Faster R-CNN as an :class:`~gm_mlic.detection.protocol.InstanceExtractor`.
+
+    An image becomes instances in three steps:
+
+    1. the detector as it is: proposals, class scores and boxes, those above the score threshold, non-maximum
+       suppression within each class. One place in the image may be kept once for each of several classes;
+    2. the m highest scores over all classes. (The detector's own cap on detections is lifted: m is the cap.);
+    3. the box head once more, on RoIs pooled at these *final* boxes :math:`B_i`, for the instance feature of eq. 1:
+       :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box tell of the same
+       region. (The feature behind the class scores was pooled at the proposal instead.)
+
+    The detector always runs in evaluation mode: dropout off, batch statistics frozen, no randomness; ``train()`` does
+    not change that. Only images that are equally large after resizing and padding to the detector's stride share a
+    forward pass, so an image's instances do not depend on the batch it came in (up to rounding in the convolutions).
+
+    Args:
+        detector: the model; it is put in evaluation mode and its cap on detections is lifted.
+        labels: names of its classes, without the background.
+        name: short name, fit for a folder name.
+        class_index: for each label the detector's class number; default 1, 2, ... Detections of classes that belong
+            to no label are dropped.
+        trainable: what receives gradients when called with gradients enabled: ``none``; ``box_head``, the layers from
+            the pooled RoI to the feature; ``all``, the backbone as well. Which boxes are chosen is not differentiable:
+            proposals and class scores are used as they are, and their layers stay frozen.
+
+    Shape:
+        features have D = ``feature_dim`` entries: 1024 for torchvision's three, 256 for ``scenes_tiny``.
+    """
+
+    def __init__(
+        self,
+        detector: FasterRCNN,
+        labels: Sequence[str],
+        name: str,
+        class_index: Sequence[int] | None = None,
+        trainable: str = "none",
+    ) -> None:
+        super().__init__()
+        if trainable not in TRAINABLE:
+            raise ConfigError(f"detector.trainable is {trainable!r}: choose one of {', '.join(TRAINABLE)}.")
+        self.name = name
+        self.labels = tuple(labels)
+        self.trainable = trainable
+        self.detector = detector
+        self.detector.roi_heads.detections_per_img = sys.maxsize
+        scores = detector.roi_heads.box_predictor.cls_score
+        self.feature_dim = int(scores.in_features)
+        if class_index is None:
+            class_index = range(1, scores.out_features)
+        if len(class_index) != len(self.labels):
+            raise ConfigError(f"The detector {name} has {len(class_index)} classes, but {len(self.labels)} labels.")
+        label_of_class = torch.full((scores.out_features,), -1)
+        label_of_class[list(class_index)] = torch.arange(len(self.labels))
+        self.register_buffer("_label_of_class", label_of_class, persistent=False)
+        self._label_of_class: Tensor
+        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        for parameter in self.parameters():
+            parameter.requires_grad_(trainable == "all")
+        for frozen in (detector.rpn, detector.roi_heads):
+            frozen.requires_grad_(False)
+        detector.roi_heads.box_head.requires_grad_(trainable != "none")
+        self.train(False)
+
+    def train(self, mode: bool = True) -> FasterRCNNExtractor:
+        """Stay in evaluation mode, whatever ``mode`` says."""
+        super().train(False)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
+        tensors = sorted(self.detector.state_dict().items())
+        versions = tuple(tensor._version for _, tensor in tensors)
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
+            settings = [
+                *(self.name, self.labels, self._label_of_class.tolist()),
+                *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
+                *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
+                *(heads.score_thresh, heads.nms_thresh),
+            ]
+            digest = hashlib.sha256(json.dumps(settings).encode())
+            for key, tensor in tensors:
+                digest.update(json.dumps([key, str(tensor.dtype), tuple(tensor.shape)]).encode())
+                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+            self._fingerprint = versions, digest.hexdigest()
+        return self._fingerprint[1]
+
+    def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
+        """Detect; arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
+
+        Boxes, scores and labels never carry gradients; features do, as ``trainable`` says.
+
+        Raises:
+            ConfigError: if ``m`` is less than 1.
+        """
+        if m < 1:
+            raise ConfigError(f"The number of instances m is {m}: set at least 1.")
+        device = self._label_of_class.device
+        groups: dict[torch.Size, list[tuple[int, ImageList]]] = {}
+        for i, image in enumerate(images):
+            with torch.no_grad():
+                ready, _ = self.detector.transform([image.to(device)])
+            groups.setdefault(ready.tensors.shape, []).append((i, ready))
+        found: dict[int, Instances] = {}
+        for group in groups.values():
+            batch = ImageList(
+                torch.cat([ready.tensors for _, ready in group]), [ready.image_sizes[0] for _, ready in group]
+            )
+            found.update(zip((i for i, _ in group), self._detect(batch, m), strict=True))
+        return [found[i] for i in range(len(images))]
+
+    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
+        """The instances of images that share one padded size."""
+        grad, heads, sizes = torch.is_grad_enabled(), self.detector.roi_heads, batch.image_sizes
+        with torch.set_grad_enabled(grad and self.trainable == "all"):
+            maps = self.detector.backbone(batch.tensors)
+            maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        with torch.no_grad():
+            proposals, _ = self.detector.rpn(batch, maps)
+            predicted = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
+            detections = heads.postprocess_detections(*predicted, proposals, sizes)
+            chosen = [self._choose(*of_image, size, m) for *of_image, size in zip(*detections, sizes, strict=True)]
+        with torch.set_grad_enabled(grad and self.trainable != "none"):
+            boxes = [boxes for boxes, _, _ in chosen]
+            features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes)).float()
+        return [
+            Instances((boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1), scores, labels, of_image)
+            for (boxes, scores, labels), (height, width), of_image in zip(
+                chosen, sizes, features.split([len(b) for b in boxes]), strict=True
+            )
+        ]
+
+    def _choose(
+        self, boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int], m: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The m best detections of one image, or the whole image: boxes in pixels of the resized image."""
+        labels = self._label_of_class[classes]
+        known = labels >= 0
+        boxes, scores, labels = boxes[known], scores[known], labels[known]
+        if len(boxes) == 0:
+            height, width = size
+            return boxes.new_tensor([[0, 0, width, height]]), scores.new_zeros(1), labels.new_full((1,), -1)
+        best = torch.sort(scores, descending=True, stable=True).indices[:m]
+        return boxes[best], scores[best], labels[best]
+
+
+def check_architecture(arch: str) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``arch`` is one of :data:`ARCHITECTURES`."""
+    if arch not in _BUILDERS:
+        raise ConfigError(f"detector.arch is {arch!r}: choose one of {', '.join(ARCHITECTURES)}.")
+
+
+def build_detector(
+    arch: str,
+    num_classes: int,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    seed: int = 0,
+) -> FasterRCNN:
+    """Build a detector with random weights; nothing is downloaded, and the global random state stays as it is.
+
+    Args:
+        arch: one of :data:`ARCHITECTURES`.
+        num_classes: with the background.
+        min_size: length of the shorter image side after resizing, in pixels; default 448, for scenes_tiny 160.
+        max_size: bound of the longer side; default 5/3 of ``min_size``.
+        score_threshold: detections must have a greater score.
+        nms_threshold: of two boxes of one class that overlap more than this (IoU), only the better one is kept.
+        seed: of the random weights.
+
+    Raises:
+        ConfigError: for an unknown architecture or a setting out of range.
+    """
+    check_architecture(arch)
+    build, default_size = _BUILDERS[arch]
+    min_size = default_size if min_size is None else min_size
+    max_size = round(min_size * 5 / 3) if max_size is None else max_size
+    if not 32 <= min_size <= max_size:
+        raise ConfigError(f"detector.min_size {min_size} and max_size {max_size}: set 32 <= min_size <= max_size.")
+    for key, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"detector.{key} is {value}: set a number from 0 to 1.")
+    # torchvision's builders would download the backbone's weights unless told not to.
+    settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(
+            num_classes=num_classes,
+            min_size=min_size,
+            max_size=max_size,
+            box_score_thresh=score_threshold,
+            box_nms_thresh=nms_threshold,
+            **settings,
+        )
+
+
+def build_extractor(
+    arch: str,
+    labels: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    trainable: str = "none",
+) -> FasterRCNNExtractor:
+    """Build an instance extractor.
+
+    Args:
+        arch: one of :data:`ARCHITECTURES`.
+        labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
+            weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
+        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
+            shipped for scenes_tiny; or a file: ``.safetensors`` as written by ``gm-mlic train-detector``, or ``.pt`` /
+            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors.
+        min_size: see :func:`build_detector`; the default is the one that the weights were trained with.
+        max_size: see :func:`build_detector`.
+        score_threshold: see :func:`build_detector`.
+        nms_threshold: see :func:`build_detector`.
+        seed: see :func:`build_detector`.
+        device: where the detector runs.
+        trainable: see :class:`FasterRCNNExtractor`.
+
+    Raises:
+        ConfigError: for a setting that cannot work.
+        WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
+    """
+    check_architecture(arch)
+    checkpoint = read_checkpoint(arch, weights, labels)
+    if labels is not None:
+        checkpoint.check_labels(labels)
+    detector = build_detector(
+        arch,
+        len(checkpoint.categories),
+        min_size=min_size or checkpoint.min_size,
+        max_size=max_size or checkpoint.max_size,
+        score_threshold=score_threshold,
+        nms_threshold=nms_threshold,
+        seed=seed,
+    )
+    if checkpoint.tensors is not None:
+        load_into(detector, checkpoint, arch)
+    used = [(i, name) for i, name in enumerate(checkpoint.categories) if i > 0 and name != UNUSED]
+    extractor = FasterRCNNExtractor(
+        detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
+    )
+    return extractor.to(device)

@@ -1,0 +1,336 @@
+"""Train a detector on any dataset that has boxes: plain torch, resumable, every random number from the seed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.models.detection import FasterRCNN
+from torchvision.transforms.functional import hflip, pil_to_tensor
+
+from gm_mlic._version import __version__
+from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
+from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+
+_log = logging.getLogger(__name__)
+
+_PREDICTOR = "roi_heads.box_predictor."
+_MIN_SIDE = 1.0  # pixels; thinner boxes are left out, an empty one would stop torchvision
+
+
+def train_detector(
+    train: MultiLabelDataset,
+    val: MultiLabelDataset | None,
+    arch: str,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    epochs: int = 8,
+    batch_size: int = 8,
+    lr: float = 2e-3,
+    weight_decay: float = 1e-3,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    seed: int = 0,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    command: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a detector, and save it as ``out`` (.safetensors, ready for ``detector.weights``) and ``out`` (.json).
+
+    AdamW with one cycle of the learning rate (linear-free cosine warm-up over the first 15 % of the steps, then cosine
+    to zero), gradients clipped to norm 5, horizontal flips with probability 1/2. Detectors with random weights train
+    their batch norm; with given weights its statistics and weights stay as they are. After every epoch the state goes
+    to ``out`` with suffix ``.resume.pt``: a run that was killed continues from there when started again with the same
+    arguments, to the same weights as one that was not.
+
+    Args:
+        train: images with boxes. Images without any box, and unreadable ones, are left out and counted.
+        val: where AP is measured after each epoch; None for nowhere.
+        arch: one of :data:`~gm_mlic.detection.faster_rcnn.ARCHITECTURES`.
+        out: where the weights go; must end in ``.safetensors``.
+        weights: to begin with, as for :func:`~gm_mlic.detection.faster_rcnn.build_extractor`. If they know other
+            labels, the last layer (class scores and box offsets) begins anew.
+        epochs: passes over ``train``.
+        batch_size: images per step.
+        lr: highest learning rate; 2e-3 suits scenes_tiny, 1e-4 the others.
+        weight_decay: of AdamW.
+        min_size: input size, see :func:`~gm_mlic.detection.faster_rcnn.build_detector`.
+        max_size: likewise.
+        seed: of weights, order, flips and the choice of proposals.
+        num_workers: processes that load images; 0 for none.
+        device: where to train.
+        command: what the record says made these weights.
+        progress: whether to show bars.
+
+    Returns:
+        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, the settings, the
+        mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5, in per cent, None without ``val``) of each
+        epoch, ``skipped`` images with the reason, versions.
+
+    Raises:
+        ConfigError: for a dataset without boxes, other labels in ``val``, or a setting that cannot work.
+        DataError: if no image has a box, or none can be read.
+        WeightsError: if ``weights``, or what an earlier run left, cannot be used.
+    """
+    out = Path(out)
+    check_architecture(arch)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"The detector's weights go to {out}: choose a name that ends in .safetensors.")
+    if val is not None and val.labels != train.labels:
+        raise ConfigError(f"The labels of {val.name} ({val.split}) are not those of {train.name} ({train.split}).")
+    for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
+        if not value > 0:
+            raise ConfigError(f"{key} is {value}: set a positive number.")
+    rows = _rows_with_boxes(train)
+    detector = _initial_detector(arch, train.labels, weights, min_size, max_size, seed).to(device)
+    steps = math.ceil(len(rows) / batch_size)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.15)
+    record: dict[str, Any] = {
+        "arch": arch,
+        "labels": list(train.labels),
+        "min_size": detector.transform.min_size[0],
+        "max_size": detector.transform.max_size,
+        "dataset": train.name,
+        "dataset_fingerprint": train.fingerprint,
+        "images": len(rows),
+        "weights": None if weights is None else str(weights),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "command": command,
+        "versions": {"gm_mlic": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+    parts = {"detector": detector, "optimizer": optimizer, "schedule": schedule}
+    state = out.with_suffix(".resume.pt")
+    history: dict[str, Any] = {"loss": [], "val_ap50": [], "skipped": {}}
+    if state.exists():
+        history = _resume(state, record, parts, device)
+    for epoch in range(len(history["loss"]), epochs):
+        title = f"epoch {epoch + 1}/{epochs}"
+        with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+            torch.manual_seed(1_000_003 * seed + epoch)  # so that a run can begin at any epoch
+            flips = torch.rand(len(rows)) < 0.5
+            order = torch.randperm(len(rows)).tolist()
+            images = _LabelledImages(train, [rows[i] for i in order], flips.tolist())
+            _freeze_or_train(detector, frozen_norm=weights is not None)
+            losses: list[float] = []
+            with _bar(title, len(rows), progress) as advance:
+                for batch in _batches(images, batch_size, num_workers, history["skipped"]):
+                    if batch:
+                        losses.append(_step(detector, optimizer, batch, device, title))
+                        advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
+                    schedule.step()
+        if not losses:
+            raise DataError(f"No image of {train.name} ({train.split}) can be read: check dataset.root.")
+        history["loss"].append(sum(losses) / len(losses))
+        history["val_ap50"].append(
+            None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
+        )
+        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], history["val_ap50"][-1])
+        _save_state(state, record, parts, history)
+    if history["skipped"]:
+        name, reason = next(iter(history["skipped"].items()))
+        _log.warning("%d unreadable images were left out, the first: %s: %s", len(history["skipped"]), name, reason)
+    record |= history
+    save_checkpoint(out, detector.state_dict(), record)
+    state.unlink(missing_ok=True)
+    return record
+
+
+def average_precision(
+    detector: FasterRCNN,
+    dataset: MultiLabelDataset,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> float:
+    """COCO's average precision at IoU 0.5, mean over the labels that occur, in per cent; unreadable images left out."""
+    metric = MeanAveragePrecision(iou_thresholds=[0.5], backend="pycocotools")
+    metric.warn_on_many_detections = False
+    images = _LabelledImages(dataset, _rows_with_boxes(dataset), None)
+    detector.eval()
+    with _bar(f"AP on {dataset.split}", len(images), progress) as advance, torch.no_grad():
+        for batch in _batches(images, batch_size, num_workers, {}):
+            if batch:
+                found = detector([image.to(device) for image, _ in batch])
+                metric.update(
+                    [{key: value.cpu() for key, value in of_image.items()} for of_image in found],
+                    [target for _, target in batch],
+                )
+            advance(len(batch), "")
+    return float(100 * metric.compute()["map_50"])
+
+
+_Example = tuple[Tensor, dict[str, Tensor]]
+
+
+class _LabelledImages(Dataset):
+    """Images as float tensors, with torchvision's targets: boxes in pixels, labels from 1; or why there is none."""
+
+    def __init__(self, dataset: MultiLabelDataset, rows: Sequence[int], flips: Sequence[bool] | None) -> None:
+        self.dataset, self.rows, self.flips = dataset, rows, flips
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> _Example | tuple[str, str]:
+        row = self.rows[k]
+        try:
+            image = pil_to_tensor(self.dataset.image(row)).float() / 255
+        except UnreadableImage as error:
+            return self.dataset.ids[row], str(error)
+        found = self.dataset.boxes(row)
+        assert found is not None  # _rows_with_boxes kept only rows that have some
+        boxes, labels = found.boxes.float(), found.labels + 1
+        wide_enough = (boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE).all(dim=1)
+        boxes, labels = boxes[wide_enough], labels[wide_enough]
+        if self.flips is not None and self.flips[k]:
+            image = hflip(image)
+            x1, y1, x2, y2 = boxes.unbind(dim=1)
+            width = image.shape[-1]
+            boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+        return image, {"boxes": boxes, "labels": labels}
+
+
+def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
+    rows, annotated = [], False
+    for i in range(len(dataset)):
+        found = dataset.boxes(i)
+        annotated |= found is not None
+        if found is not None and bool((found.boxes[:, 2:] - found.boxes[:, :2] >= _MIN_SIDE).all(dim=1).any()):
+            rows.append(i)
+    if not annotated:
+        raise ConfigError(
+            f"The dataset {dataset.name} ({dataset.split}) has no boxes: a detector cannot learn from it."
+        )
+    if not rows:
+        raise DataError(f"No image of {dataset.name} ({dataset.split}) has a box: check its annotations.")
+    return rows
+
+
+def _batches(
+    images: _LabelledImages, batch_size: int, num_workers: int, skipped: dict[str, str]
+) -> Iterator[list[_Example]]:
+    """Lists of examples; unreadable images go to ``skipped`` instead."""
+    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list)
+    for batch in loader:
+        readable = []
+        for first, second in batch:
+            if isinstance(first, str):
+                skipped[first] = second
+            else:
+                readable.append((first, second))
+        yield readable
+
+
+def _initial_detector(
+    arch: str,
+    labels: Sequence[str],
+    weights: str | Path | None,
+    min_size: int | None,
+    max_size: int | None,
+    seed: int,
+) -> FasterRCNN:
+    checkpoint = read_checkpoint(arch, weights, None)
+    detector = build_detector(
+        arch, len(labels) + 1, min_size or checkpoint.min_size, max_size or checkpoint.max_size, seed=seed
+    )
+    if checkpoint.tensors is not None:
+        if checkpoint.labels != tuple(labels) or len(checkpoint.categories) != len(labels) + 1:
+            anew = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
+            kept = {key: t for key, t in checkpoint.tensors.items() if not key.startswith(_PREDICTOR)}
+            checkpoint.tensors.clear()
+            checkpoint.tensors.update(kept | anew)
+        load_into(detector, checkpoint, arch)
+    return detector
+
+
+def _freeze_or_train(detector: FasterRCNN, frozen_norm: bool) -> None:
+    """Training mode; with ``frozen_norm``, batch norm keeps its statistics (small batches would spoil them)."""
+    detector.train()
+    for module in detector.modules():
+        if frozen_norm and isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
+def _step(
+    detector: FasterRCNN, optimizer: torch.optim.Optimizer, batch: list[_Example], device: str | torch.device, when: str
+) -> float:
+    targets = [{key: value.to(device) for key, value in target.items()} for _, target in batch]
+    loss: Tensor = sum(detector([image.to(device) for image, _ in batch], targets).values())
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ConfigError(f"The detector's loss became {value} in {when}: lower the learning rate.")
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
+    optimizer.step()
+    return value
+
+
+def _save_state(path: Path, record: dict[str, Any], parts: dict[str, Any], history: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    state = {key: value.state_dict() for key, value in parts.items()}
+    torch.save({"record": json.dumps(record), "history": json.dumps(history), **state}, part)
+    part.replace(path)
+
+
+def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
+    """Bring ``parts`` to where an earlier run of the same settings stopped, and return its history."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        theirs = json.loads(state["record"])
+    except Exception as error:
+        raise WeightsError(f"{path}, left by an unfinished run, cannot be read ({error}): delete it.") from error
+    for key, ours in record.items():
+        if key not in ("command", "versions") and theirs.get(key) != ours:
+            raise ConfigError(
+                f"{path} was left by an unfinished run with {key}={theirs.get(key)}, not {ours}: delete it or go "
+                "back to those settings."
+            )
+    for key, part in parts.items():
+        part.load_state_dict(state[key])
+    history: dict[str, Any] = json.loads(state["history"])
+    return history
+
+
+@contextmanager
+def _bar(title: str, total: int, show: bool) -> Iterator[Any]:
+    """A progress bar over images with their rate and the time left; yields ``advance(images, note)``."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, disable=not show) as bar:
+        task = bar.add_task(title, total=total, rate="", note="")
+
+        def advance(images: int, note: str) -> None:
+            bar.advance(task, images)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{speed:.1f} images/s" if speed else "", note=note)
+
+        yield advance
