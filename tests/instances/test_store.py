@@ -10,8 +10,8 @@ import pytest
 import torch
 from fake_stages import Files, PixelExtractor
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
 
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.instances import InstanceStore, extract
 

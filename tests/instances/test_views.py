@@ -7,8 +7,8 @@ from fake_stages import Files, PixelExtractor
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms.functional import to_tensor
 
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.instances import crop_and_flip, extract
 from gm_mlic.instances.views import AREA, ASPECT, view_rng
 

@@ -202,7 +202,8 @@ def _detect(
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float().div(255)
+    # as gm_mlic.datasets.images.to_tensor, after the pipe
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
 
 
 class _Rows(Dataset[Any]):
