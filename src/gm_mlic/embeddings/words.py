@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 #: Other spellings, tried in this order and only if a word itself is missing. VOC's compounds come first (tvmonitor is
-#: tv in the vectors that the literature distributes); the rest are pairs of synonyms by which VOC, COCO and NUS-WIDE differ, so that a table of one also serves another.
+#: tv in the vectors that the literature distributes); the rest are compounds written together and synonyms by which
+#: VOC, COCO and NUS-WIDE differ, so that a table of one also serves another.
 ALIASES: dict[str, tuple[str, ...]] = {
     "tvmonitor": ("tv", "tv monitor", "television"),
     "pottedplant": ("potted plant", "plant"),
