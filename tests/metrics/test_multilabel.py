@@ -312,7 +312,7 @@ def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torc
 
 @pytest.mark.parametrize("N", [12, 13])
 def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
-    """Three processes with ceil(N / 3) rows each, as torch's DistributedSampler gives: interleaved, padded with the first."""
+    """Three processes with ceil(N / 3) interleaved rows each, padded with the first, as by DistributedSampler."""
     scores, targets = random_table(N, 4)
     scores = scores.round(1)
     padded = (list(range(N)) * 2)[: -(-N // 3) * 3]

@@ -69,7 +69,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _npz(path: Path) -> tuple[list[str], np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
         return [str(name) for name in file["labels"].tolist()], file["vectors"].astype(np.float32)
 
 
