@@ -161,7 +161,7 @@ class FasterRCNNExtractor(nn.Module):
             proposals, _ = self.detector.rpn(batch, maps)
             predicted = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
             detections = heads.postprocess_detections(*predicted, proposals, sizes)
-            chosen = [self._choose(*of_image, size, m) for *of_image, size in zip(*detections, sizes, strict=True)]
+            chosen = [self._choose(*image, m) for image in zip(*detections, sizes, strict=True)]
         with torch.set_grad_enabled(grad and self.trainable != "none"):
             boxes = [boxes for boxes, _, _ in chosen]
             features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes)).float()
