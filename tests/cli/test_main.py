@@ -68,7 +68,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "model.k=two"], "model.k=two: expected a whole number, at least 1."),
         (
             ["train", "model.k=3", "model.widths=[8,8]"],
-            "widths=[8, 8] has 2 widths, model.k=3: give one per block.",
+            "widths=[8, 8] has 2 widths, model.k=3: give one for each block.",
         ),
         (["train", "loss.beta=.nan"], "loss.beta=.nan: expected a number of at least 0."),
         (["train", "graph.m=40"], "graph.m=40 is more than the store would keep (detector.max_instances="),

@@ -1,4 +1,7 @@
-"""What each command does with its composed config. Each function is small: the stages do the work."""
+"""What each command does with its composed config. Each function is small: the stages do the work.
+
+Settings are checked before torch is imported, so that a wrong one is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gm_mlic.cli.compose import CONFIG_MODULE, register_resolvers
-from gm_mlic.errors import GMMLICError
+from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +24,21 @@ log = logging.getLogger(__name__)
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     """Compose the command's config from ``arguments`` and run it."""
     register_resolvers()
-    task = _reporting_failed_jobs(_TASKS[command])
+    failures: list[Exception] = []
+    task = _keeping_failures(_TASKS[command], failures)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     sys.argv = [f"gm-mlic {command}", *arguments]
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command.replace("-", "_"))(task)()
+    if failures:
+        raise failures[0]
 
 
 def extract(config: DictConfig) -> None:
     """``gm-mlic extract``."""
-    from gm_mlic.training import build
-    from gm_mlic.training.settings import check
-
     check(config)
+    from gm_mlic.training import build
+
     extractor = build.build_detector(config)
     for split in config.splits:
         store = build.build_store(config, build.build_dataset(config, split), extractor)
@@ -45,6 +50,7 @@ def extract(config: DictConfig) -> None:
 
 def train(config: DictConfig) -> float:
     """``gm-mlic train``; returns val mAP, for Hydra's sweepers to maximise."""
+    check(config)
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
@@ -67,11 +73,10 @@ def evaluate(config: DictConfig) -> None:
 
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
+    check(config)
     from gm_mlic.detection.training import train_detector as start
     from gm_mlic.training import build
-    from gm_mlic.training.settings import check
 
-    check(config)
     settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed", "num_workers")}
     record = start(
         build.build_dataset(config, "train"),
@@ -90,26 +95,32 @@ def train_detector(config: DictConfig) -> None:
 
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
+    check(config)
     from gm_mlic.cli.demo import demo as start
 
     start(config)
 
 
-def _reporting_failed_jobs(task: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """In a multirun the other jobs go on when one fails; say at once which one failed, and why."""
+def _keeping_failures(task: Callable[[DictConfig], Any], failures: list[Exception]) -> Callable[[DictConfig], Any]:
+    """Keep a single run's error from Hydra, which would print lines of its own before ours.
 
-    def with_report(config: DictConfig) -> Any:
+    In a multirun Hydra has to know (sweepers read it); the other jobs go on, so say at once which one failed, and why.
+    """
+
+    def kept(config: DictConfig) -> Any:
         try:
             return task(config)
-        except GMMLICError as error:
+        except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 job = HydraConfig.get().job
                 log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
-            raise
+                raise
+            failures.append(error)
+            return None
 
     # Hydra looks at the task's module to find out what calls it.
-    with_report.__module__ = task.__module__
-    return with_report
+    kept.__module__ = task.__module__
+    return kept
 
 
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {

@@ -28,7 +28,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.run_of", _run_of, replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.repeat", lambda value, times: [value] * max(0, int(times)), replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.repeat", _repeat, replace=True)
 
 
 def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:
@@ -60,6 +60,11 @@ def _digest(*sections: str, _root_: DictConfig) -> str:
             value = {k: v for k, v in value.items() if k not in _NOT_PART_OF_A_RUN.get(key, ())}
         config[key] = value
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _repeat(value: Any, times: Any) -> list[Any]:
+    """``value``, that often; what is no number of times is for the settings' rules to say."""
+    return [value] * times if isinstance(times, int) else []
 
 
 def _run_of(checkpoint: str) -> str:

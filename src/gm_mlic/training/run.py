@@ -215,9 +215,10 @@ def _fit(
         log.info("continuing %s after epoch %d", run_dir, first_epoch)
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers, first_epoch)
     trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
-    trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stop
 
 
 def _readable(data: SplitData, graph: AssignmentGraph, execution: str, **settings: Any) -> Any:
