@@ -316,7 +316,7 @@ def test_the_real_text_file_equals_the_tables(shared_data: Path) -> None:
         known = [row for row, label in enumerate(labels) if result.found[label]]
         close = np.abs(result.vectors.numpy()[known] - vectors[known]).max(axis=1) < 1e-4
         differing[name] = {labels[row] for row, same in zip(known, close, strict=True) if not same}
-    # The distributed "hot dog" is neither of the two words nor their mean (it may be GloVe's "hotdog"); ours is the mean.
+    # The distributed "hot dog" is neither of its two words nor their mean.
     assert differing == {"coco2014": {"hot dog"}, "voc2007": set(), "nuswide81": set()}
 
 
