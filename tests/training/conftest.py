@@ -52,7 +52,7 @@ def run_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     def config(*overrides: str) -> DictConfig:
         small = [
             "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 12, test: 12}", "dataset.image_size=96",
-            "trainer.batch_size=8", "trainer.accelerator=cpu", "optimizer.lr=0.01",
+            "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu", "optimizer.lr=0.01",
             f"instances.root={tmp_path}/instances", f"run_dir={tmp_path}/run",
         ]  # fmt: skip
         if not any(override.startswith("model=") for override in overrides):

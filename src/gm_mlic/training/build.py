@@ -179,12 +179,14 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
         ConfigError: if there is no such accelerator, device, strategy or precision here.
     """
     settings = config.trainer
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
     try:
         return Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
             strategy=settings.strategy,
             precision=settings.precision,
+            deterministic="warn" if _is_deterministic(config) else None,
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
@@ -201,6 +203,11 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
             f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _is_deterministic(config: DictConfig) -> bool:
+    wanted = config.trainer.deterministic
+    return bool(device(config.trainer.accelerator) == "cpu" if wanted == "auto" else wanted)
 
 
 def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
