@@ -30,9 +30,8 @@ def test_the_terminal_shows_the_same_numbers():
 def test_one_model(capsys: pytest.CaptureFixture[str]):
     values = {name: float(i) for i, name in enumerate(("CP", "CR", "CF1", "OP", "OR", "OF1"))}
     values |= {f"top3/{name}": 10 + value for name, value in values.items()} | {"mAP": 66.6}
-    result = {"test": values, "preset": "mlgcn"}
-    assert "66.6" in text(metrics_table(result, "test"))
-    print_metrics(result, "test split")
+    assert "66.6" in text(metrics_table(values, "mlgcn", "test"))
+    print_metrics(values, "mlgcn", "test split")
     shown = capsys.readouterr().out
     assert "0.0" in shown
     assert "15.0" in shown

@@ -55,7 +55,7 @@ def train(config: DictConfig) -> float:
     from gm_mlic.training import run as training
 
     result = training.train(config)
-    print_metrics(result, title=f"test split of {result['dataset']['name']}")
+    print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
     log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
 
@@ -68,7 +68,7 @@ def evaluate(config: DictConfig) -> None:
     result = training.evaluate(
         config.checkpoint, split=config.split, overrides=list(config.overrides), out=config.run_dir
     )
-    print_metrics(result, title=f"{config.split} split of {result['dataset']['name']}")
+    print_metrics(result["metrics"], result["preset"], title=f"{config.split} split of {result['dataset']['name']}")
 
 
 def train_detector(config: DictConfig) -> None:

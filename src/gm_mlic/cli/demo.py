@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 #: What the rows of ``conf/demo.yaml`` are called in the table.
 _NAMES = {
-    "mil_max": "max-pooled classifier, no graphs",
+    "mil_max": "max-pooled, no graphs",
     "concat": "GM-MLIC, concat",
     "product": "GM-MLIC, product",
 }

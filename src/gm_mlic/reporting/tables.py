@@ -49,16 +49,16 @@ def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: 
     return "\n".join(lines) + "\n"
 
 
-def metrics_table(result: Mapping[str, Any], title: str) -> Table:
+def metrics_table(values: Mapping[str, Any], preset: str, title: str) -> Table:
     """All metrics of one model: over all labels, and over each image's three best.
 
     Args:
-        result: what a run or an evaluation returns; ``result["test"]`` holds the metrics.
+        values: metric values in per cent.
+        preset: the convention they follow.
         title: above the table.
     """
-    values = result["test"]
     table = Table(title=f"{title}: mAP {number(values['mAP'])}", title_justify="left")
-    table.add_column(f"{result['preset']}, %")
+    table.add_column(f"{preset}, %")
     for column in _ONE:
         table.add_column(column, justify="right")
     for name, prefix in (("all", ""), ("top 3", "top3/")):
@@ -66,6 +66,6 @@ def metrics_table(result: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def print_metrics(result: Mapping[str, Any], title: str) -> None:
+def print_metrics(values: Mapping[str, Any], preset: str, title: str) -> None:
     """Print :func:`metrics_table` on stdout."""
-    Console().print(metrics_table(result, title))
+    Console().print(metrics_table(values, preset, title))

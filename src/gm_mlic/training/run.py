@@ -126,7 +126,7 @@ def evaluate(
         "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
         "preset": config.metrics.preset,
         "skipped": {split: data.skipped},
-        "test": _by_name(values, dataset.labels),
+        "metrics": _by_name(values, dataset.labels),
     }
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
