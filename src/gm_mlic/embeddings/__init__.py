@@ -1,0 +1,9 @@
+"""Label vectors: GloVe text files, tables, or hashed."""
+
+from __future__ import annotations
+
+from gm_mlic.embeddings.hashed import hashed_vectors
+from gm_mlic.embeddings.labels import LabelEmbedding, embed_labels
+from gm_mlic.embeddings.words import ALIASES, words_of
+
+__all__ = ["ALIASES", "LabelEmbedding", "embed_labels", "hashed_vectors", "words_of"]

@@ -1,0 +1,131 @@
+"""Image files as they occur in real datasets, read into one form: RGB, 8 bit, upright."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from gm_mlic.errors import UnreadableImage
+
+#: Larger images are refused before they are decoded: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
+MAX_PIXELS = 100_000_000
+
+#: What Pillow's decoders raise on damaged files (each format plug-in has its own habits).
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    AttributeError,
+    AssertionError,
+    ZeroDivisionError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Read one image file as RGB, 8 bit per channel, upright.
+
+    The EXIF orientation is applied; grey, palette, CMYK and other modes are converted; 16-bit grey is scaled to 8 bit
+    (value / 257); transparency is put over white. The returned image is fully decoded and the file is closed.
+
+    Args:
+        path: an image file in any format that Pillow reads.
+
+    Raises:
+        UnreadableImage: if the file is missing, empty, truncated, not an image, or has more than
+            :data:`MAX_PIXELS` pixels. The message names the file and the reason.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise UnreadableImage(
+                f"Image {path} does not exist: restore the file or remove it from the list."
+            ) from error
+        raise UnreadableImage(f"Image {path} cannot be opened ({_reason(error)}).") from error
+    if path.is_dir():
+        raise UnreadableImage(f"Image {path} is a folder: name an image file.")
+    if size == 0:
+        raise UnreadableImage(f"Image {path} is empty (0 bytes): copy or download it again.")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is a warning at 89 million pixels; ours is checked below. Warnings about damaged
+            # metadata are no reason to lose an image whose pixels are whole.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UnreadableImage(
+                        f"Image {path} has {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: scale it down."
+                    )
+                image.load()
+                return _to_rgb(_upright(image))
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError as error:  # Pillow refuses the largest even sooner
+        raise UnreadableImage(f"Image {path} is over the limit of {MAX_PIXELS:,} pixels: scale it down.") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(
+            f"Image {path} is not an image that can be read (unknown or damaged format): convert it to JPEG or PNG."
+        ) from error
+    except _DECODING_ERRORS as error:
+        raise UnreadableImage(
+            f"Image {path} cannot be decoded ({_reason(error)}): copy or download it again."
+        ) from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, H, W) float32 in [0, 1]."""
+    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: torch wants it writable
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().to(torch.float32) / 255.0
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; damaged metadata leaves the image as it is stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODING_ERRORS:
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _wide_grey_to_rgb(image)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, over).convert("RGB")
+    # `convert` on an RGB image copies it, which also lets go of the file.
+    return image.convert("RGB")
+
+
+def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey with more than 8 bits: Pillow's own conversion clips at 255 instead of scaling."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    # 16-bit files come as I;16 or, from older PNG and TIFF readers, as I with values to 65,535; mode F has no agreed
+    # range, so values that fit in 8 bits are taken as such.
+    if image.mode != "F" or values.max(initial=0.0) > 255.0:
+        values = values / 257.0
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

@@ -1,0 +1,97 @@
+"""GloVe's (and word2vec's) text format, streamed."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+
+from gm_mlic.errors import DataError
+
+
+def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.ndarray], int]:
+    """Read the vectors of ``words`` from a text file with one ``word v1 v2 ... vD`` per line.
+
+    The file is streamed; only the wanted rows are parsed and kept. The dimension is found in the file; a word2vec
+    header line (``count dimension``) is passed over; ``.gz`` is unpacked on the way. Words of the file may contain
+    spaces (as some of glove.840B do): numbers are taken from the right. The lower-case row of a word is preferred,
+    else its first row in another case.
+
+    Args:
+        path: the text file.
+        words: wanted words in lower case.
+
+    Returns:
+        Vectors (D,) float32 of the words that were found, and D.
+
+    Raises:
+        DataError: if the file is missing or empty, or a line is malformed or holds NaN or infinity; with line number.
+    """
+    path = Path(path)
+    exact: dict[str, np.ndarray] = {}
+    other_case: dict[str, np.ndarray] = {}
+    dim = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                line = raw.rstrip()
+                if not line:
+                    continue
+                if not dim:
+                    if number == 1 and _is_header(line):
+                        continue
+                    dim = _trailing_numbers(line)
+                    if not dim:
+                        raise DataError(_malformed(path, number, "a word and its numbers are needed"))
+                if line.count(b" ") < dim:
+                    raise DataError(_malformed(path, number, f"a word and {dim} numbers are needed"))
+                written = line[: line.index(b" ")].decode("utf-8", "replace")
+                word = written.lower()
+                if word not in words or word in exact:
+                    continue
+                name, *fields = line.rsplit(b" ", dim)
+                if b" " in name:  # a row of a word with spaces that begins with a wanted word, or too many numbers
+                    if _trailing_numbers(name) == name.count(b" "):
+                        raise DataError(_malformed(path, number, f"more than {dim} numbers for {written!r}"))
+                    continue
+                try:
+                    with np.errstate(over="ignore"):  # infinity is refused below
+                        vector = np.array([float(field) for field in fields]).astype(np.float32)
+                except ValueError as error:
+                    raise DataError(_malformed(path, number, f"{written!r} has something that is no number")) from error
+                if not np.isfinite(vector).all():
+                    raise DataError(f"{path}, line {number}: the vector of {written!r} holds NaN or infinity.")
+                if written == word:
+                    exact[word] = vector
+                else:
+                    other_case.setdefault(word, vector)
+    except FileNotFoundError as error:
+        raise DataError(f"The word vectors {path} do not exist: set embedding.path.") from error
+    except (OSError, EOFError) as error:
+        raise DataError(f"The word vectors {path} cannot be read ({error}): check the file.") from error
+    if not dim:
+        raise DataError(f"The word vectors {path} are empty: download them again.")
+    return other_case | exact, dim
+
+
+def _malformed(path: Path, number: int, what: str) -> str:
+    return f"{path}, line {number} is malformed: {what}."
+
+
+def _is_header(line: bytes) -> bool:
+    fields = line.split()
+    return len(fields) == 2 and all(field.isdigit() for field in fields)
+
+
+def _trailing_numbers(line: bytes) -> int:
+    """How many fields after the first are numbers, counted from the right."""
+    count = 0
+    for field in reversed(line.split(b" ")[1:]):
+        try:
+            float(field)
+        except ValueError:
+            break
+        count += 1
+    return count

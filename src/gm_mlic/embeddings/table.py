@@ -1,0 +1,85 @@
+"""Ready-made tables of label vectors: ``.npz`` and ``.pt`` files."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gm_mlic.embeddings.words import words_of
+from gm_mlic.errors import DataError
+
+#: What numpy and torch raise on files that are damaged or hold something else.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+def table_key(name: str) -> str:
+    """The key of a name: its words without spaces, so that ``potted plant`` finds ``pottedplant``."""
+    return "".join(words_of(name))
+
+
+def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
+    """Read a table of named vectors.
+
+    ``.npz``: arrays ``labels`` (C names) and ``vectors`` (C, D). ``.pt`` (loaded with ``weights_only=True``): a dict
+    with ``labels`` and ``vectors``, or a dict from name to vector.
+
+    Returns:
+        Vectors (D,) float32 by :func:`table_key` of their names, and D.
+
+    Raises:
+        DataError: if the file is missing, malformed, or holds NaN or infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"The table of label vectors {path} does not exist: set embedding.path.")
+    try:
+        names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
+    except _UNREADABLE as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise DataError(
+            f"The table of label vectors {path} cannot be read ({reason}): it needs labels (C,) and vectors (C, D)."
+        ) from error
+    if vectors.ndim != 2 or len(names) != len(vectors) or vectors.size == 0:
+        raise DataError(f"{path} has {len(names)} labels but vectors of shape {vectors.shape}: (C, D) is needed.")
+    table: dict[str, np.ndarray] = {}
+    for name, vector in zip(names, vectors, strict=True):
+        if not np.isfinite(vector).all():
+            raise DataError(f"{path}: the vector of {name!r} holds NaN or infinity: replace it.")
+        key = table_key(name)
+        if key in table and not np.array_equal(table[key], vector):
+            raise DataError(f"{path}: {name!r} occurs twice with different vectors: keep one of them.")
+        table[key] = vector
+    return table, vectors.shape[1]
+
+
+def _npz(path: Path) -> tuple[list[str], np.ndarray]:
+    with np.load(path, allow_pickle=False) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
+        return [str(name) for name in file["labels"].tolist()], file["vectors"].astype(np.float32)
+
+
+def _pt(path: Path) -> tuple[list[str], np.ndarray]:
+    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+    if set(content) >= {"labels", "vectors"}:
+        names, vectors = [str(name) for name in content["labels"]], content["vectors"]
+    else:
+        names, vectors = [str(name) for name in content], [torch.as_tensor(v) for v in content.values()]
+        vectors = torch.stack(vectors) if vectors else torch.empty(0, 0)
+    return names, torch.as_tensor(vectors).detach().to(torch.float32).numpy()

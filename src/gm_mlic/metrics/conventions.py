@@ -1,0 +1,82 @@
+"""How the literature counts: each published convention is a named set of plain options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+from gm_mlic.errors import ConfigError
+
+APRule = Literal["rank", "envelope", "voc11", "sklearn"]
+DifficultRule = Literal["ignore", "negative", "positive"]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Every choice behind a number. The defaults are those of ``mlgcn``.
+
+    Attributes:
+        ap: area under the precision-recall points of one label. ``rank``: mean of the precision at each positive's
+            rank; ``envelope``: the same after replacing each precision by the best at that rank or deeper (VOC 2010
+            on); ``voc11``: mean of that envelope at recalls 0, 0.1, ..., 1 (VOC 2007); ``sklearn``: rank AP with equal
+            scores taken as one rank. In the other three, equal scores rank in row order.
+        difficult_ap: what a target of 0 (VOC "difficult") is in AP: left out, a negative, or a positive.
+        difficult_f1: the same for precision, recall and F1.
+        f1: CF1 is the F1 ``of_means`` (of CP and CR) or the ``mean_of`` the labels' F1.
+        topk: under ``top3/``, a label must be among the image's 3 highest and pass the threshold (``threshold``), or
+            only be among the 3 highest (``no_threshold``).
+        topk_ties: scores equal to the third highest: the first in label order fill the 3 places (``stable``), or all
+            of them count (``kept``).
+        threshold: a label is predicted if its score compares so with the threshold.
+        compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
+
+    Raises:
+        ConfigError: for a value that is not listed here.
+    """
+
+    ap: APRule = "rank"
+    difficult_ap: DifficultRule = "ignore"
+    difficult_f1: DifficultRule = "negative"
+    f1: Literal["of_means", "mean_of"] = "of_means"
+    topk: Literal["threshold", "no_threshold"] = "threshold"
+    topk_ties: Literal["stable", "kept"] = "stable"
+    threshold: float = 0.5
+    compare: Literal["ge", "gt"] = "ge"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            if allowed and value not in allowed:
+                raise ConfigError(f"metrics.{field.name} is {value!r}: choose one of {', '.join(allowed)}.")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise ConfigError(f"metrics.threshold is {self.threshold!r}: give a number in [0, 1].")
+        if not 0.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"metrics.threshold is {self.threshold}: scores are in [0, 1], so choose it there.")
+
+
+#: Conventions by name. Where a source does not say (ssgrl and voc11: F1 and top-3; asl: difficult and top-3), the
+#: value is mlgcn's; for asl, whose targets are {0, 1}, difficult is a negative throughout.
+PRESETS: dict[str, Convention] = {
+    "mlgcn": Convention(),
+    "ssgrl": Convention(ap="envelope", difficult_ap="negative"),
+    "ctran": Convention(ap="sklearn", difficult_ap="negative", topk_ties="kept"),
+    "asl": Convention(difficult_ap="negative", f1="mean_of", threshold=0.8, compare="gt"),
+    "mmpretrain": Convention(difficult_f1="ignore", f1="mean_of", topk="no_threshold"),
+    "voc11": Convention(ap="voc11", difficult_f1="ignore"),
+}
+
+
+def convention(preset: str = "mlgcn", **options: Any) -> Convention:
+    """The convention called ``preset``, with single options replaced.
+
+    Raises:
+        ConfigError: for an unknown preset, option or value.
+    """
+    if preset not in PRESETS:
+        raise ConfigError(f"metrics.preset is {preset!r}: choose one of {', '.join(PRESETS)}.")
+    known = [field.name for field in fields(Convention)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"metrics.{name} is not an option: choose among {', '.join(known)}.")
+    return replace(PRESETS[preset], **options)
