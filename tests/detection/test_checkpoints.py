@@ -135,6 +135,12 @@ def test_other_tensors(tmp_path):
     _refused(tmp_path / "bare.safetensors", "bare.safetensors", "labels")
 
 
+@pytest.mark.parametrize("header", ["{", "[]", '{"arch": "scenes_tiny"}'])
+def test_header_that_is_no_record(tmp_path, tiny, header):
+    save_file(tiny, tmp_path / "odd.safetensors", metadata={"gm_mlic": header})
+    _refused(tmp_path / "odd.safetensors", "odd.safetensors", "header")
+
+
 def test_weights_for_another_architecture(tmp_path, tiny):
     save_checkpoint(tmp_path / "w.safetensors", tiny, _record(arch="fasterrcnn_resnet50_fpn"))
     _refused(tmp_path / "w.safetensors", "w.safetensors", "fasterrcnn_resnet50_fpn", "scenes_tiny")

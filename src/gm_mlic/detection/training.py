@@ -78,9 +78,9 @@ def train_detector(
         progress: whether to show bars.
 
     Returns:
-        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, the settings, the
-        mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5, in per cent, None without ``val``) of each
-        epoch, ``skipped`` images with the reason, versions.
+        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, how many images had
+        boxes and how many had none, the settings, the mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5,
+        in per cent, None without ``val``) of each epoch, ``skipped`` images with the reason, versions.
 
     Raises:
         ConfigError: for a dataset without boxes, other labels in ``val``, or a setting that cannot work.
@@ -109,6 +109,7 @@ def train_detector(
         "dataset": train.name,
         "dataset_fingerprint": train.fingerprint,
         "images": len(rows),
+        "images_without_boxes": len(train) - len(rows),
         "weights": None if weights is None else str(weights),
         "epochs": epochs,
         "batch_size": batch_size,
