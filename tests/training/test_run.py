@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.errors import ConfigError, StoreError, WeightsError
 from gm_mlic.training import build, run
+from gm_mlic.training.module import MLICModule
 
 Config = Callable[..., DictConfig]
 
@@ -133,7 +134,7 @@ def test_a_resumed_run_with_workers_sees_the_same_views(
 def test_a_run_killed_before_its_test_only_tests(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = run.train(run_config())
     (tmp_path / "run/metrics.json").unlink()
-    monkeypatch.setattr(build, "training_callbacks", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(MLICModule, "training_step", lambda *_: pytest.fail("trained again"))
     assert run.train(run_config()) == whole
 
 

@@ -55,7 +55,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
         log.info("training: %s", name)
         results[row] = train(_row_config(config, row))
 
-    test = split_data(config, "test", build.build_detector(config))
+    test = split_data(config, build.build_dataset(config, "test"), build.build_detector(config))
     assert isinstance(test.dataset, Scenes)
     assert test.store is not None
     readable = test.store.rows

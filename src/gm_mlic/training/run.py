@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -83,10 +83,13 @@ def train(config: DictConfig) -> dict[str, Any]:
     _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
+    # All that can be wrong comes before the stores, which may take hours.
+    datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     extractor = build.build_detector(config)
-    data = {split: split_data(config, split, extractor) for split in build.SPLITS}
-    module, graph = _build_module(config, data["train"], extractor)
-    _fit(config, module, graph, data, run_dir)
+    module, graph = _build_module(config, datasets["train"], extractor)
+    trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
+    data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
+    _fit(config, trainer, module, graph, data, run_dir)
 
     best = run_dir / "checkpoints" / "best.ckpt"
     values = _test(config, best, data["test"], extractor)
@@ -118,7 +121,7 @@ def evaluate(
     description.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
     description.check_detector(extractor.name, extractor.fingerprint, path)
-    data = split_data(config, split, extractor)
+    data = split_data(config, dataset, extractor)
     values = _test(config, path, data, extractor)
     result = {
         "checkpoint": str(path),
@@ -137,12 +140,12 @@ def evaluate(
 # The parts of a run
 
 
-def split_data(config: DictConfig, split: str, extractor: Any) -> SplitData:
-    """One split and its instance store, extracted if it is missing; or its images, for on-line detection."""
-    dataset = build.build_dataset(config, split)
+def split_data(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> SplitData:
+    """A split and its instance store, extracted if it is missing; or its images, for on-line detection."""
+    train = dataset.split == "train"
     # A frozen detector sees the same in an evaluation image at every epoch, so a store serves there.
-    if _trains_detector(config) or (config.instances.online and split == "train"):
-        images = OnlineImages(dataset, train=split == "train", size=config.instances.view_size, seed=config.seed)
+    if _trains_detector(config) or (config.instances.online and train):
+        images = OnlineImages(dataset, train=train, size=config.instances.view_size, seed=config.seed)
         return SplitData(dataset, None, images)
     store = build.build_store(config, dataset, extractor)
     if store is None:
@@ -164,8 +167,8 @@ def _online_graphs(
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
-def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
-    labels = tuple(train_data.dataset.labels)
+def _build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
+    labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
     graph_settings = build.section(config, "graph") | {
         relation: config.model.get(relation, False) for relation in ("instance_graph", "label_graph")
@@ -188,7 +191,7 @@ def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> 
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
         description.build_model(),
-        build.build_loss(config, train_data.dataset.targets),
+        build.build_loss(config, dataset.targets),
         build.build_metrics(config, labels),
         build.section(config, "optimizer"),
         description,
@@ -198,7 +201,12 @@ def _build_module(config: DictConfig, train_data: SplitData, extractor: Any) -> 
 
 
 def _fit(
-    config: DictConfig, module: MLICModule, graph: AssignmentGraph, data: dict[str, SplitData], run_dir: Path
+    config: DictConfig,
+    trainer: Trainer,
+    module: MLICModule,
+    graph: AssignmentGraph,
+    data: dict[str, SplitData],
+    run_dir: Path,
 ) -> None:
     execution = module.description.model.get("execution", "auto")
     augment = {"train": config.instances.views > 0, "val": False}
@@ -214,7 +222,6 @@ def _fit(
             return
         log.info("continuing %s after epoch %d", run_dir, first_epoch)
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers, first_epoch)
-    trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
     try:
         trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C

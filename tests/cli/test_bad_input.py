@@ -1,0 +1,216 @@
+"""Photos and files as people have them: each command line ends well, or in one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gm_mlic.cli.main import run
+
+CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
+
+
+def photo(path: Path, seed: int, mode: str = "RGB") -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos in COCO's 2014 layout: 10 to train and validate, 3 to test."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split, size in (("train2014", 10), ("val2014", 3)):
+        (root / split).mkdir()
+        images, annotations = [], []
+        for i in range(1, size + 1):
+            name = f"{split}_{i:03}.jpg"
+            photo(root / split / name, seed=i)
+            images.append({"id": i, "file_name": name, "width": 50, "height": 40})
+            box = [5, 5, 20, 20]
+            annotations.append({"id": i, "image_id": i, "category_id": CATEGORIES[i % 3]["id"], "bbox": box,
+                                "area": 400, "iscrowd": 0})  # fmt: skip
+        content = {"images": images, "annotations": annotations, "categories": CATEGORIES}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def photos(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of them, to spoil."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gm-mlic"])
+    shutil.copytree(good, tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def train(root: Path, *overrides: str) -> int:
+    return run(
+        [
+            "train", "dataset=coco2014", f"dataset.root={root}", "dataset.val_fraction=0.3", "detector=scenes_tiny",
+            "detector.weights=null", "detector.min_size=32", "detector.max_instances=3", "graph.m=3",
+            "model.widths=[8,8]", "trainer.max_epochs=1", "trainer.accelerator=cpu", "run_dir=run", *overrides,
+        ]
+    )  # fmt: skip
+
+
+def change(root: Path, split: str, key: str, i: int, **values: Any) -> None:
+    path = root / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    content[key][i] |= values
+    path.write_text(json.dumps(content))
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("gm-mlic: ")]
+    assert len(lines) == 1
+    assert lines[0] == err.strip().splitlines()[-1]
+    assert lines[0].startswith("gm-mlic: error: ")
+    return lines[0]
+
+
+def result() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path("run/metrics.json").read_text())
+    return content
+
+
+def test_photos_of_every_kind(photos: Path):
+    photo(photos / "train2014/train2014_001.jpg", 1, "L")
+    photo(photos / "train2014/train2014_002.jpg", 2, "CMYK")
+    name = "train2014_003.png"
+    photo(photos / "train2014" / name, 3, "RGBA")
+    change(photos, "train2014", "images", 2, file_name=name)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    Image.new("RGB", (40, 50)).save(photos / "train2014/train2014_004.jpg", exif=exif)
+    assert train(photos) == 0
+    assert result()["skipped"] == {"train": {}, "val": {}, "test": {}}
+
+
+def test_unreadable_photos_are_named_and_left_out(photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "val2014/val2014_001.jpg").write_bytes(b"")
+    path = photos / "val2014/val2014_002.jpg"
+    path.write_bytes(path.read_bytes()[:500])
+    assert train(photos) == 0
+    assert len(result()["skipped"]["test"]) == 2
+    assert "2 of 3 images cannot be read and are left out" in capsys.readouterr().err
+
+
+def test_a_missing_photo_is_named(photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "val2014/val2014_003.jpg").unlink()
+    assert train(photos) == 2
+    assert "1 of 3 images" in (line := refused(capsys))
+    assert "val2014_003.jpg" in line
+    assert not Path("data").exists()  # said before anything slow was begun
+
+
+def test_a_box_outside_the_image(photos: Path, capsys: pytest.CaptureFixture[str]):
+    change(photos, "train2014", "annotations", 0, bbox=[30, 30, 100, 100])
+    assert train(photos) == 2
+    line = refused(capsys)
+    assert "train2014_001.jpg" in line
+    assert "outside the image of 50 x 40 pixels" in line
+
+
+def test_an_unknown_label(photos: Path, capsys: pytest.CaptureFixture[str]):
+    change(photos, "train2014", "annotations", 4, category_id=77)
+    assert train(photos) == 2
+    line = refused(capsys)
+    assert "77" in line
+    assert "instances_train2014.json" in line
+
+
+def test_annotations_that_are_no_json(photos: Path, capsys: pytest.CaptureFixture[str]):
+    (photos / "annotations/instances_val2014.json").write_text("{")
+    assert train(photos) == 2
+    assert "instances_val2014.json" in refused(capsys)
+
+
+def test_an_empty_dataset(photos: Path, capsys: pytest.CaptureFixture[str]):
+    path = photos / "annotations/instances_train2014.json"
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": CATEGORIES}))
+    assert train(photos) == 2
+    assert "no images" in refused(capsys)
+
+
+def test_a_root_that_is_not_there(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(photos / "nowhere") == 2
+    assert "nowhere" in refused(capsys)
+
+
+def test_nan_in_the_embedding(photos: Path, capsys: pytest.CaptureFixture[str]):
+    vectors = np.ones((3, 8), dtype=np.float32)
+    vectors[1, 2] = np.nan
+    np.savez("vectors.npz", labels=np.array(["cat", "dog", "red bird"]), vectors=vectors)
+    assert train(photos, "embedding=glove", "embedding.path=vectors.npz") == 2
+    assert "vectors.npz" in refused(capsys)
+    assert not Path("data").exists()
+
+
+def test_labels_that_the_embedding_has_not(photos: Path, capsys: pytest.CaptureFixture[str]):
+    Path("vectors.txt").write_text("cat 1 2 3\nred 0 1 0\n")
+    assert train(photos, "embedding=glove", "embedding.path=vectors.txt") == 2
+    line = refused(capsys)
+    assert "dog" in line
+    assert "bird" in line
+
+
+def test_a_store_with_fewer_instances(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(photos, "instances.path=stores") == 0
+    capsys.readouterr()
+    more = ["detector.max_instances=5", "graph.m=5", "run_dir=other"]
+    assert train(photos, "instances.path=stores", *more) == 2
+    line = refused(capsys)
+    assert "m=3" in line
+    assert "m=5" in line
+
+
+def test_a_checkpoint_for_other_labels(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(photos) == 0
+    for split in ("train2014", "val2014"):
+        change(photos, split, "categories", 0, name="lion")
+    capsys.readouterr()
+    assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 2
+    assert "made for other labels" in refused(capsys)
+
+
+def test_eval_repeats_the_numbers_of_the_run(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(photos) == 0
+    shown = capsys.readouterr().out
+    assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 0
+    assert capsys.readouterr().out == shown
+    assert json.loads(Path("run/eval/test.json").read_text())["metrics"] == result()["test"]
+
+
+def test_weights_of_the_detector_that_are_none(photos: Path, capsys: pytest.CaptureFixture[str]):
+    torch.save({"a": 1}, "weights.pt")
+    assert train(photos, "detector.weights=weights.pt") == 2
+    assert "weights.pt" in refused(capsys)
+
+
+def test_a_detector_trained_on_photos_is_used_by_train(photos: Path):
+    small = ["dataset=coco2014", f"dataset.root={photos}", "dataset.val_fraction=0.3", "detector=scenes_tiny"]
+    out = ["detector.min_size=32", "epochs=1", "accelerator=cpu", "out=mine.safetensors", "run_dir=detector"]
+    assert run(["train-detector", *small, *out]) == 0
+    assert train(photos, "detector.weights=mine.safetensors") == 0
+    assert result()["detector"]["name"] == "scenes_tiny"
+
+
+def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str]):
+    common = ["extract", "dataset=coco2014", f"dataset.root={photos}", "detector=scenes_tiny", "detector.min_size=32",
+              "detector.weights=null", "instances.batch_size=1", "splits=[test]"]  # fmt: skip
+    assert run([*common, "instances.shard=0/2"]) == 0
+    assert "shard 0/2 is done, others are not yet" in capsys.readouterr().err
+    assert run([*common, "instances.shard=1/2"]) == 0
+    assert "test: 3 images in data/instances/coco2014/test-scenes_tiny-" in capsys.readouterr().err
