@@ -160,7 +160,7 @@ def _load(source: Path) -> dict[str, Any]:
             raise DataError(f"{source} has no list {key!r}: expected COCO's instances format.")
         if not all(isinstance(entry, dict) for entry in content[key]):
             raise DataError(f"{source}: {key!r} holds an entry that is no object: expected COCO's instances format.")
-    return content
+    return dict(content)
 
 
 def _integer(entry: dict[str, Any], key: str, where: str) -> int:

@@ -35,8 +35,6 @@ _DECODING_ERRORS = (
     RuntimeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 
@@ -81,6 +79,8 @@ def read_image(path: str | Path) -> Image.Image:
                 return _to_rgb(_upright(image))
     except UnreadableImage:
         raise
+    except Image.DecompressionBombError as error:  # Pillow refuses the largest even sooner
+        raise UnreadableImage(f"Image {path} is over the limit of {MAX_PIXELS:,} pixels: scale it down.") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(
             f"Image {path} is not an image that can be read (unknown or damaged format): convert it to JPEG or PNG."

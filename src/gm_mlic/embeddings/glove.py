@@ -57,7 +57,8 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                         raise DataError(_malformed(path, number, f"more than {dim} numbers for {written!r}"))
                     continue
                 try:
-                    vector = np.array([float(field) for field in fields], dtype=np.float32)
+                    with np.errstate(over="ignore"):  # infinity is refused below
+                        vector = np.array([float(field) for field in fields]).astype(np.float32)
                 except ValueError as error:
                     raise DataError(_malformed(path, number, f"{written!r} has something that is no number")) from error
                 if not np.isfinite(vector).all():

@@ -57,8 +57,8 @@ def embed_labels(
     ``hashed`` needs no file (:func:`~gm_mlic.embeddings.hashed.hashed_vectors`). ``glove`` reads ``path``: a ``.npz``
     or ``.pt`` table by label name (:func:`~gm_mlic.embeddings.table.read_table`), any other suffix as GloVe text
     (:func:`~gm_mlic.embeddings.glove.read_words`). Tables are looked up by the whole name first, never by position.
-    Else a label is the mean of its words' vectors. Other spellings (:data:`~gm_mlic.embeddings.words.ALIASES`) are tried
-    only where a name or word is missing. Vectors are not normalised.
+    Else a label is the mean of its words' vectors. Other spellings (:data:`~gm_mlic.embeddings.words.ALIASES`) are
+    tried only where a name or word is missing. Vectors are not normalised.
 
     Args:
         labels: C different names.

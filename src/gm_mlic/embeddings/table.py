@@ -14,6 +14,19 @@ import torch
 from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
 
+#: What numpy and torch raise on files that are damaged or hold something else.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
 
 def table_key(name: str) -> str:
     """The key of a name: its words without spaces, so that ``potted plant`` finds ``pottedplant``."""
@@ -37,16 +50,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
         raise DataError(f"The table of label vectors {path} does not exist: set embedding.path.")
     try:
         names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except _UNREADABLE as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
             f"The table of label vectors {path} cannot be read ({reason}): it needs labels (C,) and vectors (C, D)."
@@ -65,7 +69,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _npz(path: Path) -> tuple[list[str], np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
         return [str(name) for name in file["labels"].tolist()], file["vectors"].astype(np.float32)
 
 

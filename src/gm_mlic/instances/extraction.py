@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,10 +28,10 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
-from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, partial_path
+from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.views import crop_and_flip, view_rng
 from gm_mlic.instances.writer import State, StoreWriter, plan
 
@@ -84,7 +84,7 @@ def extract(
     Raises:
         StoreError: if a store is there that was made for something else, if the detector gives what cannot be stored
             (NaN, say; the message names the image), or if the disk is full or read-only. What was done stays.
-        DataError: if no image at all can be read.
+        DataError: if no image at all can be read, or the dataset is empty or contradicts itself.
         ConfigError: if a number is out of range.
     """
     path = Path(path)
@@ -97,6 +97,7 @@ def extract(
         )
     if not 0 <= index < shards:
         raise ConfigError(f"instances.shard={index},{shards}: give (i, n) with 0 <= i < n.")
+    check_targets(dataset.ids, dataset.labels, dataset.targets)
     job = plan(
         dataset,
         extractor,
@@ -201,7 +202,8 @@ def _detect(
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
-    return torch.from_numpy(image).permute(2, 0, 1).float().div(255)
+    # as gm_mlic.datasets.images.to_tensor, after the pipe
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
 
 
 class _Rows(Dataset[Any]):
@@ -253,19 +255,18 @@ class _Claim:
 
     def __enter__(self) -> _Claim:
         began = time.monotonic()
-        overwrite, waiting = self.overwrite, False
+        waiting = False
         with StoreWriter(self.path, self.job).writing():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 with contextlib.suppress(Timeout), self.guard.acquire(timeout=0):
-                    # whoever we waited for made the store that was asked for
-                    if (self.path / MANIFEST).is_file() and (waiting or not overwrite):
+                    if self._is_made(waiting):
                         return self
                     holders = self._holders()
                     rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
                     if not rivals:
                         self.writer = StoreWriter.begin(
-                            self.path, self.job, self.dataset.targets, overwrite, in_use=bool(holders)
+                            self.path, self.job, self.dataset.targets, self.overwrite, in_use=bool(holders)
                         )
                         self.lock.acquire(timeout=0)
                         (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")
@@ -276,8 +277,9 @@ class _Claim:
                             "give each process its own instances.shard of the same number of shards."
                         )
                 if not waiting:
-                    by = self._pids()
-                    log.warning("Waiting for %s, which another process%s is extracting.", self.path, by)
+                    numbers = [self._number(file) for file in sorted(self.partial.glob("*.pid"))]
+                    by = ", ".join(numbers) or "of unknown number"
+                    log.warning("Waiting for %s, which another process is extracting (process %s).", self.path, by)
                     waiting = True
                 time.sleep(POLL_S)
 
@@ -286,6 +288,7 @@ class _Claim:
     ) -> None:
         if self.writer is not None:
             self.writer.close()
+            (self.partial / f"{self.name}.pid").unlink(missing_ok=True)
         self.lock.release()
 
     def finish(self) -> InstanceStore | None:
@@ -312,21 +315,33 @@ class _Claim:
                 raise DataError(f"None of the {len(states)} images can be read: check dataset.root. The first: {first}")
             return self.writer.finish()
 
+    def _is_made(self, waited: bool) -> bool:
+        """Whether the store is there and need not be overwritten, or not again: we waited for who just made it."""
+        if not (self.path / MANIFEST).is_file():
+            return False
+        if not self.overwrite:
+            return True
+        if not waited or self.partial.is_dir():
+            return False
+        return next(differences(Manifest.read(self.path / MANIFEST), self.job), None) is None
+
     def _holders(self) -> dict[str, str]:
-        """Shard to process number, for each shard that a living process (this one apart) works on."""
+        """Shard to process number, for each shard that a living process works on. Only under the guard."""
         holders = {}
         for file in sorted(self.partial.glob("shard-*.lock")):
             try:
                 with FileLock(file).acquire(timeout=0):
                     pass
             except Timeout:
-                with contextlib.suppress(OSError):
-                    holders[file.stem] = "of unknown number"
-                    holders[file.stem] = file.with_suffix(".pid").read_text().strip()
+                holders[file.stem] = self._number(file.with_suffix(".pid"))
         return holders
 
-    def _pids(self) -> str:
-        return "".join(f" (process {number})" for number in list(self._holders().values())[:1])
+    @staticmethod
+    def _number(file: Path) -> str:
+        try:
+            return file.read_text().strip()
+        except OSError:
+            return "of unknown number"
 
 
 class _Speed(ProgressColumn):

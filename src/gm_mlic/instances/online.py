@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.instances.views import crop_and_flip, view_rng
 
@@ -55,8 +56,8 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         self.size = size
         self.seed = seed
         # shared with the DataLoader's workers, also with those that outlive an epoch
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -80,7 +81,7 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
             return i, None
         if self.train:
             image = crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], int(self._epoch)))
-        return i, torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).float().div(255)
+        return i, to_tensor(image)
 
     def collate(self, samples: list[tuple[int, Tensor | None]]) -> OnlineBatch:
         """Put samples into a batch, without the unreadable ones."""

@@ -119,14 +119,13 @@ class Manifest:
             )
         for spec in dataclasses.fields(cls):
             value = values.get(spec.name)
-            if spec.type.startswith("tuple"):  # type: ignore[union-attr]
-                good = isinstance(value, list) and all(isinstance(v, str) for v in value)
-                values[spec.name] = tuple(value) if good else value
-            else:
-                kinds = {"int": int, "str": str, "int | None": (int, type(None))}
-                good = isinstance(value, kinds.get(str(spec.type), dict))
-            if not good or spec.name not in values:
+            kind: Any = {"int": int, "str": str, "int | None": (int, type(None))}.get(str(spec.type), dict)
+            if str(spec.type).startswith("tuple"):
+                kind = list
+            if spec.name not in values or not isinstance(value, kind):
                 raise StoreError(f"{broken} (field {spec.name!r} is missing or malformed): {again}.")
+            if kind is list:
+                values[spec.name] = tuple(map(str, values[spec.name]))
         try:
             manifest = cls(**values)
             manifest.specs()
@@ -311,13 +310,15 @@ class InstanceStore:
         """
         have = self.manifest
         check_sizes(m=m, views=views)
-        wanted = dataclasses.replace(
-            have,
-            **({} if dataset is None else dataset_fields(dataset)),
-            **({} if extractor is None else extractor_fields(extractor)),
-            **({"view_size": view_size} if views and view_size is not None and have.views else {}),
-            **({"view_seed": view_seed} if views and view_seed is not None and have.views else {}),
-        )
+        asked: dict[str, Any] = {}
+        if dataset is not None:
+            asked |= dataset_fields(dataset)
+        if extractor is not None:
+            asked |= extractor_fields(extractor)
+        if views and have.views:
+            asked |= {} if view_size is None else {"view_size": view_size}
+            asked |= {} if view_seed is None else {"view_seed": view_seed}
+        wanted = dataclasses.replace(have, **asked)
         for difference in differences(have, wanted):
             raise StoreError(f"The store {self.path} was made for something else: {difference}; {REMEDY}.")
         if m is not None and m > have.m:
@@ -375,7 +376,7 @@ def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
     if not isinstance(recorded, dict) or recorded.get("shape") != list(shape) or recorded.get("dtype") != dtype.str:
         raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (array {name!r} does not fit it): {again}.")
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array: np.memmap[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise StoreError(f"The store {file.parent} lacks {file.name}: {again}.") from error
     except (OSError, ValueError, EOFError) as error:

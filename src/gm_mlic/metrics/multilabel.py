@@ -113,8 +113,8 @@ class MultiLabelMetrics(Metric):
         """All numbers, in percent (0 to 100), float64.
 
         Returns:
-            ``mAP``, ``CP``, ``CR``, ``CF1``, ``OP``, ``OR``, ``OF1``, and the six under ``top3/``: 0-d; ``AP``: (C,), NaN
-            for labels without a positive, which no mean over labels contains. A mean over no label is NaN.
+            ``mAP``, ``CP``, ``CR``, ``CF1``, ``OP``, ``OR``, ``OF1``, and the six under ``top3/``: 0-d; ``AP``:
+            (C,), NaN for labels without a positive, which no mean over labels contains. A mean over no label is NaN.
 
         Raises:
             DataError: if there was no image, or one id came with different targets.

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from gm_mlic.datasets import images
+from gm_mlic.datasets.images import read_image, to_tensor
+from gm_mlic.errors import UnreadableImage
+
+
+def gradient(height: int = 24, width: int = 32) -> np.ndarray:
+    """A smooth picture whose four corners differ, so that any turn or swapped channel shows."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * y / (height - 1), 255 * x / (width - 1), 128 + 0 * x], axis=-1).astype(np.uint8)
+
+
+def assert_rgb(image: Image.Image, expected: np.ndarray, tolerance: int = 0) -> None:
+    assert image.mode == "RGB"
+    array = np.asarray(image).astype(int)
+    assert array.shape == expected.shape
+    assert np.abs(array - expected.astype(int)).max() <= tolerance
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [("png", 0), ("bmp", 0), ("tiff", 0), ("jpg", 12)])
+def test_rgb_of_every_format_is_read_as_it_is(tmp_path: Path, suffix: str, tolerance: int) -> None:
+    path = tmp_path / f"photo.{suffix}"
+    Image.fromarray(gradient()).save(path, **({"quality": 95} if suffix == "jpg" else {}))
+    assert_rgb(read_image(path), gradient(), tolerance)
+    assert_rgb(read_image(str(path)), gradient(), tolerance)
+
+
+@pytest.mark.parametrize(("orientation", "undo"), [
+    (1, lambda a: a), (2, lambda a: a[:, ::-1]), (3, lambda a: a[::-1, ::-1]), (4, lambda a: a[::-1]),
+    (5, lambda a: a.transpose(1, 0, 2)), (6, lambda a: np.rot90(a, 1)),
+    (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)), (8, lambda a: np.rot90(a, -1)),
+])  # fmt: skip
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, undo) -> None:
+    """The file stores the picture turned as a camera would; reading turns it back (EXIF 2.3, tag 0x0112)."""
+    path = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo(gradient()))
+    Image.fromarray(stored).save(path, quality=95, exif=exif)
+    assert_rgb(read_image(path), gradient(), 14)
+
+
+def test_damaged_exif_does_not_lose_the_photo(tmp_path: Path) -> None:
+    path = tmp_path / "exif.jpg"
+    Image.fromarray(gradient()).save(path, quality=95, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert_rgb(read_image(path), gradient(), 12)
+
+
+def test_grey_has_equal_channels(tmp_path: Path) -> None:
+    grey = gradient()[..., 0]
+    for suffix, tolerance in (("png", 0), ("jpg", 8)):
+        path = tmp_path / f"grey.{suffix}"
+        Image.fromarray(grey).save(path)
+        assert_rgb(read_image(path), np.repeat(grey[..., None], 3, -1), tolerance)
+
+
+def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
+    bits = gradient()[..., 0] > 100
+    Image.fromarray(bits).save(tmp_path / "bits.png")
+    assert_rgb(read_image(tmp_path / "bits.png"), np.repeat(bits[..., None] * 255, 3, -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    values = (gradient()[..., 1].astype(np.uint16)) * 257  # 0 .. 65,535, exactly 0 .. 255 after division by 257
+    Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+    assert_rgb(read_image(tmp_path / f"deep.{suffix}"), np.repeat(gradient()[..., 1:2], 3, -1))
+
+
+def test_dark_sixteen_bit_grey_stays_dark(tmp_path: Path) -> None:
+    """The scale is that of the format, not of the picture: 200 of 65,535 is nearly black."""
+    Image.fromarray(np.full((5, 6), 200, dtype=np.uint16)).save(tmp_path / "dark.png")
+    assert_rgb(read_image(tmp_path / "dark.png"), np.full((5, 6, 3), 1))
+
+
+def test_transparency_goes_over_white(tmp_path: Path) -> None:
+    color, alpha = gradient(), np.zeros((24, 32), np.uint8)
+    alpha[:, 16:], alpha[0, 0] = 255, 128
+    Image.fromarray(np.dstack([color, alpha])).save(tmp_path / "rgba.png")
+    share = alpha[..., None] / 255
+    assert_rgb(read_image(tmp_path / "rgba.png"), color * share + 255 * (1 - share), 1)
+    Image.fromarray(np.dstack([color[..., 0], alpha])).save(tmp_path / "la.png")
+    assert_rgb(read_image(tmp_path / "la.png"), color[..., [0, 0, 0]] * share + 255 * (1 - share), 1)
+
+
+def test_palette_with_a_transparent_entry(tmp_path: Path) -> None:
+    image = Image.fromarray(np.repeat([[0, 1, 2]], 4, axis=0).astype(np.uint8), mode=None)
+    paletted = Image.new("P", image.size)
+    paletted.putdata(list(image.tobytes()))
+    paletted.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    expected = np.repeat([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]], 4, axis=0)
+    paletted.save(tmp_path / "plain.png")
+    assert_rgb(read_image(tmp_path / "plain.png"), expected)
+    paletted.save(tmp_path / "hole.png", transparency=1)
+    expected[:, 1] = 255
+    assert_rgb(read_image(tmp_path / "hole.png"), expected)
+    paletted.save(tmp_path / "hole.gif", transparency=1)
+    assert_rgb(read_image(tmp_path / "hole.gif"), expected)
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=95)  # no cyan: red
+    assert_rgb(read_image(tmp_path / "ink.jpg"), np.full((6, 8, 3), (255, 0, 0)), 6)
+
+
+def test_to_tensor(tmp_path: Path) -> None:
+    tensor = to_tensor(Image.fromarray(gradient()))
+    assert tensor.dtype == torch.float32
+    assert tensor.shape == (3, 24, 32)
+    assert tensor.is_contiguous()
+    assert torch.equal(tensor, torch.from_numpy(gradient().astype(np.float32).transpose(2, 0, 1) / 255))
+    assert tensor.min() == 0
+    assert tensor.max() == 1
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_each_refusal_names_file_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "does not exist" in refused(tmp_path / "none.jpg")
+    assert "folder" in refused(tmp_path)
+    (tmp_path / "empty.jpg").touch()
+    assert "0 bytes" in refused(tmp_path / "empty.jpg")
+    (tmp_path / "text.jpg").write_text("<html>404</html>")
+    assert "not an image" in refused(tmp_path / "text.jpg")
+    Image.fromarray(gradient()).save(tmp_path / "big.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 32 - 1)
+    assert "32 x 24" in refused(tmp_path / "big.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 24 * 32)
+    read_image(tmp_path / "big.png")
+
+
+@pytest.mark.parametrize("side", [11_000, 13_000, 60_000])  # under, at and over Pillow's own limits
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
+    """A true PNG header that claims side x side pixels, with next to nothing behind it."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    assert "over the limit of 100,000,000" in refused(tmp_path / "bomb.png")
+
+
+def encoded(kind: str) -> bytes:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    stream = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    options = {
+        "jpeg": {"format": "JPEG", "exif": exif},
+        "progressive": {"format": "JPEG", "progressive": True},
+        "png": {"format": "PNG"},
+        "gif": {"format": "GIF"},
+        "webp": {"format": "WEBP"},
+        "tiff": {"format": "TIFF", "compression": "tiff_lzw"},
+        "bmp": {"format": "BMP"},
+    }[kind]
+    image.save(stream, **options)
+    return stream.getvalue()
+
+
+ENCODED = {kind: encoded(kind) for kind in ("jpeg", "progressive", "png", "gif", "webp", "tiff", "bmp")}
+
+
+def read_or_refused(path: Path) -> Image.Image | None:
+    """The two outcomes a file may have; anything else raised fails the test."""
+    try:
+        image = read_image(path)
+    except UnreadableImage as error:
+        image, message = None, str(error)
+    if image is None:
+        assert str(path) in message
+        assert "\n" not in message
+    else:
+        assert image.mode == "RGB"
+    return image
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(sorted(ENCODED)), share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_reads_or_is_refused_by_name(tmp_path: Path, kind: str, share: float) -> None:
+    whole = ENCODED[kind]
+    path = tmp_path / "cut.img"
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    image = read_or_refused(path)
+    assert image is None or sorted(image.size) == [40, 50]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_file_cut_in_half_is_never_read_as_half_a_picture(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "half.img"
+    path.write_bytes(ENCODED[kind][: len(ENCODED[kind]) // 2])
+    assert "decoded" in refused(path)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(sorted(ENCODED)), data=st.data())
+def test_flipped_bytes_read_or_are_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+    damaged = bytearray(ENCODED[kind])
+    # Headers hold the fields that decoders trust.
+    for _ in range(data.draw(st.integers(1, 5))):
+        damaged[data.draw(st.integers(0, min(len(damaged), 200) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.img"
+    path.write_bytes(bytes(damaged))
+    read_or_refused(path)
+
+
+@pytest.mark.shared
+def test_every_real_photo_reads(shared_data: Path) -> None:
+    photos = sorted((shared_data / "coco-mini" / "val2014").glob("*.jpg"))
+    assert len(photos) == 82
+    assert all(read_image(photo).mode == "RGB" for photo in photos)

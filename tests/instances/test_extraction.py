@@ -1,0 +1,654 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_stages import Files, PixelExtractor
+from PIL import Image
+
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.errors import ConfigError, DataError, StoreError
+from gm_mlic.instances import InstanceStore, extract, extraction, writer
+
+SETTINGS = {"m": 5, "views": 1, "view_size": 24, "batch_size": 4, "progress": False}
+BATCHES = 6  # of 21 images
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """21 images, two of them unreadable."""
+    files = Files(tmp_path / "photos")
+    files.file("0002").write_bytes(b"")
+    files.file("0013").write_bytes(files.file("0013").read_bytes()[:200])
+    return files
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.iterdir()}
+
+
+def calls(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def undisturbed(dataset, tmp_path):
+    """The files of an undisturbed store, and the calls that made it."""
+    log = tmp_path / "undisturbed.txt"
+    extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS)
+    return files_of(tmp_path / "undisturbed"), calls(log)
+
+
+def in_child(work) -> int:
+    """Run ``work`` in a forked process; its exit status, or minus the signal that ended it."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except StoreError:
+            code = 3
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_unreadable_images_are_recorded_and_reported(dataset, tmp_path, caplog):
+    store = extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+    assert store.manifest.skipped == {
+        "0002": "0002.jpg cannot be decoded (UnidentifiedImageError)",
+        "0013": "0013.jpg cannot be decoded (OSError)",
+    }
+    assert store.rows.tolist() == [i for i in range(21) if i not in (2, 13)]
+    assert not store.counts[[2, 13]].any()
+    assert not store.features[[2, 13]].any()
+    with pytest.raises(StoreError, match=r"'0002'.*cannot be decoded"):
+        store.instances(2)
+    assert "2 of 21 images could not be read" in caplog.text
+    assert "0002.jpg" in caplog.text
+
+
+def test_all_unreadable_is_a_data_error_and_leaves_nothing(dataset, tmp_path):
+    for image_id in dataset.ids:
+        dataset.file(image_id).unlink()
+    with pytest.raises(DataError, match=r"None of the 21 images.*dataset.root.*0000.jpg"):
+        extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+    assert not (tmp_path / "store").exists()
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_finished_store_is_opened_without_a_call(dataset, tmp_path, undisturbed):
+    log = tmp_path / "calls.txt"
+    store = extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS)
+    assert calls(log) == []
+    assert files_of(store.path) == undisturbed[0]
+    # one with more instances and views serves too
+    extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS | {"m": 2, "views": 0, "batch_size": 3})
+    assert calls(log) == []
+
+
+def test_only_the_store_is_left(dataset, tmp_path, undisturbed):
+    names = {"manifest.json", *(f"{n}.npy" for n in InstanceStore.open(tmp_path / "undisturbed").manifest.arrays)}
+    assert set(undisturbed[0]) == names
+    assert not (tmp_path / "undisturbed.partial").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_and_repetition_give_the_same_bytes(dataset, tmp_path, undisturbed, num_workers):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    store = extract(dataset, PixelExtractor(), tmp_path / "again", num_workers=num_workers, **SETTINGS)
+    assert files_of(store.path) == undisturbed[0]
+    assert torch.equal(torch.get_rng_state(), before)
+    store.verify()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed, monkeypatch):
+    """Kill -9 after half of the k-th write, again and again: every byte and every call as if undisturbed."""
+    rng = np.random.default_rng(seed)
+    path, log = tmp_path / "store", tmp_path / "calls.txt"
+    write_all = writer._write_all
+
+    def work():
+        left = moment
+
+        def dying(file, data):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                write_all(file, data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write_all(file, data)
+
+        monkeypatch.setattr(writer, "_write_all", dying)
+        extract(dataset, PixelExtractor(log), path, **SETTINGS)
+
+    killed, moment = 0, int(rng.integers(1, 40))
+    while (status := in_child(work)) != 0:
+        assert status == -signal.SIGKILL
+        killed, moment = killed + 1, int(rng.integers(1, 40))
+        with pytest.raises(StoreError, match=r"unfinished.*gm-mlic extract"):
+            InstanceStore.open(path)
+        if killed > 30:
+            pytest.fail("no progress")
+    assert killed > 0
+    assert files_of(path) == undisturbed[0]
+    made = Counter(calls(log))
+    assert set(made) == set(undisturbed[1])
+    assert sum(made.values()) <= len(undisturbed[1]) + 2 * killed  # one batch, plain and view, for each death
+
+
+@pytest.mark.parametrize("name", ["_write_text", "sha256"])
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_while_beginning_or_finishing(dataset, tmp_path, undisturbed, monkeypatch, name, after):
+    path, log = tmp_path / "store", tmp_path / "calls.txt"
+    done = getattr(writer, name)
+    for nth in (1, 2):
+
+        def work(left=nth):
+            def dying(*args):
+                nonlocal left
+                left -= 1
+                result = done(*args) if after or left else None
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            monkeypatch.setattr(writer, name, dying)
+            extract(dataset, PixelExtractor(log), path, **SETTINGS)
+
+        in_child(work)
+    extract(dataset, PixelExtractor(log), path, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+    assert calls(log) == undisturbed[1]
+
+
+@pytest.mark.parametrize("step", ["unlink", "replace"])
+def test_killed_between_the_last_steps(dataset, tmp_path, undisturbed, monkeypatch, step):
+    """While the journal is removed, and between the two renames that replace an old store."""
+    path, log = tmp_path / "store", tmp_path / "calls.txt"
+    extract(dataset, PixelExtractor(scale=3.0), path, **SETTINGS)
+
+    def work():
+        method = getattr(Path, step)
+
+        def dying(self, *args, **kwargs):
+            result = method(self, *args, **kwargs)
+            if (self.name == "state.npy") if step == "unlink" else (self == path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        monkeypatch.setattr(Path, step, dying)
+        extract(dataset, PixelExtractor(log), path, overwrite=True, **SETTINGS)
+
+    assert in_child(work) == -signal.SIGKILL
+    extract(dataset, PixelExtractor(log), path, overwrite=True, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+    assert calls(log) == undisturbed[1]
+    assert not (tmp_path / "store.old").exists()
+
+
+COMMAND = """
+import logging, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from fake_stages import Files, PixelExtractor
+from gm_mlic.instances import extract
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+class Held(PixelExtractor):
+    left = {free_calls}
+    def __call__(self, images, m):
+        self.left -= 1
+        while self.left < 0 and not Path({gate!r}).exists():
+            time.sleep(0.05)
+        return super().__call__(images, m)
+extract(Files(Path({photos!r})), Held(Path({log!r})), {path!r}, num_workers=2, **{settings!r})
+"""
+
+
+def wait_until(condition) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never happened")
+
+
+def test_second_process_waits_and_kill_from_outside_is_survived(dataset, tmp_path, undisturbed):
+    """A process with workers is killed from outside; of two that then run the same command, one waits."""
+    path, log, gate = tmp_path / "store", tmp_path / "calls.txt", tmp_path / "gate"
+
+    def start(name: str, free_calls: int) -> tuple[subprocess.Popen, Path]:
+        """The command in a process that stops after some calls of the extractor, until the gate is open."""
+        code = COMMAND.format(
+            tests=str(Path(__file__).parent),
+            photos=str(dataset.root),
+            log=str(log),
+            path=str(path),
+            gate=str(gate),
+            settings=SETTINGS | {"overwrite": True},  # continues, too, and is not done again after waiting
+            free_calls=free_calls,
+        )
+        messages = tmp_path / f"{name}.txt"
+        with messages.open("w") as stream:
+            return subprocess.Popen([sys.executable, "-c", code], stderr=stream), messages
+
+    first, _ = start("first", 5)
+    wait_until(lambda: len(calls(log)) == 5)
+    first.kill()
+    first.wait()
+    assert (writer._states(tmp_path / "store.partial") > 0).sum() == 8  # the third batch has its plain view only
+    second, said = start("second", 4)
+    wait_until(lambda: len(calls(log)) == 9)
+    third, heard = start("third", 0)
+    wait_until(lambda: "Waiting for" in heard.read_text())
+    gate.touch()
+    assert second.wait(100) == third.wait(100) == 0
+    assert "8 of 21 images are done" in said.read_text()
+    assert f"(process {second.pid})" in heard.read_text()
+    assert files_of(path) == undisturbed[0]
+    assert sorted(calls(log)) == sorted(undisturbed[1] + undisturbed[1][4:5])
+
+
+@pytest.mark.parametrize("shards", [2, 5, 9])
+def test_shards_together_make_the_same_store(dataset, tmp_path, undisturbed, shards, caplog):
+    caplog.set_level(logging.INFO)
+    log, path = tmp_path / "calls.txt", tmp_path / "store"
+    order = np.random.default_rng(shards).permutation(shards).tolist()
+    for index in order[:-1]:
+        pending = extract(dataset, PixelExtractor(log), path, shard=(index, shards), **SETTINGS)
+        if pending is not None:  # only where the last shard has no batch at all
+            assert shards > BATCHES
+    store = extract(dataset, PixelExtractor(log), path, shard=(order[-1], shards), **SETTINGS)
+    assert files_of(store.path) == undisturbed[0]
+    assert sorted(calls(log)) == sorted(undisturbed[1])
+    if shards < BATCHES:
+        assert "pending in other shards" in caplog.text
+
+
+def test_shards_at_the_same_time(dataset, tmp_path, undisturbed):
+    log, path = tmp_path / "calls.txt", tmp_path / "store"
+    children = []
+    for index in range(3):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                extract(dataset, PixelExtractor(log), path, shard=(index, 3), **SETTINGS)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    assert files_of(path) == undisturbed[0]
+    assert sorted(calls(log)) == sorted(undisturbed[1])
+
+
+@pytest.mark.parametrize("mine", [(0, 2), (1, 3)])
+def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
+    monkeypatch.setattr(extraction, "PATIENCE_S", 0.0)
+    path, flag = tmp_path / "store", tmp_path / "flag"
+
+    class Endless(PixelExtractor):
+        def __call__(self, images, m):
+            flag.touch()
+            time.sleep(1000)
+
+    pid = os.fork()
+    if pid == 0:
+        extract(dataset, Endless(), path, shard=(0, 2), **SETTINGS)
+        os._exit(0)
+    try:
+        wait_until(flag.exists)
+        with pytest.raises(StoreError, match=rf"Process {pid} is extracting .* as shard-0-of-2"):
+            extract(dataset, PixelExtractor(), path, shard=mine, **SETTINGS)
+        # not even overwriting may pull the folder from under it
+        with pytest.raises(StoreError, match="begun for something else"):
+            extract(dataset, PixelExtractor(scale=2.0), path, shard=(1, 2), overwrite=True, **SETTINGS)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert extract(dataset, PixelExtractor(), path, **SETTINGS) is not None
+
+
+def interrupted(dataset, path, after: int = 3, **changes) -> None:
+    """Begin a store and stop after some calls of the extractor."""
+
+    class Interrupted(PixelExtractor):
+        left = after
+
+        def __call__(self, images, m):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().__call__(images, m)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(dataset, Interrupted(), path, **SETTINGS | changes)
+
+
+def test_interrupt_says_how_to_go_on_and_goes_on(dataset, tmp_path, undisturbed, caplog):
+    path, log = tmp_path / "store", tmp_path / "calls.txt"
+    interrupted(dataset, path)
+    assert "The same command continues" in caplog.text
+    extract(dataset, PixelExtractor(log), path, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+    assert calls(log) == undisturbed[1][2:]  # the first batch is not done again
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"m": 6}, "m=5, you asked for m=6"),
+        ({"views": 0}, "views=1, you asked for views=0"),
+        ({"view_seed": 7}, "view_seed=0, you asked for view_seed=7"),
+        ({"batch_size": 5}, "batch_size=4, you asked for batch_size=5"),
+        ({"extractor": PixelExtractor(scale=2.0)}, PixelExtractor(scale=2.0).fingerprint[:8]),
+        ({"labels": ("cat", "cow", "sofa")}, "label 1 is 'dog', yours is 'cow'"),
+    ],
+)
+def test_resuming_another_job_is_refused(dataset, tmp_path, change, told):
+    path = tmp_path / "store"
+    interrupted(dataset, path)
+    before = files_of(tmp_path / "store.partial")
+    settings = SETTINGS | change
+    extractor = settings.pop("extractor", PixelExtractor())
+    if "labels" in settings:
+        dataset = Files(dataset.root, labels=settings.pop("labels"))
+    with pytest.raises(StoreError, match=re.escape(told)) as caught:
+        extract(dataset, extractor, path, **settings)
+    assert "instances.overwrite=true" in str(caught.value)
+    assert files_of(tmp_path / "store.partial") == before
+    assert extract(dataset, extractor, path, overwrite=True, **settings).manifest.m == settings["m"]
+
+
+def test_a_beginning_without_results_is_no_obstacle(dataset, tmp_path):
+    interrupted(dataset, tmp_path / "store", after=0)
+    assert extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"m": 3}).manifest.m == 3
+
+
+def test_finished_store_of_another_job_is_refused_and_kept(dataset, tmp_path, undisturbed):
+    path = tmp_path / "undisturbed"
+    with pytest.raises(StoreError, match="detector pixels"):
+        extract(dataset, PixelExtractor(scale=2.0), path, **SETTINGS)
+    with pytest.raises(StoreError, match=r"m=5.*m=9"):
+        extract(dataset, PixelExtractor(), path, **SETTINGS | {"m": 9})
+    assert files_of(path) == undisturbed[0]
+
+
+def test_overwriting_keeps_the_old_store_until_the_new_one_is_complete(dataset, tmp_path, undisturbed):
+    path = tmp_path / "undisturbed"
+    interrupted(dataset, path, m=9, overwrite=True)
+    assert files_of(path) == undisturbed[0]
+    store = extract(dataset, PixelExtractor(), path, overwrite=True, **SETTINGS | {"m": 9})
+    assert store.manifest.m == 9
+    assert not (tmp_path / "undisturbed.old").exists()
+
+
+def test_mended_images_are_read_when_extraction_goes_on(dataset, tmp_path):
+    path = tmp_path / "store"
+    interrupted(dataset, path)
+    assert (writer._states(tmp_path / "store.partial")[:4] == [1, 1, 2, 1]).all()
+    Image.new("RGB", (30, 30), "white").save(dataset.file("0002"))
+    store = extract(dataset, PixelExtractor(), path, **SETTINGS)
+    assert list(store.manifest.skipped) == ["0013"]
+    assert store.counts[2, 0] > 0
+
+
+class Wrong(PixelExtractor):
+    """Spoils what it found in the image with the given bytes."""
+
+    def __init__(self, dataset, image_id, spoil):
+        super().__init__()
+        self.target, self.spoil = np.asarray(dataset.image(dataset.ids.index(image_id))), spoil
+
+    def __call__(self, images, m):
+        found = super().__call__(images, m)
+        for i, image in enumerate(images):
+            pixels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
+            if np.array_equal(pixels, self.target):
+                found[i] = self.spoil(found[i])
+        return found
+
+
+def _spoilt(name, value):
+    def spoil(instances: Instances) -> Instances:
+        parts = {n: getattr(instances, n).clone() for n in ("boxes", "scores", "detected_labels", "features")}
+        parts[name] = value(parts[name])
+        return Instances(**parts)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_spoilt("features", lambda f: f * float("nan")), "features that are NaN"),
+        (_spoilt("features", lambda f: f + 70000), "too large for float16"),
+        (_spoilt("boxes", lambda b: b / 0), "boxes that are NaN"),
+        (_spoilt("scores", lambda s: s.flip(0)), "highest score first"),
+        (_spoilt("features", lambda f: f[:, :3]), "features of shape"),
+        (_spoilt("scores", lambda s: s[:-1]), "scores of shape"),
+        (lambda i: i.top(0), "0 instances, expected 1 to 5"),
+    ],
+)
+def test_wrong_output_names_the_image_and_keeps_the_rest(dataset, tmp_path, spoil, told):
+    path = tmp_path / "store"
+    with pytest.raises(StoreError, match=told) as caught:
+        extract(dataset, Wrong(dataset, "0006", spoil), path, **SETTINGS)
+    assert "'0006'" in str(caught.value)
+    assert "pixels" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (writer._states(tmp_path / "store.partial") > 0).nonzero()[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_other_errors_of_the_dataset_stop_with_their_own_line(dataset, tmp_path, workers, monkeypatch):
+    def image(i):
+        raise DataError("the archive is gone")
+
+    monkeypatch.setattr(dataset, "image", image)
+    with pytest.raises(DataError) as caught:
+        extract(dataset, PixelExtractor(), tmp_path / "store", num_workers=workers, **SETTINGS)
+    assert str(caught.value) == "the archive is gone"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"m": 0}, "m=0"),
+        ({"m": -1}, "m=-1"),
+        ({"views": -1}, "views=-1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_workers": -1}, "workers=-1"),
+        ({"shard": (2, 2)}, "shard=2,2"),
+        ({"shard": (0, 0)}, "shard=0,0"),
+    ],
+)
+def test_settings_out_of_range(dataset, tmp_path, change, told):
+    with pytest.raises(ConfigError, match=told):
+        extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | change)
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_an_empty_dataset_is_a_data_error(dataset, tmp_path):
+    dataset.ids, dataset.targets = (), dataset.targets[:0]
+    with pytest.raises(DataError, match="no images"):
+        extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+
+
+def test_disk_full_at_the_start_says_how_much_is_needed(dataset, tmp_path, undisturbed, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full, raising=False)
+        with pytest.raises(StoreError, match=r"No room.*needs 7.\d+e-06 GB.*GB are free.*same command"):
+            extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+    assert not (tmp_path / "store.partial").exists()  # the space is given back
+    assert files_of(tmp_path / "undisturbed") == undisturbed[0]
+    extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+    assert files_of(tmp_path / "store") == undisturbed[0]
+
+
+def test_file_system_without_preallocation(dataset, tmp_path, undisturbed, monkeypatch):
+    def refuses(descriptor, offset, size):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuses, raising=False)
+    extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
+    assert files_of(tmp_path / "store") == undisturbed[0]
+
+
+@pytest.mark.parametrize("nth", [1, 8, 20])
+def test_disk_full_later_keeps_what_was_done(dataset, tmp_path, undisturbed, monkeypatch, nth):
+    path, log, left = tmp_path / "store", tmp_path / "calls.txt", nth
+    write_all = writer._write_all
+
+    def full(file, data):
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            write_all(file, data[: len(data) // 3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_all", full)
+        with pytest.raises(StoreError, match="No room"):
+            extract(dataset, PixelExtractor(log), path, **SETTINGS)
+    extract(dataset, PixelExtractor(log), path, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+    assert len(calls(log)) == len(undisturbed[1]) + 2
+    assert files_of(tmp_path / "undisturbed") == undisturbed[0]
+
+
+def test_file_size_limit_of_the_system(dataset, tmp_path, undisturbed):
+    """The kernel itself refuses: at allocation, and (files allocated, limit lowered afterwards) in mid-work."""
+    path = tmp_path / "store"
+    message = tmp_path / "message.txt"
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+        try:
+            extract(dataset, PixelExtractor(), path, **SETTINGS)
+        except StoreError as error:
+            descriptor = os.open(message, os.O_WRONLY | os.O_CREAT)
+            os.write(descriptor, str(error).encode())
+            raise
+
+    assert in_child(work) == 3
+    assert "No room for the instance store" in message.read_text()
+    assert not (tmp_path / "store.partial").exists()
+    interrupted(dataset, path)
+    message.unlink()
+    assert in_child(work) == 3
+    assert "No room for the instance store" in message.read_text()
+    extract(dataset, PixelExtractor(), path, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+
+
+def _mount(folder: Path, options: str) -> bool:
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0 or not _mount(folder, "size=64k"):
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_really_full_disk(dataset, tmp_path, undisturbed, small_disk):
+    path = small_disk / "store"
+    (small_disk / "filling").write_bytes(b"x" * 50_000)
+    with pytest.raises(StoreError, match="No room"):
+        extract(dataset, PixelExtractor(), path, **SETTINGS)
+    (small_disk / "filling").unlink()
+    extract(dataset, PixelExtractor(), path, **SETTINGS)
+    assert files_of(path) == undisturbed[0]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_read_only_folder(dataset, undisturbed, tmp_path):
+    """Nothing can be written there: one line. A finished store there is opened all the same."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "store").mkdir()
+        for file, data in undisturbed[0].items():
+            (folder / "store" / file).write_bytes(data)
+            (folder / "store" / file).chmod(0o444)
+        (folder / "store").chmod(0o555)
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        try:
+            if root:
+                os.seteuid(65534)  # root may write everywhere
+            store = InstanceStore.open(folder / "store")
+            assert len(store.instances(0)) > 0
+            with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*instances.root"):
+                extract(dataset, PixelExtractor(), folder / "other", **SETTINGS)
+        finally:
+            if root:
+                os.seteuid(0)
+            folder.chmod(0o755)
+            (folder / "store").chmod(0o755)
+
+
+def test_a_file_or_a_foreign_folder_in_the_way(dataset, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="Cannot write"):
+        extract(dataset, PixelExtractor(), tmp_path / "file" / "store", **SETTINGS)
+    with pytest.raises(StoreError, match="not an instance store"):
+        extract(dataset, PixelExtractor(), tmp_path / "file", overwrite=True, **SETTINGS)
+    with pytest.raises(StoreError, match="not an instance store"):
+        extract(dataset, PixelExtractor(), dataset.root, overwrite=True, **SETTINGS)
+    assert len(list(dataset.root.iterdir())) == 21
+
+
+def test_progress_without_a_terminal_is_log_lines(dataset, tmp_path, caplog, capsys):
+    caplog.set_level(logging.INFO)
+    interrupted(dataset, tmp_path / "store")
+    extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"progress": True})
+    assert "4 of 21 images are done" in caplog.text
+    assert re.search(r"files/train: 21 of 21 images, [\d.]+ images/s, 0 s left", caplog.text)
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_on_a_terminal_is_a_bar(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    interrupted(dataset, tmp_path / "store")
+    extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"progress": True})
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "files/train" in shown
+    assert "21/21" in shown
+
+
+def test_journal_and_job_are_what_the_docs_say(dataset, tmp_path):
+    interrupted(dataset, tmp_path / "store")
+    partial = tmp_path / "store.partial"
+    assert np.load(partial / "state.npy").dtype == np.uint8
+    job = json.loads((partial / "partial.json").read_text())
+    assert (job["m"], job["batch_size"], job["skipped"]) == (5, 4, {})

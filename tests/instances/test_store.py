@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fake_stages import Files, PixelExtractor
+from PIL import Image
+
+from gm_mlic.datasets.images import to_tensor
+from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.instances import InstanceStore, extract
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished store with one black image, and what it was made from."""
+    root = tmp_path_factory.mktemp("made")
+    dataset, extractor = Files(root / "photos"), PixelExtractor()
+    Image.new("RGB", (30, 20)).save(dataset.file("0003"))
+    store = extract(dataset, extractor, root / "store", m=8, views=2, view_size=32, batch_size=4, progress=False)
+    return dataset, extractor, store
+
+
+def copy(store: InstanceStore, to: Path) -> Path:
+    """A store of its own that a test may damage."""
+    to.mkdir()
+    for file in store.path.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_rows_hold_what_the_extractor_found(made):
+    dataset, extractor, store = made
+    assert store.rows.tolist() == list(range(21))
+    ragged = set()
+    for i in range(len(dataset)):
+        expected = extractor([to_tensor(dataset.image(i))], 8)[0]
+        found = store.instances(i)
+        ragged.add(len(found))
+        assert torch.equal(found.boxes, expected.boxes)
+        assert torch.equal(found.scores, expected.scores)
+        assert torch.equal(found.detected_labels, expected.detected_labels)
+        assert torch.equal(found.features, expected.features.half().float())
+        beyond = int(store.counts[i, 0])
+        assert not store.features[i, 0, beyond:].any()
+        assert not store.boxes[i, 0, beyond:].any()
+        assert not store.scores[i, 0, beyond:].any()
+        assert (store.detected_labels[i, 0, beyond:] == -1).all()
+    assert len(ragged) > 2
+    assert np.array_equal(store.targets, dataset.targets)
+
+
+def test_an_image_without_detections_has_the_whole_image(made):
+    store = made[2]
+    for m in (None, 1, 8):
+        found = store.instances(3, m=m)
+        assert found.boxes.tolist() == [[0, 0, 1, 1]]
+        assert found.scores.tolist() == [0]
+        assert found.detected_labels.tolist() == [-1]
+
+
+@pytest.mark.parametrize("m", [1, 3, 7])
+def test_slicing_equals_extraction_with_smaller_m(made, tmp_path, m):
+    dataset, extractor, store = made
+    small = extract(dataset, extractor, tmp_path / "s", m=m, views=2, view_size=32, batch_size=4, progress=False)
+    for name in ("features", "boxes", "scores", "detected_labels"):
+        assert np.array_equal(getattr(small, name), getattr(store, name)[:, :, :m]), name
+    assert np.array_equal(small.counts, np.minimum(store.counts, m))
+    for i in range(len(dataset)):
+        for view in range(3):
+            ours, theirs = small.instances(i, view), store.instances(i, view, m=m)
+            assert len(ours) == len(theirs)
+            assert torch.equal(ours.features, theirs.features)
+
+
+def test_arrays_are_read_only_maps(made):
+    store = made[2]
+    for name in ("features", "boxes", "scores", "detected_labels", "counts", "targets"):
+        array = getattr(store, name)
+        assert isinstance(array, np.memmap)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    before = store.features[0, 0, 0].copy()
+    store.instances(0).features.zero_()
+    assert np.array_equal(store.features[0, 0, 0], before)
+
+
+def test_pickles_by_path(made):
+    store = made[2]
+    data = pickle.dumps(store)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert again.manifest == store.manifest
+    assert np.array_equal(again.features, store.features)
+
+
+def test_manifest_says_what_and_with_what(made):
+    dataset, extractor, store = made
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    assert manifest["dataset"] == "files"
+    assert manifest["split"] == "train"
+    assert manifest["ids"] == list(dataset.ids)
+    assert manifest["labels"] == ["cat", "dog", "sofa"]
+    assert manifest["detector_fingerprint"] == extractor.fingerprint
+    assert (manifest["m"], manifest["views"], manifest["view_size"], manifest["feature_dim"]) == (8, 2, 32, 6)
+    assert set(manifest["versions"]) == {"gm_mlic", "torch", "torchvision", "numpy"}
+    assert manifest["arrays"]["features"]["shape"] == [21, 3, 8, 6]
+    assert manifest["arrays"]["features"]["dtype"] == "<f2"
+    assert str(store.path.parent) not in json.dumps(manifest)
+
+
+def test_check_accepts_what_the_store_serves(made):
+    dataset, extractor, store = made
+    store.check()
+    store.check(dataset, extractor, m=8, views=2, view_size=32, view_seed=0)
+    store.check(m=1, views=0)
+
+
+def test_check_names_both_sides(made, tmp_path):
+    dataset, extractor, store = made
+
+    def refusal(**asked):
+        with pytest.raises(StoreError) as caught:
+            store.check(**asked)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert str(store.path) in message
+        assert "instances.overwrite=true" in message
+        return message
+
+    other = PixelExtractor(scale=2.0)
+    message = refusal(extractor=other)
+    assert extractor.fingerprint[:8] in message
+    assert other.fingerprint[:8] in message
+    assert "label 1 is 'dog', yours is 'cow'" in refusal(dataset=Files(dataset.root, labels=("cat", "cow", "sofa")))
+    assert "3 labels, you asked for 4" in refusal(dataset=Files(dataset.root, labels=("cat", "dog", "sofa", "x")))
+    assert "21 images, you asked for 20" in refusal(dataset=Files(dataset.root, n=20))
+    assert "targets" in refusal(dataset=Files(dataset.root, seed=1))
+    renamed = Files(dataset.root)
+    renamed.split = "val"
+    assert re.search("files, split train.*files, split val", refusal(dataset=renamed))
+    message = refusal(m=35)
+    assert "m=8" in message
+    assert "detector.max_instances=35" in message
+    message = refusal(views=5)
+    assert "2 augmented" in message
+    assert "instances.views=5" in message
+    assert "view_seed=0, you asked for view_seed=9" in refusal(views=1, view_seed=9)
+
+
+@pytest.mark.parametrize("m", [0, -3])
+def test_m_below_one_is_a_config_error(made, m):
+    with pytest.raises(ConfigError, match=f"m={m}"):
+        made[2].instances(0, m=m)
+    with pytest.raises(ConfigError):
+        made[2].check(m=m)
+
+
+def test_asking_for_more_than_is_there(made):
+    with pytest.raises(StoreError, match="m=8"):
+        made[2].instances(0, m=9)
+    with pytest.raises(StoreError, match="views 0 to 2"):
+        made[2].instances(0, view=3)
+
+
+def test_missing_store_names_the_command(tmp_path):
+    with pytest.raises(StoreError, match=r"does not exist.*gm-mlic extract"):
+        InstanceStore.open(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StoreError, match=r"not an instance store.*gm-mlic extract"):
+        InstanceStore.open(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["features", "boxes", "scores", "detected_labels", "counts", "targets"])
+@pytest.mark.parametrize("damage", ["shorter", "empty", "longer", "missing", "header", "shape"])
+def test_damaged_array_is_named(made, tmp_path, name, damage):
+    path = copy(made[2], tmp_path / "damaged")
+    file = path / f"{name}.npy"
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "shape":
+        np.save(file, np.zeros((2, 2), np.float32))
+    else:
+        file.write_bytes(
+            {"shorter": data[:-1], "empty": b"", "longer": data + b"x", "header": b"junk" + data[4:]}[damage]
+        )
+    with pytest.raises(StoreError, match=rf"{name}\.npy.*instances.overwrite=true"):
+        InstanceStore.open(path)
+
+
+def test_pickled_objects_are_never_loaded(made, tmp_path):
+    path = copy(made[2], tmp_path / "evil")
+    np.save(path / "counts.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(StoreError, match=r"counts\.npy"):
+        InstanceStore.open(path)
+
+
+def test_verify_finds_a_changed_byte(made, tmp_path):
+    path = copy(made[2], tmp_path / "flipped")
+    InstanceStore.open(path).verify()
+    data = bytearray((path / "scores.npy").read_bytes())
+    data[-1] ^= 1
+    (path / "scores.npy").write_bytes(data)
+    with pytest.raises(StoreError, match=r"scores\.npy"):
+        InstanceStore.open(path).verify()
+
+
+def _without(values, name):
+    return {key: value for key, value in values.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: "{",
+        lambda v: "[]",
+        lambda v: "",
+        lambda v: "\udcff".encode("utf-8", "surrogateescape").decode("latin1"),
+        lambda v: json.dumps(v | {"format": 99}),
+        lambda v: json.dumps(_without(v, "m")),
+        lambda v: json.dumps(_without(v, "skipped")),
+        lambda v: json.dumps(v | {"ids": "abc"}),
+        lambda v: json.dumps(v | {"ids": v["ids"][:-1]}),
+        lambda v: json.dumps(v | {"m": "8"}),
+        lambda v: json.dumps(v | {"m": 7}),
+        lambda v: json.dumps(v | {"dtype": "float99"}),
+        lambda v: json.dumps(v | {"views": None}),
+        lambda v: json.dumps(v | {"arrays": {}}),
+        lambda v: json.dumps(v | {"extra": 1}),
+    ],
+)
+def test_damaged_manifest_is_one_line(made, tmp_path, change):
+    path = copy(made[2], tmp_path / "damaged")
+    file = path / "manifest.json"
+    file.write_text(change(json.loads(file.read_text())))
+    with pytest.raises(StoreError) as caught:
+        InstanceStore.open(path)
+    assert "\n" not in str(caught.value)
+    assert "overwrite" in str(caught.value)

@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
+from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.metrics import PRESETS, Convention, MultiLabelMetrics, average_precision, convention, predicted
+
+# ---- The definitions, as plain loops over one label or one image. They share no code with the package. ----
+
+
+def loop_ap(scores: list[float], targets: list[int], ap: str, difficult: str) -> float:
+    """AP of one label, from the definition."""
+    rows = [(s, t) for s, t in zip(scores, targets, strict=True) if not (t == 0 and difficult == "ignore")]
+    rows = [(s, t == 1 or (t == 0 and difficult == "positive")) for s, t in rows]
+    total = sum(t for _, t in rows)
+    if total == 0:
+        return math.nan
+    rows = sorted(rows, key=lambda row: -row[0])  # Python's sort is stable
+    points = []  # (hits, precision) after each rank
+    hits = 0
+    for rank, (_, positive) in enumerate(rows, start=1):
+        hits += positive
+        points.append((hits, hits / rank))
+    if ap == "rank":
+        return sum(p for (_, p), (_, positive) in zip(points, rows, strict=True) if positive) / total
+    if ap == "sklearn":
+        area, before = 0.0, 0
+        for threshold in sorted({s for s, _ in rows}, reverse=True):
+            chosen = [t for s, t in rows if s >= threshold]
+            area += (sum(chosen) - before) / total * sum(chosen) / len(chosen)
+            before = sum(chosen)
+        return area
+    if ap == "voc11":
+        return sum(max(p for h, p in points if 10 * h >= k * total) for k in range(11)) / 11
+    area, before = 0.0, 0  # envelope: step over each recall level with the best precision at that recall or beyond
+    for hits in range(1, total + 1):
+        area += (hits - before) / total * max(p for h, p in points if h >= hits)
+        before = hits
+    return area
+
+
+def loop_predicted(row: list[float], rule: Convention, top: int | None) -> list[bool]:
+    passed = [s >= rule.threshold if rule.compare == "ge" else s > rule.threshold for s in row]
+    if top is None:
+        return passed
+    best = sorted(range(len(row)), key=lambda c: -row[c])[:top]
+    if rule.topk_ties == "kept":
+        best = [c for c in range(len(row)) if row[c] >= row[best[-1]]]
+    return [c in best and (rule.topk == "no_threshold" or passed[c]) for c in range(len(row))]
+
+
+def loop_precision_recall(
+    scores: np.ndarray, targets: np.ndarray, rule: Convention, top: int | None
+) -> dict[str, float]:
+    C = scores.shape[1]
+    correct, picked, true = [0] * C, [0] * C, [0] * C
+    for row, target in zip(scores.tolist(), targets.tolist(), strict=True):
+        for c, chosen in enumerate(loop_predicted(row, rule, top)):
+            if target[c] == 0 and rule.difficult_f1 == "ignore":
+                continue
+            positive = target[c] == 1 or (target[c] == 0 and rule.difficult_f1 == "positive")
+            correct[c] += chosen and positive
+            picked[c] += chosen
+            true[c] += positive
+
+    def f1(p: float, r: float) -> float:
+        return 2 * p * r / (p + r) if p + r else 0.0
+
+    each = [(correct[c] / picked[c] if picked[c] else 0.0, correct[c] / true[c]) for c in range(C) if true[c]]
+    CP, CR, CF1 = math.nan, math.nan, math.nan
+    if each:
+        CP, CR = (sum(column) / len(each) for column in zip(*each, strict=True))
+        CF1 = f1(CP, CR) if rule.f1 == "of_means" else sum(f1(p, r) for p, r in each) / len(each)
+    OP = sum(correct) / sum(picked) if sum(picked) else 0.0
+    OR = sum(correct) / sum(true) if sum(true) else 0.0
+    return {"CP": CP, "CR": CR, "CF1": CF1, "OP": OP, "OR": OR, "OF1": f1(OP, OR)}
+
+
+def loop_metrics(scores: np.ndarray, targets: np.ndarray, rule: Convention) -> dict[str, float | list[float]]:
+    AP = [loop_ap(s, t, rule.ap, rule.difficult_ap) for s, t in zip(scores.T.tolist(), targets.T.tolist(), strict=True)]
+    known = [ap for ap in AP if not math.isnan(ap)]
+    result: dict[str, float | list[float]] = {"mAP": sum(known) / len(known) if known else math.nan, "AP": AP}
+    result |= loop_precision_recall(scores, targets, rule, None)
+    result |= {"top3/" + k: v for k, v in loop_precision_recall(scores, targets, rule, 3).items()}
+    return result
+
+
+def assert_same(result: dict[str, torch.Tensor], expected: dict[str, float | list[float]]) -> None:
+    assert set(result) == set(expected)
+    for name, value in expected.items():
+        assert result[name].dtype == torch.float64
+        np.testing.assert_allclose(result[name].numpy(), 100 * np.array(value), rtol=0, atol=1e-9, err_msg=name)
+
+
+@st.composite
+def score_tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Scores with many ties and exact thresholds; targets with absent labels and difficult ones."""
+    N, C = draw(st.integers(1, 14)), draw(st.integers(1, 6))
+    levels = draw(st.sampled_from([(0.0, 0.5, 1.0), (0.25, 0.5, 0.8, 0.9), tuple(np.linspace(0, 1, 41).tolist())]))
+    scores = draw(st.lists(st.sampled_from(levels), min_size=N * C, max_size=N * C))
+    values = draw(st.sampled_from([(-1, 1), (-1, 0, 1), (-1, -1, 0), (1, 1, 0)]))
+    targets = draw(st.lists(st.sampled_from(values), min_size=N * C, max_size=N * C))
+    return np.array(scores).reshape(N, C), np.array(targets).reshape(N, C)
+
+
+def evaluate(scores: np.ndarray, targets: np.ndarray, *args, **options) -> dict[str, torch.Tensor]:
+    metric = MultiLabelMetrics(scores.shape[1], *args, **options)
+    metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
+    return metric.compute()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=60, deadline=None)
+@given(table=score_tables())
+def test_every_preset_equals_the_loops(preset: str, table: tuple[np.ndarray, np.ndarray]) -> None:
+    assert_same(evaluate(*table, preset), loop_metrics(*table, PRESETS[preset]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    table=score_tables(),
+    options=st.fixed_dictionaries({
+        "ap": st.sampled_from(["rank", "envelope", "voc11", "sklearn"]),
+        "difficult_ap": st.sampled_from(["ignore", "negative", "positive"]),
+        "difficult_f1": st.sampled_from(["ignore", "negative", "positive"]),
+        "f1": st.sampled_from(["of_means", "mean_of"]),
+        "topk": st.sampled_from(["threshold", "no_threshold"]),
+        "topk_ties": st.sampled_from(["stable", "kept"]),
+        "threshold": st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]),
+        "compare": st.sampled_from(["ge", "gt"]),
+    }),
+)  # fmt: skip
+def test_every_option_equals_the_loops(table: tuple[np.ndarray, np.ndarray], options: dict) -> None:
+    assert_same(evaluate(*table, **options), loop_metrics(*table, Convention(**options)))
+
+
+def test_presets_are_those_of_the_literature() -> None:
+    """Evaluation conventions, as in the table of public codebases: AP, difficult in AP and F1, F1, threshold, top-3."""
+    facts = {
+        name: (p.ap, p.difficult_ap, p.difficult_f1, p.f1, p.threshold, p.compare, p.topk, p.topk_ties)
+        for name, p in PRESETS.items()
+    }
+    assert facts == {
+        "mlgcn": ("rank", "ignore", "negative", "of_means", 0.5, "ge", "threshold", "stable"),
+        "ssgrl": ("envelope", "negative", "negative", "of_means", 0.5, "ge", "threshold", "stable"),
+        "ctran": ("sklearn", "negative", "negative", "of_means", 0.5, "ge", "threshold", "kept"),
+        "asl": ("rank", "negative", "negative", "mean_of", 0.8, "gt", "threshold", "stable"),
+        "mmpretrain": ("rank", "ignore", "ignore", "mean_of", 0.5, "ge", "no_threshold", "stable"),
+        "voc11": ("voc11", "ignore", "ignore", "of_means", 0.5, "ge", "threshold", "stable"),
+    }
+
+
+# ---- scikit-learn, where it has the number ----
+
+
+def random_table(N: int, C: int, seed: int = 0, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    targets = np.where(rng.random((N, C)) < share, 1, -1)
+    scores = 1 / (1 + np.exp(-(rng.normal(size=(N, C)) + targets)))
+    return scores, targets
+
+
+@pytest.mark.parametrize("decimals", [12, 1])
+def test_average_precision_against_scikit_learn(decimals: int) -> None:
+    scores, targets = random_table(400, 7)
+    scores = scores.round(decimals)
+    expected = average_precision_score(targets == 1, scores, average=None)
+    result = evaluate(scores, targets, "ctran")
+    np.testing.assert_allclose(result["AP"], 100 * expected, atol=1e-9)
+    np.testing.assert_allclose(result["mAP"], 100 * expected.mean(), atol=1e-9)
+    if decimals == 12:  # without ties, grouping ties changes nothing
+        np.testing.assert_allclose(evaluate(scores, targets)["AP"], 100 * expected, atol=1e-9)
+
+
+def test_precision_recall_f1_against_scikit_learn() -> None:
+    scores, targets = random_table(300, 6, seed=1)
+    truth, chosen = targets == 1, scores >= 0.5
+    result = {k: v.numpy() / 100 for k, v in evaluate(scores, targets).items()}
+    CP, CR, _, _ = precision_recall_fscore_support(truth, chosen, average="macro", zero_division=0)
+    overall = precision_recall_fscore_support(truth, chosen, average="micro", zero_division=0)
+    np.testing.assert_allclose([result["CP"], result["CR"]], [CP, CR])
+    np.testing.assert_allclose(result["CF1"], 2 * CP * CR / (CP + CR))
+    np.testing.assert_allclose([result["OP"], result["OR"], result["OF1"]], overall[:3])
+    best = np.argsort(-scores, axis=1)[:, :3]
+    highest = np.zeros_like(chosen)
+    np.put_along_axis(highest, best, True, axis=1)
+    for preset, top, macro in (("mlgcn", chosen & highest, False), ("mmpretrain", highest, True)):
+        result = {k: v.numpy() / 100 for k, v in evaluate(scores, targets, preset).items()}
+        P, R, F, _ = precision_recall_fscore_support(truth, top, average="macro", zero_division=0)
+        micro = precision_recall_fscore_support(truth, top, average="micro", zero_division=0)
+        np.testing.assert_allclose([result["top3/CP"], result["top3/CR"]], [P, R])
+        np.testing.assert_allclose(result["top3/CF1"], F if macro else 2 * P * R / (P + R))
+        np.testing.assert_allclose([result["top3/OP"], result["top3/OR"], result["top3/OF1"]], micro[:3])
+
+
+# ---- Worked by hand ----
+
+
+def test_the_four_ap_rules_by_hand() -> None:
+    """Ranks: +, -, +, +, -: precisions 1, 1/2, 2/3, 3/4, 3/5."""
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5]])
+    targets = torch.tensor([[1], [-1], [1], [1], [-1]])
+    assert average_precision(scores, targets, "rank").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert average_precision(scores, targets, "sklearn").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    assert average_precision(scores, targets, "envelope").item() == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)
+    # Recalls 0, .1, .2, .3 have precision 1 (recall 1/3 is reached at once), the other seven 3/4.
+    assert average_precision(scores, targets, "voc11").item() == pytest.approx((4 + 7 * 0.75) / 11)
+
+
+def test_eleven_point_recalls_are_exact() -> None:
+    """Three positives of ten reach recall 0.3, although 3 * 0.1 > 0.3 in floating point."""
+    targets = torch.tensor([1, 1, 1] + [-1] * 10 + [1] * 7)[:, None]
+    scores = torch.linspace(1, 0, 20)[:, None]
+    late = max(k / (k + 10) for k in range(4, 11))
+    assert average_precision(scores, targets, "voc11").item() == pytest.approx((4 + 7 * late) / 11)
+
+
+def test_ties_rank_in_row_order() -> None:
+    half = torch.full((4, 1), 0.5)
+    first, last = torch.tensor([[1], [-1], [-1], [-1]]), torch.tensor([[-1], [-1], [-1], [1]])
+    assert average_precision(half, first).item() == 1.0
+    assert average_precision(half, last).item() == 0.25
+    assert average_precision(half, first, "sklearn").item() == average_precision(half, last, "sklearn").item() == 0.25
+
+
+def test_labels_without_positives_are_left_out_and_named() -> None:
+    scores = np.array([[0.9, 0.9, 0.2], [0.1, 0.8, 0.9]])
+    targets = np.array([[1, -1, 0], [-1, -1, 1]])
+    metric = MultiLabelMetrics(3, labels=("cat", "unicorn", "dog"))
+    metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
+    result = metric.compute()
+    assert metric.excluded_labels == ("unicorn",)
+    assert torch.isnan(result["AP"]).tolist() == [False, True, False]
+    assert result["mAP"] == 100
+    assert result["CP"] == 100
+    assert result["OP"] == 50  # the unicorn's two predictions are still wrong
+
+
+def test_no_positive_at_all_gives_nan_means_and_zero_overall() -> None:
+    result = evaluate(np.full((3, 2), 0.9), np.full((3, 2), -1))
+    assert all(math.isnan(result[name]) for name in ("mAP", "CP", "CR", "CF1"))
+    assert [result[name].item() for name in ("OP", "OR", "OF1")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("ties", "expected"), [("stable", [1, 1, 1, 0, 0]), ("kept", [1, 1, 1, 1, 0])])
+def test_top3_ties(ties: str, expected: list[int]) -> None:
+    scores = torch.tensor([[0.7, 0.9, 0.7, 0.7, 0.6]])
+    assert predicted(scores, Convention(topk_ties=ties), top=3).int().tolist() == [expected]
+
+
+def test_a_score_at_the_threshold() -> None:
+    """float32's 0.8 is a little above 0.8; it still is the threshold."""
+    scores = torch.tensor([[0.8]], dtype=torch.float32)
+    assert predicted(scores, convention(threshold=0.8)).item()
+    assert not predicted(scores, convention("asl")).item()
+
+
+# ---- As an object: batches, processes, copies ----
+
+
+def test_batches_add_up_and_reset_clears() -> None:
+    scores, targets = random_table(53, 5)
+    metric = MultiLabelMetrics(5)
+    for _ in range(2):
+        for rows in np.array_split(np.arange(53), 7):
+            metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]))
+        assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+        metric.reset()
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        metric.compute()
+
+
+def test_inputs_are_neither_changed_nor_kept() -> None:
+    scores, targets = (torch.from_numpy(array) for array in random_table(20, 4))
+    targets[3] = 0
+    before = scores.clone(), targets.clone()
+    results = {}
+    for preset in PRESETS:
+        metric = MultiLabelMetrics(4, preset)
+        metric.update(scores, targets)
+        results[preset] = metric.compute()
+        assert torch.equal(scores, before[0])
+        assert torch.equal(targets, before[1])
+    metric.reset()
+    metric.update(scores, targets)
+    scores.zero_(), targets.fill_(1)
+    torch.testing.assert_close(metric.compute(), results["voc11"], equal_nan=True)
+
+
+def test_binary_targets() -> None:
+    scores, targets = random_table(30, 3)
+    metric = MultiLabelMetrics(3, target_format="binary")
+    metric.update(torch.from_numpy(scores), torch.from_numpy((targets == 1).astype(np.float32)))
+    assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torch.dtype) -> None:
+    scores, targets = random_table(60, 4)
+    low = torch.from_numpy(scores).to(dtype)
+    metric = MultiLabelMetrics(4)
+    metric.update(low, torch.from_numpy(targets))
+    assert_same(metric.compute(), loop_metrics(low.double().numpy(), targets, PRESETS["mlgcn"]))
+
+
+@pytest.mark.parametrize("N", [12, 13])
+def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
+    """Three processes with ceil(N / 3) interleaved rows each, padded with the first, as by DistributedSampler."""
+    scores, targets = random_table(N, 4)
+    scores = scores.round(1)
+    padded = (list(range(N)) * 2)[: -(-N // 3) * 3]
+    metric = MultiLabelMetrics(4)
+    for process in range(3):
+        rows = padded[process::3]
+        metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]), ids=rows)
+    assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+
+
+def _worker(process: int, address: str, results: torch.multiprocessing.SimpleQueue) -> None:
+    torch.distributed.init_process_group("gloo", init_method=address, rank=process, world_size=3)
+    scores, targets = random_table(7, 4)
+    metric = MultiLabelMetrics(4)
+    for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one repeated row, one process without any
+        metric.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
+    results.put({name: value.numpy() for name, value in metric.compute().items()})
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_three_real_processes(tmp_path) -> None:
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    context = torch.multiprocessing.spawn(
+        _worker, args=(f"file://{tmp_path / 'meeting'}", results), nprocs=3, join=False
+    )
+    got = [results.get() for _ in range(3)]
+    while not context.join():
+        pass
+    scores, targets = random_table(7, 4)
+    expected = loop_metrics(scores.astype(np.float32).astype(np.float64), targets, PRESETS["mlgcn"])
+    for result in got:
+        assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in result.items()}, expected)
+
+
+def test_large_tables_in_pieces_equal_single_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gm_mlic.metrics import functional
+
+    scores, targets = (torch.from_numpy(array) for array in random_table(50, 7))
+    whole = average_precision(scores, targets)
+    for size in (1, 100, 175):
+        monkeypatch.setattr(functional, "_CHUNK", size)
+        assert torch.equal(average_precision(scores, targets), whole)
+
+
+# ---- Bad input ----
+
+GOOD = torch.full((2, 3), 0.5)
+ABSENT = torch.full((2, 3), -1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "message"),
+    [
+        (torch.tensor([[0.5, 0.5, 0.5], [0.5, math.nan, 0.5]]), ABSENT, "row 1, label 1"),
+        (GOOD * 3, ABSENT, "sigmoid"),
+        (GOOD - 1, ABSENT, "sigmoid"),
+        (GOOD * math.inf, ABSENT, "not in"),
+        (GOOD[:, :2], ABSENT, "shape"),
+        (GOOD, ABSENT[:1], "shape"),
+        (GOOD[0], ABSENT[0], "shape"),
+        (GOOD, ABSENT * 2, "targets hold -2"),
+        (GOOD, ABSENT * 0.5, "targets hold -0.5"),
+        (GOOD, ABSENT * math.nan, "targets hold nan"),
+        ((GOOD > 0).int(), ABSENT, "floating"),
+    ],
+)
+def test_bad_batches_are_refused_in_one_line(scores: torch.Tensor, targets: torch.Tensor, message: str) -> None:
+    metric = MultiLabelMetrics(3)
+    with pytest.raises(DataError, match=message) as caught:
+        metric.update(scores, targets)
+    assert "\n" not in str(caught.value)
+    assert metric.scores == []  # a refused batch leaves nothing behind
+
+
+def test_bad_ids_are_refused() -> None:
+    for ids in ([0], [0.0, 1.0], [0, -1], [[0], [1]]):
+        with pytest.raises(DataError, match="ids"):
+            MultiLabelMetrics(3).update(GOOD, ABSENT, ids=ids)
+    metric = MultiLabelMetrics(3)
+    metric.update(GOOD, ABSENT, ids=[0, 1])
+    metric.update(GOOD, -ABSENT, ids=[2, 1])
+    with pytest.raises(DataError, match="id 1 came twice"):
+        metric.compute()
+    metric = MultiLabelMetrics(3)
+    metric.update(GOOD, ABSENT, ids=[0, 1])
+    metric.update(GOOD, ABSENT)
+    with pytest.raises(DataError, match="every update or to none"):
+        metric.compute()
+
+
+def test_binary_targets_refuse_minus_one() -> None:
+    with pytest.raises(DataError, match="0 and 1"):
+        MultiLabelMetrics(3, target_format="binary").update(GOOD, ABSENT)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "coco"}, {"ap": "area"}, {"difficult_ap": 0}, {"threshold": 1.5}, {"threshold": "high"},
+        {"thresh": 0.5}, {"target_format": "pm1"}, {"labels": ("a",)}, {"compare": ">="}, {"num_labels": 0},
+    ],
+)  # fmt: skip
+def test_unknown_settings_are_refused(options: dict) -> None:
+    with pytest.raises(ConfigError):
+        MultiLabelMetrics(**({"num_labels": 3} | options))
+
+
+def test_numbers_do_not_depend_on_the_order_of_labels() -> None:
+    scores, targets = random_table(40, 5)
+    reference = evaluate(scores, targets)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        result = evaluate(scores[:, order], targets[:, order])
+        assert torch.equal(result["AP"], reference["AP"][order])
+        assert result["CF1"] == pytest.approx(reference["CF1"].item())
+        assert result["top3/OF1"] == pytest.approx(reference["top3/OF1"].item())
