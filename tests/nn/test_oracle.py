@@ -48,13 +48,14 @@ def make_model(settings: Settings, execution: str = "explicit", seed: int = 0) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        # Keep the decoder's hidden units alive: where all are dead, logits are equal and rounding picks the winner.
+        model.decoder.lin1.bias.add_(2.0)
     return model
 
 
 def make_batch(settings: Settings, images: list[Image], W: np.ndarray, *, edge_attr: bool = False) -> HeteroData:
     options: dict[str, Any] = settings.graph_options()
     transform = AssignmentGraph(torch.from_numpy(W), edge_attr=edge_attr, **options)
-    # The transform may hold the vectors in float32: the model gets the same float64 as the oracle.
     graphs = []
     for image in images:
         data = HeteroData()
