@@ -181,10 +181,20 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
             f"The weights file {path} does not name its labels: it was not written by gm-mlic train-detector; "
             "save its tensors with torch.save(state_dict, path) as .pt, and give detector.labels."
         )
-    record = json.loads(header)
-    if record["arch"] != arch:
-        raise WeightsError(f"The weights file {path} is for detector.arch={record['arch']}, not for {arch}.")
-    return Checkpoint(str(path), tensors, (BACKGROUND, *record["labels"]), record["min_size"], record["max_size"])
+    try:
+        record = json.loads(header)
+        found = Checkpoint(
+            str(path), tensors, (BACKGROUND, *record["labels"]), int(record["min_size"]), int(record["max_size"])
+        )
+        theirs = record["arch"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"The weights file {path} has a header without arch, labels, min_size or max_size: write it with "
+            "gm-mlic train-detector."
+        ) from error
+    if theirs != arch:
+        raise WeightsError(f"The weights file {path} is for detector.arch={theirs}, not for {arch}.")
+    return found
 
 
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:

@@ -141,7 +141,7 @@ class FasterRCNNExtractor(nn.Module):
         groups: dict[torch.Size, list[tuple[int, ImageList]]] = {}
         for i, image in enumerate(images):
             with torch.no_grad():
-                ready, _ = self.detector.transform([image.to(device)])
+                ready = self._prepare(image.to(device))
             groups.setdefault(ready.tensors.shape, []).append((i, ready))
         found: dict[int, Instances] = {}
         for group in groups.values():
@@ -150,6 +150,15 @@ class FasterRCNNExtractor(nn.Module):
             )
             found.update(zip((i for i, _ in group), self._detect(batch, m), strict=True))
         return [found[i] for i in range(len(images))]
+
+    def _prepare(self, image: Tensor) -> ImageList:
+        """Normalise, resize, pad, as the detector does; an image that has the right size is spared the resizing."""
+        transform, (height, width) = self.detector.transform, image.shape[-2:]
+        if min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width)) != 1:
+            return transform([image])[0]
+        return ImageList(
+            transform.batch_images([transform.normalize(image)], transform.size_divisible), [(height, width)]
+        )
 
     def _detect(self, batch: ImageList, m: int) -> list[Instances]:
         """The instances of images that share one padded size."""
@@ -161,7 +170,10 @@ class FasterRCNNExtractor(nn.Module):
             proposals, _ = self.detector.rpn(batch, maps)
             predicted = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
             detections = heads.postprocess_detections(*predicted, proposals, sizes)
-            chosen = [self._choose(*of_image, size, m) for *of_image, size in zip(*detections, sizes, strict=True)]
+            chosen = [
+                self._choose(boxes, scores, classes, size, m)
+                for boxes, scores, classes, size in zip(*detections, sizes, strict=True)
+            ]
         with torch.set_grad_enabled(grad and self.trainable != "none"):
             boxes = [boxes for boxes, _, _ in chosen]
             features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes)).float()

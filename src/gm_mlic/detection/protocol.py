@@ -38,6 +38,11 @@ class Instances:
 class InstanceExtractor(Protocol):
     """Anything that turns a batch of images into instances.
 
+    An image's instances may depend on nothing but the image and what :attr:`fingerprint` covers: not on the other
+    images of the batch, nor on chance, nor on ``m``: those for a smaller ``m`` are the first of those for a larger one.
+    The instance store relies on it: it is built in batches, resumed, and sliced. Boxes, scores and labels carry no
+    gradient. Features carry none either, unless the extractor is one that can be trained and was told to.
+
     Attributes:
         name: short name, fit for a folder name.
         labels: names of the detector's own classes, which ``Instances.detected_labels`` index.

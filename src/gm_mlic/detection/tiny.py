@@ -19,7 +19,7 @@ _CHANNELS = 48
 class TinyBackbone(nn.Module):
     """Plain 3 x 3 convolutions with batch normalisation and ReLU, to two maps of ``out_channels`` each.
 
-    Map ``fine`` (stride 4, receptive field 27 x 27 pixels) feeds the box head; map ``coarse`` (stride 8, 43 x 43) only
+    Map ``fine`` (stride 4, receptive field 27 x 27 pixels) feeds the box head; map ``coarse`` (stride 8, 51 x 51) only
     helps the region proposals. So a box's feature sees at most 13 pixels (and up to 4 of interpolation) beyond its
     box: what stands elsewhere in the image does not reach it, which is what leaves scenes' twins to the graphs.
 

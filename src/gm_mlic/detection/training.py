@@ -52,7 +52,7 @@ def train_detector(
 ) -> dict[str, Any]:
     """Train a detector, and save it as ``out`` (.safetensors, ready for ``detector.weights``) and ``out`` (.json).
 
-    AdamW with one cycle of the learning rate (linear-free cosine warm-up over the first 15 % of the steps, then cosine
+    AdamW with one cycle of the learning rate (cosine warm-up over the first 15 % of the steps, then cosine
     to zero), gradients clipped to norm 5, horizontal flips with probability 1/2. Detectors with random weights train
     their batch norm; with given weights its statistics and weights stay as they are. After every epoch the state goes
     to ``out`` with suffix ``.resume.pt``: a run that was killed continues from there when started again with the same
@@ -78,9 +78,9 @@ def train_detector(
         progress: whether to show bars.
 
     Returns:
-        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, the settings, the
-        mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5, in per cent, None without ``val``) of each
-        epoch, ``skipped`` images with the reason, versions.
+        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, how many images had
+        boxes and how many had none, the settings, the mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5,
+        in per cent, None without ``val``) of each epoch, ``skipped`` images with the reason, versions.
 
     Raises:
         ConfigError: for a dataset without boxes, other labels in ``val``, or a setting that cannot work.
@@ -109,6 +109,7 @@ def train_detector(
         "dataset": train.name,
         "dataset_fingerprint": train.fingerprint,
         "images": len(rows),
+        "images_without_boxes": len(train) - len(rows),
         "weights": None if weights is None else str(weights),
         "epochs": epochs,
         "batch_size": batch_size,
@@ -134,10 +135,11 @@ def train_detector(
             losses: list[float] = []
             with _bar(title, len(rows), progress) as advance:
                 for batch in _batches(images, batch_size, num_workers, history["skipped"]):
-                    if batch:
-                        losses.append(_step(detector, optimizer, batch, device, title))
-                        advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
+                    if not batch:
+                        continue
+                    losses.append(_step(detector, optimizer, batch, device, title))
                     schedule.step()
+                    advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
         if not losses:
             raise DataError(f"No image of {train.name} ({train.split}) can be read: check dataset.root.")
         history["loss"].append(sum(losses) / len(losses))
@@ -281,7 +283,7 @@ def _step(
     if not math.isfinite(value):
         raise ConfigError(f"The detector's loss became {value} in {when}: lower the learning rate.")
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
     optimizer.step()
     return value

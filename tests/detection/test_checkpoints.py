@@ -1,0 +1,189 @@
+"""Weights files: what is read, and the one line that says why one is not."""
+
+from __future__ import annotations
+
+import json
+import stat
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torchvision.models import WeightsEnum
+
+from gm_mlic.detection import build_extractor
+from gm_mlic.detection.checkpoints import SCENES_WEIGHTS, save_checkpoint
+from gm_mlic.detection.faster_rcnn import build_detector
+from gm_mlic.errors import ConfigError, WeightsError
+
+LABELS = ("cat", "dog")
+
+
+def _record(**changes) -> dict:
+    return {"arch": "scenes_tiny", "labels": LABELS, "min_size": 128, "max_size": 200} | changes
+
+
+def _refused(weights, *named: str, arch: str = "scenes_tiny", error: type = WeightsError, **settings) -> None:
+    with pytest.raises(error) as caught:
+        build_extractor(arch, weights=weights, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message
+
+
+@pytest.fixture
+def tiny() -> dict[str, torch.Tensor]:
+    return build_detector("scenes_tiny", 3, seed=4).state_dict()
+
+
+def test_saved_weights_come_back_with_labels_and_input_size(tmp_path, tiny):
+    path = tmp_path / "folder" / "w.safetensors"
+    save_checkpoint(path, tiny, _record(note="ünïcode"))
+    extractor = build_extractor("scenes_tiny", weights=path)
+    assert extractor.labels == LABELS
+    assert extractor.detector.transform.min_size == (128,)
+    assert extractor.detector.transform.max_size == 200
+    for key, tensor in extractor.detector.state_dict().items():
+        assert torch.equal(tensor, tiny[key]), key
+    assert json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["note"] == "ünïcode"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["w.json", "w.safetensors"]
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.with_suffix(".json").stat().st_mode)
+
+
+def test_input_size_may_differ_from_that_of_the_weights(tmp_path, tiny):
+    save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
+    extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors", min_size=192, max_size=256)
+    assert (extractor.detector.transform.min_size, extractor.detector.transform.max_size) == ((192,), 256)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"model": t, "epoch": 3}])
+def test_torch_files_of_a_state_dict(tmp_path, tiny, wrap):
+    torch.save(wrap(tiny), tmp_path / "w.pth")
+    extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.pth", labels=LABELS)
+    assert extractor.labels == LABELS
+    assert torch.equal(
+        extractor.detector.state_dict()["roi_heads.box_head.fc6.bias"], tiny["roi_heads.box_head.fc6.bias"]
+    )
+
+
+def test_torch_files_without_labels_have_numbered_ones(tmp_path, tiny):
+    torch.save(tiny, tmp_path / "w.pt")
+    assert build_extractor("scenes_tiny", weights=tmp_path / "w.pt").labels == ("class 1", "class 2")
+
+
+def test_91_classes_are_those_of_coco(tmp_path):
+    torch.save(build_detector("scenes_tiny", 91).state_dict(), tmp_path / "w.pt")
+    labels = build_extractor("scenes_tiny", weights=tmp_path / "w.pt").labels
+    assert len(labels) == 80
+    assert (labels[0], labels[11], labels[79]) == ("person", "stop sign", "toothbrush")
+
+
+def test_shipped_weights_are_small_and_say_how_they_were_made():
+    assert SCENES_WEIGHTS.stat().st_size < 5_000_000
+    record = json.loads(SCENES_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    with safe_open(SCENES_WEIGHTS, framework="pt") as file:
+        assert json.loads(file.metadata()["gm_mlic"]) == record
+    assert record["command"].startswith("gm-mlic train-detector ")
+    assert record["val_ap50"][-1] > 50
+
+
+def test_missing_file(tmp_path):
+    _refused(tmp_path / "none.safetensors", "none.safetensors", "does not exist")
+    _refused("cocoo", "'cocoo'", "detector.weights")
+
+
+@pytest.mark.parametrize("content", [b"", b"not at all weights", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+def test_corrupt_file(tmp_path, content, suffix):
+    path = tmp_path / f"broken{suffix}"
+    path.write_bytes(content)
+    _refused(path, path.name)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_truncated_file(tmp_path, tiny, suffix):
+    path = tmp_path / f"short{suffix}"
+    if suffix == ".pt":
+        torch.save(tiny, path)
+    else:
+        save_checkpoint(path, tiny, _record())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _refused(path, path.name)
+
+
+class _Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("trap-was-sprung"),)
+
+
+def test_pickled_code_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weights": _Trap()}, tmp_path / "trap.pt")
+    _refused(tmp_path / "trap.pt", "trap.pt", "state_dict()")
+    assert not (tmp_path / "trap-was-sprung").exists()
+
+
+def test_other_tensors(tmp_path):
+    torch.save({"linear.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    _refused(tmp_path / "other.pt", "other.pt", "Faster R-CNN")
+    torch.save([1, 2], tmp_path / "list.pt")
+    _refused(tmp_path / "list.pt", "list.pt", "state_dict")
+    save_file({"a": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    _refused(tmp_path / "bare.safetensors", "bare.safetensors", "labels")
+
+
+@pytest.mark.parametrize("header", ["{", "[]", '{"arch": "scenes_tiny"}'])
+def test_header_that_is_no_record(tmp_path, tiny, header):
+    save_file(tiny, tmp_path / "odd.safetensors", metadata={"gm_mlic": header})
+    _refused(tmp_path / "odd.safetensors", "odd.safetensors", "header")
+
+
+def test_weights_for_another_architecture(tmp_path, tiny):
+    save_checkpoint(tmp_path / "w.safetensors", tiny, _record(arch="fasterrcnn_resnet50_fpn"))
+    _refused(tmp_path / "w.safetensors", "w.safetensors", "fasterrcnn_resnet50_fpn", "scenes_tiny")
+    torch.save(tiny, tmp_path / "w.pt")
+    arch = "fasterrcnn_mobilenet_v3_large_fpn"
+    _refused(tmp_path / "w.pt", "w.pt", arch, "lack", arch=arch, min_size=64)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop("backbone.fine.0.0.weight"), "lack backbone.fine.0.0.weight"),
+        (lambda t: t.update({"extra.weight": torch.zeros(1)}), "unknown extra.weight"),
+        (lambda t: t.update({"roi_heads.box_head.fc7.bias": torch.zeros(7)}), "shape of roi_heads.box_head.fc7.bias"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, tiny, change, named):
+    change(tiny)
+    save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
+    _refused(tmp_path / "w.safetensors", "w.safetensors", named)
+
+
+def test_other_labels(tmp_path, tiny):
+    save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
+    _refused(tmp_path / "w.safetensors", "'dog'", "'cow'", labels=("cat", "cow"))
+    _refused(tmp_path / "w.safetensors", "2 of them, not 3", labels=(*LABELS, "cow"))
+    build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors", labels=LABELS)
+
+
+def test_names_that_do_not_suit_the_architecture():
+    _refused("coco", "coco", "scenes_tiny", error=ConfigError)
+    _refused("scenes", "scenes", arch="fasterrcnn_resnet50_fpn", error=ConfigError)
+
+
+@pytest.mark.parametrize("failure", [urllib.error.URLError("no route"), RuntimeError("invalid hash value")])
+def test_failed_download_says_which_file_to_fetch(monkeypatch, failure):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
+    _refused(
+        "coco",
+        "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        "detector.weights=/path/to/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        arch="fasterrcnn_resnet50_fpn",
+    )

@@ -1,0 +1,189 @@
+"""Detector training: learns, resumes to the same weights, and says what is wrong with a dataset."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gm_mlic.datasets import BoxAnnotations, MultiLabelDataset, Scenes
+from gm_mlic.detection import build_extractor, training
+from gm_mlic.detection.checkpoints import save_checkpoint
+from gm_mlic.detection.faster_rcnn import build_detector
+from gm_mlic.detection.training import average_precision, train_detector
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+
+
+class Squares(MultiLabelDataset):
+    """Grey images with one white or black square each; rows named in ``broken`` cannot be read."""
+
+    name, labels = "squares", ("white", "black")
+
+    def __init__(self, size: int = 6, split: str = "train", broken: tuple[int, ...] = (), boxes: bool = True) -> None:
+        self.split, self.broken, self._boxes = split, broken, boxes
+        self.ids = tuple(f"{split}-{i}" for i in range(size))
+        self.targets = np.where(np.arange(size)[:, None] % 2 == np.arange(2), 1, -1).astype(np.int8)
+
+    def image(self, i: int) -> Image.Image:
+        if i in self.broken:
+            raise UnreadableImage(f"{self.ids[i]} is truncated.")
+        image = Image.new("RGB", (64, 48), (128, 128, 128))
+        image.paste((255, 255, 255) if i % 2 == 0 else (0, 0, 0), self._place(i))
+        return image
+
+    def boxes(self, i: int) -> BoxAnnotations | None:
+        if not self._boxes:
+            return None
+        # The second box has no area, as some of COCO's; it must not stop anything.
+        boxes = torch.tensor([self._place(i), (3, 5, 3, 30)], dtype=torch.float32)
+        return BoxAnnotations(boxes, torch.tensor([i % 2, 0]))
+
+    @staticmethod
+    def _place(i: int) -> tuple[int, int, int, int]:
+        return 4 + 3 * i, 10, 24 + 3 * i, 32
+
+
+def _train(out, train=None, val=None, **settings):
+    settings = {"epochs": 2, "batch_size": 3, "min_size": 48, "progress": False} | settings
+    return train_detector(train or Squares(), val, "scenes_tiny", out, **settings)
+
+
+def _tensors(path) -> dict[str, torch.Tensor]:
+    return build_extractor("scenes_tiny", weights=path).detector.state_dict()
+
+
+def test_training_lowers_the_loss_and_records_what_it_did(tmp_path):
+    out = tmp_path / "new" / "w.safetensors"
+    record = train_detector(
+        Scenes("train", size=16, seed=1),
+        Scenes("val", size=4, seed=1),
+        "scenes_tiny",
+        out,
+        epochs=3,
+        batch_size=4,
+        command="gm-mlic train-detector",
+        progress=False,
+    )
+    assert len(record["loss"]) == len(record["val_ap50"]) == 3
+    assert record["loss"][-1] < 0.9 * record["loss"][0]
+    assert out.stat().st_size < 5_000_000
+    assert json.loads(out.with_suffix(".json").read_text(encoding="utf-8")) == record
+    assert record["command"] == "gm-mlic train-detector"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["w.json", "w.safetensors"]
+    assert build_extractor("scenes_tiny", weights=out).labels == Scenes("train", size=1).labels
+
+
+def test_training_in_progress_bars_finds_the_squares(tmp_path, capsys):
+    _train(tmp_path / "w.safetensors", epochs=20, lr=4e-3, progress=True)
+    assert "images/s" in capsys.readouterr().out
+    extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors")
+    assert average_precision(extractor.detector, Squares(split="val"), progress=False) > 50
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, workers):
+    _train(tmp_path / "whole.safetensors", epochs=3)
+    step, taken = training._step, []
+
+    def killed_in_the_second_epoch(*arguments):
+        taken.append(step(*arguments))
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        return taken[-1]
+
+    monkeypatch.setattr(training, "_step", killed_in_the_second_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut.safetensors", epochs=3)
+    assert (tmp_path / "cut.resume.pt").exists()
+    assert not (tmp_path / "cut.safetensors").exists()
+    monkeypatch.setattr(training, "_step", step)
+    torch.manual_seed(1234)  # the global state has no say
+    record = _train(tmp_path / "cut.safetensors", epochs=3, num_workers=workers)
+    assert len(record["loss"]) == 3
+    assert not (tmp_path / "cut.resume.pt").exists()
+    whole, cut = _tensors(tmp_path / "whole.safetensors"), _tensors(tmp_path / "cut.safetensors")
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, cut[key]), key
+
+
+def test_what_another_run_left_is_not_taken_up(tmp_path, monkeypatch):
+    out = tmp_path / "w.safetensors"
+    monkeypatch.setattr(training, "save_checkpoint", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _train(out, epochs=1)
+    with pytest.raises(ConfigError, match=r"w\.resume\.pt .* epochs=1, not 2"):
+        _train(out, epochs=2)
+    (tmp_path / "w.resume.pt").write_bytes(b"half")
+    with pytest.raises(WeightsError, match=r"w\.resume\.pt"):
+        _train(out, epochs=1)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_training_leaves_the_global_random_state_alone(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    _train(tmp_path / "w.safetensors", epochs=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_unreadable_images_are_left_out_and_reported(tmp_path, caplog):
+    train, val = Squares(broken=(1, 4)), Squares(split="val", broken=(0,))
+    record = _train(tmp_path / "w.safetensors", train=train, val=val, batch_size=1)
+    assert record["skipped"] == {"train-1": "train-1 is truncated.", "train-4": "train-4 is truncated."}
+    assert "2 unreadable images" in caplog.text
+
+
+def test_flips_take_the_boxes_along():
+    plain = training._LabelledImages(Squares(), range(6), None)
+    flipped = training._LabelledImages(Squares(), range(6), [True] * 6)
+    for i in range(6):
+        (image, target), (mirror, mirrored) = plain[i], flipped[i]
+        assert len(target["boxes"]) == 1  # the box without area is gone
+        assert target["labels"].tolist() == [i % 2 + 1]
+        for picture, boxes in ((image, target["boxes"]), (mirror, mirrored["boxes"])):
+            x1, y1, x2, y2 = boxes[0].int().tolist()
+            assert (picture[:, y1:y2, x1:x2] == float(i % 2 == 0)).all()
+            assert (picture != 0.5019608).sum() == 3 * 20 * 22
+
+
+def test_other_labels_begin_the_last_layer_anew(tmp_path):
+    start = build_detector("scenes_tiny", 4, seed=3)
+    record = {"arch": "scenes_tiny", "labels": ["a", "b", "c"], "min_size": 64, "max_size": 100}
+    save_checkpoint(tmp_path / "start.safetensors", start.state_dict(), record)
+    _train(tmp_path / "w.safetensors", weights=tmp_path / "start.safetensors", min_size=None, epochs=1, lr=1e-9)
+    before, after = start.state_dict(), _tensors(tmp_path / "w.safetensors")
+    assert after["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3
+    for key, tensor in before.items():
+        if not key.startswith("roi_heads.box_predictor"):
+            # With given weights batch norm keeps its statistics.
+            torch.testing.assert_close(after[key], tensor, atol=1e-6, rtol=1e-6, msg=key)
+    assert build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors").detector.transform.min_size == (64,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"train": Squares(boxes=False)}, ConfigError, "squares .* no boxes"),
+        ({"train": Squares(broken=tuple(range(6)))}, DataError, "No image of squares .* can be read"),
+        ({"val": Scenes("val", size=1)}, ConfigError, "labels of scenes"),
+        ({"epochs": 0}, ConfigError, "epochs is 0"),
+        ({"batch_size": -1}, ConfigError, "batch_size is -1"),
+        ({"lr": 1e12, "epochs": 9}, ConfigError, "lower the learning rate"),
+    ],
+)
+def test_what_cannot_work(tmp_path, settings, error, named):
+    with pytest.raises(error, match=named) as caught:
+        _train(tmp_path / "w.safetensors", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_name_of_the_weights_file_must_be_right(tmp_path):
+    with pytest.raises(ConfigError, match=r"\.safetensors"):
+        _train(tmp_path / "w.pt")
