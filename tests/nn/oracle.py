@@ -1,8 +1,8 @@
 """Equations 1 to 15 once more, loop by loop in float64: what every execution of the package is held to.
 
-Written from the paper's equations (``docs/architecture.md`` and the docstrings name them), for being read beside them, not for speed:
-one matrix-vector product for each MLP call, Python loops over images, instances, labels and edges. It takes nothing from the
-package but the weights, by name.
+Written from the paper's equations and the package's documented decisions, to be read beside them, not for speed: one
+matrix-vector product for each call of a function, Python loops over images, instances, labels and edges. It takes
+nothing from the package but the weights, by name.
 """
 
 from __future__ import annotations

@@ -313,11 +313,15 @@ def test_label_graph_with_self_loops_is_not_taken_for_complete() -> None:
     target = data[RELATES].edge_index[1]
     data[RELATES].edge_index = torch.stack([target, target])
     close(model("auto")(data).logits, model("explicit")(data).logits)
+
+
 @pytest.mark.xfail(reason="finding 1: completeness is judged by the number of edges", strict=True)
 def test_label_graph_with_a_repeated_edge_is_not_taken_for_complete() -> None:
     data = graph(3, vectors())
     data[RELATES].edge_index = data[RELATES].edge_index[:, [0, 0, 2, 3, 4, 5]]
     close(model("auto")(data).logits, model("explicit")(data).logits)
+
+
 @pytest.mark.xfail(reason="finding 4: the mean of nothing is NaN", strict=True)
 def test_label_graph_without_edges_sends_zeros() -> None:
     data = graph(3, vectors())
@@ -334,11 +338,15 @@ def test_nan_in_nan_out(execution: str) -> None:
     output = model(execution)(data)
     assert output.logits[0].isnan().all()
     assert output.logits[1].isfinite().all()
+
+
 @pytest.mark.xfail(reason="finding 3: the logits are viewed as (B, -1)", strict=True)
 def test_images_with_different_numbers_of_labels_do_not_mix() -> None:
     batch = Batch.from_data_list([graph(3, vectors(2)), graph(3, vectors(4))])
     with pytest.raises(GMMLICError):
         model("auto")(batch)
+
+
 @pytest.mark.xfail(reason="finding 5: an empty group has no winner", strict=True)
 def test_label_without_matching_edges() -> None:
     data = graph(3, vectors())
@@ -352,7 +360,9 @@ def test_label_without_matching_edges() -> None:
     [
         ("instance_graph", "structured"),
         *(
-            pytest.param(*case, marks=pytest.mark.xfail(reason="finding 8: nobody looks for the edge type", strict=True))
+            pytest.param(
+                *case, marks=pytest.mark.xfail(reason="finding 8: nobody looks for the edge type", strict=True)
+            )
             for case in (("instance_graph", "explicit"), ("label_graph", "explicit"), ("label_graph", "structured"))
         ),
     ],
@@ -363,6 +373,8 @@ def test_graph_of_another_ablation(left_out: str, execution: str) -> None:
     with pytest.raises(ConfigError):
         model(execution)(data)
     assert data.edge_types == before
+
+
 @pytest.mark.xfail(reason="finding 7: NaN times a mask of 0", strict=True)
 def test_padding_does_not_reach_real_instances() -> None:
     x, box, mask = torch.randn(1, 3, D_O).double(), torch.rand(1, 3, 4).double(), torch.tensor([[True, True, False]])

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracle import Image, Settings, oracle_forward, oracle_loss
 from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC, ModelOutput
-
-from oracle import Image, Settings, oracle_forward, oracle_loss
 
 D_O, D_L = 5, 4
 WIDTHS = {1: (5,), 2: (6, 5), 3: (6, 4, 5)}
