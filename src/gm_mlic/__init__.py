@@ -1,7 +1,75 @@
-"""GM-MLIC: graph matching based multi-label image classification, as a PyTorch Geometric plugin."""
+"""GM-MLIC: graph matching based multi-label image classification, as a PyTorch Geometric plugin.
+
+The names below are the public interface; each is imported when it is first used.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gm_mlic._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from gm_mlic.datasets import MultiLabelDataset, Scenes
+    from gm_mlic.detection import InstanceExtractor, Instances, build_extractor
+    from gm_mlic.embeddings import embed_labels
+    from gm_mlic.errors import GMMLICError
+    from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, instance_data
+    from gm_mlic.instances import InstanceStore, extract
+    from gm_mlic.losses import WeightedBCE
+    from gm_mlic.metrics import MultiLabelMetrics
+    from gm_mlic.nn import GMMLIC, create_model, list_models, register_model
+
+_HOME = {
+    "MultiLabelDataset": "datasets",
+    "Scenes": "datasets",
+    "InstanceExtractor": "detection",
+    "Instances": "detection",
+    "build_extractor": "detection",
+    "embed_labels": "embeddings",
+    "GMMLICError": "errors",
+    "AssignmentBatch": "graphs",
+    "AssignmentGraph": "graphs",
+    "instance_data": "graphs",
+    "InstanceStore": "instances",
+    "extract": "instances",
+    "WeightedBCE": "losses",
+    "MultiLabelMetrics": "metrics",
+    "GMMLIC": "nn",
+    "create_model": "nn",
+    "list_models": "nn",
+    "register_model": "nn",
+}
+
+__all__ = [
+    "GMMLIC",
+    "AssignmentBatch",
+    "AssignmentGraph",
+    "GMMLICError",
+    "InstanceExtractor",
+    "InstanceStore",
+    "Instances",
+    "MultiLabelDataset",
+    "MultiLabelMetrics",
+    "Scenes",
+    "WeightedBCE",
+    "__version__",
+    "build_extractor",
+    "create_model",
+    "embed_labels",
+    "extract",
+    "instance_data",
+    "list_models",
+    "register_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,7 +17,8 @@ class WeightedBCE(nn.Module):
         L = -\frac{1}{BC} \sum_{i,c} w_{ic} \left[ y_{ic} \log p_{ic} + (1 - y_{ic}) \log(1 - p_{ic}) \right], \quad
         w_{ic} = y_{ic} e^{\beta (1 - r_c)} + (1 - y_{ic}) e^{\beta r_c}
 
-    computed from logits in float32 (float64 stays float64), so that no logarithm underflows.
+    (with ``difficult="ignore"``, the mean over those that count), computed from logits in float32 (float64 stays
+    float64), so that no logarithm underflows.
 
     Args:
         label_ratio: (C,) :math:`r_c`, the share of training images that carry label c.
@@ -27,7 +28,7 @@ class WeightedBCE(nn.Module):
             ``negative``, or ``ignore`` (no loss).
 
     Shapes:
-        - **input:** logits (B, C), targets (B, C) in {1, 0, -1}
+        - **input:** logits (B, C), targets (B, C) in {1, 0, -1}; mind that 0 is "difficult", absent is -1
         - **output:** scalar
 
     Raises:
@@ -50,6 +51,8 @@ class WeightedBCE(nn.Module):
         self.register_buffer("label_ratio", ratio)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.shape[-1] != self.label_ratio.numel():
+            raise ConfigError(f"The loss was made for {self.label_ratio.numel()} labels, not {logits.shape[-1]}.")
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         present = targets >= 0 if self.difficult == "positive" else targets > 0
         y = present.to(logits.dtype)

@@ -77,11 +77,12 @@ class AssignmentGraph(BaseTransform):
         label_neighbours: None joins all labels (the paper); a number keeps each label's nearest by cosine.
         instance_graph: False leaves out the instance-instance edges (ablation w/o Go).
         label_graph: False leaves out the label-label edges (ablation w/o Gl).
-        edge_attr: also write the attributes of eq. 2 and 3. They only repeat node attributes; the model forms them by
-            itself where they are absent, and a graph without them is about a hundred times smaller.
+        edge_attr: also write the attributes of eq. 2 and 3 (default: no). They only repeat node attributes, the model
+            forms them by itself where they are absent, and only graphs without them can take the structured execution.
 
     Raises:
-        ConfigError: for label vectors of a wrong shape or with NaN or infinite values, and for a number below 1.
+        ConfigError: for label vectors of a wrong shape or with NaN or infinite values, for a number below 1, and, when
+            called, for an image without instances or with NaN or infinite features or boxes.
     """
 
     def __init__(
@@ -93,16 +94,20 @@ class AssignmentGraph(BaseTransform):
         *,
         instance_graph: bool = True,
         label_graph: bool = True,
-        edge_attr: bool = True,
+        edge_attr: bool = False,
     ) -> None:
-        if label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
-            raise ConfigError(f"label_vectors must be (C, D_l) with C >= 1, got {tuple(label_vectors.shape)}.")
+        if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
+            raise ConfigError(f"label_vectors must be (C, D_l) with C >= 1, got {label_vectors!r:.60}.")
         if not bool(torch.isfinite(label_vectors).all()):
             bad = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
             raise ConfigError(f"The vectors of labels {bad[:10]} hold NaN or infinite values: mend the embedding file.")
-        for name, value in (("m", m), ("neighbours", neighbours), ("label_neighbours", label_neighbours)):
-            if value is not None and value < 1:
-                raise ConfigError(f"graph.{name} must be 1 or more, got {value}.")
+        for name, value, optional in (
+            ("m", m, True),
+            ("neighbours", neighbours, False),
+            ("label_neighbours", label_neighbours, True),
+        ):
+            if not (optional and value is None) and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"graph.{name} must be a whole number of 1 or more, got {value!r}.")
         self.label_vectors = label_vectors
         self.m = m
         self.neighbours = neighbours
@@ -121,6 +126,11 @@ class AssignmentGraph(BaseTransform):
 
     def forward(self, data: HeteroData) -> HeteroData:
         instances, W = data[INSTANCE], self.label_vectors
+        for name in ("x", "box"):
+            if name not in instances:
+                raise ConfigError(f"AssignmentGraph needs data['{INSTANCE}'].{name}.")
+            if not bool(torch.isfinite(instances[name]).all()):
+                raise ConfigError(f"data['{INSTANCE}'].{name} holds NaN or infinite values.")
         if self.m is not None:
             for name, value in list(instances.items()):
                 if isinstance(value, Tensor) and value.ndim > 0:
@@ -139,7 +149,9 @@ class AssignmentGraph(BaseTransform):
             data[RELATES].edge_index = self._relates
             if self.edge_attr:
                 data[RELATES].edge_attr = torch.cat([W[self._relates[0]], W[self._relates[1]]], dim=1)
-        matches = torch.stack([torch.arange(M).repeat_interleave(C), torch.arange(C).repeat(M)])
+        matches = torch.stack(
+            [torch.arange(M, device=x.device).repeat_interleave(C), torch.arange(C, device=x.device).repeat(M)]
+        )
         data[MATCHES].edge_index = matches
         if self.edge_attr:
             data[MATCHES].edge_attr = torch.cat([x[matches[0]], W[matches[1]]], dim=1)

@@ -6,7 +6,9 @@ Nothing of eq. 2 and 3 is ever written out, for it only repeats node attributes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch_geometric.data import HeteroData
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AssignmentBatch:
     """B assignment graphs over the same C labels.
 
@@ -27,7 +29,8 @@ class AssignmentBatch:
         near: (B, M, K) int64, neighbours j of each instance i; None without an instance graph.
         near_mask: (B, M, K) bool, which of them there are.
         near_attr: (B, M, K, 8), [B_j, B_i] of eq. 1.
-        relates: (C, K_l) int64, neighbours of each label; None for all other labels, or without a label graph.
+        label_graph: whether labels hear each other.
+        relates: (C, K_l) int64, neighbours of each label; None for all other labels.
         y: (B, C) int64 targets in {1, 0, -1}, or None.
         row: (B,) int64 row of each image in its store, or None.
     """
@@ -39,6 +42,7 @@ class AssignmentBatch:
     near: Tensor | None = None
     near_mask: Tensor | None = None
     near_attr: Tensor | None = None
+    label_graph: bool = True
     relates: Tensor | None = None
     y: Tensor | None = None
     row: Tensor | None = None
@@ -50,17 +54,16 @@ class AssignmentBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AssignmentBatch:
         """The same batch on another device."""
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if (value := getattr(self, f.name)) is not None
-        }
-        return replace(self, **moved)
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> AssignmentBatch:
         """The same batch in page-locked memory, for copies to a GPU that overlap with work."""
-        pinned = {f.name: value.pin_memory() for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **pinned)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> AssignmentBatch:
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
+        return replace(self, **changed)
 
     @classmethod
     def build(
@@ -71,6 +74,7 @@ class AssignmentBatch:
         label_vectors: Tensor,
         *,
         neighbours: int | None = 5,
+        label_graph: bool = True,
         relates: Tensor | None = None,
         y: Tensor | None = None,
         row: Tensor | None = None,
@@ -81,8 +85,9 @@ class AssignmentBatch:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l).
             neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
-            relates, y, row: see the class.
+            label_graph, relates, y, row: see the class.
         """
+        x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
         near = near_mask = near_attr = None
         if neighbours is not None:
             M = x.shape[1]
@@ -95,7 +100,7 @@ class AssignmentBatch:
             near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
             sources = torch.gather(box, 1, near.reshape(len(x), M * K, 1).expand(-1, -1, 4)).view(len(x), M, K, 4)
             near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
-        return cls(x, box, mask, label_vectors, near, near_mask, near_attr, relates, y, row)
+        return cls(x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row)
 
     @classmethod
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
@@ -140,14 +145,14 @@ class AssignmentBatch:
             near_attr[where] = data[NEAR].edge_attr
         if RELATES in data.edge_types:
             source, target = data[RELATES].edge_index
-            if source.numel() != B * C * (C - 1):
-                lists = _equal_lists(source, target, B, C)
-                if lists is None:
+            if not _complete_relations(source, target, B, C):
+                relates = _equal_lists(source, target, B, C)
+                if relates is None:
                     return None
-                relates = lists
         y = data.y if "y" in data else None
         row = data.row if "row" in data else None
-        return cls(dense_x, box, mask, W[0], near, near_mask, near_attr, relates, y, row)
+        label_graph = RELATES in data.edge_types
+        return cls(dense_x, box, mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row)
 
 
 def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:
@@ -158,6 +163,15 @@ def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tenso
     source = torch.arange(num_instances, device=matches.device).repeat_interleave(C)
     target = (image * C)[:, None] + torch.arange(C, device=matches.device)
     return torch.equal(matches[0], source) and torch.equal(matches[1], target.reshape(-1))
+
+
+def _complete_relations(source: Tensor, target: Tensor, B: int, C: int) -> bool:
+    """Whether the label edges are every ordered pair of different labels of each image, in any order."""
+    if source.numel() != B * C * (C - 1):
+        return False
+    if not torch.equal(source // C, target // C) or bool((source == target).any()):
+        return False
+    return bool((torch.bincount(target * C + source % C, minlength=B * C * C) <= 1).all())
 
 
 def _slots(target: Tensor, num_nodes: int) -> tuple[Tensor, int]:
@@ -174,7 +188,7 @@ def _equal_lists(source: Tensor, target: Tensor, B: int, C: int) -> Tensor | Non
     """Neighbour lists (C, K) if every label of every image has the same K, else None."""
     degree = torch.bincount(target, minlength=B * C)
     K = int(degree[0])
-    if not bool((degree == K).all()):
+    if K == 0 or not bool((degree == K).all()) or not torch.equal(source // C, target // C):
         return None
     order = target.argsort(stable=True)
     lists = torch.remainder(source[order], C).view(B, C, K)

@@ -148,12 +148,15 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
         views = np.array([self.view(int(row)) for row in rows]) if self.augment else np.zeros_like(rows)
         M = store.features.shape[2] if graph.m is None else graph.m
         count = torch.from_numpy(np.asarray(store.counts[rows, views], dtype=np.int64)).clamp(max=M)
+        if bool((count < 1).any()):
+            raise StoreError(f"Row {int(rows[int(count.argmin())])} of the store has no instances: extract it again.")
         return AssignmentBatch.build(
             x=torch.from_numpy(store.features[rows, views, :M]).float(),
             box=torch.from_numpy(store.boxes[rows, views, :M]),
             mask=torch.arange(M) < count[:, None],
             label_vectors=graph.label_vectors,
             neighbours=graph.neighbours if graph.instance_graph else None,
+            label_graph=graph.label_graph,
             relates=graph.label_lists,
             y=torch.from_numpy(store.targets[rows].astype(np.int64)),
             row=torch.from_numpy(rows.astype(np.int64)),

@@ -9,7 +9,7 @@ from torch_geometric.data import HeteroData
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
-from gm_mlic.nn.gm_mlic import ModelOutput, pool_match_matrix, pool_matches
+from gm_mlic.nn.gm_mlic import ModelOutput, check_lengths, pool_match_matrix, pool_matches
 from gm_mlic.nn.mlp import MLP
 
 
@@ -44,6 +44,7 @@ class MILMax(nn.Module):
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image of ``data``."""
+        check_lengths(data, self.encoder.lin1.in_channels[0])
         if isinstance(data, AssignmentBatch):
             self._check(data.label_vectors.shape[0])
             return pool_match_matrix(self.decoder(self.encoder(data.x, data.box)), data.mask)

@@ -78,8 +78,8 @@ class MLP(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # He initialisation. A path through k blocks passes some ten Linears, most of them without a norm; torch's default
-        # shrinks the signal to 0.4 at each, and what neighbours say never arrives (measured in experiments/recipe).
+        # He initialisation. A path through k blocks passes some ten Linears, most of them without a norm; torch's
+        # default shrinks the signal to 0.4 at each, and what neighbours say never arrives (experiments/recipe).
         self.lin1.reset_parameters()
         nn.init.kaiming_normal_(self.lin2.weight, nonlinearity="linear")
         nn.init.zeros_(self.lin2.bias)

@@ -25,7 +25,8 @@ def has_torch_scatter() -> bool:
 def group_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     r"""The maximum of each group and where it stands: :math:`\max_{e: \mathrm{index}_e = g} \mathrm{src}_e`.
 
-    The gradient goes to one winner, the first one where several are equal (torch's ``amax`` would share it out).
+    The gradient goes to one winner, the first one where several are equal (torch's ``amax`` would share it out). NaN
+    wins over everything, so that a diverged network shows.
 
     Args:
         src: (E,) values.
@@ -41,19 +42,11 @@ def group_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tens
     else:
         best = values.new_full((num_groups,), float("-inf"))
         best.scatter_reduce_(0, index, values, "amax", include_self=True)
+    missing = values.isnan()
+    best[index[missing]] = float("nan")  # torch-scatter would step over it
     # torch-scatter's own argmax depends on thread order where values are equal; the first winner does not.
     position = torch.arange(src.numel(), device=src.device)
-    position = torch.where(values == best[index], position, src.numel())
+    position = torch.where((values == best[index]) | missing, position, src.numel())
     winner = position.new_full((num_groups,), src.numel())
     winner.scatter_reduce_(0, index, position, "amin", include_self=True)
     return src[winner], winner
-
-
-def group_mean(src: Tensor, index: Tensor, num_groups: int) -> Tensor:
-    """The mean of each group, zero for an empty one: src (E, D), index (E,) -> (num_groups, D)."""
-    if has_torch_scatter():
-        out: Tensor = torch_scatter.scatter_mean(src, index, dim=0, dim_size=num_groups)
-        return out
-    total = src.new_zeros(num_groups, src.shape[1]).index_add_(0, index, src)
-    count = src.new_zeros(num_groups).index_add_(0, index, src.new_ones(index.numel()))
-    return total / count.clamp(min=1).unsqueeze(1)

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.mlp import MLP, ConcatLinear
 
@@ -31,9 +30,8 @@ if TYPE_CHECKING:
 
 
 def some(value: Tensor | None) -> Tensor:
-    """``value``, which the network's relations promise is there."""
-    if value is None:
-        raise ConfigError("The graph lacks an edge type that the model has: build both with the same ablation.")
+    """``value``, which :meth:`GMMLIC.forward` has checked is there."""
+    assert value is not None
     return value
 
 
@@ -105,7 +103,7 @@ def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
     x, W = batch.x, batch.label_vectors[None]
     e_o = e_l = e_m = None
     if encoder.e_o is not None:
-        e_o = encoder.e_o(some(batch.near_attr))
+        e_o = encoder.e_o(encoder.standardise(some(batch.near_attr)))
     if encoder.e_l is not None:
         e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
     if encoder.e_m is not None:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader as TorchLoader
+from torch_geometric.data import Batch
+from torch_geometric.loader import DataLoader
+
+from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.graphs import (
+    INSTANCE,
+    LABEL,
+    AssignmentBatch,
+    AssignmentBatchDataset,
+    AssignmentGraph,
+    AssignmentGraphDataset,
+)
+
+N, V, M, D, C = 12, 4, 3, 5, 2
+
+
+@dataclass
+class Store:
+    """The arrays of an instance store, in memory."""
+
+    features: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    detected_labels: np.ndarray
+    counts: np.ndarray
+    targets: np.ndarray
+    rows: np.ndarray
+
+
+@pytest.fixture
+def store() -> Store:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, M + 1, (N, V)).astype(np.int32)
+    there = np.arange(M) < counts[..., None]
+    return Store(
+        features=(rng.normal(size=(N, V, M, D)) * there[..., None]).astype(np.float16),
+        boxes=(rng.random((N, V, M, 4)) * there[..., None]).astype(np.float32),
+        scores=(rng.random((N, V, M)) * there).astype(np.float32),
+        detected_labels=rng.integers(0, 9, (N, V, M)).astype(np.int32),
+        counts=counts,
+        targets=rng.choice([1, 0, -1], (N, C)).astype(np.int8),
+        rows=np.array([row for row in range(N) if row not in (0, 5)]),  # two could not be read
+    )
+
+
+def transform(m: int | None = None) -> AssignmentGraph:
+    vectors = torch.randn(C, 3, generator=torch.Generator().manual_seed(0))
+    return AssignmentGraph(vectors, m=m, neighbours=1, edge_attr=False)
+
+
+def test_graphs_are_the_rows_of_the_store(store: Store) -> None:
+    data = AssignmentGraphDataset(store, transform())
+    assert len(data) == len(store.rows)
+    for graph, row in zip(data, store.rows, strict=True):
+        count = int(store.counts[row, 0])
+        assert graph.row.tolist() == [row]
+        assert graph.y.shape == (1, C)
+        assert graph.y.dtype == torch.int64
+        assert graph.y[0].tolist() == store.targets[row].tolist()
+        assert graph[INSTANCE].x.dtype == torch.float32
+        np.testing.assert_array_equal(graph[INSTANCE].x.numpy(), store.features[row, 0, :count])
+        np.testing.assert_array_equal(graph[INSTANCE].box.numpy(), store.boxes[row, 0, :count])
+        np.testing.assert_array_equal(graph[INSTANCE].score.numpy(), store.scores[row, 0, :count])
+        np.testing.assert_array_equal(graph[INSTANCE].detected_label.numpy(), store.detected_labels[row, 0, :count])
+
+
+@pytest.mark.parametrize("m", [None, 1, 2, M])
+@pytest.mark.parametrize("augment", [False, True])
+def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool) -> None:
+    one = AssignmentGraphDataset(store, transform(m), augment=augment, seed=3)
+    all_at_once = AssignmentBatchDataset(store, transform(m), augment=augment, seed=3)
+    assert len(one) == len(all_at_once)
+    (ours,) = TorchLoader(all_at_once, batch_size=N, collate_fn=AssignmentBatchDataset.collate)
+    theirs = Batch.from_data_list(list(one))
+    assert isinstance(ours, AssignmentBatch)
+    assert ours.num_graphs == len(store.rows)
+    assert torch.equal(ours.x[ours.mask], theirs[INSTANCE].x)
+    assert torch.equal(ours.box[ours.mask], theirs[INSTANCE].box)
+    assert ours.y is not None
+    assert torch.equal(ours.y, theirs.y)
+    assert ours.row is not None
+    assert torch.equal(ours.row, theirs.row)
+    assert torch.equal(ours.label_vectors, theirs[LABEL].x[:C])
+
+
+def test_more_instances_than_the_store_has(store: Store) -> None:
+    for kind in (AssignmentGraphDataset, AssignmentBatchDataset):
+        with pytest.raises(StoreError, match=r"m=3 .*graph\.m=4"):
+            kind(store, transform(4))
+
+
+def test_other_labels(store: Store) -> None:
+    with pytest.raises(StoreError, match="has 3 labels, the label vectors are 2"):
+        AssignmentGraphDataset(replace(store, targets=np.zeros((N, 3), np.int8)), transform())
+
+
+def test_no_augmented_views(store: Store) -> None:
+    plain = replace(store, **{name: getattr(store, name)[:, :1] for name in ("features", "boxes", "scores", "counts")})
+    AssignmentGraphDataset(plain, transform())
+    with pytest.raises(ConfigError, match=r"instances\.views"):
+        AssignmentGraphDataset(plain, transform(), augment=True)
+
+
+def views(store: Store, seed: int, epoch: int) -> list[int]:
+    data = AssignmentGraphDataset(store, transform(), augment=True, seed=seed)
+    data.set_epoch(epoch)
+    return [data.view(int(row)) for row in store.rows]
+
+
+def test_views_are_drawn_by_seed_and_epoch(store: Store) -> None:
+    assert views(store, 1, 0) == views(store, 1, 0)
+    assert views(store, 1, 0) != views(store, 1, 1)
+    assert views(store, 1, 0) != views(store, 2, 0)
+    drawn = {view for epoch in range(20) for view in views(store, 1, epoch)}
+    assert drawn == {1, 2, 3}
+
+
+def test_the_plain_view_is_no_augmented_one(store: Store) -> None:
+    data = AssignmentGraphDataset(store, transform())
+    data.set_epoch(3)
+    assert {data.view(int(row)) for row in store.rows} == {0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_agree_whatever_their_workers(store: Store, workers: int) -> None:
+    data = AssignmentGraphDataset(store, transform(), augment=True)
+    data.set_epoch(2)
+    batches = list(DataLoader(data, batch_size=4, num_workers=workers))
+    assert torch.cat([batch.row for batch in batches]).tolist() == store.rows.tolist()
+    expected = Batch.from_data_list(list(data))
+    assert torch.equal(torch.cat([batch[INSTANCE].x for batch in batches]), expected[INSTANCE].x)
+
+
+@pytest.mark.parametrize(
+    "persistent",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.xfail(
+                reason="persistent workers keep the epoch that they were started with", strict=True
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
+def test_a_new_epoch_reaches_the_workers(store: Store, kind: type, persistent: bool) -> None:
+    data = kind(store, transform(), augment=True)
+    loader = (DataLoader if kind is AssignmentGraphDataset else TorchLoader)(
+        data,
+        batch_size=N,
+        num_workers=1,
+        persistent_workers=persistent,
+        **({} if kind is AssignmentGraphDataset else {"collate_fn": AssignmentBatchDataset.collate}),
+    )
+
+    def features() -> torch.Tensor:
+        (batch,) = loader
+        return batch.x if isinstance(batch, AssignmentBatch) else batch[INSTANCE].x
+
+    first = features()
+    data.set_epoch(1)
+    second = features()
+    assert first.shape != second.shape or not torch.equal(first, second)

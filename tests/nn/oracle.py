@@ -1,0 +1,255 @@
+"""Equations 1 to 15 once more, loop by loop in float64: what every execution of the package is held to.
+
+Written from the paper's equations and the package's documented decisions, to be read beside them, not for speed: one
+matrix-vector product for each call of a function, Python loops over images, instances, labels and edges. It takes
+nothing from the package but the weights, by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+States = dict[tuple[int, int], Vector]
+"""The states of one edge type: (source, target) -> vector."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings that equations 1 to 15 depend on, beside the weights."""
+
+    k: int = 2
+    fusion: str = "concat"
+    norm: str = "none"
+    label_graph: bool = True
+    instance_graph: bool = True
+    matching_edges: bool = True
+    neighbours: int = 5
+    label_neighbours: int | None = None
+
+    def model_options(self) -> dict[str, object]:
+        names = ("k", "fusion", "norm", "label_graph", "instance_graph", "matching_edges")
+        return {name: getattr(self, name) for name in names}
+
+    def graph_options(self) -> dict[str, object]:
+        return {
+            name: getattr(self, name) for name in ("neighbours", "label_neighbours", "label_graph", "instance_graph")
+        }
+
+
+@dataclass(frozen=True)
+class Image:
+    """The detected instances of one image: features (M, D_o) and boxes (M, 4)."""
+
+    features: Vector
+    boxes: Vector
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """logits (B, C); match_logits: per image (M, C); winners (B, C)."""
+
+    logits: Vector
+    match_logits: list[Vector]
+    winners: npt.NDArray[np.int64]
+
+
+def _relu(x: Vector) -> Vector:
+    return np.array([value if value > 0 else 0.0 for value in x])
+
+
+def _layer_norm(x: Vector, gain: Vector, offset: Vector) -> Vector:
+    mean = math.fsum(x) / len(x)
+    variance = math.fsum((value - mean) ** 2 for value in x) / len(x)
+    return np.array([(v - mean) / math.sqrt(variance + 1e-5) * g + o for v, g, o in zip(x, gain, offset, strict=True)])
+
+
+def _mean(vectors: list[Vector], width: int) -> Vector:
+    total = np.zeros(width)
+    for vector in vectors:
+        total = total + vector
+    return total / len(vectors) if vectors else total
+
+
+class _Weights:
+    """The functions of the equations, by the name of their weights."""
+
+    def __init__(self, state_dict: Mapping[str, object]) -> None:
+        self.arrays = {name: np.asarray(value, dtype=np.float64) for name, value in state_dict.items()}
+
+    def width(self, name: str) -> int:
+        return len(self.arrays[f"{name}.lin2.bias"])
+
+    def mlp(self, name: str, *, norm: bool) -> Callable[..., Vector]:
+        a = self.arrays
+        assert (f"{name}.norm.weight" in a) == norm, f"{name}: norm weights disagree with the settings"
+
+        def apply(*parts: Vector) -> Vector:
+            x = np.concatenate(parts)
+            hidden = _relu(a[f"{name}.lin1.weight"] @ x + a[f"{name}.lin1.bias"])
+            out = a[f"{name}.lin2.weight"] @ hidden + a[f"{name}.lin2.bias"]
+            return _layer_norm(out, a[f"{name}.norm.weight"], a[f"{name}.norm.bias"]) if norm else out
+
+        return apply
+
+    def on_matches(self, mlp: Callable[..., Vector], owner: str, fusion: str) -> Callable[[Vector, Vector], Vector]:
+        """``mlp`` on the two ends of a matching edge, instance first; ``product`` adds (A v_o) * (B v_l)."""
+        if fusion == "concat":
+            return lambda v_o, v_l: mlp(v_o, v_l)
+        A, B = self.arrays[f"{owner}.product.A.weight"], self.arrays[f"{owner}.product.B.weight"]
+        return lambda v_o, v_l: mlp(v_o, v_l, (A @ v_o) * (B @ v_l))
+
+
+def near_edges(boxes: Vector, neighbours: int) -> list[tuple[int, int]]:
+    """(j, i) for each of the nearest neighbours j of i by distance of box centres, the lower number where equal."""
+    edges = []
+    for i in range(len(boxes)):
+        others = []
+        for j in range(len(boxes)):
+            if j != i:
+                dx = (boxes[j][0] + boxes[j][2]) / 2 - (boxes[i][0] + boxes[i][2]) / 2
+                dy = (boxes[j][1] + boxes[j][3]) / 2 - (boxes[i][1] + boxes[i][3]) / 2
+                others.append((dx * dx + dy * dy, j))
+        edges += [(j, i) for _, j in sorted(others)[:neighbours]]
+    return edges
+
+
+def relates_edges(W: Vector, label_neighbours: int | None) -> list[tuple[int, int]]:
+    """(j, i) for all labels j but i, or for those of highest cosine similarity to i."""
+    edges = []
+    for i in range(len(W)):
+        others = []
+        for j in range(len(W)):
+            if j != i:
+                others.append((-float(W[i] @ W[j]) / math.sqrt(float(W[i] @ W[i]) * float(W[j] @ W[j])), j))
+        others = sorted(others)[:label_neighbours] if label_neighbours is not None else others
+        edges += [(j, i) for _, j in others]
+    return edges
+
+
+def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
+    """Match logits (M, C) of one image: eq. 1 to 13."""
+    M, C = len(image.features), len(W)
+    B = image.boxes
+
+    # Eq. 1 to 3.
+    e_o: States = {}
+    if s.instance_graph:
+        e_o = {(j, i): np.concatenate([B[j], B[i]]) for j, i in near_edges(B, s.neighbours)}
+    e_l: States = {}
+    if s.label_graph:
+        e_l = {(j, i): np.concatenate([W[j], W[i]]) for j, i in relates_edges(W, s.label_neighbours)}
+
+    # Eq. 4.
+    encoded = s.norm in ("encoder", "all")
+    enc_o, enc_l = w.mlp("encoder.v_o", norm=encoded), w.mlp("encoder.v_l", norm=encoded)
+    e_m: States = {}
+    if s.matching_edges:
+        enc_m = w.on_matches(w.mlp("encoder.e_m", norm=encoded), "encoder", s.fusion)
+        for i in range(M):
+            for c in range(C):
+                e_m[i, c] = enc_m(image.features[i], W[c])
+    v_o = [enc_o(image.features[i]) for i in range(M)]
+    v_l = [enc_l(W[c]) for c in range(C)]
+    if s.instance_graph:
+        enc_eo = w.mlp("encoder.e_o", norm=encoded)
+        e_o = {edge: enc_eo(state) for edge, state in e_o.items()}
+    if s.label_graph:
+        enc_el = w.mlp("encoder.e_l", norm=encoded)
+        e_l = {edge: enc_el(state) for edge, state in e_l.items()}
+
+    for block in range(s.k):
+        v_o, v_l = _node_conv(w, s, f"blocks.{block}.nodes", v_o, v_l, e_o, e_l, e_m)
+        e_o, e_l, e_m = _edge_convs(w, s, block, v_o, v_l, e_o, e_l, e_m)
+
+    # Eq. 13.
+    decoder = w.mlp("decoder", norm=False)
+    logits = np.zeros((M, C))
+    for i in range(M):
+        for c in range(C):
+            (logits[i, c],) = decoder(e_m[i, c]) if s.matching_edges else decoder(v_o[i], v_l[c])
+    return logits
+
+
+def _node_conv(
+    w: _Weights, s: Settings, name: str, v_o: list[Vector], v_l: list[Vector], e_o: States, e_l: States, e_m: States
+) -> tuple[list[Vector], list[Vector]]:
+    """Eq. 5 to 8."""
+
+    def mean_message(rho: str, messages: list[tuple[Vector, Vector]]) -> list[Vector]:
+        function = w.mlp(f"{name}.{rho}.rho", norm=False)
+        return [_mean([function(e, v) for e, v in messages], w.width(f"{name}.{rho}.rho"))]
+
+    updated = s.norm == "all"
+    phi_o, phi_l = w.mlp(f"{name}.phi_o", norm=updated), w.mlp(f"{name}.phi_l", norm=updated)
+    new_o, new_l = [], []
+    for i in range(len(v_o)):
+        parts = [v_o[i]]
+        if s.instance_graph:
+            parts += mean_message("rho_oo", [(e_o[j, t], v_o[j]) for j, t in e_o if t == i])
+        if s.matching_edges:
+            parts += mean_message("rho_ol", [(e_m[i, c], v_l[c]) for c in range(len(v_l))])
+        new_o.append(phi_o(*parts))
+    for c in range(len(v_l)):
+        parts = [v_l[c]]
+        if s.label_graph:
+            parts += mean_message("rho_ll", [(e_l[j, t], v_l[j]) for j, t in e_l if t == c])
+        if s.matching_edges:
+            parts += mean_message("rho_lo", [(e_m[i, c], v_o[i]) for i in range(len(v_o))])
+        new_l.append(phi_l(*parts))
+    return new_o, new_l
+
+
+def _edge_convs(
+    w: _Weights, s: Settings, block: int, v_o: list[Vector], v_l: list[Vector], e_o: States, e_l: States, e_m: States
+) -> tuple[States, States, States]:
+    """Eq. 9 to 12; the last block's instance and label edges are read by nobody and have no weights."""
+    updated, name = s.norm == "all", f"blocks.{block}"
+    if block < s.k - 1:
+        if s.instance_graph:
+            sigma = w.mlp(f"{name}.edges_o.sigma", norm=False)
+            psi = w.mlp(f"{name}.edges_o.psi", norm=updated)
+            e_o = {(j, i): psi(e, sigma(v_o[j], v_o[i])) for (j, i), e in e_o.items()}
+        if s.label_graph:
+            sigma = w.mlp(f"{name}.edges_l.sigma", norm=False)
+            psi = w.mlp(f"{name}.edges_l.psi", norm=updated)
+            e_l = {(j, i): psi(e, sigma(v_l[j], v_l[i])) for (j, i), e in e_l.items()}
+    if s.matching_edges:
+        fused = w.on_matches(w.mlp(f"{name}.edges_m.sigma", norm=False), f"{name}.edges_m", s.fusion)
+        psi = w.mlp(f"{name}.edges_m.psi", norm=updated)
+        e_m = {(i, c): psi(e, fused(v_o[i], v_l[c])) for (i, c), e in e_m.items()}
+    return e_o, e_l, e_m
+
+
+def oracle_forward(state_dict: Mapping[str, object], settings: Settings, images: list[Image], W: Vector) -> Outcome:
+    """Eq. 1 to 14 for each image by itself; of equal logits the lower instance wins."""
+    w = _Weights(state_dict)
+    match_logits = [_forward_image(w, settings, image, np.asarray(W, dtype=np.float64)) for image in images]
+    winners = [
+        [max(range(len(logits)), key=lambda i: (logits[i, c], -i)) for c in range(len(W))] for logits in match_logits
+    ]
+    pooled = [
+        [logits[winner[c], c] for c in range(len(W))] for logits, winner in zip(match_logits, winners, strict=True)
+    ]
+    return Outcome(np.array(pooled), match_logits, np.array(winners))
+
+
+def oracle_loss(logits: Vector, targets: Vector, ratio: Vector, beta: float, difficult: str = "positive") -> float:
+    """Eq. 15, its sum over the terms that count, divided by how many count."""
+    terms = []
+    for row, row_targets in zip(logits, targets, strict=True):
+        for s, t, r in zip(row, row_targets, ratio, strict=True):
+            if t == 0 and difficult == "ignore":
+                continue
+            y = 1.0 if t == 1 or (t == 0 and difficult == "positive") else 0.0
+            weight = y * math.exp(beta * (1 - r)) + (1 - y) * math.exp(beta * r)
+            # log(sigmoid(s)) without overflow: -log(1 + e^-|s|) + min(s, 0).
+            log_p = min(s, 0.0) - math.log1p(math.exp(-abs(s)))
+            log_not_p = min(-s, 0.0) - math.log1p(math.exp(-abs(s)))
+            terms.append(-weight * (y * log_p + (1 - y) * log_not_p))
+    return math.fsum(terms) / len(terms) if terms else 0.0

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import Image, Settings, oracle_forward, oracle_loss
+from torch import Tensor
+from torch_geometric.data import Batch, HeteroData
+
+from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.losses import WeightedBCE
+from gm_mlic.nn import GMMLIC, ModelOutput
+
+D_O, D_L = 5, 4
+WIDTHS = {1: (5,), 2: (6, 5), 3: (6, 4, 5)}
+EXECUTIONS = ("explicit", "structured")
+ABLATIONS = [
+    dict(zip(("label_graph", "instance_graph", "matching_edges"), flags, strict=True))
+    for flags in product((True, False), repeat=3)
+]
+
+
+def make_images(counts: list[int], seed: int = 0) -> list[Image]:
+    rng = np.random.default_rng(seed)
+    images = []
+    for M in counts:
+        corner = rng.uniform(0, 0.6, (M, 2))
+        images.append(
+            Image(rng.normal(size=(M, D_O)), np.concatenate([corner, corner + rng.uniform(0.05, 0.4, (M, 2))], axis=1))
+        )
+    return images
+
+
+def make_labels(C: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(C, D_L))
+
+
+def make_model(settings: Settings, execution: str = "explicit", seed: int = 0) -> GMMLIC:
+    """A float64 model whose biases and norms are not at their initial values, so that leaving one out shows."""
+    torch.manual_seed(seed)
+    options: dict[str, Any] = settings.model_options()
+    model = GMMLIC(D_O, D_L, widths=WIDTHS[settings.k], encoder_width=7, execution=execution, **options).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        # Keep the decoder's hidden units alive: where all are dead, logits are equal and rounding picks the winner.
+        model.decoder.lin1.bias.add_(2.0)
+    return model
+
+
+def make_batch(settings: Settings, images: list[Image], W: np.ndarray, *, edge_attr: bool = False) -> HeteroData:
+    options: dict[str, Any] = settings.graph_options()
+    transform = AssignmentGraph(torch.from_numpy(W), edge_attr=edge_attr, **options)
+    graphs = []
+    for image in images:
+        data = HeteroData()
+        data["instance"].x = torch.from_numpy(image.features)
+        data["instance"].box = torch.from_numpy(image.boxes)
+        graphs.append(transform(data))
+    return Batch.from_data_list(graphs)
+
+
+def close(ours: Tensor, theirs: Any, tolerance: float = 1e-10) -> None:
+    ours_np, theirs_np = ours.detach().numpy(), np.asarray(theirs)
+    assert ours_np.shape == theirs_np.shape
+    scale = max(1e-3, float(np.abs(theirs_np).max(initial=0.0)))
+    np.testing.assert_allclose(ours_np / scale, theirs_np / scale, rtol=tolerance, atol=tolerance)
+
+
+def check(settings: Settings, counts: list[int], C: int, execution: str, *, edge_attr: bool = False) -> None:
+    images, W = make_images(counts), make_labels(C)
+    model = make_model(settings, execution)
+    output: ModelOutput = model(make_batch(settings, images, W, edge_attr=edge_attr))
+    expected = oracle_forward(model.state_dict(), settings, images, W)
+
+    close(output.match_logits, np.concatenate([logits.reshape(-1) for logits in expected.match_logits]))
+    close(output.logits, expected.logits)
+    np.testing.assert_array_equal(output.winners.numpy(), expected.winners)
+
+    rng = np.random.default_rng(2)
+    targets, ratio = rng.choice([1, 0, -1], size=(len(counts), C)), rng.uniform(0.05, 0.9, C)
+    loss = WeightedBCE(torch.from_numpy(ratio), beta=0.4).double()(output.logits, torch.from_numpy(targets))
+    close(loss, oracle_loss(expected.logits, targets, ratio, 0.4))
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("norm", ["none", "encoder", "all"])
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_equals_the_equations(k: int, fusion: str, norm: str, execution: str) -> None:
+    check(Settings(k=k, fusion=fusion, norm=norm, neighbours=2), [4, 1, 3], 3, execution)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda flags: "".join("+-"[not on] for on in flags.values()))
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+def test_ablations_equal_the_equations(fusion: str, ablation: dict[str, bool], execution: str) -> None:
+    check(Settings(fusion=fusion, norm="encoder", neighbours=2, **ablation), [4, 1, 3], 3, execution)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize(("counts", "C"), [([1], 1), ([1, 1], 2), ([3, 2], 1), ([7, 2], 2), ([6], 4)])
+def test_ragged_sizes_equal_the_equations(counts: list[int], C: int, execution: str) -> None:
+    check(Settings(k=2, fusion="product", norm="all"), counts, C, execution)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("label_neighbours", [1, 2, 9])
+def test_sparse_label_graph_equals_the_equations(label_neighbours: int, execution: str) -> None:
+    settings = Settings(k=2, norm="encoder", label_neighbours=label_neighbours, neighbours=3)
+    check(settings, [5, 2], 4, execution)
+
+
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+def test_materialised_edge_attributes_equal_the_equations(fusion: str) -> None:
+    settings = Settings(fusion=fusion, norm="encoder", neighbours=2)
+    check(settings, [4, 1, 3], 3, "explicit", edge_attr=True)
+    check(replace(settings, label_neighbours=1), [4, 1, 3], 3, "explicit", edge_attr=True)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+def test_gradients_equal_finite_differences_of_the_oracle(fusion: str, execution: str) -> None:
+    settings = Settings(fusion=fusion, norm="all", neighbours=2)
+    images, W = make_images([3, 1, 2]), make_labels(3)
+    model = make_model(settings, execution)
+    rng = np.random.default_rng(3)
+    targets, ratio = rng.choice([1, -1], size=(3, 3)), rng.uniform(0.1, 0.9, 3)
+    output = model(make_batch(settings, images, W))
+    WeightedBCE(torch.from_numpy(ratio), beta=0.4).double()(output.logits, torch.from_numpy(targets)).backward()
+
+    step = 1e-6
+    weights = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    names = sorted(gradients)
+    for name in rng.choice(names, size=18, replace=False):
+        at = np.unravel_index(rng.integers(weights[name].size), weights[name].shape)
+        losses = []
+        for sign in (1, -1):
+            weights[name][at] += sign * step
+            outcome = oracle_forward(weights, settings, images, W)
+            losses.append(oracle_loss(outcome.logits, targets, ratio, 0.4))
+            weights[name][at] -= sign * step
+        gradient = gradients[name]
+        assert gradient is not None, f"{name} has no gradient"
+        assert float(gradient[at]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-5, abs=1e-8), name
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("ablation", [ABLATIONS[0], ABLATIONS[1], ABLATIONS[3]], ids=["full", "-ILM", "-Go-ILM"])
+def test_gradcheck(ablation: dict[str, bool], execution: str) -> None:
+    """Gradients with respect to the features, boxes and label vectors of one graph."""
+    settings = Settings(k=1, fusion="product", norm="encoder", neighbours=1, **ablation)
+    model = make_model(settings, execution)
+    (image,), W = make_images([2]), make_labels(2)
+    data = make_batch(settings, [image], W)
+
+    def scores(x: Tensor, w: Tensor) -> Tensor:
+        graph = data.clone()
+        graph["instance"].x, graph["label"].x = x, w
+        return model(graph).match_logits
+
+    x, w = (data[kind].x.double().requires_grad_() for kind in ("instance", "label"))
+    assert torch.autograd.gradcheck(scores, (x, w))

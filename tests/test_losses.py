@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.losses import WeightedBCE
+
+
+def loop(logits: Tensor, targets: Tensor, ratio: Tensor, beta: float, difficult: str) -> float:
+    """Eq. 15 term by term, from probabilities."""
+    total, count = 0.0, 0
+    for b in range(logits.shape[0]):
+        for c in range(logits.shape[1]):
+            target, r = int(targets[b, c]), float(ratio[c])
+            if target == 0:
+                if difficult == "ignore":
+                    continue
+                target = 1 if difficult == "positive" else -1
+            p = 1 / (1 + math.exp(-float(logits[b, c])))
+            y = (target + 1) / 2
+            w = y * math.exp(beta * (1 - r)) + (1 - y) * math.exp(beta * r)
+            total -= w * (y * math.log(p) + (1 - y) * math.log(1 - p))
+            count += 1
+    return total / max(count, 1)
+
+
+def case(B: int = 4, C: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(B, C, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(-1, 2, (B, C), generator=generator), torch.rand(C, generator=generator).double()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 4),
+    C=st.integers(1, 4),
+    beta=st.sampled_from([0.0, 0.4, 2.0]),
+    difficult=st.sampled_from(["positive", "negative", "ignore"]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_a_loop(B: int, C: int, beta: float, difficult: str, seed: int) -> None:
+    logits, targets, ratio = case(B, C, seed)
+    loss = WeightedBCE(ratio, beta, difficult)(logits, targets)
+    assert loss.dtype == torch.float64
+    assert float(loss) == pytest.approx(loop(logits, targets, ratio, beta, difficult), rel=1e-12, abs=1e-12)
+
+
+def test_without_beta_it_is_plain_cross_entropy() -> None:
+    logits, targets, ratio = case()
+    targets = targets.where(targets != 0, -1)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, (targets > 0).double())
+    torch.testing.assert_close(WeightedBCE(ratio)(logits, targets), expected)
+
+
+def test_a_rare_label_weighs_more_where_present_and_less_where_absent() -> None:
+    loss, zero = WeightedBCE(torch.tensor([0.1, 0.9]), beta=1.0), torch.zeros(1, 1)
+    term = {
+        (y, r): float(WeightedBCE(torch.tensor([r]), beta=1.0)(zero, torch.tensor([[y]])))
+        for y in (1, -1)
+        for r in (0.1, 0.9)
+    }
+    assert term[1, 0.1] == pytest.approx(math.log(2) * math.exp(0.9))
+    assert term[-1, 0.1] == pytest.approx(math.log(2) * math.exp(0.1))
+    assert term[1, 0.1] > term[1, 0.9]
+    assert term[-1, 0.1] < term[-1, 0.9]
+    assert float(loss(torch.zeros(1, 2), torch.tensor([[1, 1]]))) == pytest.approx((term[1, 0.1] + term[1, 0.9]) / 2)
+
+
+def test_ignored_targets_have_no_gradient() -> None:
+    logits, targets, ratio = case()
+    logits.requires_grad_()
+    WeightedBCE(ratio, 0.4, "ignore")(logits, targets).backward()
+    assert logits.grad is not None
+    assert torch.equal(logits.grad == 0, targets == 0)
+
+
+def test_all_ignored_is_zero() -> None:
+    logits = torch.randn(2, 3, requires_grad=True)
+    loss = WeightedBCE(torch.full((3,), 0.5), 0.4, "ignore")(logits, torch.zeros(2, 3, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logits.grad is not None
+    assert not bool(logits.grad.any())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("target", [1, -1])
+def test_extreme_logits(sign: int, target: int) -> None:
+    logits = torch.tensor([[sign * 1e4]], requires_grad=True)
+    loss = WeightedBCE(torch.tensor([0.5]))(logits, torch.tensor([[target]]))
+    loss.backward()
+    assert logits.grad is not None
+    wrong = sign != target
+    assert loss.item() == pytest.approx(1e4 if wrong else 0.0)
+    assert float(logits.grad) == pytest.approx(sign if wrong else 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits, targets, ratio = case()
+    half = logits.to(dtype)
+    loss = WeightedBCE(ratio, 0.4)(half, targets)
+    assert loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(loop(half.double(), targets, ratio, 0.4, "positive"), rel=1e-5)
+
+
+@pytest.mark.parametrize("difficult", ["positive", "negative", "ignore"])
+def test_gradcheck(difficult: str) -> None:
+    logits, targets, ratio = case(3, 2)
+    loss = WeightedBCE(ratio, 0.4, difficult)
+    assert torch.autograd.gradcheck(lambda x: loss(x, targets), (logits.requires_grad_(),))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "options", "message"),
+    [
+        ([0.5, 1.1], {}, "label_ratio"),
+        ([-0.1], {}, "label_ratio"),
+        ([float("nan")], {}, "label_ratio"),
+        ([0.5], {"beta": -0.1}, "loss.beta"),
+        ([0.5], {"beta": float("inf")}, "loss.beta"),
+        ([0.5], {"beta": float("nan")}, "loss.beta"),
+        ([0.5], {"difficult": "maybe"}, "positive, negative, ignore; got 'maybe'"),
+    ],
+)
+def test_errors(ratio: list[float], options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        WeightedBCE(torch.tensor(ratio), **options)  # type: ignore[arg-type]
+
+
+def test_repr() -> None:
+    assert repr(WeightedBCE(torch.rand(3), 0.4, "ignore")) == "WeightedBCE(C=3, beta=0.4, difficult='ignore')"
