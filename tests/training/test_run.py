@@ -95,6 +95,14 @@ def test_a_finished_run_is_not_repeated_unless_asked(run_config: Config, tmp_pat
     assert afresh["test"] == first["test"]
 
 
+def test_a_folder_with_another_run_is_not_touched(run_config: Config, tmp_path: Path):
+    run.train(run_config("trainer.max_epochs=1"))
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(graph.m=6 -> 4, seed=0 -> 3\)"):
+        run.train(run_config("trainer.max_epochs=1", "seed=3", "graph.m=4"))
+    run.train(run_config("trainer.max_epochs=1", "instances.workers=1"))  # the same run, elsewhere or faster
+    assert run.train(run_config("trainer.max_epochs=1", "seed=3", "overwrite=true"))["seed"] == 3
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

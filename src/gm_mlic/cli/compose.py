@@ -13,14 +13,9 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-CONFIG_MODULE = "gm_mlic.conf"
+from gm_mlic.training.settings import run_identity
 
-#: Settings that say where and how fast, not what: runs that differ only in these are the same run.
-_NOT_PART_OF_A_RUN = {
-    "": {"hydra", "run_dir", "overwrite", "out", "num_workers"},
-    "instances": {"root", "workers", "overwrite", "shard"},
-    "trainer": {"num_workers"},
-}
+CONFIG_MODULE = "gm_mlic.conf"
 
 
 def register_resolvers() -> None:
@@ -50,16 +45,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config
 
 def _digest(*sections: str, _root_: DictConfig) -> str:
     """Eight hex digits that stand for the settings (all, or only these sections) of the config they are used in."""
-    config: dict[str, Any] = {}
-    for key in sorted(sections or (str(key) for key in _root_)):
-        if key in _NOT_PART_OF_A_RUN[""]:
-            continue
-        node = _root_._get_node(key)
-        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else _root_[key]
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in _NOT_PART_OF_A_RUN.get(key, ())}
-        config[key] = value
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    content = run_identity(_root_)
+    chosen = {key: content[key] for key in sections or content}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _repeat(value: Any, times: Any) -> list[Any]:

@@ -32,7 +32,7 @@ from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoi
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.online import OnlineGraphs
-from gm_mlic.training.settings import check
+from gm_mlic.training.settings import changed_settings, check
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,9 @@ def train(config: DictConfig) -> dict[str, Any]:
     finished = run_dir / "metrics.json"
     if config.overwrite:
         _forget(run_dir)
-    elif finished.exists():
+    else:
+        _check_same_run(config, run_dir)
+    if finished.exists():
         log.info("%s: finished already (overwrite=true starts again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
@@ -274,6 +276,22 @@ def _trained(
 
 
 # The run folder
+
+
+def _check_same_run(config: DictConfig, run_dir: Path) -> None:
+    """Raise ConfigError if ``run_dir`` holds a run with other settings: going on with it would mix the two."""
+    path = run_dir / "config.yaml"
+    begun = any((run_dir / name).exists() for name in ("checkpoints/last.ckpt", "metrics.json"))
+    if not begun or not path.is_file():
+        return
+    before = OmegaConf.load(path)
+    assert isinstance(before, DictConfig)
+    changed = changed_settings(before, config)
+    if changed:
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with other settings ({', '.join(changed[:5])}): choose another run_dir, or "
+            "overwrite=true to start it again."
+        )
 
 
 def _forget(run_dir: Path) -> None:

@@ -131,6 +131,41 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+#: Settings that say where and how fast, not what: runs that differ only in these are the same run.
+_NOT_PART_OF_A_RUN = {
+    "": {"hydra", "run_dir", "overwrite", "out", "num_workers"},
+    "instances": {"root", "workers", "overwrite", "shard"},
+    "trainer": {"num_workers"},
+}
+
+
+def run_identity(config: DictConfig) -> dict[str, Any]:
+    """All settings that decide the outcome of a run, resolved."""
+    identity: dict[str, Any] = {}
+    for key in map(str, config):
+        if key in _NOT_PART_OF_A_RUN[""]:
+            continue
+        node = config._get_node(key)
+        value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else config[key]
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in _NOT_PART_OF_A_RUN.get(key, ())}
+        identity[key] = value
+    return identity
+
+
+def changed_settings(before: DictConfig, now: DictConfig) -> list[str]:
+    """The settings (``key=before -> now``) in which two configs describe different runs."""
+    a, b = (_flat(run_identity(config)) for config in (before, now))
+    return [f"{key}={a.get(key)} -> {b.get(key)}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
 def check(config: DictConfig) -> None:
     """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting with a value that cannot work."""
     for key, (is_good, words) in RULES.items():
