@@ -45,13 +45,13 @@ test-scatter: $(SCATTER) ## build torch-scatter (needs a C++ compiler; minutes) 
 	$(BIN)/python -m pytest -m scatter
 
 lint: $(INSTALLED) ## ruff and mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(INSTALLED) ## let ruff format the code
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 clean: ## remove what these made, but neither runs/ nor data/
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

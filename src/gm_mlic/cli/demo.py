@@ -82,7 +82,7 @@ def detector_scores(store: InstanceStore) -> np.ndarray:
     """(N, C): the best confidence of any instance that the detector itself gave label c, found by its name; else 0."""
     column = {name: c for c, name in enumerate(store.manifest.labels)}
     column_of = np.array([*(column.get(name, -1) for name in store.manifest.detector_labels), -1])
-    scores = np.zeros((len(store), len(column)), dtype=np.float32)
+    scores = np.zeros((len(store.counts), len(column)), dtype=np.float32)
     labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no label, and for one of the detector's only
     image, slot = np.nonzero(labels >= 0)
     np.maximum.at(scores, (image, labels[image, slot]), store.scores[image, 0, slot])

@@ -53,7 +53,9 @@ class InstanceExtractor(Protocol):
     name: str
     labels: tuple[str, ...]
     feature_dim: int
-    fingerprint: str
+
+    @property
+    def fingerprint(self) -> str: ...
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:

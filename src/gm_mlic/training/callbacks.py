@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +23,21 @@ class EpochBar(Callback):
     """
 
     def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
+        self._bar: Progress | None = None
         self._best = float("-inf")
         self._begin = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin = time.monotonic()
         if trainer.is_global_zero and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=int(trainer.num_training_batches), desc=self._title(trainer), unit="step", leave=False,
-                dynamic_ncols=True,
-            )  # fmt: skip
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.add_task(self._title(trainer), total=trainer.num_training_batches)
+            self._bar.start()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.advance(self._bar.task_ids[0])
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._close()
@@ -57,7 +58,7 @@ class EpochBar(Callback):
 
     def _close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
             self._bar = None
 
     @staticmethod
