@@ -172,20 +172,23 @@ def _stencil(look: int, width: int, height: int) -> tuple[Array, Array]:
 
 
 @lru_cache(maxsize=16)
-def _ramps(size: int, knots: int) -> Array:
-    """Linear interpolation from ``knots`` values to ``size`` pixels, in 64ths: (size, knots) float32 of integers."""
+def _ramps(size: int, knots: int) -> tuple[Array, Array, Array]:
+    """Linear interpolation from ``knots`` values to ``size`` pixels: two knots of each pixel, and the share of the
+    second in 64ths.
+    """
     position = (2 * np.arange(size) + 1) * (knots - 1) * 32 // size
-    left, part = position // 64, position % 64
-    weights = np.zeros((size, knots), dtype=np.float32)
-    weights[np.arange(size), left] = 64 - part
-    weights[np.arange(size), np.minimum(left + 1, knots - 1)] += part
-    return weights
+    left = position // 64
+    return left, np.minimum(left + 1, knots - 1), (position % 64).astype(np.int32)
 
 
 def _smooth(knots: Array, size: int) -> Array:
-    """(..., k, k) integers below 256 to (..., size, size) int32. Products stay below 2^24: exact in float32."""
-    ramps = _ramps(size, knots.shape[-1])
-    return np.asarray((ramps @ knots.astype(np.float32) @ ramps.T).astype(np.int32) >> 12)
+    """(..., k, k) integers to (..., size, size) int32."""
+    # Not a matrix product: BLAS would wake all its threads for this little, and they would fight with torch's.
+    left, right, part = _ramps(size, knots.shape[-1])
+    knots = knots.astype(np.int32)
+    wide = knots[..., left] * (64 - part) + knots[..., right] * part
+    part = part[:, None]
+    return np.asarray((wide[..., left, :] * (64 - part) + wide[..., right, :] * part) >> 12)
 
 
 # --- layout: which objects, and where ---

@@ -160,10 +160,11 @@ class Product(nn.Module):
         super().__init__()
         self.A = nn.Linear(in_channels[0], out_channels, bias=False)
         self.B = nn.Linear(in_channels[1], out_channels, bias=False)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.A.reset_parameters()
-        self.B.reset_parameters()
+        for lin in (self.A, self.B):  # keep the variance, as in MLP: a faint product is not found in time
+            nn.init.kaiming_normal_(lin.weight, nonlinearity="linear")
 
     def forward(self, v_i: Tensor, v_j: Tensor) -> Tensor:
         out: Tensor = self.A(v_i) * self.B(v_j)

@@ -1,0 +1,157 @@
+"""The recipe study: what of fusion, normalisation, initialisation and scaling makes GM-MLIC learn on scenes.
+
+    python experiments/recipe/run.py            # every variant; finished ones are not run again
+    python experiments/recipe/run.py torch_init # one of them
+
+Writes results.csv and results.png beside this file, from the metrics.json of each run in runs/recipe/.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/recipe")
+
+
+def torch_init() -> None:
+    """torch.nn.Linear's own initialisation instead of He's."""
+    from torch import nn
+
+    from gm_mlic.nn.mlp import MLP
+
+    def reset_parameters(self: MLP) -> None:
+        bound = 1 / math.sqrt(self.lin1.weight.shape[1])
+        nn.init.uniform_(self.lin1.weight, -bound, bound)
+        nn.init.uniform_(self.lin1.bias, -bound, bound)
+        self.lin2.reset_parameters()
+
+    MLP.reset_parameters = reset_parameters  # type: ignore[method-assign]
+    torch_product()
+
+
+def torch_product() -> None:
+    """The projections A and B of the product by torch.nn.Linear's own initialisation."""
+    from gm_mlic.nn import Product
+
+    def reset_parameters(self: Product) -> None:
+        self.A.reset_parameters()
+        self.B.reset_parameters()
+
+    Product.reset_parameters = reset_parameters  # type: ignore[method-assign]
+
+
+def raw_boxes() -> None:
+    """Boxes in [0, 1] as they are, instead of standardised."""
+    from gm_mlic.nn import Encoder
+
+    Encoder.standardise = staticmethod(lambda boxes: boxes)  # type: ignore[method-assign]
+
+
+#: name: (seeds, overrides, what is patched)
+VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
+    "mil_max": (3, ["model=mil_max"], None),
+    "concat": (3, ["model.fusion=concat"], None),
+    "product": (3, ["model.fusion=product"], None),
+    "concat-norm_encoder": (1, ["model.fusion=concat", "model.norm=encoder"], None),
+    "concat-norm_none": (1, ["model.fusion=concat", "model.norm=none"], None),
+    "concat-torch_init": (1, ["model.fusion=concat"], torch_init),
+    "product-torch_init": (1, ["model.fusion=product"], torch_init),
+    "concat-raw_boxes": (1, ["model.fusion=concat"], raw_boxes),
+    "product-torch_product": (1, ["model.fusion=product"], torch_product),
+    "concat-lr3e-3": (1, ["model.fusion=concat", "optimizer.lr=3e-3"], None),
+    "product-lr5e-4": (1, ["model.fusion=product", "optimizer.lr=5e-4"], None),
+    "concat-paper_sgd": (1, ["model.fusion=concat", "optimizer=paper"], None),
+}
+#: Labels that only the instance graph can tell apart, and those that only company can.
+SPATIAL = ("gate", "hatch", "comet", "satellite")
+COMPANY = ("lemon", "tennis ball", "cricket bat", "fence post", "marigold", "starfish", "life ring", "doughnut")
+
+
+def run(name: str) -> None:
+    """Train one variant with each of its seeds, in this process."""
+    from gm_mlic.cli.main import run as command
+
+    seeds, overrides, patch = VARIANTS[name]
+    if patch is not None:
+        patch()
+    for seed in range(seeds):
+        out = RUNS / f"{name}-{seed}"
+        code = command(["train", "experiment=scenes", f"seed={seed}", f"run_dir={out}", *overrides])
+        if code:
+            sys.exit(code)
+
+
+def collect() -> None:
+    """Every finished run, as one row of results.csv; then the figure."""
+    rows = []
+    for name, (seeds, overrides, patch) in VARIANTS.items():
+        for seed in range(seeds):
+            file = RUNS / f"{name}-{seed}" / "metrics.json"
+            if not file.exists():
+                continue
+            test = json.loads(file.read_text())["test"]
+            of = test["AP"]
+            rows.append(
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "overrides": " ".join(overrides),
+                    "patch": patch.__name__ if patch else "",
+                    "mAP": round(test["mAP"], 2),
+                    "AP_spatial": round(statistics.mean(of[label] for label in SPATIAL), 2),
+                    "AP_company": round(statistics.mean(of[label] for label in COMPANY), 2),
+                }
+            )
+    with (HERE / "results.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows)
+    for name in VARIANTS:
+        values = [row["mAP"] for row in rows if row["variant"] == name]
+        if values:
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            print(f"{name:24s} {statistics.mean(values):6.2f}{spread}  ({len(values)} seeds)")
+
+
+def plot(rows: list[dict]) -> None:
+    """mAP, and the two kinds of ambiguous labels, of every variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(names) + 1.4), layout="constrained")
+    for key, marker, colour in (
+        ("AP_spatial", "^", "#c25b00"),
+        ("AP_company", "s", "#3b7dd8"),
+        ("mAP", "o", "#111111"),
+    ):
+        for y, name in enumerate(names):
+            values = [row[key] for row in rows if row["variant"] == name]
+            axes.plot(values, [y] * len(values), marker, color=colour, alpha=0.8, label=key if y == 0 else None)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("test, % (one mark for each seed)")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower left")
+    figure.savefig(HERE / "results.png", dpi=130)
+
+
+if __name__ == "__main__":
+    import subprocess
+
+    if len(sys.argv) > 1:
+        run(sys.argv[1])
+    else:
+        for variant in VARIANTS:  # one process each: patches must not meet
+            subprocess.run([sys.executable, __file__, variant], check=True)
+    collect()
