@@ -53,7 +53,7 @@ def store() -> Store:
 
 def transform(m: int | None = None) -> AssignmentGraph:
     vectors = torch.randn(C, 3, generator=torch.Generator().manual_seed(0))
-    return AssignmentGraph(vectors, m=m, neighbours=1, edge_attr=False)
+    return AssignmentGraph(vectors, m=m, neighbours=1)
 
 
 def test_graphs_are_the_rows_of_the_store(store: Store) -> None:
@@ -89,6 +89,12 @@ def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool)
     assert ours.row is not None
     assert torch.equal(ours.row, theirs.row)
     assert torch.equal(ours.label_vectors, theirs[LABEL].x[:C])
+
+
+def test_a_row_without_instances_is_refused(store: Store) -> None:
+    store.counts[3, 0] = 0
+    with pytest.raises(StoreError, match="Row 3 of the store has no instances"):
+        AssignmentBatchDataset(store, transform()).__getitems__([0, 1, 2])
 
 
 def test_more_instances_than_the_store_has(store: Store) -> None:
@@ -139,18 +145,7 @@ def test_loaders_agree_whatever_their_workers(store: Store, workers: int) -> Non
     assert torch.equal(torch.cat([batch[INSTANCE].x for batch in batches]), expected[INSTANCE].x)
 
 
-@pytest.mark.parametrize(
-    "persistent",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                reason="persistent workers keep the epoch that they were started with", strict=True
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
 def test_a_new_epoch_reaches_the_workers(store: Store, kind: type, persistent: bool) -> None:
     data = kind(store, transform(), augment=True)

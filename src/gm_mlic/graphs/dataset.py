@@ -60,17 +60,18 @@ class _Views:
         self.graph = graph
         self.augment = augment
         self.seed = seed
-        self.epoch = 0
+        # In shared memory, so that a new epoch reaches persistent workers too.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other views from now on; the same epoch always draws the same."""
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def view(self, row: int) -> int:
         """Which view of the image at ``row`` this epoch takes: 0 is the plain one."""
         if not self.augment:
             return 0
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, (self.epoch << 32) | row]))
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, (int(self._epoch) << 32) | row]))
         return int(rng.integers(1, self.store.features.shape[1]))
 
 

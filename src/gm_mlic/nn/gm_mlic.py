@@ -54,12 +54,13 @@ def pool_matches(match_logits: Tensor, data: HeteroData) -> ModelOutput:
     source, target = data[MATCHES].edge_index
     labels = data[LABEL]
     B = int(getattr(data, "num_graphs", 1))
-    if "ptr" in labels and len(set(labels.ptr.diff().tolist())) > 1:
-        raise ConfigError(f"Images of one batch have {labels.ptr.diff().tolist()} labels: batch those with the same.")
-    degree = torch.bincount(target, minlength=labels.x.shape[0])
-    if bool((degree == 0).any()):
-        lonely = (degree == 0).nonzero().flatten().tolist()
-        raise ConfigError(f"Label nodes {lonely[:5]} have no matching edge: join each label to at least one instance.")
+    if not torch.compiler.is_compiling():  # these checks read values, which would break a compiled graph
+        counts = labels.ptr.diff().tolist() if "ptr" in labels else []
+        if len(set(counts)) > 1:
+            raise ConfigError(f"Images of one batch have {counts} labels: batch those with the same.")
+        lonely = (torch.bincount(target, minlength=labels.x.shape[0]) == 0).nonzero().flatten().tolist()
+        if lonely:
+            raise ConfigError(f"Label nodes {lonely[:5]} have no matching edge: join each to at least one instance.")
     best, edge = group_max(match_logits, target, labels.x.shape[0])
     first = data[INSTANCE].ptr[:-1] if "ptr" in data[INSTANCE] else source.new_zeros(1)
     winners = source[edge].view(B, -1) - first.view(B, 1)

@@ -37,16 +37,17 @@ def group_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tens
         The maxima (G,), and the positions of the winners in ``src`` (G,) int64.
     """
     values = src.detach()
+    nan = values.isnan()
+    best = values.new_full((num_groups,), float("-inf"))
     if has_torch_scatter():
-        best = torch_scatter.scatter_max(values, index, dim_size=num_groups)[0]
+        # Without `out` it would turn the maximum of -inf alone into 0; NaN it steps over, so it is added afterwards.
+        best = torch_scatter.scatter_max(values, index, out=best)[0]
+        best = best.index_add(0, index, torch.where(nan, values, 0))
     else:
-        best = values.new_full((num_groups,), float("-inf"))
-        best.scatter_reduce_(0, index, values, "amax", include_self=True)
-    missing = values.isnan()
-    best[index[missing]] = float("nan")  # torch-scatter would step over it
+        best = best.scatter_reduce(0, index, values, "amax")
     # torch-scatter's own argmax depends on thread order where values are equal; the first winner does not.
     position = torch.arange(src.numel(), device=src.device)
-    position = torch.where((values == best[index]) | missing, position, src.numel())
+    position = torch.where((values == best[index]) | nan, position, src.numel())
     winner = position.new_full((num_groups,), src.numel())
     winner.scatter_reduce_(0, index, position, "amin", include_self=True)
     return src[winner], winner
