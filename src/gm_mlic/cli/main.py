@@ -64,8 +64,8 @@ def run(argv: list[str]) -> int:
         return 2
     # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Threads that wait for work sleep instead of spinning: as fast where cores are idle, ten times faster where they are
-    # shared with other processes. Read when torch is imported.
+    # Threads that wait for work sleep instead of spinning: no slower on idle cores, far faster on cores that other
+    # processes use too. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # PyG's use of TorchScript is not for our users to mend.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
