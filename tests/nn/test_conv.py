@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.graphs import MATCHES, NEAR, RELATES, AssignmentGraph, instance_data
 from gm_mlic.nn import MLP, AssignmentConv, ConcatLinear, EdgeConv, Encoder, MeanMessage, NodeConv, Product, Relations
+from gm_mlic.nn.conv import Edges, States
 
 D, OUT, N_O, N_L = 4, 6, 3, 2
 SINGLE = [Relations(), *(Relations(**{field.name: False}) for field in dataclasses.fields(Relations))]
@@ -40,6 +41,10 @@ def states() -> dict[str, Tensor]:
     }
 
 
+def graph(given: dict[str, Tensor]) -> tuple[States, Edges]:
+    return States(*(given[name] for name in States._fields)), Edges(*(given[name] for name in Edges._fields))
+
+
 def shuffled(given: dict[str, Tensor], edges: str, order: Tensor) -> dict[str, Tensor]:
     state = {"near": "e_o", "relates": "e_l", "matches": "e_m"}[edges]
     return {**given, edges: given[edges][:, order], state: given[state][order]}
@@ -52,6 +57,8 @@ LAYERS: dict[str, Any] = {
     "MeanMessage(4, 3, 6)": lambda: MeanMessage(4, 3, 6),
     "NodeConv(4, 6)": lambda: NodeConv(4, 6, norm=True),
     "EdgeConv(4, 3, 6)": lambda: EdgeConv(4, 3, 6, product=True, norm=True),
+    "Product((4, 3), 6)": lambda: Product((4, 3), 6),
+    "Encoder(5, 4, 6)": lambda: Encoder(5, 4, 6, Relations(), product=True),
     "AssignmentConv(4, 6)": lambda: AssignmentConv(4, 6, product=True, norm=True),
 }
 
@@ -61,10 +68,7 @@ def test_repr(text: str) -> None:
     assert repr(LAYERS[text]()) == text
 
 
-@pytest.mark.parametrize(
-    "make",
-    [*LAYERS.values(), lambda: Product((4, 3), 6), lambda: Encoder(5, 4, 6, Relations(), product=True, norm=True)],
-)
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_reset_parameters_draws_everything_anew(make: Any) -> None:
     layer: nn.Module = make()
     with torch.no_grad():
@@ -127,7 +131,7 @@ def test_block_does_not_care_for_the_order_of_edges(relations: Relations, edges:
     given = states()
     layer = AssignmentConv(D, OUT, relations, product=True, norm=True)
     order = torch.randperm(given[edges].shape[1], generator=torch.Generator().manual_seed(3))
-    before, after = layer(**given), layer(**shuffled(given, edges, order))
+    before, after = layer(*graph(given)), layer(*graph(shuffled(given, edges, order)))
     state = {"near": 2, "relates": 3, "matches": 4}[edges]
     for place, (ours, theirs) in enumerate(zip(after, before, strict=True)):
         assert (ours is None) == (theirs is None)
@@ -138,7 +142,7 @@ def test_block_does_not_care_for_the_order_of_edges(relations: Relations, edges:
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("relations", SINGLE, ids=str)
 def test_block_shapes(relations: Relations, last: bool) -> None:
-    v_o, v_l, e_o, e_l, e_m = AssignmentConv(D, OUT, relations, last=last)(**states())
+    v_o, v_l, e_o, e_l, e_m = AssignmentConv(D, OUT, relations, last=last)(*graph(states()))
     assert v_o.shape == (N_O, OUT)
     assert v_l.shape == (N_L, OUT)
     for state, edges, present in (
@@ -153,7 +157,7 @@ def test_block_shapes(relations: Relations, last: bool) -> None:
 @pytest.mark.parametrize("relations", SINGLE, ids=str)
 def test_an_absent_relation_is_not_read(relations: Relations) -> None:
     layer, given = NodeConv(D, OUT, relations), states()
-    before = layer(**given)
+    before = layer(*graph(given))
     for present, names in (
         (relations.instance_graph, ("e_o", "near")),
         (relations.label_graph, ("e_l", "relates")),
@@ -161,7 +165,7 @@ def test_an_absent_relation_is_not_read(relations: Relations) -> None:
     ):
         if not present:
             given.update(dict.fromkeys(names))  # type: ignore[arg-type]
-    for ours, theirs in zip(layer(**given), before, strict=True):
+    for ours, theirs in zip(layer(*graph(given)), before, strict=True):
         close(ours, theirs)
 
 
@@ -183,5 +187,5 @@ def test_encoder_forms_the_attributes_that_a_graph_does_not_carry(fused: bool) -
 def test_no_graph_breaks() -> None:
     given = states()
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(AssignmentConv(D, OUT, product=True))(**given)
+    explanation = torch._dynamo.explain(AssignmentConv(D, OUT, product=True))(*graph(given))
     assert explanation.graph_break_count == 0, explanation.break_reasons

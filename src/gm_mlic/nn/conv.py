@@ -1,14 +1,14 @@
 """The graph convolutions of GM-MLIC on an assignment graph: messages, node convolution, edge convolution.
 
-Arguments named ``v_o, v_l, e_o, e_l, e_m`` are the paper's states of instances, labels and the three edge types;
-``near, relates, matches`` are their ``edge_index`` (2, E), source first. For a matching edge the source is the
+``v_o, v_l, e_o, e_l, e_m`` are the paper's states of instances, labels and the three edge types; ``near, relates,
+matches`` are their ``edge_index`` (2, E), source first. For a matching edge the source is the
 instance and the target the label; one ``edge_index`` serves both directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
@@ -29,6 +29,24 @@ class Relations:
     label_graph: bool = True
     instance_graph: bool = True
     matching_edges: bool = True
+
+
+class States(NamedTuple):
+    """The states of an assignment graph; None for an edge type that the network does not have, or nobody reads."""
+
+    v_o: Tensor
+    v_l: Tensor
+    e_o: Tensor | None
+    e_l: Tensor | None
+    e_m: Tensor | None
+
+
+class Edges(NamedTuple):
+    """The ``edge_index`` of each edge type; None for one that the network does not have."""
+
+    near: Tensor | None
+    relates: Tensor | None
+    matches: Tensor
 
 
 class MeanMessage(MessagePassing):
@@ -110,24 +128,15 @@ class NodeConv(nn.Module):
         messages_l = [out_channels] * (relations.label_graph + relations.matching_edges)
         self.phi_o = MLP([in_channels, *messages_o], out_channels, out_channels, norm=norm)
         self.phi_l = MLP([in_channels, *messages_l], out_channels, out_channels, norm=norm)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def forward(
-        self,
-        v_o: Tensor,
-        v_l: Tensor,
-        e_o: Tensor | None,
-        e_l: Tensor | None,
-        e_m: Tensor | None,
-        near: Tensor | None,
-        relates: Tensor | None,
-        matches: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, states: States, edges: Edges) -> tuple[Tensor, Tensor]:
         """New states of instances (N_o, out_channels) and labels (N_l, out_channels)."""
+        v_o, v_l, e_o, e_l, e_m = states
+        near, relates, matches = edges
         N_o, N_l = v_o.shape[0], v_l.shape[0]
         to_o = [v_o]
         to_l = [v_l]
@@ -169,6 +178,9 @@ class Product(nn.Module):
     def forward(self, v_i: Tensor, v_j: Tensor) -> Tensor:
         out: Tensor = self.A(v_i) * self.B(v_j)
         return out
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({(self.A.in_features, self.B.in_features)}, {self.A.out_features})"
 
 
 class EdgeConv(MessagePassing):
@@ -257,28 +269,15 @@ class AssignmentConv(nn.Module):
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def forward(
-        self,
-        v_o: Tensor,
-        v_l: Tensor,
-        e_o: Tensor | None,
-        e_l: Tensor | None,
-        e_m: Tensor | None,
-        near: Tensor | None,
-        relates: Tensor | None,
-        matches: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """New ``v_o, v_l, e_o, e_l, e_m``; None for an edge type that there is not, or that nobody reads."""
-        v_o, v_l = self.nodes(v_o, v_l, e_o, e_l, e_m, near, relates, matches)
+    def forward(self, states: States, edges: Edges) -> States:
+        """New states of all nodes and edges."""
+        _, _, e_o, e_l, e_m = states
+        near, relates, matches = edges
+        v_o, v_l = self.nodes(states, edges)
         e_o = None if self.edges_o is None else self.edges_o((v_o, v_o), near, e_o)
         e_l = None if self.edges_l is None else self.edges_l((v_l, v_l), relates, e_l)
         e_m = None if self.edges_m is None else self.edges_m((v_o, v_l), matches, e_m)
-        return v_o, v_l, e_o, e_l, e_m
+        return States(v_o, v_l, e_o, e_l, e_m)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
-
-
-def default_widths(k: int) -> Sequence[int]:
-    """Widths of k blocks: k - 1 of 512, then 256 (the paper's 512 and 256 for k = 2)."""
-    return (512,) * (k - 1) + (256,)

@@ -14,8 +14,8 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 from gm_mlic.nn import structured
-from gm_mlic.nn.conv import AssignmentConv, Product, Relations, default_widths
-from gm_mlic.nn.mlp import MLP
+from gm_mlic.nn.conv import AssignmentConv, Edges, Product, Relations, States
+from gm_mlic.nn.mlp import MLP, Decoder
 from gm_mlic.nn.scatter import group_max
 
 FUSIONS = ("concat", "product")
@@ -139,8 +139,8 @@ class Encoder(nn.Module):
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, data: HeteroData) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The encoded ``v_o, v_l, e_o, e_l, e_m``; None for an edge type that the network does not have."""
+    def forward(self, data: HeteroData) -> States:
+        """The encoded states."""
         x_o, x_l = data[INSTANCE].x, data[LABEL].x
         e_o = e_l = e_m = None
         if self.e_o is not None:
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
                 f, w = ends[:, : self.instance_dim], ends[:, self.instance_dim :]
                 ends = torch.cat([ends, self.product(f, w)], dim=1)
             e_m = self.e_m(ends)
-        return self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m
+        return States(self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m)
 
     @staticmethod
     def standardise(boxes: Tensor) -> Tensor:
@@ -168,6 +168,9 @@ class Encoder(nn.Module):
         source, target = data[edge_type].edge_index
         return torch.cat([x_source[source], x_target[target]], dim=1)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, {self.out_channels})"
+
 
 class GMMLIC(nn.Module):
     r"""Graph Matching based Multi-Label Image Classification, from the paper of that name (Wu et al., IJCAI 2021).
@@ -177,7 +180,8 @@ class GMMLIC(nn.Module):
         G_A &\leftarrow \mathrm{EdgeConv}(\mathrm{NodeConv}(G_A)) \quad k \text{ times} \\
         s_{ic} &= \mathrm{Dec}(e^m_{ic}), \qquad p_c = \sigma(\max_i s_{ic})
 
-    No parameter belongs to a label or to a number of instances: one model takes any C and M.
+    No parameter belongs to a label or to a number of instances: one model takes any C and M; only C must be the same
+    for all images of a batch. Under autocast, logits and pooling stay in float32.
 
     Args:
         instance_dim: D_o, length of an instance's feature f.
@@ -221,10 +225,11 @@ class GMMLIC(nn.Module):
         super().__init__()
         if k < 1:
             raise ConfigError(f"model.k must be 1 or more, got {k}.")
-        widths = default_widths(k) if widths is None else tuple(widths)
-        encoder_width = widths[0] if encoder_width is None and widths else encoder_width or 0
+        widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ConfigError(f"model.widths must have k = {k} entries, got {list(widths)}.")
+        if encoder_width is None:
+            encoder_width = widths[0]
         if min(instance_dim, label_dim, encoder_width, *widths) < 1:
             raise ConfigError("model.widths, model.encoder_width and both input lengths must be 1 or more.")
         for name, value, allowed in (
@@ -235,7 +240,7 @@ class GMMLIC(nn.Module):
             if value not in allowed:
                 raise ConfigError(f"model.{name} must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
-        self.widths, self.encoder_width, self.fusion, self.norm = tuple(widths), encoder_width, fusion, norm
+        self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
         self.execution = execution
         self.relations = relations = Relations(label_graph, instance_graph, matching_edges)
         product = fusion == "product"
@@ -248,7 +253,7 @@ class GMMLIC(nn.Module):
             )
             for b in range(k)
         )
-        self.decoder = MLP([widths[-1]] if matching_edges else [widths[-1]] * 2, widths[-1], 1)
+        self.decoder = Decoder([widths[-1]] if matching_edges else [widths[-1]] * 2, widths[-1], 1)
 
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
@@ -267,14 +272,17 @@ class GMMLIC(nn.Module):
 
     def _explicit(self, data: HeteroData) -> Tensor:
         """Match logits (E,) by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
-        near = data[NEAR].edge_index if self.relations.instance_graph else None
-        relates = data[RELATES].edge_index if self.relations.label_graph else None
-        matches = data[MATCHES].edge_index
-
-        v_o, v_l, e_o, e_l, e_m = self.encoder(data)
+        edges = Edges(
+            near=data[NEAR].edge_index if self.relations.instance_graph else None,
+            relates=data[RELATES].edge_index if self.relations.label_graph else None,
+            matches=data[MATCHES].edge_index,
+        )
+        states = self.encoder(data)
         for block in self.blocks:
-            v_o, v_l, e_o, e_l, e_m = block(v_o, v_l, e_o, e_l, e_m, near, relates, matches)
-        ends = (e_m,) if e_m is not None else (v_o[matches[0]], v_l[matches[1]])
+            states = block(states, edges)
+        v_o, v_l, _, _, e_m = states
+        source, target = edges.matches
+        ends = (e_m,) if e_m is not None else (v_o[source], v_l[target])
         match_logits: Tensor = self.decoder(*ends).squeeze(-1)
         return match_logits
 

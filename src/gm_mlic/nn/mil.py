@@ -10,12 +10,14 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn.gm_mlic import ModelOutput, check_lengths, pool_match_matrix, pool_matches
-from gm_mlic.nn.mlp import MLP
+from gm_mlic.nn.mlp import MLP, Decoder
 
 
 class MILMax(nn.Module):
-    r"""Max-pooled per-instance classifier: :math:`s_{ic} = \mathrm{MLP}_c([f_i, B_i])`, :math:`p_c = \sigma(\max_i
-    s_{ic})`.
+    r"""Max-pooled per-instance classifier.
+
+    .. math::
+        s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, B_i])) \in \mathbb{R}^C, \qquad p_c = \sigma(\max_i s_{ic})
 
     Multiple-instance learning as in HCP (Wei et al., 2015), on the instances that GM-MLIC sees: same features and
     boxes, same pooling, no graph and no word vectors; what GM-MLIC gains over it is what the graphs are worth.
@@ -36,7 +38,7 @@ class MILMax(nn.Module):
             raise ConfigError("model.width, the feature length and the number of labels must be 1 or more.")
         self.num_labels = num_labels
         self.encoder = MLP([instance_dim, 4], width, width, norm=True)
-        self.decoder = MLP([width], width, num_labels)
+        self.decoder = Decoder([width], width, num_labels)
 
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
@@ -56,3 +58,7 @@ class MILMax(nn.Module):
     def _check(self, num_labels: int) -> None:
         if num_labels != self.num_labels:
             raise ConfigError(f"The graph has {num_labels} labels, the model {self.num_labels}.")
+
+    def __repr__(self) -> str:
+        width = self.encoder.lin1.out_channels
+        return f"{type(self).__name__}({self.encoder.lin1.in_channels[0]}, {self.num_labels}, width={width})"

@@ -1,4 +1,10 @@
-"""The one building block of every function of the network: ``Linear, ReLU, Linear`` over a concatenation."""
+"""The one building block of every function of the network: ``Linear, ReLU, Linear`` over a concatenation.
+
+Everywhere in this package, what owns parameters draws them once, when it is made; ``reset_parameters`` draws anew.
+
+He initialisation: a path through k blocks passes some ten Linears, most of them without a norm. torch's default shrinks
+the signal to 0.4 at each, and what neighbours say never arrives (``experiments/recipe``).
+"""
 
 from __future__ import annotations
 
@@ -51,6 +57,14 @@ class ConcatLinear(nn.Module):
         return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
 
 
+class OutLinear(nn.Linear):
+    """A Linear that no ReLU follows."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, nonlinearity="linear")
+        nn.init.zeros_(self.bias)
+
+
 class MLP(nn.Module):
     r"""``Linear, ReLU, Linear`` over a concatenation, then LayerNorm if asked for.
 
@@ -73,21 +87,21 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.lin1 = ConcatLinear(in_channels, hidden_channels)
-        self.lin2 = nn.Linear(hidden_channels, out_channels)
+        self.lin2 = OutLinear(hidden_channels, out_channels)
         self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # He initialisation. A path through k blocks passes some ten Linears, most of them without a norm; torch's
-        # default shrinks the signal to 0.4 at each, and what neighbours say never arrives (experiments/recipe).
         self.lin1.reset_parameters()
-        nn.init.kaiming_normal_(self.lin2.weight, nonlinearity="linear")
-        nn.init.zeros_(self.lin2.bias)
+        self.lin2.reset_parameters()
         if isinstance(self.norm, nn.LayerNorm):
             self.norm.reset_parameters()
 
     def forward(self, *parts: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.lin2(self.lin1(*parts).relu()))
+        return self.after_lin1(self.lin1(*parts))
+
+    def after_lin1(self, total: Tensor) -> Tensor:
+        r"""The rest, for executions that form the sum :math:`\sum_k W_k x_k + b` in their own way."""
+        out: Tensor = self.norm(self.lin2(total.relu()))
         return out
 
     def __repr__(self) -> str:
@@ -96,3 +110,14 @@ class MLP(nn.Module):
             f"{type(self).__name__}({list(self.lin1.in_channels)}, {self.lin1.out_channels}, "
             f"{self.lin2.out_features}{norm})"
         )
+
+
+class Decoder(MLP):
+    """An MLP to logits, whose last Linear autocast leaves in the parameters' own type.
+
+    Rounded to bfloat16, logits of different instances and images would tie, and ties decide winners and rankings.
+    """
+
+    def after_lin1(self, total: Tensor) -> Tensor:
+        with torch.autocast(total.device.type, enabled=False):
+            return super().after_lin1(total.to(self.lin2.weight.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,20 +38,31 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         **overrides: arguments of the model's constructor, over the named preset's.
 
     Raises:
-        ConfigError: for an unknown name, naming the closest one, or an argument that the model does not have.
+        ConfigError: for an unknown name, naming the closest one; for an argument that the model does not have, or lacks.
     """
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"There is no model {name!r}.{hint} Known: {', '.join(list_models())}.")
-    try:
-        return _REGISTRY[name](**overrides)
-    except TypeError as error:
-        raise ConfigError(f"create_model({name!r}): {error}") from error
+    return _build(_REGISTRY[name], overrides)
 
 
-def _gm_mlic(preset: dict[str, Any], overrides: dict[str, Any]) -> GMMLIC:
-    return GMMLIC(**{**preset, **overrides})
+def _build(builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
+    """Call ``builder`` if it has all ``arguments``, and they all of its: a TypeError from inside it stays one."""
+    parameters = inspect.signature(builder).parameters.values()
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    unknown = sorted(arguments.keys() - {p.name for p in named}) if len(named) == len(parameters) else []
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    if unknown:
+        allowed = ", ".join(p.name for p in named)
+        raise ConfigError(f"{builder.__name__} has no argument {unknown[0]!r}. It takes: {allowed}.")
+    if missing:
+        raise ConfigError(f"{builder.__name__} needs {' and '.join(missing)}.")
+    return builder(**arguments)
+
+
+def _gm_mlic(preset: dict[str, Any], overrides: dict[str, Any]) -> nn.Module:
+    return _build(GMMLIC, {**preset, **overrides})
 
 
 @register_model
@@ -62,7 +74,8 @@ def gm_mlic(**overrides: Any) -> nn.Module:
 @register_model
 def gm_mlic_scenes(**overrides: Any) -> nn.Module:
     """GM-MLIC for the built-in scenes and their tiny detector; settings from ``experiments/recipe``."""
-    return _gm_mlic({"instance_dim": 256, "label_dim": 300, "k": 2, "widths": (64, 64)}, overrides)
+    preset = {"instance_dim": 256, "label_dim": 300, "k": 2, "widths": (64, 64), "fusion": "product", "norm": "all"}
+    return _gm_mlic(preset, overrides)
 
 
 @register_model
@@ -75,4 +88,4 @@ def gm_mlic_paper(**overrides: Any) -> nn.Module:
 @register_model
 def mil_max(**overrides: Any) -> nn.Module:
     """The max-pooled per-instance classifier, :class:`MILMax`."""
-    return MILMax(**overrides)
+    return _build(MILMax, overrides)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.conv import States
 from gm_mlic.nn.mlp import MLP, ConcatLinear
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from gm_mlic.nn.gm_mlic import GMMLIC, Encoder
 
 
-def some(value: Tensor | None) -> Tensor:
+def require(value: Tensor | None) -> Tensor:
     """``value``, which :meth:`GMMLIC.forward` has checked is there."""
     assert value is not None
     return value
@@ -47,8 +48,7 @@ def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
 
 def mlp(f: MLP, *parts: Tensor) -> Tensor:
     """An MLP of parts that broadcast against each other."""
-    out: Tensor = f.norm(f.lin2(concat_linear(f.lin1, *parts).relu()))
-    return out
+    return f.after_lin1(concat_linear(f.lin1, *parts))
 
 
 def mean_message(rho: MLP, edges: Tensor, senders: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
@@ -82,9 +82,7 @@ def edge_update(conv: EdgeConv, edges: Tensor, source: Tensor, target: Tensor) -
     read = conv.psi.lin1.part_weight(1)
     composed = read @ conv.sigma.lin2.weight
     bias = read @ conv.sigma.lin2.bias + conv.psi.lin1.bias
-    hidden = (conv.psi.lin1.part(0, edges) + linear(hidden, composed, bias)).relu()
-    out: Tensor = conv.psi.norm(conv.psi.lin2(hidden))
-    return out
+    return conv.psi.after_lin1(conv.psi.lin1.part(0, edges) + linear(hidden, composed, bias))
 
 
 def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
@@ -95,22 +93,19 @@ def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
     return torch.gather(nodes, 1, flat).view(B, N, K, d)
 
 
-States = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
 def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
     """The encoder; labels and label edges once for the batch (rule 4)."""
     x, W = batch.x, batch.label_vectors[None]
     e_o = e_l = e_m = None
     if encoder.e_o is not None:
-        e_o = encoder.e_o(encoder.standardise(some(batch.near_attr)))
+        e_o = encoder.e_o(encoder.standardise(require(batch.near_attr)))
     if encoder.e_l is not None:
         e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
     if encoder.e_m is not None:
         f, w = x[:, :, None], W[:, None]
         parts = [f, w] if encoder.product is None else [f, w, encoder.product.A(f) * encoder.product.B(w)]
         e_m = mlp(encoder.e_m, *parts)
-    return encoder.v_o(x), encoder.v_l(W), e_o, e_l, e_m
+    return States(encoder.v_o(x), encoder.v_l(W), e_o, e_l, e_m)
 
 
 def label_senders(v_l: Tensor, batch: AssignmentBatch) -> Tensor:
@@ -118,26 +113,36 @@ def label_senders(v_l: Tensor, batch: AssignmentBatch) -> Tensor:
     return v_l[:, None] if batch.relates is None else neighbours(v_l, batch.relates[None])
 
 
-def block(conv: AssignmentConv, batch: AssignmentBatch, states: States) -> States:
+def block(conv: AssignmentConv, states: States, batch: AssignmentBatch) -> States:
     """One graph network block, line by line as :meth:`AssignmentConv.forward`."""
     v_o, v_l, e_o, e_l, e_m = states
     nodes = conv.nodes
     to_o, to_l = [v_o], [v_l]
     if nodes.rho_oo is not None:
-        senders, present = neighbours(v_o, some(batch.near)), some(batch.near_mask)[..., None]
-        to_o.append(mean_message(nodes.rho_oo.rho, some(e_o), senders, 2, present))
+        senders, present = neighbours(v_o, require(batch.near)), require(batch.near_mask)[..., None]
+        to_o.append(mean_message(nodes.rho_oo.rho, require(e_o), senders, 2, present))
     if nodes.rho_ol is not None:
-        to_o.append(mean_message(nodes.rho_ol.rho, some(e_m), v_l[:, None], 2))
+        to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], 2))
     if nodes.rho_ll is not None:
-        to_l.append(mean_message(nodes.rho_ll.rho, some(e_l), label_senders(v_l, batch), 2, other_labels(v_l, batch)))
+        to_l.append(
+            mean_message(nodes.rho_ll.rho, require(e_l), label_senders(v_l, batch), 2, other_labels(v_l, batch))
+        )
     if nodes.rho_lo is not None:
-        to_l.append(mean_message(nodes.rho_lo.rho, some(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
+        to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
-    e_o = conv.edges_o and edge_update(conv.edges_o, some(e_o), neighbours(v_o, some(batch.near)), v_o[:, :, None])
-    e_l = conv.edges_l and edge_update(conv.edges_l, some(e_l), label_senders(v_l, batch), v_l[:, :, None])
-    e_m = conv.edges_m and edge_update(conv.edges_m, some(e_m), v_o[:, :, None], v_l[:, None])
-    return v_o, v_l, e_o, e_l, e_m
+    e_o = (
+        None
+        if conv.edges_o is None
+        else edge_update(conv.edges_o, require(e_o), neighbours(v_o, require(batch.near)), v_o[:, :, None])
+    )
+    e_l = (
+        None
+        if conv.edges_l is None
+        else edge_update(conv.edges_l, require(e_l), label_senders(v_l, batch), v_l[:, :, None])
+    )
+    e_m = None if conv.edges_m is None else edge_update(conv.edges_m, require(e_m), v_o[:, :, None], v_l[:, None])
+    return States(v_o, v_l, e_o, e_l, e_m)
 
 
 def other_labels(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
@@ -152,7 +157,7 @@ def match_matrix(model: GMMLIC, batch: AssignmentBatch) -> Tensor:
     """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
     states = encode(model.encoder, batch)
     for conv in model.blocks:
-        states = block(conv, batch, states)  # type: ignore[arg-type]
+        states = block(conv, states, batch)  # type: ignore[arg-type]
     v_o, v_l, _, _, e_m = states
     ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     return mlp(model.decoder, *ends).squeeze(-1)
