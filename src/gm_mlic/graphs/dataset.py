@@ -61,7 +61,7 @@ class _Views:
         self.augment = augment
         self.seed = seed
         # In shared memory, so that a new epoch reaches persistent workers too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other views from now on; the same epoch always draws the same."""
