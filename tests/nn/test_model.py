@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch_geometric.data import Batch, HeteroData
 from torch_geometric.loader import DataLoader
 
@@ -219,6 +220,7 @@ def test_the_graph_is_left_as_it_was(execution: str) -> None:
 
 def test_repr_and_shapes() -> None:
     net = model()
+    assert repr(MILMax(D_O, C, width=6)) == "MILMax(5, 3, width=6)"
     assert repr(net) == "GMMLIC(5, 4, k=2, widths=[6, 5], fusion='product')"
     output = net(Batch.from_data_list([graph(3, vectors()), graph(2, vectors())]))
     assert output.logits.shape == output.winners.shape == (2, C)
@@ -303,6 +305,46 @@ def test_explicit_execution_compiles_to_one_graph() -> None:
 
 def test_dense_batch_compiles_to_one_graph() -> None:
     assert breaks(model("auto"), dense([3, 2], vectors())) == []
+
+
+def test_batches_of_one_shape_do_not_compile_again() -> None:
+    net, W = model("auto"), vectors()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, dynamic=False)
+    for counts in ([4, 1], [2, 4], [4, 4]):
+        batch = dense(counts, W)
+        near = batch.near is not None and batch.near.shape
+        assert near == (2, 4, 2)
+        output = compiled(batch)
+        close(output.logits, net(batch).logits)
+        output.logits.sum().backward()
+    assert counter.frame_count == 1
+
+
+# Mixed precision
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*(lambda e=e: model(e, widths=(64, 64)) for e in EXECUTIONS), lambda: MILMax(D_O, 20, width=64)],
+    ids=[*EXECUTIONS, "mil_max"],
+)
+def test_autocast_keeps_logits_in_float32_and_hardly_moves_the_ranking(make: Any) -> None:
+    net = make().float()
+    torch.manual_seed(6)
+    data = Batch.from_data_list([graph(8, vectors(20), seed) for seed in range(16)])
+    data.apply(lambda value: value.float() if value.is_floating_point() else value)
+    exact = net(data)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(data)
+    assert output.logits.dtype == output.match_logits.dtype == torch.float32
+    first, second = torch.triu_indices(16, 16, offset=1)
+    before, after = (o.logits[first] - o.logits[second] for o in (exact, output))
+    assert bool((after != 0).all())
+    assert float((before.sign() != after.sign()).float().mean()) < 0.03
+    output.logits.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in net.parameters())
 
 
 # Graphs that are not as they should be

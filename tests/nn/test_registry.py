@@ -25,6 +25,9 @@ def test_presets_and_overrides() -> None:
     paper = create_model("gm_mlic_paper")
     assert isinstance(paper, GMMLIC)
     assert (paper.k, paper.widths, paper.fusion, paper.encoder_width) == (2, (512, 256), "concat", 512)
+    scenes = create_model("gm_mlic_scenes")
+    assert isinstance(scenes, GMMLIC)
+    assert (scenes.widths, scenes.fusion, scenes.norm) == ((64, 64), "product", "all")
     changed = create_model("gm_mlic_paper", k=1, widths=(8,), fusion="product", instance_dim=4)
     assert isinstance(changed, GMMLIC)
     assert (changed.k, changed.widths, changed.fusion, changed.label_dim) == (1, (8,), "product", 300)
@@ -42,9 +45,9 @@ def test_unknown_name_suggests_the_closest() -> None:
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("gm_mlic_paper", {"depth": 3}, "depth"),
-        ("gm_mlic", {}, "instance_dim"),
-        ("mil_max", {"instance_dim": 4, "num_labels": 3, "k": 2}, "'k'"),
+        ("gm_mlic_paper", {"depth": 3}, "GMMLIC has no argument 'depth'. It takes: instance_dim, label_dim, k, widths"),
+        ("gm_mlic", {}, "GMMLIC needs instance_dim and label_dim"),
+        ("mil_max", {"instance_dim": 4, "num_labels": 3, "k": 2}, "MILMax has no argument 'k'. It takes: .*width"),
         ("mil_max", {"instance_dim": 4, "num_labels": 0}, "1 or more"),
         ("gm_mlic_paper", {"k": 3}, "model.widths must have k = 3"),
     ],
@@ -66,5 +69,10 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = create_model("my_model", width=5)
     assert isinstance(layer, nn.Linear)
     assert layer.in_features == 5
+    with pytest.raises(ConfigError, match=r"my_model has no argument 'depth'\. It takes: width"):
+        create_model("my_model", depth=5)
+    # What goes wrong inside a constructor is no matter of arguments, and shows as it is.
+    with pytest.raises(TypeError):
+        create_model("my_model", width="wide")
     with pytest.raises(ValueError, match="registered already"):
         register_model(my_model)

@@ -1,9 +1,9 @@
 """Layers and models, as PyG building blocks."""
 
-from gm_mlic.nn.conv import AssignmentConv, EdgeConv, MeanMessage, NodeConv, Product, Relations
+from gm_mlic.nn.conv import AssignmentConv, EdgeConv, Edges, MeanMessage, NodeConv, Product, Relations, States
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, ModelOutput, pool_matches
 from gm_mlic.nn.mil import MILMax
-from gm_mlic.nn.mlp import MLP, ConcatLinear
+from gm_mlic.nn.mlp import MLP, ConcatLinear, Decoder
 from gm_mlic.nn.registry import create_model, list_models, register_model
 
 __all__ = [
@@ -11,7 +11,9 @@ __all__ = [
     "MLP",
     "AssignmentConv",
     "ConcatLinear",
+    "Decoder",
     "EdgeConv",
+    "Edges",
     "Encoder",
     "MILMax",
     "MeanMessage",
@@ -19,6 +21,7 @@ __all__ = [
     "NodeConv",
     "Product",
     "Relations",
+    "States",
     "create_model",
     "list_models",
     "pool_matches",

@@ -38,7 +38,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
         **overrides: arguments of the model's constructor, over the named preset's.
 
     Raises:
-        ConfigError: for an unknown name, naming the closest; for an argument that the model does not have, or lacks.
+        ConfigError: for an unknown name, naming the closest one, or an argument too many or too few, naming it.
     """
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)

@@ -124,25 +124,20 @@ def block(conv: AssignmentConv, states: States, batch: AssignmentBatch) -> State
     if nodes.rho_ol is not None:
         to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], 2))
     if nodes.rho_ll is not None:
-        to_l.append(
-            mean_message(nodes.rho_ll.rho, require(e_l), label_senders(v_l, batch), 2, other_labels(v_l, batch))
-        )
+        senders, others = label_senders(v_l, batch), other_labels(v_l, batch)
+        to_l.append(mean_message(nodes.rho_ll.rho, require(e_l), senders, 2, others))
     if nodes.rho_lo is not None:
         to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
-    e_o = (
-        None
-        if conv.edges_o is None
-        else edge_update(conv.edges_o, require(e_o), neighbours(v_o, require(batch.near)), v_o[:, :, None])
-    )
-    e_l = (
-        None
-        if conv.edges_l is None
-        else edge_update(conv.edges_l, require(e_l), label_senders(v_l, batch), v_l[:, :, None])
-    )
-    e_m = None if conv.edges_m is None else edge_update(conv.edges_m, require(e_m), v_o[:, :, None], v_l[:, None])
-    return States(v_o, v_l, e_o, e_l, e_m)
+    new_o = new_l = new_m = None
+    if conv.edges_o is not None:
+        new_o = edge_update(conv.edges_o, require(e_o), neighbours(v_o, require(batch.near)), v_o[:, :, None])
+    if conv.edges_l is not None:
+        new_l = edge_update(conv.edges_l, require(e_l), label_senders(v_l, batch), v_l[:, :, None])
+    if conv.edges_m is not None:
+        new_m = edge_update(conv.edges_m, require(e_m), v_o[:, :, None], v_l[:, None])
+    return States(v_o, v_l, new_o, new_l, new_m)
 
 
 def other_labels(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
