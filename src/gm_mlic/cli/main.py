@@ -64,9 +64,9 @@ def run(argv: list[str]) -> int:
         return 2
     # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # How long a thread that waits for work spins before it sleeps. Without limit (OpenMP's habit) it takes the core from
-    # other processes; without spinning, every one of the small operations of a graph network wakes a sleeper, which
-    # costs half the speed on two cores. Read when torch is imported.
+    # How long a thread that waits for work spins before it sleeps. Spinning long (OpenMP's habit) takes the core from
+    # other processes; not at all, and each of a graph network's many small operations has to wake a sleeper, which
+    # halves the speed on two cores. Read when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # PyG's use of TorchScript is not for our users to mend.

@@ -17,7 +17,8 @@ class MILMax(nn.Module):
     r"""Max-pooled per-instance classifier.
 
     .. math::
-        s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, \sqrt{12} (B_i - 1/2)])) \in \mathbb{R}^C, \qquad p_c = \sigma(\max_i s_{ic})
+        s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, \sqrt{12} (B_i - 1/2)])) \in \mathbb{R}^C, \qquad
+        p_c = \sigma(\max_i s_{ic})
 
     Multiple-instance learning as in HCP (Wei et al., 2015), on the instances that GM-MLIC sees: same features and
     boxes, same pooling, no graph and no word vectors; what GM-MLIC gains over it is what the graphs are worth.
