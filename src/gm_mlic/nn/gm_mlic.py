@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
@@ -17,6 +19,7 @@ from gm_mlic.nn import structured
 from gm_mlic.nn.conv import AssignmentConv, Edges, Product, Relations, States
 from gm_mlic.nn.mlp import MLP, Decoder
 from gm_mlic.nn.scatter import group_max
+from gm_mlic.nn.structured import Prepared
 
 FUSIONS = ("concat", "product")
 NORMS = ("none", "encoder", "all")
@@ -207,6 +210,8 @@ class GMMLIC(nn.Module):
         execution: ``explicit`` passes messages over ``edge_index``; ``structured`` does the same sums on dense tensors,
             several times faster, where relations are complete; ``auto`` (default) takes the structured one wherever
             the graph allows it. Same parameters, same numbers.
+        recompute: keep only the states between blocks for the backward pass and compute the rest again there: a
+            fraction of the memory for about a third more time, same numbers.
 
     Shapes:
         - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an
@@ -231,6 +236,7 @@ class GMMLIC(nn.Module):
         instance_graph: bool = True,
         matching_edges: bool = True,
         execution: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if k < 1:
@@ -251,7 +257,7 @@ class GMMLIC(nn.Module):
                 raise ConfigError(f"model.{name} must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
         self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
-        self.execution = execution
+        self.execution, self.recompute = execution, recompute
         self.relations = relations = Relations(label_graph, instance_graph, matching_edges)
         product = fusion == "product"
 
@@ -271,13 +277,31 @@ class GMMLIC(nn.Module):
             block.reset_parameters()  # type: ignore[operator]
         self.decoder.reset_parameters()
 
-    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image of ``data``."""
+    def prepare(self, label_vectors: Tensor, relates: Tensor | None = None) -> Prepared:
+        """What the weights and the labels decide, for :meth:`forward` to take instead of computing it for each batch.
+
+        Good for as long as weights and labels stay; without gradients unless they are enabled.
+
+        Args:
+            label_vectors: (C, D_l).
+            relates: (C, K), the labels that each label hears; None for all others.
+        """
+        return structured.prepare(self, label_vectors, relates)
+
+    def forward(self, data: HeteroData | AssignmentBatch, labels: Prepared | None = None) -> ModelOutput:
+        """Score every label of every image of ``data``.
+
+        Args:
+            data: see above.
+            labels: what :meth:`prepare` made of the labels of ``data``; the structured execution then reads nothing of
+                them but their number.
+        """
         check_lengths(data, self.instance_dim, self.label_dim)
         self._check_relations(data)
         batch = self._dense(data)
         if batch is not None:
-            return pool_match_matrix(structured.match_matrix(self, batch), batch.mask)
+            self._check_prepared(batch, labels)
+            return pool_match_matrix(structured.match_matrix(self, batch, labels), batch.mask)
         return pool_matches(self._explicit(data), data)
 
     def _explicit(self, data: HeteroData) -> Tensor:
@@ -287,14 +311,27 @@ class GMMLIC(nn.Module):
             relates=data[RELATES].edge_index if self.relations.label_graph else None,
             matches=data[MATCHES].edge_index,
         )
-        states = self.encoder(data)
+        states = self.stage(self.encoder, data)
         for block in self.blocks:
-            states = block(states, edges)
+            states = self.stage(block, states, edges)
         v_o, v_l, _, _, e_m = states
         source, target = edges.matches
         ends = (e_m,) if e_m is not None else (v_o[source], v_l[target])
-        match_logits: Tensor = self.decoder(*ends).squeeze(-1)
+        match_logits: Tensor = self.stage(self.decoder, *ends).squeeze(-1)
         return match_logits
+
+    def stage(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """``function(*arguments)``; with ``recompute``, computed again in the backward pass instead of kept."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def _check_prepared(self, batch: AssignmentBatch, labels: Prepared | None) -> None:
+        if labels is not None and labels.v_l.shape[1] != batch.label_vectors.shape[0]:
+            raise ConfigError(
+                f"The graph has {batch.label_vectors.shape[0]} labels, but {labels.v_l.shape[1]} were prepared: "
+                "prepare the graph's own."
+            )
 
     def _check_relations(self, data: HeteroData | AssignmentBatch) -> None:
         if isinstance(data, AssignmentBatch):

@@ -100,8 +100,8 @@ class MLP(nn.Module):
         return self.after_lin1(self.lin1(*parts))
 
     def after_lin1(self, total: Tensor) -> Tensor:
-        r"""The rest, for executions that form the sum :math:`\sum_k W_k x_k + b` in their own way."""
-        out: Tensor = self.norm(self.lin2(total.relu()))
+        r"""The rest, for executions that form ``total`` :math:`= \sum_k W_k x_k + b` in their own way; it is lost."""
+        out: Tensor = self.norm(self.lin2(total.relu_()))
         return out
 
     def __repr__(self) -> str:

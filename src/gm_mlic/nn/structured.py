@@ -40,13 +40,23 @@ def require(value: T | None) -> T:
 
 
 def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
-    """:math:`W [x_1, ..., x_n] + b` of parts that broadcast against each other (rule 1)."""
-    # Smallest parts first: the one sum of full size is formed last.
-    order = sorted(range(len(parts)), key=lambda k: parts[k].numel())
-    total = linear(parts[order[0]], lin.part_weight(order[0]), lin.bias)
-    for k in order[1:]:
+    """:math:`W [x_1, ..., x_n] + b` of parts that broadcast against each other (rule 1); the result is a new tensor."""
+    # Smallest parts first, so that few sums are of full size; the last one in place, if there is a place.
+    *smaller, largest = sorted(range(len(parts)), key=lambda k: parts[k].numel())
+    if not smaller:
+        return linear(parts[largest], lin.part_weight(largest), lin.bias)
+    total = linear(parts[smaller[0]], lin.part_weight(smaller[0]), lin.bias)
+    for k in smaller[1:]:
         total = total + lin.part(k, parts[k])
-    return total
+    return add(lin.part(largest, parts[largest]), total)
+
+
+def add(fresh: Tensor, other: Tensor) -> Tensor:
+    """``fresh + other``, in the memory of ``fresh`` (which nobody else may read) where the sum fits in."""
+    fits = all(a == b or b == 1 for a, b in zip(fresh.shape, other.shape, strict=True))
+    if fits and fresh.dtype == other.dtype:
+        return fresh.add_(other)
+    return fresh + other
 
 
 def mlp(f: MLP, *parts: Tensor) -> Tensor:
@@ -54,26 +64,31 @@ def mlp(f: MLP, *parts: Tensor) -> Tensor:
     return f.after_lin1(concat_linear(f.lin1, *parts))
 
 
-def mean_message(rho: MLP, edges: Tensor, senders: Tensor, dim: int, mask: Tensor | None = None) -> Tensor:
-    """The mean along ``dim`` of the messages ``rho([edges, senders])``, its last Linear after the mean (rule 2).
+def mean_message(rho: MLP, edges: Tensor, senders: Tensor, to: str, mask: Tensor | None = None) -> Tensor:
+    """The mean over senders of the messages ``rho([edges, senders])``, its last Linear after the mean (rule 2).
 
     Args:
         rho: the message function.
         edges, senders: edge states and senders' states, broadcasting against each other.
-        dim: the axis of the senders.
-        mask: which messages there are, broadcasting against the hidden states; None for all.
+        to: ``rows`` if senders stand along the third axis, ``columns`` if along the second.
+        mask: which messages there are: (., N, S) for ``rows``, (., S) for ``columns``; None for all.
 
     Returns:
-        The means; zero where there is no message.
+        The means (., N, d); zero where there is no message.
     """
-    hidden = concat_linear(rho.lin1, edges, senders).relu()
+    hidden = concat_linear(rho.lin1, edges, senders).relu_()
     if mask is None:
-        return rho.lin2(hidden.mean(dim=dim))  # type: ignore[no-any-return]
+        return rho.lin2(hidden.mean(dim=2 if to == "rows" else 1))  # type: ignore[no-any-return]
+    # Sums as products with the mask: a masked copy of all hidden states would cost as much as computing them.
     weight = mask.to(hidden.dtype)
-    count = weight.sum(dim=dim)
-    mean = (hidden * weight).sum(dim=dim) / count.clamp(min=1)
+    count = weight.sum(dim=-1, keepdim=True)
+    if to == "rows":
+        total = (weight[:, :, None] @ hidden).squeeze(2)
+    else:
+        total = (weight[:, None] @ hidden.flatten(2)).view(hidden.shape[0], *hidden.shape[2:])
+        count = count[..., None]
     # A node without neighbours receives nothing, not even the bias.
-    return rho.lin2(mean) * (count > 0)  # type: ignore[no-any-return]
+    return rho.lin2(total / count.clamp(min=1)) * (count > 0)  # type: ignore[no-any-return]
 
 
 class Composed(NamedTuple):
@@ -96,8 +111,8 @@ def edge_update(conv: EdgeConv, composed: Composed, read: Tensor, source: Tensor
     parts = [source, target]
     if conv.product is not None:
         parts.append(conv.product.A(source) * conv.product.B(target))
-    hidden = concat_linear(conv.sigma.lin1, *parts).relu()
-    return conv.psi.after_lin1(read + linear(hidden, *composed))
+    hidden = concat_linear(conv.sigma.lin1, *parts).relu_()
+    return conv.psi.after_lin1(add(linear(hidden, *composed), read))
 
 
 def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
@@ -147,7 +162,7 @@ def prepare(model: GMMLIC, label_vectors: Tensor, relates: Tensor | None = None)
     if encoder.e_l is not None:
         e_l = mlp(encoder.e_l, label_senders(W, relates), W[:, :, None])
         rho_ll = require(first.nodes.rho_ll).rho
-        heard = mean_message(rho_ll, e_l, label_senders(v_l, relates), 2, other_labels(v_l, relates))
+        heard = mean_message(rho_ll, e_l, label_senders(v_l, relates), "rows", other_labels(v_l, relates))
         if first.edges_l is not None:
             read = first.edges_l.psi.lin1.part(0, e_l)
     composed = tuple(
@@ -163,11 +178,11 @@ def label_senders(v_l: Tensor, relates: Tensor | None) -> Tensor:
 
 
 def other_labels(v_l: Tensor, relates: Tensor | None) -> Tensor | None:
-    """The mask (1, C, C, 1) that keeps a label from hearing itself; None where neighbours are listed."""
+    """The mask (1, C, C) that keeps a label from hearing itself; None where neighbours are listed."""
     if relates is not None:
         return None
     C = v_l.shape[1]
-    return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None, :, :, None]
+    return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None]
 
 
 def encode(encoder: Encoder, batch: AssignmentBatch, labels: Prepared) -> States:
@@ -180,7 +195,7 @@ def encode(encoder: Encoder, batch: AssignmentBatch, labels: Prepared) -> States
         lin1 = encoder.e_m.lin1
         total = lin1.part(0, f)[:, :, None] + require(labels.w_e_m)
         if encoder.product is not None:
-            total = total + lin1.part(2, encoder.product.A(f)[:, :, None] * require(labels.w_product))
+            total = add(total, lin1.part(2, encoder.product.A(f)[:, :, None] * require(labels.w_product)))
         e_m = encoder.e_m.after_lin1(total)
     return States(encoder.v_o(f), labels.v_l, e_o, None, e_m)
 
@@ -191,17 +206,17 @@ def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBa
     nodes = conv.nodes
     to_o, to_l = [v_o], [v_l]
     if nodes.rho_oo is not None:
-        senders, present = neighbours(v_o, require(batch.near)), require(batch.near_mask)[..., None]
-        to_o.append(mean_message(nodes.rho_oo.rho, require(e_o), senders, 2, present))
+        senders = neighbours(v_o, require(batch.near))
+        to_o.append(mean_message(nodes.rho_oo.rho, require(e_o), senders, "rows", batch.near_mask))
     if nodes.rho_ol is not None:
-        to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], 2))
+        to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], "rows"))
     if nodes.rho_ll is not None and number == 0:
         to_l.append(require(labels.heard))
     elif nodes.rho_ll is not None:
         senders, others = label_senders(v_l, batch.relates), other_labels(v_l, batch.relates)
-        to_l.append(mean_message(nodes.rho_ll.rho, require(e_l), senders, 2, others))
+        to_l.append(mean_message(nodes.rho_ll.rho, require(e_l), senders, "rows", others))
     if nodes.rho_lo is not None:
-        to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
+        to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], "columns", batch.mask))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
     new_o = new_l = new_m = None
@@ -222,10 +237,11 @@ def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBa
 def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> Tensor:
     """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
     if labels is None:
-        labels = prepare(model, batch.label_vectors, batch.relates)
-    states = encode(model.encoder, batch, labels)
+        labels = model.stage(prepare, model, batch.label_vectors, batch.relates)
+    states = model.stage(encode, model.encoder, batch, labels)
     for number, conv in enumerate(model.blocks):
-        states = block(conv, number, states, batch, labels)  # type: ignore[arg-type]
+        states = model.stage(block, conv, number, states, batch, labels)
     v_o, v_l, _, _, e_m = states
     ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
-    return mlp(model.decoder, *ends).squeeze(-1)
+    logits: Tensor = model.stage(mlp, model.decoder, *ends)
+    return logits.squeeze(-1)

@@ -1,0 +1,202 @@
+"""Two executions of one set of parameters: equal in outputs and in every gradient, whatever the shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch_geometric.data import Batch, HeteroData
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraph
+from gm_mlic.nn import GMMLIC, ModelOutput
+
+D_O, D_L = 5, 4
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """A network and the batch it reads."""
+    k = draw(st.integers(1, 3))
+    C = draw(st.integers(1, 6))
+    return {
+        "counts": draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)),
+        "C": C,
+        "neighbours": draw(st.integers(1, 4)),
+        "label_neighbours": draw(st.sampled_from([None, *range(1, C)])),
+        "net": {
+            "k": k,
+            "widths": draw(st.lists(st.integers(1, 7), min_size=k, max_size=k)),
+            "encoder_width": draw(st.integers(1, 7)),
+            "fusion": draw(st.sampled_from(["concat", "product"])),
+            "norm": draw(st.sampled_from(["none", "encoder", "all"])),
+            "label_graph": draw(st.booleans()),
+            "instance_graph": draw(st.booleans()),
+            "matching_edges": draw(st.booleans()),
+        },
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+def graphs(case: dict[str, Any]) -> Batch:
+    generator = torch.Generator().manual_seed(case["seed"])
+    W = torch.randn(case["C"], D_L, generator=generator, dtype=torch.float64)
+    net = case["net"]
+    transform = AssignmentGraph(
+        W,
+        neighbours=case["neighbours"],
+        label_neighbours=case["label_neighbours"],
+        instance_graph=net["instance_graph"],
+        label_graph=net["label_graph"],
+        edge_attr=False,
+    )
+    made = []
+    for M in case["counts"]:
+        data = HeteroData()
+        data["instance"].x = torch.randn(M, D_O, generator=generator, dtype=torch.float64)
+        corner, size = torch.rand(2, M, 2, generator=generator, dtype=torch.float64) / 2
+        data["instance"].box = torch.cat([corner, corner + size + 0.01], dim=1)
+        made.append(transform(data))
+    return Batch.from_data_list(made)
+
+
+def network(case: dict[str, Any], **options: Any) -> GMMLIC:
+    torch.manual_seed(case["seed"])
+    net = GMMLIC(D_O, D_L, **case["net"], **options).double()
+    with torch.no_grad():
+        for parameter in net.parameters():  # biases and norms not at their initial values: leaving one out shows
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return net
+
+
+def outputs_and_gradients(net: GMMLIC, data: Any, **arguments: Any) -> tuple[ModelOutput, dict[str, Tensor]]:
+    net.zero_grad()
+    output = net(data, **arguments)
+    weights = torch.linspace(-1, 2, output.match_logits.numel(), dtype=torch.float64)
+    (output.match_logits @ weights + output.logits.square().sum()).backward()
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
+    return output, gradients
+
+
+def assert_equal(a: tuple[ModelOutput, dict[str, Tensor]], b: tuple[ModelOutput, dict[str, Tensor]]) -> None:
+    close(a[0].match_logits, b[0].match_logits)
+    close(a[0].logits, b[0].logits)
+    assert a[1].keys() == b[1].keys()
+    # Of a gradient, relative to the largest of all: one that is zero by cancellation has no digits of its own.
+    scale = max(float(g.abs().max()) for g in b[1].values())
+    for name, gradient in a[1].items():
+        torch.testing.assert_close(
+            gradient, b[1][name], rtol=1e-10, atol=1e-10 * max(scale, 1), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_structured_equals_explicit(case: dict[str, Any]) -> None:
+    data = graphs(case)
+    explicit, structured = (network(case, execution=execution) for execution in ("explicit", "structured"))
+    structured.load_state_dict(explicit.state_dict())
+    assert_equal(outputs_and_gradients(structured, data), outputs_and_gradients(explicit, data))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_recomputed_equals_kept(case: dict[str, Any]) -> None:
+    data = graphs(case)
+    for execution in ("explicit", "structured"):
+        kept, recomputed = (network(case, execution=execution, recompute=recompute) for recompute in (False, True))
+        assert_equal(outputs_and_gradients(recomputed, data), outputs_and_gradients(kept, data))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_prepared_labels_change_nothing(case: dict[str, Any]) -> None:
+    data, net = graphs(case), network(case)
+    batch = AssignmentBatch.from_data(data)
+    assert batch is not None
+    prepared = net.prepare(batch.label_vectors, batch.relates)
+    assert_equal(outputs_and_gradients(net, batch, labels=prepared), outputs_and_gradients(net, batch))
+
+
+def plain_case(**changes: Any) -> dict[str, Any]:
+    net = {"k": 2, "widths": [6, 5], "encoder_width": 6, "fusion": "product", "norm": "all"}
+    net |= {"label_graph": True, "instance_graph": True, "matching_edges": True}
+    return {"counts": [4, 2], "C": 5, "neighbours": 2, "label_neighbours": None, "net": net, "seed": 3} | changes
+
+
+def test_prepared_labels_are_not_computed_again() -> None:
+    case = plain_case()
+    batch, net = AssignmentBatch.from_data(graphs(case)), network(case)
+    assert batch is not None
+    seen = []
+    for name in ("v_l", "e_l"):
+        getattr(net.encoder, name).lin2.register_forward_hook(lambda *_, n=name: seen.append(n))
+    prepared = net.prepare(batch.label_vectors)
+    assert seen == ["e_l", "v_l"] or seen == ["v_l", "e_l"]
+    net(batch, prepared)
+    assert len(seen) == 2
+
+
+def test_labels_prepared_for_another_set_are_refused() -> None:
+    case = plain_case()
+    net, batch = network(case), AssignmentBatch.from_data(graphs(case))
+    assert batch is not None
+    with pytest.raises(ConfigError, match="5 labels, but 4 were prepared"):
+        net(batch, net.prepare(batch.label_vectors[:4]))
+
+
+@pytest.mark.parametrize("execution", ["explicit", "structured"])
+def test_recomputing_keeps_less(execution: str) -> None:
+    case = plain_case(counts=[6, 6, 6], C=6)
+    data = graphs(case)
+
+    def kept_bytes(recompute: bool) -> int:
+        net = network(case, execution=execution, recompute=recompute)
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = net(data)
+        assert output.logits.requires_grad
+        return sum(kept.values())
+
+    assert kept_bytes(True) < 0.5 * kept_bytes(False)
+
+
+def test_one_compilation_for_batches_of_every_size() -> None:
+    net = network(plain_case())
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(net, backend=counter, dynamic=True)
+    for counts in ([4, 2], [3, 5, 2], [6, 6]):
+        batch = AssignmentBatch.from_data(graphs(plain_case(counts=counts)))
+        close(compiled(batch).logits, net(batch).logits)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+def test_compiled_equals_eager(fusion: str) -> None:
+    """The real compiler (it needs a C++ compiler), outputs and gradients."""
+    case = plain_case()
+    case["net"]["fusion"] = fusion
+    net, batch = network(case), AssignmentBatch.from_data(graphs(case))
+    eager = outputs_and_gradients(net, batch)
+    torch._dynamo.reset()
+    net.compile(fullgraph=True)
+    assert_equal(outputs_and_gradients(net, batch), eager)
