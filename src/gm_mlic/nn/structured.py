@@ -41,8 +41,8 @@ def require(value: T | None) -> T:
 
 def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
     """:math:`W [x_1, ..., x_n] + b` of parts that broadcast against each other (rule 1); the result is a new tensor."""
-    # Smallest parts first, so that few sums are of full size; the last one in place, if there is a place.
-    *smaller, largest = sorted(range(len(parts)), key=lambda k: parts[k].numel())
+    # Parts that broadcast come first, so that few sums are of full size; the last one in place, if there is a place.
+    *smaller, largest = sorted(range(len(parts)), key=lambda k: len([n for n in parts[k].shape if n != 1]))
     if not smaller:
         return linear(parts[largest], lin.part_weight(largest), lin.bias)
     total = linear(parts[smaller[0]], lin.part_weight(smaller[0]), lin.bias)
