@@ -1,0 +1,17 @@
+"""What the structured execution is worth on this machine, measured side by side in one run."""
+
+from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
+from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, shares
+
+__all__ = [
+    "CASES",
+    "EXECUTIONS",
+    "Case",
+    "Timings",
+    "compare",
+    "grow",
+    "interleaved",
+    "matrix_rate",
+    "peak_bytes",
+    "shares",
+]

@@ -1,0 +1,299 @@
+"""The cases and executions that are compared, and what is measured of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.data import Batch, HeteroData
+
+from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
+from gm_mlic.detection.protocol import InstanceExtractor
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraph
+from gm_mlic.losses import WeightedBCE
+from gm_mlic.nn import GMMLIC
+
+#: ``plain``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
+#: ``structured``: dense tensors, eager; ``compiled``: the same after ``torch.compile``.
+EXECUTIONS = ("plain", "structured", "compiled")
+
+INSTANCE_DIM, LABEL_DIM = 1024, 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting to measure.
+
+    Attributes:
+        name: for tables.
+        m: instances of each image.
+        C: labels.
+        k: blocks.
+        batch: images.
+        fusion: ``concat`` or ``product``.
+        label_neighbours: None for the complete label graph.
+        precision: ``float32``, or ``bfloat16`` for autocast.
+    """
+
+    name: str
+    m: int
+    C: int
+    k: int = 2
+    batch: int = 16
+    fusion: str = "concat"
+    label_neighbours: int | None = None
+    precision: str = "float32"
+
+
+#: The paper's three datasets.
+CASES = {case.name: case for case in (Case("voc2007", 10, 20), Case("coco2014", 35, 80), Case("nuswide", 35, 81))}
+
+#: What the growth curves vary, and over which values; all else is as in the case they start from.
+CURVES: dict[str, tuple[int, ...]] = {
+    "m": (5, 10, 20, 35, 50, 100),
+    "C": (20, 40, 80, 160, 320, 500),
+    "k": (1, 2, 3, 4),
+    "batch": (1, 2, 4, 8, 16),
+}
+
+
+class Execution:
+    """One execution of one case, ready to run.
+
+    Args:
+        case: what to compute.
+        name: one of :data:`EXECUTIONS`.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, case: Case, name: str, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.case, self.device = case, device
+        label_vectors = torch.randn(case.C, LABEL_DIM)
+        graphs = _graphs(case, label_vectors, edge_attr=name == "plain")
+        self.data: HeteroData | AssignmentBatch = graphs
+        if name != "plain":
+            dense = AssignmentBatch.from_data(graphs)
+            assert dense is not None
+            self.data = dense
+        self.data = self.data.to(device)
+        torch.manual_seed(1)
+        self.model = GMMLIC(
+            INSTANCE_DIM,
+            LABEL_DIM,
+            k=case.k,
+            fusion=case.fusion,
+            execution="explicit" if name == "plain" else "structured",
+        ).to(device)
+        self.loss = WeightedBCE(torch.full((case.C,), 0.05)).to(device)
+        self.targets = torch.where(torch.rand(case.batch, case.C) < 0.05, 1, -1).to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        if name == "compiled":
+            self.model.compile()
+
+    def forward(self) -> Tensor:
+        """Label logits, without gradients."""
+        with torch.no_grad(), self._autocast():
+            logits: Tensor = self.model(self.data).logits
+        return logits
+
+    def train(self) -> None:
+        """One training step: forward, loss, backward, optimiser."""
+        with self._autocast():
+            loss = self.loss(self.model(self.data).logits, self.targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def flops(self) -> tuple[int, int]:
+        """Floating-point operations of the matrix products of ``forward`` and of ``train``."""
+        counts = []
+        for run in (self.forward, self.train):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counts.append(counter.get_total_flops())
+        return counts[0], counts[1]
+
+    def _autocast(self) -> torch.autocast:
+        half = self.case.precision == "bfloat16"
+        return torch.autocast(self.device, torch.bfloat16, enabled=half)
+
+
+def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:
+    """A batch of assignment graphs with random instances."""
+    generator = torch.Generator().manual_seed(2)
+    transform = AssignmentGraph(label_vectors, m=case.m, label_neighbours=case.label_neighbours, edge_attr=edge_attr)
+    made = []
+    for _ in range(case.batch):
+        data = HeteroData()
+        data["instance"].x = torch.randn(case.m, INSTANCE_DIM, generator=generator)
+        corner, size = torch.rand(2, case.m, 2, generator=generator) / 2
+        data["instance"].box = torch.cat([corner, corner + size + 0.01], dim=1)
+        made.append(transform(data))
+    batch: HeteroData = Batch.from_data_list(made)
+    return batch
+
+
+def compare(
+    case: Case,
+    executions: Sequence[str] = EXECUTIONS,
+    *,
+    repeats: tuple[int, int] = (3, 2),
+    device: str = "cpu",
+    memory_limit: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Time and memory of the executions of one case, in turns.
+
+    Args:
+        case: what to compute.
+        executions: some of :data:`EXECUTIONS`.
+        repeats: rounds of forward passes and of training steps, after a first one of each that is not timed.
+        device: ``cpu`` or ``cuda``.
+        memory_limit: leave out an execution whose training step is expected to need more bytes.
+        tell: told in a line what is being done.
+
+    Returns:
+        The case; for each execution seconds (``forward``, ``train``: all runs and the median) and ``memory`` (peak
+        bytes of a training step); ``flops`` of the structured forward pass and training step; ``matrix_rate``;
+        ``roofline`` of each execution but plain: the share of the matrix product's FLOP/s that it reaches.
+    """
+    runs: dict[str, Execution] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name in executions:
+        needed = expected_bytes(case, name)
+        if memory_limit is not None and needed > memory_limit:
+            rows[name] = {"left_out": f"needs about {needed / 2**30:.0f} GiB to train"}
+            continue
+        tell(f"{case.name}: {name}, first run")
+        run = runs[name] = Execution(case, name, device)
+        run.forward()
+        if name == "compiled":
+            run.train()  # compiles; what the compiler itself allocates is not the step's
+        rows[name] = {"memory": peak_bytes(run.train, device)}
+    for mode, rounds in zip(("forward", "train"), repeats, strict=True):
+        tell(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
+        timings = interleaved({name: getattr(run, mode) for name, run in runs.items()}, rounds, device)
+        for name, timing in timings.items():
+            rows[name][mode] = {"median": timing.median, "all": timing.seconds}
+    result: dict[str, Any] = {"case": asdict(case), "device": device, "executions": rows}
+    if "structured" in runs:
+        # Compiled code hides its operations from the counter; it does the same ones.
+        flops = runs["structured"].flops()
+        dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
+        rate = matrix_rate(case.batch * case.m * case.C, runs["structured"].model.widths[0], device, dtype)
+        result |= {"flops": {"forward": flops[0], "train": flops[1]}, "matrix_rate": rate}
+        for name in runs.keys() - {"plain"}:
+            rows[name]["roofline"] = {
+                mode: count / rows[name][mode]["median"] / rate
+                for mode, count in zip(("forward", "train"), flops, strict=True)
+            }
+    return result
+
+
+def ratios(result: dict[str, Any]) -> dict[str, Any]:
+    """Plain over the faster of the other executions, and the share of the matrix product's rate that one reaches.
+
+    Returns:
+        ``forward_ratio``, ``train_ratio``, ``memory_ratio``, ``roofline_fraction`` (forward) and
+        ``train_roofline_fraction``, each None where it was not measured.
+    """
+    rows = {name: row for name, row in result["executions"].items() if "left_out" not in row}
+    fast = [row for name, row in rows.items() if name != "plain"]
+    plain = rows.get("plain")
+    summary: dict[str, Any] = {}
+    for mode in ("forward", "train"):
+        best = min((row[mode]["median"] for row in fast), default=None)
+        summary[f"{mode}_ratio"] = plain[mode]["median"] / best if plain and best else None
+    least = min((row["memory"] for row in fast), default=None)
+    summary["memory_ratio"] = plain["memory"] / least if plain and least else None
+    for key, mode in (("roofline_fraction", "forward"), ("train_roofline_fraction", "train")):
+        summary[key] = max((row["roofline"][mode] for row in fast), default=None)
+    return summary
+
+
+def expected_bytes(case: Case, execution: str) -> int:
+    """Roughly what a training step needs, from the edge states that it keeps for the backward pass."""
+    matches = case.m * case.C
+    labels = case.C * (case.label_neighbours or case.C)
+    # Tensors of width 512 (the first k - 1 blocks and the encoder) and 256 (the last block) kept for each edge.
+    wide, narrow = (14, 14) if execution == "plain" else (7, 7)
+    per_edge = wide * 512 * case.k + narrow * 256
+    inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "plain" else 0
+    return 4 * case.batch * (matches + labels) * (per_edge + inputs)
+
+
+def grow(
+    start: Case,
+    curves: Sequence[str] = tuple(CURVES),
+    executions: Sequence[str] = ("plain", "structured"),
+    *,
+    repeats: tuple[int, int] = (2, 1),
+    device: str = "cpu",
+    memory_limit: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """How time and memory grow with m, C, k and the batch: :func:`compare` for each value of :data:`CURVES`.
+
+    Args:
+        start: the case that each curve varies in one respect.
+        curves: which.
+        executions, repeats, device, memory_limit, tell: see :func:`compare`.
+    """
+    return {
+        curve: [
+            compare(
+                replace(start, name=f"{curve}={value}", **{curve: value}),  # type: ignore[arg-type]
+                executions,
+                repeats=repeats,
+                device=device,
+                memory_limit=memory_limit,
+                tell=tell,
+            )
+            for value in CURVES[curve]
+        ]
+        for curve in curves
+    }
+
+
+def shares(
+    detector: InstanceExtractor, images: Sequence[Tensor], case: Case, device: str = "cpu", repeats: int = 3
+) -> dict[str, Timings]:
+    """Seconds of each part of the way from a photo to its labels, for one batch.
+
+    Args:
+        detector: finds the instances.
+        images: (3, H, W) in [0, 1]; a batch is made of them.
+        case: the network; ``case.batch`` should be the number of images.
+        device: of the network; the detector has its own.
+        repeats: of the measurement.
+
+    Returns:
+        ``detection``, ``data`` (from instances to a dense batch), ``graph`` (the network, labels prepared once), each
+        for the whole batch.
+    """
+    network = Execution(replace(case, batch=len(images)), "structured", device)
+    batch = network.data
+    assert isinstance(batch, AssignmentBatch)
+    with torch.no_grad():
+        labels = network.model.prepare(batch.label_vectors, batch.relates)
+
+    def data() -> AssignmentBatch:
+        return AssignmentBatch.build(batch.x, batch.box, batch.mask, batch.label_vectors).to(device)
+
+    @torch.no_grad()
+    def graph() -> None:
+        network.model(batch, labels)
+
+    runs: dict[str, Callable[[], object]] = {
+        "detection": lambda: detector(images, m=case.m),
+        "data": data,
+        "graph": graph,
+    }
+    for run in runs.values():
+        run()
+    return interleaved(runs, repeats, device)
