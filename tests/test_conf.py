@@ -56,7 +56,7 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
-@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "demo"])
+@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "dataset", "demo"])
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"
@@ -128,6 +128,6 @@ def test_every_setting_has_a_rule():
     for group in GROUPS:
         for option in options(group):
             keys.update(leaves(compose("train", [f"{group}={option}"])))
-    keys.update(leaves(compose("extract")), leaves(compose("train_detector")))
+    keys.update(leaves(compose("extract")), leaves(compose("train_detector")), leaves(compose("dataset")))
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys

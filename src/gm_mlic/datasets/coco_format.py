@@ -106,6 +106,21 @@ def leaves_folder(file_name: str) -> bool:
     return parts.is_absolute() or ".." in parts.parts or "\\" in file_name or ":" in file_name
 
 
+def clip_box(
+    box: tuple[float, float, float, float], size: tuple[int, int], where: str
+) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) within an image of ``size`` (width, height); None if no area is left.
+
+    Raises:
+        DataError: if it reaches more than :data:`BOX_TOLERANCE` pixels over the border; ``where`` says what box it is.
+    """
+    (x1, y1, x2, y2), (width, height) = box, size
+    if max(-x1, -y1, x2 - width, y2 - height) > BOX_TOLERANCE:
+        raise DataError(f"{where}, outside the image of {width} x {height} pixels: mend the file.")
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+
+
 def _integer(entry: dict[str, Any], key: str, where: str) -> int:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
@@ -178,9 +193,4 @@ def _box(bbox: Any, photo: Photo, where: str) -> tuple[float, float, float, floa
     x, y, width, height = (float(v) for v in bbox)
     if width < 0 or height < 0:
         raise DataError(f"{where}: width and height must not be negative.")
-    over = max(-x, -y, x + width - photo.width, y + height - photo.height)
-    if over > BOX_TOLERANCE:
-        raise DataError(f"{where}, outside the image of {photo.width} x {photo.height} pixels: mend the file.")
-    x1, y1 = max(x, 0.0), max(y, 0.0)
-    x2, y2 = min(x + width, float(photo.width)), min(y + height, float(photo.height))
-    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+    return clip_box((x, y, x + width, y + height), (photo.width, photo.height), where)
