@@ -204,12 +204,20 @@ def read_text(source: Path) -> str:
 def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The names of the columns, and the records after them with their line numbers."""
     headers: dict[str, list[str]] = {}
+    problem: DataError | None = None
     for delimiter in _DELIMITERS:
-        _, record = next(_records(source, text, delimiter), (0, []))
-        headers[delimiter] = [name.strip() for name in record]
-    if not headers[","]:
-        raise DataError(f"{source} is empty: its first line must name the columns.")
+        try:
+            _, record = next(_records(source, text, delimiter))
+            headers[delimiter] = [name.strip() for name in record]
+        except StopIteration:
+            raise DataError(f"{source} is empty: its first line must name the columns.") from None
+        except DataError as error:  # quotes do not fit this delimiter
+            problem = error
+    if not headers and problem is not None:
+        raise problem
     fitting = [delimiter for delimiter, header in headers.items() if form.file in header]
+    if any(len(headers[delimiter]) == 1 for delimiter in fitting):
+        fitting = fitting[:1]  # a single column, under any delimiter
     if not fitting:
         header = max(headers.values(), key=len)
         shown = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
