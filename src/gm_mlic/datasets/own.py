@@ -145,6 +145,7 @@ class OwnImages(MultiLabelDataset):
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
         targets = _targets(rows, self.labels)
+        check_targets([row.file for row in rows], self.labels, targets)
         splits = _assign([row.split for row in rows], targets, val_fraction, test_fraction, seed)
         chosen = np.flatnonzero(splits == split)
         if not chosen.size:
@@ -164,7 +165,6 @@ class OwnImages(MultiLabelDataset):
         self._rows = [rows[i] for i in kept]
         self.ids = tuple(row.file for row in self._rows)
         self.targets = targets[kept]
-        check_targets(self.ids, self.labels, self.targets)
 
     @property
     def fingerprint(self) -> str:
