@@ -120,7 +120,7 @@ def test_every_setting_says_what_it_decides():
 def test_every_setting_has_a_rule():
     """A setting without a rule would accept anything; these are checked by the stage that reads them."""
     elsewhere = {
-        "run_dir", "out", "splits", "accelerator", "metrics.preset",
+        "run_dir", "out", "accelerator", "metrics.preset",
         "model.name", "model.fusion", "model.norm", "model.execution",
         "trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy",
     }  # fmt: skip

@@ -151,6 +151,10 @@ RULES: Mapping[str, Rule] = {
     "num_workers": _whole(0),
     "overwrite": _YES_NO,
     "check": _YES_NO,
+    "splits": (
+        lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),
+        "a list of train, val and test",
+    ),
 }
 
 
