@@ -162,7 +162,7 @@ def test_a_detector_learns_from_own_boxes(photos: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset.annotations=none.csv", "none.csv does not exist: dataset.annotations is a path from dataset.root"),
+        ("dataset.annotations=none.csv", "none.csv is not a file: dataset.annotations is a path from dataset.root"),
         ("dataset.annotations={train: labels.csv, dev: labels.csv}", "dataset.annotations has 'dev'"),
         ("dataset.annotations={train: 3}", "expected a file name, or {train: FILE"),
         ("dataset.annotations=[labels.csv]", "expected a file name, or {train: FILE"),

@@ -188,7 +188,7 @@ def test_the_label_list_fixes_names_and_order(root: Path, caplog: pytest.LogCapt
     assert data.labels == ("dog", "fish", "cat")
     assert (data.targets[:, 1] == -1).all()
     assert data.targets[0].tolist() == [1, -1, 1]
-    assert "1 labels of dataset.labels occur on no image: fish" in caplog.text
+    assert "1 labels are on no image: fish" in caplog.text
     (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
     assert OwnImages(root, labels="names.txt").fingerprint == data.fingerprint
     assert OwnImages(root).fingerprint != data.fingerprint
@@ -211,7 +211,7 @@ def test_labels_that_are_not_in_the_list(root: Path):
     assert "names no label" in refused(root, labels=[])
     assert "'Cat' and the label 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
     assert "dataset.labels has the label 3" in refused(root, labels=["cat", 3])
-    assert "none.txt does not exist" in refused(root, labels="none.txt")
+    assert "none.txt is not a file" in refused(root, labels="none.txt")
 
 
 @pytest.mark.parametrize(
@@ -255,6 +255,13 @@ def test_files_of_splits_that_contradict(root: Path):
     assert "do not declare the same labels (only one has 'cat')" in message
     assert "expected a file for each of train, val and test" in refused(root, ConfigError, annotations={"dev": "a.csv"})
     assert "name an annotation file" in refused(root, ConfigError, annotations={})
+
+
+def test_another_separator_is_noticed(root: Path, caplog: pytest.LogCaptureFixture):
+    assert OwnImages(root).labels == ("cat", "dog")
+    assert caplog.text == ""
+    assert "dog; cat" in OwnImages(root, separator="|").labels
+    assert "'dog; cat' is read as one label; if these are several, set dataset.separator (now '|')" in caplog.text
 
 
 def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):

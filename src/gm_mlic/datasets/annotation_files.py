@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gm_mlic.datasets import coco_format
 from gm_mlic.errors import DataError
@@ -55,8 +55,7 @@ class TableFormat:
     target_format: Literal["binary", "voc"] = "binary"
 
 
-@dataclass(frozen=True)
-class ImageRow:
+class ImageRow(NamedTuple):
     """What is annotated about one image.
 
     Attributes:

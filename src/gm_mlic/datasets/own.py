@@ -132,7 +132,7 @@ class OwnImages(MultiLabelDataset):
         self.split = split
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"The folder {self.root} does not exist: set dataset.root to the folder with the images.")
+            raise DataError(f"{self.root} is not a folder: set dataset.root to the folder with the images.")
         form = TableFormat(
             **dict(columns or {}),  # type: ignore[arg-type]
             separator=separator,
@@ -145,6 +145,8 @@ class OwnImages(MultiLabelDataset):
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
         targets = _targets(rows, self.labels)
+        if split == "train":  # it is the same for every split: say it once
+            _warn(self.labels, targets, separator)
         check_targets([row.file for row in rows], self.labels, targets)
         splits = _assign([row.split for row in rows], targets, val_fraction, test_fraction, seed)
         chosen = np.flatnonzero(splits == split)
@@ -232,9 +234,7 @@ def _read_all(root: Path, annotations: str | Path | Mapping[str, str | Path], fo
             if row.split not in (None, split):
                 raise DataError(f"{row.where} says split {row.split!r}, but dataset.annotations says {split!r}.")
             first[row.file] = row.where
-        rows = tuple(
-            ImageRow(row.file, row.where, split, row.present, row.difficult, row.boxes, row.size) for row in part.rows
-        )
+        rows = tuple(row._replace(split=split) for row in part.rows)
         read.append(Annotations(part.source, part.labels, rows))
     if not read:
         raise ConfigError("dataset.annotations is empty: name an annotation file.")
@@ -247,7 +247,7 @@ def _path(root: Path, path: str | Path, setting: str) -> Path:
     if not found.is_file():
         here = Path(path).absolute()
         hint = f"; there is one at {here}, so set its full path" if here.is_file() else ""
-        raise DataError(f"{found} does not exist: dataset.{setting} is a path from dataset.root, or a full one{hint}.")
+        raise DataError(f"{found} is not a file: dataset.{setting} is a path from dataset.root, or a full one{hint}.")
     return found
 
 
@@ -288,9 +288,6 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
         for label, where in met.items():
             if label not in allowed:
                 raise DataError(f"{where}: the label {label!r} is not in dataset.labels{close_to(label, allowed)}")
-        unmet = [label for label in allowed if label not in met]
-        if unmet:
-            log.warning("%d labels of dataset.labels occur on no image: %s", len(unmet), ", ".join(unmet))
         return allowed
     _check_spelling(met)
     declared = read[0].labels
@@ -333,6 +330,21 @@ def _targets(rows: Sequence[ImageRow], labels: Sequence[str]) -> np.ndarray:
         if cells:
             targets[tuple(np.array(cells).T)] = value
     return targets
+
+
+def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
+    """Log what is allowed, but is seldom meant."""
+    never = [label for c, label in enumerate(labels) if not (targets[:, c] == PRESENT).any()]
+    if never:
+        shown = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
+        log.warning("%d labels are on no image: %s", len(never), shown)
+    joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
+    if joined:
+        log.warning(
+            "%r is read as one label; if these are several, set dataset.separator (now %r) to what separates them",
+            joined[0],
+            separator,
+        )
 
 
 # ---- Splits ----

@@ -74,13 +74,13 @@ def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
 
 
 def cooccurrence_table(one: DatasetStatistics, count: int = 10) -> Table:
-    """The strongest co-occurrences of a split."""
-    table = Table(title=f"Strongest co-occurrences ({one.split}), P(b | a)", title_justify="left")
+    """The strongest co-occurrences of a split (see :meth:`~DatasetStatistics.strongest`)."""
+    table = Table(title=f"Strongest co-occurrences ({one.split}; a on 5 images or more)", title_justify="left")
     for name in ("a", "b"):
         table.add_column(name)
     for name in ("P(b | a)", "r_b", "images with both"):
         table.add_column(name, justify="right")
-    for pair in one.strongest(count):
+    for pair in one.strongest(count, support=5):
         table.add_row(
             Text(pair.given), Text(pair.other), f"{pair.probability:.2f}", f"{pair.ratio:.2f}", f"{pair.together:,}"
         )
