@@ -90,7 +90,7 @@ def test_labels_of_a_theme_are_neighbours():
 
 
 def test_any_counts_have_an_order():
-    for labels in (1, 2, 5):
+    for labels in (0, 1, 2, 5):
         for counts in (np.zeros((labels, labels)), np.full((labels, labels), 7)):  # never, and always present
             assert sorted(grouped(counts.astype(np.int64), 7)) == list(range(labels))
 
@@ -153,6 +153,11 @@ def test_the_most_frequent_of_many_labels(tmp_path: Path, monkeypatch: pytest.Mo
     assert any("the 120 most frequent" in name for name in shown)
 
 
-def test_labels_that_never_occur(tmp_path: Path):
-    statistics_picture(tmp_path / "x.png", made(["a", "b"], 5, 0.0))
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+def test_labels_that_never_occur_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    statistics_picture(tmp_path / "none.png", made(["a", "b"], 5, 0.0))
+    assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
+    targets = np.array([[1, -1, 1, -1, -1], [-1, -1, -1, 1, 1], [1, -1, 1, -1, -1]])
+    _, boxes = texts(tmp_path / "x.png", statistics(Made(targets, ["a", "never", "c", "d", "e"])), monkeypatch)
+    places = {name: box.y0 for name, box in boxes if len(name) < 6}  # the last one of a name: beside the heat map
+    assert places["never"] == min(places[name] for name in ("a", "never", "c", "d", "e"))
+    assert abs(places["a"] - places["c"]) < 1.5 * abs(places["d"] - places["e"])

@@ -91,7 +91,8 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
     """Write a PNG: how often each label occurs, and how often with which others.
 
     Left, labels by frequency. Right, P(b | a) as a heat map; its labels are ordered so that those that go together are
-    neighbours (see :func:`grouped`). Of more than :data:`MOST_LABELS` labels the most frequent are shown.
+    neighbours (see :func:`grouped`), and those that never occur come last. Of more than :data:`MOST_LABELS` labels the
+    most frequent are shown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -124,7 +125,8 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         _bars(axes(names, bars), one, frequent, font)
-        order = frequent[grouped(one.together[np.ix_(frequent, frequent)], one.images)]
+        there, never = (frequent[one.positives[frequent] > 0], frequent[one.positives[frequent] == 0])
+        order = np.concatenate([there[grouped(one.together[np.ix_(there, there)], one.images)], never])
         scale = figure.add_axes(
             ((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height)
         )
@@ -160,7 +162,7 @@ def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
         likeness[a, a] = -np.inf
         likeness[b], likeness[:, b] = -np.inf, -np.inf
         members[a], members[b] = x + y, []
-    return np.array(max(members, key=len), dtype=np.int64)
+    return np.array(max(members, key=len, default=[]), dtype=np.int64)
 
 
 def _summary(one: DatasetStatistics) -> str:
