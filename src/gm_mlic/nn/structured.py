@@ -98,7 +98,7 @@ def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
     x, W = batch.x, batch.label_vectors[None]
     e_o = e_l = e_m = None
     if encoder.e_o is not None:
-        e_o = encoder.e_o(encoder.standardise(require(batch.near_attr)))
+        e_o = encoder.e_o(encoder.relative(require(batch.near_attr)))
     if encoder.e_l is not None:
         e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
     if encoder.e_m is not None:
