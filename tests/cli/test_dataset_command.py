@@ -166,6 +166,8 @@ def test_a_detector_learns_from_own_boxes(photos: Path):
         ("dataset.annotations={train: labels.csv, dev: labels.csv}", "dataset.annotations has 'dev'"),
         ("dataset.annotations={train: 3}", "expected a file name, or {train: FILE"),
         ("dataset.annotations=[labels.csv]", "expected a file name, or {train: FILE"),
+        ("dataset.folders={train: 3}", "expected {train: FOLDER"),
+        ("dataset.folders={train: x}", "dataset.folders needs dataset.annotations with a file for each split."),
         ("dataset.labels=[cat,dogs]", "line 2: the label 'dog' is not in dataset.labels; did you mean 'dogs'?"),
         ("dataset.labels=3", "dataset.labels=3: expected a file name or a list of names, or null."),
         ("dataset.columns.file=name", "no column 'name' in its first line (file, labels, split)"),

@@ -76,6 +76,23 @@ def test_a_file_for_each_split(root: Path):
     )
 
 
+def test_a_folder_for_each_split(root: Path):
+    """As annotation tools export: the same file name in two folders is two images."""
+    for folder, pixel in (("train", 5), ("valid", 7)):
+        (root / folder).mkdir()
+        Image.new("RGB", (40, 30), (pixel, 0, 0)).save(root / folder / "a.png")
+        write(root, f"{folder}/labels.csv", ["file,labels", "a.png,cat"])
+    files = {"train": "train/labels.csv", "val": "valid/labels.csv"}
+    folders = {"train": "train", "val": "valid"}
+    parts = [OwnImages(root, split, annotations=files, folders=folders) for split in ("train", "val")]
+    assert [part.ids for part in parts] == [("train/a.png",), ("valid/a.png",)]
+    assert [part.image(0).getpixel((0, 0))[0] for part in parts] == [5, 7]
+    assert "repeats the image 'a.png'" in refused(root, annotations=files)
+    for wrong, message in (({"test": "x"}, "dataset.folders has 'test'"), ({"train": "../x"}, "dataset.folders.train")):
+        assert message in refused(root, ConfigError, annotations=files, folders=wrong)
+    assert "dataset.folders needs" in refused(root, ConfigError, folders=folders)
+
+
 def test_labels_are_those_of_all_splits(root: Path):
     write(root, "labels.csv", ["file,labels,split", "00.png,zebra,train", "01.png,ant,test", "02.png,,val"])
     assert {OwnImages(root, split).labels for split in ("train", "val", "test")} == {("ant", "zebra")}

@@ -25,7 +25,7 @@ from gm_mlic.datasets.annotation_files import (
     read_text,
 )
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
-from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage
 
@@ -65,7 +65,7 @@ class OwnImages(MultiLabelDataset):
     of all images, ``val`` is ``val_fraction`` of the others. Where annotations say splits but no ``val``, that is drawn
     from their ``train``. The same annotations and seed give the same splits; whether a file is missing changes nothing.
 
-    Rows are in the order of the annotation file (COCO: of the image ids); ``ids`` are the file names as written there.
+    Rows are in the order of the annotation file (COCO: of the image ids); ``ids`` are the file names below ``root``.
     The fingerprint covers the size of each file in bytes, so that photos that were changed are detected again.
 
     Args:
@@ -73,6 +73,8 @@ class OwnImages(MultiLabelDataset):
         split: ``train``, ``val`` or ``test``.
         annotations: one annotation file, or one for each split as ``{"train": ..., "test": ...}``. Relative paths start
             from ``root``.
+        folders: with one annotation file for each split, the folder below ``root`` that its file names start from, as
+            ``{"train": "train", "test": "test"}``; None: ``root`` itself.
         labels: the names allowed, in this order: a list, or a text file with one in each line. An annotated label that
             is not among them is an error.
         columns: what the columns or keys ``file``, ``labels`` and ``split`` are called; None for labels or split: there
@@ -103,6 +105,7 @@ class OwnImages(MultiLabelDataset):
         root: str | Path,
         split: str = "train",
         annotations: str | Path | Mapping[str, str | Path] = "labels.csv",
+        folders: Mapping[str, str] | None = None,
         labels: str | Path | Sequence[str] | None = None,
         columns: Mapping[str, str | None] | None = None,
         separator: str = ";",
@@ -141,7 +144,7 @@ class OwnImages(MultiLabelDataset):
             target_format=target_format,
         )
 
-        read = _read_all(self.root, annotations, form)
+        read = _read_all(self.root, annotations, folders or {}, form)
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
         targets = _targets(rows, self.labels)
@@ -215,18 +218,29 @@ class OwnImages(MultiLabelDataset):
 # ---- Reading ----
 
 
-def _read_all(root: Path, annotations: str | Path | Mapping[str, str | Path], form: TableFormat) -> list[Annotations]:
-    """The annotation files; with one for each split, every row says its split."""
+def _read_all(
+    root: Path, annotations: str | Path | Mapping[str, str | Path], folders: Mapping[str, str], form: TableFormat
+) -> list[Annotations]:
+    """The annotation files; with one for each split, every row says its split and has its folder."""
     if not isinstance(annotations, Mapping):
+        if folders:
+            raise ConfigError("dataset.folders needs dataset.annotations with a file for each split.")
         return [read_annotations(_path(root, annotations, "annotations"), form)]
     for split in annotations:
         if split not in _SPLITS:
             raise ConfigError(f"dataset.annotations has {split!r}: expected a file for each of train, val and test.")
+    for split, folder in folders.items():
+        if split not in annotations:
+            raise ConfigError(f"dataset.folders has {split!r}, but dataset.annotations has not.")
+        if leaves_folder(folder):
+            raise ConfigError(f"dataset.folders.{split} is {folder!r}: name a folder inside dataset.root.")
     read = []
     first: dict[str, str] = {}
     for split, path in annotations.items():
         part = read_annotations(_path(root, path, f"annotations.{split}"), form)
-        for row in part.rows:
+        below = PurePosixPath(folders.get(split, ""))
+        rows = tuple(row._replace(file=str(below / row.file)) for row in part.rows)
+        for row in rows:
             if row.file in first:
                 raise DataError(
                     f"{row.where} repeats the image {row.file!r} ({first[row.file]}): an image belongs to one split."
@@ -234,8 +248,7 @@ def _read_all(root: Path, annotations: str | Path | Mapping[str, str | Path], fo
             if row.split not in (None, split):
                 raise DataError(f"{row.where} says split {row.split!r}, but dataset.annotations says {split!r}.")
             first[row.file] = row.where
-        rows = tuple(row._replace(split=split) for row in part.rows)
-        read.append(Annotations(part.source, part.labels, rows))
+        read.append(Annotations(part.source, part.labels, tuple(row._replace(split=split) for row in rows)))
     if not read:
         raise ConfigError("dataset.annotations is empty: name an annotation file.")
     return read

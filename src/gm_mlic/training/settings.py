@@ -35,6 +35,10 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _are_named_texts(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(map(_is_text, value.values()))
+
+
 def _whole(minimum: int) -> Rule:
     return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
 
@@ -76,9 +80,10 @@ RULES: Mapping[str, Rule] = {
     "dataset.unlabelled": _one_of("drop", "keep"),
     "dataset.label_order": _one_of("name", "id"),
     "dataset.annotations": (
-        lambda v: _is_text(v) or (isinstance(v, dict) and len(v) > 0 and all(map(_is_text, v.values()))),
+        lambda v: _is_text(v) or _are_named_texts(v),
         "a file name, or {train: FILE, val: FILE, test: FILE}",
     ),
+    "dataset.folders": _or_null((lambda v: _are_named_texts(v), "{train: FOLDER, val: FOLDER, test: FOLDER}")),
     "dataset.labels": _or_null((lambda v: _is_text(v) or _are_texts(v), "a file name or a list of names")),
     "dataset.columns.file": _TEXT,
     "dataset.columns.labels": _or_null(_TEXT),
