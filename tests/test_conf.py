@@ -56,7 +56,7 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
-@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "demo"])
+@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "dataset", "demo"])
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"
@@ -120,7 +120,7 @@ def test_every_setting_says_what_it_decides():
 def test_every_setting_has_a_rule():
     """A setting without a rule would accept anything; these are checked by the stage that reads them."""
     elsewhere = {
-        "run_dir", "out", "splits", "accelerator", "metrics.preset",
+        "run_dir", "out", "accelerator", "metrics.preset",
         "model.name", "model.fusion", "model.norm", "model.execution",
         "trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy",
     }  # fmt: skip
@@ -128,6 +128,6 @@ def test_every_setting_has_a_rule():
     for group in GROUPS:
         for option in options(group):
             keys.update(leaves(compose("train", [f"{group}={option}"])))
-    keys.update(leaves(compose("extract")), leaves(compose("train_detector")))
+    keys.update(leaves(compose("extract")), leaves(compose("train_detector")), leaves(compose("dataset")))
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys

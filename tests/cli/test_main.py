@@ -55,8 +55,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     ("arguments", "expected"),
     [
         (["trian"], "no command 'trian': did you mean 'train'?"),
-        (["zzz"], "no command 'zzz': there are demo, train, eval, extract, train-detector."),
-        (["train", "dataset=voc"], "dataset=voc: there is no such option; choose from coco2014, scenes."),
+        (["zzz"], "no command 'zzz': there are demo, train, eval, dataset, extract, train-detector."),
+        (["train", "dataset=voc"], "dataset=voc: there is no such option; choose from coco2014, own, scenes."),
         (
             ["train", "graph.mm=3"],
             "graph.mm: there is no such setting; did you mean graph.m? graph has label_neighbours, m, neighbours.",

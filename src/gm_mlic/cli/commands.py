@@ -93,6 +93,14 @@ def train_detector(config: DictConfig) -> None:
     log.info("val AP50 %.1f; use it with detector.weights=%s", record["val_ap50"][-1], config.out)
 
 
+def dataset(config: DictConfig) -> None:
+    """``gm-mlic dataset``."""
+    check(config)
+    from gm_mlic.cli.dataset import describe
+
+    describe(config)
+
+
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
     check(config)
@@ -128,5 +136,6 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "train": train,
     "eval": evaluate,
     "train-detector": train_detector,
+    "dataset": dataset,
     "demo": demo,
 }

@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "see the whole system work on drawn scenes, in minutes; nothing is downloaded",
     "train": "train a model, from images to metrics; continues where it was stopped",
     "eval": "evaluate a checkpoint on a split",
+    "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
 }
@@ -34,6 +35,7 @@ examples:
   gm-mlic demo
   gm-mlic train experiment=scenes_smoke
   gm-mlic train dataset=coco2014 dataset.root=DIR embedding=glove embedding.path=glove.6B.300d.txt
+  gm-mlic dataset dataset=own dataset.root=DIR dataset.annotations=labels.csv
   gm-mlic train -m graph.m=5,10,15 seed=0,1,2
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
 

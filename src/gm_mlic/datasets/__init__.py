@@ -2,6 +2,7 @@
 
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
+from gm_mlic.datasets.own import OwnImages
 from gm_mlic.datasets.scenes import SceneObject, Scenes
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "PRESENT",
     "BoxAnnotations",
     "MultiLabelDataset",
+    "OwnImages",
     "SceneObject",
     "Scenes",
     "label_ratio",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,9 @@ from gm_mlic.errors import UnreadableImage
 
 #: Larger images are refused before they are decoded: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
 MAX_PIXELS = 100_000_000
+
+#: EXIF's tag of how the camera was held; 5 to 8: on its side.
+_ORIENTATION = 0x0112
 
 #: What Pillow's decoders raise on damaged files (each format plug-in has its own habits).
 _DECODING_ERRORS = (
@@ -51,7 +56,29 @@ def read_image(path: str | Path) -> Image.Image:
         UnreadableImage: if the file is missing, empty, truncated, not an image, or has more than
             :data:`MAX_PIXELS` pixels. The message names the file and the reason.
     """
-    path = Path(path)
+    with _opened(Path(path)) as image:
+        image.load()
+        return _to_rgb(_upright(image))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Width and height that :func:`read_image` would give, from the file's header only.
+
+    Raises:
+        UnreadableImage: as :func:`read_image`, as far as the header tells.
+    """
+    with _opened(Path(path)) as image:
+        width, height = image.size
+        try:
+            lying = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        except _DECODING_ERRORS:
+            lying = False
+        return (height, width) if lying else (width, height)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image, its header read; whatever goes wrong, then or in the ``with`` block, becomes UnreadableImage."""
     try:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
@@ -75,8 +102,7 @@ def read_image(path: str | Path) -> Image.Image:
                     raise UnreadableImage(
                         f"Image {path} has {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: scale it down."
                     )
-                image.load()
-                return _to_rgb(_upright(image))
+                yield image
     except UnreadableImage:
         raise
     except Image.DecompressionBombError as error:  # Pillow refuses the largest even sooner

@@ -27,6 +27,18 @@ def _is_shard(text: str) -> bool:
     return bool(slash) and index.isdecimal() and shards.isdecimal() and int(index) < int(shards)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_named_texts(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(map(_is_text, value.values()))
+
+
 def _whole(minimum: int) -> Rule:
     return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
 
@@ -48,7 +60,7 @@ def _or_null(rule: Rule) -> Rule:
 
 
 _YES_NO: Rule = (lambda v: isinstance(v, bool), "true or false")
-_TEXT: Rule = (lambda v: isinstance(v, str) and v != "", "a text")
+_TEXT: Rule = (_is_text, "a text")
 
 #: Every setting whose value can be wrong by itself. What only the stages know (does the file exist? does the store have
 #: that many instances?) they say themselves.
@@ -67,6 +79,21 @@ RULES: Mapping[str, Rule] = {
     "dataset.val_fraction": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "dataset.unlabelled": _one_of("drop", "keep"),
     "dataset.label_order": _one_of("name", "id"),
+    "dataset.annotations": (
+        lambda v: _is_text(v) or _are_named_texts(v),
+        "a file name, or {train: FILE, val: FILE, test: FILE}",
+    ),
+    "dataset.folders": _or_null((lambda v: _are_named_texts(v), "{train: FOLDER, val: FOLDER, test: FOLDER}")),
+    "dataset.labels": _or_null((lambda v: _is_text(v) or _are_texts(v), "a file name or a list of names")),
+    "dataset.columns.file": _TEXT,
+    "dataset.columns.labels": _or_null(_TEXT),
+    "dataset.columns.split": _or_null(_TEXT),
+    "dataset.separator": _TEXT,
+    "dataset.suffix": (lambda v: isinstance(v, str), "a text, as .jpg"),
+    "dataset.ignore_columns": (lambda v: _are_texts(v), "a list of column names"),
+    "dataset.target_format": _one_of("binary", "voc"),
+    "dataset.missing": _one_of("error", "drop"),
+    "dataset.test_fraction": (lambda v: _is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "detector.arch": _TEXT,
     "detector.weights": _or_null(_TEXT),
     "detector.min_size": _or_null(_whole(32)),
@@ -128,6 +155,11 @@ RULES: Mapping[str, Rule] = {
     "weight_decay": _number(0),
     "num_workers": _whole(0),
     "overwrite": _YES_NO,
+    "check": _YES_NO,
+    "splits": (
+        lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),
+        "a list of train, val and test",
+    ),
 }
 
 
@@ -175,7 +207,7 @@ def check(config: DictConfig) -> None:
             if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
                 raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
             continue
-        if OmegaConf.is_list(value):
+        if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         if not is_good(value):
             raise ConfigError(f"{key}={'null' if value is None else value}: expected {words}.")

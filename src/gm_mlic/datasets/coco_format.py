@@ -1,0 +1,196 @@
+"""COCO's instances format (one JSON file), read strictly: for MS-COCO itself and for people's own files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from gm_mlic.datasets.base import BoxAnnotations
+from gm_mlic.datasets.images import read_image
+from gm_mlic.errors import DataError
+
+#: How far, in pixels, a box may reach over the image's border (rounding in the annotations); it is clipped.
+BOX_TOLERANCE = 2.0
+
+
+@dataclass
+class Photo:
+    """One entry of the annotation file's ``images`` with all that is annotated on it.
+
+    ``labels`` and ``box_labels`` are columns: positions in the label names. ``boxes`` are (x1, y1, x2, y2) in pixels,
+    within the image, without crowd regions and boxes without area.
+    """
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    labels: set[int] = field(default_factory=set)
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
+    box_labels: list[int] = field(default_factory=list)
+
+    def box_annotations(self) -> BoxAnnotations:
+        """Its boxes, as datasets return them."""
+        return BoxAnnotations(
+            boxes=torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 4),
+            labels=torch.tensor(self.box_labels, dtype=torch.int64),
+        )
+
+
+def load(source: Path) -> dict[str, Any]:
+    """The content of an annotation file.
+
+    Raises:
+        DataError: unless it is JSON with the lists ``images``, ``annotations`` and ``categories`` of objects.
+    """
+    try:
+        content = json.loads(source.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source} is not valid JSON ({error}): extract or download it again.") from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}).") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise DataError(f"{source} has no list {key!r}: expected COCO's instances format.")
+        if not all(isinstance(entry, dict) for entry in content[key]):
+            raise DataError(f"{source}: {key!r} holds an entry that is no object: expected COCO's instances format.")
+    return dict(content)
+
+
+def parse(
+    content: dict[str, Any], source: Path, label_order: Literal["name", "id"] = "name"
+) -> tuple[tuple[str, ...], dict[int, Photo]]:
+    """The label names and, by image id, the photos with their labels and boxes.
+
+    Args:
+        content: what :func:`load` returned.
+        source: the file it is from, for messages.
+        label_order: labels by ``name`` (alphabetical) or by category ``id``.
+
+    Raises:
+        DataError: for an entry that is malformed, occurs twice, names an unknown image or category, or has an
+            impossible box.
+    """
+    labels, column_of = _categories(content, source, label_order)
+    photos = _photos(content, source)
+    _annotate(photos, content, source, column_of)
+    return labels, photos
+
+
+def read_photo(folder: Path, photo: Photo) -> Image.Image:
+    """The photo as RGB, upright.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded.
+        DataError: if its size is not the annotated one, since the boxes would not fit.
+    """
+    path = folder / photo.file_name
+    image = read_image(path)
+    if image.size != (photo.width, photo.height):
+        raise DataError(
+            f"Image {path} is {image.width} x {image.height} pixels, but its annotation (image id {photo.id}) says "
+            f"{photo.width} x {photo.height}: the boxes would not fit; mend one of them."
+        )
+    return image
+
+
+def leaves_folder(file_name: str) -> bool:
+    """Whether a file name from an annotation file could lead out of the image folder, on any operating system."""
+    parts = PurePosixPath(file_name)
+    return parts.is_absolute() or ".." in parts.parts or "\\" in file_name or ":" in file_name
+
+
+def clip_box(
+    box: tuple[float, float, float, float], size: tuple[int, int], where: str
+) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) within an image of ``size`` (width, height); None if no area is left.
+
+    Raises:
+        DataError: if it reaches more than :data:`BOX_TOLERANCE` pixels over the border; ``where`` says what box it is.
+    """
+    (x1, y1, x2, y2), (width, height) = box, size
+    if max(-x1, -y1, x2 - width, y2 - height) > BOX_TOLERANCE:
+        raise DataError(f"{where}, outside the image of {width} x {height} pixels: mend the file.")
+    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
+
+
+def _integer(entry: dict[str, Any], key: str, where: str) -> int:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DataError(f"{where} has {key} {value!r}: an integer is needed.")
+    return value
+
+
+def _categories(content: dict[str, Any], source: Path, order: str) -> tuple[tuple[str, ...], dict[int, int]]:
+    """The label names in their order, and the column of each category id."""
+    names: dict[int, str] = {}
+    for n, entry in enumerate(content["categories"]):
+        key = _integer(entry, "id", f"{source}: category number {n}")
+        name = entry.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{source}: category {key} has name {name!r}: a text is needed.")
+        if key in names or name in names.values():
+            raise DataError(f"{source}: category {key} ({name!r}) occurs twice: ids and names must be unique.")
+        names[key] = name
+    keys = sorted(names, key=lambda key: names[key]) if order == "name" else sorted(names)
+    return tuple(names[key] for key in keys), {key: column for column, key in enumerate(keys)}
+
+
+def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
+    photos: dict[int, Photo] = {}
+    files: set[str] = set()
+    for n, entry in enumerate(content["images"]):
+        key = _integer(entry, "id", f"{source}: image number {n}")
+        where = f"{source}: image id {key}"
+        width, height = (_integer(entry, side, where) for side in ("width", "height"))
+        if width < 1 or height < 1:
+            raise DataError(f"{where} has size {width} x {height}: both must be at least 1.")
+        file_name = entry.get("file_name")
+        if not isinstance(file_name, str) or not file_name or "\0" in file_name:
+            raise DataError(f"{where} has file_name {file_name!r}: a file name is needed.")
+        if leaves_folder(file_name):
+            raise DataError(f"{where} has file_name {file_name!r}: it must stay inside the image folder.")
+        if key in photos or file_name in files:
+            raise DataError(f"{where} ({file_name}) occurs twice: ids and file names must be unique.")
+        files.add(file_name)
+        photos[key] = Photo(key, file_name, width, height)
+    return photos
+
+
+def _annotate(photos: dict[int, Photo], content: dict[str, Any], source: Path, column_of: dict[int, int]) -> None:
+    """Put each annotation's label and box on its photo."""
+    for n, entry in enumerate(content["annotations"]):
+        where = f"{source}: annotation {entry.get('id', f'number {n}')}"
+        photo = photos.get(_integer(entry, "image_id", where))
+        if photo is None:
+            raise DataError(f"{where} is for image id {entry['image_id']}, not among the images: mend the file.")
+        column = column_of.get(_integer(entry, "category_id", where))
+        if column is None:
+            raise DataError(
+                f"{where} (image id {photo.id}) has category_id {entry['category_id']}, which is not among the "
+                "categories: mend the file."
+            )
+        box = _box(entry.get("bbox"), photo, where)
+        photo.labels.add(column)
+        if box is not None and not entry.get("iscrowd", 0):
+            photo.boxes.append(box)
+            photo.box_labels.append(column)
+
+
+def _box(bbox: Any, photo: Photo, where: str) -> tuple[float, float, float, float] | None:
+    """(x, y, width, height) as (x1, y1, x2, y2) within the image; None if it has no area."""
+    where = f"{where} (image id {photo.id}, {photo.file_name}) has bbox {bbox}"
+    number = isinstance(bbox, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in bbox)
+    if not number or len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
+        raise DataError(f"{where}: four finite numbers x, y, width, height are needed.")
+    x, y, width, height = (float(v) for v in bbox)
+    if width < 0 or height < 0:
+        raise DataError(f"{where}: width and height must not be negative.")
+    return clip_box((x, y, x + width, y + height), (photo.width, photo.height), where)

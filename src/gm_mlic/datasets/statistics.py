@@ -1,0 +1,173 @@
+"""What is in a split: how often each label occurs, with which others, and which files cannot be used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gm_mlic.datasets.base import DIFFICULT, PRESENT, MultiLabelDataset, label_ratio
+from gm_mlic.errors import DataError
+
+
+@dataclass(frozen=True)
+class CoOccurrence:
+    """That images with label ``given`` also have label ``other``.
+
+    Attributes:
+        given, other: a and b.
+        probability: P(b | a), the share of images with a that have b.
+        together: images with both.
+        ratio: r_b, the share of all images that have b: what P(b | a) would be if a said nothing about b.
+    """
+
+    given: str
+    other: str
+    probability: float
+    together: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class DatasetStatistics:
+    """Counts over one split of N images and C labels. Difficult labels count nowhere but in ``difficult``.
+
+    Attributes:
+        name, split: of the dataset.
+        images: N.
+        labels: the C names.
+        positives: (C,) int64, images with each label.
+        difficult: (C,) int64, images where it is difficult.
+        ratio: (C,) float64, r_c of eq. 15: the share of images with each label.
+        together: (C, C) int64, images with both labels; the diagonal is ``positives``.
+        per_image: (K,) int64, how many images have 0, 1, ..., K - 1 labels.
+        boxes: (C,) int64, boxes of each label; None where no image has any annotated.
+        missing: images that the dataset left out because their files do not exist.
+    """
+
+    name: str
+    split: str
+    images: int
+    labels: tuple[str, ...]
+    positives: NDArray[np.int64]
+    difficult: NDArray[np.int64]
+    ratio: NDArray[np.float64]
+    together: NDArray[np.int64]
+    per_image: NDArray[np.int64]
+    boxes: NDArray[np.int64] | None
+    missing: tuple[str, ...]
+
+    @property
+    def labels_per_image(self) -> float:
+        """The mean number of labels of an image."""
+        return float(self.positives.sum() / self.images)
+
+    @property
+    def unlabelled(self) -> int:
+        """Images without any label."""
+        return int(self.per_image[0])
+
+    @property
+    def conditional(self) -> NDArray[np.float64]:
+        """(C, C): P(b | a) in row a and column b; NaN in the rows of labels that never occur."""
+        with np.errstate(invalid="ignore"):
+            return self.together / self.positives[:, None].astype(np.float64)
+
+    def strongest(self, count: int = 10, support: int = 5) -> list[CoOccurrence]:
+        """The pairs of different labels with the highest P(b | a), among labels a of at least ``support`` images.
+
+        Equal ones with more images first.
+        """
+        probability = np.where(self.positives[:, None] >= support, np.nan_to_num(self.conditional), 0.0)
+        np.fill_diagonal(probability, 0.0)
+        order = np.lexsort((-self.together.ravel(), -probability.ravel()))[:count]
+        pairs = (divmod(int(flat), len(self.labels)) for flat in order)
+        return [
+            CoOccurrence(
+                self.labels[a],
+                self.labels[b],
+                float(probability[a, b]),
+                int(self.together[a, b]),
+                float(self.ratio[b]),
+            )
+            for a, b in pairs
+            if probability[a, b] > 0
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain types, for JSON."""
+        return {
+            "name": self.name,
+            "split": self.split,
+            "images": self.images,
+            "unlabelled": self.unlabelled,
+            "labels_per_image": self.labels_per_image,
+            "images_with_n_labels": self.per_image.tolist(),
+            "missing": list(self.missing),
+            "labels": {
+                label: {
+                    "images": int(self.positives[c]),
+                    "r_c": float(self.ratio[c]),
+                    "difficult": int(self.difficult[c]),
+                    "boxes": None if self.boxes is None else int(self.boxes[c]),
+                }
+                for c, label in enumerate(self.labels)
+            },
+            "together": self.together.tolist(),
+        }
+
+
+def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
+    """Count what is in a split; no image is decoded."""
+    targets = np.asarray(dataset.targets)
+    present = targets == PRESENT
+    # float32 counts exactly up to 2^24 images, and multiplies far faster than integers do.
+    ones = present.astype(np.float32 if len(present) < 2**24 else np.float64)
+    return DatasetStatistics(
+        name=dataset.name,
+        split=dataset.split,
+        images=len(dataset),
+        labels=tuple(dataset.labels),
+        positives=present.sum(axis=0, dtype=np.int64),
+        difficult=(targets == DIFFICULT).sum(axis=0, dtype=np.int64),
+        ratio=label_ratio(targets),
+        together=np.rint(ones.T @ ones).astype(np.int64),
+        per_image=np.bincount(present.sum(axis=1)).astype(np.int64),
+        boxes=_box_counts(dataset),
+        missing=tuple(getattr(dataset, "missing", ())),
+    )
+
+
+def _box_counts(dataset: MultiLabelDataset) -> NDArray[np.int64] | None:
+    if type(dataset).boxes is MultiLabelDataset.boxes:
+        return None
+    found = [boxes.labels.numpy() for boxes in map(dataset.boxes, range(len(dataset))) if boxes is not None]
+    return np.bincount(np.concatenate(found), minlength=len(dataset.labels)).astype(np.int64) if found else None
+
+
+def unreadable_images(
+    dataset: MultiLabelDataset, progress: Callable[[Iterable[str | None]], Iterable[str | None]] = iter
+) -> dict[str, str]:
+    """Decode every image; returns why for each id that cannot be used.
+
+    Args:
+        dataset: one split.
+        progress: wraps the iterable of results, one for each image.
+    """
+
+    def reason(i: int) -> str | None:
+        try:
+            dataset.image(i)
+        except DataError as error:
+            return str(error)
+        return None
+
+    # Pillow decodes outside Python's global lock.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        reasons = list(progress(pool.map(reason, range(len(dataset)))))
+    return {dataset.ids[i]: text for i, text in enumerate(reasons) if text is not None}

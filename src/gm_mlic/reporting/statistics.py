@@ -1,0 +1,260 @@
+"""Tables and a picture of what is in a dataset."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
+
+from gm_mlic.datasets.statistics import DatasetStatistics
+
+#: More labels than these would not fit on a page: the picture shows the most frequent ones.
+MOST_LABELS = 120
+
+#: Up to this many labels, the cells of the heat map have room for their numbers.
+_NUMBERED = 25
+
+_DARK, _LIGHT = "#0b5394", "#9fc5e8"
+_MAX_NAME = 26
+
+
+def overview_table(
+    splits: Sequence[DatasetStatistics], unreadable: Mapping[str, Mapping[str, str]] | None = None
+) -> Table:
+    """One column for each split.
+
+    Args:
+        splits: their statistics.
+        unreadable: by split, the images that cannot be decoded; None where nobody looked.
+    """
+    table = Table(title=Text(f"{splits[0].name}: {len(splits[0].labels)} labels"), title_justify="left")
+    table.add_column("")
+    for one in splits:
+        table.add_column(one.split, justify="right")
+    table.add_row("images", *(f"{one.images:,}" for one in splits))
+    table.add_row("images without label", *(f"{one.unlabelled:,}" for one in splits))
+    table.add_row("labels per image, mean", *(f"{one.labels_per_image:.2f}" for one in splits))
+    table.add_row("labels per image, most", *(str(len(one.per_image) - 1) for one in splits))
+    table.add_row("labels that never occur", *(str(int((one.positives == 0).sum())) for one in splits))
+    table.add_row("difficult labels", *(f"{one.difficult.sum():,}" for one in splits))
+    table.add_row("boxes", *("none" if one.boxes is None else f"{one.boxes.sum():,}" for one in splits))
+    table.add_row("missing images", *(f"{len(one.missing):,}" for one in splits))
+    looked = (None if unreadable is None else len(unreadable[one.split]) for one in splits)
+    table.add_row("unreadable images", *("check=true" if bad is None else f"{bad:,}" for bad in looked))
+    return table
+
+
+def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
+    """One row for each label, the most frequent of the first split first: images in each split, r_c of the first."""
+    first = splits[0]
+    table = Table(title="Images with each label", title_justify="left")
+    table.add_column("label")
+    for one in splits:
+        table.add_column(one.split, justify="right")
+    table.add_column(f"r_c ({first.split})", justify="right")
+    difficult = any(one.difficult.any() for one in splits)
+    if difficult:
+        table.add_column("difficult", justify="right")
+    if first.boxes is not None:
+        table.add_column(f"boxes ({first.split})", justify="right")
+    for c in np.argsort(-first.positives, kind="stable"):
+        cells = [f"{one.positives[c]:,}" for one in splits] + [f"{first.ratio[c]:.4f}"]
+        if difficult:
+            cells.append(" / ".join(f"{one.difficult[c]:,}" for one in splits))
+        if first.boxes is not None:
+            cells.append(f"{first.boxes[c]:,}")
+        table.add_row(Text(first.labels[c]), *cells)
+    return table
+
+
+def cooccurrence_table(one: DatasetStatistics, count: int = 10) -> Table:
+    """The strongest co-occurrences of a split (see :meth:`~DatasetStatistics.strongest`)."""
+    table = Table(title=f"Strongest co-occurrences ({one.split}; a on 5 images or more)", title_justify="left")
+    for name in ("a", "b"):
+        table.add_column(name)
+    for name in ("P(b | a)", "r_b", "images with both"):
+        table.add_column(name, justify="right")
+    for pair in one.strongest(count, support=5):
+        table.add_row(
+            Text(pair.given), Text(pair.other), f"{pair.probability:.2f}", f"{pair.ratio:.2f}", f"{pair.together:,}"
+        )
+    return table
+
+
+def statistics_picture(path: Path, one: DatasetStatistics) -> None:
+    """Write a PNG: how often each label occurs, and how often with which others.
+
+    Left, labels by frequency. Right, P(b | a) as a heat map; its labels are ordered so that those that go together are
+    neighbours (see :func:`grouped`), and those that never occur come last. Of more than :data:`MOST_LABELS` labels the
+    most frequent are shown.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    frequent = np.argsort(-one.positives, kind="stable")[:MOST_LABELS]
+    count = len(frequent)
+    cell = 0.32 if count <= _NUMBERED else 0.17
+    side = max(cell * count, 3.2)
+    font = 9.0 if count <= _NUMBERED else 7.5
+    # Inches; a letter of the default font is 0.6 of its size wide on average, wide scripts up to 1.
+    names = 0.2 + max(sum(0.6 if c.isascii() else 1.0 for c in _short(one.labels[n])) for n in frequent) * font / 72
+    bars, gap, top, bottom, right = 3.6, 0.3, names + 1.2, 0.55, 1.05
+    width, height = names + bars + gap + names + side + right, top + side + bottom
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+
+    def axes(left: float, across: float) -> Any:
+        return figure.add_axes((left / width, bottom / height, across / width, side / height))
+
+    def write(left: float, up: float, text: str, **style: Any) -> None:
+        figure.text(left / width, up / height, text, parse_math=False, **style)
+
+    shown = "" if count == len(one.labels) else f", the {count} most frequent"
+    title = f"{one.name}, {one.split}: {one.images:,} images, {len(one.labels):,} labels{shown}"
+    write(0.18, height - 0.18, title, fontsize=13, fontweight="bold", va="top")
+    write(0.18, height - 0.48, _summary(one), fontsize=9.5, color="#444444", va="top")
+    matrix = names + bars + gap + names
+    explained = "P(column | row): of the images with the row's label,\nthe share that has the column's label too"
+    write(matrix, bottom + side + names, explained, fontsize=10, linespacing=1.3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        _bars(axes(names, bars), one, frequent, font)
+        there, never = (frequent[one.positives[frequent] > 0], frequent[one.positives[frequent] == 0])
+        order = np.concatenate([there[grouped(one.together[np.ix_(there, there)], one.images)], never])
+        scale = figure.add_axes(
+            ((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height)
+        )
+        _heat_map(axes(matrix, side), scale, one, order, font)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, facecolor="white")
+
+
+def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
+    """An order of labels in which those that occur together are neighbours.
+
+    Average linkage over the correlation of the labels' 0/1 columns (phi, which a label's frequency does not raise),
+    each merge turned so that its two closest ends meet.
+
+    Args:
+        together: (C, C) images with both labels, on the diagonal with one.
+        images: N.
+    """
+    ratio = np.diag(together) / images
+    spread = np.sqrt(ratio * (1 - ratio))
+    spread[spread == 0] = 1.0
+    phi = (together / images - np.outer(ratio, ratio)) / np.outer(spread, spread)
+    likeness = phi.copy()
+    np.fill_diagonal(likeness, -np.inf)
+    members = [[c] for c in range(len(phi))]
+    for _ in range(len(phi) - 1):
+        a, b = divmod(int(likeness.argmax()), len(phi))
+        left, right = members[a], members[b]
+        ends = [(phi[x[-1], y[0]], x, y) for x in (left, left[::-1]) for y in (right, right[::-1])]
+        _, x, y = max(ends, key=lambda end: float(end[0]))
+        merged = (likeness[a] * len(left) + likeness[b] * len(right)) / (len(left) + len(right))
+        likeness[a], likeness[:, a] = merged, merged
+        likeness[a, a] = -np.inf
+        likeness[b], likeness[:, b] = -np.inf, -np.inf
+        members[a], members[b] = x + y, []
+    return np.array(max(members, key=len, default=[]), dtype=np.int64)
+
+
+def _summary(one: DatasetStatistics) -> str:
+    parts = [f"{one.labels_per_image:.2f} labels per image"]
+    if one.unlabelled:
+        parts.append(f"{one.unlabelled:,} images without any")
+    if one.boxes is not None:
+        parts.append(f"{one.boxes.sum():,} boxes")
+    if one.missing:
+        parts.append(f"{len(one.missing):,} files missing")
+    return ", ".join(parts)
+
+
+def _short(name: str) -> str:
+    name = " ".join(name.split())
+    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
+
+
+def _bars(axes: Any, one: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
+    rows = np.arange(len(order))
+    positives, difficult = one.positives[order], one.difficult[order]
+    axes.barh(rows, positives, height=0.74, color=_DARK)
+    if difficult.any():
+        axes.barh(rows, difficult, left=positives, height=0.74, color=_LIGHT)
+    longest = max(1, int((positives + difficult).max()))
+    for row, (sure, unsure) in enumerate(zip(positives, difficult, strict=True)):
+        text = f"{sure:,}" + (f" + {unsure:,}" if unsure else "")
+        axes.text(sure + unsure + 0.015 * longest, row, text, fontsize=font - 0.5, va="center", color="#333333")
+    axes.set_xlim(0, 1.22 * longest)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    _names(axes.set_yticks, axes.get_yticklabels, rows, one, order, font)
+    axes.set_title(
+        "images with each label" + (" (light: difficult)" if difficult.any() else ""), fontsize=10, loc="left"
+    )
+    axes.set_xlabel("images", fontsize=9)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.locator_params(axis="x", nbins=4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    for edge in ("top", "right", "left"):
+        axes.spines[edge].set_visible(False)
+
+
+def _heat_map(axes: Any, scale: Any, one: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
+    from matplotlib.colors import PowerNorm
+
+    probability = one.conditional[np.ix_(order, order)]
+    np.fill_diagonal(probability, np.nan)
+    highest = max(0.05, float(np.nan_to_num(probability).max()))
+    # The square root shows differences among small probabilities, which most are.
+    colours = PowerNorm(0.5, vmin=0.0, vmax=highest)
+    axes.set_facecolor("#e6e6e6")
+    picture = axes.imshow(probability, cmap="YlGnBu", norm=colours, aspect="auto", interpolation="nearest")
+    places = np.arange(len(order))
+    axes.xaxis.tick_top()
+    _names(axes.set_xticks, axes.get_xticklabels, places, one, order, font, rotation=90)
+    _names(axes.set_yticks, axes.get_yticklabels, places, one, order, font)
+    axes.tick_params(length=0, pad=2)
+    axes.set_xticks(places[1:] - 0.5, minor=True)
+    axes.set_yticks(places[1:] - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.5)
+    axes.tick_params(which="minor", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if len(order) <= _NUMBERED:
+        for a, b in zip(*np.nonzero(np.rint(100 * np.nan_to_num(probability))), strict=True):
+            value = probability[a, b]
+            light = float(colours(value)) > 0.5
+            axes.text(
+                b,
+                a,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if light else "#222222",
+            )
+    bar = axes.figure.colorbar(picture, cax=scale)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, length=2)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+
+
+def _names(
+    set_ticks: Any,
+    get_labels: Any,
+    places: NDArray[np.integer],
+    one: DatasetStatistics,
+    order: Any,
+    font: float,
+    **style: Any,
+) -> None:
+    set_ticks(places, [_short(one.labels[c]) for c in order], fontsize=font, **style)
+    for text in get_labels():
+        text.set_parse_math(False)  # a label may hold dollar signs

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gm_mlic.datasets.annotation_files import Annotations, TableFormat, read_annotations
+from gm_mlic.errors import DataError
+
+
+def read(tmp_path: Path, content: str | bytes, name: str = "labels.csv", **form: Any) -> Annotations:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_annotations(path, TableFormat(**form))
+
+
+def refused(tmp_path: Path, content: str | bytes, name: str = "labels.csv", **form: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, content, name, **form)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(tmp_path / name) in message
+    assert message[-1] in ".?"
+    return message
+
+
+def present(found: Annotations) -> dict[str, set[str]]:
+    return {row.file: set(row.present) for row in found.rows}
+
+
+EXPECTED = {"a.jpg": {"cat", "dog"}, "b.jpg": set(), "sub/c.jpg": {"red bird"}}
+
+
+# ---- CSV ----
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "file,labels\na.jpg,cat;dog\nb.jpg,\nsub/c.jpg,red bird\n",
+        "\ufefffile,labels\r\na.jpg,cat;dog\r\nb.jpg,\r\nsub/c.jpg,red bird",
+        "file,labels\ra.jpg,cat;dog\rb.jpg,\rsub/c.jpg,red bird\r",
+        'file;labels\na.jpg;"cat;dog"\nb.jpg;\nsub/c.jpg;red bird\n',
+        "labels\tfile\ncat; dog ;\ta.jpg\n\tb.jpg\n red bird\t./sub//c.jpg \n",
+        "file|labels\na.jpg|cat;dog;cat\nb.jpg|;\n\n  \nsub/c.jpg|red bird\n|\n",
+        ' "file", "labels"\n"a.jpg", "cat;dog"\n"b.jpg", ""\n"sub/c.jpg", "red bird "\n',
+        "photographer,file,labels,year\nMe,a.jpg,cat;dog,1\n,b.jpg,,2\nYou,sub/c.jpg,red bird,3\n",
+        "file,cat,dog,red bird\na.jpg,1,1,0\nb.jpg,0,0,0\nsub/c.jpg,0,0,1\n",
+        "file; cat ;dog;red bird\na.jpg; 1 ;1.0;0\nb.jpg;0;0.0;0\nsub/c.jpg;0;0;1\n",
+        "file,cat,dog,red bird\na.jpg,True,true,False\nb.jpg,0,FALSE,0\nsub/c.jpg,false,0,TRUE\n",
+    ],
+)
+def test_tables_as_people_write_them(tmp_path: Path, content: str):
+    assert present(read(tmp_path, content)) == EXPECTED
+
+
+def test_a_column_for_each_label_declares_labels_in_its_order(tmp_path: Path):
+    found = read(tmp_path, "dog,file,note,cat,split\n1,a.jpg,x,0,train\n0,b.jpg,y,0,test\n", ignore=("note",))
+    assert found.labels == ("dog", "cat")
+    assert [row.split for row in found.rows] == ["train", "test"]
+    assert [row.where.rsplit(" ", 1)[1] for row in found.rows] == ["2", "3"]
+
+
+def test_other_names_of_columns_a_separator_and_a_suffix(tmp_path: Path):
+    form = {"file": "image_name", "labels": "tags", "split": "part", "separator": " ", "suffix": ".jpg"}
+    found = read(tmp_path, "image_name,tags,part\ntrain_0,haze primary,val\ntrain_1,,val\n", **form)
+    assert present(found) == {"train_0.jpg": {"haze", "primary"}, "train_1.jpg": set()}
+    assert [row.split for row in found.rows] == ["val", "val"]
+
+
+def test_difficult_labels_need_the_voc_format(tmp_path: Path):
+    table = "file,cat,dog\na.jpg,1,-1\nb.jpg,0,1\nc.jpg,-1,-1.0\n"
+    rows = read(tmp_path, table, target_format="voc").rows
+    assert [row.present for row in rows] == [("cat",), ("dog",), ()]
+    assert [row.difficult for row in rows] == [(), ("cat",), ()]
+    assert "line 2: column 'dog' has '-1': expected 1 or 0; set dataset.target_format=voc" in refused(tmp_path, table)
+    binary = "file,cat,dog\na.jpg,1,0\nb.jpg,0,0\n"
+    assert "set dataset.target_format=binary" in refused(tmp_path, binary, target_format="voc")
+    assert "expected 1 (present), 0 (difficult)" in refused(tmp_path, "file,x\na,2\n", target_format="voc")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty"),
+        ("\n\n  \n", "is empty"),
+        ("\ufeff", "is empty"),
+        ("file,labels\n", "has no rows"),
+        ("file,labels\n,\n", "has no rows"),
+        ("photo.jpg,cat\n", "has no column 'file' in its first line (photo.jpg, cat)"),
+        ("File,labels\na.jpg,cat\n", "did you mean 'File'?"),
+        ("file\na.jpg\n", "neither a column 'labels' nor one for each label"),
+        ("file,split\na.jpg,train\n", "neither a column 'labels' nor one for each label"),
+        ("file,labels,file\na.jpg,cat,b.jpg\n", "two columns 'file'"),
+        ("file,cat,dog,cat\na.jpg,1,0,1\n", "two columns 'cat'"),
+        ("file,a;file\na,b\n", "is the delimiter comma or semicolon?"),
+        ("file;labels\na.jpg;cat;dog\n", "line 2 has 3 fields, but the first line has 2"),
+        ("file,labels\na.jpg\n", "line 2 has 1 fields"),
+        ('file,labels\na.jpg,"cat\n', "is malformed"),
+        ('file,labels\na.jpg,"cat"x\n', "line 2 is malformed"),
+        ('"file"x,"labels"\n', "line 1 is malformed"),
+        ("file,labels\na.jpg," + "x" * 200_000 + "\n", "is malformed (field larger than field limit"),
+        ("file,cat,dog\na.jpg,1,2\n", "line 2: column 'dog' has '2'"),
+        ("file,cat,dog\na.jpg,1,\n", "line 2: column 'dog' has ''"),
+        ("file,cat,dog\na.jpg,1,yes\n", "line 2: column 'dog' has 'yes'"),
+        ("file,label\na.jpg,cat;dog\n", "if it lists the labels, set dataset.columns.labels=label."),
+        (",file,cat\n0,a.jpg,1\n", "column 1 has no name: remove it (pandas"),
+        ("file,labels\na.jpg,cat\n\nb.jpg,cat\na.jpg,dog\n", "line 5 repeats the image 'a.jpg'"),
+        ("file,labels\na.jpg,cat\n./a.jpg,cat\n", "line 3 repeats the image 'a.jpg'"),
+        ("file,labels\n,cat\n", "line 2 has file '': a file name is needed"),
+        ("file,labels\n../a.jpg,cat\n", "must stay inside"),
+        ("file,labels\nsub/../../a.jpg,cat\n", "must stay inside"),
+        ("file,labels\n/etc/passwd,cat\n", "must stay inside"),
+        ("file,labels\nC:\\a.jpg,cat\n", "must stay inside"),
+        ("file,labels\nsub\\a.jpg,cat\n", "must stay inside"),
+        ("file,labels,split\na.jpg,cat,Train\n", "line 2 has split 'Train': expected train, val or test"),
+        ("file,labels,split\na.jpg,cat,\n", "line 2 has split ''"),
+        ("file,labels\na.jpg,cat\0\n", "line 2 has a NUL character"),
+        ("file,labels\na.jpg,café\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
+        ("file,labels\na.jpg,cat\n".encode("utf-16"), "is in UTF-16"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0", "is not UTF-8"),
+    ],
+)
+def test_spoilt_tables_are_refused(tmp_path: Path, content: str | bytes, message: str):
+    assert message in refused(tmp_path, content)
+
+
+def test_a_file_of_another_kind(tmp_path: Path):
+    assert "has the suffix '.xlsx': expected one of .csv" in refused(tmp_path, "x", "labels.xlsx")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_annotations(tmp_path / "none.csv", TableFormat())
+
+
+def test_ignored_columns_must_exist(tmp_path: Path):
+    message = refused(tmp_path, "file,cat,Notes\na.jpg,1,x\n", ignore=("notes",))
+    assert "no column 'notes', which dataset.ignore_columns names; did you mean 'Notes'?" in message
+
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\r\n\\:/;", exclude_categories=["Cs", "Zs", "Cc", "Zl", "Zp"]),
+    min_size=1, max_size=8,
+).filter(lambda name: name not in (".", "..") and name.strip() == name)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.dictionaries(NAMES, st.sets(NAMES, max_size=4), min_size=1, max_size=6),
+    delimiter=st.sampled_from([",", ";", "\t", "|"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    ending=st.sampled_from(["\n", "\r\n"]),
+    bom=st.booleans(),
+)
+def test_what_python_writes_is_read_back(tmp_path_factory, rows, delimiter, quoting, ending, bom):
+    """Any labels and any file names, in the delimiters, quotes and line ends that programs write."""
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=ending)
+    writer.writerow(["file", "labels"])
+    writer.writerows([file, ";".join(sorted(labels))] for file, labels in rows.items())
+    content = ("\ufeff" if bom else "") + text.getvalue()
+    folder = tmp_path_factory.mktemp("table")
+    assert present(read(folder, content)) == rows
+
+    lines = "".join(json.dumps({"file": file, "labels": sorted(labels)}) + ending for file, labels in rows.items())
+    assert present(read(folder, ("\ufeff" if bom else "") + lines, "labels.jsonl")) == rows
+
+
+@settings(max_examples=60)
+@given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl", ".json"]), start=st.booleans())
+def test_no_bytes_end_in_another_error(tmp_path_factory, content: bytes, suffix: str, start: bool):
+    path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
+    beginning = {".csv": b"file,labels\n", ".jsonl": b'{"file":"a","labels":[', ".json": b'{"images":['}[suffix]
+    path.write_bytes((beginning if start else b"") + content)
+    with contextlib.suppress(DataError):
+        assert read_annotations(path, TableFormat()).rows
+
+
+# ---- JSON Lines ----
+
+
+def line(**entry: object) -> str:
+    return json.dumps({"file": "a.jpg", "labels": ["cat"]} | entry) + "\n"
+
+
+def test_json_lines(tmp_path: Path):
+    content = (
+        line(labels=["cat", "dog"], boxes=[[1, 2, 30.5, 40, "dog"], [0, 0, 5, 5, "dog"]], split="train", note=1)
+        + "\r\n  \n"
+        + line(file="b.jpg", labels=[], split="test")
+        + '{"file": "c.jpg", "boxes": [[0, 0, 9, 9, "red bird"]], "split": "val"}'
+    )
+    found = read(tmp_path, content, "labels.jsonl")
+    assert found.labels is None
+    assert present(found) == {"a.jpg": {"cat", "dog"}, "b.jpg": set(), "c.jpg": {"red bird"}}
+    assert found.rows[0].boxes == (((1, 2, 30.5, 40), "dog"), ((0, 0, 5, 5), "dog"))
+    assert [row.boxes is None for row in found.rows] == [False, True, False]
+    assert [row.split for row in found.rows] == ["train", "test", "val"]
+    assert [row.where.rsplit(" ", 1)[1] for row in found.rows] == ["1", "4", "5"]
+
+
+def test_json_lines_may_hold_separators_of_lines_in_a_text(tmp_path: Path):
+    found = read(tmp_path, '{"file": "a\u2028.jpg", "labels": ["x\u0085y"]}\n', "labels.ndjson")
+    assert present(found) == {"a\u2028.jpg": {"x\u0085y"}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        ('{"file": "a.jpg"', "line 1 is not valid JSON"),
+        ("[" * 100_000, "line 1 is not valid JSON"),
+        ("[1]\n", "line 1 is no JSON object"),
+        ('{"name": "a.jpg", "labels": []}', "line 1 has no key 'file'"),
+        (
+            '{"file": "a.jpg", "label": []}',
+            "has no key 'labels' (an image without labels needs an empty list); did you",
+        ),
+        (line(labels="cat"), "has labels 'cat': expected a list of texts"),
+        (line(labels=[1]), "has labels [1]: expected a list of texts"),
+        (line(labels=None), "has labels None"),
+        (line(file=3), "has file 3: a file name is needed"),
+        (line(file="a\0.jpg"), "a file name is needed"),
+        (line(file="../a.jpg"), "must stay inside"),
+        (line() + line(), "line 2 repeats the image 'a.jpg'"),
+        (line(split="dev"), "has split 'dev'"),
+        (line(split=None), "has split None"),
+        (line(split=["train"]), "has split ['train']"),
+        (line(split="train") + line(file="b.jpg"), "line 2 has no 'split', but other images have"),
+        (line(boxes={}), "has boxes {}"),
+        (line(boxes=[[1, 2, 3, 4]]), "has the box [1, 2, 3, 4]: expected [x1, y1, x2, y2, label]"),
+        (line(boxes=[[]]), "has the box []"),
+        (line(boxes=[3]), "has the box 3"),
+        (line(boxes=[[1, 2, 3, 4, 5]]), "has the box [1, 2, 3, 4, 5]"),
+        (line(boxes=[[1, 2, True, 4, "cat"]]), "has the box [1, 2, True, 4, 'cat']"),
+        (line(boxes=[[1, 2, float("nan"), 4, "cat"]]), "has the box [1, 2, nan, 4, 'cat']"),
+        (line(boxes=[[5, 2, 3, 4, "cat"]]), "x2 and y2 must not be less"),
+        (line(boxes=[[0.1, 0.1, 0.8, 0.9, "cat"]]), "expected pixels, not shares of the image"),
+        (line(boxes=[[1, 2, 3, 4, "cats"]]), "a box of 'cats', which is not among its labels; did you mean 'cat'?"),
+    ],
+)
+def test_spoilt_lines_are_refused(tmp_path: Path, content: str, message: str):
+    assert message in refused(tmp_path, content, "labels.jsonl")
+
+
+# ---- COCO's JSON ----
+
+
+def coco(**change: Any) -> dict[str, Any]:
+    content: dict[str, Any] = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 30} for n in (9, 4)],
+        "annotations": [
+            {"id": 1, "image_id": 9, "category_id": 7, "bbox": [1, 2, 10, 20], "iscrowd": 0},
+            {"id": 2, "image_id": 9, "category_id": 3, "bbox": [0, 0, 41, 30], "iscrowd": 1},
+        ],
+        "categories": [{"id": 3, "name": "zebra"}, {"id": 7, "name": "ant"}],
+    }
+    return content | change
+
+
+def test_coco(tmp_path: Path):
+    found = read(tmp_path, json.dumps(coco()), "instances.json")
+    assert found.labels == ("ant", "zebra")
+    assert [row.file for row in found.rows] == ["4.jpg", "9.jpg"]
+    assert [row.present for row in found.rows] == [(), ("ant", "zebra")]
+    assert [row.boxes for row in found.rows] == [(), (((1, 2, 11, 22), "ant"),)]
+    assert {row.size for row in found.rows} == {(40, 30)}
+    assert {row.split for row in found.rows} == {None}
+
+
+def test_coco_with_splits(tmp_path: Path):
+    content = coco()
+    content["images"][0]["split"], content["images"][1]["split"] = "test", "train"
+    found = read(tmp_path, json.dumps(content), "instances.json")
+    assert [(row.file, row.split) for row in found.rows] == [("4.jpg", "train"), ("9.jpg", "test")]
+    content["images"][0]["split"] = "restval"
+    assert "image id 9 has split 'restval'" in refused(tmp_path, json.dumps(content), "instances.json")
+    del content["images"][0]["split"]
+    assert "image id 9 has no 'split'" in refused(tmp_path, json.dumps(content), "instances.json")
+
+
+def test_coco_is_read_as_strictly_as_ms_coco(tmp_path: Path):
+    content = coco()
+    content["annotations"][0]["bbox"] = [30, 2, 20, 20]
+    assert "outside the image of 40 x 30" in refused(tmp_path, json.dumps(content), "instances.json")
+    assert "no list 'images'" in refused(tmp_path, json.dumps([1]), "instances.json")
+    content = coco()
+    content["images"][0]["file_name"] = "./4.jpg"
+    assert "repeats the image '4.jpg'" in refused(tmp_path, json.dumps(content), "instances.json")

@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gm_mlic.datasets import OwnImages
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage
+
+NAMES = [f"{n:02}.png" for n in range(40)]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """40 photos; number n has cat if n is even, dog if 3 divides n; the first 20 train, 10 val, 10 test."""
+    lines = ["file,labels,split"]
+    for n, name in enumerate(NAMES):
+        Image.new("RGB", (40, 30), (n, 0, 0)).save(tmp_path / name)
+        lines.append(f"{name},{'; '.join(labels_of(n))},{'train' if n < 20 else 'val' if n < 30 else 'test'}")
+    write(tmp_path, "labels.csv", lines)
+    return tmp_path
+
+
+def labels_of(n: int) -> list[str]:
+    return ["dog"] * (n % 3 == 0) + ["cat"] * (n % 2 == 0)
+
+
+def write(root: Path, name: str, lines: list[str]) -> None:
+    (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train(root: Path, **options: Any) -> OwnImages:
+    """The training split of annotations that say train for every image."""
+    return OwnImages(root, **({"val_fraction": 0.0} | options))
+
+
+def refused(root: Path, error: type[Exception] = DataError, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        OwnImages(root, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message[-1] in ".?"
+    return message
+
+
+# ---- What it reads ----
+
+
+def test_a_split_by_column(root: Path):
+    data = OwnImages(root, "val")
+    assert (data.name, data.split, data.labels, data.missing) == ("own", "val", ("cat", "dog"), ())
+    assert data.ids == tuple(NAMES[20:30])
+    assert data.targets.dtype == np.int8
+    expected = [[1 if label in labels_of(n) else -1 for label in data.labels] for n in range(20, 30)]
+    assert data.targets.tolist() == expected
+    assert [-1, -1] in expected  # an image without labels is kept
+    assert data.image(3).getpixel((0, 0)) == (23, 0, 0)
+    assert data.boxes(0) is None
+
+
+def test_a_file_for_each_split(root: Path):
+    write(root, "a.csv", ["file,dog,cat", "00.png,1,1", "01.png,0,0"])
+    write(root, "b.csv", ["file,cat,dog", "02.png,1,0"])
+    files = {"train": "a.csv", "val": root / "b.csv"}
+    train, val = (OwnImages(root, split, annotations=files) for split in ("train", "val"))
+    assert train.labels == val.labels == ("dog", "cat")  # the order of the first file
+    assert (train.ids, val.ids) == (("00.png", "01.png"), ("02.png",))
+    assert val.targets.tolist() == [[-1, 1]]
+    message = refused(root, split="test", annotations=files)
+    assert (
+        "no image is left for split 'test' (train 2, val 1, test 0): name a file in dataset.annotations.test" in message
+    )
+
+
+def test_a_folder_for_each_split(root: Path):
+    """As annotation tools export: the same file name in two folders is two images."""
+    for folder, pixel in (("train", 5), ("valid", 7)):
+        (root / folder).mkdir()
+        Image.new("RGB", (40, 30), (pixel, 0, 0)).save(root / folder / "a.png")
+        write(root, f"{folder}/labels.csv", ["file,labels", "a.png,cat"])
+    files = {"train": "train/labels.csv", "val": "valid/labels.csv"}
+    folders = {"train": "train", "val": "valid"}
+    parts = [OwnImages(root, split, annotations=files, folders=folders) for split in ("train", "val")]
+    assert [part.ids for part in parts] == [("train/a.png",), ("valid/a.png",)]
+    assert [part.image(0).getpixel((0, 0))[0] for part in parts] == [5, 7]
+    assert "repeats the image 'a.png'" in refused(root, annotations=files)
+    for wrong, message in (({"test": "x"}, "dataset.folders has 'test'"), ({"train": "../x"}, "dataset.folders.train")):
+        assert message in refused(root, ConfigError, annotations=files, folders=wrong)
+    assert "dataset.folders needs" in refused(root, ConfigError, folders=folders)
+
+
+def test_labels_are_those_of_all_splits(root: Path):
+    write(root, "labels.csv", ["file,labels,split", "00.png,zebra,train", "01.png,ant,test", "02.png,,val"])
+    assert {OwnImages(root, split).labels for split in ("train", "val", "test")} == {("ant", "zebra")}
+
+
+def test_drawn_splits_part_the_images(root: Path):
+    parts = {split: OwnImages(root, split, columns={"split": None}) for split in ("train", "val", "test")}
+    assert abs(len(parts["test"]) - 8) <= 1  # a fifth of 40
+    assert abs(len(parts["val"]) - 3.2) <= 1  # a tenth of the rest
+    ids = [key for part in parts.values() for key in part.ids]
+    assert sorted(ids) == NAMES
+    for part in parts.values():
+        assert list(part.ids) == sorted(part.ids)  # the order of the file
+        for key, target in zip(part.ids, part.targets, strict=True):
+            assert {part.labels[c] for c in np.flatnonzero(target == 1)} == set(labels_of(int(key[:2])))
+    assert OwnImages(root, "test", columns={"split": None}).ids == parts["test"].ids
+    others = {OwnImages(root, "test", columns={"split": None}, seed=seed).ids for seed in range(1, 4)}
+    assert others != {parts["test"].ids}
+
+
+def test_drawn_splits_have_their_share_of_each_label(root: Path):
+    """Eight photos with a rare label, a quarter to test: two of them."""
+    write(root, "labels.csv", ["file,labels", *(f"{name},{'rare' if n < 8 else 'x'}" for n, name in enumerate(NAMES))])
+    for seed in range(5):
+        test = OwnImages(root, "test", test_fraction=0.25, seed=seed)
+        assert (test.targets[:, 0] == 1).sum() == 2
+        assert abs(len(test) - 10) <= 1
+
+
+def test_val_is_drawn_from_train_where_only_test_is_annotated(root: Path):
+    text = (root / "labels.csv").read_text().replace(",val", ",train")
+    (root / "labels.csv").write_text(text)
+    parts = {split: OwnImages(root, split, val_fraction=0.2) for split in ("train", "val", "test")}
+    assert parts["test"].ids == tuple(NAMES[30:])
+    assert abs(len(parts["val"]) - 6) <= 1
+    assert sorted(parts["train"].ids + parts["val"].ids) == NAMES[:30]
+    assert "raise dataset.val_fraction" in refused(root, split="val", val_fraction=0.0)
+
+
+def test_missing_files_do_not_change_the_splits(root: Path):
+    options: dict[str, Any] = {"columns": {"split": None}, "missing": "drop"}
+    before = {split: OwnImages(root, split, **options).ids for split in ("train", "val", "test")}
+    (root / before["test"][2]).unlink()
+    after = {split: OwnImages(root, split, **options) for split in before}
+    assert after["train"].ids == before["train"]
+    assert after["val"].ids == before["val"]
+    assert after["test"].missing == (before["test"][2],)
+    assert after["test"].ids == tuple(key for key in before["test"] if key != before["test"][2])
+    assert len(after["test"].targets) == len(after["test"].ids)
+
+
+def test_boxes_of_json_lines_are_clipped(root: Path):
+    entries = [
+        {"file": "00.png", "boxes": [[-1, 2, 41, 20, "dog"], [40.5, 0, 42, 5, "cat"], [1, 1, 1, 9, "cat"]]},
+        {"file": "01.png", "labels": []},
+        {"file": "02.png", "labels": ["cat"], "boxes": []},
+    ]
+    lines = [json.dumps(entry | {"split": "train"}) for entry in entries]
+    write(root, "labels.jsonl", lines)
+    data = train(root, annotations="labels.jsonl")
+    boxes = data.boxes(0)
+    assert boxes is not None
+    assert boxes.boxes.tolist() == [[0, 2, 40, 20]]
+    assert boxes.labels.tolist() == [data.labels.index("dog")]
+    assert data.targets.tolist() == [[1, 1], [-1, -1], [1, -1]]
+    assert data.boxes(1) is None
+    assert data.boxes(2).boxes.shape == (0, 4)
+
+    write(root, "labels.jsonl", [json.dumps({"file": "00.png", "boxes": [[1, 2, 43, 9, "cat"]], "split": "train"})])
+    with pytest.raises(DataError, match=r"line 1 has the box \[1.0, 2.0, 43.0, 9.0\], outside the image of 40 x 30"):
+        train(root, annotations="labels.jsonl").boxes(0)
+
+
+def test_boxes_fit_photos_that_lie_on_their_side(root: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(root / "side.jpg", exif=exif)  # upright: 30 x 40
+    write(root, "x.jsonl", [json.dumps({"file": "side.jpg", "boxes": [[0, 0, 30, 40, "cat"]], "split": "train"})])
+    data = train(root, annotations="x.jsonl")
+    assert data.image(0).size == (30, 40)
+    assert data.boxes(0).boxes.tolist() == [[0, 0, 30, 40]]
+
+
+def test_photos_that_cannot_be_read(root: Path):
+    (root / "00.png").write_bytes(b"")
+    write(root, "x.jsonl", [json.dumps({"file": "00.png", "boxes": [[0, 0, 30, 40, "cat"]], "split": "train"})])
+    data = train(root, annotations="x.jsonl")
+    assert data.boxes(0) is None
+    with pytest.raises(UnreadableImage, match=r"00\.png is empty"):
+        data.image(0)
+
+
+def test_coco_json(root: Path):
+    content = {
+        "images": [{"id": n, "file_name": NAMES[n], "width": 40, "height": 30, "split": "train"} for n in (3, 1)],
+        "annotations": [{"id": 1, "image_id": 3, "category_id": 7, "bbox": [1, 2, 10, 20]}],
+        "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
+    }
+    (root / "instances.json").write_text(json.dumps(content))
+    data = train(root, annotations="instances.json")
+    assert data.ids == ("01.png", "03.png")
+    assert data.targets.tolist() == [[-1, -1], [-1, 1]]
+    assert data.boxes(1).boxes.tolist() == [[1, 2, 11, 22]]
+    Image.new("RGB", (30, 40)).save(root / "03.png")
+    with pytest.raises(DataError, match=r"30 x 40 pixels, but .*image id 3 says 40 x 30"):
+        data.image(1)
+
+
+def test_the_label_list_fixes_names_and_order(root: Path, caplog: pytest.LogCaptureFixture):
+    data = OwnImages(root, labels=["dog", "fish", "cat"])
+    assert data.labels == ("dog", "fish", "cat")
+    assert (data.targets[:, 1] == -1).all()
+    assert data.targets[0].tolist() == [1, -1, 1]
+    assert "1 labels are on no image: fish" in caplog.text
+    (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
+    assert OwnImages(root, labels="names.txt").fingerprint == data.fingerprint
+    assert OwnImages(root).fingerprint != data.fingerprint
+
+
+def test_a_photo_that_was_changed_changes_the_fingerprint(root: Path):
+    before = OwnImages(root).fingerprint
+    assert OwnImages(root).fingerprint == before
+    Image.new("RGB", (400, 300)).save(root / "00.png")
+    assert OwnImages(root).fingerprint != before
+
+
+# ---- What it refuses ----
+
+
+def test_labels_that_are_not_in_the_list(root: Path):
+    message = refused(root, labels=["cat", "dogs"])
+    assert f"{root / 'labels.csv'}: line 2: the label 'dog' is not in dataset.labels; did you mean 'dogs'?" in message
+    assert "names the label 'cat' twice" in refused(root, labels=["cat", "cat"])
+    assert "names no label" in refused(root, labels=[])
+    assert "'Cat' and the label 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
+    assert "dataset.labels has the label 3" in refused(root, labels=["cat", 3])
+    assert "none.txt is not a file" in refused(root, labels="none.txt")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["Cat", "cat"], "'cat' and the label 'Cat' ("),
+        (["traffic light", "traffic_light"], "differ only in case, spaces or the like"),
+        (["traffic light", "Traffic  Light"], "differ only in case, spaces or the like"),
+        (["caf\u00e9", "cafe\u0301"], "differ only in case, spaces or the like"),
+        (["x", "cat "], "the label 'cat ' has spaces around it"),
+        (["x", ""], "the label '' has spaces around it or nothing in it"),
+        (["x", "a\nb"], "the label 'a\\nb' has an unprintable character"),
+        (["x", "a\u00a0b"], "has an unprintable character"),
+        (["x", "a\u200bb"], "has an unprintable character"),
+    ],
+)
+def test_labels_that_look_alike(root: Path, labels: list[str], message: str):
+    entries = [{"file": NAMES[n], "labels": [label]} for n, label in enumerate(labels)]
+    write(root, "x.jsonl", [json.dumps(entry) for entry in entries])
+    found = refused(root, annotations="x.jsonl")
+    assert message in found
+    assert "line 2" in found
+
+
+def test_no_labels_at_all(root: Path):
+    write(root, "labels.csv", ["file,labels,split", "00.png,,train"])
+    assert "has no labels" in refused(root)
+
+
+def test_files_of_splits_that_contradict(root: Path):
+    write(root, "a.csv", ["file,labels", "00.png,cat"])
+    write(root, "b.csv", ["file,labels", "01.png,cat", "./00.png,dog"])
+    both = {"train": "a.csv", "test": "b.csv"}
+    assert "b.csv: line 3 repeats the image '00.png'" in refused(root, annotations=both)
+    assert "an image belongs to one split" in refused(root, annotations=both)
+    write(root, "d.csv", ["file,labels,split", "03.png,cat,val"])
+    message = refused(root, annotations={"train": "a.csv", "test": "d.csv"})
+    assert "d.csv: line 2 says split 'val', but dataset.annotations says 'test'" in message
+    write(root, "c.csv", ["file,cat,dog", "02.png,1,0"])
+    message = refused(root, annotations={"train": "a.csv", "test": "c.csv"})
+    assert "do not declare the same labels (only one has 'cat')" in message
+    assert "expected a file for each of train, val and test" in refused(root, ConfigError, annotations={"dev": "a.csv"})
+    assert "name an annotation file" in refused(root, ConfigError, annotations={})
+
+
+def test_another_separator_is_noticed(root: Path, caplog: pytest.LogCaptureFixture):
+    assert OwnImages(root).labels == ("cat", "dog")
+    assert caplog.text == ""
+    assert "dog; cat" in OwnImages(root, separator="|").labels
+    assert "'dog; cat' is read as one label; if these are several, set dataset.separator (now '|')" in caplog.text
+
+
+def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
+    (root / "00.png").rename(root / "00.PNG")
+    (root / "05.png").unlink()
+    (root / "06.png").unlink()
+    (root / "06.png").mkdir()
+    message = refused(root)
+    assert (
+        f"3 of 20 images of split 'train' are missing in {root} (00.png, 05.png, 06.png; there is '00.PNG')" in message
+    )
+    assert "dataset.missing=drop" in message
+    assert len(OwnImages(root, "val")) == 10  # those of other splits do not matter
+    data = OwnImages(root, missing="drop")
+    assert data.missing == ("00.png", "05.png", "06.png")
+    assert len(data) == 17
+    assert "3 of 20 images" in caplog.text
+    assert "05.png" in caplog.text
+
+
+def test_names_without_their_suffix(root: Path):
+    write(root, "labels.csv", ["file,labels,split", "00,cat,train", "01,,train"])
+    for missing in ("error", "drop"):  # where all are missing, something else is wrong
+        assert "2 of 2 images" in (message := refused(root, missing=missing, val_fraction=0.0))
+        assert "there is '00.png'" in message
+    assert train(root, suffix=".png").ids == ("00.png", "01.png")
+
+
+def test_a_path_that_is_hostile_or_absurd(root: Path):
+    for name in ("x" * 300 + ".jpg", "no/such/folder/a.jpg"):
+        write(root, "labels.csv", ["file,labels,split", f"{name},cat,train", "00.png,cat,train"])
+        assert "1 of 2 images" in refused(root, val_fraction=0.0)
+
+
+def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    (root / "labels.csv").rename(elsewhere / "labels.csv")
+    assert f"there is one at {elsewhere / 'labels.csv'}, so set its full path" in refused(root)
+    assert len(OwnImages(root, annotations=elsewhere / "labels.csv")) == 20
+    assert "dataset.annotations is a path from dataset.root" in refused(root, annotations="none.csv")
+    assert "dataset.annotations.test" in refused(root, annotations={"test": "none.csv"})
+    assert "set dataset.root to the folder with the images" in refused(root / "none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": "all"}, {"target_format": "01"}, {"missing": "keep"}, {"val_fraction": 1.0}, {"test_fraction": -0.1},
+        {"separator": ""}, {"columns": {"boxes": "b"}},
+    ],
+)  # fmt: skip
+def test_settings(root: Path, options: dict[str, Any]):
+    assert f"dataset.{next(iter(options))}" in refused(root, ConfigError, **options)
+
+
+# ---- Real photos ----
+
+
+@pytest.mark.shared
+def test_coco_mini_as_own_photos(shared_data: Path):
+    """The same labels and boxes as the reader of MS-COCO."""
+    from gm_mlic.datasets import COCO2014
+
+    root = shared_data / "coco-mini"
+    files = {split: f"annotations/instances_{split}2014.json" for split in ("train", "val")}
+    ours = OwnImages(root / "val2014", "val", annotations={s: root / f for s, f in files.items()}, missing="drop")
+    theirs = COCO2014(root, "test", unlabelled="keep")
+    assert ours.labels == theirs.labels
+    np.testing.assert_array_equal(ours.targets, theirs.targets)
+    assert ours.image(5).tobytes() == theirs.image(5).tobytes()
+    for row in range(len(theirs)):
+        a, b = ours.boxes(row), theirs.boxes(row)
+        assert a is not None
+        assert a.boxes.tolist() == b.boxes.tolist()
+        assert a.labels.tolist() == b.labels.tolist()
