@@ -405,7 +405,7 @@ def test_bad_ids_are_refused() -> None:
 
 
 def test_binary_targets_refuse_minus_one() -> None:
-    with pytest.raises(DataError, match="0 and 1"):
+    with pytest.raises(DataError, match="targets hold -1: use 1"):
         MultiLabelMetrics(3, target_format="binary").update(GOOD, ABSENT)
 
 

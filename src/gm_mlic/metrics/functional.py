@@ -55,10 +55,17 @@ def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None)
         )
     if low < 0 or high > 1:
         raise DataError(f"scores lie in [{low:.4g}, {high:.4g}], not in [0, 1]: apply a sigmoid to logits.")
-    for block in torch.split(targets, _IMAGES):
-        wrong = (block != 1) & (block != 0) & (block != -1)
-        if wrong.any():
-            raise DataError(f"targets hold {block[wrong][0].item()}: use 1 (present), 0 (difficult) and -1 (absent).")
+    check_targets(targets, (1, 0, -1), "use 1 (present), 0 (difficult) and -1 (absent).")
+
+
+def check_targets(targets: Tensor, allowed: Sequence[int], advice: str) -> None:
+    """Raise :class:`~gm_mlic.errors.DataError` for the first of ``targets`` that is none of ``allowed``."""
+    (array,) = _arrays(targets)  # numpy compares small integers many times faster
+    for first in range(0, len(array), _IMAGES):
+        block = array[first : first + _IMAGES]
+        good = np.logical_or.reduce([block == value for value in allowed])
+        if not good.all():
+            raise DataError(f"targets hold {block[~good][0]}: {advice}")
 
 
 def average_precision(

@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.metrics.conventions import convention
-from gm_mlic.metrics.functional import _average_precision, _precision_recalls, check_scores
+from gm_mlic.metrics.functional import _average_precision, _precision_recalls, check_scores, check_targets
 
 
 class MultiLabelMetrics(Metric):
@@ -86,8 +86,7 @@ class MultiLabelMetrics(Metric):
         if not scores.is_floating_point():
             kept = scores
         if self.target_format == "binary":
-            if ((targets != 0) & (targets != 1)).any():
-                raise DataError('targets hold values other than 0 and 1: use them, or target_format="voc".')
+            check_targets(targets, (0, 1), 'use 1 (present) and 0 (absent), or target_format="voc".')
             targets = targets.to(torch.int8) * 2 - 1
         check_scores(kept, targets, self.num_labels)
         if ids is None:
