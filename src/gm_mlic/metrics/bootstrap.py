@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
-from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, ranking, roles, tie_ends
+from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, in_threads, ranking, roles, tie_ends
 
 Array = np.ndarray[Any, Any]
 
-#: Resamples that are worked on together: their weights take 4 N of these bytes, whatever the number of labels.
-_TOGETHER = 32
+#: Resamples that are worked on together: their weights take N times so many bytes, whatever the number of labels.
+_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def bootstrap_map(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Array:
-    """mAP of resampled images, exactly as the evaluator would compute it for each resample.
+    """Values of mAP over resampled images, exactly as the evaluator would compute it for each resample.
 
     A resample draws N images with replacement; copies of an image stand beside each other. All models and conventions
     see the same resamples, so that their differences are paired. Labels are sorted once; a resample only adds up how
@@ -93,7 +91,10 @@ def bootstrap_map(
         raise DataError("There is nothing to evaluate: no scores were given.")
     for table in scores:
         check_scores(table, targets)
-    rules = sorted({(rule.ap, rule.difficult_ap) for rule in conventions})
+    # Without difficult labels, all ways to count them are one.
+    any_difficult = bool((targets == 0).any())
+    wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]
+    rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
     ranked = [
         (model, difficult, _ranked_labels(table, targets, difficult, {ap for ap, d in rules if d == difficult}))
         for model, table in enumerate(scores)
@@ -104,20 +105,22 @@ def bootstrap_map(
     result = np.empty((len(scores), len(conventions), resamples))
     for first in range(0, resamples, _TOGETHER):
         count = min(_TOGETHER, resamples - first)
-        drawn = np.stack([np.bincount(draw.integers(0, N, N), minlength=N) for _ in range(count)], axis=1)
-        weights = torch.from_numpy(drawn.astype(np.float32))
+        # An image is drawn once on average, and never 256 times.
+        drawn = [np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)]
+        weights = np.ascontiguousarray(np.stack(drawn).T)
         AP: dict[tuple[int, APRule, DifficultRule], Array] = {
             (model, ap, difficult): np.full((C, count), math.nan)
             for model in range(len(scores))
             for ap, difficult in rules
         }
         for model, difficult, labels in ranked:
-            for c, label in enumerate(labels):
-                for ap, values in label.resampled(weights).items():
-                    AP[model, ap, difficult][c] = values
+            resampled = in_threads(lambda c, w=weights, r=labels: r[c].resampled(w), range(C), weights.size)  # type: ignore[misc]
+            for c, values in enumerate(resampled):
+                for ap, value in values.items():
+                    AP[model, ap, difficult][c] = value
         for model in range(len(scores)):
-            for m, rule in enumerate(conventions):
-                result[model, m, first : first + count] = _mean(AP[model, rule.ap, rule.difficult_ap])
+            for m, (ap, d) in enumerate(wanted):
+                result[model, m, first : first + count] = _mean(AP[model, ap, d])
         if progress is not None:
             progress(count)
     return 100 * result
@@ -142,19 +145,20 @@ class _RankedLabel:
         rules: AP rules wanted.
     """
 
-    order: Tensor
+    order: Array
     at: Array
     ends: Array | None
     rules: frozenset[APRule]
 
-    def resampled(self, weights: Tensor) -> dict[APRule, Array]:
-        """AP (B,) by rule, with images drawn as often as ``weights`` (N, B) float32 says."""
+    def resampled(self, weights: Array) -> dict[APRule, Array]:
+        """AP (B,) by rule, with images drawn as often as ``weights`` (N, B) uint8 says."""
         if not len(self.at):
             return {}
-        drawn = weights[self.order[torch.from_numpy(self.at)]].double().numpy()  # (n, B): copies of each positive
+        drawn = weights[self.order[self.at]].astype(np.float64)  # (n, B): copies of each positive
         hits = drawn.cumsum(axis=0)
         n = hits[-1]
-        seen = self._seen(weights, self.at + 1)  # images drawn up to and including each positive
+        # Images drawn up to and including each positive; and, for groups of equal scores, up to the end of its group.
+        seen, seen_tied = self._seen(weights, self.at + 1, self.at + 1 if self.ends is None else self.ends)
         AP: dict[APRule, Array] = {}
         with np.errstate(invalid="ignore", divide="ignore"):
             if "rank" in self.rules:
@@ -166,7 +170,7 @@ class _RankedLabel:
             if "sklearn" in self.rules:
                 assert self.ends is not None
                 tied = hits[np.searchsorted(self.at, self.ends) - 1]
-                AP["sklearn"] = (drawn * np.nan_to_num(tied / self._seen(weights, self.ends))).sum(axis=0) / n
+                AP["sklearn"] = (drawn * np.nan_to_num(tied / seen_tied)).sum(axis=0) / n
             if self.rules & {"envelope", "voc11"}:
                 # At the last copy precision is highest, and beyond a positive it only falls up to the next.
                 precision = np.nan_to_num(hits / seen)
@@ -177,23 +181,22 @@ class _RankedLabel:
                     AP["voc11"] = _eleven(envelope, hits)
         return {ap: np.where(n > 0, values, math.nan) for ap, values in AP.items()}
 
-    def _seen(self, weights: Tensor, counts: Array) -> Array:
-        """Copies drawn among the first ``counts`` (n,) images, which rises: (n, B)."""
-        starts = torch.from_numpy(np.concatenate([[0], counts[:-1]]))
-        # Gathers the rows of `weights` and adds them up by segment; sums below 2^24 are exact in float32.
-        sums = F.embedding_bag(self.order[: int(counts[-1])], weights, starts, mode="sum")
-        return sums.double().numpy().cumsum(axis=0)
+    def _seen(self, weights: Array, *counts: Array) -> list[Array]:
+        """Copies drawn among the first ``counts`` (n,) images: (n, B) for each of ``counts``."""
+        stops = np.unique(np.concatenate(counts))
+        gathered = weights[self.order[: stops[-1]]]
+        sums = np.add.reduceat(gathered, np.concatenate([[0], stops[:-1]]), axis=0, dtype=np.int32)
+        seen = sums.cumsum(axis=0, dtype=np.float64)
+        return [seen[np.searchsorted(stops, count)] for count in counts]
 
 
-def _ranked_labels(
-    scores: Tensor, targets: Tensor, difficult: DifficultRule, rules: set[APRule]
-) -> list[_RankedLabel]:
+def _ranked_labels(scores: Tensor, targets: Tensor, difficult: DifficultRule, rules: set[APRule]) -> list[_RankedLabel]:
     def one(scores: Array, targets: Array) -> _RankedLabel:
         order, at = ranking(scores, *roles(targets, difficult))
         ends = tie_ends(scores[order], at) if "sklearn" in rules else None
         # Only what comes before the last positive (or ties with it) is ever looked at.
         used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
-        return _RankedLabel(torch.from_numpy(order[:used].astype(np.int32)), at, ends, frozenset(rules))
+        return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
 
     return for_each_label(one, scores, targets)
 

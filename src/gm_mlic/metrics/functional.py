@@ -112,7 +112,7 @@ def for_each_label(function: Callable[[Array, Array], T], scores: Tensor, target
         rows = zip(np.ascontiguousarray(s[:, columns].T), np.ascontiguousarray(t[:, columns].T), strict=True)
         return [function(*row) for row in rows]
 
-    return [value for part in _in_threads(some, range(0, s.shape[1], _LABELS), s.size) for value in part]
+    return [value for part in in_threads(some, range(0, s.shape[1], _LABELS), s.size) for value in part]
 
 
 def ranking(scores: Array, positive: Array, counted: Array) -> tuple[Array, Array]:
@@ -257,7 +257,7 @@ def _precision_recalls(
             counts += [(chosen & counted).sum(axis=0), (chosen & positive).sum(axis=0)]
         return counts
 
-    blocks = _in_threads(some, range(0, len(s), _IMAGES), s.size)
+    blocks = in_threads(some, range(0, len(s), _IMAGES), s.size)
     empty = np.zeros((1 + 2 * len(tops), s.shape[1]), dtype=np.int64)
     true, *rest = torch.from_numpy(sum((np.stack(block) for block in blocks), start=empty)).to(
         scores.device, torch.float64
@@ -300,7 +300,7 @@ def _arrays(*tensors: Tensor) -> tuple[Array, ...]:
     return tuple((t.detach().float() if t.dtype in half else t.detach()).cpu().numpy() for t in tensors)
 
 
-def _in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:
+def in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:
     """``function`` of each, in order. Sorting and comparing run without Python's lock, so threads help."""
     if size < _MANY or torch.get_num_threads() == 1:
         return [function(first) for first in firsts]
