@@ -20,29 +20,13 @@ Array = np.ndarray[Any, Any]
 _TOGETHER = 64
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval, in per cent like the metrics.
-
-    Attributes:
-        value: of all images.
-        low, high: the ends.
-        level: the share of resamples between them.
-    """
-
-    value: float
-    low: float
-    high: float
-    level: float = 0.95
-
-
-def interval(value: float, resampled: Array, level: float = 0.95) -> Interval:
-    """The percentile interval: the central ``level`` of the resampled values (NaN ones left out)."""
+def interval(resampled: Array, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval: the ends of the central ``level`` of the resampled values, without NaN ones."""
     known = resampled[np.isfinite(resampled)]
     if not known.size:
-        return Interval(value, math.nan, math.nan, level)
+        return math.nan, math.nan
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), level)
+    return float(low), float(high)
 
 
 def p_value(resampled_difference: Array) -> float:

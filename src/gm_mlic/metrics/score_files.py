@@ -19,7 +19,7 @@ from gm_mlic.metrics.functional import check_scores, check_targets
 
 TargetFormat = Literal["auto", "voc", "binary"]
 
-#: Headers under which the first column of a CSV file holds image ids even where all of them are numbers.
+#: Headers under which the first column of a CSV file holds image ids even where they are numbers.
 _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")
 
 
@@ -100,8 +100,8 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
 
     ``.npz``: the array ``key`` and, optionally, ``ids`` and ``labels``. ``.pt``: a dict with the same entries, as
     tensors or lists; nothing in it is executed. ``.csv``: a header with the label names, then a line for each image.
-    Its first column holds ids if its header is empty or one of id, image, file, file_name, ..., or if it is not all
-    numbers.
+    Its first column holds ids if its header is empty or one of id, image, image_id, file, file_name, or if none of its
+    cells is a number.
 
     Raises:
         DataError: if it cannot be read, or names a row or column twice.
@@ -171,31 +171,41 @@ def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] 
 
 
 def _read_csv(path: Path, key: str) -> Content:
+    firsts: list[str] = []
+    rest: list[np.ndarray[Any, Any]] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
-            if header and all(_is_number(name) for name in header):
+            if not header or all(_is_number(name) for name in header):
                 raise DataError(f"{path}: no header; put a first line with the label names.")
-            rows = [row for row in reader if row]
+            for row in reader:
+                if len(row) != len(header):
+                    raise DataError(f"{path}: line {reader.line_num} has {len(row)} cells, the header {len(header)}.")
+                firsts.append(row[0].strip())
+                try:
+                    rest.append(np.array(row[1:], dtype=np.float64))
+                except ValueError:
+                    c = next(c for c in range(1, len(row)) if not _is_number(row[c]))
+                    raise _no_number(path, key, row[c], f"line {reader.line_num}", header[c]) from None
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise DataError(f"{path}: line {number} has {len(row)} cells, the header {len(header)}.")
-    has_ids = bool(rows) and (header[0].lower() in _ID_HEADERS or not all(_is_number(row[0]) for row in rows))
-    first = int(has_ids)
-    try:
-        values = np.array([row[first:] for row in rows], dtype=np.float64)
-    except ValueError:
-        line, column = next(
-            (i, c) for i, row in enumerate(rows) for c in range(first, len(row)) if not _is_number(row[c])
-        )
-        raise DataError(
-            f"{path}: {key} must be numbers, not {rows[line][column]!r} (line {line + 2}, {header[column]!r})."
-        ) from None
-    ids = tuple(row[0].strip() for row in rows) if has_ids else None
-    return torch.from_numpy(values), ids, tuple(header[first:])
+    values = np.stack(rest) if rest else np.empty((0, len(header) - 1))
+    numbers = [_is_number(first) for first in firsts]
+    if header[0].lower() in _ID_HEADERS or not any(numbers):
+        return torch.from_numpy(values), tuple(firsts), tuple(header[1:])
+    if not all(numbers):
+        row_number = numbers.index(False)
+        raise _no_number(path, key, firsts[row_number], f"image {row_number}", header[0])
+    column = np.array(firsts, dtype=np.float64)[:, None]
+    return torch.from_numpy(np.concatenate([column, values], axis=1)), None, tuple(header)
+
+
+def _no_number(path: Path, key: str, text: str, where: str, column: str) -> DataError:
+    return DataError(
+        f"{path}: {key} must be numbers, not {text!r} ({where}, column {column!r}); a column of image ids comes first "
+        "and is called id."
+    )
 
 
 def _is_number(text: str) -> bool:
