@@ -129,5 +129,6 @@ def test_every_setting_has_a_rule():
         for option in options(group):
             keys.update(leaves(compose("train", [f"{group}={option}"])))
     keys.update(leaves(compose("extract")), leaves(compose("train_detector")))
+    keys.update({"calibrate", "bootstrap", "target_format"} & leaves(compose("eval")))  # its files are checked together
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys
