@@ -89,13 +89,13 @@ def print_metrics(
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """Every convention side by side; fits into 80 columns.
+    """Every convention side by side; the six presets fit into 80 columns.
 
     Args:
         result: of :func:`gm_mlic.metrics.evaluate_scores`.
     """
     metrics = result["metrics"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=_title(result), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("%", no_wrap=True)
     for name in metrics:
         table.add_column(name, justify="right", no_wrap=True)
@@ -128,8 +128,13 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Print :func:`evaluation_table` on stdout, and what has to be known to read it."""
+    """Print what :func:`gm_mlic.metrics.evaluate_files` returns on stdout: a table, and what to know to read it."""
     console = Console()
+    console.print(
+        f"{result['scores_file']}: {result['images']:,} images, {result['labels']} labels",
+        highlight=False,
+        markup=False,
+    )
     console.print(evaluation_table(result))
     notes = [f"Targets are read as {result['target_format']}."]
     if "bootstrap" in result:
@@ -143,11 +148,7 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         notes.append(f"Labels without a positive, in no mean over labels: {shown} ({len(names)}).")
     for note in notes:
-        console.print(note, highlight=False)
-
-
-def _title(result: Mapping[str, Any]) -> str:
-    return f"{result['scores_file']}: {result['images']:,} images, {result['labels']} labels"
+        console.print(note, highlight=False, markup=False)
 
 
 def _resamples(result: Mapping[str, Any]) -> str:
