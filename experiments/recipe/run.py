@@ -48,22 +48,31 @@ def torch_product() -> None:
 
 
 def raw_boxes() -> None:
-    """Boxes in [0, 1] as they are, instead of standardised."""
+    """Instance edges read eq. 1 as it is, both boxes in [0, 1]."""
     from gm_mlic.nn import Encoder
 
-    Encoder.standardise = staticmethod(lambda boxes: boxes)  # type: ignore[method-assign]
+    Encoder.relative = staticmethod(lambda e_o: e_o)  # type: ignore[method-assign]
+
+
+def absolute_boxes() -> None:
+    """Instance edges read both boxes standardised, none relative to the other."""
+    from gm_mlic.nn import Encoder
+
+    Encoder.relative = staticmethod(lambda e_o: (e_o - 0.5) * math.sqrt(12))  # type: ignore[method-assign]
 
 
 #: name: (seeds, overrides, what is patched)
 VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
-    "mil_max": (3, ["model=mil_max"], None),
-    "concat": (3, ["model.fusion=concat"], None),
-    "product": (3, ["model.fusion=product"], None),
+    "mil_max": (5, ["model=mil_max"], None),
+    "concat": (5, ["model.fusion=concat"], None),
+    "product": (5, ["model.fusion=product"], None),
+    "concat-absolute_boxes": (3, ["model.fusion=concat"], absolute_boxes),
+    "product-absolute_boxes": (3, ["model.fusion=product"], absolute_boxes),
+    "concat-raw_boxes": (1, ["model.fusion=concat"], raw_boxes),
     "concat-norm_encoder": (1, ["model.fusion=concat", "model.norm=encoder"], None),
     "concat-norm_none": (1, ["model.fusion=concat", "model.norm=none"], None),
     "concat-torch_init": (1, ["model.fusion=concat"], torch_init),
     "product-torch_init": (1, ["model.fusion=product"], torch_init),
-    "concat-raw_boxes": (1, ["model.fusion=concat"], raw_boxes),
     "product-torch_product": (1, ["model.fusion=product"], torch_product),
     "concat-lr3e-3": (1, ["model.fusion=concat", "optimizer.lr=3e-3"], None),
     "product-lr5e-4": (1, ["model.fusion=product", "optimizer.lr=5e-4"], None),

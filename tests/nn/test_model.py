@@ -277,7 +277,8 @@ def test_mil_max_reads_nothing_but_instances() -> None:
     batch = Batch.from_data_list(graphs)
     output = net(batch)
     for b, data in enumerate(graphs):
-        scores = net.decoder(net.encoder(data["instance"].x, data["instance"].box))
+        box = (data["instance"].box - 0.5) * 12**0.5
+        scores = net.decoder(net.encoder(data["instance"].x, box))
         close(output.logits[b], scores.amax(dim=0))
         assert torch.equal(output.winners[b], scores.argmax(dim=0))
     other = Batch.from_data_list([graph(M, vectors(seed=5), seed) for seed, M in enumerate([4, 1, 3])])

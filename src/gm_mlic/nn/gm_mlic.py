@@ -91,12 +91,16 @@ def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int, label_d
             raise ConfigError(f"The graph's {what} have length {length}, the model was built for {expected}.")
 
 
+def standardise(box: Tensor) -> Tensor:
+    """Coordinates that are uniform in [0, 1] to mean 0 and variance 1."""
+    return (box - 0.5) * math.sqrt(12)
+
+
 class Encoder(nn.Module):
     r"""Takes every node and edge attribute into the latent space, by one MLP for each type (eq. 4).
 
-    Attributes of eq. 2 and 3 that the graph does not carry are formed from its nodes. Boxes of eq. 1 are standardised
-    first, :math:`(B - 1/2) \sqrt{12}`, which a coordinate uniform in [0, 1] has mean 0 and variance 1 by: without it
-    nothing spatial is learnt in reasonable time (``experiments/recipe``).
+    Attributes of eq. 2 and 3 that the graph does not carry are formed from its nodes. The MLP of the instance edges
+    reads eq. 1 in other coordinates, :meth:`relative`.
 
     Args:
         instance_dim: D_o, length of an instance's feature.
@@ -144,7 +148,7 @@ class Encoder(nn.Module):
         x_o, x_l = data[INSTANCE].x, data[LABEL].x
         e_o = e_l = e_m = None
         if self.e_o is not None:
-            e_o = self.e_o(self.standardise(data[NEAR].edge_attr))
+            e_o = self.e_o(self.relative(data[NEAR].edge_attr))
         if self.e_l is not None:
             e_l = self.e_l(self._ends(data, RELATES, x_l, x_l))
         if self.e_m is not None:
@@ -156,9 +160,15 @@ class Encoder(nn.Module):
         return States(self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m)
 
     @staticmethod
-    def standardise(boxes: Tensor) -> Tensor:
-        """Coordinates uniform in [0, 1] to mean 0 and variance 1."""
-        return (boxes - 0.5) * math.sqrt(12)
+    def relative(e_o: Tensor) -> Tensor:
+        r""":math:`[B_j, B_i]` as :math:`[8 (B_j - B_i), \sqrt{12} (B_i - 1/2)]`.
+
+        An invertible linear map, so what the Linear behind it can express is what it can on eq. 1 itself. But where j
+        stands relative to i is the larger part of its input from the first step on, and nothing spatial is learnt in
+        reasonable time otherwise (``experiments/recipe``).
+        """
+        B_j, B_i = e_o.chunk(2, dim=-1)
+        return torch.cat([8 * (B_j - B_i), standardise(B_i)], dim=-1)
 
     @staticmethod
     def _ends(data: HeteroData, edge_type: tuple[str, str, str], x_source: Tensor, x_target: Tensor) -> Tensor:

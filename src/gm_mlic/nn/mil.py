@@ -9,7 +9,7 @@ from torch_geometric.data import HeteroData
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
-from gm_mlic.nn.gm_mlic import ModelOutput, check_lengths, pool_match_matrix, pool_matches
+from gm_mlic.nn.gm_mlic import ModelOutput, check_lengths, pool_match_matrix, pool_matches, standardise
 from gm_mlic.nn.mlp import MLP, Decoder
 
 
@@ -17,7 +17,8 @@ class MILMax(nn.Module):
     r"""Max-pooled per-instance classifier.
 
     .. math::
-        s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, B_i])) \in \mathbb{R}^C, \qquad p_c = \sigma(\max_i s_{ic})
+        s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, \sqrt{12} (B_i - 1/2)])) \in \mathbb{R}^C, \qquad
+        p_c = \sigma(\max_i s_{ic})
 
     Multiple-instance learning as in HCP (Wei et al., 2015), on the instances that GM-MLIC sees: same features and
     boxes, same pooling, no graph and no word vectors; what GM-MLIC gains over it is what the graphs are worth.
@@ -49,9 +50,9 @@ class MILMax(nn.Module):
         check_lengths(data, self.encoder.lin1.in_channels[0])
         if isinstance(data, AssignmentBatch):
             self._check(data.label_vectors.shape[0])
-            return pool_match_matrix(self.decoder(self.encoder(data.x, data.box)), data.mask)
+            return pool_match_matrix(self.decoder(self.encoder(data.x, standardise(data.box))), data.mask)
         self._check(data[LABEL].x.shape[0] // int(getattr(data, "num_graphs", 1)))
-        scores: Tensor = self.decoder(self.encoder(data[INSTANCE].x, data[INSTANCE].box))
+        scores: Tensor = self.decoder(self.encoder(data[INSTANCE].x, standardise(data[INSTANCE].box)))
         source, target = data[MATCHES].edge_index
         return pool_matches(scores[source, torch.remainder(target, self.num_labels)], data)
 

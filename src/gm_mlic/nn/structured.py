@@ -5,9 +5,9 @@ It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearran
 1. a Linear on a concatenation is a sum of Linears, each applied where its argument lives and added by broadcast
    (:func:`concat_linear`);
 2. the mean over neighbours commutes with a message's last Linear (:func:`mean_message`);
-3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`edge_update`);
-4. what does not depend on the image (labels and label edges of the encoder, the first block's :math:`\rho_{ll}`) has
-   a leading size of 1 and is computed once for the batch.
+3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`compose`);
+4. what does not depend on the image is computed once for a batch in training, once for all of them in prediction
+   (:func:`prepare`).
 
 Shapes: instances (B, M, d), labels (B or 1, C, d), matching edges (B, M, C, d), instance edges (B, M, K, d), label
 edges (B or 1, C, C or K, d), receiving label first.
@@ -15,7 +15,7 @@ edges (B or 1, C, C or K, d), receiving label first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from gm_mlic.nn.gm_mlic import GMMLIC, Encoder
 
 
-def require(value: Tensor | None) -> Tensor:
+T = TypeVar("T")
+
+
+def require(value: T | None) -> T:
     """``value``, which :meth:`GMMLIC.forward` has checked is there."""
     assert value is not None
     return value
@@ -73,16 +76,28 @@ def mean_message(rho: MLP, edges: Tensor, senders: Tensor, dim: int, mask: Tenso
     return rho.lin2(mean) * (count > 0)  # type: ignore[no-any-return]
 
 
-def edge_update(conv: EdgeConv, edges: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Edge convolution with the two Linears between sigma and psi composed into one (rule 3)."""
+class Composed(NamedTuple):
+    """The one Linear that stands for sigma's last and the part of psi's first that reads it (rule 3)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+def compose(conv: EdgeConv | None) -> Composed | None:
+    """Rule 3 for one edge convolution; None for none."""
+    if conv is None:
+        return None
+    read = conv.psi.lin1.part_weight(1)
+    return Composed(read @ conv.sigma.lin2.weight, read @ conv.sigma.lin2.bias + conv.psi.lin1.bias)
+
+
+def edge_update(conv: EdgeConv, composed: Composed, read: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    """Edge convolution, given what psi's first Linear makes of the edge states (``read``)."""
     parts = [source, target]
     if conv.product is not None:
         parts.append(conv.product.A(source) * conv.product.B(target))
     hidden = concat_linear(conv.sigma.lin1, *parts).relu()
-    read = conv.psi.lin1.part_weight(1)
-    composed = read @ conv.sigma.lin2.weight
-    bias = read @ conv.sigma.lin2.bias + conv.psi.lin1.bias
-    return conv.psi.after_lin1(conv.psi.lin1.part(0, edges) + linear(hidden, composed, bias))
+    return conv.psi.after_lin1(read + linear(hidden, *composed))
 
 
 def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
@@ -93,27 +108,84 @@ def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
     return torch.gather(nodes, 1, flat).view(B, N, K, d)
 
 
-def encode(encoder: Encoder, batch: AssignmentBatch) -> States:
-    """The encoder; labels and label edges once for the batch (rule 4)."""
-    x, W = batch.x, batch.label_vectors[None]
-    e_o = e_l = e_m = None
-    if encoder.e_o is not None:
-        e_o = encoder.e_o(encoder.standardise(require(batch.near_attr)))
-    if encoder.e_l is not None:
-        e_l = mlp(encoder.e_l, label_senders(W, batch), W[:, :, None])
+class Prepared(NamedTuple):
+    """What the weights and the labels decide, whatever the image (rule 4).
+
+    Attributes:
+        v_l: (1, C, d), encoded labels.
+        w_e_m: (1, 1, C, d), what the first Linear of the matching edges' encoder makes of the labels; None without.
+        w_product: (1, 1, C, d), what the product's B makes of them; None without.
+        heard: (1, C, d), what labels hear from each other in the first block; None without a label graph.
+        read: (1, C, C or K, d), what psi makes of the encoded label edges there; None if they are not updated.
+        composed: for each block, rule 3 for its edges_o, edges_l and edges_m.
+    """
+
+    v_l: Tensor
+    w_e_m: Tensor | None
+    w_product: Tensor | None
+    heard: Tensor | None
+    read: Tensor | None
+    composed: tuple[tuple[Composed | None, ...], ...]
+
+
+def prepare(model: GMMLIC, label_vectors: Tensor, relates: Tensor | None = None) -> Prepared:
+    """Rule 4.
+
+    Args:
+        model: its weights.
+        label_vectors: (C, D_l).
+        relates: (C, K), the labels that each label hears; None for all others.
+    """
+    encoder, W = model.encoder, label_vectors[None]
+    first: AssignmentConv = model.blocks[0]  # type: ignore[assignment]
+    v_l = encoder.v_l(W)
+    w_e_m = w_product = heard = read = None
     if encoder.e_m is not None:
-        f, w = x[:, :, None], W[:, None]
-        parts = [f, w] if encoder.product is None else [f, w, encoder.product.A(f) * encoder.product.B(w)]
-        e_m = mlp(encoder.e_m, *parts)
-    return States(encoder.v_o(x), encoder.v_l(W), e_o, e_l, e_m)
+        w_e_m = (encoder.e_m.lin1.part(1, W) + encoder.e_m.lin1.bias)[:, None]
+    if encoder.product is not None:
+        w_product = encoder.product.B(W)[:, None]
+    if encoder.e_l is not None:
+        e_l = mlp(encoder.e_l, label_senders(W, relates), W[:, :, None])
+        rho_ll = require(first.nodes.rho_ll).rho
+        heard = mean_message(rho_ll, e_l, label_senders(v_l, relates), 2, other_labels(v_l, relates))
+        if first.edges_l is not None:
+            read = first.edges_l.psi.lin1.part(0, e_l)
+    composed = tuple(
+        tuple(compose(conv) for conv in (block.edges_o, block.edges_l, block.edges_m))  # type: ignore[arg-type]
+        for block in model.blocks
+    )
+    return Prepared(v_l, w_e_m, w_product, heard, read, composed)
 
 
-def label_senders(v_l: Tensor, batch: AssignmentBatch) -> Tensor:
+def label_senders(v_l: Tensor, relates: Tensor | None) -> Tensor:
     """States of the labels that each label hears: (., 1, C, d) for all of them, (., C, K, d) for listed ones."""
-    return v_l[:, None] if batch.relates is None else neighbours(v_l, batch.relates[None])
+    return v_l[:, None] if relates is None else neighbours(v_l, relates[None])
 
 
-def block(conv: AssignmentConv, states: States, batch: AssignmentBatch) -> States:
+def other_labels(v_l: Tensor, relates: Tensor | None) -> Tensor | None:
+    """The mask (1, C, C, 1) that keeps a label from hearing itself; None where neighbours are listed."""
+    if relates is not None:
+        return None
+    C = v_l.shape[1]
+    return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None, :, :, None]
+
+
+def encode(encoder: Encoder, batch: AssignmentBatch, labels: Prepared) -> States:
+    """The encoder, but for the label edges: what the first block reads of them is in ``labels``."""
+    f = batch.x
+    e_o = e_m = None
+    if encoder.e_o is not None:
+        e_o = encoder.e_o(encoder.relative(require(batch.near_attr)))
+    if encoder.e_m is not None:
+        lin1 = encoder.e_m.lin1
+        total = lin1.part(0, f)[:, :, None] + require(labels.w_e_m)
+        if encoder.product is not None:
+            total = total + lin1.part(2, encoder.product.A(f)[:, :, None] * require(labels.w_product))
+        e_m = encoder.e_m.after_lin1(total)
+    return States(encoder.v_o(f), labels.v_l, e_o, None, e_m)
+
+
+def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBatch, labels: Prepared) -> States:
     """One graph network block, line by line as :meth:`AssignmentConv.forward`."""
     v_o, v_l, e_o, e_l, e_m = states
     nodes = conv.nodes
@@ -123,36 +195,37 @@ def block(conv: AssignmentConv, states: States, batch: AssignmentBatch) -> State
         to_o.append(mean_message(nodes.rho_oo.rho, require(e_o), senders, 2, present))
     if nodes.rho_ol is not None:
         to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], 2))
-    if nodes.rho_ll is not None:
-        senders, others = label_senders(v_l, batch), other_labels(v_l, batch)
+    if nodes.rho_ll is not None and number == 0:
+        to_l.append(require(labels.heard))
+    elif nodes.rho_ll is not None:
+        senders, others = label_senders(v_l, batch.relates), other_labels(v_l, batch.relates)
         to_l.append(mean_message(nodes.rho_ll.rho, require(e_l), senders, 2, others))
     if nodes.rho_lo is not None:
         to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], 1, batch.mask[:, :, None, None]))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
     new_o = new_l = new_m = None
+    composed_o, composed_l, composed_m = labels.composed[number]
     if conv.edges_o is not None:
-        new_o = edge_update(conv.edges_o, require(e_o), neighbours(v_o, require(batch.near)), v_o[:, :, None])
+        ends = neighbours(v_o, require(batch.near)), v_o[:, :, None]
+        new_o = edge_update(conv.edges_o, require(composed_o), conv.edges_o.psi.lin1.part(0, require(e_o)), *ends)
     if conv.edges_l is not None:
-        new_l = edge_update(conv.edges_l, require(e_l), label_senders(v_l, batch), v_l[:, :, None])
+        ends = label_senders(v_l, batch.relates), v_l[:, :, None]
+        read = require(labels.read) if number == 0 else conv.edges_l.psi.lin1.part(0, require(e_l))
+        new_l = edge_update(conv.edges_l, require(composed_l), read, *ends)
     if conv.edges_m is not None:
-        new_m = edge_update(conv.edges_m, require(e_m), v_o[:, :, None], v_l[:, None])
+        ends = v_o[:, :, None], v_l[:, None]
+        new_m = edge_update(conv.edges_m, require(composed_m), conv.edges_m.psi.lin1.part(0, require(e_m)), *ends)
     return States(v_o, v_l, new_o, new_l, new_m)
 
 
-def other_labels(v_l: Tensor, batch: AssignmentBatch) -> Tensor | None:
-    """The mask (1, C, C, 1) that keeps a label from hearing itself; None where neighbours are listed."""
-    if batch.relates is not None:
-        return None
-    C = v_l.shape[1]
-    return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None, :, :, None]
-
-
-def match_matrix(model: GMMLIC, batch: AssignmentBatch) -> Tensor:
+def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> Tensor:
     """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
-    states = encode(model.encoder, batch)
-    for conv in model.blocks:
-        states = block(conv, states, batch)  # type: ignore[arg-type]
+    if labels is None:
+        labels = prepare(model, batch.label_vectors, batch.relates)
+    states = encode(model.encoder, batch, labels)
+    for number, conv in enumerate(model.blocks):
+        states = block(conv, number, states, batch, labels)  # type: ignore[arg-type]
     v_o, v_l, _, _, e_m = states
     ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     return mlp(model.decoder, *ends).squeeze(-1)
