@@ -15,6 +15,7 @@ from gm_mlic.metrics import (
     bootstrap_map,
     evaluate_files,
     evaluate_scores,
+    evaluation,
     fit_thresholds,
     write_scored_images,
 )
@@ -81,6 +82,29 @@ def test_validation_images_with_other_labels_are_refused() -> None:
     fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2], None, None, "voc")
     with pytest.raises(DataError, match="val_scores have 2 labels, scores 3"):
         evaluate_scores(scored(0), val=fewer, bootstrap=0)
+
+
+def test_progress_is_logged_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluation, "_LOG_S", -1.0)
+    with caplog.at_level("INFO", logger="gm_mlic"):
+        evaluate_scores(scored(0), bootstrap=130)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "bootstrap: 64 of 130", "bootstrap: 128 of 130", "bootstrap: 130 of 130"
+    ]  # fmt: skip
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(evaluation, "_LOG_S", -1.0)
+    evaluate_scores(scored(0), bootstrap=130)
+    captured = capsys.readouterr()
+    assert "130/130" in captured.err
+    assert captured.out == ""
+    assert not caplog.records
 
 
 def test_files(tmp_path: Path) -> None:
