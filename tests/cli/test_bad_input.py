@@ -189,8 +189,26 @@ def test_eval_repeats_the_numbers_of_the_run(photos: Path, capsys: pytest.Captur
     assert train(photos) == 0
     shown = capsys.readouterr().out
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 0
-    assert capsys.readouterr().out == shown
+    again = capsys.readouterr().out
+    assert again.startswith(shown)
+    assert again.removeprefix(shown).startswith("95 % interval of mAP: ")
     assert json.loads(Path("run/eval/test.json").read_text())["metrics"] == result()["test"]
+
+
+def test_eval_writes_scores_that_eval_reads(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(photos) == 0
+    assert run(["eval", "checkpoint=run/checkpoints/best.ckpt", "calibrate=true", "bootstrap=20"]) == 0
+    assert "top 3, fitted thresholds" in capsys.readouterr().out
+    from_checkpoint = json.loads(Path("run/eval/test.json").read_text())
+    assert from_checkpoint["calibrated"]["mAP"] == from_checkpoint["metrics"]["mAP"]
+    assert run(["eval", "scores=run/eval/test.npz", "targets=run/eval/test.npz", "bootstrap=20"]) == 0
+    from_file = json.loads(Path("runs/eval-test/test.json").read_text())
+    assert from_file["metrics"]["mlgcn"] == from_checkpoint["metrics"]
+    assert from_file["intervals"]["mlgcn"] == from_checkpoint["intervals"]["mlgcn"]
+    assert list(from_checkpoint["thresholds"]) == ["cat", "dog", "red bird"]
+
+    assert run(["eval", "checkpoint=run/checkpoints/best.ckpt", "split=val", "calibrate=true"]) == 2
+    assert "fits thresholds on val" in refused(capsys)
 
 
 def test_weights_of_the_detector_that_are_none(photos: Path, capsys: pytest.CaptureFixture[str]):

@@ -75,7 +75,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
         (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),
         (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),
-        (["eval"], "checkpoint has no value: set it with checkpoint=VALUE."),
+        (["eval"], "give either checkpoint=FILE, or scores=FILE and targets=FILE."),
         (["eval", "checkpoint=none.ckpt"], "none.ckpt: no such checkpoint"),
         (["demo", "dataset=coco2014"], "the demo needs dataset=scenes"),
     ],

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from gm_mlic.errors import ConfigError, DataError
-from gm_mlic.metrics import PRESETS, Convention, MultiLabelMetrics, average_precision, convention, predicted
+from gm_mlic.metrics import PRESETS, Convention, MultiLabelMetrics, average_precision, convention, functional, predicted
 
 # ---- The definitions, as plain loops over one label or one image. They share no code with the package. ----
 
@@ -323,39 +325,107 @@ def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
     assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
 
 
-def _worker(process: int, address: str, results: torch.multiprocessing.SimpleQueue) -> None:
-    torch.distributed.init_process_group("gloo", init_method=address, rank=process, world_size=3)
+def _worker(process: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=3)
     scores, targets = random_table(7, 4)
     metric = MultiLabelMetrics(4)
     for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one repeated row, one process without any
         metric.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
-    results.put({name: value.numpy() for name, value in metric.compute().items()})
+    presets = {preset: MultiLabelMetrics(4, preset) for preset in PRESETS}
+    rows, targets[4, 2] = ([6, 0, 2, 4], [5, 3, 1, 0], [])[process], 0  # out of order, and a difficult label
+    for other in presets.values():
+        for row in rows:
+            other.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
+    collected = [part.numpy() for part in presets["mlgcn"].collected()]
+    numbers = {name: {k: v.numpy() for k, v in other.compute().items()} for name, other in presets.items()}
+    assert sum(map(len, presets["mlgcn"].scores)) == len(rows)  # each process has its own rows again
+    result = {name: value.numpy() for name, value in metric.compute().items()}
+    Path(f"{folder}/{process}.pickle").write_bytes(pickle.dumps((result, numbers, collected)))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_three_real_processes(tmp_path) -> None:
-    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    context = torch.multiprocessing.spawn(
-        _worker, args=(f"file://{tmp_path / 'meeting'}", results), nprocs=3, join=False
-    )
-    got = [results.get() for _ in range(3)]
-    while not context.join():
-        pass
+def test_three_real_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=3)
+    got = [pickle.loads((tmp_path / f"{process}.pickle").read_bytes()) for process in range(3)]
     scores, targets = random_table(7, 4)
-    expected = loop_metrics(scores.astype(np.float32).astype(np.float64), targets, PRESETS["mlgcn"])
-    for result in got:
+    scores = scores.astype(np.float32).astype(np.float64)
+    expected = loop_metrics(scores, targets, PRESETS["mlgcn"])
+    targets[4, 2] = 0
+    for result, numbers, collected in got:
         assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in result.items()}, expected)
+        for preset, values in numbers.items():
+            of_loops = loop_metrics(scores, targets, PRESETS[preset])
+            assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in values.items()}, of_loops)
+        for part, whole in zip(collected, (scores, targets, np.arange(7)), strict=True):
+            np.testing.assert_array_equal(part, whole)
 
 
-def test_large_tables_in_pieces_equal_single_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gm_mlic.metrics import functional
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("labels", "images", "threads"), [(1, 1, 1), (3, 7, 2), (2, 64, 3), (100, 9, 2)])
+def test_blocks_and_threads_do_not_show(
+    monkeypatch: pytest.MonkeyPatch, preset: str, labels: int, images: int, threads: int
+) -> None:
+    scores, targets = random_table(64, 7)
+    scores = scores.round(1)
+    targets[::5, ::2] = 0
+    monkeypatch.setattr(functional, "_LABELS", labels)
+    monkeypatch.setattr(functional, "_IMAGES", images)
+    monkeypatch.setattr(functional, "_MANY", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert_same(evaluate(scores, targets, preset), loop_metrics(scores, targets, PRESETS[preset]))
 
-    scores, targets = (torch.from_numpy(array) for array in random_table(50, 7))
-    whole = average_precision(scores, targets)
-    for size in (1, 100, 175):
-        monkeypatch.setattr(functional, "_CHUNK", size)
-        assert torch.equal(average_precision(scores, targets), whole)
+
+# ---- The quick sort of float32 scores ----
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    scores=st.lists(
+        st.one_of(
+            st.sampled_from([0.0, -0.0, 1.0, 0.5, float(np.nextafter(np.float32(0.5), np.float32(1))), 1e-45]),
+            st.floats(0, 1, width=32),
+        ),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_float32_scores_rank_as_python_sorts_them(scores: list[float]) -> None:
+    """Subnormal numbers, neighbours and both zeros included; equal scores stay in row order."""
+    array = np.array(scores, dtype=np.float32)
+    expected = sorted(range(len(scores)), key=lambda i: -float(array[i]))
+    everything = np.ones(len(scores), dtype=bool)
+    order, at = functional.ranking(array, everything, everything)
+    assert order.tolist() == expected
+    assert at.tolist() == list(range(len(scores)))
+    assert functional.ranking(array.astype(np.float64), everything, everything)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@settings(max_examples=40, deadline=None)
+@given(table=score_tables())
+def test_float32_and_float64_agree(preset: str, table: tuple[np.ndarray, np.ndarray]) -> None:
+    """The two ways to sort, on values that both types have exactly."""
+    scores, targets = (table[0] * 8).round() / 8, table[1]
+    single, double = evaluate(scores.astype(np.float32), targets, preset), evaluate(scores, targets, preset)
+    for name, value in double.items():
+        assert torch.equal(single[name].nan_to_num(-1), value.nan_to_num(-1)), name
+
+
+# ---- A threshold for each label ----
+
+
+def test_thresholds_of_labels_equal_single_labels() -> None:
+    scores, targets = random_table(40, 3)
+    each = (0.3, 0.5, 0.9)
+    result = evaluate(scores, targets, threshold=torch.tensor(each, dtype=torch.float64), f1="mean_of")
+    alone = [evaluate(scores[:, [c]], targets[:, [c]], threshold=each[c]) for c in range(3)]
+    for name in ("CP", "CR", "CF1"):
+        np.testing.assert_allclose(result[name], np.mean([one[name] for one in alone]))
+    assert torch.equal(result["AP"], evaluate(scores, targets)["AP"])
+    for wrong in ((0.5, 0.5), (0.5, 0.5, 1.5), (0.5, 0.5, "x"), ()):
+        with pytest.raises(ConfigError, match="threshold"):
+            evaluate(scores, targets, threshold=wrong)
 
 
 # ---- Bad input ----
@@ -405,7 +475,7 @@ def test_bad_ids_are_refused() -> None:
 
 
 def test_binary_targets_refuse_minus_one() -> None:
-    with pytest.raises(DataError, match="0 and 1"):
+    with pytest.raises(DataError, match="targets hold -1: use 1"):
         MultiLabelMetrics(3, target_format="binary").update(GOOD, ABSENT)
 
 

@@ -62,13 +62,29 @@ def train(config: DictConfig) -> float:
 
 def evaluate(config: DictConfig) -> None:
     """``gm-mlic eval``."""
-    from gm_mlic.reporting.tables import print_metrics
+    check(config)
+    from gm_mlic.reporting.tables import print_evaluation, print_metrics
+
+    resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
+    if config.scores is not None:
+        from gm_mlic.metrics import evaluate_files
+
+        val = (config.val_scores, config.val_targets) if config.calibrate else None
+        options = {"against": config.against, "val": val, "target_format": config.target_format}
+        print_evaluation(evaluate_files(config.scores, config.targets, **options, **resampling, out=config.run_dir))
+        return
     from gm_mlic.training import run as training
 
     result = training.evaluate(
-        config.checkpoint, split=config.split, overrides=list(config.overrides), out=config.run_dir
+        config.checkpoint,
+        split=config.split,
+        overrides=list(config.overrides),
+        out=config.run_dir,
+        calibrate=config.calibrate,
+        **resampling,
     )
-    print_metrics(result["metrics"], result["preset"], title=f"{config.split} split of {result['dataset']['name']}")
+    title = f"{config.split} split of {result['dataset']['name']}"
+    print_metrics(result["metrics"], result["preset"], title, result)
 
 
 def train_detector(config: DictConfig) -> None:

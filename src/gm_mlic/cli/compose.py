@@ -22,7 +22,7 @@ def register_resolvers() -> None:
     """Make the ``gm_mlic.*`` resolvers, which the files of ``conf/`` use, known to OmegaConf."""
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.run_of", _run_of, replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.repeat", _repeat, replace=True)
 
 
@@ -55,6 +55,8 @@ def _repeat(value: Any, times: Any) -> list[Any]:
     return [value] * times if isinstance(times, int) else []
 
 
-def _run_of(checkpoint: str) -> str:
-    """The run folder of ``RUN/checkpoints/NAME.ckpt``."""
-    return str(Path(checkpoint).parent.parent)
+def _evaluation_of(checkpoint: str | None, scores: str | None) -> str:
+    """Where an evaluation goes: into the run folder of ``RUN/checkpoints/NAME.ckpt``, or named after the scores."""
+    if checkpoint is not None:
+        return str(Path(checkpoint).parent.parent / "eval")
+    return f"runs/eval-{Path(scores).stem}" if scores is not None else "runs/eval"

@@ -18,7 +18,7 @@ from gm_mlic._version import __version__
 COMMANDS = {
     "demo": "see the whole system work on drawn scenes, in minutes; nothing is downloaded",
     "train": "train a model, from images to metrics; continues where it was stopped",
-    "eval": "evaluate a checkpoint on a split",
+    "eval": "evaluate a checkpoint on a split, or a file of scores",
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
@@ -38,6 +38,7 @@ examples:
   gm-mlic dataset dataset=own dataset.root=DIR dataset.annotations=labels.csv
   gm-mlic train -m graph.m=5,10,15 seed=0,1,2
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
+  gm-mlic eval scores=scores.csv targets=targets.csv
 
 gm-mlic COMMAND --help tells what a command does and which settings it has.
 """

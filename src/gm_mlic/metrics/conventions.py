@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -27,7 +28,8 @@ class Convention:
             only be among the 3 highest (``no_threshold``).
         topk_ties: scores equal to the third highest: the first in label order fill the 3 places (``stable``), or all
             of them count (``kept``).
-        threshold: a label is predicted if its score compares so with the threshold.
+        threshold: a label is predicted if its score compares so with the threshold: one number, or one for each label.
+            It is rounded to the precision of the scores first.
         compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
 
     Raises:
@@ -40,19 +42,25 @@ class Convention:
     f1: Literal["of_means", "mean_of"] = "of_means"
     topk: Literal["threshold", "no_threshold"] = "threshold"
     topk_ties: Literal["stable", "kept"] = "stable"
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     compare: Literal["ge", "gt"] = "ge"
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
-            if allowed and value not in allowed:
+            if field.name != "threshold" and value not in allowed:
                 raise ConfigError(f"metrics.{field.name} is {value!r}: choose one of {', '.join(allowed)}.")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise ConfigError(f"metrics.threshold is {self.threshold!r}: give a number in [0, 1].")
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ConfigError(f"metrics.threshold is {self.threshold}: scores are in [0, 1], so choose it there.")
+        if hasattr(self.threshold, "tolist"):  # a tensor or an array
+            object.__setattr__(self, "threshold", self.threshold.tolist())
+        if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        for value in each:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"metrics.threshold is {value!r}: give a number in [0, 1].")
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"metrics.threshold is {value}: scores are in [0, 1], so choose it there.")
 
 
 #: Conventions by name. Where a source does not say (ssgrl and voc11: F1 and top-3; asl: difficult and top-3), the

@@ -1,20 +1,33 @@
 """The numbers themselves, as pure functions of scores (N, C) and targets (N, C) in {1, 0, -1}.
 
-All are fractions in [0, 1], float64, on the scores' device; no input is changed.
+All are fractions in [0, 1], float64, on the scores' device; no input is changed. The counting is done by numpy on the
+CPU, a few labels (AP) or a few thousand images (precision, recall) at a time, on ``torch.get_num_threads()`` threads:
+no table of the scores' size is made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import DataError
+from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
 
-#: Scores sorted at a time. Bounds the memory of the ranks, which need several times that of the scores.
-_CHUNK = 1 << 19
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+#: Labels ranked at a time by one thread: their scores are copied into contiguous rows.
+_LABELS = 8
+#: Images judged at a time by one thread.
+_IMAGES = 4096
+#: Scores from which a second thread is worth its start.
+_MANY = 1 << 18
 
 
 def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None) -> None:
@@ -42,10 +55,17 @@ def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None)
         )
     if low < 0 or high > 1:
         raise DataError(f"scores lie in [{low:.4g}, {high:.4g}], not in [0, 1]: apply a sigmoid to logits.")
-    wrong = (targets != 1) & (targets != 0) & (targets != -1)
-    if wrong.any():
-        value = targets[wrong][0].item()
-        raise DataError(f"targets hold {value}: use 1 (present), 0 (difficult) and -1 (absent).")
+    check_targets(targets, (1, 0, -1), "use 1 (present), 0 (difficult) and -1 (absent).")
+
+
+def check_targets(targets: Tensor, allowed: Sequence[int], advice: str) -> None:
+    """Raise :class:`~gm_mlic.errors.DataError` for the first of ``targets`` that is none of ``allowed``."""
+    (array,) = _arrays(targets)  # numpy compares small integers many times faster
+    for first in range(0, len(array), _IMAGES):
+        block = array[first : first + _IMAGES]
+        good = np.logical_or.reduce([block == value for value in allowed])
+        if not good.all():
+            raise DataError(f"targets hold {block[~good][0]}: {advice}")
 
 
 def average_precision(
@@ -68,39 +88,85 @@ def average_precision(
         (C,) float64 in [0, 1]; NaN for a label without a positive.
     """
     check_scores(scores, targets)
-    N, C = scores.shape
-    result = torch.full((C,), torch.nan, dtype=torch.float64, device=scores.device)
-    if N == 0:
-        return result
-    step = max(1, _CHUNK // N)
-    for first in range(0, C, step):
-        columns = slice(first, first + step)
-        positive, counted = _roles(targets[:, columns].T.contiguous(), difficult)
-        result[columns] = _average_precision(scores[:, columns].T.contiguous(), positive, counted, ap)
-    return result
+    return _average_precision(scores, targets, ap, difficult)
 
 
-def _average_precision(scores: Tensor, positive: Tensor, counted: Tensor, ap: APRule) -> Tensor:
-    """AP of each row of (c, N) scores."""
-    N = scores.shape[1]
-    ranked, order = scores.sort(dim=1, descending=True, stable=True)
-    positive, counted = positive.gather(1, order), counted.gather(1, order)
-    hits = positive.cumsum(1, dtype=torch.int32)
-    n = hits[:, -1].to(torch.int64)
-    precision = hits.to(torch.float64) / counted.cumsum(1, dtype=torch.int32).clamp(min=1)
-    if ap == "sklearn":  # every rank takes the precision at the end of its group of equal scores
-        ends = torch.full_like(order, N - 1)
-        ends[:, :-1] = torch.where(ranked[:, 1:] != ranked[:, :-1], torch.arange(N - 1, device=scores.device), N - 1)
-        precision = precision.gather(1, ends.flip(1).cummin(1).values.flip(1))
-    elif ap in ("envelope", "voc11"):
-        precision = precision.flip(1).cummax(1).values.flip(1)
-    if ap == "voc11":  # recall t/10 is first reached at the positive number ceil(t n / 10)
-        reached = ((torch.arange(11, device=scores.device) * n[:, None] + 9) // 10).clamp(min=1).to(torch.int32)
-        at = torch.searchsorted(hits, reached).clamp(max=N - 1)
-        value = precision.gather(1, at).mean(1)
-    else:
-        value = (precision * positive).sum(1) / n
-    return torch.where(n > 0, value, torch.nan)
+def _average_precision(scores: Tensor, targets: Tensor, ap: APRule, difficult: DifficultRule) -> Tensor:
+    """:func:`average_precision` of tables that were checked."""
+
+    def one(scores: Array, targets: Array) -> float:
+        order, at = ranking(scores, *roles(targets, difficult))
+        ends = tie_ends(scores[order], at) if ap == "sklearn" else None
+        return area(at, ends, ap)
+
+    values = for_each_label(one, scores, targets)
+    return torch.tensor(values, dtype=torch.float64, device=scores.device)
+
+
+def for_each_label(function: Callable[[Array, Array], T], scores: Tensor, targets: Tensor) -> list[T]:
+    """``function(scores (N,), targets (N,))`` of every label, in threads."""
+    s, t = _arrays(scores, targets)
+
+    def some(first: int) -> list[T]:
+        columns = slice(first, first + _LABELS)
+        rows = zip(np.ascontiguousarray(s[:, columns].T), np.ascontiguousarray(t[:, columns].T), strict=True)
+        return [function(*row) for row in rows]
+
+    return [value for part in in_threads(some, range(0, s.shape[1], _LABELS), s.size) for value in part]
+
+
+def ranking(scores: Array, positive: Array, counted: Array) -> tuple[Array, Array]:
+    """The counted images of one label by falling score, equal scores in row order, and the places of its positives.
+
+    Args:
+        scores: (N,) float32 or float64 in [0, 1].
+        positive: (N,) bool.
+        counted: (N,) bool.
+
+    Returns:
+        ``order`` (M,) rows, best first, and ``at`` (n,), rising: ``order[at]`` are the positives.
+    """
+    rows = None if counted.all() else np.flatnonzero(counted)
+    order = _falling(scores if rows is None else scores[rows])
+    if rows is not None:
+        order = rows[order]
+    return order, np.flatnonzero(positive[order])
+
+
+def _falling(scores: Array) -> Array:
+    """Stable argsort, highest first."""
+    if scores.dtype != np.float32 or len(scores) >= 1 << 32:
+        return np.argsort(-scores, kind="stable")
+    # The bits of floats in [0, 1] (without the sign of -0.0) rise with their value. With the row below them, the keys
+    # are unique, and sorting integers in place is twice as fast as a stable argsort.
+    falling = (0x3F800000 - (scores.view(np.int32) & 0x7FFFFFFF)).astype(np.int64)
+    keys = (falling << 32) | np.arange(len(scores))
+    keys.sort()
+    keys &= 0xFFFFFFFF
+    return keys
+
+
+def tie_ends(ranked: Array, at: Array) -> Array:
+    """How many images score at least as high as each positive: (n,), for falling scores ``ranked`` (M,)."""
+    return np.searchsorted(-ranked, -ranked[at], side="right")
+
+
+def area(at: Array, ends: Array | None, ap: APRule) -> float:
+    """AP of one label from the places (from 0) of its positives; ``ends`` are the :func:`tie_ends` (``sklearn``)."""
+    n = len(at)
+    if n == 0:
+        return float("nan")
+    precision = np.arange(1, n + 1) / (at + 1) if ends is None else np.searchsorted(at, ends) / ends
+    if ap in ("envelope", "voc11"):  # between two positives precision falls, so the best is at a positive
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+    if ap == "voc11":
+        precision = precision[eleven_points(n)]
+    return float(precision.mean())
+
+
+def eleven_points(n: int) -> Array:
+    """(11,) which of n positives (from 0) first reaches recall 0, 0.1, ..., 1."""
+    return np.maximum((np.arange(11) * n + 9) // 10, 1) - 1
 
 
 @dataclass(frozen=True)
@@ -122,18 +188,39 @@ def predicted(scores: Tensor, convention: Convention, top: int | None = None) ->
         scores: (N, C).
         convention: its ``threshold``, ``compare`` and, with ``top``, its ``topk`` and ``topk_ties``.
         top: allow only the labels among the ``top`` highest scores of each image.
+
+    Raises:
+        ConfigError: if the convention has thresholds for another number of labels.
     """
-    passed = scores >= convention.threshold if convention.compare == "ge" else scores > convention.threshold
-    if top is None or scores.numel() == 0:
-        return passed
-    last = scores.topk(min(top, scores.shape[1]), dim=1).values[:, -1:]
-    among = scores >= last
-    if convention.topk_ties == "stable":  # `topk` itself breaks ties in no stated order
-        above = scores > last
-        free = top - above.sum(1, keepdim=True)
-        tied = among & ~above
-        among = above | (tied & (tied.cumsum(1, dtype=torch.int32) <= free))
-    return among if convention.topk == "no_threshold" else among & passed
+    (array,) = _arrays(scores)
+    (chosen,) = _predicted(array, _thresholds(convention, array), convention, (top,))
+    return torch.from_numpy(chosen).to(scores.device)
+
+
+def _predicted(scores: Array, thresholds: Array, convention: Convention, tops: Sequence[int | None]) -> Iterable[Array]:
+    """:func:`predicted` for each of ``tops``."""
+    passed = scores >= thresholds if convention.compare == "ge" else scores > thresholds
+    for top in tops:
+        if top is None or scores.size == 0:
+            yield passed
+            continue
+        among = _among_highest(scores, top, convention.topk_ties == "kept")
+        yield among if convention.topk == "no_threshold" else among & passed
+
+
+def _among_highest(scores: Array, top: int, keep_ties: bool) -> Array:
+    C = scores.shape[1]
+    if top >= C:
+        return np.ones_like(scores, dtype=bool)
+    last = np.partition(scores, C - top, axis=1)[:, C - top, None]
+    among: Array = scores >= last
+    if not keep_ties:
+        crowded = np.flatnonzero(np.count_nonzero(among, axis=1) > top)
+        some, last = scores[crowded], last[crowded]
+        above, tied = some > last, some == last
+        free = top - np.count_nonzero(above, axis=1)[:, None]
+        among[crowded] = above | (tied & (tied.cumsum(axis=1) <= free))
+    return among
 
 
 def precision_recall(
@@ -146,12 +233,39 @@ def precision_recall(
     :math:`OP = \sum_c N^c_c / \sum_c N^p_c`, :math:`OR = \sum_c N^c_c / \sum_c N^g_c`, and F1 is
     :math:`2PR / (P + R)`. A label that is never predicted has precision 0. Labels without a positive are left out of
     the means over labels (all NaN if no label has one) but their predictions count in OP. 0/0 is 0 in the O-numbers.
+
+    Raises:
+        ConfigError: if the convention has thresholds for another number of labels.
     """
     check_scores(scores, targets)
-    positive, counted = _roles(targets, convention.difficult_f1)
-    chosen = predicted(scores, convention, top) & counted
-    correct = (chosen & positive).sum(0).to(torch.float64)
-    picked, true = chosen.sum(0).to(torch.float64), positive.sum(0).to(torch.float64)
+    (numbers,) = _precision_recalls(scores, targets, convention, (top,))
+    return numbers
+
+
+def _precision_recalls(
+    scores: Tensor, targets: Tensor, convention: Convention, tops: Sequence[int | None]
+) -> list[PrecisionRecall]:
+    """:func:`precision_recall` for each of ``tops``, of tables that were checked."""
+    s, t = _arrays(scores, targets)
+    thresholds = _thresholds(convention, s)
+
+    def some(first: int) -> list[Array]:
+        rows = slice(first, first + _IMAGES)
+        positive, counted = roles(t[rows], convention.difficult_f1)
+        counts = [positive.sum(axis=0)]
+        for chosen in _predicted(s[rows], thresholds, convention, tops):
+            counts += [(chosen & counted).sum(axis=0), (chosen & positive).sum(axis=0)]
+        return counts
+
+    blocks = in_threads(some, range(0, len(s), _IMAGES), s.size)
+    empty = np.zeros((1 + 2 * len(tops), s.shape[1]), dtype=np.int64)
+    true, *rest = torch.from_numpy(sum((np.stack(block) for block in blocks), start=empty)).to(
+        scores.device, torch.float64
+    )
+    return [_numbers(correct, picked, true, convention) for picked, correct in zip(*[iter(rest)] * 2, strict=True)]
+
+
+def _numbers(correct: Tensor, picked: Tensor, true: Tensor, convention: Convention) -> PrecisionRecall:
     known = true > 0
     precision, recall = correct[known] / picked[known].clamp(min=1), correct[known] / true[known]
     CP, CR = precision.mean(), recall.mean()
@@ -165,8 +279,30 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
     return torch.where(both == 0, 0.0, 2 * precision * recall / both)
 
 
-def _roles(targets: Tensor, difficult: DifficultRule) -> tuple[Tensor, Tensor]:
-    """Which targets are positives, and which count at all, as two masks of the targets' shape."""
+def roles(targets: Array, difficult: DifficultRule) -> tuple[Array, Array]:
+    """Which targets are positives, and which count at all (all positives do), as two masks of the targets' shape."""
     positive = targets >= 0 if difficult == "positive" else targets == 1
-    counted = targets != 0 if difficult == "ignore" else torch.ones_like(positive)
+    counted = targets != 0 if difficult == "ignore" else np.ones_like(positive)
     return positive, counted
+
+
+def _thresholds(convention: Convention, scores: Array) -> Array:
+    """The threshold (), or those of the labels (C,), in the precision of the scores."""
+    thresholds = np.asarray(convention.threshold, dtype=scores.dtype)
+    if thresholds.ndim and len(thresholds) != scores.shape[1]:
+        raise ConfigError(f"metrics.threshold has {len(thresholds)} values for {scores.shape[1]} labels.")
+    return thresholds
+
+
+def _arrays(*tensors: Tensor) -> tuple[Array, ...]:
+    """Tensors as numpy sees them; half precision, which numpy lacks or is slow at, as float32."""
+    half = (torch.float16, torch.bfloat16)
+    return tuple((t.detach().float() if t.dtype in half else t.detach()).cpu().numpy() for t in tensors)
+
+
+def in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:
+    """``function`` of each, in order. Sorting and comparing run without Python's lock, so threads help."""
+    if size < _MANY or torch.get_num_threads() == 1:
+        return [function(first) for first in firsts]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(function, firsts))

@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.metrics.conventions import convention
-from gm_mlic.metrics.functional import average_precision, check_scores, precision_recall
+from gm_mlic.metrics.functional import _average_precision, _precision_recalls, check_scores, check_targets
 
 
 class MultiLabelMetrics(Metric):
@@ -86,8 +86,7 @@ class MultiLabelMetrics(Metric):
         if not scores.is_floating_point():
             kept = scores
         if self.target_format == "binary":
-            if ((targets != 0) & (targets != 1)).any():
-                raise DataError('targets hold values other than 0 and 1: use them, or target_format="voc".')
+            check_targets(targets, (0, 1), 'use 1 (present) and 0 (absent), or target_format="voc".')
             targets = targets.to(torch.int8) * 2 - 1
         check_scores(kept, targets, self.num_labels)
         if ids is None:
@@ -119,37 +118,49 @@ class MultiLabelMetrics(Metric):
         Raises:
             DataError: if there was no image, or one id came with different targets.
         """
-        if not len(self.scores):
-            raise DataError("There is nothing to evaluate: no scores were given.")
-        scores, targets = self._rows()
-        if len(scores) == 0:
-            raise DataError("There is nothing to evaluate: no scores were given.")
+        scores, targets, _ = self._rows()
         rules = self.convention
-        AP = average_precision(scores, targets, rules.ap, rules.difficult_ap)
+        AP = _average_precision(scores, targets, rules.ap, rules.difficult_ap)
         result = {"mAP": AP.nanmean()}
-        for prefix, top in (("", None), ("top3/", 3)):
-            numbers = precision_recall(scores, targets, rules, top)
+        both = _precision_recalls(scores, targets, rules, (None, 3))
+        for prefix, numbers in zip(("", "top3/"), both, strict=True):
             result |= {prefix + name: value for name, value in vars(numbers).items()}
         result["AP"] = AP
         self.excluded_labels = tuple(name for name, ap in zip(self.labels, AP.tolist(), strict=True) if ap != ap)
         return {name: 100 * value for name, value in result.items()}
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """All scores and targets, without the repeated rows."""
-        scores, targets, ids = dim_zero_cat(self.scores), dim_zero_cat(self.targets), dim_zero_cat(self.ids)
-        if bool((ids < 0).all()):
-            return scores, targets
+    def collected(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All processes' scores (N, C), targets (N, C) int8 and ids (N,), -1 where none were given; each row once."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+            return self._rows()
+
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All scores, targets and ids, without the repeated rows. They replace the batches, so none is held twice."""
+        if not len(self.scores):
+            raise DataError("There is nothing to evaluate: no scores were given.")
+        for name in ("scores", "targets", "ids"):
+            setattr(self, name, [dim_zero_cat(getattr(self, name))])
+        ids = self.ids[0]
+        if len(ids) == 0:
+            raise DataError("There is nothing to evaluate: no scores were given.")
         if bool((ids < 0).any()):
-            raise DataError("Some rows came with ids and some without: give ids to every update or to none.")
-        ids, order = ids.sort(stable=True)
+            if not bool((ids < 0).all()):
+                raise DataError("Some rows came with ids and some without: give ids to every update or to none.")
+        elif not bool((ids[1:] > ids[:-1]).all()):
+            self._sort_rows()
+        return self.scores[0], self.targets[0], self.ids[0]
+
+    def _sort_rows(self) -> None:
+        """Put the rows in the order of their ids, each id once."""
+        ids, order = self.ids[0].sort(stable=True)
         again = torch.zeros_like(ids, dtype=torch.bool)
         again[1:] = ids[1:] == ids[:-1]
-        if again.any():
-            here = again.nonzero()[:, 0]
-            differs = (targets[order[here]] != targets[order[here - 1]]).any(1)
-            if differs.any():
-                raise DataError(
-                    f"Image id {int(ids[here[differs][0]])} came twice with different targets: ids must be unique."
-                )
+        here = again.nonzero()[:, 0]
+        differs = (self.targets[0][order[here]] != self.targets[0][order[here - 1]]).any(1)
+        if differs.any():
+            raise DataError(
+                f"Image id {int(ids[here[differs][0]])} came twice with different targets: ids must be unique."
+            )
         keep = order[~again]
-        return scores[keep], targets[keep]
+        for name in ("scores", "targets", "ids"):
+            setattr(self, name, [getattr(self, name)[0][keep]])

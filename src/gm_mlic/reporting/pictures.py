@@ -40,7 +40,7 @@ def judged_labels(
     targets: NDArray[np.integer],
     boxes: NDArray[np.floating],
     winners: NDArray[np.integer],
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
 ) -> list[LabelBox]:
     """The labels of one image that are predicted or present, best score first.
 
@@ -48,11 +48,12 @@ def judged_labels(
         labels: the C names.
         scores, targets, winners: (C,): scores in [0, 1]; 1 present, 0 difficult, -1 absent; index of the winner.
         boxes: (M, 4) of the image's instances.
-        threshold: predicted are labels whose score reaches it.
+        threshold: predicted are labels whose score reaches it, or theirs of (C,).
     """
     found = []
+    thresholds = np.broadcast_to(threshold, len(labels))
     for c in np.argsort(-np.asarray(scores), kind="stable"):
-        predicted, present = scores[c] >= threshold, targets[c] >= 0
+        predicted, present = scores[c] >= thresholds[c], targets[c] >= 0
         if predicted or present:
             kind = "missed" if not predicted else "right" if present else "wrong"
             box = tuple(float(v) for v in boxes[winners[c]])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -49,23 +50,115 @@ def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: 
     return "\n".join(lines) + "\n"
 
 
-def metrics_table(values: Mapping[str, Any], preset: str, title: str) -> Table:
+def metrics_table(values: Mapping[str, Any], preset: str, title: str, fitted: Mapping[str, Any] | None = None) -> Table:
     """All metrics of one model: over all labels, and over each image's three best.
 
     Args:
         values: metric values in per cent.
         preset: the convention they follow.
         title: above the table.
+        fitted: the values with fitted thresholds, for two more rows.
     """
     table = Table(title=f"{title}: mAP {number(values['mAP'])}", title_justify="left")
     table.add_column(f"{preset}, %")
     for column in _ONE:
         table.add_column(column, justify="right")
-    for name, prefix in (("all", ""), ("top 3", "top3/")):
-        table.add_row(name, *(number(values.get(prefix + column)) for column in _ONE))
+    rows = [("all", "", values), ("top 3", "top3/", values)]
+    if fitted is not None:
+        rows += [("all, fitted thresholds", "", fitted), ("top 3, fitted thresholds", "top3/", fitted)]
+    for name, prefix, source in rows:
+        table.add_row(name, *(number(source.get(prefix + column)) for column in _ONE))
     return table
 
 
-def print_metrics(values: Mapping[str, Any], preset: str, title: str) -> None:
-    """Print :func:`metrics_table` on stdout."""
-    Console().print(metrics_table(values, preset, title))
+def print_metrics(
+    values: Mapping[str, Any], preset: str, title: str, evaluation: Mapping[str, Any] | None = None
+) -> None:
+    """Print :func:`metrics_table` on stdout.
+
+    Args:
+        values, preset, title: see there.
+        evaluation: what ``gm-mlic eval`` found beyond the values: ``calibrated``, ``intervals``, ``bootstrap``.
+    """
+    found = evaluation or {}
+    console = Console()
+    console.print(metrics_table(values, preset, title, found.get("calibrated")))
+    if "intervals" in found:
+        low, high = map(number, found["intervals"][preset])
+        console.print(f"95 % interval of mAP: {low} to {high} ({_resamples(found)}).", highlight=False)
+
+
+def evaluation_table(result: Mapping[str, Any]) -> Table:
+    """Every convention side by side; the six presets fit into 80 columns.
+
+    Args:
+        result: of :func:`gm_mlic.metrics.evaluate_scores`.
+    """
+    metrics = result["metrics"]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("%", no_wrap=True)
+    for name in metrics:
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def add(name: str, cells: Iterable[str]) -> None:
+        table.add_row(name, *cells)
+
+    add("mAP", (number(values["mAP"]) for values in metrics.values()))
+    if "intervals" in result:
+        for i, end in enumerate(("95 % from", "95 % to")):
+            add(end, (number(result["intervals"][name][i]) for name in metrics))
+    if "difference" in result:
+        table.add_section()
+        add("other mAP", (number(values["mAP"]) for values in result["against"].values()))
+        gaps = {name: _gap(metrics[name]["mAP"], result["against"][name]["mAP"]) for name in metrics}
+        add("gain", gaps.values())
+        for i, end in enumerate(("95 % from", "95 % to")):
+            add(end, (number(result["difference"][name]["interval"][i]) for name in metrics))
+        add("p", (_p(result["difference"][name]["p"]) for name in metrics))
+    for heading, source in (("", metrics), ("fitted", result.get("calibrated"))):
+        if source is None:
+            continue
+        for prefix, words in (("", ""), ("top3/", "top-3 ")):
+            table.add_section()
+            if heading and not prefix:
+                table.add_row(f"[italic]{heading}[/]")
+            for column in _ONE:
+                add(words + column, (number(source[name][prefix + column]) for name in metrics))
+    return table
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print what :func:`gm_mlic.metrics.evaluate_files` returns on stdout: a table, and what to know to read it."""
+    console = Console()
+    console.print(
+        f"{result['scores_file']}: {result['images']:,} images, {result['labels']} labels",
+        highlight=False,
+        markup=False,
+    )
+    console.print(evaluation_table(result))
+    notes = [f"Targets are read as {result['target_format']}."]
+    if "bootstrap" in result:
+        notes.append(f"95 %: percentile interval, {_resamples(result)}.")
+    if "against" in result:
+        notes.append(f"Gain: mAP over {result['against_file']}; p two-sided, from the same resamples.")
+    if "calibrated" in result:
+        notes.append(f"Fitted: each label's threshold of best F1 on {result['val_images']:,} validation images.")
+    if result["excluded_labels"]:
+        names = result["excluded_labels"]
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        notes.append(f"Labels without a positive, in no mean over labels: {shown} ({len(names)}).")
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def _resamples(result: Mapping[str, Any]) -> str:
+    made = result["bootstrap"]
+    return f"{made['resamples']} resamples of the images, seed {made['seed']}"
+
+
+def _gap(mine: float | None, other: float | None) -> str:
+    return "-" if mine is None or other is None else f"{mine - other:+.1f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.0005 else "<.001"

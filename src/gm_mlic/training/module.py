@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.instances import OnlineBatch
+from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.training.checkpoint import KEY, Description
 from gm_mlic.training.online import OnlineGraphs
 
@@ -27,12 +27,12 @@ class MLICModule(LightningModule):
 
     Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
     ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with
-    ``AP`` (C,).
+    ``AP`` (C,), and ``test_scores`` the scores (n, C), targets (n, C) and rows (n,) that they are made of.
 
     Args:
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
         loss: from logits (B, C) and targets (B, C) to a scalar.
-        metrics: a metric of scores in [0, 1] and targets, both (N, C), that computes a dict.
+        metrics: of scores in [0, 1] and targets, both (N, C).
         optimizer: the settings of ``conf/optimizer``.
         description: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
@@ -42,7 +42,7 @@ class MLICModule(LightningModule):
         self,
         model: nn.Module,
         loss: nn.Module,
-        metrics: Metric,
+        metrics: MultiLabelMetrics,
         optimizer: dict[str, Any],
         description: Description,
         online: OnlineGraphs | None = None,
@@ -55,6 +55,7 @@ class MLICModule(LightningModule):
         self.optimizer_settings = optimizer
         self.description = description
         self.test_values: dict[str, Any] = {}
+        self.test_scores: tuple[Tensor, Tensor, Tensor] | None = None
         self._bad_step: Tensor | None = None
 
     def forward(self, batch: Any) -> Any:
@@ -126,6 +127,7 @@ class MLICModule(LightningModule):
         self.metrics.update(torch.sigmoid(self.model(batch).logits.float()), batch.y, batch.row)
 
     def on_test_epoch_end(self) -> None:
+        self.test_scores = self.metrics.collected()
         self.test_values = self._log_metrics("test")
 
     def _log_metrics(self, split: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import csv
 import importlib.metadata
 import json
 import logging
-import math
 import subprocess
 import sys
 import warnings
@@ -27,6 +26,8 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import ConfigError, StoreError, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
+from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
+from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
 from gm_mlic.training import build
 from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
@@ -94,14 +95,21 @@ def train(config: DictConfig) -> dict[str, Any]:
     _fit(config, trainer, module, graph, data, run_dir)
 
     best = run_dir / "checkpoints" / "best.ckpt"
-    values = _test(config, best, data["test"], extractor)
-    result = _summary(config, run_dir, module, data, values)
+    tested = _test(config, best, data["test"], extractor)
+    result = _summary(config, run_dir, module, data, tested.values)
     _write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 
 def evaluate(
-    checkpoint: str | Path, split: str = "test", overrides: Sequence[str] = (), out: str | Path | None = None
+    checkpoint: str | Path,
+    split: str = "test",
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    *,
+    calibrate: bool = False,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of a checkpoint on one split, with the settings of the run that made it.
 
@@ -109,9 +117,14 @@ def evaluate(
         checkpoint: ``RUN/checkpoints/NAME.ckpt``; ``RUN/config.yaml`` says what data it was made with.
         split: ``train``, ``val`` or ``test``.
         overrides: changes to those settings, as ``dataset.root=/elsewhere``.
-        out: a folder; the result is written to ``SPLIT.json`` there.
+        out: a folder; the result is written to ``SPLIT.json`` there, and the scores to ``SPLIT.npz``, as
+            :func:`gm_mlic.metrics.read_scored_images` reads them.
+        calibrate: fit a threshold for each label on ``val``, and give the metrics with those too (``calibrated``).
+        bootstrap: resamples of the images for the 95 % interval of mAP (``intervals``); 0 for none.
+        seed: of the resamples.
 
     Raises:
+        ConfigError: if thresholds are to be fitted on the split that is evaluated.
         WeightsError: if it is not such a checkpoint, or was made for other labels or another detector.
     """
     path = Path(checkpoint)
@@ -120,21 +133,35 @@ def evaluate(
     check(config)
     _quieten_lightning()
     dataset = build.build_dataset(config, split)
+    if calibrate and split == "val":
+        raise ConfigError("calibrate=true fits thresholds on val: evaluate another split with them, as split=test.")
     description.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
     description.check_detector(extractor.name, extractor.fingerprint, path)
     data = split_data(config, dataset, extractor)
-    values = _test(config, path, data, extractor)
-    result = {
+    tested = _test(config, path, data, extractor)
+    preset, rules = config.metrics.preset, tested.rules
+    result: dict[str, Any] = {
         "checkpoint": str(path),
         "split": split,
         "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
-        "preset": config.metrics.preset,
+        "preset": preset,
         "skipped": {split: data.skipped},
-        "metrics": _by_name(values, dataset.labels),
+        "metrics": by_name(tested.values, dataset.labels),
     }
+    if calibrate:
+        val = split_data(config, build.build_dataset(config, "val"), extractor)
+        fitted_on = _test(config, path, val, extractor)
+        thresholds = fit_thresholds(fitted_on.scores, fitted_on.targets, rules)
+        result["calibrated"], result["thresholds"] = calibrated(
+            tested.scores, tested.targets, thresholds, rules, dataset.labels
+        )
+    if bootstrap:
+        result |= bootstrapped([tested.scores], tested.targets, {preset: rules}, bootstrap, seed)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
+        ids = [dataset.ids[row] for row in tested.rows]
+        write_scored_images(Path(out) / f"{split}.npz", tested.scores, tested.targets, ids, dataset.labels)
         _write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -249,11 +276,24 @@ def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tens
     return rows, scores, winners
 
 
-def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Tested:
+    """Metric values, and what they are made of: scores and targets (n, C) of the dataset's rows (n,)."""
+
+    values: dict[str, Any]
+    scores: Tensor
+    targets: Tensor
+    rows: list[int]
+    rules: Convention
+
+
+def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _Tested:
     """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
     module, loader = _trained(config, checkpoint, data, extractor)
     build.build_trainer(config, None).test(module, loader, verbose=False)
-    return module.test_values
+    assert module.test_scores is not None
+    scores, targets, rows = (part.cpu() for part in module.test_scores)
+    return _Tested(module.test_values, scores, targets, rows.tolist(), module.metrics.convention)
 
 
 def _trained(
@@ -324,7 +364,7 @@ def _summary(
         epochs = list(csv.DictReader(file))
     best = max(epochs, key=lambda row: float(row["val/mAP"]))
     return {
-        "test": _by_name(values, data["test"].dataset.labels),
+        "test": by_name(values, data["test"].dataset.labels),
         "val": {name.removeprefix("val/"): float(best[name]) for name in best if name.startswith("val/")},
         "best_epoch": int(best["epoch"]),
         "epochs": len(epochs),
@@ -350,18 +390,6 @@ def _summary(
         "revision": _revision(),
         "command": " ".join(sys.argv),
     }
-
-
-def _by_name(values: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Metric values as JSON: floats, and AP by label."""
-    named: dict[str, Any] = {k: _number(v) for k, v in values.items() if k != "AP"}
-    named["AP"] = {label: _number(ap) for label, ap in zip(labels, values["AP"], strict=True)}
-    return named
-
-
-def _number(value: Any) -> float | None:
-    """JSON knows no NaN: a metric without a value (AP of a label without positives) is null."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _revision() -> str | None:

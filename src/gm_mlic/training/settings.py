@@ -160,6 +160,9 @@ RULES: Mapping[str, Rule] = {
         lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),
         "a list of train, val and test",
     ),
+    "calibrate": _YES_NO,
+    "bootstrap": _whole(0),
+    "target_format": _one_of("auto", "voc", "binary"),
 }
 
 
@@ -233,6 +236,27 @@ def _check_together(config: DictConfig) -> None:
             f"detector.trainable={get('detector.trainable')} needs instances.online=true: a store holds what the "
             "frozen detector saw."
         )
+
+    if get("bootstrap") is not None:
+        _check_evaluation(get)
+
+
+def _check_evaluation(get: Callable[[str], Any]) -> None:
+    """What ``gm-mlic eval`` is to evaluate: a checkpoint, or files."""
+    if (get("checkpoint") is None) == (get("scores") is None):
+        raise ConfigError("give either checkpoint=FILE, or scores=FILE and targets=FILE.")
+    if get("checkpoint") is not None:
+        for key in ("targets", "against", "val_scores", "val_targets"):
+            if get(key) is not None:
+                raise ConfigError(f"{key}={get(key)} goes with scores=FILE, not with checkpoint.")
+        return
+    if get("targets") is None:
+        raise ConfigError("targets has no value: set it with targets=FILE (it may be the file of scores).")
+    for key in ("val_scores", "val_targets"):
+        if get("calibrate") and get(key) is None:
+            raise ConfigError(f"calibrate=true fits thresholds on validation images: set {key}=FILE.")
+        if not get("calibrate") and get(key) is not None:
+            raise ConfigError(f"{key}={get(key)} is used with calibrate=true.")
 
 
 _ABSENT = object()

@@ -1,0 +1,205 @@
+"""Bootstrap over images: confidence intervals of mAP, and a paired test between two models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
+from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, in_threads, ranking, roles, tie_ends
+
+Array = np.ndarray[Any, Any]
+
+#: Resamples that are worked on together: their weights take N times so many bytes, whatever the number of labels.
+_TOGETHER = 64
+
+
+def interval(resampled: Array, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval: the ends of the central ``level`` of the resampled values, without NaN ones."""
+    known = resampled[np.isfinite(resampled)]
+    if not known.size:
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def p_value(resampled_difference: Array) -> float:
+    r"""Two-sided p of "no difference", from resampled differences :math:`d_b` of B resamples.
+
+    :math:`p = \min(1, 2 (1 + \min(|\{d_b \le 0\}|, |\{d_b \ge 0\}|)) / (B + 1))`: below 0.05 about where the 95 %
+    percentile interval leaves 0 out. Never below 2 / (B + 1).
+    """
+    d = resampled_difference[np.isfinite(resampled_difference)]
+    tail = min(int((d <= 0).sum()), int((d >= 0).sum()))
+    return min(1.0, 2 * (1 + tail) / (len(d) + 1))
+
+
+def bootstrap_map(
+    scores: Sequence[Tensor],
+    targets: Tensor,
+    conventions: Sequence[Convention],
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Array:
+    """Values of mAP over resampled images, exactly as the evaluator would compute it for each resample.
+
+    A resample draws N images with replacement; copies of an image stand beside each other. All models and conventions
+    see the same resamples, so that their differences are paired. Labels are sorted once; a resample only adds up how
+    often each image was drawn: this costs N C additions, not a sort.
+
+    Args:
+        scores: one (N, C) table for each model.
+        targets: (N, C) in {1, 0, -1}.
+        conventions: M of them; their ``ap`` and ``difficult_ap`` count.
+        resamples: B.
+        seed: of the draws. The first resamples of a larger B are those of a smaller.
+        progress: called with the number of resamples done since the last call.
+
+    Returns:
+        (models, M, B) float64 in per cent; NaN where no label has a positive.
+
+    Raises:
+        DataError: for tables that cannot be evaluated together.
+        ConfigError: if ``resamples`` is below 1.
+    """
+    if resamples < 1:
+        raise ConfigError(f"bootstrap={resamples}: at least one resample is needed.")
+    if not len(targets):
+        raise DataError("There is nothing to evaluate: no scores were given.")
+    for table in scores:
+        check_scores(table, targets)
+    # Without difficult labels, all ways to count them are one.
+    any_difficult = bool((targets == 0).any())
+    wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]
+    rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
+    ranked = [
+        (model, difficult, _ranked_labels(table, targets, difficult, {ap for ap, d in rules if d == difficult}))
+        for model, table in enumerate(scores)
+        for difficult in sorted({difficult for _, difficult in rules})
+    ]
+    draw = np.random.default_rng(seed)
+    N, C = targets.shape
+    result = np.empty((len(scores), len(conventions), resamples))
+    for first in range(0, resamples, _TOGETHER):
+        count = min(_TOGETHER, resamples - first)
+        # An image is drawn once on average, and never 256 times.
+        drawn = [np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)]
+        weights = np.ascontiguousarray(np.stack(drawn).T)
+        AP: dict[tuple[int, APRule, DifficultRule], Array] = {
+            (model, ap, difficult): np.full((C, count), math.nan)
+            for model in range(len(scores))
+            for ap, difficult in rules
+        }
+        for model, difficult, labels in ranked:
+            resampled = in_threads(lambda c, w=weights, r=labels: r[c].resampled(w), range(C), weights.size)  # type: ignore[misc]
+            for c, values in enumerate(resampled):
+                for ap, value in values.items():
+                    AP[model, ap, difficult][c] = value
+        for model in range(len(scores)):
+            for m, (ap, d) in enumerate(wanted):
+                result[model, m, first : first + count] = _mean(AP[model, ap, d])
+        if progress is not None:
+            progress(count)
+    return 100 * result
+
+
+def _mean(AP: Array) -> Array:
+    """Over labels with a value: (C, B) to (B,)."""
+    known = ~np.isnan(AP)
+    with np.errstate(invalid="ignore"):
+        mean: Array = np.where(known, AP, 0).sum(axis=0) / known.sum(axis=0)
+    return mean
+
+
+@dataclass(frozen=True)
+class _RankedLabel:
+    """One label's counted images, best first, in segments that each end with a positive (the last may not).
+
+    Attributes:
+        order: (M,) rows.
+        at: (n,) places of the positives in it.
+        ends: (n,) how many images score at least as high as each positive; None where no rule needs it.
+        rules: AP rules wanted.
+    """
+
+    order: Array
+    at: Array
+    ends: Array | None
+    rules: frozenset[APRule]
+
+    def resampled(self, weights: Array) -> dict[APRule, Array]:
+        """AP (B,) by rule, with images drawn as often as ``weights`` (N, B) uint8 says."""
+        if not len(self.at):
+            return {}
+        drawn = weights[self.order[self.at]].astype(np.float64)  # (n, B): copies of each positive
+        hits = drawn.cumsum(axis=0)
+        n = hits[-1]
+        # Images drawn up to and including each positive; and, for groups of equal scores, up to the end of its group.
+        seen, seen_tied = self._seen(weights, self.at + 1, self.at + 1 if self.ends is None else self.ends)
+        AP: dict[APRule, Array] = {}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if "rank" in self.rules:
+                # The j-th copy has precision (before + j) / (seen before + j) = 1 - negatives / (seen before + j), so
+                # all copies together have drawn - negatives * (1/(seen before + 1) + ... + 1/seen).
+                harmonic = _harmonic(weights.shape[0])
+                last, before = harmonic[seen.astype(np.int64)], harmonic[(seen - drawn).astype(np.int64)]
+                AP["rank"] = (drawn - (seen - hits) * (last - before)).sum(axis=0) / n
+            if "sklearn" in self.rules:
+                assert self.ends is not None
+                tied = hits[np.searchsorted(self.at, self.ends) - 1]
+                AP["sklearn"] = (drawn * np.nan_to_num(tied / seen_tied)).sum(axis=0) / n
+            if self.rules & {"envelope", "voc11"}:
+                # At the last copy precision is highest, and beyond a positive it only falls up to the next.
+                precision = np.nan_to_num(hits / seen)
+                envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+                if "envelope" in self.rules:
+                    AP["envelope"] = (drawn * envelope).sum(axis=0) / n
+                if "voc11" in self.rules:
+                    AP["voc11"] = _eleven(envelope, hits)
+        return {ap: np.where(n > 0, values, math.nan) for ap, values in AP.items()}
+
+    def _seen(self, weights: Array, *counts: Array) -> list[Array]:
+        """Copies drawn among the first ``counts`` (n,) images: (n, B) for each of ``counts``."""
+        stops = np.unique(np.concatenate(counts))
+        gathered = weights[self.order[: stops[-1]]]
+        sums = np.add.reduceat(gathered, np.concatenate([[0], stops[:-1]]), axis=0, dtype=np.int32)
+        seen = sums.cumsum(axis=0, dtype=np.float64)
+        return [seen[np.searchsorted(stops, count)] for count in counts]
+
+
+def _ranked_labels(scores: Tensor, targets: Tensor, difficult: DifficultRule, rules: set[APRule]) -> list[_RankedLabel]:
+    def one(scores: Array, targets: Array) -> _RankedLabel:
+        order, at = ranking(scores, *roles(targets, difficult))
+        ends = tie_ends(scores[order], at) if "sklearn" in rules else None
+        # Only what comes before the last positive (or ties with it) is ever looked at.
+        used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
+        return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
+
+    return for_each_label(one, scores, targets)
+
+
+def _eleven(envelope: Array, hits: Array) -> Array:
+    """11-point AP (B,) from the falling precisions and the hits at each positive, both (n, B)."""
+    values = np.empty(envelope.shape[1])
+    for b, n in enumerate(hits[-1].astype(np.int64)):
+        reached = np.searchsorted(hits[:, b], eleven_points(int(n)) + 1)
+        values[b] = envelope[np.minimum(reached, len(hits) - 1), b].mean()
+    return values
+
+
+_HARMONIC: dict[int, Array] = {}
+
+
+def _harmonic(N: int) -> Array:
+    """(N + 1,) harmonic numbers 0, 1, 1 + 1/2, ..."""
+    if N not in _HARMONIC:
+        _HARMONIC.clear()
+        _HARMONIC[N] = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, N + 1))])
+    return _HARMONIC[N]

@@ -1,0 +1,286 @@
+"""Files of scores and targets from any model: ``.npz``, ``.csv`` and ``.pt``. Nothing in them is guessed."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.metrics.functional import check_scores, check_targets
+
+TargetFormat = Literal["auto", "voc", "binary"]
+
+#: Headers under which the first column of a CSV file holds image ids even where they are numbers.
+_ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file: values (N, C), and the names of its rows and columns where it has them."""
+
+    path: Path
+    values: Tensor
+    ids: tuple[str, ...] | None
+    labels: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Models' scores for the same images, ready to evaluate.
+
+    Attributes:
+        scores: (N, C) for each file of scores, rows in the order of the targets.
+        targets: (N, C) int8 in {1, 0, -1}.
+        ids: the N image ids, if a file has them.
+        labels: the C names, if a file has them.
+        target_format: how the targets were written: ``voc`` or ``binary``.
+    """
+
+    scores: tuple[Tensor, ...]
+    targets: Tensor
+    ids: tuple[str, ...] | None
+    labels: tuple[str, ...] | None
+    target_format: Literal["voc", "binary"]
+
+
+def read_scored_images(
+    scores: Sequence[str | Path], targets: str | Path, target_format: TargetFormat = "auto"
+) -> ScoredImages:
+    """Read files of scores and the file of targets they are to be held against.
+
+    Rows are matched by image id where both files have ids, else by their order. Label names must agree, in order.
+
+    Args:
+        scores: one file for each model, see :func:`read_table`.
+        targets: a file of targets; it may be one of the ``scores`` if that holds both.
+        target_format: ``voc`` for {1, 0, -1}; ``binary`` for {0, 1}; ``auto``: ``voc`` if a -1 occurs, else
+            ``binary``.
+
+    Raises:
+        DataError: for a file that cannot be read, values that cannot be evaluated, repeated ids or labels, and files
+            that do not fit each other.
+        ConfigError: for another ``target_format``.
+    """
+    if target_format not in ("auto", "voc", "binary"):
+        raise ConfigError(f"target_format={target_format}: choose auto, voc (1, 0, -1) or binary (0, 1).")
+    truth = read_table(targets, "targets")
+    tables = [read_table(path, "scores") for path in scores]
+    values, form = _voc_targets(truth, target_format)
+    labels = check_label_lists([(truth.path, truth.labels), *((table.path, table.labels) for table in tables)])
+    aligned = tuple(_align(table, truth, values) for table in tables)
+    ids = next((table.ids for table in (truth, *tables) if table.ids is not None), None)
+    return ScoredImages(aligned, values, ids, labels, form)
+
+
+def write_scored_images(path: Path, scores: Tensor, targets: Tensor, ids: Sequence[str], labels: Sequence[str]) -> None:
+    """Write an ``.npz`` that :func:`read_scored_images` reads as scores and as targets."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(
+            file,
+            scores=scores.cpu().numpy(),
+            targets=targets.cpu().numpy(),
+            ids=np.array(ids, dtype=np.str_),
+            labels=np.array(labels, dtype=np.str_),
+        )
+    part.replace(path)
+
+
+def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
+    """Read one file.
+
+    ``.npz``: the array ``key`` and, optionally, ``ids`` and ``labels``. ``.pt``: a dict with the same entries, as
+    tensors or lists; nothing in it is executed. ``.csv``: a header with the label names, then a line for each image.
+    Its first column holds ids if its header is empty or one of id, image, image_id, file, file_name, or if none of its
+    cells is a number.
+
+    Raises:
+        DataError: if it cannot be read, or names a row or column twice.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: unknown kind of file; give {key} as {', '.join(_READERS)}.")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give the file of {key}.")
+    values, ids, labels = _READERS[path.suffix](path, key)
+    if values.ndim != 2 or not len(values) or values.is_complex():
+        raise DataError(f"{path}: {key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
+    for what, names, size in (("image id", ids, len(values)), ("label", labels, values.shape[1])):
+        if names is None:
+            continue
+        if len(names) != size:
+            raise DataError(f"{path}: {len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
+        if len(set(names)) != size:
+            seen: set[str] = set()
+            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"{path}: the {what} {twice!r} occurs more than once: give each {what} once.")
+    return Table(path, values, ids, labels)
+
+
+Content = tuple[Tensor, "tuple[str, ...] | None", "tuple[str, ...] | None"]
+
+
+def _read_npz(path: Path, key: str) -> Content:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _entries(path, key, {name: file[name] for name in (key, "ids", "labels") if name in file}, file)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not an .npz of numbers and texts ({error}).") from error
+
+
+def _read_pt(path: Path, key: str) -> Content:
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{path}: not a .pt file of tensors, texts and numbers ({reason[:100]}).") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: holds a {type(content).__name__}; save a dict with {key!r}.")
+    return _entries(path, key, content, content)
+
+
+def _entries(path: Path, key: str, content: Mapping[str, Any], names: Any) -> Content:
+    if key not in content:
+        raise DataError(
+            f"{path}: has no {key!r} but {', '.join(map(repr, names)) or 'nothing'}; name the table {key!r}."
+        )
+    try:
+        values = torch.as_tensor(content[key])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{path}: {key} are no table of numbers.") from error
+    return values, _names(path, "ids", content), _names(path, "labels", content)
+
+
+def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = content.get(key)
+    if names is None:
+        return None
+    names = names.tolist() if hasattr(names, "tolist") else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, int)) for name in names):
+        raise DataError(f"{path}: {key} must be a list of texts or of whole numbers.")
+    return tuple(map(str, names))
+
+
+def _read_csv(path: Path, key: str) -> Content:
+    firsts: list[str] = []
+    rest: list[np.ndarray[Any, Any]] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            header = [name.strip() for name in next(reader, [])]
+            if not header or all(_is_number(name) for name in header):
+                raise DataError(f"{path}: no header; put a first line with the label names.")
+            for row in reader:
+                if len(row) != len(header):
+                    raise DataError(f"{path}: line {reader.line_num} has {len(row)} cells, the header {len(header)}.")
+                firsts.append(row[0].strip())
+                try:
+                    rest.append(np.array(row[1:], dtype=np.float64))
+                except ValueError:
+                    c = next(c for c in range(1, len(row)) if not _is_number(row[c]))
+                    raise _no_number(path, key, row[c], f"line {reader.line_num}", header[c]) from None
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
+    values = np.stack(rest) if rest else np.empty((0, len(header) - 1))
+    numbers = [_is_number(first) for first in firsts]
+    if header[0].lower() in _ID_HEADERS or not any(numbers):
+        return torch.from_numpy(values), tuple(firsts), tuple(header[1:])
+    if not all(numbers):
+        row_number = numbers.index(False)
+        raise _no_number(path, key, firsts[row_number], f"image {row_number}", header[0])
+    column = np.array(firsts, dtype=np.float64)[:, None]
+    return torch.from_numpy(np.concatenate([column, values], axis=1)), None, tuple(header)
+
+
+def _no_number(path: Path, key: str, text: str, where: str, column: str) -> DataError:
+    return DataError(
+        f"{path}: {key} must be numbers, not {text!r} ({where}, column {column!r}); a column of image ids comes first "
+        "and is called id."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".csv": _read_csv, ".pt": _read_pt}
+
+
+def _voc_targets(table: Table, target_format: TargetFormat) -> tuple[Tensor, Literal["voc", "binary"]]:
+    """Targets in {1, 0, -1}, int8, and how they were written."""
+    values = table.values
+    form: Literal["voc", "binary"] = target_format if target_format != "auto" else "binary"
+    if target_format == "auto" and bool((values == -1).any()):
+        form = "voc"
+    if form == "voc":
+        _named(table.path, check_targets, values, (1, 0, -1), "use 1 (present), 0 (difficult) and -1 (absent).")
+        return values.to(torch.int8), form
+    advice = "use 1 (present) and 0 (absent), or 1, 0 and -1 as in VOC."
+    _named(table.path, check_targets, values, (0, 1), advice)
+    return values.to(torch.int8) * 2 - 1, form
+
+
+def _align(table: Table, truth: Table, targets: Tensor) -> Tensor:
+    """The scores with their rows in the order of the targets."""
+    scores = table.values
+    if scores.shape != targets.shape:
+        raise DataError(
+            f"{table.path}: scores {tuple(scores.shape)} and targets {tuple(targets.shape)} ({truth.path}) differ in "
+            "shape."
+        )
+    _named(table.path, check_scores, scores, targets)
+    if table.ids is None or truth.ids is None or table.ids == truth.ids:
+        return scores
+    row = {name: i for i, name in enumerate(table.ids)}
+    missing = [name for name in truth.ids if name not in row]
+    if missing:
+        raise DataError(
+            f"{table.path}: no scores for {len(missing)} of the {len(truth.ids)} images in {truth.path}, as "
+            f"{missing[0]!r}."
+        )
+    return scores[torch.tensor([row[name] for name in truth.ids])]
+
+
+def check_label_lists(lists: Sequence[tuple[Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
+    """The labels that all files name, if any does.
+
+    Raises:
+        DataError: if two files name different labels, or the same in another order.
+    """
+    known = [(path, labels) for path, labels in lists if labels is not None]
+    for path, labels in known[1:]:
+        first, expected = known[0]
+        if labels == expected:
+            continue
+        if len(labels) != len(expected):
+            raise DataError(f"{path}: {len(labels)} labels, {first} has {len(expected)}: give both the same labels.")
+        c = next(c for c in range(len(labels)) if labels[c] != expected[c])
+        same = sorted(labels) == sorted(expected)
+        what = "the labels are in another order than" if same else "the labels are not those"
+        raise DataError(
+            f"{path}: {what} in {first} (label {c} is {labels[c]!r}, there {expected[c]!r}): write both in one order."
+            if same
+            else f"{path}: {what} of {first} (label {c} is {labels[c]!r}, there {expected[c]!r})."
+        )
+    return known[0][1] if known else None
+
+
+def _named(path: Path, check: Callable[..., None], *arguments: Any) -> None:
+    """Run a check, and say in which file it failed."""
+    try:
+        check(*arguments)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -1,0 +1,64 @@
+"""One threshold for each label, fitted on validation images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gm_mlic.errors import DataError
+from gm_mlic.metrics.conventions import Convention
+from gm_mlic.metrics.functional import check_scores, for_each_label, ranking, roles, tie_ends
+
+Array = np.ndarray[Any, Any]
+
+
+def fit_thresholds(scores: Tensor, targets: Tensor, convention: Convention | None = None) -> Tensor:
+    r"""The thresholds that maximise each label's F1 on these images.
+
+    :math:`F1 = 2 N^c / (N^p + N^g)` is tried after every group of equal scores, and the threshold stands halfway
+    between the chosen group's score and the next lower one (0 after the last). Of equally good ones, the highest. A
+    label without a positive keeps the convention's own threshold. Pass the result on as ``threshold``.
+
+    Fit on validation images only. With few positives the fit follows chance: check it on other images.
+
+    Args:
+        scores: (N, C) in [0, 1].
+        targets: (N, C) in {1, 0, -1}.
+        convention: its ``difficult_f1``, ``compare`` and ``threshold``; by default that of ``mlgcn``.
+
+    Returns:
+        (C,) float64 in [0, 1], exact in the precision of the scores.
+
+    Raises:
+        DataError: for tables that cannot be evaluated together, or without an image.
+    """
+    rules = Convention() if convention is None else convention
+    check_scores(scores, targets)
+    if not len(scores):
+        raise DataError("There is nothing to fit thresholds on: no scores were given.")
+
+    def one(scores: Array, targets: Array) -> float:
+        order, at = ranking(scores, *roles(targets, rules.difficult_f1))
+        ranked = scores[order]
+        if rules.compare == "gt":
+            at = at[ranked[at] > 0]  # no threshold lets a score of 0 pass
+        if not len(at):
+            return float("nan")
+        ends = tie_ends(ranked, at)
+        f1 = np.searchsorted(at, ends) / (ends + n_positive(targets))
+        best = int(np.argmax(f1))
+        high = ranked[at[best]]
+        low = ranked[ends[best]] if ends[best] < len(ranked) else np.zeros_like(high)
+        middle = low + (high - low) / 2
+        if rules.compare == "ge":
+            return float(high if middle == low else middle)
+        return float(low if middle == high else middle)
+
+    def n_positive(targets: Array) -> int:
+        return int(roles(targets, rules.difficult_f1)[0].sum())
+
+    fitted = torch.tensor(for_each_label(one, scores, targets), dtype=torch.float64)
+    return torch.where(fitted.isnan(), torch.tensor(rules.threshold, dtype=torch.float64), fitted).to(scores.device)

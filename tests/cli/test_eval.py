@@ -1,0 +1,165 @@
+"""``gm-mlic eval`` of score files: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gm_mlic.cli.main import run
+from gm_mlic.metrics import PRESETS
+
+LABELS = ("cat", "dog", "red bird")
+N = 40
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Scores of two models in test.npz and other.npz (rows in another order), and of the first in val.npz."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gm-mlic"])
+    monkeypatch.setenv("COLUMNS", "80")
+    rng = np.random.default_rng(0)
+    for name in ("test", "val"):
+        targets = rng.choice([-1, -1, 0, 1], (N, 3))
+        save(name, scores=sigmoid(rng.normal(size=(N, 3)) + 2 * targets), targets=targets)
+    content = np.load("test.npz")
+    save("other", scores=sigmoid(rng.normal(size=(N, 3))), targets=content["targets"], order=rng.permutation(N))
+    return tmp_path
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.asarray(1 / (1 + np.exp(-x)), dtype=np.float32)
+
+
+def save(name: str, order: Any = slice(None), **entries: Any) -> None:
+    ids = np.array([f"{i:03}.jpg" for i in range(N)])
+    content = {"ids": ids, "labels": np.array(LABELS), **entries}
+    np.savez(f"{name}.npz", **{k: v if k == "labels" else np.asarray(v)[order] for k, v in content.items()})
+
+
+def change(name: str, **entries: Any) -> None:
+    with np.load(f"{name}.npz") as file:
+        content = {key: file[key] for key in file.files}
+    np.savez(f"{name}.npz", **{key: value for key, value in (content | entries).items() if value is not None})
+
+
+def evaluate(*arguments: str) -> int:
+    return run(["eval", "scores=test.npz", "targets=test.npz", "bootstrap=50", *arguments])
+
+
+def test_every_preset_side_by_side(capsys: pytest.CaptureFixture[str]):
+    assert evaluate() == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].strip() == "test.npz: 40 images, 3 labels"
+    assert next(line for line in lines if "mlgcn" in line).split() == ["%", *PRESETS]
+    assert "Targets are read as voc." in shown
+    result = json.loads(Path("runs/eval-test/test.json").read_text())
+    for row, key in (("mAP", "mAP"), ("OF1", "OF1"), ("top-3 CF1", "top3/CF1")):
+        cells = next(line for line in lines if line.strip().startswith(row)).split()[-len(PRESETS) :]
+        assert cells == [f"{result['metrics'][preset][key]:.1f}" for preset in PRESETS]
+    first, last = (next(line for line in lines if end in line).split()[-6:] for end in ("95 % from", "95 % to"))
+    mAP = [result["metrics"][preset]["mAP"] for preset in PRESETS]
+    assert all(float(a) <= value <= float(b) for a, value, b in zip(first, mAP, last, strict=True))
+
+
+def test_against_another_model_and_with_fitted_thresholds(capsys: pytest.CaptureFixture[str]):
+    assert evaluate("against=other.npz", "calibrate=true", "val_scores=val.npz", "val_targets=val.npz") == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    for words in ("other mAP", "gain", "p  ", "fitted", "best F1 on 40 validation images", "mAP over other.npz"):
+        assert words in shown
+    result = json.loads(Path("runs/eval-test/test.json").read_text())
+    for preset in PRESETS:
+        assert result["difference"][preset]["interval"][0] > 0
+        assert result["difference"][preset]["p"] == pytest.approx(2 / 51)
+    # The other model's rows are in another order; alone, its mAP is the same.
+    assert run(["eval", "scores=other.npz", "targets=test.npz", "bootstrap=0"]) == 0
+    alone = json.loads(Path("runs/eval-other/other.json").read_text())
+    assert alone["metrics"] == result["against"]
+    assert "95 %" not in capsys.readouterr().out
+
+
+def test_labels_without_a_positive_are_named(capsys: pytest.CaptureFixture[str]):
+    targets = np.load("test.npz")["targets"].copy()
+    targets[:, 1] = -1
+    change("test", targets=targets)
+    assert evaluate() == 0
+    assert "Labels without a positive, in no mean over labels: dog (1)." in capsys.readouterr().out
+
+
+def spoilt(name: str, value: float) -> Any:
+    values = np.load("test.npz")[name].astype(np.float32)
+    values[5, 2] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (lambda: {"scores": spoilt("scores", np.nan)}, "bad.npz: scores hold NaN (first at row 5, label 2)"),
+        (lambda: {"scores": spoilt("scores", 1.25)}, "1.25], not in [0, 1]: apply a sigmoid"),
+        (lambda: {"scores": spoilt("scores", -1)}, "[-1, "),
+        (lambda: {"scores": np.ones((N - 1, 3), np.float32), "ids": None}, "differ in shape"),
+        (lambda: {"scores": np.ones((N, 2), np.float32), "labels": None}, "differ in shape"),
+        (lambda: {"ids": np.array(["same.jpg"] * N)}, "the image id 'same.jpg' occurs more than once"),
+        (lambda: {"labels": np.array(LABELS[::-1])}, "the labels are in another order than in test.npz (label 0 is"),
+        (lambda: {"labels": np.array(["cat", "dog", "lion"])}, "label 2 is 'lion', there 'red bird'"),
+        (lambda: {"scores": None}, "bad.npz: has no 'scores' but 'ids'"),
+    ],
+)
+def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[str]):
+    change_to = entries()
+    Path("bad.npz").write_bytes(Path("test.npz").read_bytes())
+    change("bad", **change_to)
+    assert run(["eval", "scores=bad.npz", "targets=test.npz"]) == 2
+    assert expected in refused(capsys)
+    assert evaluate("against=bad.npz") == 2
+    assert expected in refused(capsys)
+
+
+def test_bad_targets(capsys: pytest.CaptureFixture[str]):
+    change("other", targets=spoilt("targets", 3))
+    assert run(["eval", "scores=test.npz", "targets=other.npz"]) == 2
+    assert "other.npz: targets hold 3" in refused(capsys)
+    assert evaluate("target_format=binary") == 2
+    assert "test.npz: targets hold -1" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["checkpoint=best.ckpt"], "give either checkpoint=FILE, or scores=FILE and targets=FILE."),
+        (["targets=null"], "targets has no value: set it with targets=FILE"),
+        (["calibrate=true"], "set val_scores=FILE"),
+        (["calibrate=true", "val_scores=val.npz"], "set val_targets=FILE"),
+        (["val_scores=val.npz"], "val_scores=val.npz is used with calibrate=true"),
+        (["scores=null", "checkpoint=x.ckpt"], "targets=test.npz goes with scores=FILE, not with checkpoint"),
+        (["scores=nowhere.npz"], "nowhere.npz: no such file"),
+        (["targets=scores.xlsx"], "scores.xlsx: unknown kind of file; give targets as .npz, .csv, .pt"),
+        (["bootstrap=-1"], "bootstrap=-1: expected a whole number"),
+        (["bootstrap=many"], "bootstrap=many: expected a whole number"),
+        (["calibrate=2"], "calibrate=2: expected true or false"),
+        (["target_format=pm1"], "target_format=pm1: expected one of auto, voc, binary"),
+        (["score=x.npz"], "score: there is no such setting; did you mean scores?"),
+    ],
+)
+def test_settings_that_do_not_go_together(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+    assert evaluate(*arguments) == 2
+    assert expected in refused(capsys)
+
+
+def refused(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("gm-mlic: error: ")
+    return lines[0]

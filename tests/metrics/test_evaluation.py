@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gm_mlic.errors import DataError
+from gm_mlic.metrics import (
+    PRESETS,
+    MultiLabelMetrics,
+    ScoredImages,
+    bootstrap_map,
+    evaluate_files,
+    evaluate_scores,
+    evaluation,
+    fit_thresholds,
+    write_scored_images,
+)
+
+LABELS = ("cat", "dog", "unicorn")
+
+
+def scored(seed: int, models: int = 1, labels: tuple[str, ...] | None = LABELS, N: int = 60) -> ScoredImages:
+    rng = np.random.default_rng(seed)
+    targets = rng.choice([-1, -1, 0, 1], (N, 3))
+    targets[:, 2] = -1
+    scores = [torch.sigmoid(torch.from_numpy(rng.normal(size=(N, 3)) + targets)).float() for _ in range(models)]
+    return ScoredImages(tuple(scores), torch.from_numpy(targets).to(torch.int8), None, labels, "voc")
+
+
+def test_every_number_is_that_of_its_part() -> None:
+    images, val = scored(0, models=2), scored(1)
+    result = evaluate_scores(images, val=val, bootstrap=30, seed=5)
+    assert json.loads(json.dumps(result)) == result
+    assert result["excluded_labels"] == ["unicorn"]
+    drawn = bootstrap_map(images.scores, images.targets, list(PRESETS.values()), 30, seed=5)
+    for m, preset in enumerate(PRESETS):
+        for key, scores, options in (
+            ("metrics", images.scores[0], {}),
+            ("against", images.scores[1], {}),
+            ("calibrated", images.scores[0],
+             {"threshold": fit_thresholds(val.scores[0], val.targets, PRESETS[preset])}),
+        ):  # fmt: skip
+            metric = MultiLabelMetrics(3, preset, **options)
+            metric.update(scores, images.targets)
+            expected = metric.compute()
+            got = result[key][preset]
+            assert list(got["AP"]) == list(LABELS)
+            assert got["AP"]["unicorn"] is None
+            for name, value in expected.items():
+                if name != "AP":
+                    assert got[name] == value.item()
+        assert result["calibrated"][preset]["mAP"] == result["metrics"][preset]["mAP"]
+        low, high = np.quantile(drawn[0, m], [0.025, 0.975])
+        assert result["intervals"][preset] == pytest.approx([low, high])
+        difference = drawn[0, m] - drawn[1, m]
+        assert result["difference"][preset]["interval"] == pytest.approx(np.quantile(difference, [0.025, 0.975]))
+        assert list(result["thresholds"][preset]) == list(LABELS)
+
+
+def test_a_model_against_itself() -> None:
+    images = scored(0)
+    twice = ScoredImages((images.scores[0],) * 2, images.targets, None, None, "voc")
+    result = evaluate_scores(twice, bootstrap=20)
+    for found in result["difference"].values():
+        assert found == {"interval": [0.0, 0.0], "p": 1.0}
+    assert list(result["metrics"]["asl"]["AP"]) == ["0", "1", "2"]
+
+
+def test_without_resamples_there_are_no_intervals() -> None:
+    result = evaluate_scores(scored(0, models=2), bootstrap=0)
+    assert not {"intervals", "difference", "bootstrap"} & set(result)
+    assert "against" in result
+
+
+def test_validation_images_with_other_labels_are_refused() -> None:
+    with pytest.raises(DataError, match="label 0 is 'dog' and 'cat'"):
+        evaluate_scores(scored(0), val=scored(1, labels=("dog", "cat", "unicorn")), bootstrap=0)
+    fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2], None, None, "voc")
+    with pytest.raises(DataError, match="val_scores have 2 labels, scores 3"):
+        evaluate_scores(scored(0), val=fewer, bootstrap=0)
+
+
+def test_progress_is_logged_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluation, "_LOG_S", -1.0)
+    with caplog.at_level("INFO", logger="gm_mlic"):
+        evaluate_scores(scored(0), bootstrap=130)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "bootstrap: 64 of 130", "bootstrap: 128 of 130", "bootstrap: 130 of 130"
+    ]  # fmt: skip
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(evaluation, "_LOG_S", -1.0)
+    evaluate_scores(scored(0), bootstrap=130)
+    captured = capsys.readouterr()
+    assert "130/130" in captured.err
+    assert captured.out == ""
+    assert not caplog.records
+
+
+def test_files(tmp_path: Path) -> None:
+    images = scored(0)
+    path = tmp_path / "mine.npz"
+    write_scored_images(path, images.scores[0], images.targets, [str(i) for i in range(60)], LABELS)
+    result = evaluate_files(path, path, bootstrap=10, out=tmp_path / "out")
+    assert json.loads((tmp_path / "out/mine.json").read_text()) == result
+    assert {k: v for k, v in result.items() if not k.endswith("_file")} == evaluate_scores(images, bootstrap=10)
+
+
+@pytest.mark.shared
+def test_perfect_scores_on_the_labels_of_voc_2007(shared_data: Path) -> None:
+    content = np.load(shared_data / "labels" / "voc2007.npz")
+    targets = torch.from_numpy(content["test"])
+    images = ScoredImages(((targets + 1).float() / 2,), targets, None, tuple(content["labels"].tolist()), "voc")
+    result = evaluate_scores(images, bootstrap=3)
+    for preset, values in result["metrics"].items():
+        assert values["mAP"] == pytest.approx(100), preset
+        assert result["intervals"][preset] == pytest.approx([100, 100])
+    # A difficult label scores 0.5: predicted, and wrong where it counts as a negative.
+    assert result["metrics"]["mlgcn"]["OP"] < 100 == result["metrics"]["mmpretrain"]["OP"]
