@@ -128,7 +128,12 @@ def test_every_setting_has_a_rule():
     for group in GROUPS:
         for option in options(group):
             keys.update(leaves(compose("train", [f"{group}={option}"])))
-    keys.update(leaves(compose("extract")), leaves(compose("train_detector")), leaves(compose("dataset")))
+    keys.update(
+        leaves(compose("extract")),
+        leaves(compose("train_detector")),
+        leaves(compose("dataset")),
+        leaves(compose("bench")),
+    )
     # Which files eval needs is checked together.
     keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))
     assert keys - set(settings.RULES) == elsewhere

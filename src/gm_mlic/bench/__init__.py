@@ -1,7 +1,7 @@
 """What the structured execution is worth on this machine, measured side by side in one run."""
 
 from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
-from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, shares
+from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, ratios, shares
 
 __all__ = [
     "CASES",
@@ -13,5 +13,6 @@ __all__ = [
     "interleaved",
     "matrix_rate",
     "peak_bytes",
+    "ratios",
     "shares",
 ]

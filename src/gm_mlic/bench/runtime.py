@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
+from gm_mlic.bench.measure import interleaved, matrix_rate, peak_bytes
 from gm_mlic.detection.protocol import InstanceExtractor
-from gm_mlic.graphs import AssignmentBatch, AssignmentGraph
+from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
 
@@ -262,28 +263,27 @@ def grow(
 
 def shares(
     detector: InstanceExtractor, images: Sequence[Tensor], case: Case, device: str = "cpu", repeats: int = 3
-) -> dict[str, Timings]:
-    """Seconds of each part of the way from a photo to its labels, for one batch.
+) -> dict[str, float]:
+    """Where the time goes on the way from a photo to its labels, and in training from an instance store.
 
     Args:
         detector: finds the instances.
         images: (3, H, W) in [0, 1]; a batch is made of them.
-        case: the network; ``case.batch`` should be the number of images.
+        case: the network.
         device: of the network; the detector has its own.
         repeats: of the measurement.
 
     Returns:
-        ``detection``, ``data`` (from instances to a dense batch), ``graph`` (the network, labels prepared once), each
-        for the whole batch.
+        Median seconds for each image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the
+        network with the labels prepared once; ``train``, a training step.
     """
     network = Execution(replace(case, batch=len(images)), "structured", device)
     batch = network.data
     assert isinstance(batch, AssignmentBatch)
     with torch.no_grad():
         labels = network.model.prepare(batch.label_vectors, batch.relates)
-
-    def data() -> AssignmentBatch:
-        return AssignmentBatch.build(batch.x, batch.box, batch.mask, batch.label_vectors).to(device)
+    store = AssignmentBatchDataset(_Store(case, 8 * len(images)), AssignmentGraph(batch.label_vectors.cpu(), m=case.m))
+    rows = torch.randperm(8 * len(images))[: len(images)].tolist()
 
     @torch.no_grad()
     def graph() -> None:
@@ -291,9 +291,26 @@ def shares(
 
     runs: dict[str, Callable[[], object]] = {
         "detection": lambda: detector(images, m=case.m),
-        "data": data,
+        "data": lambda: store.__getitems__(rows).to(device),
         "graph": graph,
+        "train": network.train,
     }
     for run in runs.values():
         run()
-    return interleaved(runs, repeats, device)
+    timings = interleaved(runs, repeats, device)
+    return {name: timing.median / len(images) for name, timing in timings.items()}
+
+
+class _Store:
+    """The arrays of an instance store, with random instances."""
+
+    def __init__(self, case: Case, size: int) -> None:
+        rng = np.random.default_rng(0)
+        self.features = rng.standard_normal((size, 1, case.m, INSTANCE_DIM), dtype=np.float32).astype(np.float16)
+        corner = rng.random((size, 1, case.m, 2), dtype=np.float32) / 2
+        self.boxes = np.concatenate([corner, corner + 0.3], axis=-1)
+        self.scores = np.ones((size, 1, case.m), dtype=np.float32)
+        self.detected_labels = np.zeros((size, 1, case.m), dtype=np.int64)
+        self.counts = np.full((size, 1), case.m)
+        self.targets = np.full((size, case.C), -1, dtype=np.int8)
+        self.rows = np.arange(size)

@@ -117,6 +117,14 @@ def dataset(config: DictConfig) -> None:
     describe(config)
 
 
+def bench(config: DictConfig) -> None:
+    """``gm-mlic bench``."""
+    check(config)
+    from gm_mlic.cli.bench import bench as start
+
+    start(config)
+
+
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
     check(config)
@@ -153,5 +161,6 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "eval": evaluate,
     "train-detector": train_detector,
     "dataset": dataset,
+    "bench": bench,
     "demo": demo,
 }

@@ -22,6 +22,7 @@ COMMANDS = {
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
+    "bench": "measure the structured execution against plain message passing",
 }
 
 _HELP = f"""gm-mlic {__version__}: graph matching based multi-label image classification

@@ -13,52 +13,79 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 _COLOURS = {"plain": "#c25b00", "structured": "#3b7dd8", "compiled": "#2a8f5b"}
-_HEAD = ("setting", "execution", "forward", "train step", "memory", "forward x", "train x", "memory x", "of product")
+_HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
+_NOTE = "x: times better than plain; of peak: forward, share of the matrix product's FLOP/s"
 
 
-def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One row for each case and execution: medians, and how many times better than plain.
+def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """For each case its name and a row for each execution: medians, and how many times better than plain.
 
     Args:
         results: of :func:`gm_mlic.bench.compare`.
     """
-    rows = []
-    for result in results:
-        case, executions = result["case"], result["executions"]
-        title = f"{case['name']} (m={case['m']}, C={case['C']}, batch {case['batch']})"
-        plain = executions.get("plain", {})
-        for name, row in executions.items():
-            if "left_out" in row:
-                rows.append((title, name, f"left out: {row['left_out']}", *[""] * 6))
-                continue
-            cells = [f"{row['forward']['median']:.3g} s", f"{row['train']['median']:.3g} s"]
-            cells.append(f"{row['memory'] / 2**20:.0f} MiB")
-            for mode in ("forward", "train"):
-                known = mode in plain and name != "plain"
-                cells.append(f"{plain[mode]['median'] / row[mode]['median']:.1f}" if known else "")
-            known = "memory" in plain and name != "plain"
-            cells.append(f"{plain['memory'] / row['memory']:.1f}" if known else "")
-            cells.append(f"{100 * row['roofline']['forward']:.0f} %" if "roofline" in row else "")
-            rows.append((title, name, *cells))
-            title = ""
-    return rows
+    return [(_case(result), [_row(name, result["executions"]) for name in result["executions"]]) for result in results]
 
 
-def runtime_table(results: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """The rows as a table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    for number, head in enumerate(_HEAD):
-        table.add_column(head, justify="left" if number < 2 else "right")
-    for row in runtime_rows(results):
-        table.add_row(*row)
+def _case(result: Mapping[str, Any]) -> str:
+    case = result["case"]
+    return f"{case['name']} (m={case['m']}, C={case['C']}, k={case['k']}, batch {case['batch']}, {case['precision']})"
+
+
+def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:
+    row, plain = executions[name], executions.get("plain", {})
+    if "left_out" in row:
+        return (f"{name}: {row['left_out']}", *[""] * (len(_HEAD) - 1))
+
+    def times(better: float, worse: float | None) -> str:
+        return f"{worse / better:.1f}" if worse is not None and name != "plain" else ""
+
+    cells = []
+    for mode in ("forward", "train"):
+        seconds = row[mode]["median"]
+        cells += [f"{seconds:.3g} s", times(seconds, plain[mode]["median"] if mode in plain else None)]
+    cells += [f"{row['memory'] / 2**20:.0f} MiB", times(row["memory"], plain.get("memory"))]
+    cells.append(f"{100 * row['roofline']['forward']:.0f} %" if "roofline" in row else "")
+    return (name, *cells)
+
+
+def runtime_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """The rows as tables for the terminal, one for each case."""
+    tables = []
+    for case, rows in runtime_rows(results):
+        table = Table(title=case, title_justify="left", caption=_NOTE, caption_justify="left")
+        for head in _HEAD:
+            table.add_column(head, justify="right" if head else "left")
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Table:
+    """Milliseconds for each image, and their shares of the way from a photo to its labels.
+
+    Args:
+        seconds: of :func:`gm_mlic.bench.shares`.
+        images: in a batch.
+        detector: its name.
+    """
+    table = Table(title=f"from a photo to its labels, structured, batches of {images}", title_justify="left")
+    for head in ("", "ms/image", "share"):
+        table.add_column(head, justify="left" if head == "" else "right")
+    total = sum(seconds[part] for part in ("detection", "data", "graph"))
+    names = {"detection": f"detection ({detector})", "data": "data (from a store)", "graph": "graph network"}
+    for part, name in names.items():
+        table.add_row(name, f"{1000 * seconds[part]:.1f}", f"{100 * seconds[part] / total:.1f} %")
+    table.add_row("a training step, for comparison", f"{1000 * seconds['train']:.1f}", "")
     return table
 
 
 def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "| --- | --- |" + " ---: |" * (len(_HEAD) - 2)]
-    lines += ["| " + " | ".join(row) + " |" for row in runtime_rows(results)]
-    return "\n".join(lines) + "\n"
+    lines = ["| setting | execution | " + " | ".join(_HEAD[1:]) + " |", "| --- | --- |" + " ---: |" * (len(_HEAD) - 1)]
+    for case, rows in runtime_rows(results):
+        lines += ["| " + " | ".join([case if number == 0 else "", *row]) + " |" for number, row in enumerate(rows)]
+    return "\n".join(lines) + f"\n\n{_NOTE}.\n"
 
 
 def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:

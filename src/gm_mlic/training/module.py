@@ -9,8 +9,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.nn import GMMLIC, ModelOutput
+from gm_mlic.nn.structured import Prepared
 from gm_mlic.training.checkpoint import KEY, Description
 from gm_mlic.training.online import OnlineGraphs
 
@@ -57,6 +60,7 @@ class MLICModule(LightningModule):
         self.test_values: dict[str, Any] = {}
         self.test_scores: tuple[Tensor, Tensor, Tensor] | None = None
         self._bad_step: Tensor | None = None
+        self._labels: Prepared | None = None
 
     def forward(self, batch: Any) -> Any:
         return self.model(batch)
@@ -109,11 +113,26 @@ class MLICModule(LightningModule):
 
     # Evaluation
 
+    def on_validation_start(self) -> None:
+        self._labels = None  # the weights have changed
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _output(self, batch: Any) -> ModelOutput:
+        """The network's output in evaluation; what does not depend on the images is computed at the first batch."""
+        if not isinstance(self.model, GMMLIC) or not isinstance(batch, AssignmentBatch):
+            output: ModelOutput = self.model(batch)
+            return output
+        if self._labels is None:
+            self._labels = self.model.prepare(batch.label_vectors, batch.relates)
+        output = self.model(batch, self._labels)
+        return output
+
     def validation_step(self, batch: Any, batch_index: int) -> None:
         batch = self._graphs(batch)
         if batch is None:
             return
-        logits = self.model(batch).logits.float()
+        logits = self._output(batch).logits.float()
         self.log("val/loss", self.loss(logits, batch.y), batch_size=batch.num_graphs, sync_dist=True)
         self.metrics.update(torch.sigmoid(logits), batch.y, batch.row)
 
@@ -124,7 +143,7 @@ class MLICModule(LightningModule):
         batch = self._graphs(batch)
         if batch is None:
             return
-        self.metrics.update(torch.sigmoid(self.model(batch).logits.float()), batch.y, batch.row)
+        self.metrics.update(torch.sigmoid(self._output(batch).logits.float()), batch.y, batch.row)
 
     def on_test_epoch_end(self) -> None:
         self.test_scores = self.metrics.collected()
@@ -140,7 +159,7 @@ class MLICModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows (B,), scores (B, C) and winners (B, C) of a batch of graphs."""
-        output = self.model(batch)
+        output = self._output(batch)
         return batch.row, torch.sigmoid(output.logits.float()), output.winners
 
     # Optimisation

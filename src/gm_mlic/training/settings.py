@@ -54,6 +54,13 @@ def _one_of(*choices: str) -> Rule:
     return lambda v: v in choices, f"one of {', '.join(choices)}"
 
 
+def _some_of(*choices: str) -> Rule:
+    def is_good(value: Any) -> bool:
+        return isinstance(value, list) and len(value) > 0 and all(item in choices for item in value)
+
+    return is_good, f"a list of some of {', '.join(choices)}"
+
+
 def _or_null(rule: Rule) -> Rule:
     test, words = rule
     return lambda v: v is None or test(v), f"{words}, or null"
@@ -130,6 +137,7 @@ RULES: Mapping[str, Rule] = {
     "model.label_graph": _YES_NO,
     "model.instance_graph": _YES_NO,
     "model.matching_edges": _YES_NO,
+    "model.recompute": _YES_NO,
     "loss.beta": _number(0),
     "loss.difficult": _one_of("positive", "negative", "ignore"),
     "metrics.threshold": _or_null(_number(0, 1)),
@@ -145,6 +153,7 @@ RULES: Mapping[str, Rule] = {
     "trainer.max_epochs": _whole(1),
     "trainer.batch_size": _whole(1),
     "trainer.num_workers": _whole(0),
+    "trainer.compile": _YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),
     "trainer.ema": _or_null((lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")),
@@ -160,6 +169,22 @@ RULES: Mapping[str, Rule] = {
         lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),
         "a list of train, val and test",
     ),
+    "bench.cases": _some_of("voc2007", "coco2014", "nuswide"),
+    "bench.fusions": _some_of("concat", "product"),
+    "bench.executions": _some_of("plain", "structured", "compiled"),
+    "bench.batch": _whole(1),
+    "bench.k": _whole(1),
+    "bench.precision": _one_of("float32", "bfloat16"),
+    "bench.repeats": (
+        lambda v: isinstance(v, list) and len(v) == 2 and all(_is_whole(n) and n > 0 for n in v),
+        "two whole numbers, at least 1: rounds of forward passes and of training steps",
+    ),
+    "bench.curves": (
+        lambda v: isinstance(v, list) and all(name in ("m", "C", "k", "batch") for name in v),
+        "a list of some of m, C, k and batch",
+    ),
+    "bench.growth_batch": _whole(1),
+    "bench.shares": _YES_NO,
     "calibrate": _YES_NO,
     "bootstrap": _whole(0),
     "target_format": _one_of("auto", "voc", "binary"),
