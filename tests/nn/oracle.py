@@ -157,11 +157,11 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
     v_o = [enc_o(image.features[i]) for i in range(M)]
     v_l = [enc_l(W[c]) for c in range(C)]
     if s.instance_graph:
-        # The package's coordinates for eq. 1: the sender's box relative to the receiver's, eight times as large, then
+        # The package's coordinates for eq. 1: the sender's box relative to the receiver's, sixteen times as large, then
         # the receiver's, where a coordinate uniform in [0, 1] (mean 1/2, variance 1/12) is standardised.
         enc_eo = w.mlp("encoder.e_o", norm=encoded)
         e_o = {
-            edge: enc_eo(np.concatenate([8 * (state[:4] - state[4:]), (state[4:] - 1 / 2) / math.sqrt(1 / 12)]))
+            edge: enc_eo(np.concatenate([16 * (state[:4] - state[4:]), (state[4:] - 1 / 2) / math.sqrt(1 / 12)]))
             for edge, state in e_o.items()
         }
     if s.label_graph:

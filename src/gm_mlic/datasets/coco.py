@@ -11,6 +11,7 @@ from PIL import Image
 
 from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
+from gm_mlic.datasets.splits import holdout
 from gm_mlic.errors import ConfigError, DataError
 
 
@@ -115,9 +116,7 @@ class COCO2014(MultiLabelDataset):
 
 
 def _holdout(photos: list[Photo], split: str, val_fraction: float, seed: int) -> list[Photo]:
-    count = max(1, round(val_fraction * len(photos))) if val_fraction else 0
-    held_out = set(np.random.default_rng(seed).permutation(len(photos))[:count].tolist())
-    chosen = [photo for row, photo in enumerate(photos) if (row in held_out) == (split == "val")]
+    chosen = [photos[row] for row in holdout(len(photos), val_fraction, seed, split == "val")]
     if photos and not chosen:
         raise ConfigError(
             f"dataset.val_fraction={val_fraction} of {len(photos)} images leaves none for split {split!r}: change it."

@@ -27,6 +27,7 @@ from gm_mlic.datasets.annotation_files import (
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
+from gm_mlic.datasets.splits import stratified
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage
 
 log = logging.getLogger(__name__)
@@ -377,8 +378,6 @@ def _assign(
 
 def _draw(splits: np.ndarray, split: str, targets: np.ndarray, fraction: float, seed: int) -> None:
     """Move that share of the training rows to ``split``, in place."""
-    from gm_mlic.datasets.splits import stratified
-
     rows = np.flatnonzero(splits == "train")
     if fraction and rows.size:
         splits[rows[stratified(targets[rows], fraction, seed)]] = split

@@ -164,14 +164,14 @@ class Encoder(nn.Module):
 
     @staticmethod
     def relative(e_o: Tensor) -> Tensor:
-        r""":math:`[B_j, B_i]` as :math:`[8 (B_j - B_i), \sqrt{12} (B_i - 1/2)]`.
+        r""":math:`[B_j, B_i]` as :math:`[16 (B_j - B_i), \sqrt{12} (B_i - 1/2)]`.
 
         An invertible linear map, so what the Linear behind it can express is what it can on eq. 1 itself. But where j
         stands relative to i is the larger part of its input from the first step on, and nothing spatial is learnt in
         reasonable time otherwise (``experiments/recipe``).
         """
         B_j, B_i = e_o.chunk(2, dim=-1)
-        return torch.cat([8 * (B_j - B_i), standardise(B_i)], dim=-1)
+        return torch.cat([16 * (B_j - B_i), standardise(B_i)], dim=-1)
 
     @staticmethod
     def _ends(data: HeteroData, edge_type: tuple[str, str, str], x_source: Tensor, x_target: Tensor) -> Tensor:

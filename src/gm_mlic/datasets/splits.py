@@ -1,0 +1,64 @@
+"""Hold images out of a training set: at random, or so that every label is represented."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gm_mlic.datasets.base import PRESENT
+
+
+def holdout(count: int, fraction: float, seed: int, held_out: bool) -> np.ndarray:
+    """Rows of one side of a random split.
+
+    Args:
+        count: N, rows in all.
+        fraction: share that is held out: ``round(fraction * N)`` rows, at least one unless the fraction is 0.
+        seed: the same seed gives the same rows.
+        held_out: which side: the held-out rows, or the others.
+
+    Returns:
+        Row numbers, ascending.
+    """
+    size = max(1, round(fraction * count)) if fraction else 0
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[:size] if held_out else order[size:])
+
+
+def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Hold out rows such that each label keeps its share on both sides (iterative stratification).
+
+    Sechidis, Tsoumakas and Vlahavas (2011): the label with the fewest rows left is dealt out first, since it is the
+    hardest to share out fairly; what its rows bring along of other labels counts for those. Here a label's rows are
+    dealt out together, by chance, not one by one. Rows without any label come last and fill up the number wanted.
+
+    Args:
+        targets: (N, C) in {1, 0, -1}; only 1 counts.
+        fraction: share of the rows to hold out, in [0, 1].
+        seed: the same seed gives the same rows.
+
+    Returns:
+        (N,) bool, True for held-out rows: ``round(fraction * N)`` of them (at least one for a fraction above 0), unless
+        rows without a label are too few to make up for the rounding of the labels.
+    """
+    rng = np.random.default_rng(seed)
+    present = targets == PRESENT
+    N = len(present)
+    wanted_rows = max(1, round(fraction * N)) if fraction and N else 0
+    wanted = fraction * present.sum(axis=0)
+    held_out, left = np.zeros(N, dtype=bool), np.ones(N, dtype=bool)
+    remaining = present.sum(axis=0)
+    while remaining.any():
+        label = int(np.where(remaining > 0, remaining, N + 1).argmin())
+        rows = np.flatnonzero(left & present[:, label])
+        room = wanted_rows - int(held_out.sum())
+        take = int(np.clip(np.floor(wanted[label] + 0.5), 0, min(len(rows), room)))
+        chosen = rng.permutation(rows)[:take]
+        held_out[chosen] = True
+        left[rows] = False
+        wanted -= present[chosen].sum(axis=0)
+        remaining -= present[rows].sum(axis=0)
+    rest = rng.permutation(np.flatnonzero(left))
+    held_out[rest[: wanted_rows - int(held_out.sum())]] = True
+    if wanted_rows and not held_out.any():
+        held_out[rng.integers(N)] = True
+    return held_out

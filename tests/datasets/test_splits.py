@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gm_mlic.datasets.splits import holdout, stratified
+
+
+@given(st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 9))
+def test_holdout_parts_the_rows(count: int, fraction: float, seed: int) -> None:
+    val, train = (holdout(count, fraction, seed, side) for side in (True, False))
+    assert sorted([*val, *train]) == list(range(count))
+    assert len(val) == (max(1, round(fraction * count)) if fraction else 0)
+    assert (np.diff(val) > 0).all()
+    assert (np.diff(train) > 0).all()
+    assert (holdout(count, fraction, seed, True) == val).all()
+
+
+def test_another_seed_holds_out_other_rows() -> None:
+    assert holdout(1000, 0.1, 0, True).tolist() != holdout(1000, 0.1, 1, True).tolist()
+
+
+@given(st.integers(0, 60), st.integers(1, 6), st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=200)
+def test_stratified_holds_out_no_more_than_wanted(N: int, C: int, fraction: float, seed: int) -> None:
+    targets = np.random.default_rng(seed).choice([1, 0, -1], (N, C), p=[0.3, 0.1, 0.6])
+    before = targets.copy()
+    out = stratified(targets, fraction, seed)
+    assert out.shape == (N,)
+    assert out.dtype == bool
+    assert (targets == before).all()
+    assert (stratified(targets, fraction, seed) == out).all()
+    wanted = max(1, round(fraction * N)) if fraction and N else 0
+    assert out.sum() <= wanted
+    assert out.any() == (wanted > 0)
+    unlabelled = ~(targets == 1).any(axis=1)
+    if unlabelled.sum() >= wanted:
+        assert out.sum() == wanted
+
+
+def test_every_label_keeps_its_share() -> None:
+    rng = np.random.default_rng(3)
+    ratio = np.array([0.002, 0.01, 0.05, 0.2, 0.5])
+    targets = np.where(rng.random((5000, 5)) < ratio, 1, -1)
+    out = stratified(targets, 0.2, 0)
+    count, held = (targets == 1).sum(axis=0), (targets[out] == 1).sum(axis=0)
+    assert abs(out.sum() - 1000) <= 5
+    assert (np.abs(held - 0.2 * count) <= 1 + 0.02 * count).all()
+
+
+def test_a_rare_label_is_on_both_sides_where_chance_often_fails() -> None:
+    targets = np.full((400, 2), -1)
+    targets[:, 0] = 1
+    targets[:4, 1] = 1
+    for seed in range(20):
+        assert (targets[stratified(targets, 0.25, seed)][:, 1] == 1).sum() == 1
+
+
+@pytest.mark.shared
+def test_nuswide_in_seconds(shared_data: Path) -> None:
+    """161,789 rows and 81 labels, as many as NUS-WIDE trains on."""
+    with np.load(shared_data / "labels" / "nuswide81.npz") as file:
+        targets = np.unpackbits(file["rows"][:161_789], axis=1)[:, :81].astype(np.int8) * 2 - 1
+    out = stratified(targets, 0.1, 0)
+    assert abs(out.sum() - 16_179) <= 1
+    ratio = (targets[out] == 1).mean(axis=0) / (targets == 1).mean(axis=0)
+    assert (np.abs(ratio - 1) < 0.12).all()  # the rarest has 45 positives: 5 of them instead of 4.5
