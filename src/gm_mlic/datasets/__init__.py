@@ -2,14 +2,19 @@
 
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
+from gm_mlic.datasets.nuswide import NUSWIDE
 from gm_mlic.datasets.own import OwnImages
 from gm_mlic.datasets.scenes import SceneObject, Scenes
+from gm_mlic.datasets.voc import VOC2007, VOC2012
 
 __all__ = [
     "ABSENT",
     "COCO2014",
     "DIFFICULT",
+    "NUSWIDE",
     "PRESENT",
+    "VOC2007",
+    "VOC2012",
     "BoxAnnotations",
     "MultiLabelDataset",
     "OwnImages",

@@ -84,6 +84,8 @@ RULES: Mapping[str, Rule] = {
     "dataset.hard": _number(0, 1),
     "dataset.image_size": _whole(32),
     "dataset.val_fraction": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "dataset.download": _YES_NO,
+    "dataset.mirror": _or_null(_TEXT),
     "dataset.unlabelled": _one_of("drop", "keep"),
     "dataset.label_order": _one_of("name", "id"),
     "dataset.annotations": (
@@ -193,6 +195,7 @@ RULES: Mapping[str, Rule] = {
 
 #: Settings that say where and how fast, not what: runs that differ only in these are the same run.
 _NOT_PART_OF_A_RUN = {
+    "dataset": {"download", "mirror"},
     "": {"hydra", "run_dir", "overwrite", "out", "num_workers"},
     "instances": {"root", "workers", "overwrite", "shard"},
     "trainer": {"num_workers"},

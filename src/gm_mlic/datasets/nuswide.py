@@ -1,0 +1,184 @@
+"""NUS-WIDE as it is distributed: lists of images, a 0/1 file for each concept, and photos gathered from Flickr."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from gm_mlic.datasets.base import ABSENT, PRESENT, MultiLabelDataset, check_targets
+from gm_mlic.datasets.images import read_image
+from gm_mlic.datasets.splits import holdout
+from gm_mlic.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+_BY_HAND = (
+    "NUS-WIDE has no archive to download by itself. From its site (https://lms.comp.nus.edu.sg/wp-content/uploads/2019/"
+    "research/nuswide/NUS-WIDE.html) get Groundtruth.zip (TrainTestLabels), ImageList.zip and ConceptsList.zip, unpack "
+    "them in dataset.root, and put the photos, which their authors hand out on request, in Flickr/"
+)
+
+
+class NUSWIDE(MultiLabelDataset):
+    r"""NUS-WIDE with its 81 concepts.
+
+    Expects::
+
+        root/ConceptsList/Concepts81.txt
+        root/ImageList/TrainImagelist.txt, TestImagelist.txt
+        root/TrainTestLabels/Labels_CONCEPT_Train.txt, Labels_CONCEPT_Test.txt   (Groundtruth/TrainTestLabels/ too)
+        root/Flickr/FOLDER/NAME.jpg                                              (or flat, Flickr/NAME.jpg; images/ too)
+
+    The lists name photos as ``FOLDER\NAME.jpg``. Many photos have left Flickr since; those that are not there are left
+    out, named in :attr:`missing`, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and
+    ``val`` part the training list by a seeded random permutation of all its lines, before any photo is left out, so
+    that two people with different photos split alike.
+
+    ============ ============= ========= =================
+    list         images        labels    present
+    ============ ============= ========= =================
+    Train        161,789       81
+    Test         107,859       81
+    both         269,648       81        503,848
+    ============ ============= ========= =================
+
+    Args:
+        root: the folder described above.
+        split: ``train``, ``val`` or ``test``.
+        val_fraction: share of the training list held out as ``val``, in [0, 1).
+        seed: of the permutation that holds it out.
+        unlabelled: ``keep`` (the literature's 161,789 and 107,859) or ``drop`` images with none of the 81 concepts.
+        download: only says what to get by hand; NUS-WIDE cannot be fetched by a program.
+
+    Attributes:
+        missing: names of the photos in this split's list that are not there.
+
+    Raises:
+        ConfigError: for a setting with another value, or for ``download=True``.
+        DataError: if a list is missing or malformed, a label file has another length than its list or other values
+            than 0 and 1, or no photo is there.
+    """
+
+    name = "nuswide"
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        unlabelled: Literal["keep", "drop"] = "keep",
+        download: bool = False,
+    ) -> None:
+        if split not in ("train", "val", "test"):
+            raise ConfigError(f"dataset.split is {split!r}: choose one of train, val, test.")
+        if unlabelled not in ("keep", "drop"):
+            raise ConfigError(f"dataset.unlabelled is {unlabelled!r}: choose one of keep, drop.")
+        if not 0.0 <= val_fraction < 1.0:
+            raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+        if download:
+            raise ConfigError(f"dataset.download=true: {_BY_HAND} ({Path(root)}).")
+        self.split, self.root = split, Path(root)
+        part = "Test" if split == "test" else "Train"
+        self.labels = tuple(_lines(self.root / "ConceptsList" / "Concepts81.txt"))
+        source = self.root / "ImageList" / f"{part}Imagelist.txt"
+        names = [line.replace("\\", "/") for line in _lines(source)]
+        outside = next((name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name), None)
+        if outside is not None:
+            raise DataError(f"{source} names {outside!r}: it must stay inside the image folder.")
+        present = np.stack([self._label_file(label, part, len(names), source) for label in self.labels], axis=1)
+
+        rows = np.arange(len(names)) if split == "test" else holdout(len(names), val_fraction, seed, split == "val")
+        if unlabelled == "drop":
+            rows = rows[present[rows].any(axis=1)]
+        if not rows.size:
+            raise ConfigError(
+                f"dataset.val_fraction={val_fraction} of {len(names)} images leaves none for split {split!r}: change "
+                "it."
+            )
+        places = self._find([names[row] for row in rows])
+        there = [n for n, place in enumerate(places) if place is not None]
+        self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)
+        if not there:
+            raise DataError(
+                f"None of the {len(places)} photos of {source} is in {self.root / 'Flickr'} or {self.root / 'images'} "
+                f"(the first is {names[rows[0]]}). {_BY_HAND}."
+            )
+        if self.missing:
+            log.warning(
+                "nuswide %s: %d of %d photos are not in %s and are left out: %s%s",
+                split, len(self.missing), len(places), self.root, ", ".join(self.missing[:3]),
+                ", ..." if len(self.missing) > 3 else "",
+            )  # fmt: skip
+        self._places = [place for place in places if place is not None]
+        self.ids = tuple(names[rows[n]] for n in there)
+        self.targets = np.where(present[rows[there]], PRESENT, ABSENT).astype(np.int8)
+        check_targets(self.ids, self.labels, self.targets)
+
+    def image(self, i: int) -> Image.Image:
+        return read_image(self._places[i])
+
+    def _label_file(self, label: str, part: str, count: int, listed: Path) -> np.ndarray:
+        """(count,) bool of one concept: a line of 0 or 1 for each image."""
+        name = f"Labels_{label}_{part}.txt"
+        folders = (self.root / "TrainTestLabels", self.root / "Groundtruth" / "TrainTestLabels")
+        source = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
+        # Lines of one digit each, in bytes: a million of them take milliseconds.
+        values = np.frombuffer(_read(source), dtype=np.uint8)
+        values = values[~np.isin(values, np.frombuffer(b"\r\n \t", dtype=np.uint8))]
+        wrong = np.flatnonzero((values != ord("0")) & (values != ord("1")))
+        if wrong.size:
+            raise DataError(
+                f"{source} holds {chr(values[wrong[0]])!r} (value number {wrong[0]}): expected 0 or 1 on each line."
+            )
+        if len(values) != count:
+            raise DataError(f"{source} has {len(values)} values, but {listed} names {count} images: unpack both again.")
+        result: np.ndarray = values == ord("1")
+        return result
+
+    def _find(self, names: list[str]) -> list[Path | None]:
+        """Where each photo is; None for one that is not there. Folders are listed once, not asked for each photo."""
+        listings: dict[Path, set[str]] = {}
+
+        def has(folder: Path, name: str) -> bool:
+            if folder not in listings:
+                try:
+                    with os.scandir(folder) as entries:
+                        listings[folder] = {entry.name for entry in entries}
+                except OSError:
+                    listings[folder] = set()
+            return name in listings[folder]
+
+        places: list[Path | None] = []
+        for listed in names:
+            folder, _, name = listed.rpartition("/")
+            candidates = [top / inner for top in (self.root / "Flickr", self.root / "images") for inner in (folder, "")]
+            places.append(next((place / name for place in candidates if has(place, name)), None))
+        return places
+
+
+def _read(source: Path) -> bytes:
+    try:
+        return source.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{source} is missing. {_BY_HAND}.") from error
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}).") from error
+
+
+def _lines(source: Path) -> list[str]:
+    """Lines without surrounding spaces; empty ones are left out."""
+    try:
+        text = _read(source).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not text in UTF-8: unpack it again.") from error
+    lines = [line.strip() for line in text.splitlines()]
+    kept = [line for line in lines if line]
+    if not kept:
+        raise DataError(f"{source} is empty: unpack it again.")
+    return kept

@@ -1,0 +1,270 @@
+"""PASCAL VOC 2007 and 2012 as they are distributed: lists of images for each class, and an XML file for each image."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
+from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.download import Archive, fetch
+from gm_mlic.datasets.images import image_size, read_image
+from gm_mlic.datasets.splits import holdout
+from gm_mlic.errors import ConfigError, DataError
+
+#: The 20 classes, in VOC's order, which is alphabetical.
+LABELS = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+_SERVER = "http://host.robots.ox.ac.uk/pascal/VOC"
+
+
+class _VOC(MultiLabelDataset):
+    """What both years share; see :class:`VOC2007`."""
+
+    year: ClassVar[int]
+    #: The official image set behind our train and val, and the one behind test, each with its archive.
+    train_set: ClassVar[tuple[str, Archive]]
+    test_set: ClassVar[tuple[str, Archive]]
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        download: bool = False,
+        mirror: str | None = None,
+    ) -> None:
+        if split not in ("train", "val", "test"):
+            raise ConfigError(f"dataset.split is {split!r}: choose one of train, val, test.")
+        if not 0.0 <= val_fraction < 1.0:
+            raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+        self.split, self.root = split, Path(root)
+        image_set, archive = self.test_set if split == "test" else self.train_set
+        if download:
+            fetch([archive], self.root, mirror)
+        self.folder = self._folder(archive)
+        ids, targets = self._image_set(image_set)
+        if split != "test":
+            rows = holdout(len(ids), val_fraction, seed, split == "val")
+            if not len(rows):
+                raise ConfigError(
+                    f"dataset.val_fraction={val_fraction} of {len(ids)} images leaves none for split {split!r}: "
+                    "change it."
+                )
+            ids, targets = [ids[row] for row in rows], targets[rows]
+        self.labels, self.ids, self.targets = LABELS, tuple(ids), targets
+        self._check_files(image_set)
+        check_targets(self.ids, self.labels, self.targets)
+
+    def _folder(self, archive: Archive) -> Path:
+        """The folder with ImageSets, wherever in the distributed tree ``root`` points."""
+        name = f"VOC{self.year}"
+        for folder in (self.root, self.root / name, self.root / "VOCdevkit" / name):
+            if (folder / "ImageSets" / "Main").is_dir():
+                return folder
+        raise DataError(
+            f"VOC {self.year}'s ImageSets/Main is missing: expected it in {self.root / 'VOCdevkit' / name}, that is, "
+            f"{archive.url.rpartition('/')[2]} unpacked in dataset.root ({self.root}); dataset.download=true fetches "
+            "it."
+        )
+
+    def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
+        """Ids and targets (N, 20) of an official image set, from its 20 class files."""
+        ids: list[str] = []
+        columns = []
+        for label in LABELS:
+            source = self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt"
+            here, column = _class_file(source)
+            if not columns:
+                ids = here
+                if len(set(ids)) != len(ids):
+                    twice = next(one for one in ids if ids.count(one) > 1)
+                    raise DataError(f"{source} lists image {twice} twice: extract the archive again.")
+            elif here != ids:
+                first = f"{LABELS[0]}_{image_set}.txt"
+                odd = sorted(set(here) ^ set(ids))
+                what = f"image {odd[0]} is in one of them only" if odd else "their order differs"
+                raise DataError(f"{source} and {first} list different images ({what}): extract the archive again.")
+            columns.append(column)
+        return ids, np.stack(columns, axis=1)
+
+    def _check_files(self, image_set: str) -> None:
+        folder = self.folder / "JPEGImages"
+        if not folder.is_dir():
+            raise DataError(f"VOC {self.year}'s JPEGImages is missing in {self.folder}: extract the archive again.")
+        with os.scandir(folder) as entries:
+            present = {entry.name for entry in entries}
+        missing = [f"{one}.jpg" for one in self.ids if f"{one}.jpg" not in present]
+        if missing:
+            first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise DataError(
+                f"{len(missing)} of {len(self.ids)} images of {image_set} are missing in {folder} ({first}): extract "
+                "the archive again, or set dataset.download=true."
+            )
+
+    def image(self, i: int) -> Image.Image:
+        return read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
+
+    def boxes(self, i: int) -> BoxAnnotations:
+        """The boxes of row ``i`` from its XML file, without objects marked as difficult; there may be none.
+
+        VOC counts pixels from 1 and includes the last; here x1 = xmin - 1, and x2 = xmax is the border after it.
+
+        Raises:
+            DataError: if the file is missing or malformed, names an unknown class, or does not fit the image.
+        """
+        source = self.folder / "Annotations" / f"{self.ids[i]}.xml"
+        root = _parse(source)
+        size = image_size(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
+        said = tuple(int(_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
+        if said != size:
+            raise DataError(
+                f"{source} says that the image has {said[0]} x {said[1]} pixels, but it has {size[0]} x {size[1]}: the "
+                "boxes would not fit; mend one of them."
+            )
+        boxes, labels = [], []
+        for number, thing in enumerate(root.iter("object")):
+            where = f"{source}: object number {number}"
+            label = (thing.findtext("name") or "").strip()
+            if label not in LABELS:
+                raise DataError(f"{where} has name {label!r}, which is none of VOC's 20 classes: mend the file.")
+            xmin, ymin, xmax, ymax = (
+                _number(thing, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax")
+            )
+            if xmax < xmin or ymax < ymin:
+                raise DataError(
+                    f"{where} has a box that ends before it begins ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})."
+                )
+            box = clip_box((xmin - 1, ymin - 1, xmax, ymax), size, f"{where} has a box")
+            if box is not None and (thing.findtext("difficult") or "0").strip() != "1":
+                boxes.append(box)
+                labels.append(LABELS.index(label))
+        return BoxAnnotations(
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64)
+        )
+
+
+class VOC2007(_VOC):
+    """PASCAL VOC 2007, with image-level labels from its ``ImageSets/Main``.
+
+    Expects the two archives as they unpack; ``root`` may be the folder that holds ``VOCdevkit``, ``VOCdevkit`` itself,
+    or ``VOC2007`` itself::
+
+        root/VOCdevkit/VOC2007/ImageSets/Main/CLASS_trainval.txt, CLASS_test.txt
+        root/VOCdevkit/VOC2007/JPEGImages/ID.jpg
+        root/VOCdevkit/VOC2007/Annotations/ID.xml
+
+    As the literature has it, ``trainval`` is trained on and ``test`` is the test set. ``train`` and ``val`` part
+    ``trainval`` by a seeded random permutation: ``round(val_fraction * N)`` images, at least one, are ``val``. With
+    ``val_fraction=0`` all of ``trainval`` is ``train``.
+
+    A target is 1 if the image has an object of the class, 0 if it only has difficult ones, -1 if it has none, as in the
+    class files. What a 0 counts as is for the loss and the metrics to say.
+
+    ============ ========= ========= ================= ============= ========
+    image set    images    labels    present (1)       a image       0
+    ============ ========= ========= ================= ============= ========
+    trainval     5,011     20        7,306             1.46          607
+    test         4,952     20        7,013             1.42          619
+    ============ ========= ========= ================= ============= ========
+
+    Args:
+        root: the folder described above.
+        split: ``train``, ``val`` or ``test``.
+        val_fraction: share of ``trainval`` held out as ``val``, in [0, 1).
+        seed: of the permutation that holds it out.
+        download: fetch what is missing (0.5 GB each) from the official server, and check it.
+        mirror: another server with the same files, as ``http://HOST/FOLDER``; what comes from it is checked likewise.
+
+    Raises:
+        ConfigError: for a setting with another value.
+        DataError: if a file is missing or malformed, or the class files do not list the same images.
+    """
+
+    name = "voc2007"
+    year = 2007
+    train_set = (
+        "trainval",
+        Archive(
+            f"{_SERVER}/voc2007/VOCtrainval_06-Nov-2007.tar",
+            "md5:c52e279531787c972589f7e41ab4ae64",
+            holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_trainval.txt",),
+        ),
+    )
+    test_set = (
+        "test",
+        Archive(
+            f"{_SERVER}/voc2007/VOCtest_06-Nov-2007.tar",
+            "md5:b6e924de25625d8de591ea690078ad9f",
+            holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_test.txt",),
+        ),
+    )
+
+
+class VOC2012(_VOC):
+    """PASCAL VOC 2012: as :class:`VOC2007`, but the labels of its test set are not public.
+
+    So the official ``train`` (5,717 images) is what our ``train`` and ``val`` part, and the official ``val`` (5,823) is
+    our ``test``.
+    """
+
+    name = "voc2012"
+    year = 2012
+    _archive = Archive(
+        f"{_SERVER}/voc2012/VOCtrainval_11-May-2012.tar",
+        "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        holds=("VOCdevkit/VOC2012/ImageSets/Main/aeroplane_train.txt",),
+    )
+    train_set = ("train", _archive)
+    test_set = ("val", _archive)
+
+
+def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
+    """Ids and values of one ``ImageSets/Main/CLASS_SET.txt``: lines of an id and 1, 0 or -1."""
+    try:
+        words = source.read_text(encoding="ascii").split()
+    except FileNotFoundError as error:
+        raise DataError(f"{source} is missing: extract the archive again, or set dataset.download=true.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} cannot be read ({error}): extract the archive again.") from error
+    ids, values = words[::2], words[1::2]
+    if len(ids) != len(values) or not ids:
+        raise DataError(f"{source} is cut off or empty ({len(words)} words): extract the archive again.")
+    wrong = next((n for n, value in enumerate(values) if value not in ("1", "0", "-1")), None)
+    if wrong is not None:
+        raise DataError(f"{source}: image {ids[wrong]} has value {values[wrong]!r}, expected 1, 0 or -1.")
+    return ids, np.array(values, dtype=np.int8)
+
+
+def _parse(source: Path) -> ElementTree.Element:
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}): extract the archive again.") from error
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise DataError(f"{source} declares entities, which VOC's files never do: extract the archive again.")
+    try:
+        return ElementTree.fromstring(content)
+    except ElementTree.ParseError as error:
+        raise DataError(f"{source} is not valid XML ({error}): extract the archive again.") from error
+
+
+def _number(element: ElementTree.Element, path: str, where: str) -> float:
+    text = element.findtext(path)
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise DataError(f"{where} has {path} {text!r}: a number is needed.")
+    return value
