@@ -14,6 +14,8 @@ from gm_mlic.training import settings
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
 MAY_BE_MISSING = {"embedding.path"}
+#: The command that a group belongs to, where it is not train.
+COMMANDS = {"bench": "bench"}
 
 
 def options(group: str) -> list[str]:
@@ -43,7 +45,7 @@ def check_complete(config: DictConfig) -> None:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_option_of_every_group(group: str, option: str):
-    check_complete(compose("train", [f"{group}={option}"]))
+    check_complete(compose(COMMANDS.get(group, "train"), [f"{group}={option}"]))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
-@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "dataset", "demo"])
+@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "dataset", "bench", "demo"])
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"
@@ -127,7 +129,7 @@ def test_every_setting_has_a_rule():
     keys: set[str] = set()
     for group in GROUPS:
         for option in options(group):
-            keys.update(leaves(compose("train", [f"{group}={option}"])))
+            keys.update(leaves(compose(COMMANDS.get(group, "train"), [f"{group}={option}"])))
     keys.update(
         leaves(compose("extract")),
         leaves(compose("train_detector")),

@@ -32,7 +32,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -80,7 +80,7 @@ class Archive:
 
     url: str
     hash: str
-    size: int | None
+    size: int | None = None
     into: str = "."
     holds: tuple[str, ...] = ()
 
@@ -96,7 +96,7 @@ class Archive:
         return PurePosixPath(unquote(urlsplit(self.url).path)).name
 
 
-def fetch(archives: Sequence[Archive], root: str | Path) -> None:
+def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = None) -> None:
     """Have every archive unpacked under ``root``; download those that are not there. Does nothing if all are unpacked.
 
     An archive that is already in ``root`` or ``root/downloads`` is used, once its hash was found right. Else it is
@@ -107,6 +107,7 @@ def fetch(archives: Sequence[Archive], root: str | Path) -> None:
     Args:
         archives: in the order in which they are to be fetched.
         root: the dataset's folder; made if need be.
+        mirror: take the archives from ``MIRROR/NAME`` instead of their own places; their hashes stay.
 
     Raises:
         DataError: if an archive cannot be downloaded, has another hash (a downloaded one is then deleted, one that
@@ -114,6 +115,8 @@ def fetch(archives: Sequence[Archive], root: str | Path) -> None:
         OSError: if the disk is full or cannot be written. What was downloaded so far stays.
     """
     root = Path(root)
+    if mirror is not None:
+        archives = [replace(archive, url=f"{mirror.rstrip('/')}/{archive.name}") for archive in archives]
     if all(_is_unpacked(archive, root) for archive in archives):
         return
     folder = root / DOWNLOADS

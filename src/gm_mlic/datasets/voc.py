@@ -81,7 +81,7 @@ class _VOC(MultiLabelDataset):
     def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
         """Ids and targets (N, 20) of an official image set, from its 20 class files."""
         ids: list[str] = []
-        columns = []
+        columns: list[np.ndarray] = []
         for label in LABELS:
             source = self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt"
             here, column = _class_file(source)
@@ -198,6 +198,7 @@ class VOC2007(_VOC):
         Archive(
             f"{_SERVER}/voc2007/VOCtrainval_06-Nov-2007.tar",
             "md5:c52e279531787c972589f7e41ab4ae64",
+            460_032_000,
             holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_trainval.txt",),
         ),
     )
@@ -206,6 +207,7 @@ class VOC2007(_VOC):
         Archive(
             f"{_SERVER}/voc2007/VOCtest_06-Nov-2007.tar",
             "md5:b6e924de25625d8de591ea690078ad9f",
+            451_020_800,
             holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_test.txt",),
         ),
     )
@@ -223,6 +225,7 @@ class VOC2012(_VOC):
     _archive = Archive(
         f"{_SERVER}/voc2012/VOCtrainval_11-May-2012.tar",
         "md5:6cd6e144f989b92b3379bac3b3de84fd",
+        1_999_639_040,
         holds=("VOCdevkit/VOC2012/ImageSets/Main/aeroplane_train.txt",),
     )
     train_set = ("train", _archive)
