@@ -92,7 +92,7 @@ class Execution:
         ).to(device)
         self.loss = WeightedBCE(torch.full((case.C,), 0.05)).to(device)
         self.targets = torch.where(torch.rand(case.batch, case.C) < 0.05, 1, -1).to(device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
         if name == "compiled":
             self.model.compile()
 

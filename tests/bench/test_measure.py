@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import torch
+
+from gm_mlic.bench import Timings, interleaved, matrix_rate, peak_bytes
+
+
+def test_runs_take_turns() -> None:
+    order: list[str] = []
+    told: list[str] = []
+    runs = {name: (lambda n=name: order.append(n)) for name in "abc"}
+    timings = interleaved(runs, 3, done=lambda name, seconds: told.append(name))
+    assert order == list("abcabcabc") == told
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_median_and_spread() -> None:
+    timing = Timings((3.0, 1.0, 2.0, 10.0))
+    assert timing.median == 2.5
+    assert timing.spread == (1.0, 10.0)
+
+
+def test_peak_is_counted_to_the_byte() -> None:
+    def run() -> None:
+        a = torch.ones(1000)  # 4000 bytes
+        b = a + 1  # 8000
+        del a
+        c = b * 2  # 8000 again: a is gone
+        c.relu_()
+        d = torch.cat([b, c])  # 16000
+        del b, c, d
+
+    kept = torch.ones(10_000)
+    assert 16_000 <= peak_bytes(run) < 16_100
+    assert kept.sum() == 10_000
+
+
+def test_peak_of_a_backward_pass_has_what_is_kept_for_it() -> None:
+    w = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(500, 64)
+
+    def deep(layers: int) -> int:
+        def run() -> None:
+            h = x
+            for _ in range(layers):
+                h = (h @ w).relu()
+            h.sum().backward()
+            w.grad = None
+
+        return peak_bytes(run)
+
+    assert deep(8) - deep(4) == 4 * 500 * 64 * 4
+
+
+def test_the_profilers_lines_stay_off_the_terminal(capfd) -> None:
+    peak_bytes(lambda: torch.ones(3))
+    assert capfd.readouterr().err == ""
+
+
+def test_matrix_rate_is_a_rate() -> None:
+    assert 1e6 < matrix_rate(64, 64) < 1e15

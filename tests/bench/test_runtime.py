@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gm_mlic.bench import CASES, Case, compare, grow, ratios, shares
+from gm_mlic.bench import runtime as module
+from gm_mlic.bench.runtime import Execution, expected_bytes
+from gm_mlic.detection.protocol import Instances
+
+TINY = Case("tiny", m=3, C=4, batch=2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INSTANCE_DIM", 16)
+    monkeypatch.setattr(module, "LABEL_DIM", 8)
+
+
+def test_the_papers_cases() -> None:
+    assert {(c.name, c.m, c.C, c.k, c.batch) for c in CASES.values()} == {
+        ("voc2007", 10, 20, 2, 16), ("coco2014", 35, 80, 2, 16), ("nuswide", 35, 81, 2, 16)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fusion", ["concat", "product"])
+@pytest.mark.parametrize("label_neighbours", [None, 2])
+def test_all_executions_compute_the_same(fusion: str, label_neighbours: int | None) -> None:
+    case = Case("tiny", m=3, C=4, batch=2, fusion=fusion, label_neighbours=label_neighbours)
+    plain, structured = Execution(case, "plain"), Execution(case, "structured")
+    assert plain.model.execution == "explicit"
+    assert "edge_attr" in plain.data["instance", "matches", "label"]
+    torch.testing.assert_close(plain.forward(), structured.forward(), rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        plain.train()
+        structured.train()
+    torch.testing.assert_close(plain.forward(), structured.forward(), rtol=1e-3, atol=1e-3)
+
+
+def test_counted_operations_are_those_of_the_formula() -> None:
+    """Plain message passing: each function of a matching edge is two products over all of them, inputs concatenated."""
+    small, large = (Execution(Case("one", m=m, C=1), "plain").flops()[0] for m in (40, 80))
+    edges, d, half = 16 * 40, 512, 256
+    encoder = (16 + 8) * d + d * d + 16 * d + d * d  # of matching edges and instances
+    instance_edges = 8 * d + d * d
+    block = [
+        (2 * d * w + w * w) * 7  # rho_ol, rho_lo and five rho_oo
+        + (d + 2 * w) * w + w * w  # phi_o
+        + (2 * w * w + w * w) + ((d + w) * w + w * w)  # sigma and psi of matching edges
+        for w in (d, half)
+    ]  # fmt: skip
+    near = 5 * (
+        instance_edges + 2 * d * d + d * d + 2 * d * d + d * d
+    )  # encoder, then sigma and psi of the first block
+    decoder = half * half + half
+    assert large - small == 2 * edges * (encoder + near + sum(block) + decoder)
+
+
+def test_structured_does_fewer_operations() -> None:
+    structured, plain = (
+        Execution(Case("small", m=10, C=20, batch=4), name).flops() for name in module.EXECUTIONS[1::-1]
+    )
+    assert structured[0] < plain[0] / 2
+    assert 2 < structured[1] / structured[0] < 4
+
+
+def test_compare() -> None:
+    told: list[str] = []
+    result = compare(TINY, ["plain", "structured"], repeats=(2, 1), tell=told.append)
+    assert result["case"]["m"] == 3
+    for name in ("plain", "structured"):
+        row = result["executions"][name]
+        assert len(row["forward"]["all"]) == 2
+        assert len(row["train"]["all"]) == 1
+        assert row["memory"] > 0
+    assert "roofline" not in result["executions"]["plain"]
+    assert 0 < result["executions"]["structured"]["roofline"]["forward"] < 2
+    assert told[0] == "tiny: plain, first run"
+    summary = ratios(result)
+    times = {name: row["forward"]["median"] for name, row in result["executions"].items()}
+    assert summary["forward_ratio"] == times["plain"] / times["structured"]
+    assert set(summary) == {
+        "forward_ratio", "train_ratio", "memory_ratio", "roofline_fraction", "train_roofline_fraction"
+    }  # fmt: skip
+
+
+def test_the_structured_execution_needs_less_memory() -> None:
+    case = Case("small", m=10, C=20, batch=8)
+    memory = {n: r["memory"] for n, r in compare(case, ["plain", "structured"], repeats=(1, 1))["executions"].items()}
+    assert memory["structured"] < memory["plain"] / 1.5
+
+
+def test_what_does_not_fit_is_left_out() -> None:
+    limit = expected_bytes(TINY, "structured")
+    result = compare(TINY, ["plain", "structured"], repeats=(1, 1), memory_limit=limit)
+    assert "needs about" in result["executions"]["plain"]["left_out"]
+    assert ratios(result)["forward_ratio"] is None
+    assert ratios(result)["roofline_fraction"] > 0
+
+
+def test_growth_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.CURVES, "m", (2, 4))
+    curves = grow(TINY, ["m"], ["structured"], repeats=(1, 1))
+    assert [result["case"]["m"] for result in curves["m"]] == [2, 4]
+    assert [result["case"]["C"] for result in curves["m"]] == [4, 4]
+
+
+def test_shares() -> None:
+    class Detector:
+        name, labels, feature_dim, fingerprint = "one", ("thing",), 16, "0"
+
+        def __call__(self, images: Any, m: int) -> list[Instances]:
+            assert m == 3
+            one = Instances(torch.rand(1, 4), torch.rand(1), torch.zeros(1).long(), torch.rand(1, 16))
+            return [one for _ in images]
+
+    seconds = shares(Detector(), [torch.rand(3, 8, 8)] * 2, TINY, repeats=1)
+    assert set(seconds) == {"detection", "data", "graph", "train"}
+    assert all(value > 0 for value in seconds.values())
