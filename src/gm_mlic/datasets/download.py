@@ -53,8 +53,9 @@ DOWNLOADS = "downloads"
 #: Seconds without a byte after which a connection counts as broken.
 TIMEOUT_S = 30.0
 #: Seconds to wait before each further attempt; after the last of them a download gives up. Attempts are counted anew
-#: whenever one got further than all before it.
+#: when one got this many bytes further than the download was when they were last counted anew.
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+GAIN = 1 << 20
 #: Seconds between two log lines without a terminal.
 LOG_S = 10.0
 
@@ -179,7 +180,8 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
         # RuntimeError: an encrypted zip; NotImplementedError: a compression that zipfile does not know
         damage = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
         if isinstance(error, (*damage, ValueError, RuntimeError)):
-            raise DataError(f"{archive_file} cannot be unpacked ({error}): fetch it again.") from error
+            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+            raise DataError(f"{archive_file} cannot be unpacked ({why}): fetch it again.") from error
         raise
     staging.rename(_moving(into, archive_file.name))
     _finish_move(into, archive_file.name)
@@ -281,7 +283,7 @@ def _download(archive: Archive, folder: Path) -> Path:
                 _transfer(archive, part, note, meter)
                 break
             except _Broken as broken:
-                if _size(part) > furthest:
+                if _size(part) >= furthest + GAIN:
                     furthest, failures = _size(part), 0
                 if failures == len(WAITS_S):
                     raise DataError(
@@ -429,6 +431,8 @@ def _unpack_tar(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) 
                 raise _refuse(member.name, archive_file)
             tar.extract(member, folder, filter="data")
             meter.at(raw.tell())
+        while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
+            pass  # the check sum of a compressed tar is behind its last member
 
 
 def _unpack_zip(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) -> None:
