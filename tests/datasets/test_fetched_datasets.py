@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
 from gm_mlic.datasets import COCO2014, VOC2007, coco
 from gm_mlic.datasets.voc import LABELS
+from gm_mlic.training.settings import changed_settings
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -153,3 +155,18 @@ def test_the_command_line_fetches_and_refuses(
     server_asked = len(asked)
     assert run(command) == 0
     assert len(asked) == server_asked
+
+
+def test_a_mirror_that_is_no_address(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["dataset", "dataset=coco2014", "dataset.download=true", "dataset.mirror=example.org/coco"]) == 2
+    assert "dataset.mirror=example.org/coco: expected an address" in capsys.readouterr().err
+
+
+def test_how_it_got_there_is_no_part_of_a_run() -> None:
+    plain = compose("train", ["dataset=voc2007"])
+    fetched = compose("train", ["dataset=voc2007", "dataset.download=true", "dataset.mirror=http://localhost"])
+    assert fetched.run_dir == plain.run_dir
+    assert changed_settings(plain, fetched) == []

@@ -85,7 +85,9 @@ RULES: Mapping[str, Rule] = {
     "dataset.image_size": _whole(32),
     "dataset.val_fraction": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "dataset.download": _YES_NO,
-    "dataset.mirror": _or_null(_TEXT),
+    "dataset.mirror": _or_null(
+        (lambda v: _is_text(v) and v.startswith(("http://", "https://")), "an address, as http://HOST/FOLDER")
+    ),
     "dataset.unlabelled": _one_of("drop", "keep"),
     "dataset.label_order": _one_of("name", "id"),
     "dataset.annotations": (
