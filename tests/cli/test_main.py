@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+from torch._inductor.exc import InvalidCxxCompiler
 
 from gm_mlic.cli import commands
 from gm_mlic.cli.main import COMMANDS, run
@@ -111,6 +112,12 @@ def test_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setitem(commands._TASKS, "train", raising(KeyboardInterrupt()))
     assert run(["train"]) == 130
     assert "the same command continues" in last_line(capsys)
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(InvalidCxxCompiler()))
+    assert run(["train"]) == 2
+    assert last_line(capsys).endswith("it needs a C++ compiler; or do without (trainer.compile=false).")
 
 
 def test_a_defect_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from omegaconf import DictConfig
 
 from gm_mlic.errors import ConfigError, StoreError, WeightsError
+from gm_mlic.nn import GMMLIC
 from gm_mlic.training import build, run
 from gm_mlic.training.module import MLICModule
 
@@ -265,3 +266,35 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_an_accelerator_that_is_not_there(run_config: Config):
     with pytest.raises(ConfigError, match=r"trainer\.accelerator=tpu.* cannot be had here"):
         run.train(run_config("trainer.accelerator=tpu"))
+
+
+def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the compiler's front end, and eager kernels behind it, so that the numbers can be compared to the bit."""
+    compiled = []
+
+    def compile_(self: GMMLIC) -> None:
+        compiled.append(self)
+        torch.nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(GMMLIC, "compile", compile_)
+    plain = run.train(run_config(f"run_dir={tmp_path}/plain"))
+    assert not compiled
+    result = run.train(run_config("trainer.compile=true"))
+    assert len(compiled) == 1
+    assert_same(result["test"], plain["test"])
+    assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(tmp_path / "plain")["state_dict"])
+
+
+def test_recomputing_changes_no_number(run_config: Config, tmp_path: Path):
+    plain = run.train(run_config(f"run_dir={tmp_path}/plain"))
+    result = run.train(run_config("model.recompute=true"))
+    assert_same(result["test"], plain["test"])
+
+
+def test_labels_are_prepared_once_for_each_evaluation(run_config: Config, monkeypatch: pytest.MonkeyPatch):
+    prepared = []
+    prepare = GMMLIC.prepare
+    monkeypatch.setattr(GMMLIC, "prepare", lambda *arguments: prepared.append(1) or prepare(*arguments))
+    run.train(run_config("trainer.batch_size=4"))
+    # Two epochs are validated, then the test split is evaluated; each has three batches.
+    assert len(prepared) == 3

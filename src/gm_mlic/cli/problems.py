@@ -44,6 +44,12 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch only to name it would be slow
         return "error: the accelerator's memory is full: lower trainer.batch_size (or instances.batch_size).", 2
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        why = _one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        return (
+            f"error: torch.compile failed ({why}): it needs a C++ compiler; or do without (trainer.compile=false).",
+            2,
+        )
     what = _one_line(f"{type(error).__name__}: {error}")
     return f"internal error: {what} (run with --verbose for the traceback, and please report it)", 1
 

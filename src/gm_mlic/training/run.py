@@ -251,6 +251,8 @@ def _fit(
             return
         log.info("continuing %s after epoch %d", run_dir, first_epoch)
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers, first_epoch)
+    if config.trainer.compile:
+        module.model.compile()  # in place, so that names in checkpoints stay as they are
     try:
         trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
