@@ -84,6 +84,11 @@ def test_images_without_any_concept(root: Path) -> None:
     assert empty.any()
     assert len(labelled) == len(everything) - empty.sum()
     assert (labelled.targets == 1).any(axis=1).all()
+    for label in CONCEPTS:
+        spoil(root, f"TrainTestLabels/Labels_{label}_Test.txt", "0\n" * 6)
+    assert len(NUSWIDE(root, "test")) == 6
+    with pytest.raises(DataError, match="dataset.unlabelled=keep"):
+        NUSWIDE(root, "test", unlabelled="drop")
 
 
 def spoil(root: Path, file: str, text: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
 from gm_mlic.datasets.download import Archive, fetch
-from gm_mlic.datasets.splits import holdout
+from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ConfigError, DataError
 
 _SERVER = "http://images.cocodataset.org"
@@ -97,14 +97,12 @@ class COCO2014(MultiLabelDataset):
         mirror: str | None = None,
     ) -> None:
         for key, value, allowed in (
-            ("split", split, ("train", "val", "test")),
             ("unlabelled", unlabelled, ("drop", "keep")),
             ("label_order", label_order, ("name", "id")),
         ):
             if value not in allowed:
                 raise ConfigError(f"dataset.{key} is {value!r}: choose one of {', '.join(allowed)}.")
-        if not 0.0 <= val_fraction < 1.0:
-            raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+        check_split(split, val_fraction)
         self.split = split
         self.root = Path(root)
         archive = "val2014" if split == "test" else "train2014"
@@ -122,8 +120,7 @@ class COCO2014(MultiLabelDataset):
 
         labels, photos = parse(load(source), source, label_order)
         chosen = [photos[i] for i in sorted(photos) if unlabelled == "keep" or photos[i].labels]
-        if split != "test":
-            chosen = _holdout(chosen, split, val_fraction, seed)
+        chosen = [chosen[row] for row in rows_of(split, len(chosen), val_fraction, seed)]
         _check_files(chosen, self.folder, source)
 
         self.labels = labels
@@ -146,15 +143,6 @@ class COCO2014(MultiLabelDataset):
     def boxes(self, i: int) -> BoxAnnotations:
         """The object boxes of row ``i``, without crowd regions; there may be none."""
         return self._chosen[i].box_annotations()
-
-
-def _holdout(photos: list[Photo], split: str, val_fraction: float, seed: int) -> list[Photo]:
-    chosen = [photos[row] for row in holdout(len(photos), val_fraction, seed, split == "val")]
-    if photos and not chosen:
-        raise ConfigError(
-            f"dataset.val_fraction={val_fraction} of {len(photos)} images leaves none for split {split!r}: change it."
-        )
-    return chosen
 
 
 def _check_files(photos: list[Photo], folder: Path, source: Path) -> None:

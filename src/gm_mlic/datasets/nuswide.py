@@ -12,7 +12,7 @@ from PIL import Image
 
 from gm_mlic.datasets.base import ABSENT, PRESENT, MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import read_image
-from gm_mlic.datasets.splits import holdout
+from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,9 @@ class NUSWIDE(MultiLabelDataset):
         unlabelled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:
-        if split not in ("train", "val", "test"):
-            raise ConfigError(f"dataset.split is {split!r}: choose one of train, val, test.")
+        check_split(split, val_fraction)
         if unlabelled not in ("keep", "drop"):
             raise ConfigError(f"dataset.unlabelled is {unlabelled!r}: choose one of keep, drop.")
-        if not 0.0 <= val_fraction < 1.0:
-            raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
         if download:
             raise ConfigError(f"dataset.download=true: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
@@ -93,14 +90,11 @@ class NUSWIDE(MultiLabelDataset):
             raise DataError(f"{source} names {outside!r}: it must stay inside the image folder.")
         present = np.stack([self._label_file(label, part, len(names), source) for label in self.labels], axis=1)
 
-        rows = np.arange(len(names)) if split == "test" else holdout(len(names), val_fraction, seed, split == "val")
+        rows = rows_of(split, len(names), val_fraction, seed)
         if unlabelled == "drop":
             rows = rows[present[rows].any(axis=1)]
-        if not rows.size:
-            raise ConfigError(
-                f"dataset.val_fraction={val_fraction} of {len(names)} images leaves none for split {split!r}: change "
-                "it."
-            )
+            if not rows.size:
+                raise DataError(f"No image of {source} in split {split!r} has a concept: set dataset.unlabelled=keep.")
         places = self._find([names[row] for row in rows])
         there = [n for n, place in enumerate(places) if place is not None]
         self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)

@@ -5,6 +5,33 @@ from __future__ import annotations
 import numpy as np
 
 from gm_mlic.datasets.base import PRESENT
+from gm_mlic.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+
+
+def check_split(split: str, val_fraction: float) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is one of ours and the fraction is in [0, 1)."""
+    if split not in SPLITS:
+        raise ConfigError(f"dataset.split is {split!r}: choose one of {', '.join(SPLITS)}.")
+    if not 0.0 <= val_fraction < 1.0:
+        raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+
+
+def rows_of(split: str, count: int, val_fraction: float, seed: int) -> np.ndarray:
+    """Rows of ``split`` in an official set of ``count`` images: all for ``test``, one side of :func:`holdout` else.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if split == "test":
+        return np.arange(count)
+    rows = holdout(count, val_fraction, seed, split == "val")
+    if count and not rows.size:
+        raise ConfigError(
+            f"dataset.val_fraction={val_fraction} of {count} images leaves none for split {split!r}: change it."
+        )
+    return rows
 
 
 def holdout(count: int, fraction: float, seed: int, held_out: bool) -> np.ndarray:

@@ -15,8 +15,8 @@ from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targe
 from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import image_size, read_image
-from gm_mlic.datasets.splits import holdout
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.datasets.splits import check_split, rows_of
+from gm_mlic.errors import DataError
 
 #: The 20 classes, in VOC's order, which is alphabetical.
 LABELS = (
@@ -44,25 +44,15 @@ class _VOC(MultiLabelDataset):
         download: bool = False,
         mirror: str | None = None,
     ) -> None:
-        if split not in ("train", "val", "test"):
-            raise ConfigError(f"dataset.split is {split!r}: choose one of train, val, test.")
-        if not 0.0 <= val_fraction < 1.0:
-            raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+        check_split(split, val_fraction)
         self.split, self.root = split, Path(root)
         image_set, archive = self.test_set if split == "test" else self.train_set
         if download:
             fetch([archive], self.root, mirror)
         self.folder = self._folder(archive)
         ids, targets = self._image_set(image_set)
-        if split != "test":
-            rows = holdout(len(ids), val_fraction, seed, split == "val")
-            if not len(rows):
-                raise ConfigError(
-                    f"dataset.val_fraction={val_fraction} of {len(ids)} images leaves none for split {split!r}: "
-                    "change it."
-                )
-            ids, targets = [ids[row] for row in rows], targets[rows]
-        self.labels, self.ids, self.targets = LABELS, tuple(ids), targets
+        rows = rows_of(split, len(ids), val_fraction, seed)
+        self.labels, self.ids, self.targets = LABELS, tuple(ids[row] for row in rows), targets[rows]
         self._check_files(image_set)
         check_targets(self.ids, self.labels, self.targets)
 
