@@ -392,7 +392,9 @@ class TestBrokenTransfers:
         server.modified = "Wed, 07 Nov 2007 10:00:00 GMT" if validator == "modified" else None
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
-        assert server.served[-1][1] == 200
+        # without a validator to send, or with a server that ignores it, the answer tells
+        told_at_once = minds_if_range and validator != "size"
+        assert [status for _, status, _ in server.served[4:]] == ([200] if told_at_once else [206, 200])
 
     def test_part_that_is_longer_than_the_servers_file(self, server: Server, tmp_path: Path) -> None:
         server.etag = None
@@ -419,7 +421,16 @@ class TestBrokenTransfers:
         assert tree(tmp_path) == CONTENT
         assert server.served == ([] if tells_size else [(f"bytes={len(TAR)}-", 416, 0)])
 
-    @pytest.mark.parametrize("note", [None, "", "{}", '{"url": "http://elsewhere/a.tar", "etag": null, '])
+    @pytest.mark.parametrize(
+        "note",
+        [
+            None,
+            "",
+            "{}",
+            '{"url": "http://elsewhere/a.tar", "etag": null, ',
+            '{"url": "http://elsewhere/a.tar", "etag": null, "modified": null, "size": null}',
+        ],
+    )
     def test_part_of_unknown_origin_is_not_continued(self, server: Server, tmp_path: Path, note: str | None) -> None:
         folder = tmp_path / "downloads"
         folder.mkdir()
@@ -879,6 +890,8 @@ class TestProcesses:
         assert (tmp_path / left).is_dir()
         assert (tmp_path / archive.holds[0]).exists() == (left == ".a.tar.moving")
         assert not (tmp_path / LAST).exists()
+        if left == ".a.tar.moving":  # which has all that is needed
+            (tmp_path / "downloads" / "a.tar").unlink()
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert has_no_traces(tmp_path)
