@@ -139,11 +139,18 @@ def collect() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows)
+    print("| variant | seeds | mAP | AP_spatial | AP_company |\n| --- | ---: | ---: | ---: | ---: |")
     for name in VARIANTS:
-        values = [row["mAP"] for row in rows if row["variant"] == name]
-        if values:
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            print(f"{name:24s} {statistics.mean(values):6.2f}{spread}  ({len(values)} seeds)")
+        of = [row for row in rows if row["variant"] == name]
+        cells = [_mean_and_spread([row[key] for row in of]) for key in ("mAP", "AP_spatial", "AP_company")]
+        if of:
+            print(f"| {name} | {len(of)} | {' | '.join(cells)} |")
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation over the seeds."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
 def plot(rows: list[dict]) -> None:

@@ -80,8 +80,7 @@ def mean_message(rho: MLP, edges: Tensor, senders: Tensor, to: str, mask: Tensor
     if mask is None:
         return rho.lin2(hidden.mean(dim=2 if to == "rows" else 1))  # type: ignore[no-any-return]
     # Sums as products with the mask: a masked copy of all hidden states would cost as much as computing them.
-    weight = mask.to(hidden.dtype)
-    count = weight.sum(dim=-1, keepdim=True)
+    weight, count = mask.to(hidden.dtype), mask.sum(dim=-1, keepdim=True)
     if to == "rows":
         total = (weight[:, :, None] @ hidden).squeeze(2)
     else:
