@@ -24,18 +24,18 @@ RUNS = Path("runs/recipe")
 
 
 def torch_init() -> None:
-    """torch.nn.Linear's own initialisation instead of He's."""
+    """torch.nn.Linear's own initialisation instead of He's, everywhere."""
     from torch import nn
 
-    from gm_mlic.nn.mlp import MLP
+    from gm_mlic.nn.mlp import ConcatLinear, OutLinear
 
-    def reset_parameters(self: MLP) -> None:
-        bound = 1 / math.sqrt(self.lin1.weight.shape[1])
-        nn.init.uniform_(self.lin1.weight, -bound, bound)
-        nn.init.uniform_(self.lin1.bias, -bound, bound)
-        self.lin2.reset_parameters()
+    def reset_parameters(self: ConcatLinear) -> None:
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
-    MLP.reset_parameters = reset_parameters  # type: ignore[method-assign]
+    ConcatLinear.reset_parameters = reset_parameters  # type: ignore[method-assign]
+    OutLinear.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
     torch_product()
 
 
