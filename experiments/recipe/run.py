@@ -16,9 +16,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 HERE = Path(__file__).parent
 RUNS = Path("runs/recipe")
 
@@ -57,18 +54,6 @@ def raw_boxes() -> None:
     Encoder.relative = staticmethod(lambda e_o: e_o)  # type: ignore[method-assign]
 
 
-def scale_8() -> None:
-    """Half the weight on where a neighbour stands relative to the receiver."""
-    from gm_mlic.nn import Encoder
-
-    relative = Encoder.relative
-
-    def halved(e_o: Tensor) -> Tensor:
-        return relative(e_o) * torch.tensor([0.5] * 4 + [1.0] * 4)
-
-    Encoder.relative = staticmethod(halved)  # type: ignore[method-assign]
-
-
 def absolute_boxes() -> None:
     """Instance edges read both boxes standardised, none relative to the other."""
     from gm_mlic.nn import Encoder
@@ -83,7 +68,6 @@ VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
     "product": (5, ["model.fusion=product"], None),
     "concat-absolute_boxes": (3, ["model.fusion=concat"], absolute_boxes),
     "product-absolute_boxes": (3, ["model.fusion=product"], absolute_boxes),
-    "product-scale_8": (2, ["model.fusion=product"], scale_8),
     "concat-raw_boxes": (1, ["model.fusion=concat"], raw_boxes),
     "concat-norm_encoder": (1, ["model.fusion=concat", "model.norm=encoder"], None),
     "concat-norm_none": (1, ["model.fusion=concat", "model.norm=none"], None),
