@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from torch._inductor.exc import InvalidCxxCompiler
@@ -9,6 +10,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 from gm_mlic.cli import commands
 from gm_mlic.cli.main import COMMANDS, run
 from gm_mlic.errors import DataError
+
+DATASETS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" / "dataset").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +59,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     ("arguments", "expected"),
     [
         (["trian"], "no command 'trian': did you mean 'train'?"),
-        (["zzz"], "no command 'zzz': there are demo, train, eval, dataset, extract, train-detector."),
-        (["train", "dataset=voc"], "dataset=voc: there is no such option; choose from coco2014, own, scenes."),
+        (["zzz"], f"no command 'zzz': there are {', '.join(COMMANDS)}."),
+        (["train", "dataset=voc"], f"dataset=voc: there is no such option; choose from {', '.join(DATASETS)}."),
         (
             ["train", "graph.mm=3"],
             "graph.mm: there is no such setting; did you mean graph.m? graph has label_neighbours, m, neighbours.",

@@ -27,12 +27,10 @@ from gm_mlic.datasets.annotation_files import (
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
-from gm_mlic.datasets.splits import stratified
+from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage
 
 log = logging.getLogger(__name__)
-
-_SPLITS = ("train", "val", "test")
 
 
 class OwnImages(MultiLabelDataset):
@@ -118,16 +116,15 @@ class OwnImages(MultiLabelDataset):
         test_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
+        check_split(split, val_fraction)
         for key, value, allowed in (
-            ("split", split, _SPLITS),
             ("target_format", target_format, ("binary", "voc")),
             ("missing", missing, ("error", "drop")),
         ):
             if value not in allowed:
                 raise ConfigError(f"dataset.{key} is {value!r}: choose one of {', '.join(allowed)}.")
-        for key, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0.0 <= share < 1.0:
-                raise ConfigError(f"dataset.{key} is {share}: choose a share in [0, 1).")
+        if not 0.0 <= test_fraction < 1.0:
+            raise ConfigError(f"dataset.test_fraction is {test_fraction}: choose a share in [0, 1).")
         if not separator:
             raise ConfigError("dataset.separator is empty: name what stands between the labels of one cell.")
         unknown = [key for key in columns or {} if key not in ("file", "labels", "split")]
@@ -228,7 +225,7 @@ def _read_all(
             raise ConfigError("dataset.folders needs dataset.annotations with a file for each split.")
         return [read_annotations(_path(root, annotations, "annotations"), form)]
     for split in annotations:
-        if split not in _SPLITS:
+        if split not in SPLITS:
             raise ConfigError(f"dataset.annotations has {split!r}: expected a file for each of train, val and test.")
     for split, folder in folders.items():
         if split not in annotations:
@@ -386,7 +383,7 @@ def _draw(splits: np.ndarray, split: str, targets: np.ndarray, fraction: float, 
 def _empty(
     split: str, splits: np.ndarray, read: Sequence[Annotations], val_fraction: float, test_fraction: float
 ) -> str:
-    counts = ", ".join(f"{name} {int((splits == name).sum())}" for name in _SPLITS)
+    counts = ", ".join(f"{name} {int((splits == name).sum())}" for name in SPLITS)
     where = " and ".join(str(part.source) for part in read)
     said = read[0].rows[0].split is not None
     if said and split != "val":
