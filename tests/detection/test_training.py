@@ -13,7 +13,7 @@ from gm_mlic.datasets import BoxAnnotations, MultiLabelDataset, Scenes
 from gm_mlic.detection import build_extractor, training
 from gm_mlic.detection.checkpoints import save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector
-from gm_mlic.detection.training import average_precision, train_detector
+from gm_mlic.detection.training import average_precision, one_cycle, train_detector
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
 
 
@@ -187,3 +187,19 @@ def test_what_cannot_work(tmp_path, settings, error, named):
 def test_the_name_of_the_weights_file_must_be_right(tmp_path):
     with pytest.raises(ConfigError, match=r"\.safetensors"):
         _train(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("warmup", [0.01, 0.1, 0.15, 0.5, 0.99])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 20, 1000])
+def test_one_cycle_of_any_length(steps, warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = one_cycle(optimizer, [0.5], steps, warmup)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= 0.5 for rate in rates)
+    if steps >= 10:
+        assert max(rates) > 0.45
+        assert rates[0] < 0.1

@@ -64,8 +64,7 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         seed: the same seed gives the same rows.
 
     Returns:
-        (N,) bool, True for held-out rows: ``round(fraction * N)`` of them (at least one for a fraction above 0), unless
-        rows without a label are too few to make up for the rounding of the labels.
+        (N,) bool, True for held-out rows: ``round(fraction * N)`` of them, at least one for a fraction above 0.
     """
     rng = np.random.default_rng(seed)
     present = targets == PRESENT
@@ -84,8 +83,8 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         left[rows] = False
         wanted -= present[chosen].sum(axis=0)
         remaining -= present[rows].sum(axis=0)
-    rest = rng.permutation(np.flatnonzero(left))
-    held_out[rest[: wanted_rows - int(held_out.sum())]] = True
-    if wanted_rows and not held_out.any():
-        held_out[rng.integers(N)] = True
+    # Where nearly every label is rare, their shares have been rounded down to too few rows: then any row will do.
+    for rows in (np.flatnonzero(left), np.flatnonzero(~held_out)):
+        room = wanted_rows - int(held_out.sum())
+        held_out[rng.permutation(rows[~held_out[rows]])[:room]] = True
     return held_out

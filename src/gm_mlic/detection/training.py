@@ -100,7 +100,7 @@ def train_detector(
     detector = _initial_detector(arch, train.labels, weights, min_size, max_size, seed).to(device)
     steps = math.ceil(len(rows) / batch_size)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.15)
+    schedule = one_cycle(optimizer, [lr], epochs * steps, warmup=0.15)
     record: dict[str, Any] = {
         "arch": arch,
         "labels": list(train.labels),
@@ -211,6 +211,22 @@ class _LabelledImages(Dataset):
             width = image.shape[-1]
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
         return image, {"boxes": boxes, "labels": labels}
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, rates: list[float], steps: int, warmup: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Torch's one-cycle schedule, which divides by zero where a phase has a single step: in runs of few steps.
+
+    Args:
+        optimizer: its groups' learning rates are scheduled.
+        rates: the highest learning rate of each group.
+        steps: in all.
+        warmup: share of them that the learning rate rises; at least two steps.
+    """
+    steps = max(steps, 4)
+    warmup = min(max(warmup, 2 / steps), 1 - 1 / steps)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=warmup)
 
 
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from gm_mlic.detection.training import one_cycle
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.instances import OnlineBatch
@@ -188,7 +189,7 @@ class MLICModule(LightningModule):
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings["step_epochs"] * epoch, settings["gamma"])
         else:
             rates = [group["lr"] for group in optimizer.param_groups]
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=settings["warmup"])
+            schedule = one_cycle(optimizer, rates, steps, settings["warmup"])
         # Both count steps: a checkpoint at the end of an epoch is written before an epoch-wise schedule would move on.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
