@@ -3,7 +3,7 @@
 Everywhere in this package, what owns parameters draws them once, when it is made; ``reset_parameters`` draws anew.
 
 He initialisation: a path through k blocks passes some ten Linears, most of them without a norm. torch's default shrinks
-the signal to 0.4 at each, and what neighbours say never arrives (``experiments/recipe``).
+the signal to 0.4 at each, and with fusion ``product`` what neighbours say may never arrive (``experiments/recipe``).
 """
 
 from __future__ import annotations
