@@ -33,7 +33,7 @@ MODELS = {
     "concat": ["model.fusion=concat"],
     "product": ["model.fusion=product"],
 }
-SCHEDULE = ["trainer.max_epochs=40", "trainer.batch_size=16"]
+SCHEDULE = ["trainer.max_epochs=20", "trainer.batch_size=16"]
 
 
 def gm_mlic(*arguments: str) -> None:
@@ -49,7 +49,7 @@ def main(shared: Path) -> None:
     gm_mlic("train", *data, *labels, f"run_dir={RUNS}/first")
     if not DETECTOR.exists():
         gm_mlic(
-            "train-detector", *data, "detector=scenes_tiny", "detector.min_size=240", "epochs=40",
+            "train-detector", *data, "detector=scenes_tiny", "detector.min_size=240", "epochs=15",
             f"run_dir={DETECTOR.parent}",
         )  # fmt: skip
     rows = [row("resnet50_fpn, untrained", "product, the first command", 0, RUNS / "first")]
