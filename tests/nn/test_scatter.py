@@ -119,3 +119,14 @@ def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(values: l
     pytest.importorskip("torch_scatter")
     assert scatter.has_torch_scatter()
     check_unusual(values, winners)
+
+
+@pytest.mark.scatter
+def test_compiled_code_does_without_torch_scatter() -> None:
+    """torch.compile cannot look into its kernels."""
+    pytest.importorskip("torch_scatter")
+    src, index = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1])
+    torch._dynamo.reset()
+    compiled = torch.compile(scatter.group_max, backend="eager", fullgraph=True)
+    for a, b in zip(compiled(src, index, 2), scatter.group_max(src, index, 2), strict=True):
+        assert torch.equal(a, b)

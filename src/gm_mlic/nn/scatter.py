@@ -18,8 +18,8 @@ PREFER_TORCH_SCATTER = True
 
 
 def has_torch_scatter() -> bool:
-    """Whether reductions go through torch-scatter."""
-    return PREFER_TORCH_SCATTER and torch_scatter is not None
+    """Whether reductions go through torch-scatter, which ``torch.compile`` cannot look into."""
+    return PREFER_TORCH_SCATTER and torch_scatter is not None and not torch.compiler.is_compiling()
 
 
 def group_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
