@@ -49,7 +49,7 @@ def imported(module: Path) -> set[str]:
 
 def test_the_page_names_every_folder():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders | {"losses"} == set(stages())
+    assert folders | {"losses", "runs"} == set(stages())
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

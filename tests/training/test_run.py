@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from omegaconf import DictConfig
+from PIL import Image
+from torch_geometric.data import Batch
 
 from gm_mlic.errors import ConfigError, StoreError, WeightsError
+from gm_mlic.graphs import AssignmentGraph, AssignmentGraphDataset
+from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
 from gm_mlic.training import build, run
+from gm_mlic.training.checkpoint import load_weights, read_checkpoint
 from gm_mlic.training.module import MLICModule
 
 Config = Callable[..., DictConfig]
@@ -298,3 +304,77 @@ def test_labels_are_prepared_once_for_each_evaluation(run_config: Config, monkey
     run.train(run_config("trainer.batch_size=4"))
     # Two epochs are validated, then the test split is evaluated; each has three batches.
     assert len(prepared) == 3
+
+
+# What a run leaves for people
+
+
+def test_a_run_keeps_its_state_scores_examples_and_label_states(run_config: Config):
+    config = run_config()
+    result = run.train(config, sweep="a-sweep")
+    path = Path(config.run_dir)
+    state = json.loads((path / "state.json").read_text())
+    assert (state["state"], state["sweep"], state["error"]) == ("finished", "a-sweep", None)
+
+    scored = read_scored_images([path / "test.npz"], path / "test.npz")
+    scores_of_all = scored.scores[0]
+    assert scores_of_all.shape == (12, result["dataset"]["labels"])
+    again = MultiLabelMetrics(scores_of_all.shape[1])
+    again.update(scores_of_all, scored.targets)
+    assert float(again.compute()["mAP"]) == pytest.approx(result["test"]["mAP"])
+
+    dataset = build.build_dataset(config, "test")
+    examples = json.loads((path / "examples" / "examples.json").read_text())
+    assert [example["id"] for example in examples] == list(dataset.ids)
+    for row, example in enumerate(examples):
+        with Image.open(path / "examples" / example["file"]) as image:
+            assert image.size == (example["width"], example["height"]) == (96, 96)
+        present = {dataset.labels[c] for c in range(len(dataset.labels)) if dataset.targets[row, c] == 1}
+        assert set(example["targets"]) == present <= {label["label"] for label in example["top"]}
+        scores = [label["score"] for label in example["top"]]
+        assert scores == sorted(scores, reverse=True)
+        best_three = {dataset.labels[int(c)] for c in scores_of_all[row].topk(3).indices}
+        assert {label["label"] for label in example["top"][:3]} == best_three
+        for place, label in enumerate(example["top"]):
+            predicted = place < 3 or label["score"] >= 0.5
+            assert label["kind"] == ("missed" if not predicted else "right" if label["label"] in present else "wrong")
+            # The extractor's boxes are the cells of a 3 x 3 grid.
+            assert all(round(v * 3, 2) in (0, 1, 2, 3) for v in label["box"])
+
+    with np.load(path / "label_states.npz") as states:
+        assert list(states["labels"]) == list(dataset.labels)
+        assert states["states"].shape == (len(dataset.labels), 8)
+        assert np.isfinite(states["states"]).all()
+
+
+@pytest.mark.parametrize("execution", ["explicit", "structured"])
+def test_examples_are_the_same_by_both_executions(run_config: Config, execution: str, tmp_path: Path):
+    config = run_config(f"model.execution={execution}")
+    run.train(config)
+    dataset = build.build_dataset(config, "test")
+    store = build.build_store(config, dataset, build.build_detector(config))
+    description, content = read_checkpoint(Path(config.run_dir) / "checkpoints" / "best.ckpt")
+    model = description.build_model().eval()
+    load_weights(model, content, Path("best.ckpt"))
+    graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+    with torch.no_grad():  # one at a time, by the other execution
+        model.execution = "explicit" if execution == "structured" else "structured"
+        graphs = [Batch.from_data_list([data]) for data in AssignmentGraphDataset(store, graph)]
+        outputs = [model(data) for data in graphs]
+    examples = json.loads((Path(config.run_dir) / "examples" / "examples.json").read_text())
+    for row, example in enumerate(examples):
+        for label in example["top"]:
+            c = dataset.labels.index(label["label"])
+            assert label["score"] == pytest.approx(float(outputs[row].logits.sigmoid()[0, c]), abs=2e-4)
+            box = store.boxes[row, 0, outputs[row].winners[0, c]]
+            assert label["box"] == pytest.approx(box.tolist(), abs=1e-3)
+    states = torch.cat([output.label_states for output in outputs]).mean(dim=0)
+    with np.load(Path(config.run_dir) / "label_states.npz") as kept:
+        assert torch.allclose(torch.from_numpy(kept["states"]), states, atol=1e-4)
+
+
+def test_a_model_without_label_nodes_leaves_no_label_states(run_config: Config):
+    config = run_config("model=mil_max")
+    run.train(config)
+    assert (Path(config.run_dir) / "examples" / "examples.json").is_file()
+    assert not (Path(config.run_dir) / "label_states.npz").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -16,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gm_mlic.cli.compose import CONFIG_MODULE, register_resolvers
+from gm_mlic.runs import write_job
 from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
@@ -54,10 +56,20 @@ def train(config: DictConfig) -> float:
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
-    result = training.train(config)
+    result = training.train(config, _sweep(config))
     print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
     log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
+
+
+def _sweep(config: DictConfig) -> str | None:
+    """The folder of the multirun that this job belongs to, in which it is noted; None for a single run."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return None
+    folder = Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir
+    write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task)
+    return str(folder)
 
 
 def evaluate(config: DictConfig) -> None:

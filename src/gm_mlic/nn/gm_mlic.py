@@ -35,12 +35,14 @@ class ModelOutput:
         winners: (B, C) int64, which instance of the image (0 is the most confident) won each label.
         matches: match logits as the execution leaves them: (E,), or (B, M, C) with the mask below.
         mask: (B, M) bool, the instances that there are, or None.
+        label_states: (B, C, d) states of the labels after the last block; None from a model without label nodes.
     """
 
     logits: Tensor
     winners: Tensor
     matches: Tensor
     mask: Tensor | None = None
+    label_states: Tensor | None = None
 
     @property
     def match_logits(self) -> Tensor:
@@ -48,8 +50,10 @@ class ModelOutput:
         return self.matches if self.mask is None else self.matches[self.mask].flatten()
 
 
-def pool_matches(match_logits: Tensor, data: HeteroData) -> ModelOutput:
+def pool_matches(match_logits: Tensor, data: HeteroData, v_l: Tensor | None = None) -> ModelOutput:
     """Max-pooling over instances (eq. 14), on logits: match logits (E,) to :class:`ModelOutput`.
+
+    ``v_l`` (B * C, d), the labels' states, goes into the output.
 
     Raises:
         ConfigError: if images differ in their number of labels, or a label has no matching edge.
@@ -67,17 +71,19 @@ def pool_matches(match_logits: Tensor, data: HeteroData) -> ModelOutput:
     best, edge = group_max(match_logits, target, labels.x.shape[0])
     first = data[INSTANCE].ptr[:-1] if "ptr" in data[INSTANCE] else source.new_zeros(1)
     winners = source[edge].view(B, -1) - first.view(B, 1)
-    return ModelOutput(best.view(B, -1), winners, match_logits)
+    states = None if v_l is None else v_l.view(B, -1, v_l.shape[-1])
+    return ModelOutput(best.view(B, -1), winners, match_logits, label_states=states)
 
 
-def pool_match_matrix(matrix: Tensor, mask: Tensor) -> ModelOutput:
-    """The same from a dense (B, M, C) and the mask (B, M) of the instances that there are."""
+def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -> ModelOutput:
+    """The same from a dense (B, M, C), the mask (B, M) of the instances that there are, and labels (B, C, d)."""
     values = matrix.detach().masked_fill(~mask[..., None], float("-inf"))
     best = values.amax(dim=1, keepdim=True)
     position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
     winners = torch.where((values == best) | values.isnan(), position, matrix.shape[1]).amin(dim=1)
     logits = matrix.gather(1, winners[:, None]).squeeze(1)
-    return ModelOutput(logits, winners, matrix, mask)
+    states = None if v_l is None else v_l.expand(len(matrix), -1, -1)  # may be the same for all images
+    return ModelOutput(logits, winners, matrix, mask, states)
 
 
 def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int, label_dim: int | None = None) -> None:
@@ -301,11 +307,13 @@ class GMMLIC(nn.Module):
         batch = self._dense(data)
         if batch is not None:
             self._check_prepared(batch, labels)
-            return pool_match_matrix(structured.match_matrix(self, batch, labels), batch.mask)
-        return pool_matches(self._explicit(data), data)
+            matrix, v_l = structured.match_matrix(self, batch, labels)
+            return pool_match_matrix(matrix, batch.mask, v_l)
+        match_logits, v_l = self._explicit(data)
+        return pool_matches(match_logits, data, v_l)
 
-    def _explicit(self, data: HeteroData) -> Tensor:
-        """Match logits (E,) by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
+    def _explicit(self, data: HeteroData) -> tuple[Tensor, Tensor]:
+        """Match logits (E,) and label states by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
         edges = Edges(
             near=data[NEAR].edge_index if self.relations.instance_graph else None,
             relates=data[RELATES].edge_index if self.relations.label_graph else None,
@@ -318,7 +326,7 @@ class GMMLIC(nn.Module):
         source, target = edges.matches
         ends = (e_m,) if e_m is not None else (v_o[source], v_l[target])
         match_logits: Tensor = self.stage(self.decoder, *ends).squeeze(-1)
-        return match_logits
+        return match_logits, v_l
 
     def stage(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """``function(*arguments)``; with ``recompute``, computed again in the backward pass instead of kept."""

@@ -233,8 +233,8 @@ def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBa
     return States(v_o, v_l, new_o, new_l, new_m)
 
 
-def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> Tensor:
-    """Match logits (B, M, C) of a model by the structured execution; rows of absent instances mean nothing."""
+def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> tuple[Tensor, Tensor]:
+    """Match logits (B, M, C), in which rows of absent instances mean nothing, and the labels' last states (B, C, d)."""
     if labels is None:
         labels = model.stage(prepare, model, batch.label_vectors, batch.relates)
     states = model.stage(encode, model.encoder, batch, labels)
@@ -243,4 +243,4 @@ def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None 
     v_o, v_l, _, _, e_m = states
     ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     logits: Tensor = model.stage(mlp, model.decoder, *ends)
-    return logits.squeeze(-1)
+    return logits.squeeze(-1), v_l

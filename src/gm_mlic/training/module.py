@@ -15,6 +15,7 @@ from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import GMMLIC, ModelOutput
 from gm_mlic.nn.structured import Prepared
+from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.checkpoint import KEY, Description
 from gm_mlic.training.online import OnlineGraphs
 
@@ -31,7 +32,8 @@ class MLICModule(LightningModule):
 
     Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
     ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with
-    ``AP`` (C,), and ``test_scores`` the scores (n, C), targets (n, C) and rows (n,) that they are made of.
+    ``AP`` (C,), ``test_scores`` the scores (n, C), targets (n, C) and rows (n,) that they are made of, and ``examples``
+    what was predicted for some of the images.
 
     Args:
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
@@ -60,6 +62,7 @@ class MLICModule(LightningModule):
         self.description = description
         self.test_values: dict[str, Any] = {}
         self.test_scores: tuple[Tensor, Tensor, Tensor] | None = None
+        self.examples = Examples()
         self._bad_step: Tensor | None = None
         self._labels: Prepared | None = None
 
@@ -117,7 +120,11 @@ class MLICModule(LightningModule):
     def on_validation_start(self) -> None:
         self._labels = None  # the weights have changed
 
-    on_test_start = on_predict_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_test_start(self) -> None:
+        self._labels = None
+        self.examples = Examples()
 
     def _output(self, batch: Any) -> ModelOutput:
         """The network's output in evaluation; what does not depend on the images is computed at the first batch."""
@@ -144,7 +151,9 @@ class MLICModule(LightningModule):
         batch = self._graphs(batch)
         if batch is None:
             return
-        self.metrics.update(torch.sigmoid(self._output(batch).logits.float()), batch.y, batch.row)
+        output = self._output(batch)
+        self.examples.collect(batch, output)
+        self.metrics.update(torch.sigmoid(output.logits.float()), batch.y, batch.row)
 
     def on_test_epoch_end(self) -> None:
         self.test_scores = self.metrics.collected()

@@ -28,7 +28,9 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
+from gm_mlic.runs import CONFIG, RESULT, SCORES, RunState, write_atomically
 from gm_mlic.training import build
+from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import MLICModule
@@ -57,13 +59,14 @@ class SplitData:
         return {} if self.online is None else dict.fromkeys(self.online.unreadable, "unreadable")
 
 
-def train(config: DictConfig) -> dict[str, Any]:
+def train(config: DictConfig, sweep: str | None = None) -> dict[str, Any]:
     """Train as ``config`` says, or go on where an earlier call with the same ``run_dir`` stopped.
 
     Builds missing instance stores, trains, chooses the epoch with the best val mAP and tests it.
 
     Args:
         config: the composed config of ``conf/train.yaml``.
+        sweep: the folder of the multirun that this run belongs to.
 
     Returns:
         What ``metrics.json`` holds: test metrics (all, top-3, AP per label), best validation, epoch, sizes, versions.
@@ -73,7 +76,12 @@ def train(config: DictConfig) -> dict[str, Any]:
     """
     check(config)
     run_dir = Path(config.run_dir)
-    finished = run_dir / "metrics.json"
+    with RunState(run_dir, " ".join(sys.argv), sweep) as state:
+        return _train(config, run_dir, state)
+
+
+def _train(config: DictConfig, run_dir: Path, state: RunState) -> dict[str, Any]:
+    finished = run_dir / RESULT
     if config.overwrite:
         _forget(run_dir)
     else:
@@ -82,8 +90,8 @@ def train(config: DictConfig) -> dict[str, Any]:
         log.info("%s: finished already (overwrite=true starts again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    state.begin()
+    write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
     # All that can be wrong comes before the stores, which may take hours.
@@ -96,8 +104,9 @@ def train(config: DictConfig) -> dict[str, Any]:
 
     best = run_dir / "checkpoints" / "best.ckpt"
     tested = _test(config, best, data["test"], extractor)
+    tested.write(run_dir, datasets["test"], module.description)
     result = _summary(config, run_dir, module, data, tested.values)
-    _write_atomically(finished, json.dumps(result, indent=2) + "\n")
+    write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -160,9 +169,8 @@ def evaluate(
         result |= bootstrapped([tested.scores], tested.targets, {preset: rules}, bootstrap, seed)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-        ids = [dataset.ids[row] for row in tested.rows]
-        write_scored_images(Path(out) / f"{split}.npz", tested.scores, tested.targets, ids, dataset.labels)
-        _write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
+        tested.write_scores(Path(out) / f"{split}.npz", dataset)
+        write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -287,6 +295,17 @@ class _Tested:
     targets: Tensor
     rows: list[int]
     rules: Convention
+    examples: Examples
+
+    def write_scores(self, path: Path, dataset: MultiLabelDataset) -> None:
+        ids = [dataset.ids[row] for row in self.rows]
+        write_scored_images(path, self.scores, self.targets, ids, dataset.labels)
+
+    def write(self, run_dir: Path, dataset: MultiLabelDataset, description: Description) -> None:
+        """What the run folder keeps of its test beside the metrics."""
+        self.write_scores(run_dir / SCORES, dataset)
+        write_examples(run_dir, dataset, self.examples, self.rules.threshold)
+        write_label_states(run_dir, description.labels, self.examples, description.label_vectors)
 
 
 def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _Tested:
@@ -295,7 +314,8 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
     build.build_trainer(config, None).test(module, loader, verbose=False)
     assert module.test_scores is not None
     scores, targets, rows = (part.cpu() for part in module.test_scores)
-    return _Tested(module.test_values, scores, targets, rows.tolist(), module.metrics.convention)
+    rules = module.metrics.convention
+    return _Tested(module.test_values, scores, targets, rows.tolist(), rules, module.examples)
 
 
 def _trained(
@@ -337,7 +357,7 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
 
 
 def _forget(run_dir: Path) -> None:
-    for name in ("metrics.json", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+    for name in (RESULT, "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -401,12 +421,6 @@ def _revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _quieten_lightning() -> None:

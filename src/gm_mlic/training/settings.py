@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.errors import ConfigError
+from gm_mlic.runs import NOT_PART_OF_A_RUN
 
 #: A test of a value, and what a good value is, in words.
 Rule = tuple[Callable[[Any], bool], str]
@@ -195,25 +196,16 @@ RULES: Mapping[str, Rule] = {
 }
 
 
-#: Settings that say where and how fast, not what: runs that differ only in these are the same run.
-_NOT_PART_OF_A_RUN = {
-    "dataset": {"download", "mirror"},
-    "": {"hydra", "run_dir", "overwrite", "out", "num_workers"},
-    "instances": {"root", "workers", "overwrite", "shard"},
-    "trainer": {"num_workers"},
-}
-
-
 def run_identity(config: DictConfig) -> dict[str, Any]:
     """All settings that decide the outcome of a run, resolved."""
     identity: dict[str, Any] = {}
     for key in map(str, config):
-        if key in _NOT_PART_OF_A_RUN[""]:
+        if key in NOT_PART_OF_A_RUN[""]:
             continue
         node = config._get_node(key)
         value = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else config[key]
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in _NOT_PART_OF_A_RUN.get(key, ())}
+            value = {k: v for k, v in value.items() if k not in NOT_PART_OF_A_RUN.get(key, ())}
         identity[key] = value
     return identity
 

@@ -1,0 +1,287 @@
+"""Run folders: what training leaves behind, written and read as plain files.
+
+::
+
+    RUN/config.yaml           every setting, resolved
+    RUN/state.json            running, finished, failed or interrupted; by which process; with which error
+    RUN/metrics.csv           one row per epoch
+    RUN/metrics.json          the result; there once the run is finished
+    RUN/checkpoints/          best.ckpt and last.ckpt
+    RUN/test.npz              scores and targets of the test split
+    RUN/examples/             some test photos, and what was predicted for them (examples.json)
+    RUN/label_states.npz      what the network made of the label vectors
+
+Who lists, compares or reports runs needs nothing but these files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from gm_mlic.errors import GMMLICError
+
+#: Settings that say where and how fast, not what: runs that differ only in these are the same run. By section.
+NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
+    "": frozenset({"hydra", "run_dir", "overwrite", "out", "num_workers", "logger", "sweep"}),
+    "dataset": frozenset({"download", "mirror"}),
+    "instances": frozenset({"root", "workers", "overwrite", "shard"}),
+    "trainer": frozenset({"num_workers"}),
+}
+
+CONFIG, STATE, EPOCHS, RESULT = "config.yaml", "state.json", "metrics.csv", "metrics.json"
+SCORES, EXAMPLES, LABEL_STATES = "test.npz", "examples", "label_states.npz"
+_LOCK = ".lock"
+
+#: How long to try for a lock that somebody may hold for a moment, to see whether the run is alive.
+_PATIENCE_S = 2.0
+
+
+class RunFolderError(GMMLICError):
+    """A folder that is not a run, or a run that another process is working on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read from its files alone.
+
+    Attributes:
+        path: the folder.
+        config: every setting, nested.
+        state: ``finished``, ``running``, ``failed``, ``interrupted``, or ``stopped`` if its process is gone without
+            having said so.
+        error: of a failed run, in one line.
+        epochs: the rows of ``metrics.csv``.
+        result: ``metrics.json`` of a finished run.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    state: str
+    error: str | None
+    epochs: tuple[Mapping[str, float], ...]
+    result: Mapping[str, Any] | None
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """The value of a dotted key, as ``graph.m``."""
+        value: Any = self.config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one run folder.
+
+    Raises:
+        RunFolderError: if it is none, or one of its files is damaged.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise RunFolderError(f"{path}: no run folder (it has no {CONFIG}).")
+    config = _parsed(path / CONFIG, yaml.safe_load)
+    state = _parsed(path / STATE, json.loads) if (path / STATE).is_file() else {}
+    result = _parsed(path / RESULT, json.loads) if (path / RESULT).is_file() else None
+    known = str(state.get("state", "stopped"))
+    if result is not None:
+        known = "finished"
+    elif known == "running" and not _is_locked(path):
+        known = "stopped"
+    return Run(path, config, known, state.get("error"), tuple(_read_epochs(path / EPOCHS)), result)
+
+
+def _parsed(path: Path, parse: Any) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.") from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.")
+    return content
+
+
+def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {}
+            for name, text in row.items():
+                with contextlib.suppress(TypeError, ValueError):
+                    values[name] = float(text)
+            yield values
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """The runs in some folders: each a run, a folder with runs anywhere in it, or that of a multirun.
+
+    Raises:
+        RunFolderError: for a path that does not exist, or has no run in it.
+    """
+    found: dict[Path, Run] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise RunFolderError(f"{path}: no such folder.")
+        folders = {file.parent.resolve() for file in path.rglob(CONFIG) if not _is_inside_hydra(file)}
+        folders |= {Path(job["run_dir"]).resolve() for job in read_jobs(path)}
+        if not folders:
+            raise RunFolderError(f"{path}: there is no run in it (gm-mlic train makes them).")
+        for folder in sorted(folders):
+            if (folder / CONFIG).is_file():
+                found[folder] = read_run(_shorter(folder))
+    return list(found.values())
+
+
+def _is_inside_hydra(file: Path) -> bool:
+    return file.parent.name == ".hydra"
+
+
+def _shorter(folder: Path) -> Path:
+    """The folder relative to where we are, if it is below."""
+    with contextlib.suppress(ValueError):
+        return folder.relative_to(Path.cwd())
+    return folder
+
+
+def varying(runs: Sequence[Run]) -> list[str]:
+    """The dotted settings in which runs differ, but for those that say where and how fast; the seed comes last."""
+    flat = [flat_settings(run.config) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    differ = [key for key in keys if len({json.dumps(s.get(key), default=str) for s in flat}) > 1]
+    return sorted(differ, key=lambda key: key == "seed")
+
+
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys and values of what decides the outcome of a run."""
+    leaves: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], prefix: str, left_out: frozenset[str]) -> None:
+        for key, value in tree.items():
+            if key in left_out:
+                continue
+            if isinstance(value, Mapping):
+                walk(value, f"{prefix}{key}.", NOT_PART_OF_A_RUN.get(key, frozenset()) if not prefix else frozenset())
+            else:
+                leaves[f"{prefix}{key}"] = value
+
+    walk(config, "", NOT_PART_OF_A_RUN[""])
+    return leaves
+
+
+# Writing
+
+
+class RunState:
+    """A context in which this process alone works on a run folder; once begun, ``state.json`` says how it went.
+
+    Args:
+        path: the run folder; it is made.
+        command: that started this.
+        sweep: the folder of the multirun that it belongs to.
+
+    Raises:
+        RunFolderError: on entering, if another process works on it.
+    """
+
+    def __init__(self, path: Path, command: str, sweep: str | None = None) -> None:
+        self.path = path
+        self._lock = FileLock(path / _LOCK)
+        self._begun = False
+        self._content: dict[str, Any] = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": _now(),
+            "command": command,
+            "sweep": sweep,
+            "error": None,
+        }
+
+    def __enter__(self) -> RunState:
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=_PATIENCE_S)
+        except Timeout:
+            state = json.loads((self.path / STATE).read_text()) if (self.path / STATE).is_file() else {}
+            who = f"process {state.get('pid', '?')} on {state.get('host', '?')}"
+            raise RunFolderError(
+                f"{self.path}: {who} is working on this run: wait for it, or choose another run_dir."
+            ) from None
+        return self
+
+    def begin(self) -> None:
+        """Say that the run is running: from here on, leaving the context says what became of it."""
+        self._begun = True
+        self._write("running")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._begun:
+                return
+            if error is None:
+                self._write("finished")
+            elif isinstance(error, (KeyboardInterrupt, SystemExit)):
+                self._write("interrupted")
+            else:
+                lines = str(error).strip().splitlines()
+                self._content["error"] = lines[0] if lines else type(error).__name__
+                with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                    self._write("failed")
+        finally:
+            self._lock.release()
+
+    def _write(self, state: str) -> None:
+        content = {"state": state, **self._content, "updated": _now()}
+        write_atomically(self.path / STATE, json.dumps(content, indent=2) + "\n")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a run folder."""
+    if not (path / _LOCK).is_file():
+        return False
+    try:
+        with FileLock(path / _LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that is not ours to lock: believe what it says
+        return True
+
+
+def write_job(sweep: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
+    """Note one job of a multirun: ``SWEEP/jobs/NUMBER.json``."""
+    (sweep / "jobs").mkdir(parents=True, exist_ok=True)
+    job = {"run_dir": str(run_dir.absolute()), "overrides": list(overrides)}
+    write_atomically(sweep / "jobs" / f"{number}.json", json.dumps(job, indent=2) + "\n")
+
+
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """The jobs of all multiruns in a folder, in order."""
+    files = [file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()]
+    return [_parsed(file, json.loads) for file in sorted(files, key=lambda f: (f.parent, int(f.stem)))]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or nothing: readers and crashes never meet half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.runs import RunFolderError, RunState, find_runs, flat_settings, read_run, varying, write_job
+
+
+def make_run(path: Path, *, finished: bool = True, **settings: object) -> Path:
+    path.mkdir(parents=True)
+    config = {"seed": 0, "graph": {"m": 10}, "trainer": {"num_workers": 0}, "run_dir": str(path)} | settings
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "metrics.csv").write_text("epoch,step,seconds,lr,val/mAP\n1,4,0.5,0.1,20\n2,8,0.5,0.1,30.5\n")
+    if finished:
+        (path / "metrics.json").write_text(json.dumps({"test": {"mAP": 31.0}}))
+    return path
+
+
+def test_a_run_reads_its_files(tmp_path: Path):
+    run = read_run(make_run(tmp_path / "a"))
+    assert run.state == "finished"
+    assert run.setting("graph.m") == 10
+    assert run.setting("graph.nothing", 3) == 3
+    assert run.setting("seed.m", 3) == 3
+    assert [row["val/mAP"] for row in run.epochs] == [20, 30.5]
+    assert run.result is not None
+    assert run.result["test"]["mAP"] == 31
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.json", "{"), ("state.json", "[]")]
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str):
+    path = make_run(tmp_path / "a")
+    (path / file).write_text(text)
+    with pytest.raises(RunFolderError, match=f"{file} is damaged: delete"):
+        read_run(path)
+
+
+def test_a_half_written_table_is_read_as_far_as_it_goes(tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    (path / "metrics.csv").write_text("epoch,val/mAP\n1,20\n2\n")
+    assert read_run(path).epochs == ({"epoch": 1, "val/mAP": 20}, {"epoch": 2})
+
+
+def test_states(tmp_path: Path):
+    path = make_run(tmp_path / "a", finished=False)
+    assert read_run(path).state == "stopped"
+    with RunState(path, "gm-mlic train", "sweep") as state:
+        assert not (path / "state.json").exists()
+        state.begin()
+        assert read_run(path).state == "running"
+    content = json.loads((path / "state.json").read_text())
+    assert content["state"] == "finished"
+    assert (content["pid"], content["command"], content["sweep"]) == (os.getpid(), "gm-mlic train", "sweep")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(ConfigError("too much\nof it"), "failed"), (KeyboardInterrupt(), "interrupted"), (ValueError(), "failed")],
+)
+def test_how_a_run_ended(tmp_path: Path, error: BaseException, expected: str):
+    path = make_run(tmp_path / "a", finished=False)
+
+    def work() -> None:
+        with RunState(path, "gm-mlic train") as state:
+            state.begin()
+            raise error
+
+    with pytest.raises(type(error)):
+        work()
+    run = read_run(path)
+    assert run.state == expected
+    assert run.error == {"ConfigError": "too much", "ValueError": "ValueError"}.get(type(error).__name__)
+
+
+def test_what_fails_before_it_begins_leaves_the_run_as_it_was(tmp_path: Path):
+    path = make_run(tmp_path / "a")
+    with pytest.raises(ConfigError), RunState(path, "gm-mlic train"):
+        raise ConfigError("other settings")
+    assert read_run(path).state == "finished"
+    assert not (path / "state.json").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gm_mlic.runs import RunState
+with RunState(Path(sys.argv[1]), "gm-mlic train") as state:
+    state.begin()
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_and_a_killed_one_is_seen(tmp_path: Path):
+    path = make_run(tmp_path / "a", finished=False)
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert read_run(path).state == "running"
+        with pytest.raises(RunFolderError, match=f"process {other.pid} on .* is working on this run"):
+            RunState(path, "gm-mlic train").__enter__()
+    finally:
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    assert read_run(path).state == "stopped"
+    with RunState(path, "gm-mlic train") as state:
+        state.begin()
+
+
+def test_runs_are_found_by_folder_and_by_multirun(tmp_path: Path):
+    a, b = make_run(tmp_path / "runs" / "a"), make_run(tmp_path / "runs" / "deep" / "b")
+    elsewhere = make_run(tmp_path / "elsewhere" / "c")
+    (a / ".hydra").mkdir()
+    (a / ".hydra" / "config.yaml").write_text("{}")
+    sweep = tmp_path / "runs" / "multirun" / "now"
+    write_job(sweep, 0, elsewhere, ["graph.m=5"])
+    write_job(sweep, 1, tmp_path / "never-begun", ["graph.m=6"])
+
+    def names(*paths: Path) -> list[str]:
+        return [run.path.name for run in find_runs(paths)]
+
+    assert names(a) == ["a"]
+    assert sorted(names(tmp_path / "runs")) == ["a", "b", "c"]
+    assert names(sweep) == ["c"]
+    assert sorted(names(b, b, sweep)) == ["b", "c"]
+
+
+def test_folders_without_runs_are_refused(tmp_path: Path):
+    with pytest.raises(RunFolderError, match="no such folder"):
+        find_runs([tmp_path / "none"])
+    with pytest.raises(RunFolderError, match="there is no run in it"):
+        find_runs([tmp_path])
+    with pytest.raises(RunFolderError, match="no run folder"):
+        read_run(tmp_path)
+
+
+def test_what_varies(tmp_path: Path):
+    a = make_run(tmp_path / "a", seed=0, graph={"m": 5})
+    b = make_run(tmp_path / "b", seed=1, graph={"m": 10}, trainer={"num_workers": 2})
+    assert varying([read_run(a), read_run(b)]) == ["graph.m", "seed"]
+    assert flat_settings(read_run(a).config) == {"seed": 0, "graph.m": 5}
