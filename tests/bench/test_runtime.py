@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gm_mlic.bench import CASES, Case, compare, grow, ratios, shares
 from gm_mlic.bench import runtime as module
-from gm_mlic.bench.runtime import Execution, expected_bytes
+from gm_mlic.bench.runtime import Execution, expected_bytes, flops
 from gm_mlic.detection.protocol import Instances
 
 TINY = Case("tiny", m=3, C=4, batch=2)
@@ -41,7 +42,7 @@ def test_all_executions_compute_the_same(fusion: str, label_neighbours: int | No
 
 def test_counted_operations_are_those_of_the_formula() -> None:
     """Plain message passing: each function of a matching edge is two products over all of them, inputs concatenated."""
-    small, large = (Execution(Case("one", m=m, C=1), "plain").flops()[0] for m in (40, 80))
+    small, large = (flops(Case("one", m=m, C=1), "plain")["forward"] for m in (40, 80))
     edges, d, half = 16 * 40, 512, 256
     encoder = (16 + 8) * d + d * d + 16 * d + d * d  # of matching edges and instances
     instance_edges = 8 * d + d * d
@@ -59,11 +60,19 @@ def test_counted_operations_are_those_of_the_formula() -> None:
 
 
 def test_structured_does_fewer_operations() -> None:
-    structured, plain = (
-        Execution(Case("small", m=10, C=20, batch=4), name).flops() for name in module.EXECUTIONS[1::-1]
-    )
-    assert structured[0] < plain[0] / 2
-    assert 2 < structured[1] / structured[0] < 4
+    structured, plain = (flops(Case("small", m=10, C=20, batch=4), name) for name in ("structured", "plain"))
+    assert structured["forward"] < plain["forward"] / 2
+    assert 2 < structured["train"] / structured["forward"] < 4
+
+
+@pytest.mark.parametrize("execution", ["plain", "structured"])
+def test_operations_of_a_batch_follow_from_those_of_one_and_two_images(execution: str) -> None:
+    case = Case("small", m=4, C=3, batch=5)
+    run = Execution(case, execution)
+    for step, count in zip((run.forward, run.train), flops(case, execution).values(), strict=True):
+        with FlopCounterMode(display=False) as counter:
+            step()
+        assert counter.get_total_flops() == count
 
 
 def test_compare() -> None:
@@ -75,14 +84,16 @@ def test_compare() -> None:
         assert len(row["forward"]["all"]) == 2
         assert len(row["train"]["all"]) == 1
         assert row["memory"] > 0
-    assert "roofline" not in result["executions"]["plain"]
     assert 0 < result["executions"]["structured"]["roofline"]["forward"] < 2
     assert told[0] == "tiny: plain, first run"
     summary = ratios(result)
     times = {name: row["forward"]["median"] for name, row in result["executions"].items()}
     assert summary["forward_ratio"] == times["plain"] / times["structured"]
+    counts = [flops(TINY, name)["forward"] for name in ("plain", "structured")]
+    assert summary["arithmetic_ratio"] == counts[0] / counts[1]
     assert set(summary) == {
-        "forward_ratio", "train_ratio", "memory_ratio", "roofline_fraction", "train_roofline_fraction"
+        "forward_ratio", "train_ratio", "memory_ratio", "arithmetic_ratio", "roofline_fraction",
+        "train_roofline_fraction",
     }  # fmt: skip
 
 

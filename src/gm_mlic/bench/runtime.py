@@ -110,15 +110,6 @@ class Execution:
         loss.backward()
         self.optimizer.step()
 
-    def flops(self) -> tuple[int, int]:
-        """Floating-point operations of the matrix products of ``forward`` and of ``train``."""
-        counts = []
-        for run in (self.forward, self.train):
-            with FlopCounterMode(display=False) as counter:
-                run()
-            counts.append(counter.get_total_flops())
-        return counts[0], counts[1]
-
     def _autocast(self) -> torch.autocast:
         half = self.case.precision == "bfloat16"
         return torch.autocast(self.device, torch.bfloat16, enabled=half)
@@ -137,6 +128,24 @@ def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData
         made.append(transform(data))
     batch: HeteroData = Batch.from_data_list(made)
     return batch
+
+
+def flops(case: Case, execution: str) -> dict[str, int]:
+    """Floating-point operations of the matrix products of a forward pass and of a training step.
+
+    Images are independent of each other, so the number is counted for one and for two, and the rest follows. Compiled
+    code, which hides its operations from the counter, does those of ``structured``.
+    """
+    counts = []
+    for batch in (1, 2):
+        run = Execution(replace(case, batch=batch), "plain" if execution == "plain" else "structured")
+        for step in (run.forward, run.train):
+            with FlopCounterMode(display=False) as counter:
+                step()
+            counts.append(counter.get_total_flops())
+    forward, train, forward_2, train_2 = counts
+    rest = case.batch - 1
+    return {"forward": forward + rest * (forward_2 - forward), "train": train + rest * (train_2 - train)}
 
 
 def compare(
@@ -160,8 +169,8 @@ def compare(
 
     Returns:
         The case; for each execution seconds (``forward``, ``train``: all runs and the median) and ``memory`` (peak
-        bytes of a training step); ``flops`` of the structured forward pass and training step; ``matrix_rate``;
-        ``roofline`` of each execution but plain: the share of the matrix product's FLOP/s that it reaches.
+        bytes of a training step), ``flops``, and ``roofline``: the share of the FLOP/s of this machine's matrix product
+        (``matrix_rate``) that it reaches.
     """
     runs: dict[str, Execution] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -172,49 +181,55 @@ def compare(
             continue
         tell(f"{case.name}: {name}, first run")
         run = runs[name] = Execution(case, name, device)
-        run.forward()
         if name == "compiled":
+            run.forward()
             run.train()  # compiles; what the compiler itself allocates is not the step's
         rows[name] = {"memory": peak_bytes(run.train, device)}
+    dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
+
+    def measured_rate() -> float:
+        return matrix_rate(case.batch * case.m * case.C, 512, device, dtype)
+
+    rates = [measured_rate()]  # before, between and after: a processor does not keep its pace
     for mode, rounds in zip(("forward", "train"), repeats, strict=True):
         tell(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
         timings = interleaved({name: getattr(run, mode) for name, run in runs.items()}, rounds, device)
         for name, timing in timings.items():
             rows[name][mode] = {"median": timing.median, "all": timing.seconds}
-    result: dict[str, Any] = {"case": asdict(case), "device": device, "executions": rows}
-    if "structured" in runs:
-        # Compiled code hides its operations from the counter; it does the same ones.
-        flops = runs["structured"].flops()
-        dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
-        rate = matrix_rate(case.batch * case.m * case.C, runs["structured"].model.widths[0], device, dtype)
-        result |= {"flops": {"forward": flops[0], "train": flops[1]}, "matrix_rate": rate}
-        for name in runs.keys() - {"plain"}:
-            rows[name]["roofline"] = {
-                mode: count / rows[name][mode]["median"] / rate
-                for mode, count in zip(("forward", "train"), flops, strict=True)
-            }
-    return result
+        rates.append(measured_rate())
+    rate = max(rates)
+    for name in runs:
+        count = flops(case, name)
+        share = {mode: count[mode] / rows[name][mode]["median"] / rate for mode in count}
+        rows[name] |= {"flops": count, "roofline": share}
+    return {"case": asdict(case), "device": device, "executions": rows, "matrix_rate": rate}
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
     """Plain over the faster of the other executions, and the share of the matrix product's rate that one reaches.
 
     Returns:
-        ``forward_ratio``, ``train_ratio``, ``memory_ratio``, ``roofline_fraction`` (forward) and
-        ``train_roofline_fraction``, each None where it was not measured.
+        ``forward_ratio``, ``train_ratio``, ``memory_ratio``; ``arithmetic_ratio``, the same of the floating-point
+        operations of a forward pass: what the ratios of time would be, were both executions as fast as the matrix
+        product; ``roofline_fraction`` (forward) and ``train_roofline_fraction``. None for what was not measured.
     """
     rows = {name: row for name, row in result["executions"].items() if "left_out" not in row}
-    fast = [row for name, row in rows.items() if name != "plain"]
-    plain = rows.get("plain")
-    summary: dict[str, Any] = {}
-    for mode in ("forward", "train"):
-        best = min((row[mode]["median"] for row in fast), default=None)
-        summary[f"{mode}_ratio"] = plain[mode]["median"] / best if plain and best else None
-    least = min((row["memory"] for row in fast), default=None)
-    summary["memory_ratio"] = plain["memory"] / least if plain and least else None
-    for key, mode in (("roofline_fraction", "forward"), ("train_roofline_fraction", "train")):
-        summary[key] = max((row["roofline"][mode] for row in fast), default=None)
-    return summary
+    plain, fast = rows.get("plain"), [row for name, row in rows.items() if name != "plain"]
+
+    def ratio(of: Callable[[dict[str, Any]], float]) -> float | None:
+        return of(plain) / min(map(of, fast)) if plain and fast else None
+
+    def share(mode: str) -> float | None:
+        return max((row["roofline"][mode] for row in fast), default=None)
+
+    return {
+        "forward_ratio": ratio(lambda row: row["forward"]["median"]),
+        "train_ratio": ratio(lambda row: row["train"]["median"]),
+        "memory_ratio": ratio(lambda row: row["memory"]),
+        "arithmetic_ratio": ratio(lambda row: row["flops"]["forward"]),
+        "roofline_fraction": share("forward"),
+        "train_roofline_fraction": share("train"),
+    }
 
 
 def expected_bytes(case: Case, execution: str) -> int:

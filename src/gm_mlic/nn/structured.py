@@ -7,7 +7,9 @@ It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearran
 2. the mean over neighbours commutes with a message's last Linear (:func:`mean_message`);
 3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`compose`);
 4. what does not depend on the image is computed once for a batch in training, once for all of them in prediction
-   (:func:`prepare`).
+   (:func:`prepare`);
+5. the scale and shift of an edge state's LayerNorm compose with the Linears that read it (:class:`EdgeState`), so
+   that of an edge state only the normalised values are ever there.
 
 Shapes: instances (B, M, d), labels (B or 1, C, d), matching edges (B, M, C, d), instance edges (B, M, K, d), label
 edges (B or 1, C, C or K, d), receiving label first.
@@ -15,14 +17,15 @@ edges (B or 1, C, C or K, d), receiving label first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import LayerNorm
 from torch.nn.functional import linear
 
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.conv import States
 from gm_mlic.nn.mlp import MLP, ConcatLinear
 
 if TYPE_CHECKING:
@@ -39,16 +42,38 @@ def require(value: T | None) -> T:
     return value
 
 
-def concat_linear(lin: ConcatLinear, *parts: Tensor) -> Tensor:
+class EdgeState(NamedTuple):
+    """States ``x`` of edges; after LayerNorm ``x * scale + shift``, with both left to who reads them (rule 5)."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def seen_by(self, weight: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The weight and the bias by which ``weight`` reads ``x``."""
+        if self.scale is None or self.shift is None:
+            return weight, 0.0
+        return weight * self.scale, weight @ self.shift
+
+
+def concat_linear(lin: ConcatLinear, *parts: Tensor | EdgeState) -> Tensor:
     """:math:`W [x_1, ..., x_n] + b` of parts that broadcast against each other (rule 1); the result is a new tensor."""
+    weights, tensors = [], []
+    bias: Tensor = lin.bias
+    for k, part in enumerate(parts):
+        state = part if isinstance(part, EdgeState) else EdgeState(part)
+        weight, shift = state.seen_by(lin.part_weight(k))
+        weights.append(weight)
+        tensors.append(state.x)
+        bias = bias + shift
     # Parts that broadcast come first, so that few sums are of full size; the last one in place, if there is a place.
-    *smaller, largest = sorted(range(len(parts)), key=lambda k: len([n for n in parts[k].shape if n != 1]))
+    *smaller, largest = sorted(range(len(parts)), key=lambda k: len([n for n in tensors[k].shape if n != 1]))
     if not smaller:
-        return linear(parts[largest], lin.part_weight(largest), lin.bias)
-    total = linear(parts[smaller[0]], lin.part_weight(smaller[0]), lin.bias)
+        return linear(tensors[largest], weights[largest], bias)
+    total = linear(tensors[smaller[0]], weights[smaller[0]], bias)
     for k in smaller[1:]:
-        total = total + lin.part(k, parts[k])
-    return add(lin.part(largest, parts[largest]), total)
+        total = total + linear(tensors[k], weights[k])
+    return add(linear(tensors[largest], weights[largest]), total)
 
 
 def add(fresh: Tensor, other: Tensor) -> Tensor:
@@ -59,12 +84,40 @@ def add(fresh: Tensor, other: Tensor) -> Tensor:
     return fresh + other
 
 
-def mlp(f: MLP, *parts: Tensor) -> Tensor:
+def mlp(f: MLP, *parts: Tensor | EdgeState) -> Tensor:
     """An MLP of parts that broadcast against each other."""
     return f.after_lin1(concat_linear(f.lin1, *parts))
 
 
-def mean_message(rho: MLP, edges: Tensor, senders: Tensor, to: str, mask: Tensor | None = None) -> Tensor:
+def edge_state(f: MLP, total: Tensor) -> EdgeState:
+    """What an MLP makes of ``total``, the sum of its first Linear, for edges: their number makes LayerNorm costly."""
+    out = f.lin2(total.relu_())
+    if not isinstance(f.norm, LayerNorm):
+        return EdgeState(out)
+    return EdgeState(Normalise.apply(out, f.norm.eps), f.norm.weight, f.norm.bias)  # type: ignore[no-untyped-call]
+
+
+class Normalise(torch.autograd.Function):
+    """LayerNorm without scale and shift, that keeps for the backward pass its result, which is there in any case."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        out, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(out, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, rstd = ctx.saved_tensors
+        # Of values that are normalised already mean and deviation are 0 and 1; the first deviation is a factor.
+        of_out, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, out, out.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
+        )
+        return of_out.mul_(rstd), None
+
+
+def mean_message(rho: MLP, edges: EdgeState, senders: Tensor, to: str, mask: Tensor | None = None) -> Tensor:
     """The mean over senders of the messages ``rho([edges, senders])``, its last Linear after the mean (rule 2).
 
     Args:
@@ -105,13 +158,27 @@ def compose(conv: EdgeConv | None) -> Composed | None:
     return Composed(read @ conv.sigma.lin2.weight, read @ conv.sigma.lin2.bias + conv.psi.lin1.bias)
 
 
-def edge_update(conv: EdgeConv, composed: Composed, read: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    """Edge convolution, given what psi's first Linear makes of the edge states (``read``)."""
+def read_edges(conv: EdgeConv, edges: EdgeState) -> Tensor:
+    """What psi's first Linear makes of the edge states, without its bias."""
+    weight, shift = edges.seen_by(conv.psi.lin1.part_weight(0))
+    return linear(edges.x, weight, shift if isinstance(shift, Tensor) else None)
+
+
+def edge_update(
+    conv: EdgeConv, composed: Composed, edges: EdgeState | Tensor, source: Tensor, target: Tensor
+) -> EdgeState:
+    """Edge convolution of edge states, or of what psi has read of them already."""
     parts = [source, target]
     if conv.product is not None:
         parts.append(conv.product.A(source) * conv.product.B(target))
     hidden = concat_linear(conv.sigma.lin1, *parts).relu_()
-    return conv.psi.after_lin1(add(linear(hidden, *composed), read))
+    if isinstance(edges, Tensor):
+        return edge_state(conv.psi, add(linear(hidden, *composed), edges))
+    weight, shift = edges.seen_by(conv.psi.lin1.part_weight(0))
+    total = linear(hidden, composed.weight, composed.bias + shift)
+    # The second product is added where the first one stands, by the matrix product itself.
+    total.flatten(0, 2).addmm_(edges.x.flatten(0, 2).to(total.dtype), weight.t().to(total.dtype))
+    return edge_state(conv.psi, total)
 
 
 def neighbours(nodes: Tensor, lists: Tensor) -> Tensor:
@@ -159,11 +226,11 @@ def prepare(model: GMMLIC, label_vectors: Tensor, relates: Tensor | None = None)
     if encoder.product is not None:
         w_product = encoder.product.B(W)[:, None]
     if encoder.e_l is not None:
-        e_l = mlp(encoder.e_l, label_senders(W, relates), W[:, :, None])
+        e_l = edge_state(encoder.e_l, concat_linear(encoder.e_l.lin1, label_senders(W, relates), W[:, :, None]))
         rho_ll = require(first.nodes.rho_ll).rho
         heard = mean_message(rho_ll, e_l, label_senders(v_l, relates), "rows", other_labels(v_l, relates))
         if first.edges_l is not None:
-            read = first.edges_l.psi.lin1.part(0, e_l)
+            read = read_edges(first.edges_l, e_l)
     composed = tuple(
         tuple(compose(conv) for conv in (block.edges_o, block.edges_l, block.edges_m))  # type: ignore[arg-type]
         for block in model.blocks
@@ -184,22 +251,35 @@ def other_labels(v_l: Tensor, relates: Tensor | None) -> Tensor | None:
     return ~torch.eye(C, dtype=torch.bool, device=v_l.device)[None]
 
 
-def encode(encoder: Encoder, batch: AssignmentBatch, labels: Prepared) -> States:
+class AssignmentStates(NamedTuple):
+    """As :class:`~gm_mlic.nn.conv.States`, with :class:`EdgeState` for edges."""
+
+    v_o: Tensor
+    v_l: Tensor
+    e_o: EdgeState | None
+    e_l: EdgeState | None
+    e_m: EdgeState | None
+
+
+def encode(encoder: Encoder, batch: AssignmentBatch, labels: Prepared) -> AssignmentStates:
     """The encoder, but for the label edges: what the first block reads of them is in ``labels``."""
     f = batch.x
-    e_o = e_m = None
+    e_o: EdgeState | None = None
+    e_m: EdgeState | None = None
     if encoder.e_o is not None:
-        e_o = encoder.e_o(encoder.relative(require(batch.near_attr)))
+        e_o = edge_state(encoder.e_o, encoder.e_o.lin1(encoder.relative(require(batch.near_attr))))
     if encoder.e_m is not None:
         lin1 = encoder.e_m.lin1
         total = lin1.part(0, f)[:, :, None] + require(labels.w_e_m)
         if encoder.product is not None:
             total = add(total, lin1.part(2, encoder.product.A(f)[:, :, None] * require(labels.w_product)))
-        e_m = encoder.e_m.after_lin1(total)
-    return States(encoder.v_o(f), labels.v_l, e_o, None, e_m)
+        e_m = edge_state(encoder.e_m, total)
+    return AssignmentStates(encoder.v_o(f), labels.v_l, e_o, None, e_m)
 
 
-def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBatch, labels: Prepared) -> States:
+def block(
+    conv: AssignmentConv, number: int, states: AssignmentStates, batch: AssignmentBatch, labels: Prepared
+) -> AssignmentStates:
     """One graph network block, line by line as :meth:`AssignmentConv.forward`."""
     v_o, v_l, e_o, e_l, e_m = states
     nodes = conv.nodes
@@ -218,19 +298,21 @@ def block(conv: AssignmentConv, number: int, states: States, batch: AssignmentBa
         to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], "columns", batch.mask))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
-    new_o = new_l = new_m = None
+    new_o: EdgeState | None = None
+    new_l: EdgeState | None = None
+    new_m: EdgeState | None = None
     composed_o, composed_l, composed_m = labels.composed[number]
     if conv.edges_o is not None:
         ends = neighbours(v_o, require(batch.near)), v_o[:, :, None]
-        new_o = edge_update(conv.edges_o, require(composed_o), conv.edges_o.psi.lin1.part(0, require(e_o)), *ends)
+        new_o = edge_update(conv.edges_o, require(composed_o), require(e_o), *ends)
     if conv.edges_l is not None:
         ends = label_senders(v_l, batch.relates), v_l[:, :, None]
-        read = require(labels.read) if number == 0 else conv.edges_l.psi.lin1.part(0, require(e_l))
+        read = require(labels.read) if number == 0 else require(e_l)
         new_l = edge_update(conv.edges_l, require(composed_l), read, *ends)
     if conv.edges_m is not None:
         ends = v_o[:, :, None], v_l[:, None]
-        new_m = edge_update(conv.edges_m, require(composed_m), conv.edges_m.psi.lin1.part(0, require(e_m)), *ends)
-    return States(v_o, v_l, new_o, new_l, new_m)
+        new_m = edge_update(conv.edges_m, require(composed_m), require(e_m), *ends)
+    return AssignmentStates(v_o, v_l, new_o, new_l, new_m)
 
 
 def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> tuple[Tensor, Tensor]:
@@ -241,6 +323,6 @@ def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None 
     for number, conv in enumerate(model.blocks):
         states = model.stage(block, conv, number, states, batch, labels)
     v_o, v_l, _, _, e_m = states
-    ends = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
+    ends: tuple[Tensor | EdgeState, ...] = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     logits: Tensor = model.stage(mlp, model.decoder, *ends)
     return logits.squeeze(-1), v_l
