@@ -7,33 +7,60 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from gm_mlic.cli.compose import CONFIG_MODULE, register_resolvers
-from gm_mlic.runs import write_job
+from gm_mlic.runs import find_runs, read_jobs, write_job
 from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
 
+# Here and not in run(): a launcher's other processes import this module, and compose the job's config themselves.
+register_resolvers()
+
 
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     """Compose the command's config from ``arguments`` and run it."""
-    register_resolvers()
+    if command in _FOLDERS:
+        arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
     task = _keeping_failures(_TASKS[command], failures)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     sys.argv = [f"gm-mlic {command}", *arguments]
-    hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command.replace("-", "_"))(task)()
+    start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command.replace("-", "_"))
+    try:
+        start(task)()
+    finally:  # a multirun with a failed job raises its error
+        for folder in SweepFolder.begun:
+            _show_sweep(folder)
     if failures:
         raise failures[0]
+
+
+class SweepFolder(Callback):
+    """Hydra's callback that tells where a multirun notes its jobs."""
+
+    begun: ClassVar[list[Path]] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self.begun.append(Path(config.hydra.sweep.dir))
+
+
+def _show_sweep(folder: Path) -> None:
+    """The runs of a multirun, in a table."""
+    if not read_jobs(folder):
+        return
+    _show_runs([folder])
+    print(f"multirun folder: {folder}")
 
 
 def extract(config: DictConfig) -> None:
@@ -137,6 +164,26 @@ def bench(config: DictConfig) -> None:
     start(config)
 
 
+def runs(config: DictConfig) -> None:
+    """``gm-mlic runs``."""
+    _show_runs(list(config.folders))
+
+
+def _show_runs(folders: Sequence[str | Path]) -> None:
+    from rich.console import Console
+
+    from gm_mlic.reporting.runs import runs_table
+
+    found = find_runs(folders)
+    console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        console.width = 200  # a file has room
+    console.print(runs_table(found))
+    for run in found:
+        if run.error:
+            print(f"{run.path} {run.state}: {run.error}")
+
+
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
     check(config)
@@ -167,6 +214,19 @@ def _keeping_failures(task: Callable[[DictConfig], Any], failures: list[Exceptio
     return kept
 
 
+def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
+    """``A B key=value`` as ``folders=[A,B] key=value``: where a command reads folders, they need no name."""
+    folders = [a for a in arguments if "=" not in a and not a.startswith("-")]
+    flags = {a for a in arguments if a in ("--cfg", "-c")}
+    if flags or not folders:  # `--cfg job`
+        return list(arguments)
+    quoted = ",".join("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
+    return [f"folders=[{quoted}]", *(a for a in arguments if a not in folders)]
+
+
+#: Commands whose nameless arguments are folders.
+_FOLDERS = {"runs"}
+
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,
     "train": train,
@@ -174,5 +234,6 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "train-detector": train_detector,
     "dataset": dataset,
     "bench": bench,
+    "runs": runs,
     "demo": demo,
 }

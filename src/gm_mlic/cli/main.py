@@ -23,6 +23,7 @@ COMMANDS = {
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
+    "runs": "list runs with their state, what they differ in, and their mAP",
     "bench": "measure the structured execution against plain message passing",
 }
 
@@ -39,6 +40,7 @@ examples:
   gm-mlic train dataset=coco2014 dataset.root=DIR embedding=glove embedding.path=glove.6B.300d.txt
   gm-mlic dataset dataset=own dataset.root=DIR dataset.annotations=labels.csv
   gm-mlic train -m graph.m=5,10,15 seed=0,1,2
+  gm-mlic runs
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
   gm-mlic eval scores=scores.csv targets=targets.csv
 

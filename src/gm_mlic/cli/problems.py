@@ -58,6 +58,8 @@ def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> st
     """What is wrong with a setting, and what would be right."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
+            return f"{group}={option} is not installed: pip install 'gm-mlic[sweep]'."
         return f"{group}={option}: there is no such option; choose from {', '.join(sorted(error.options))}."
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:

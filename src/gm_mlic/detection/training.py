@@ -146,7 +146,7 @@ def train_detector(
         history["val_ap50"].append(
             None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
         )
-        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], history["val_ap50"][-1])
+        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], _per_cent(history["val_ap50"][-1]))
         _save_state(state, record, parts, history)
     if history["skipped"]:
         name, reason = next(iter(history["skipped"].items()))
@@ -288,6 +288,10 @@ def _freeze_or_train(detector: FasterRCNN, frozen_norm: bool) -> None:
     for module in detector.modules():
         if frozen_norm and isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
+
+
+def _per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"
 
 
 def _step(

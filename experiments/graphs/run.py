@@ -1,0 +1,146 @@
+"""What each graph, m and k are worth on scenes: the sweeps of README.md, collected into results.csv and pictures.
+
+    python experiments/graphs/run.py [JOBS]      # JOBS runs at a time (default 2), one thread each
+
+Finished runs are not run again; figures and results.csv are written from whatever is finished.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from gm_mlic.runs import Run, find_runs
+
+HERE = Path(__file__).parent
+FIVE, THREE = "seed=0,1,2,3,4", "seed=0,1,2"
+#: study: what is swept, beside experiment=scenes
+SWEEPS = {
+    "ablation": [
+        "ablation=full,no_label_graph,no_instance_graph,no_matching_edges",
+        "model.fusion=concat,product",
+        FIVE,
+    ],
+    "m": ["graph.m=2,4,6,10,15", "model.fusion=product", THREE],
+    "k": ["model.k=1,2,3", "model.fusion=product", THREE],
+}
+VARIANTS = {
+    "full": "full",
+    "no_label_graph": "w/o Gl",
+    "no_instance_graph": "w/o Go",
+    "no_matching_edges": "w/o ILM edges",
+}
+COLOURS = {"concat": "#c25b00", "product": "#3b7dd8"}
+
+
+def main(jobs: int) -> None:
+    for study, sweep in SWEEPS.items():
+        command = ["train", "-m", "experiment=scenes", *sweep, f"hydra.sweep.dir=runs/multirun/graphs-{study}"]
+        print("gm-mlic", *command, flush=True)
+        subprocess.run(
+            [
+                Path(sys.executable).with_name("gm-mlic"),
+                *command,
+                "hydra/launcher=joblib",
+                f"hydra.launcher.n_jobs={jobs}",
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+    rows = [row(study, run) for study in SWEEPS for run in find_runs([f"runs/multirun/graphs-{study}"]) if run.result]
+    rows.sort(key=lambda r: [str(value).rjust(20) for value in r.values()])
+    with (HERE / "results.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    ablation = [r for r in rows if r["study"] == "ablation"]
+    print_ablation(ablation)
+    for study in ("m", "k"):
+        for value, group in grouped((r for r in rows if r["study"] == study), lambda r: r[study]):
+            print(f"{study}={value}: {spread([r['mAP'] for r in group])} ({len(group)} seeds)")
+    draw(rows, HERE / "results.png")
+
+
+def row(study: str, run: Run) -> dict[str, object]:
+    assert run.result is not None
+    test = run.result["test"]
+    removed = [r for r in ("label_graph", "instance_graph", "matching_edges") if not run.setting(f"model.{r}")]
+    return {
+        "study": study,
+        "variant": "full" if not removed else f"no_{removed[0]}",
+        "fusion": run.setting("model.fusion"),
+        "m": run.setting("graph.m"),
+        "k": run.setting("model.k"),
+        "seed": run.setting("seed"),
+        "mAP": round(test["mAP"], 2),
+        "CF1": round(test["CF1"], 2),
+        "OF1": round(test["OF1"], 2),
+        "train_seconds": run.result["train_seconds"],
+    }
+
+
+def print_ablation(rows: list[dict]) -> None:
+    """Mean and spread of each variant, and of its difference from full with the same seed."""
+    for fusion in COLOURS:
+        full = {r["seed"]: r["mAP"] for r in rows if (r["fusion"], r["variant"]) == (fusion, "full")}
+        for variant, name in VARIANTS.items():
+            group = [r for r in rows if (r["fusion"], r["variant"]) == (fusion, variant)]
+            lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
+            print(
+                f"{fusion:8s} {name:14s} mAP {spread([r['mAP'] for r in group])}  CF1 {spread([r['CF1'] for r in group])}"
+                f"  OF1 {spread([r['OF1'] for r in group])}  full is better by {spread(lost)} ({len(group)} seeds)"
+            )
+
+
+def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> list[tuple[object, list[dict]]]:
+    groups: dict[object, list[dict]] = {}
+    for r in rows:
+        groups.setdefault(key(r), []).append(r)
+    return sorted(groups.items())
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """The ablation as dots, one for each seed; m and k as curves with the spread over seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(2, 1, 1))
+    for number, fusion in enumerate(COLOURS):
+        for place, variant in enumerate(VARIANTS):
+            values = [
+                r["mAP"] for r in rows if (r["study"], r["fusion"], r["variant"]) == ("ablation", fusion, variant)
+            ]
+            x = place + 0.24 * (number - 0.5)
+            label = fusion if place == 0 else None
+            axes[0].plot([x] * len(values), values, "o", color=COLOURS[fusion], alpha=0.5, label=label)
+            if values:
+                axes[0].hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLOURS[fusion])
+    axes[0].set_xticks(range(len(VARIANTS)), list(VARIANTS.values()))
+    axes[0].set_ylabel("test mAP, %")
+    axes[0].legend()
+    for axis, study in zip(axes[1:], ("m", "k"), strict=True):
+        groups = grouped((r for r in rows if r["study"] == study), lambda r: r[study])
+        x = [value for value, _ in groups]
+        mean = [statistics.mean([r["mAP"] for r in group]) for _, group in groups]
+        error = [statistics.stdev([r["mAP"] for r in group]) if len(group) > 1 else 0 for _, group in groups]
+        axis.errorbar(x, mean, error, fmt="o-", color=COLOURS["product"], capsize=3)
+        axis.set_xlabel({"m": "m, instances per image", "k": "k, blocks"}[study])
+        axis.set_xticks(x)
+    for axis in axes:
+        axis.grid(alpha=0.3, axis="y")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
