@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,19 @@ def shared_data() -> Path:
     if not root.is_dir():
         pytest.skip("needs the shared data (../shared/data, or the folder named by GM_MLIC_SHARED)")
     return root
+
+
+@pytest.fixture
+def make_run() -> Callable[..., Path]:
+    """A function that makes a run folder by hand: two epochs, test mAP 31 if it is finished."""
+
+    def make(path: Path, *, finished: bool = True, **settings: object) -> Path:
+        path.mkdir(parents=True)
+        config = {"seed": 0, "graph": {"m": 10}, "trainer": {"num_workers": 0}, "run_dir": str(path)} | settings
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+        (path / "metrics.csv").write_text("epoch,step,seconds,lr,val/mAP\n1,4,0.5,0.1,20\n2,8,0.5,0.1,30.5\n")
+        if finished:
+            (path / "metrics.json").write_text(json.dumps({"test": {"mAP": 31.0}}))
+        return path
+
+    return make

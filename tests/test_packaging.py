@@ -70,7 +70,7 @@ def test_tested_versions_are_within_the_stated_ranges():
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].splitlines()
     for extra in setup["options.extras_require"].values():
-        lines += extra.splitlines()
+        lines += [line for line in extra.splitlines() if not line.startswith("gm-mlic[")]  # one extra within another
     wanted = {r.name: r for r in (Requirement(line) for line in lines if line.strip() and not line.startswith("#"))}
     text = (ROOT / "constraints.txt").read_text()
     exact = {r.name: r for r in (Requirement(x) for x in text.splitlines() if x.strip() and not x.startswith("#"))}

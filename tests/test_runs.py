@@ -5,26 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import RunFolderError, RunState, find_runs, flat_settings, read_run, varying, write_job
 
-
-def make_run(path: Path, *, finished: bool = True, **settings: object) -> Path:
-    path.mkdir(parents=True)
-    config = {"seed": 0, "graph": {"m": 10}, "trainer": {"num_workers": 0}, "run_dir": str(path)} | settings
-    (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "metrics.csv").write_text("epoch,step,seconds,lr,val/mAP\n1,4,0.5,0.1,20\n2,8,0.5,0.1,30.5\n")
-    if finished:
-        (path / "metrics.json").write_text(json.dumps({"test": {"mAP": 31.0}}))
-    return path
+MakeRun = Callable[..., Path]
 
 
-def test_a_run_reads_its_files(tmp_path: Path):
+def test_a_run_reads_its_files(tmp_path: Path, make_run: MakeRun):
     run = read_run(make_run(tmp_path / "a"))
     assert run.state == "finished"
     assert run.setting("graph.m") == 10
@@ -38,20 +30,20 @@ def test_a_run_reads_its_files(tmp_path: Path):
 @pytest.mark.parametrize(
     ("file", "text"), [("config.yaml", "a: ["), ("config.yaml", "- 1"), ("metrics.json", "{"), ("state.json", "[]")]
 )
-def test_a_damaged_file_is_named(tmp_path: Path, file: str, text: str):
+def test_a_damaged_file_is_named(tmp_path: Path, make_run: MakeRun, file: str, text: str):
     path = make_run(tmp_path / "a")
     (path / file).write_text(text)
     with pytest.raises(RunFolderError, match=f"{file} is damaged: delete"):
         read_run(path)
 
 
-def test_a_half_written_table_is_read_as_far_as_it_goes(tmp_path: Path):
+def test_a_half_written_table_is_read_as_far_as_it_goes(tmp_path: Path, make_run: MakeRun):
     path = make_run(tmp_path / "a")
     (path / "metrics.csv").write_text("epoch,val/mAP\n1,20\n2\n")
     assert read_run(path).epochs == ({"epoch": 1, "val/mAP": 20}, {"epoch": 2})
 
 
-def test_states(tmp_path: Path):
+def test_states(tmp_path: Path, make_run: MakeRun):
     path = make_run(tmp_path / "a", finished=False)
     assert read_run(path).state == "stopped"
     with RunState(path, "gm-mlic train", "sweep") as state:
@@ -67,7 +59,7 @@ def test_states(tmp_path: Path):
     ("error", "expected"),
     [(ConfigError("too much\nof it"), "failed"), (KeyboardInterrupt(), "interrupted"), (ValueError(), "failed")],
 )
-def test_how_a_run_ended(tmp_path: Path, error: BaseException, expected: str):
+def test_how_a_run_ended(tmp_path: Path, make_run: MakeRun, error: BaseException, expected: str):
     path = make_run(tmp_path / "a", finished=False)
 
     def work() -> None:
@@ -82,7 +74,7 @@ def test_how_a_run_ended(tmp_path: Path, error: BaseException, expected: str):
     assert run.error == {"ConfigError": "too much", "ValueError": "ValueError"}.get(type(error).__name__)
 
 
-def test_what_fails_before_it_begins_leaves_the_run_as_it_was(tmp_path: Path):
+def test_what_fails_before_it_begins_leaves_the_run_as_it_was(tmp_path: Path, make_run: MakeRun):
     path = make_run(tmp_path / "a")
     with pytest.raises(ConfigError), RunState(path, "gm-mlic train"):
         raise ConfigError("other settings")
@@ -101,7 +93,7 @@ with RunState(Path(sys.argv[1]), "gm-mlic train") as state:
 """
 
 
-def test_one_process_at_a_time_and_a_killed_one_is_seen(tmp_path: Path):
+def test_one_process_at_a_time_and_a_killed_one_is_seen(tmp_path: Path, make_run: MakeRun):
     path = make_run(tmp_path / "a", finished=False)
     other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -118,7 +110,7 @@ def test_one_process_at_a_time_and_a_killed_one_is_seen(tmp_path: Path):
         state.begin()
 
 
-def test_runs_are_found_by_folder_and_by_multirun(tmp_path: Path):
+def test_runs_are_found_by_folder_and_by_multirun(tmp_path: Path, make_run: MakeRun):
     a, b = make_run(tmp_path / "runs" / "a"), make_run(tmp_path / "runs" / "deep" / "b")
     elsewhere = make_run(tmp_path / "elsewhere" / "c")
     (a / ".hydra").mkdir()
@@ -145,7 +137,7 @@ def test_folders_without_runs_are_refused(tmp_path: Path):
         read_run(tmp_path)
 
 
-def test_what_varies(tmp_path: Path):
+def test_what_varies(tmp_path: Path, make_run: MakeRun):
     a = make_run(tmp_path / "a", seed=0, graph={"m": 5})
     b = make_run(tmp_path / "b", seed=1, graph={"m": 10}, trainer={"num_workers": 2})
     assert varying([read_run(a), read_run(b)]) == ["graph.m", "seed"]

@@ -12,7 +12,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib
@@ -66,7 +65,7 @@ def main(jobs: int) -> None:
     ablation = [r for r in rows if r["study"] == "ablation"]
     print_ablation(ablation)
     for study in ("m", "k"):
-        for value, group in grouped((r for r in rows if r["study"] == study), lambda r: r[study]):
+        for value, group in grouped(rows, study):
             print(f"{study}={value}: {spread([r['mAP'] for r in group])} ({len(group)} seeds)")
     draw(rows, HERE / "results.png")
 
@@ -96,16 +95,16 @@ def print_ablation(rows: list[dict]) -> None:
         for variant, name in VARIANTS.items():
             group = [r for r in rows if (r["fusion"], r["variant"]) == (fusion, variant)]
             lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
-            print(
-                f"{fusion:8s} {name:14s} mAP {spread([r['mAP'] for r in group])}  CF1 {spread([r['CF1'] for r in group])}"
-                f"  OF1 {spread([r['OF1'] for r in group])}  full is better by {spread(lost)} ({len(group)} seeds)"
-            )
+            measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", "OF1"))
+            print(f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)} ({len(group)} seeds)")
 
 
-def grouped(rows: Iterable[dict], key: Callable[[dict], object]) -> list[tuple[object, list[dict]]]:
-    groups: dict[object, list[dict]] = {}
+def grouped(rows: list[dict], study: str) -> list[tuple[int, list[dict]]]:
+    """The runs of study ``m`` or ``k`` by its value."""
+    groups: dict[int, list[dict]] = {}
     for r in rows:
-        groups.setdefault(key(r), []).append(r)
+        if r["study"] == study:
+            groups.setdefault(r[study], []).append(r)
     return sorted(groups.items())
 
 
@@ -130,7 +129,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axes[0].set_ylabel("test mAP, %")
     axes[0].legend()
     for axis, study in zip(axes[1:], ("m", "k"), strict=True):
-        groups = grouped((r for r in rows if r["study"] == study), lambda r: r[study])
+        groups = grouped(rows, study)
         x = [value for value, _ in groups]
         mean = [statistics.mean([r["mAP"] for r in group]) for _, group in groups]
         error = [statistics.stdev([r["mAP"] for r in group]) if len(group) > 1 else 0 for _, group in groups]

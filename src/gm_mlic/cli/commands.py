@@ -33,6 +33,8 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
     task = _keeping_failures(_TASKS[command], failures)
+    # Hydra's parser wants its flags before the settings or after them, not among them.
+    arguments = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     sys.argv = [f"gm-mlic {command}", *arguments]

@@ -1,0 +1,93 @@
+"""Multiruns as processes: what is done, what failed, what is run again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_process import SMALL, command, environment
+
+from gm_mlic.runs import find_runs, read_jobs, read_run
+
+SETTINGS = [*SMALL, "trainer.max_epochs=1"]
+
+
+def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("train", *SETTINGS, *arguments, "hydra.sweep.dir=sweep"),
+        env=environment(), cwd=folder, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
+    """Two of three jobs at a time; one cannot work until its checkpoint's place is free."""
+    jobs = ["-m", "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=run-${seed}"]
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1" / "checkpoints").write_text("in the way")
+    first = multirun(tmp_path, *jobs)
+    assert first.returncode != 0
+    assert {run.path.name: run.state for run in find_runs([tmp_path / "sweep"])} == {
+        "run-0": "finished", "run-1": "failed", "run-2": "finished"
+    }  # fmt: skip
+    assert read_run(tmp_path / "run-1").error
+    assert "failed" in first.stdout
+    assert len(read_jobs(tmp_path / "sweep")) == 3
+    # One store for each split: whoever came first made it, the others waited.
+    stores = list((tmp_path / "data" / "instances" / "scenes").glob("*/manifest.json"))
+    assert len(stores) == 3
+
+    (tmp_path / "run-1" / "checkpoints").unlink()
+    before = {n: (tmp_path / f"run-{n}" / "metrics.json").stat().st_mtime_ns for n in (0, 2)}
+    again = multirun(tmp_path, *jobs)
+    assert again.returncode == 0, again.stderr
+    assert {run.state for run in find_runs([tmp_path / "sweep"])} == {"finished"}
+    assert {n: (tmp_path / f"run-{n}" / "metrics.json").stat().st_mtime_ns for n in (0, 2)} == before
+    assert json.loads((tmp_path / "run-1" / "state.json").read_text())["sweep"] == str(tmp_path / "sweep")
+
+
+def test_a_sweep_over_a_setting_that_does_not_exist(tmp_path: Path):
+    done = multirun(tmp_path, "-m", "graph.q=1,2")
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("gm-mlic: error: graph.q: there is no such setting; graph has")
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_runs_lists_them(tmp_path: Path):
+    assert multirun(tmp_path, "-m", "model.k=1,2", "model.widths=null").returncode == 0
+    listed = subprocess.run(command("runs"), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert listed.returncode == 0, listed.stderr
+    head, first, second = (line for line in listed.stdout.splitlines() if "model.k" in line or "finished" in line)
+    assert "val mAP" in head
+    assert " 1/1 " in first
+    assert [line.count("│") for line in (first, second)] == [7, 7]
+    for folder in ("sweep", "nothing"):
+        (tmp_path / "nothing").mkdir(exist_ok=True)
+        listed = subprocess.run(command("runs", folder), cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert listed.returncode == (2 if folder == "nothing" else 0)
+    assert listed.stderr == "gm-mlic: error: nothing: there is no run in it (gm-mlic train makes them).\n"
+
+
+@pytest.mark.slow
+def test_jobs_through_submitit(tmp_path: Path):
+    done = multirun(tmp_path, "-m", "seed=0,1", "hydra/launcher=submitit_local")
+    assert done.returncode == 0, done.stderr
+    assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished", "finished"]
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_its_study(tmp_path: Path):
+    import optuna
+
+    (tmp_path / "runs").mkdir()
+    for trials in (2, 3):
+        new = trials - (trials - 2) * 2
+        done = multirun(tmp_path, "sweep=optuna", f"hydra.sweeper.n_trials={new}", "model.widths=null")
+        assert done.returncode == 0, done.stderr
+        study = optuna.load_study(study_name="scenes-gm_mlic", storage=f"sqlite:///{tmp_path}/runs/optuna.db")
+        assert len(study.trials) == trials
+    maps = [run.result["val"]["mAP"] for run in find_runs([tmp_path / "runs"]) if run.result]
+    assert study.best_value == pytest.approx(max(maps))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from gm_mlic.reporting.runs import runs_table
+from gm_mlic.runs import find_runs
+
+MakeRun = Callable[..., Path]
+
+
+def printed(tmp_path: Path, width: int = 200) -> list[str]:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console.print(runs_table(find_runs([tmp_path])))
+    return console.export_text().splitlines()
+
+
+def test_only_settings_that_differ_are_shown_sorted_by_them(tmp_path: Path, make_run: MakeRun):
+    for name, m, seed in (("a", 10, 0), ("b", 5, 1), ("c", 5, 0)):
+        make_run(tmp_path / name, graph={"m": m}, seed=seed, trainer={"max_epochs": 2}, dataset={"name": "scenes"})
+    lines = printed(tmp_path)
+    assert "graph.m" in lines[2]
+    assert "seed" in lines[2]
+    assert "dataset.name" not in lines[2]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "finished" in line]
+    assert [row[0][-1] for row in rows] == ["c", "b", "a"]
+    assert rows[0][1:] == ["finished", "2/2", "5", "0", "30.50", "31.00"]
+
+
+def test_settings_that_say_the_same_are_shown_once(tmp_path: Path, make_run: MakeRun):
+    for k in (1, 2):
+        make_run(tmp_path / str(k), model={"k": k, "widths": [64] * k})
+    head = next(line for line in printed(tmp_path) if "state" in line)
+    assert "model.k" in head
+    assert "model.widths" not in head
+
+
+def test_states_of_unfinished_runs(tmp_path: Path, make_run: MakeRun):
+    make_run(tmp_path / "half", finished=False)
+    failed = make_run(tmp_path / "[red]failed", finished=False)
+    (failed / "state.json").write_text(json.dumps({"state": "failed", "error": "no [bold]disk"}))
+    text = "\n".join(printed(tmp_path))
+    assert "stopped" in text
+    assert "[red]failed" in text
+    assert "2/?" in text
+
+
+def test_the_table_fits_a_terminal(tmp_path: Path, make_run: MakeRun):
+    make_run(tmp_path / "a-run-with-quite-a-long-name-in-a-deep-folder")
+    assert all(len(line) <= 80 for line in printed(tmp_path, width=80))
