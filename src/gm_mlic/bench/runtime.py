@@ -19,8 +19,9 @@ from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
 
 #: ``plain``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
-#: ``structured``: dense tensors, eager; ``compiled``: the same after ``torch.compile``.
-EXECUTIONS = ("plain", "structured", "compiled")
+#: ``structured``: dense tensors, eager; ``compiled``: the same after ``torch.compile``; ``recomputed``: structured, but
+#: what happens inside the blocks is computed again in the backward pass instead of kept.
+EXECUTIONS = ("plain", "structured", "compiled", "recomputed")
 
 INSTANCE_DIM, LABEL_DIM = 1024, 300
 
@@ -50,8 +51,16 @@ class Case:
     precision: str = "float32"
 
 
-#: The paper's three datasets.
-CASES = {case.name: case for case in (Case("voc2007", 10, 20), Case("coco2014", 35, 80), Case("nuswide", 35, 81))}
+#: The paper's three datasets, and one with many labels, each of which hears its 20 nearest.
+CASES = {
+    case.name: case
+    for case in (
+        Case("voc2007", 10, 20),
+        Case("coco2014", 35, 80),
+        Case("nuswide", 35, 81),
+        Case("large", 100, 500, label_neighbours=20),
+    )
+}
 
 #: What the growth curves vary, and over which values; all else is as in the case they start from.
 CURVES: dict[str, tuple[int, ...]] = {
@@ -89,6 +98,7 @@ class Execution:
             k=case.k,
             fusion=case.fusion,
             execution="explicit" if name == "plain" else "structured",
+            recompute=name == "recomputed",
         ).to(device)
         self.loss = WeightedBCE(torch.full((case.C,), 0.05)).to(device)
         self.targets = torch.where(torch.rand(case.batch, case.C) < 0.05, 1, -1).to(device)
@@ -134,7 +144,7 @@ def flops(case: Case, execution: str) -> dict[str, int]:
     """Floating-point operations of the matrix products of a forward pass and of a training step.
 
     Images are independent of each other, so the number is counted for one and for two, and the rest follows. Compiled
-    code, which hides its operations from the counter, does those of ``structured``.
+    code, which hides its operations from the counter, does those of ``structured``. What is computed again is left out.
     """
     counts = []
     for batch in (1, 2):
@@ -239,6 +249,8 @@ def expected_bytes(case: Case, execution: str) -> int:
     # Tensors of width 512 (the first k - 1 blocks and the encoder) and 256 (the last block) kept for each edge.
     wide, narrow = (14, 14) if execution == "plain" else (7, 7)
     per_edge = wide * 512 * case.k + narrow * 256
+    if execution == "recomputed":
+        per_edge = (case.k + wide) * 512
     inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "plain" else 0
     return 4 * case.batch * (matches + labels) * (per_edge + inputs)
 

@@ -37,7 +37,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"device": device, "memory_limit": limit, "tell": log.info}
     results = [
         compare(
-            replace(start, name=f"{name}, {fusion}", m=CASES[name].m, C=CASES[name].C, fusion=fusion),
+            replace(start, name=f"{name}, {fusion}", fusion=fusion, **_size(name)),
             settings["executions"],
             repeats=tuple(settings["repeats"]),
             **options,
@@ -81,6 +81,11 @@ def bench(config: DictConfig) -> dict[str, Any]:
     print(f"folder:   {folder}\npictures: {', '.join(pictures)}")
     print(json.dumps({key: value if value is None else round(value, 3) for key, value in summary.items()}))
     return content
+
+
+def _size(name: str) -> dict[str, Any]:
+    case = CASES[name]
+    return {"m": case.m, "C": case.C, "label_neighbours": case.label_neighbours}
 
 
 def describe_machine(device: str) -> dict[str, Any]:

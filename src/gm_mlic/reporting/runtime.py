@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-_COLOURS = {"plain": "#c25b00", "structured": "#3b7dd8", "compiled": "#2a8f5b"}
+_COLOURS = {"plain": "#c25b00", "structured": "#3b7dd8", "compiled": "#2a8f5b", "recomputed": "#8250a0"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
 _NOTE = "x: times better than plain; of peak: forward, share of the matrix product's FLOP/s"
 
@@ -93,14 +93,16 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for axis, (key, label) in zip(axes, measures, strict=True):
-        for number, name in enumerate(_COLOURS):
+        measured = [name for name in _COLOURS if any(name in result["executions"] for result in results)]
+        width = 0.8 / len(measured)
+        for number, name in enumerate(measured):
             rows = [result["executions"].get(name, {}) for result in results]
             values = [
                 row[key] / 2**20 if key == "memory" and key in row else row.get(key, {}).get("median", float("nan"))
                 for row in rows
             ]
-            places = [x + 0.27 * (number - 1) for x in range(len(results))]
-            bars = axis.bar(places, values, 0.25, color=_COLOURS[name], label=name)
+            places = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
+            bars = axis.bar(places, values, 0.92 * width, color=_COLOURS[name], label=name)
             axis.bar_label(
                 bars, [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values], fontsize=7
             )
