@@ -197,3 +197,19 @@ def test_an_instance_store_that_lacks_something(name: str) -> None:
     del data[INSTANCE][name]
     with pytest.raises(ConfigError, match=rf"needs data\['instance'\]\.{name}"):
         AssignmentGraph(W)(data)
+
+
+@pytest.mark.parametrize("relates", [None, torch.tensor([[1], [0], [0]])])
+def test_a_split_batch_has_the_same_images(relates: Tensor | None) -> None:
+    mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, False]])
+    batch = AssignmentBatch.build(
+        torch.randn(5, 2, 4), torch.rand(5, 2, 4), mask, torch.randn(3, 6), relates=relates, row=torch.arange(5)
+    )
+    parts = batch.split(2)
+    assert [part.num_graphs for part in parts] == [2, 2, 1]
+    for name in ("x", "box", "mask", "near", "near_mask", "near_attr", "row"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+    for part in parts:
+        assert part.label_vectors is batch.label_vectors
+        assert part.relates is batch.relates
+        assert part.y is None

@@ -17,10 +17,11 @@ from gm_mlic.detection.protocol import InstanceExtractor
 from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
+from gm_mlic.nn.structured import RECOMPUTED_EDGES
 
 #: ``plain``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
 #: ``structured``: dense tensors, eager; ``compiled``: the same after ``torch.compile``; ``recomputed``: structured, but
-#: what happens inside the blocks is computed again in the backward pass instead of kept.
+#: computed again in the backward pass instead of kept.
 EXECUTIONS = ("plain", "structured", "compiled", "recomputed")
 
 INSTANCE_DIM, LABEL_DIM = 1024, 300
@@ -249,10 +250,9 @@ def expected_bytes(case: Case, execution: str) -> int:
     # Tensors of width 512 (the first k - 1 blocks and the encoder) and 256 (the last block) kept for each edge.
     wide, narrow = (14, 14) if execution == "plain" else (7, 7)
     per_edge = wide * 512 * case.k + narrow * 256
-    if execution == "recomputed":
-        per_edge = (case.k + wide) * 512
     inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "plain" else 0
-    return 4 * case.batch * (matches + labels) * (per_edge + inputs)
+    images = max(1, RECOMPUTED_EDGES // (matches + labels)) if execution == "recomputed" else case.batch
+    return 4 * images * (matches + labels) * (per_edge + inputs)
 
 
 def grow(

@@ -65,6 +65,19 @@ class AssignmentBatch:
         changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
         return replace(self, **changed)
 
+    def split(self, size: int) -> list[AssignmentBatch]:
+        """The same images in batches of up to ``size``."""
+        shared = ("label_vectors", "relates")
+        tensors = {
+            f.name: torch.split(value, size)
+            for f in fields(self)
+            if f.name not in shared and isinstance(value := getattr(self, f.name), Tensor)
+        }
+        parts: list[dict[str, Any]] = [
+            dict(zip(tensors, values, strict=True)) for values in zip(*tensors.values(), strict=True)
+        ]
+        return [replace(self, **part) for part in parts]
+
     @classmethod
     def build(
         cls,

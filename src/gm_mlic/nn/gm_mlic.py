@@ -82,8 +82,7 @@ def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -
     position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
     winners = torch.where((values == best) | values.isnan(), position, matrix.shape[1]).amin(dim=1)
     logits = matrix.gather(1, winners[:, None]).squeeze(1)
-    states = None if v_l is None else v_l.expand(len(matrix), -1, -1)  # may be the same for all images
-    return ModelOutput(logits, winners, matrix, mask, states)
+    return ModelOutput(logits, winners, matrix, mask, v_l)
 
 
 def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int, label_dim: int | None = None) -> None:
@@ -216,8 +215,9 @@ class GMMLIC(nn.Module):
         execution: ``explicit`` passes messages over ``edge_index``; ``structured`` does the same sums on dense tensors,
             several times faster, where relations are complete; ``auto`` (default) takes the structured one wherever
             the graph allows it. Same parameters, same numbers.
-        recompute: keep only the states between blocks for the backward pass and compute the rest again there: a
-            fraction of the memory for about a third more time, same numbers.
+        recompute: keep next to nothing for the backward pass and compute it again there, a few images at a time: a
+            fraction of the memory for about a third more time, same numbers. The explicit execution keeps the states
+            between blocks; compiled code takes the whole batch at once.
 
     Shapes:
         - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an

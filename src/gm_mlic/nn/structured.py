@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import LayerNorm
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.mlp import MLP, ConcatLinear
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+#: How many edges, of images taken together, are computed again at a time where the model is to ``recompute``: enough to
+#: keep a processor busy, and at the widths of the paper some 200 MB.
+RECOMPUTED_EDGES = 2**13
 
 
 def require(value: T | None) -> T:
@@ -318,11 +323,26 @@ def block(
 def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None = None) -> tuple[Tensor, Tensor]:
     """Match logits (B, M, C), in which rows of absent instances mean nothing, and the labels' last states (B, C, d)."""
     if labels is None:
-        labels = model.stage(prepare, model, batch.label_vectors, batch.relates)
-    states = model.stage(encode, model.encoder, batch, labels)
+        labels = prepare(model, batch.label_vectors, batch.relates)
+    if not (model.recompute and torch.is_grad_enabled()):
+        return network(model, batch, labels)
+    # Images meet only in the loss: of those that have been through, nothing is kept but their few inputs.
+    C = labels.v_l.shape[1]
+    size = max(1, RECOMPUTED_EDGES // (batch.mask.shape[1] * C + C**2))
+    results = [
+        checkpoint(network, model, part, labels, use_reentrant=False, preserve_rng_state=False)
+        for part in ([batch] if torch.compiler.is_compiling() else batch.split(size))
+    ]
+    matrices, v_l = zip(*results, strict=True)
+    return torch.cat(matrices), torch.cat(v_l)
+
+
+def network(model: GMMLIC, batch: AssignmentBatch, labels: Prepared) -> tuple[Tensor, Tensor]:
+    """Encoder, blocks and decoder."""
+    states = encode(model.encoder, batch, labels)
     for number, conv in enumerate(model.blocks):
-        states = model.stage(block, conv, number, states, batch, labels)
+        states = block(conv, number, states, batch, labels)  # type: ignore[arg-type]
     v_o, v_l, _, _, e_m = states
     ends: tuple[Tensor | EdgeState, ...] = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
-    logits: Tensor = model.stage(mlp, model.decoder, *ends)
-    return logits.squeeze(-1), v_l
+    # Without matching edges the labels' states are the same for all images.
+    return mlp(model.decoder, *ends).squeeze(-1), v_l.expand(len(batch.x), -1, -1)
