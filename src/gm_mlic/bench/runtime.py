@@ -247,12 +247,12 @@ def expected_bytes(case: Case, execution: str) -> int:
     """Roughly what a training step needs, from the edge states that it keeps for the backward pass."""
     matches = case.m * case.C
     labels = case.C * (case.label_neighbours or case.C)
-    # Tensors of width 512 (the first k - 1 blocks and the encoder) and 256 (the last block) kept for each edge.
-    wide, narrow = (14, 14) if execution == "plain" else (7, 7)
-    per_edge = wide * 512 * case.k + narrow * 256
+    # Tensors of width 512 (encoder and first k - 1 blocks) and 256 (last block) kept for an edge, as measured.
+    kept = 7.0 if execution == "plain" else 3.5
+    per_edge = kept * (512 * case.k + 256)
     inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "plain" else 0
     images = max(1, RECOMPUTED_EDGES // (matches + labels)) if execution == "recomputed" else case.batch
-    return 4 * images * (matches + labels) * (per_edge + inputs)
+    return int(4 * images * (matches + labels) * (per_edge + inputs))
 
 
 def grow(

@@ -36,6 +36,7 @@ from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.settings import changed_settings, check
+from gm_mlic.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +78,10 @@ def train(config: DictConfig, sweep: str | None = None) -> dict[str, Any]:
     check(config)
     run_dir = Path(config.run_dir)
     with RunState(run_dir, " ".join(sys.argv), sweep) as state:
-        return _train(config, run_dir, state)
+        return _train(config, run_dir, state, sweep)
 
 
-def _train(config: DictConfig, run_dir: Path, state: RunState) -> dict[str, Any]:
+def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None) -> dict[str, Any]:
     finished = run_dir / RESULT
     if config.overwrite:
         _forget(run_dir)
@@ -98,15 +99,18 @@ def _train(config: DictConfig, run_dir: Path, state: RunState) -> dict[str, Any]
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     extractor = build.build_detector(config)
     module, graph = _build_module(config, datasets["train"], extractor)
-    trainer = build.build_trainer(config, run_dir, build.training_callbacks(config, run_dir))
-    data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
-    _fit(config, trainer, module, graph, data, run_dir)
+    with Tracker(config, run_dir, sweep, _revision()) as tracker:
+        callbacks = build.training_callbacks(config, run_dir) + tracker.callbacks
+        trainer = build.build_trainer(config, run_dir, callbacks)
+        data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
+        _fit(config, trainer, module, graph, data, run_dir)
 
-    best = run_dir / "checkpoints" / "best.ckpt"
-    tested = _test(config, best, data["test"], extractor)
-    tested.write(run_dir, datasets["test"], module.description)
-    result = _summary(config, run_dir, module, data, tested.values)
-    write_atomically(finished, json.dumps(result, indent=2) + "\n")
+        best = run_dir / "checkpoints" / "best.ckpt"
+        tested = _test(config, best, data["test"], extractor)
+        tested.write(run_dir, datasets["test"], module.description)
+        result = _summary(config, run_dir, module, data, tested.values)
+        tracker.log_result(result)
+        write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 

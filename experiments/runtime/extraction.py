@@ -1,0 +1,66 @@
+"""How busy does extraction keep the detector? gm-mlic's extraction against torchvision's detector by itself.
+
+    python experiments/runtime/extraction.py COCO_ROOT [IMAGES]     # default 24 photos of the test split
+
+The same photos, in the same batches of 4, by the same ResNet-50-FPN, in turns, three times. The bare detector gets
+decoded tensors and its results are dropped; extraction reads JPEGs, pools the features once more at the final boxes,
+and writes the store.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gm_mlic.bench import interleaved
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import _keep_memory
+from gm_mlic.datasets.images import to_tensor
+from gm_mlic.instances import extract
+from gm_mlic.training import build
+
+BATCH, ROUNDS, M = 4, 3, 35
+
+
+def main(root: str, number: int) -> None:
+    _keep_memory()  # as the command line has it, for both
+    config = compose("train", ["dataset=coco2014", f"dataset.root={root}", "trainer.accelerator=cpu"])
+    dataset = build.build_dataset(config, "test")
+    dataset.ids, dataset.targets = dataset.ids[:number], dataset.targets[:number]
+    extractor = build.build_detector(config)
+    bare = copy.deepcopy(extractor.detector)  # torchvision's FasterRCNN, with the same weights and image size
+    bare.roi_heads.detections_per_img = 100  # as torchvision has it
+    images = [to_tensor(dataset.image(row)) for row in range(number)]
+    folder = Path(tempfile.mkdtemp())
+
+    @torch.no_grad()
+    def detector() -> None:
+        for start in range(0, number, BATCH):
+            bare(images[start : start + BATCH])
+
+    def extraction() -> None:
+        extract(dataset, extractor, folder / "store", m=M, batch_size=BATCH, overwrite=True, progress=False)
+
+    try:
+        detector()
+        timings = interleaved({"bare detector": detector, "extraction": extraction}, ROUNDS)
+    finally:
+        shutil.rmtree(folder)
+    for name, timing in timings.items():
+        print(f"{name:14s} {number / timing.median:.3f} images/s")
+    pairs = zip(*(timing.seconds for timing in timings.values()), strict=True)
+    ratios = [alone / extracting for alone, extracting in pairs]
+    print(f"extraction / bare detector: median {statistics.median(ratios):.3f}, all {np.round(ratios, 3).tolist()}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 24)

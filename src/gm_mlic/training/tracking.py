@@ -1,0 +1,208 @@
+"""Weights & Biases beside ``metrics.csv``.
+
+Names are those of ``metrics.csv`` and ``metrics.json``: ``train/loss``, ``val/mAP``, ``test/top3/CF1``, ... over
+``epoch``; summaries keep the best values. The run's id stands in ``RUN/wandb_id``, so that a run that is taken up again
+goes on there too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.runs import EXAMPLES, write_atomically
+
+log = logging.getLogger(__name__)
+
+ID_FILE = "wandb_id"
+#: How long to wait for the server before saying that there is none.
+_TIMEOUT_S = 20
+#: W&B's colours of boxes are by class; these are what a prediction turned out to be.
+_KINDS = {"right": 1, "wrong": 2, "missed": 3}
+
+
+class Tracker:
+    """A context in which one W&B run is open; without ``logger=wandb`` it does nothing.
+
+    Args:
+        config: with ``logger``.
+        run_dir: the run folder.
+        sweep: the folder of the multirun that the run belongs to: its name becomes the group.
+        revision: of the code, for W&B's config.
+
+    Raises:
+        ConfigError: on entering, if W&B is not installed, nobody is logged in, or there is no server.
+    """
+
+    def __init__(self, config: DictConfig, run_dir: Path, sweep: str | None, revision: str | None) -> None:
+        self.config, self.run_dir, self.sweep, self.revision = config, run_dir, sweep, revision
+        self.run: Any = None
+        self._wandb: ModuleType | None = None
+
+    def __enter__(self) -> Tracker:
+        if self.config.logger.name == "wandb":
+            self._wandb = _imported()
+            self.run = self._begun(self._wandb)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Always: a second wandb.init in this process would go on with a run that was left open.
+        if self.run is not None:
+            self.run.finish(exit_code=0 if error is None else 1)
+            self.run = None
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """What the trainer needs."""
+        return [] if self.run is None else [_Epochs(self.run)]
+
+    def _begun(self, wandb: ModuleType) -> Any:
+        settings = self.config.logger
+        offline = settings.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+        disabled = os.environ.get("WANDB_MODE") == "disabled"
+        group = settings.group or (Path(self.sweep).name if self.sweep else None)
+        identity = self.run_dir / ID_FILE
+        arguments: dict[str, Any] = {
+            "project": settings.project,
+            "entity": settings.entity,
+            "group": group,
+            "job_type": "train",
+            "name": self.run_dir.name,
+            "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
+            "dir": str(self.run_dir),
+            "config": {**_container(self.config), "revision": self.revision},
+            "id": identity.read_text().strip() if identity.is_file() else None,
+            "resume": "allow",
+            "mode": "disabled" if disabled else "offline" if offline else "online",
+            "settings": wandb.Settings(init_timeout=_TIMEOUT_S, silent=True),
+        }
+        try:
+            with _nobody_to_ask():
+                run = wandb.init(**arguments)
+        except wandb.errors.UsageError as error:
+            raise ConfigError(
+                f"logger=wandb: {_first_line(error)}: set WANDB_API_KEY or run `wandb login`, or write to the run "
+                "folder only with logger.offline=true."
+            ) from error
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"logger=wandb: no answer from W&B ({_first_line(error)}): check the connection and logger.entity, or "
+                "write to the run folder only with logger.offline=true."
+            ) from error
+        write_atomically(identity, f"{run.id}\n")
+        run.define_metric("epoch", hidden=True)
+        for split in ("train", "val"):
+            run.define_metric(f"{split}/*", step_metric="epoch")
+            run.define_metric(f"{split}/loss", step_metric="epoch", summary="min")
+        for name in _metric_names():
+            run.define_metric(f"val/{name}", step_metric="epoch", summary="max")
+        where = "in " + str(self.run_dir / "wandb") if offline else run.url
+        log.info("W&B: %s", where)
+        return run
+
+    def log_result(self, result: Mapping[str, Any]) -> None:
+        """The test: metrics as summaries, tables of AP per label and of photos with boxes, and the best checkpoint."""
+        if self.run is None:
+            return
+        assert self._wandb is not None
+        wandb, run = self._wandb, self.run
+        test = {name: value for name, value in result["test"].items() if name != "AP"}
+        run.summary.update(
+            {f"test/{name}": value for name, value in test.items()} | {"best_epoch": result["best_epoch"]}
+        )
+        labels = [[name, value] for name, value in result["test"]["AP"].items()]
+        tables = {"test/AP": wandb.Table(columns=["label", "AP"], data=labels)}
+        examples = self.run_dir / EXAMPLES / "examples.json"
+        if examples.is_file():
+            columns = ["id", "photo", "present", "predicted"]
+            rows = [_photo(wandb, examples.parent, example) for example in json.loads(examples.read_text())]
+            tables["test/photos"] = wandb.Table(columns=columns, data=rows)
+        run.log(tables)
+        if self.config.logger.checkpoint:
+            artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata={"val/mAP": result["val"]["mAP"]} | test)
+            artifact.add_file(str(self.run_dir / "checkpoints" / "best.ckpt"))
+            run.log_artifact(artifact, aliases=["best"])
+
+
+class _Epochs(Callback):
+    """Logs what ``metrics.csv`` gets."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
+
+
+def _imported() -> ModuleType:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
+    return wandb
+
+
+@contextlib.contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """No input, even on a terminal: a missing login is an error then, not a question that a batch job waits on."""
+    terminal = sys.stdin
+    with Path(os.devnull).open() as nothing:
+        sys.stdin = nothing
+        try:
+            yield
+        finally:
+            sys.stdin = terminal
+
+
+def _container(config: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items() if key != "logger"}
+
+
+def _metric_names() -> list[str]:
+    names = ["CP", "CR", "CF1", "OP", "OR", "OF1"]
+    return ["mAP", *names, *(f"top3/{name}" for name in names)]
+
+
+def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[Any]:
+    """A row of the table of photos: W&B draws the boxes over the picture, and lets people choose which."""
+    boxes = [
+        {
+            "position": dict(zip(("minX", "minY", "maxX", "maxY"), found["box"], strict=True)),
+            "class_id": _KINDS[found["kind"]],
+            "box_caption": f"{found['label']} {found['score']:.2f}",
+            "scores": {"score": found["score"]},
+        }
+        for found in example["top"]
+    ]
+    overlay = {"winners": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
+    with Image.open(folder / example["file"]) as image:
+        photo = wandb.Image(image.copy(), boxes=overlay)
+    return [example["id"], photo, ", ".join(example["targets"]), _said(example["top"])]
+
+
+def _said(found: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{label['label']} {label['score']:.2f}" for label in found if label["kind"] != "missed")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
