@@ -186,6 +186,18 @@ def _show_runs(folders: Sequence[str | Path]) -> None:
             print(f"{run.path} {run.state}: {run.error}")
 
 
+def report(config: DictConfig) -> None:
+    """``gm-mlic report``."""
+    from gm_mlic.reporting.report import write_report
+
+    folders = list(config.folders)
+    runs = find_runs(folders)
+    out = Path(config.out) if config.out is not None else Path(folders[0]) / "report"
+    page = write_report(runs, out)
+    finished = sum(run.result is not None for run in runs)
+    print(f"report: {page} ({finished} of {len(runs)} runs are finished)")
+
+
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
     check(config)
@@ -227,7 +239,7 @@ def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
 
 
 #: Commands whose nameless arguments are folders.
-_FOLDERS = {"runs"}
+_FOLDERS = {"runs", "report"}
 
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,
@@ -237,5 +249,6 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "dataset": dataset,
     "bench": bench,
     "runs": runs,
+    "report": report,
     "demo": demo,
 }

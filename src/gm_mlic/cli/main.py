@@ -24,6 +24,7 @@ COMMANDS = {
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
     "runs": "list runs with their state, what they differ in, and their mAP",
+    "report": "write tables and figures of runs, beside the paper's, as one page",
     "bench": "measure the structured execution against plain message passing",
 }
 
@@ -41,6 +42,7 @@ examples:
   gm-mlic dataset dataset=own dataset.root=DIR dataset.annotations=labels.csv
   gm-mlic train -m graph.m=5,10,15 seed=0,1,2
   gm-mlic runs
+  gm-mlic report runs/multirun/DATE
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
   gm-mlic eval scores=scores.csv targets=targets.csv
 

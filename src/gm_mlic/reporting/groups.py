@@ -1,0 +1,146 @@
+"""Runs put together for comparison: by everything but the seed, and by everything but one thing that is studied."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gm_mlic.reporting.runs import shown
+from gm_mlic.runs import Run, flat_settings
+
+#: What the paper's ablations are called in its Table 4, by the relation that is left out.
+ABLATIONS = {
+    "full": "full",
+    "no_label_graph": "w/o Gl",
+    "no_instance_graph": "w/o Go",
+    "no_matching_edges": "w/o ILM edges",
+}
+_RELATIONS = tuple(f"model.{name.removeprefix('no_')}" for name in ABLATIONS if name != "full")
+#: Settings that follow from the one that is studied.
+_FOLLOWS = {"graph.m": ("detector.max_instances",), "model.k": ("model.widths", "model.encoder_width")}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ only in the seed.
+
+    Attributes:
+        name: the settings in which it differs from the other groups of a report.
+        runs: by seed.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+
+    def values(self, metric: str, split: str = "test") -> dict[int, float]:
+        """A metric of each run, by seed; those that have it."""
+        found = {int(run.setting("seed", 0)): _result(run)[split].get(metric) for run in self.runs}
+        return {seed: float(value) for seed, value in found.items() if value is not None}
+
+    def setting(self, key: str) -> Any:
+        """A setting that all runs have in common."""
+        return self.runs[0].setting(key)
+
+    @property
+    def dataset(self) -> str:
+        return str(self.setting("dataset.name"))
+
+    @property
+    def ablation(self) -> str | None:
+        """A key of :data:`ABLATIONS`; None for a model without these relations, or more than one left out."""
+        present = [self.setting(key) for key in _RELATIONS]
+        if None in present or present.count(False) > 1:
+            return None
+        names = [name for name, there in zip(list(ABLATIONS)[1:], present, strict=True) if not there]
+        return names[0] if names else "full"
+
+
+def _result(run: Run) -> Mapping[str, Any]:
+    assert run.result is not None
+    return run.result
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Finished runs, put together by all settings but the seed, in the order in which they come."""
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = flat_settings(run.config)
+        settings.pop("seed", None)
+        together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    members = [tuple(sorted(some, key=lambda run: run.setting("seed", 0))) for some in together.values()]
+    names = _names([some[0] for some in members])
+    groups = [Group(name, some) for name, some in zip(names, members, strict=True)]
+    return sorted(
+        groups, key=lambda group: (group.dataset, str(group.setting("model.name")), _numbers_first(group.name))
+    )
+
+
+def _numbers_first(text: str) -> list[tuple[bool, float, str]]:
+    """A key that sorts ``k=10`` after ``k=9``."""
+    parts = []
+    for part in text.replace("=", " ").replace(",", " ").split():
+        try:
+            parts.append((False, float(part), ""))
+        except ValueError:
+            parts.append((True, 0.0, part))
+    return parts
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """A name for each run from the settings that tell it apart."""
+    flat = [flat_settings(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for settings in flat for key in settings if key != "seed"))
+    differing = [key for key in keys if len({shown(settings.get(key)) for settings in flat}) > 1]
+    derived = {follower for key in differing for follower in _FOLLOWS.get(key, ())}
+    names = []
+    for settings in flat:
+        removed = [key.rpartition(".")[2] for key in _RELATIONS if key in differing and settings.get(key) is False]
+        parts = [str(settings.get("model.name"))] if "model.name" in differing else []
+        parts += [f"w/o {ABLATIONS['no_' + name].removeprefix('w/o ')}" for name in removed]
+        parts += [
+            f"{key.rpartition('.')[2]}={shown(settings[key])}"
+            for key in differing
+            if key in settings and key not in (*_RELATIONS, *derived, "model.name") and not key.startswith("dataset.")
+        ]
+        names.append(", ".join(parts) or str(settings.get("model.name")))
+    return names
+
+
+def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
+    """Groups that differ only in the settings ``studied`` (and what follows from them), two or more of them."""
+    together: dict[str, list[Group]] = {}
+    left_out = {"seed", *studied, *(follower for key in studied for follower in _FOLLOWS.get(key, ()))}
+    for group in groups:
+        if any(group.setting(key) is None for key in studied):
+            continue
+        settings = {key: v for key, v in flat_settings(group.runs[0].config).items() if key not in left_out}
+        together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(group)
+    return [some for some in together.values() if len(some) > 1]
+
+
+def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:
+    """Full models and their ablations, in the order of :data:`ABLATIONS`."""
+    order = list(ABLATIONS)
+    found = []
+    for family in families(groups, *_RELATIONS):
+        known = [group for group in family if group.ablation is not None]
+        if len(known) > 1 and any(group.ablation == "full" for group in known):
+            found.append(sorted(known, key=lambda group: order.index(str(group.ablation))))
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean ± sample standard deviation; of one value, the value."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def paired(group: Group, other: Group, metric: str) -> list[float]:
+    """Differences ``other - group`` of a metric over the seeds that both have."""
+    a, b = group.values(metric), other.values(metric)
+    return [b[seed] - a[seed] for seed in a if seed in b]

@@ -1,0 +1,375 @@
+"""A report of runs: one HTML page that needs no other file, the same as Markdown, and its figures as PNG and SVG."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.resources
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from PIL import Image
+
+from gm_mlic._version import __version__
+from gm_mlic.reporting import figures
+from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
+from gm_mlic.reporting.pictures import LabelBox, picture_grid
+from gm_mlic.reporting.runs import shown
+from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, varying
+
+log = logging.getLogger(__name__)
+
+ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+METRICS = ("mAP", *ALL, *(f"top3/{name}" for name in ALL))
+_CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution blocks"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column is text, the others are numbers, ``strong`` rows stand out."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure's file, beside the page, and what it shows."""
+
+    title: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title, text: for people.
+        items: tables and pictures.
+        groups: whose runs they are made of; their commands, settings and seeds stand below.
+    """
+
+    title: str
+    text: str
+    items: Sequence[Table | Picture]
+    groups: Sequence[Group] = field(default_factory=tuple)
+
+
+def write_report(runs: Sequence[Run], out: Path) -> Path:
+    """Write ``report.html``, ``report.md`` and the figures into ``out``.
+
+    Sections appear where there is something to show: metrics and the paper's (Tables 1 to 3), ablation (Table 4), m and
+    k (Figure 4), photos (Figure 3), label states (Figure 5), training curves, and what is not finished.
+
+    Args:
+        runs: of one or more studies; those that differ only in the seed are put together.
+        out: a folder; it is made.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        RunFolderError: if no run is finished.
+    """
+    finished = [run for run in runs if run.result is not None]
+    if not finished:
+        states = ", ".join(f"{run.path.name} {run.state}" for run in runs[:5])
+        raise RunFolderError(f"None of {len(runs)} runs is finished ({states}): run their commands again, then report.")
+    out.mkdir(parents=True, exist_ok=True)
+    groups = group_runs(finished)
+    paper = read_paper()
+    sections: list[Section] = []
+    for dataset in dict.fromkeys(group.dataset for group in groups):
+        sections += _metrics(dataset, [g for g in groups if g.dataset == dataset], paper.get(dataset, {}))
+    sections += _ablations(groups, paper)
+    sections += _sweeps(groups, out)
+    best = max(groups, key=_best_val)
+    for make in (_photos, _label_states):
+        sections += make(best, out)
+    picture = figures.save(figures.draw_training(groups), out, "training")
+    sections.append(
+        Section("Training", "One line for each run.", [Picture("Loss and val mAP by epoch", picture)], groups)
+    )
+    sections += _unfinished([run for run in runs if run.result is None])
+    title = "GM-MLIC: " + ", ".join(dict.fromkeys(group.dataset for group in groups))
+    _write(out / "report.md", _markdown(title, sections))
+    _write(out / "report.html", _page(title, sections, out))
+    return out / "report.html"
+
+
+def read_paper() -> dict[str, Any]:
+    """The paper's numbers, by dataset: ``paper.yaml``."""
+    text = importlib.resources.files("gm_mlic.reporting").joinpath("paper.yaml").read_text()
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
+
+
+def _best_val(group: Group) -> float:
+    values = group.values("mAP", "val").values()
+    return sum(values) / len(values) if values else -1.0
+
+
+# Sections
+
+
+def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:
+    """Tables 2 and 3 (all and top-3), and Table 1 (AP of each label)."""
+    theirs = paper.get("test", {})
+
+    def row(group: Group, names: Sequence[str]) -> list[str]:
+        cells = [spread(list(group.values(name).values())) for name in names]
+        return [group.name, str(len(group.runs)), *cells]
+
+    items: list[Table | Picture] = []
+    for title, names in (("All labels", ("mAP", *ALL)), ("Top 3 labels", tuple(f"top3/{name}" for name in ALL))):
+        rows = [row(group, names) for group in groups]
+        strong: frozenset[int] = frozenset()
+        if any(name in theirs for name in names):
+            strong = frozenset({len(rows)})
+            rows.append([f"paper, {paper['table']}", "", *(_number(theirs.get(name)) for name in names)])
+        head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
+        items.append(Table(f"{title}, %", head, rows, strong))
+    if theirs:
+        best = max(groups, key=_best_val)
+        items.append(_beside_the_paper(best, theirs, str(paper["table"])))
+    text = "Mean ± sample standard deviation over seeds, on the test split; epochs are chosen on val."
+    yield Section(f"Metrics on {dataset}", text, items, groups)
+    yield _label_table(dataset, groups, paper)
+
+
+def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> Table:
+    rows = []
+    for name in METRICS:
+        values = list(group.values(name).values())
+        if name in theirs and values:
+            ours = sum(values) / len(values)
+            rows.append([name, spread(values), _number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
+    return Table(f"Ours beside the paper's {table}: {group.name}", ["", "ours", "paper", "ours - paper"], rows)
+
+
+def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
+    theirs = paper.get("AP", {})
+    shown_groups = sorted(groups, key=_best_val, reverse=True)[:6]
+    labels = list((shown_groups[0].runs[0].result or {})["test"]["AP"])
+    rows = []
+    for label in labels:
+        cells = []
+        for group in shown_groups:
+            values = [(run.result or {})["test"]["AP"].get(label) for run in group.runs]
+            cells.append(spread([float(value) for value in values if value is not None]))
+        rows.append([label, *cells, *([_number(theirs.get(label))] if theirs else [])])
+    head = ["", *(group.name for group in shown_groups), *(["paper, Table 1"] if theirs else [])]
+    left_out = len(groups) - len(shown_groups)
+    text = "Labels that no test image has are marked with -."
+    if left_out:
+        text += f" The {len(shown_groups)} best on val; {left_out} more are in the tables above."
+    return Section(f"AP of each label on {dataset}", text, [Table("AP, %", head, rows)], shown_groups)
+
+
+def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:
+    """Table 4."""
+    found = ablation_families(groups)
+    for family in found:
+        full = family[0]
+        theirs = paper.get(full.dataset, {}).get("ablation", {})
+        measure = "mAP" if "mAP" in theirs.get("full", {"mAP": 0}) else "CF1"
+        rows = []
+        for group in family:
+            cells = [spread(list(group.values(name).values())) for name in ("mAP", "CF1", "OF1")]
+            lost = paired(group, full, "mAP") if group is not full else []
+            row = [ABLATIONS[str(group.ablation)], str(len(group.runs)), *cells, spread(lost) if lost else ""]
+            if theirs:
+                row.append(_number(theirs[str(group.ablation)].get(measure)))
+            rows.append(row)
+        head = ["", "runs", "mAP", "CF1", "OF1", "full - this, mAP", *([f"paper, {measure}"] if theirs else [])]
+        name = f"Ablation on {full.dataset}" + (f": {_common(family)}" if len(found) > 1 else "")
+        text = (
+            "What each edge type is worth (the paper's Table 4): without label graph (Gl), instance graph (Go), or "
+            "states on the instance-label matching edges. Differences are paired: between runs of the same seed."
+        )
+        yield Section(name, text, [Table("Ablation, %", head, rows, frozenset({0}))], family)
+
+
+def _common(family: Sequence[Group]) -> str:
+    """The part of the groups' names that they share."""
+    parts = [set(group.name.split(", ")) for group in family]
+    shared = set.intersection(*parts)
+    return ", ".join(part for part in family[0].name.split(", ") if part in shared) or family[0].name
+
+
+def _sweeps(groups: Sequence[Group], out: Path) -> Iterator[Section]:
+    """Figure 4."""
+    for key, label in _CURVES.items():
+        found = families(groups, key)
+        if not found:
+            continue
+        short = key.rpartition(".")[2]
+        file = figures.save(figures.draw_sweep(found, key, label), out, f"sweep_{short}")
+        used = [group for family in found for group in family]
+        text = f"The paper's Figure 4 for {label}: mean over seeds, the band is one standard deviation."
+        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file)], used)
+
+
+def _photos(group: Group, out: Path) -> Iterator[Section]:
+    """Figure 3."""
+    run = next((run for run in group.runs if (run.path / EXAMPLES / "examples.json").is_file()), None)
+    if run is None:
+        return
+    folder = run.path / EXAMPLES
+    panels = []
+    for example in json.loads((folder / "examples.json").read_text()):
+        with Image.open(folder / Path(example["file"]).name) as image:
+            best = [LabelBox(e["label"], e["score"], tuple(e["box"]), e["kind"]) for e in example["top"][:3]]
+            panels.append((image.convert("RGB"), best))
+    if not panels:
+        return
+    picture_grid(out / "photos.png", panels, f"{group.name}: top 3 labels, and the box that won each")
+    text = f"As the paper's Figure 3, from {run.path}: the first test photos, not chosen ones."
+    yield Section(
+        "Photos", text, [Picture("Top 3 labels and winning boxes", "photos.png")], [Group(group.name, (run,))]
+    )
+
+
+def _label_states(group: Group, out: Path) -> Iterator[Section]:
+    """Figure 5."""
+    run = next((run for run in group.runs if (run.path / LABEL_STATES).is_file()), None)
+    if run is None:
+        return
+    with np.load(run.path / LABEL_STATES) as content:
+        labels = [str(name) for name in content["labels"]]
+        states = {"label vectors (input)": content["input"], "label states after the last block": content["states"]}
+    if len(labels) < 4:
+        return
+    try:
+        file = figures.save(figures.draw_label_map(labels, states), out, "label_map")
+    except ImportError:
+        log.warning("No map of label states: it needs scikit-learn (pip install 'gm-mlic[report]').")
+        return
+    text = "As the paper's Figure 5: labels that the network treats alike stand together (t-SNE, cosine distance)."
+    yield Section("Learnt label states", text, [Picture("Map of labels", file)], [Group(group.name, (run,))])
+
+
+def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
+    if runs:
+        keys = varying(runs)
+        rows = [
+            [str(run.path), run.state, ", ".join(f"{key}={shown(run.setting(key))}" for key in keys), run.error or ""]
+            for run in runs
+        ]
+        text = "These runs are in none of the tables. The command of each goes on where it stopped."
+        table = Table("", ["run", "state", "settings", "error"], rows)
+        yield Section("Not finished", text, [table])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+# How it was made
+
+
+def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """What stands under each table: names and values."""
+    runs = [run for group in groups for run in group.runs]
+    results = [run.result or {} for run in runs]
+
+    def all_of(values: Sequence[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(value) for value in values))
+
+    weights = [
+        f"{r['detector']['name']} ({shown(run.setting('detector.weights'))})"
+        for run, r in zip(runs, results, strict=True)
+    ]
+    facts = [
+        ("seeds", all_of(sorted({int(run.setting("seed", 0)) for run in runs}))),
+        ("metric convention", all_of([result["preset"] for result in results])),
+        ("detector (weights)", all_of(weights)),
+        (
+            "images",
+            all_of([", ".join(f"{n} {s}" for s, n in result["dataset"]["sizes"].items()) for result in results]),
+        ),
+        ("versions", all_of([", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results])),
+        ("revision", all_of([result["revision"] for result in results])),
+    ]
+    commands = list(dict.fromkeys(result["command"] for result in results))
+    shown_commands = commands[:20] + ([f"... and {len(commands) - 20} more"] if len(commands) > 20 else [])
+    return [*facts, ("commands" if len(commands) > 1 else "command", "\n".join(shown_commands))]
+
+
+# Markdown
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {_md(title)}", "", f"Made by gm-mlic {__version__}.", ""]
+    for section in sections:
+        lines += [f"## {_md(section.title)}", "", _md(section.text), ""]
+        for item in section.items:
+            if isinstance(item, Picture):
+                lines += [f"![{_md(item.title)}]({item.file})", ""]
+                continue
+            if item.title:
+                lines += [f"**{_md(item.title)}**", ""]
+            lines.append("| " + " | ".join(map(_md, item.head)) + " |")
+            lines.append("| --- |" + " ---: |" * (len(item.head) - 1))
+            lines += ["| " + " | ".join(map(_md, row)) + " |" for row in item.rows] + [""]
+        if section.groups:
+            for name, value in made_by(section.groups):
+                if name.startswith("command"):
+                    lines += [f"- {name}:", "", *(f"      {line}" for line in value.splitlines())]
+                else:
+                    lines.append(f"- {name}: {_md(value)}")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _md(text: str) -> str:
+    """Text that Markdown (and the HTML it may hold) leaves as it is, in one line."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    for mark in ("\\", "|", "*", "_", "`", "[", "]"):
+        plain = plain.replace(mark, f"\\{mark}")
+    return plain
+
+
+# HTML
+
+
+def _page(title: str, sections: Sequence[Section], out: Path) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = importlib.resources.files("gm_mlic.reporting").joinpath("report.html.jinja").read_text()
+    inline: Callable[[str], str] = lambda file: _data_uri(out / file)  # noqa: E731 - a filter
+    return environment.from_string(template).render(
+        title=title,
+        sections=sections,
+        version=__version__,
+        made_by=made_by,
+        inline=inline,
+        is_picture=lambda item: isinstance(item, Picture),
+    )
+
+
+def _data_uri(path: Path) -> str:
+    """A picture as an address that holds it."""
+    if path.name == "photos.png":  # photos as JPEG: a tenth of the size
+        import io
+
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.convert("RGB").save(buffer, "JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
