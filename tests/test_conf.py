@@ -58,7 +58,9 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
-@pytest.mark.parametrize("command", ["train", "extract", "train_detector", "dataset", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train", "extract", "train_detector", "dataset", "runs", "report", "dashboard", "bench", "demo"]
+)
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"

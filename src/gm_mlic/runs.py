@@ -198,7 +198,7 @@ class RunState:
     """
 
     def __init__(self, path: Path, command: str, sweep: str | None = None) -> None:
-        self.path = path
+        self.path, self.command = path, command
         self._lock = FileLock(path / _LOCK)
         self._begun = False
         self._content: dict[str, Any] = {

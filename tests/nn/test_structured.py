@@ -191,13 +191,14 @@ def test_one_compilation_for_batches_of_every_size() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_compiled_equals_eager(fusion: str) -> None:
-    """The real compiler (it needs a C++ compiler), outputs and gradients."""
-    case = plain_case()
+def test_compiled_equals_eager(fusion: str, recompute: bool) -> None:
+    """The real compiler (it needs a C++ compiler), outputs and gradients, as the trainer calls it."""
+    case = plain_case(counts=[6, 2, 1])
     case["net"]["fusion"] = fusion
-    net, batch = network(case), AssignmentBatch.from_data(graphs(case))
+    net, batch = network(case, recompute=recompute), AssignmentBatch.from_data(graphs(case))
     eager = outputs_and_gradients(net, batch)
     torch._dynamo.reset()
-    net.compile(fullgraph=True)
+    net.compile(fullgraph=True, dynamic=True)
     assert_equal(outputs_and_gradients(net, batch), eager)

@@ -193,6 +193,7 @@ def compare(
         tell(f"{case.name}: {name}, first run")
         run = runs[name] = Execution(case, name, device)
         if name == "compiled":
+            torch.compiler.reset()  # after some cases the compiler would give up on code that it knows in other sizes
             run.forward()
             run.train()  # compiles; what the compiler itself allocates is not the step's
         rows[name] = {"memory": peak_bytes(run.train, device)}

@@ -6,6 +6,7 @@ Settings are checked before torch is imported, so that a wrong one is answered a
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +86,9 @@ def train(config: DictConfig) -> float:
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
-    result = training.train(config, _sweep(config))
+    # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else.
+    command = shlex.join(["gm-mlic", "train", *HydraConfig.get().overrides.task])
+    result = training.train(config, _sweep(config), command)
     print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
     log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
@@ -198,6 +201,13 @@ def report(config: DictConfig) -> None:
     print(f"report: {page} ({finished} of {len(runs)} runs are finished)")
 
 
+def dashboard(config: DictConfig) -> None:
+    """``gm-mlic dashboard``."""
+    from gm_mlic.cli.dashboard import dashboard as start
+
+    start(config)
+
+
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
     check(config)
@@ -250,5 +260,6 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "bench": bench,
     "runs": runs,
     "report": report,
+    "dashboard": dashboard,
     "demo": demo,
 }

@@ -25,6 +25,7 @@ COMMANDS = {
     "train-detector": "train a detector on a dataset that has boxes",
     "runs": "list runs with their state, what they differ in, and their mAP",
     "report": "write tables and figures of runs, beside the paper's, as one page",
+    "dashboard": "make a W&B workspace for runs logged with logger=wandb",
     "bench": "measure the structured execution against plain message passing",
 }
 

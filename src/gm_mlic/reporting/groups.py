@@ -90,23 +90,30 @@ def _numbers_first(text: str) -> list[tuple[bool, float, str]]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run from the settings that tell it apart."""
+    """A name for each run: its model, if there are several, and the settings that tell it from others of that model."""
     flat = [flat_settings(run.config) for run in runs]
-    keys = list(dict.fromkeys(key for settings in flat for key in settings if key != "seed"))
-    differing = [key for key in keys if len({shown(settings.get(key)) for settings in flat}) > 1]
-    derived = {follower for key in differing for follower in _FOLLOWS.get(key, ())}
+    several = len({settings.get("model.name") for settings in flat}) > 1
     names = []
     for settings in flat:
-        removed = [key.rpartition(".")[2] for key in _RELATIONS if key in differing and settings.get(key) is False]
-        parts = [str(settings.get("model.name"))] if "model.name" in differing else []
-        parts += [f"w/o {ABLATIONS['no_' + name].removeprefix('w/o ')}" for name in removed]
+        model = settings.get("model.name")
+        same = [other for other in flat if other.get("model.name") == model]
+        keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
+        differing = [key for key in keys if len({shown(other.get(key)) for other in same}) > 1]
+        silent = {*_RELATIONS, *(follower for key in differing for follower in _FOLLOWS.get(key, ()))}
+        removed = [key for key in _RELATIONS if key in differing and settings.get(key) is False]
+        parts = [str(model)] if several else []
+        parts += [ABLATIONS[f"no_{key.rpartition('.')[2]}"] for key in removed]
         parts += [
-            f"{key.rpartition('.')[2]}={shown(settings[key])}"
+            f"{key.rpartition('.')[2]}={_short(settings[key])}"
             for key in differing
-            if key in settings and key not in (*_RELATIONS, *derived, "model.name") and not key.startswith("dataset.")
+            if key in settings and key not in silent and not key.startswith("dataset.")
         ]
-        names.append(", ".join(parts) or str(settings.get("model.name")))
+        names.append(", ".join(parts) or ("full" if set(_RELATIONS) & set(differing) else str(model)))
     return names
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else shown(value)
 
 
 def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:

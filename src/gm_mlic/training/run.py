@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import json
 import logging
+import shlex
 import subprocess
 import sys
 import warnings
@@ -60,7 +61,7 @@ class SplitData:
         return {} if self.online is None else dict.fromkeys(self.online.unreadable, "unreadable")
 
 
-def train(config: DictConfig, sweep: str | None = None) -> dict[str, Any]:
+def train(config: DictConfig, sweep: str | None = None, command: str | None = None) -> dict[str, Any]:
     """Train as ``config`` says, or go on where an earlier call with the same ``run_dir`` stopped.
 
     Builds missing instance stores, trains, chooses the epoch with the best val mAP and tests it.
@@ -68,6 +69,7 @@ def train(config: DictConfig, sweep: str | None = None) -> dict[str, Any]:
     Args:
         config: the composed config of ``conf/train.yaml``.
         sweep: the folder of the multirun that this run belongs to.
+        command: that makes this run again, for the record; default: that of this process.
 
     Returns:
         What ``metrics.json`` holds: test metrics (all, top-3, AP per label), best validation, epoch, sizes, versions.
@@ -77,7 +79,7 @@ def train(config: DictConfig, sweep: str | None = None) -> dict[str, Any]:
     """
     check(config)
     run_dir = Path(config.run_dir)
-    with RunState(run_dir, " ".join(sys.argv), sweep) as state:
+    with RunState(run_dir, command or shlex.join(sys.argv), sweep) as state:
         return _train(config, run_dir, state, sweep)
 
 
@@ -108,7 +110,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         best = run_dir / "checkpoints" / "best.ckpt"
         tested = _test(config, best, data["test"], extractor)
         tested.write(run_dir, datasets["test"], module.description)
-        result = _summary(config, run_dir, module, data, tested.values)
+        result = _summary(config, run_dir, module, data, tested.values) | {"command": state.command}
         tracker.log_result(result)
         write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
@@ -262,9 +264,13 @@ def _fit(
         if _stopped_early(content) or first_epoch >= config.trainer.max_epochs:
             return
         log.info("continuing %s after epoch %d", run_dir, first_epoch)
-    loaders = GraphData(splits, config.trainer.batch_size, config.seed, config.trainer.num_workers, first_epoch)
+    workers = config.trainer.num_workers
+    if workers is None:
+        workers = 2 if build.device(config.trainer.accelerator) == "cuda" else 0
+    loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first_epoch)
     if config.trainer.compile:
-        module.model.compile()  # in place, so that names in checkpoints stay as they are
+        # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
+        module.model.compile(dynamic=True)
     try:
         trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
@@ -414,7 +420,6 @@ def _summary(
             },
         },
         "revision": _revision(),
-        "command": " ".join(sys.argv),
     }
 
 

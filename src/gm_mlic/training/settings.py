@@ -157,7 +157,7 @@ RULES: Mapping[str, Rule] = {
     "optimizer.warmup": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "trainer.max_epochs": _whole(1),
     "trainer.batch_size": _whole(1),
-    "trainer.num_workers": _whole(0),
+    "trainer.num_workers": _or_null(_whole(0)),
     "trainer.compile": _YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),

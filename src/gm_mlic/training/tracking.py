@@ -84,7 +84,7 @@ class Tracker:
             "name": self.run_dir.name,
             "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
             "dir": str(self.run_dir),
-            "config": {**_container(self.config), "revision": self.revision},
+            "config": {**_container(self.config), "ablation": _ablation(self.config), "revision": self.revision},
             "id": identity.read_text().strip() if identity.is_file() else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
@@ -175,6 +175,12 @@ def _container(config: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(config, resolve=True)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items() if key != "logger"}
+
+
+def _ablation(config: DictConfig) -> str:
+    """``full``, or which relations of the model are left out, as in ``conf/ablation``: to group runs by."""
+    relations = ("label_graph", "instance_graph", "matching_edges")
+    return "+".join(f"no_{name}" for name in relations if config.model.get(name) is False) or "full"
 
 
 def _metric_names() -> list[str]:

@@ -1,0 +1,126 @@
+"""``gm-mlic dashboard``: the W&B workspace for runs that were logged with ``logger=wandb``."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.runs import write_atomically
+
+_F1 = ("val/CF1", "val/OF1")
+
+
+def build_workspace(entity: str, project: str) -> Any:
+    """The workspace: curves, sweeps over m and k, ablations, labels, photos.
+
+    Panels read the names under which :mod:`gm_mlic.training.tracking` logs, so they fill as runs come in.
+
+    Raises:
+        ConfigError: if wandb-workspaces is not installed.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as wr
+        import wandb_workspaces.workspaces as ws
+    except ImportError as error:
+        raise ConfigError("The dashboard needs wandb-workspaces: pip install 'gm-mlic[wandb]'.") from error
+
+    def sweep(key: str, title: str) -> Any:
+        return wr.ScatterPlot(title=title, x=wr.Config(key), y=wr.SummaryMetric("test/mAP"), regression=False)
+
+    columns = [
+        wr.Config("graph.m"), wr.Config("model.k"), wr.Config("model.fusion"), wr.Config("ablation"),
+        wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP"), wr.SummaryMetric("test/mAP"),
+    ]  # fmt: skip
+    by_ablation = {"groupby": wr.Config("ablation"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    sections = [
+        ws.Section(
+            name="Training",
+            panels=[
+                wr.LinePlot(title="val mAP", x="epoch", y=["val/mAP"]),
+                wr.LinePlot(title="loss", x="epoch", y=["train/loss", "val/loss"]),
+                wr.LinePlot(title="val CF1 and OF1", x="epoch", y=list(_F1)),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Sweeps",
+            panels=[
+                sweep("graph.m", "test mAP by m"),
+                sweep("model.k", "test mAP by k"),
+                wr.ParallelCoordinatesPlot(
+                    title="settings and mAP", columns=[wr.ParallelCoordinatesPlotColumn(metric=c) for c in columns]
+                ),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Ablation",
+            panels=[
+                wr.BarPlot(title="test mAP", metrics=["test/mAP"], **by_ablation),
+                wr.BarPlot(title="test CF1", metrics=["test/CF1"], **by_ablation),
+            ],
+            is_open=True,
+        ),
+        ws.Section(
+            name="Labels and photos",
+            panels=[
+                wr.WeavePanelSummaryTable(table_name="test/AP"),
+                wr.WeavePanelSummaryTable(table_name="test/photos"),
+            ],
+            is_open=True,
+        ),
+    ]
+    return ws.Workspace(entity=entity, project=project, name="GM-MLIC", sections=sections)
+
+
+def dashboard(config: DictConfig) -> None:
+    """Save the workspace at W&B if somebody is logged in, else write its definition to ``config.out``."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("The dashboard needs W&B: pip install 'gm-mlic[wandb]'.") from error
+    offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
+    entity = config.entity
+    if (not offline and os.environ.get("WANDB_API_KEY")) or _is_logged_in(wandb):
+        try:
+            api = wandb.Api(timeout=20)
+            entity = entity or api.default_entity
+            workspace = build_workspace(entity, config.project).save()
+        except Exception as error:  # W&B raises whatever its HTTP library does
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(
+                f"W&B did not take the workspace ({why}): check the connection, entity and project; with "
+                "WANDB_MODE=offline its definition is written to a file."
+            ) from error
+        print(f"dashboard: {workspace.url}")
+        return
+    out = Path(config.out)
+    workspace = build_workspace(entity or "ENTITY", config.project)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(content, indent=2) + "\n")
+    print(
+        f"dashboard: definition in {out}; nobody is logged in to W&B: `wandb login`, then this command saves it there."
+    )
+
+
+def _is_logged_in(wandb: Any) -> bool:
+    """Whether ``wandb login`` has left a key (in the netrc file) for the server in use."""
+    import netrc
+
+    host = str(wandb.setup().settings.base_url).split("//")[-1].split("/")[0].split(":")[0]
+    for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
+        if path and Path(path).is_file():
+            try:
+                return netrc.netrc(str(path)).authenticators(host) is not None
+            except (netrc.NetrcParseError, OSError):
+                return False
+    return False

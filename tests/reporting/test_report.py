@@ -1,0 +1,278 @@
+"""Reports of run folders, made by hand in the form that training writes, read back and opened in a browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from gm_mlic.reporting.groups import ablation_families, families, group_runs, paired, spread
+from gm_mlic.reporting.report import METRICS, read_paper, write_report
+from gm_mlic.runs import Run, RunFolderError, find_runs
+
+Study = Callable[..., Path]
+LABELS = ["aeroplane", "bicycle", "<script>alert(1)</script>", 'a|b*"c"', "電車", "person"]
+
+
+def write_run(path: Path, *, finished: bool = True, mAP: float = 80.0, seed: int = 0, **changes: Any) -> Path:
+    """A run folder; ``changes`` are dotted settings with ``__`` for the dot."""
+    config: dict[str, Any] = {
+        "seed": seed, "run_dir": str(path), "dataset": {"name": "scenes"}, "detector": {"weights": None},
+        "graph": {"m": 10}, "trainer": {"max_epochs": 2},
+        "model": {"name": "gm_mlic", "k": 2, "widths": [64, 64], "fusion": "product", "label_graph": True,
+                  "instance_graph": True, "matching_edges": True},
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    (path / "metrics.csv").write_text("epoch,train/loss,val/mAP\n1,0.5,60\n2,0.3,70\n")
+    if not finished:
+        state = {"state": "failed", "error": "The loss is <b>not finite</b>"}
+        (path / "state.json").write_text(json.dumps(state))
+        return path
+    test = {name: mAP - number for number, name in enumerate(METRICS)}
+    result = {
+        "test": test | {"AP": {name: mAP + c if c else None for c, name in enumerate(LABELS)}},
+        "val": {"mAP": mAP + 1}, "best_epoch": 2, "epochs": 2, "seed": seed, "preset": "mlgcn",
+        "dataset": {"name": config["dataset"]["name"], "labels": 6, "sizes": {"train": 3, "val": 2, "test": 2}},
+        "detector": {"name": "scenes_tiny", "fingerprint": "0"}, "versions": {"gm-mlic": "0.1.0"}, "revision": "abc",
+        "command": f"gm-mlic train seed={seed} 'x=<b>'",
+    }  # fmt: skip
+    (path / "metrics.json").write_text(json.dumps(result))
+    (path / "examples").mkdir()
+    Image.new("RGB", (96, 64), (200, 180, 40)).save(path / "examples" / "00.jpg")
+    top = [{"label": name, "score": 0.9, "box": [0.1, 0.1, 0.6, 0.8], "kind": "right"} for name in LABELS[:3]]
+    example = {"id": "../../x", "file": "00.jpg", "width": 96, "height": 64, "targets": LABELS[:1], "top": top}
+    (path / "examples" / "examples.json").write_text(json.dumps([example]))
+    rng = np.random.default_rng(seed)
+    states = {"states": rng.normal(size=(len(LABELS), 8)), "input": rng.normal(size=(len(LABELS), 5))}
+    np.savez(path / "label_states.npz", labels=np.array(LABELS), **states)
+    return path
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ablations and a sweep over m, three seeds each, a baseline, one failed run."""
+    root = tmp_path_factory.mktemp("study")
+    for seed in range(3):
+        write_run(root / f"full-{seed}", seed=seed, mAP=90 + seed)
+        write_run(root / f"gl-{seed}", seed=seed, mAP=85 + seed, model__label_graph=False)
+        write_run(root / f"go-{seed}", seed=seed, mAP=80 + 2 * seed, model__instance_graph=False)
+        write_run(root / f"ilm-{seed}", seed=seed, mAP=70, model__matching_edges=False)
+        write_run(root / f"m5-{seed}", seed=seed, mAP=60 + seed, graph__m=5)
+    mil = write_run(root / "mil", mAP=50)
+    config = yaml.safe_load((mil / "config.yaml").read_text())
+    config["model"] = {"name": "mil_max", "width": 64}
+    (mil / "config.yaml").write_text(yaml.safe_dump(config))
+    write_run(root / "failed", finished=False, seed=9)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(study: Path) -> Path:
+    return write_report(find_runs([study]), study / "report")
+
+
+def runs(study: Path) -> list[Run]:
+    return [run for run in find_runs([study]) if run.result is not None]
+
+
+# Groups
+
+
+def test_runs_that_differ_in_the_seed_are_one_group(study: Path) -> None:
+    groups = group_runs(runs(study))
+    assert sorted(len(group.runs) for group in groups) == [1, 3, 3, 3, 3, 3]
+    full = next(group for group in groups if group.ablation == "full" and group.setting("graph.m") == 10)
+    assert full.values("mAP") == {0: 90.0, 1: 91.0, 2: 92.0}
+    assert len({group.name for group in groups}) == len(groups)
+    assert [group.name for group in groups if group.setting("model.name") == "mil_max"] == ["mil_max"]
+
+
+def test_ablations_stand_beside_their_own_full_model(study: Path) -> None:
+    (family,) = ablation_families(group_runs(runs(study)))
+    assert [group.ablation for group in family] == [
+        "full", "no_label_graph", "no_instance_graph", "no_matching_edges"
+    ]  # fmt: skip
+    assert {group.setting("graph.m") for group in family} == {10}
+    assert paired(family[2], family[0], "mAP") == [10, 9, 8]
+
+
+def test_a_sweep_is_a_family(study: Path) -> None:
+    (family,) = families(group_runs(runs(study)), "graph.m")
+    assert sorted(group.setting("graph.m") for group in family) == [5, 10]
+    assert {group.ablation for group in family} == {"full"}
+    assert families(group_runs(runs(study)), "model.k") == []
+
+
+def test_what_follows_from_the_studied_setting_does_not_tell_runs_apart(tmp_path: Path) -> None:
+    for k in (1, 2, 3):
+        write_run(tmp_path / str(k), model__k=k, model__widths=[64] * k)
+    (family,) = families(group_runs(runs(tmp_path)), "model.k")
+    assert [group.name for group in family] == ["k=1", "k=2", "k=3"]
+
+
+def test_spread() -> None:
+    assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert spread([1.25], 2) == "1.25"
+    assert spread([]) == "-"
+
+
+# The page
+
+
+class Reader(HTMLParser):
+    """Text and tags of a page; fails on anything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data.strip())
+
+
+def read(page: Path) -> Reader:
+    reader = Reader()
+    reader.feed(page.read_text())
+    return reader
+
+
+def test_the_page_has_a_section_for_all_there_is(page: Path) -> None:
+    text = page.read_text()
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        "Metrics on scenes", "AP of each label on scenes", "Ablation on scenes", "How much m matters", "Photos",
+        "Learnt label states", "Training", "Not finished",
+    ]  # fmt: skip
+    assert "paper" not in read(page).text  # scenes are not in it
+
+
+def test_the_page_needs_no_other_file(page: Path) -> None:
+    reader = read(page)
+    assert all(source.startswith(("data:", "#")) for source in reader.sources)
+    assert len([s for s in reader.sources if s.startswith("data:image/")]) == 4
+
+
+def test_labels_and_errors_are_text_not_markup(page: Path) -> None:
+    reader = read(page)
+    assert "script" not in reader.tags
+    assert "b" not in reader.tags
+    assert "<script>alert(1)</script>" in reader.text
+    assert "The loss is <b>not finite</b>" in reader.text
+    markdown = (page.parent / "report.md").read_text()
+    assert "<script>" not in markdown
+    assert r"a\|b\*" in markdown
+
+
+def test_numbers_of_the_ablation_table(page: Path) -> None:
+    cells = read(page).text
+    row = cells.index("w/o Go")
+    values = [cell for cell in cells[row + 1 : row + 12] if cell]
+    # CF1 is the fourth of METRICS, OF1 the seventh: test metrics fall by one from each to the next.
+    assert values[:5] == ["3", "82.0 ± 2.0", "79.0 ± 2.0", "76.0 ± 2.0", "9.0 ± 1.0"]
+
+
+def test_how_it_was_made_stands_below(page: Path) -> None:
+    text = read(page).text
+    for words in ("0, 1, 2", "mlgcn", "scenes_tiny (null)", "3 train, 2 val, 2 test"):
+        assert words in text
+    assert any("gm-mlic train seed=0 'x=<b>'" in part for part in text)
+
+
+def test_figures_are_written_as_png_and_svg(page: Path) -> None:
+    names = {path.name for path in page.parent.iterdir()}
+    assert {f"{name}.{kind}" for name in ("sweep_m", "training", "label_map") for kind in ("png", "svg")} <= names
+    for name in ("sweep_m.png", "training.png", "label_map.png", "photos.png"):
+        with Image.open(page.parent / name) as image:
+            assert image.width > 300
+
+
+def test_markdown_tables_are_whole(page: Path) -> None:
+    lines = (page.parent / "report.md").read_text().splitlines()
+    widths = [len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0 for line in lines]
+    assert all(a == b for a, b in itertools.pairwise(widths) if a and b)
+
+
+def test_beside_the_paper(tmp_path: Path) -> None:
+    for name, removed in (("full", None), ("no_label_graph", "model__label_graph")):
+        for seed in (0, 1):
+            changes = {"dataset__name": "voc2007"} | ({removed: False} if removed else {})
+            write_run(tmp_path / f"{name}-{seed}", seed=seed, mAP=94.0 + seed, **changes)
+    cells = [cell for cell in read(write_report(runs(tmp_path), tmp_path / "out")).text if cell]
+    start = cells.index("ours - paper")
+    assert cells[start + 1 : start + 5] == ["mAP", "94.5 ± 0.7", "94.7", "-0.2"]
+    assert "99.4" in cells[cells.index("aeroplane") :][:4]
+    row = cells.index("w/o Gl", cells.index("Ablation, %"))
+    assert cells[row + 1 : row + 7][-1] == "92.8"
+
+
+def test_the_papers_numbers_are_those_it_prints() -> None:
+    paper = read_paper()
+    assert len(paper["voc2007"]["AP"]) == 20
+    assert paper["coco2014"]["test"]["mAP"] == 84.3
+    assert set(paper["coco2014"]["test"]) == set(METRICS)
+    assert paper["nuswide"]["test"]["OF1"] == 74.1
+
+
+def test_nothing_finished_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", finished=False)
+    with pytest.raises(RunFolderError, match=r"None of 1 runs is finished \(a failed\)"):
+        write_report(find_runs([tmp_path]), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_one_plain_run(tmp_path: Path) -> None:
+    """Without examples, states, ablation, or others to compare with."""
+    run = write_run(tmp_path / "a")
+    shutil.rmtree(run / "examples")
+    (run / "label_states.npz").unlink()
+    headings = re.findall(r"<h2>(.*?)</h2>", write_report(runs(tmp_path), tmp_path / "out").read_text())
+    assert headings == ["Metrics on scenes", "AP of each label on scenes", "Training"]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
+    """No script runs, nothing is fetched, and the page is no wider than the window, though tables may scroll in it."""
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>addEventListener('load', () => { document.title = [document.documentElement.scrollWidth, innerWidth,"
+        " performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length].join(' ') })"
+        "</script>"
+    )
+    probe.write_text(page.read_text().replace("</body>", f"{script}</body>"))
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
+            f"--window-size={width},900", "--dump-dom", f"file://{probe}",
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert title is not None, done.stderr[-2000:]
+    page_width, window, fetched = map(int, title.groups())
+    assert page_width <= window
+    assert fetched == 0
