@@ -46,7 +46,7 @@ def test_without_a_login_the_definition_is_written(tmp_path: Path) -> None:
     for name in ("val/mAP", "train/loss", "val/loss", "val/CF1", "epoch", "test/AP", "test/photos"):
         assert name in found, name
     text = json.dumps(sections)
-    for name in ("graph.m", "model.k", "model.fusion", "ablation", "test/mAP", "test/CF1"):
+    for name in ("graph.value.m", "model.value.k", "model.value.fusion", "ablation.value", "test/mAP", "test/CF1"):
         assert name in text, name
 
 
