@@ -8,6 +8,7 @@ import pytest
 from torch._inductor.exc import InvalidCxxCompiler
 
 from gm_mlic.cli import commands
+from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import COMMANDS, run
 from gm_mlic.errors import DataError
 
@@ -148,3 +149,26 @@ def test_a_multirun_goes_on_after_a_failed_job(monkeypatch: pytest.MonkeyPatch, 
     err = capsys.readouterr().err
     assert "job 1 (seed=1) failed: seed 1 is unlucky." in err
     assert err.strip().splitlines()[-1] == "gm-mlic: error: seed 1 is unlucky."
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("[dataset.root=/elsewhere,metrics.threshold=0.3]", ["dataset.root=/elsewhere", "metrics.threshold=0.3"]),
+        ("[dataset.sizes={train: 1, val: 2}, model.k=1]", ["dataset.sizes={train: 1, val: 2}", "model.k=1"]),
+        ("[model.widths=[8,8]]", ["model.widths=[8,8]"]),
+        ("['seed=1']", ["seed=1"]),
+        (r"[dataset.root=a\b]", [r"dataset.root=a\b"]),
+        ("[]", []),
+    ],
+)  # fmt: skip
+def test_a_list_of_overrides_as_it_is_typed(typed: str, meant: list[str]):
+    arguments = ["checkpoint=x/checkpoints/best.ckpt", commands._with_quoted_items(f"overrides={typed}")]
+    assert list(compose("eval", arguments).overrides) == meant
+
+
+@pytest.mark.parametrize("folders", [["runs/a"], ["a b", "c,d"], ["it's", "[x]", "back\\slash"]])
+def test_folders_need_no_name(folders: list[str]):
+    arguments = commands._folders_as_setting([*folders, "--verbose", "out=x"])
+    assert arguments[1:] == ["--verbose", "out=x"]
+    assert list(compose("report", arguments[:1]).folders) == folders

@@ -17,7 +17,7 @@ from gm_mlic.reporting.runtime import (
 
 
 def result(m: int = 10, **executions: dict[str, Any]) -> dict[str, Any]:
-    case = {"name": "voc2007, concat", "m": m, "C": 20, "k": 2, "batch": 16, "precision": "float32"}
+    case = {"name": "voc2007, concat", "m": m, "C": 20, "k": 2, "batch": 16, "norm": "all", "precision": "float32"}
     return {"case": case, "executions": executions}
 
 
@@ -31,7 +31,7 @@ FAST = row(1.0, 5.0, 2**30, roofline={"forward": 0.55, "train": 0.6})
 
 def test_rows_say_how_many_times_better() -> None:
     ((case, rows),) = runtime_rows([result(plain=PLAIN, structured=FAST)])
-    assert case == "voc2007, concat (m=10, C=20, k=2, batch 16, float32)"
+    assert case == "voc2007, concat (m=10, C=20, k=2, batch 16, norm all, float32)"
     assert rows[0] == ("plain", "8 s", "", "30 s", "", "6144 MiB", "", "70 %")
     assert rows[1] == ("structured", "1 s", "8.0", "5 s", "6.0", "1024 MiB", "6.0", "55 %")
 

@@ -38,6 +38,7 @@ class Case:
         k: blocks.
         batch: images.
         fusion: ``concat`` or ``product``.
+        norm: LayerNorm on ``all`` states, or on ``none``.
         label_neighbours: None for the complete label graph.
         precision: ``float32``, or ``bfloat16`` for autocast.
     """
@@ -48,6 +49,7 @@ class Case:
     k: int = 2
     batch: int = 16
     fusion: str = "concat"
+    norm: str = "all"
     label_neighbours: int | None = None
     precision: str = "float32"
 
@@ -98,6 +100,7 @@ class Execution:
             LABEL_DIM,
             k=case.k,
             fusion=case.fusion,
+            norm=case.norm,
             execution="explicit" if name == "plain" else "structured",
             recompute=name == "recomputed",
         ).to(device)

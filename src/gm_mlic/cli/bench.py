@@ -32,7 +32,8 @@ def bench(config: DictConfig) -> dict[str, Any]:
     machine = describe_machine(device)
     limit = int(_MEMORY_SHARE * machine["memory"])
     start = replace(
-        CASES[settings["cases"][0]], batch=settings["batch"], k=settings["k"], precision=settings["precision"]
+        CASES[settings["cases"][0]],
+        **{name: settings[name] for name in ("batch", "k", "norm", "precision")},
     )
     options: dict[str, Any] = {"device": device, "memory_limit": limit, "tell": log.info}
     results = [

@@ -34,6 +34,7 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
     task = _keeping_failures(_TASKS[command], failures)
+    arguments = [_with_quoted_items(argument) for argument in arguments]
     # Hydra's parser wants its flags before the settings or after them, not among them.
     arguments = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
     if verbose:
@@ -244,8 +245,25 @@ def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
     flags = {a for a in arguments if a in ("--cfg", "-c")}
     if flags or not folders:  # `--cfg job`
         return list(arguments)
-    quoted = ",".join("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
-    return [f"folders=[{quoted}]", *(a for a in arguments if a not in folders)]
+    return [f"folders=[{','.join(map(_quoted, folders))}]", *(a for a in arguments if a not in folders)]
+
+
+def _with_quoted_items(argument: str) -> str:
+    """``overrides=[a=1,b=[2,3]]`` as ``overrides=['a=1','b=[2,3]']``: Hydra takes no = within a list unless quoted."""
+    if not (argument.startswith("overrides=[") and argument.endswith("]")) or "'" in argument or '"' in argument:
+        return argument
+    items, depth = [""], 0
+    for character in argument.removeprefix("overrides=[")[:-1]:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += character
+    return f"overrides=[{','.join(_quoted(item.strip()) for item in items if item.strip())}]"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 #: Commands whose nameless arguments are folders.

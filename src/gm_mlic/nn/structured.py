@@ -8,8 +8,8 @@ It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearran
 3. :math:`\sigma`'s last Linear composes with the slice of :math:`\psi`'s first that reads it (:func:`compose`);
 4. what does not depend on the image is computed once for a batch in training, once for all of them in prediction
    (:func:`prepare`);
-5. the scale and shift of an edge state's LayerNorm compose with the Linears that read it (:class:`EdgeState`), so
-   that of an edge state only the normalised values are ever there.
+5. the linear map at the end of an edge state (LayerNorm's scale and shift; without LayerNorm, the MLP's last Linear)
+   composes with the Linears that read it, and is never applied by itself (:class:`EdgeState`).
 
 Shapes: instances (B, M, d), labels (B or 1, C, d), matching edges (B, M, C, d), instance edges (B, M, K, d), label
 edges (B or 1, C, C or K, d), receiving label first.
@@ -48,7 +48,13 @@ def require(value: T | None) -> T:
 
 
 class EdgeState(NamedTuple):
-    """States ``x`` of edges; after LayerNorm ``x * scale + shift``, with both left to who reads them (rule 5)."""
+    """States of edges, ``x`` and the linear map that still goes over it, which is left to who reads them (rule 5).
+
+    Attributes:
+        x: (..., d).
+        scale: (d,), LayerNorm's, or (d', d), an MLP's last Linear; None for no map.
+        shift: (d,) or (d',), of the same.
+    """
 
     x: Tensor
     scale: Tensor | None = None
@@ -58,7 +64,7 @@ class EdgeState(NamedTuple):
         """The weight and the bias by which ``weight`` reads ``x``."""
         if self.scale is None or self.shift is None:
             return weight, 0.0
-        return weight * self.scale, weight @ self.shift
+        return weight * self.scale if self.scale.dim() == 1 else weight @ self.scale, weight @ self.shift
 
 
 def concat_linear(lin: ConcatLinear, *parts: Tensor | EdgeState) -> Tensor:
@@ -95,11 +101,11 @@ def mlp(f: MLP, *parts: Tensor | EdgeState) -> Tensor:
 
 
 def edge_state(f: MLP, total: Tensor) -> EdgeState:
-    """What an MLP makes of ``total``, the sum of its first Linear, for edges: their number makes LayerNorm costly."""
-    out = f.lin2(total.relu_())
+    """What an MLP makes of ``total``, the sum of its first Linear, for edges: their number makes its end costly."""
+    hidden = total.relu_()
     if not isinstance(f.norm, LayerNorm):
-        return EdgeState(out)
-    return EdgeState(Normalise.apply(out, f.norm.eps), f.norm.weight, f.norm.bias)  # type: ignore[no-untyped-call]
+        return EdgeState(hidden, f.lin2.weight, f.lin2.bias)
+    return EdgeState(Normalise.apply(f.lin2(hidden), f.norm.eps), f.norm.weight, f.norm.bias)  # type: ignore[no-untyped-call]
 
 
 class Normalise(torch.autograd.Function):

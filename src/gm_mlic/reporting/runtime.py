@@ -28,7 +28,8 @@ def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[t
 
 def _case(result: Mapping[str, Any]) -> str:
     case = result["case"]
-    return f"{case['name']} (m={case['m']}, C={case['C']}, k={case['k']}, batch {case['batch']}, {case['precision']})"
+    sizes = f"m={case['m']}, C={case['C']}, k={case['k']}, batch {case['batch']}"
+    return f"{case['name']} ({sizes}, norm {case['norm']}, {case['precision']})"
 
 
 def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:

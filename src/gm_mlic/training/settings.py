@@ -186,6 +186,7 @@ RULES: Mapping[str, Rule] = {
     "bench.executions": _some_of("plain", "structured", "compiled", "recomputed"),
     "bench.batch": _whole(1),
     "bench.k": _whole(1),
+    "bench.norm": _one_of("none", "encoder", "all"),
     "bench.precision": _one_of("float32", "bfloat16"),
     "bench.repeats": (
         lambda v: isinstance(v, list) and len(v) == 2 and all(_is_whole(n) and n > 0 for n in v),
