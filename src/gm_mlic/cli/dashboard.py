@@ -33,7 +33,7 @@ def build_workspace(entity: str, project: str) -> Any:
     def sweep(key: str, title: str) -> Any:
         return wr.ScatterPlot(title=title, x=wr.Config(key), y=wr.SummaryMetric("test/mAP"), regression=False)
 
-    columns = [
+    columns: list[Any] = [
         wr.Config("graph.m"), wr.Config("model.k"), wr.Config("model.fusion"), wr.Config("ablation"),
         wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP"), wr.SummaryMetric("test/mAP"),
     ]  # fmt: skip
