@@ -92,7 +92,8 @@ def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
 def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Bars of time and memory of each execution, a group for each case."""
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+    many = len(results) > 3
+    figure, axes = plt.subplots(1, 3, figsize=(13 if many else 11, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, measures, strict=True):
         measured = [name for name in _COLOURS if any(name in result["executions"] for result in results)]
         width = 0.8 / len(measured)
@@ -105,11 +106,16 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
             places = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
             bars = axis.bar(places, values, 0.92 * width, color=_COLOURS[name], label=name)
             axis.bar_label(
-                bars, [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values], fontsize=7
+                bars,
+                [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values],
+                fontsize=7,
+                rotation=90 if many else 0,
+                padding=2,
             )
-        axis.set_xticks(range(len(results)), [result["case"]["name"] for result in results])
+        names = [result["case"]["name"].replace(", ", "\n") for result in results]
+        axis.set_xticks(range(len(results)), names, fontsize=8)
         axis.set_title(label, fontsize=10)
-        axis.margins(y=0.12)
+        axis.margins(y=0.15)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
