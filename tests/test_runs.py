@@ -142,3 +142,12 @@ def test_what_varies(tmp_path: Path, make_run: MakeRun):
     b = make_run(tmp_path / "b", seed=1, graph={"m": 10}, trainer={"num_workers": 2})
     assert varying([read_run(a), read_run(b)]) == ["graph.m", "seed"]
     assert flat_settings(read_run(a).config) == {"seed": 0, "graph.m": 5}
+
+
+def test_a_process_that_helps_says_nothing(tmp_path: Path):
+    with RunState(tmp_path, "gm-mlic train") as first, RunState(tmp_path, "gm-mlic train", silent=True) as other:
+        first.begin()
+        other.begin()
+        state = (tmp_path / "state.json").read_text()
+    assert '"running"' in state
+    assert json.loads((tmp_path / "state.json").read_text())["state"] == "finished"

@@ -192,13 +192,14 @@ class RunState:
         path: the run folder; it is made.
         command: that started this.
         sweep: the folder of the multirun that it belongs to.
+        silent: do nothing; for processes that work on a run together with the one that speaks for it.
 
     Raises:
         RunFolderError: on entering, if another process works on it.
     """
 
-    def __init__(self, path: Path, command: str, sweep: str | None = None) -> None:
-        self.path, self.command = path, command
+    def __init__(self, path: Path, command: str, sweep: str | None = None, *, silent: bool = False) -> None:
+        self.path, self.command, self.silent = path, command, silent
         self._lock = FileLock(path / _LOCK)
         self._begun = False
         self._content: dict[str, Any] = {
@@ -212,6 +213,8 @@ class RunState:
 
     def __enter__(self) -> RunState:
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.silent:
+            return self
         try:
             self._lock.acquire(timeout=_PATIENCE_S)
         except Timeout:
@@ -224,8 +227,9 @@ class RunState:
 
     def begin(self) -> None:
         """Say that the run is running: from here on, leaving the context says what became of it."""
-        self._begun = True
-        self._write("running")
+        if not self.silent:
+            self._begun = True
+            self._write("running")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

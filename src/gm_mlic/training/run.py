@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -79,7 +80,8 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
     """
     check(config)
     run_dir = Path(config.run_dir)
-    with RunState(run_dir, command or shlex.join(sys.argv), sweep) as state:
+    # Of several processes (DDP), the first speaks for the run.
+    with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_zero_only.rank > 0) as state:
         return _train(config, run_dir, state, sweep)
 
 
