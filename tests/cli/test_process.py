@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from gm_mlic.cli.compose import compose
@@ -77,3 +78,25 @@ def test_exit_codes_reach_the_shell(tmp_path: Path):
     )
     assert bad.returncode == 2
     assert bad.stderr.splitlines() == ["gm-mlic: error: graph.m=-1: expected a whole number, at least 1."]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path: Path):
+    """DDP on the CPU: one log, one table, one checkpoint, and metrics of each image counted once."""
+    arguments = ["train", *SMALL, "trainer.max_epochs=2", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=run"]
+    done = subprocess.run(
+        command(*arguments), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test split of scenes") == 1
+    assert epochs(tmp_path / "run") == ["1", "2"]
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    alone = subprocess.run(
+        command("eval", "checkpoint=run/checkpoints/best.ckpt", "overrides=[trainer.devices=1,trainer.strategy=auto]"),
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    again = json.loads((tmp_path / "run" / "eval" / "test.json").read_text())
+    assert again["metrics"]["mAP"] == pytest.approx(result["test"]["mAP"], abs=1e-6)
+    assert again["metrics"]["CF1"] == pytest.approx(result["test"]["CF1"], abs=1e-6)

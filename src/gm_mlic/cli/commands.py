@@ -24,6 +24,8 @@ from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
 
+_SCRIPT = str(Path(sys.argv[0]).absolute())
+
 # Here and not in run(): a launcher's other processes import this module, and compose the job's config themselves.
 register_resolvers()
 
@@ -84,14 +86,18 @@ def extract(config: DictConfig) -> None:
 def train(config: DictConfig) -> float:
     """``gm-mlic train``; returns val mAP, for Hydra's sweepers to maximise."""
     check(config)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
+    sys.argv[0] = _SCRIPT  # what Lightning starts other processes with (Hydra has read its own name for us by now)
     # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else.
     command = shlex.join(["gm-mlic", "train", *HydraConfig.get().overrides.task])
     result = training.train(config, _sweep(config), command)
-    print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
-    log.info("run folder: %s", config.run_dir)
+    if rank_zero_only.rank == 0:
+        print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
+        log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
 
 

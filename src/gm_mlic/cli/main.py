@@ -29,6 +29,9 @@ COMMANDS = {
     "bench": "measure the structured execution against plain message passing",
 }
 
+#: Where processes that this one starts find its command.
+COMMAND_VARIABLE = "GM_MLIC_COMMAND"
+
 _HELP = f"""gm-mlic {__version__}: graph matching based multi-label image classification
 
 usage: gm-mlic COMMAND [key=value ...] [--help] [--cfg job] [-m] [--verbose]
@@ -81,7 +84,11 @@ def run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"gm-mlic {__version__}")
         return 0
+    if "LOCAL_RANK" in os.environ and COMMAND_VARIABLE in os.environ and argv[0] not in COMMANDS:
+        # Lightning starts the other processes of a node with our settings, but does not know of commands.
+        argv = [os.environ[COMMAND_VARIABLE], *argv]
     command, arguments = argv[0], argv[1:]
+    os.environ[COMMAND_VARIABLE] = command
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}."

@@ -87,16 +87,18 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
 
 def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None) -> dict[str, Any]:
     finished = run_dir / RESULT
-    if config.overwrite:
+    first = rank_zero_only.rank == 0
+    if config.overwrite and first:
         _forget(run_dir)
-    else:
+    elif not config.overwrite:
         _check_same_run(config, run_dir)
     if finished.exists():
         log.info("%s: finished already (overwrite=true starts again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
     state.begin()
-    write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
+    if first:
+        write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
     # All that can be wrong comes before the stores, which may take hours.
@@ -111,10 +113,11 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
 
         best = run_dir / "checkpoints" / "best.ckpt"
         tested = _test(config, best, data["test"], extractor)
-        tested.write(run_dir, datasets["test"], module.description)
         result = _summary(config, run_dir, module, data, tested.values) | {"command": state.command}
-        tracker.log_result(result)
-        write_atomically(finished, json.dumps(result, indent=2) + "\n")
+        if first:
+            tested.write(run_dir, datasets["test"], module.description)
+            tracker.log_result(result)
+            write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 
