@@ -36,7 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def in_tree() -> set[str]:
-    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in (".py", ".typed", ".json", ".safetensors")]
+    kinds = (".py", ".typed", ".json", ".safetensors", ".yaml", ".jinja")
+    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in kinds]
     names = {str(p.relative_to(ROOT / "src")) for p in files}
     confs = [p for p in (ROOT / "conf").rglob("*") if p.suffix in (".yaml", ".py")]
     return names | {str(Path("gm_mlic/conf") / p.relative_to(ROOT / "conf")) for p in confs}

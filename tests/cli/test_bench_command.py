@@ -25,7 +25,7 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     last = json.loads(out.splitlines()[-1])
     assert {"forward_ratio", "train_ratio", "memory_ratio", "roofline_fraction"} <= set(last)
-    assert "voc2007, concat (m=10, C=20, k=2, batch 1, float32)" in out
+    assert "voc2007, concat (m=10, C=20, k=2, batch 1, norm all, float32)" in out
     content = json.loads(Path("runs/bench/results.json").read_text())
     assert set(content) == {"machine", "results", "summary", "curves", "shares"}
     assert round(content["summary"]["forward_ratio"], 3) == last["forward_ratio"]

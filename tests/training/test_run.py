@@ -278,9 +278,9 @@ def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monk
     """With the compiler's front end, and eager kernels behind it, so that the numbers can be compared to the bit."""
     compiled = []
 
-    def compile_(self: GMMLIC) -> None:
+    def compile_(self: GMMLIC, **options: Any) -> None:
         compiled.append(self)
-        torch.nn.Module.compile(self, backend="eager")
+        torch.nn.Module.compile(self, backend="eager", **options)
 
     monkeypatch.setattr(GMMLIC, "compile", compile_)
     plain = run.train(run_config(f"run_dir={tmp_path}/plain"))

@@ -210,7 +210,7 @@ def test_a_real_run_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     done = gm_mlic(tmp_path, "logger.offline=true")
     assert done.returncode == 0, done.stderr
-    assert "W&B: in run/wandb" in done.stdout
+    assert "W&B: in run/wandb" in done.stdout + done.stderr
     (offline,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (record,) = offline.glob("*.wandb")
     assert record.stat().st_size > 1000
