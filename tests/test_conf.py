@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.compose import compose
-from gm_mlic.training import settings
+from gm_mlic.datasets import Scenes
+from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.losses import DIFFICULT_POLICIES
+from gm_mlic.metrics import PRESETS
+from gm_mlic.nn import GMMLIC, MILMax
+from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
+from gm_mlic.training import build, settings
+from gm_mlic.training.module import MLICModule
+from gm_mlic.training.run import build_module
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
@@ -123,11 +133,7 @@ def test_every_setting_says_what_it_decides():
 
 def test_every_setting_has_a_rule():
     """A setting without a rule would accept anything; these are checked by the stage that reads them."""
-    elsewhere = {
-        "run_dir", "out", "accelerator", "metrics.preset",
-        "model.name", "model.fusion", "model.norm", "model.execution",
-        "trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy",
-    }  # fmt: skip
+    elsewhere = {"out"}
     keys: set[str] = set()
     for group in GROUPS:
         for option in options(group):
@@ -142,3 +148,58 @@ def test_every_setting_has_a_rule():
     keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys
+
+
+def test_a_wrong_value_fails_at_composition():
+    with pytest.raises(ConfigError, match=r"graph\.m=0: expected a whole number, at least 1\."):
+        compose("train", ["graph.m=0"])
+    with pytest.raises(ConfigError, match=r"model\.fusion=sum: expected one of concat, product\."):
+        compose("train", ["experiment=coco2014", "model.fusion=sum"])
+    for good in ("trainer.devices=[0,1]", "trainer.devices=auto", "trainer.devices=2", "trainer.precision=bf16-mixed"):
+        compose("train", [good])
+    for bad in ("trainer.devices=0", "trainer.devices=[]", "trainer.devices=many", "trainer.precision=half"):
+        with pytest.raises(ConfigError, match="expected"):
+            compose("train", [bad])
+
+
+def test_choices_are_those_of_the_stages():
+    """The rules repeat them, for importing the stages imports torch, and a wrong setting is answered at once."""
+    for key, choices in {
+        "model.fusion": FUSIONS,
+        "model.norm": NORMS,
+        "model.execution": EXECUTIONS,
+        "metrics.preset": PRESETS,
+        "loss.difficult": DIFFICULT_POLICIES,
+    }.items():
+        assert settings.RULES[key][1] == f"one of {', '.join(choices)}"
+
+
+@pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g) if g not in COMMANDS])
+def test_every_file_becomes_what_it_configures(
+    group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each stage takes its section as it stands; only what is downloaded (photos, weights, vectors) is stood in for."""
+    vectors = tmp_path / "glove.txt"
+    vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
+    small = ["dataset.sizes.train=2"] if option not in options("dataset") else []
+    config = compose("train", [*small, f"{group}={option}"])
+    config.detector.weights = None if config.detector.arch != "scenes_tiny" else config.detector.weights
+    config.trainer.accelerator = "cpu"
+    if config.embedding.source == "glove":
+        config.embedding.path, config.embedding.oov = str(vectors), "zeros"
+    if config.dataset.name != "scenes":
+        config.dataset.root = str(tmp_path / "nothing")
+        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "own" else {})
+        with pytest.raises(GMMLICError, match="nothing"):
+            build.build_dataset(config, "train")
+        config.dataset = compose("train", ["dataset.sizes.train=2"]).dataset
+    dataset = build.build_dataset(config, "train")
+    module, graph = build_module(config, dataset, build.build_detector(config))
+    assert graph.m == config.graph.m
+    assert type(module.model) is (MILMax if config.model.name == "mil_max" else GMMLIC)
+    trainer = build.build_trainer(config, tmp_path, build.training_callbacks(config, tmp_path))
+    assert trainer.max_epochs == config.trainer.max_epochs
+    length = SimpleNamespace(estimated_stepping_batches=10, max_epochs=2)
+    monkeypatch.setattr(MLICModule, "trainer", length)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer.name]
+    assert type(module.configure_optimizers()["optimizer"]) is kind

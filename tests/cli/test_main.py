@@ -78,6 +78,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (["train", "loss.beta=.nan"], "loss.beta=.nan: expected a number of at least 0."),
         (["train", "graph.m=40"], "graph.m=40 is more than the store would keep (detector.max_instances="),
+        (["train", "trainer.compile=true", "model.recompute=true"], "do not go together"),
+        (["train", "graph.m=0", "--cfg", "job"], "graph.m=0: expected a whole number, at least 1"),
         (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
         (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),
         (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),

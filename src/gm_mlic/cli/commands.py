@@ -18,7 +18,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gm_mlic.cli.compose import CONFIG_MODULE, register_resolvers
+from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
 from gm_mlic.runs import find_runs, read_jobs, write_job
 from gm_mlic.training.settings import check
 
@@ -38,11 +38,16 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     task = _keeping_failures(_TASKS[command], failures)
     arguments = [_with_quoted_items(argument) for argument in arguments]
     # Hydra's parser wants its flags before the settings or after them, not among them.
-    arguments = sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))
+    arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
+    name = command.replace("-", "_")
+    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+    if flags & _SHOWS_CONFIG and not flags & _MULTIRUN:
+        # Hydra prints the config and runs no task, which would have checked it.
+        compose(name, [argument for argument in arguments if "=" in argument and not argument.startswith("-")])
     sys.argv = [f"gm-mlic {command}", *arguments]
-    start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command.replace("-", "_"))
+    start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)
     try:
         start(task)()
     finally:  # a multirun with a failed job raises its error
@@ -248,8 +253,7 @@ def _keeping_failures(task: Callable[[DictConfig], Any], failures: list[Exceptio
 def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
     """``A B key=value`` as ``folders=[A,B] key=value``: where a command reads folders, they need no name."""
     folders = [a for a in arguments if "=" not in a and not a.startswith("-")]
-    flags = {a for a in arguments if a in ("--cfg", "-c")}
-    if flags or not folders:  # `--cfg job`
+    if _SHOWS_CONFIG.intersection(arguments) or not folders:  # `--cfg job`
         return list(arguments)
     return [f"folders=[{','.join(map(_quoted, folders))}]", *(a for a in arguments if a not in folders)]
 
@@ -271,6 +275,10 @@ def _with_quoted_items(argument: str) -> str:
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
+
+#: Flags with which Hydra prints the config.
+_SHOWS_CONFIG = {"--cfg", "-c"}
+_MULTIRUN = {"-m", "--multirun"}
 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}

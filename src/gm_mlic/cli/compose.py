@@ -13,7 +13,7 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from gm_mlic.training.settings import run_identity
+from gm_mlic.training.settings import check_values, run_identity
 
 CONFIG_MODULE = "gm_mlic.conf"
 
@@ -33,6 +33,9 @@ def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config
         config_name: a file of ``conf/`` without its suffix, as ``train``.
         overrides: Hydra overrides, as on the command line.
         return_hydra_config: keep the ``hydra`` section.
+
+    Raises:
+        ConfigError: for a value that cannot work, naming the key and what it may be.
     """
     register_resolvers()
     GlobalHydra.instance().clear()
@@ -40,7 +43,8 @@ def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config
         config: DictConfig = hydra_compose(
             config_name, overrides=list(overrides), return_hydra_config=return_hydra_config
         )
-        return config
+    check_values(config)
+    return config
 
 
 def _digest(*sections: str, _root_: DictConfig) -> str:

@@ -217,7 +217,7 @@ class GMMLIC(nn.Module):
             the graph allows it. Same parameters, same numbers.
         recompute: keep next to nothing for the backward pass and compute it again there, a few images at a time: a
             fraction of the memory for about a third more time, same numbers. The explicit execution keeps the states
-            between blocks; compiled code takes the whole batch at once.
+            between blocks; compiled code keeps what the compiler chooses, and this has no effect.
 
     Shapes:
         - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an

@@ -330,14 +330,14 @@ def match_matrix(model: GMMLIC, batch: AssignmentBatch, labels: Prepared | None 
     """Match logits (B, M, C), in which rows of absent instances mean nothing, and the labels' last states (B, C, d)."""
     if labels is None:
         labels = prepare(model, batch.label_vectors, batch.relates)
-    if not (model.recompute and torch.is_grad_enabled()):
-        return network(model, batch, labels)
+    if not (model.recompute and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return network(model, batch, labels)  # torch 2.15 cannot compile it recomputed: its partitioner loses a node
     # Images meet only in the loss: of those that have been through, nothing is kept but their few inputs.
     C = labels.v_l.shape[1]
     size = max(1, RECOMPUTED_EDGES // (batch.mask.shape[1] * C + C**2))
     results = [
         checkpoint(network, model, part, labels, use_reentrant=False, preserve_rng_state=False)
-        for part in ([batch] if torch.compiler.is_compiling() else batch.split(size))
+        for part in batch.split(size)
     ]
     matrices, v_l = zip(*results, strict=True)
     return torch.cat(matrices), torch.cat(v_l)

@@ -104,7 +104,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
     # All that can be wrong comes before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     extractor = build.build_detector(config)
-    module, graph = _build_module(config, datasets["train"], extractor)
+    module, graph = build_module(config, datasets["train"], extractor)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = build.training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build.build_trainer(config, run_dir, callbacks)
@@ -215,7 +215,8 @@ def _online_graphs(
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
-def _build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
+def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
+    """The Lightning module for the labels of ``dataset`` and the features of ``extractor``, and the graphs it reads."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
     graph_settings = build.section(config, "graph") | {

@@ -40,6 +40,10 @@ def _are_named_texts(value: Any) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(map(_is_text, value.values()))
 
 
+def _are_indices(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(_is_whole(item) and item >= 0 for item in value)
+
+
 def _whole(minimum: int) -> Rule:
     return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
 
@@ -132,6 +136,7 @@ RULES: Mapping[str, Rule] = {
     "graph.m": _whole(1),
     "graph.neighbours": _whole(1),
     "graph.label_neighbours": _or_null(_whole(1)),
+    "model.name": _TEXT,
     "model.k": _whole(1),
     "model.width": _whole(1),
     "model.encoder_width": _or_null(_whole(1)),
@@ -139,12 +144,16 @@ RULES: Mapping[str, Rule] = {
         lambda v: v is None or (isinstance(v, list) and len(v) > 0 and all(_is_whole(w) and w > 0 for w in v)),
         "a list of whole numbers, one for each of the k blocks, or null",
     ),
+    "model.fusion": _one_of("concat", "product"),
+    "model.norm": _one_of("none", "encoder", "all"),
+    "model.execution": _one_of("auto", "structured", "explicit"),
     "model.label_graph": _YES_NO,
     "model.instance_graph": _YES_NO,
     "model.matching_edges": _YES_NO,
     "model.recompute": _YES_NO,
     "loss.beta": _number(0),
     "loss.difficult": _one_of("positive", "negative", "ignore"),
+    "metrics.preset": _one_of("mlgcn", "ssgrl", "ctran", "asl", "mmpretrain", "voc11"),
     "metrics.threshold": _or_null(_number(0, 1)),
     "optimizer.name": _one_of("sgd", "adamw"),
     "optimizer.lr": _number(0, open_low=True),
@@ -158,6 +167,13 @@ RULES: Mapping[str, Rule] = {
     "trainer.max_epochs": _whole(1),
     "trainer.batch_size": _whole(1),
     "trainer.num_workers": _or_null(_whole(0)),
+    "trainer.precision": _one_of("32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
+    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "trainer.devices": (
+        lambda v: v == "auto" or (_is_whole(v) and (v > 0 or v == -1)) or _are_indices(v),
+        "a number of devices, -1 or auto for all, or a list of their indices",
+    ),
+    "trainer.strategy": _TEXT,
     "trainer.compile": _YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),
@@ -170,6 +186,8 @@ RULES: Mapping[str, Rule] = {
     "logger.group": _or_null(_TEXT),
     "logger.tags": (_are_texts, "a list of texts"),
     "logger.checkpoint": _YES_NO,
+    "run_dir": _TEXT,
+    "accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
     "epochs": _whole(1),
     "batch_size": _whole(1),
     "lr": _number(0, open_low=True),
@@ -232,19 +250,25 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check(config: DictConfig) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting with a value that cannot work."""
+    """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting that has no value, or one that cannot work."""
+    check_values(config)
+    for key in RULES:
+        section = _section(config, key)
+        if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
+            raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
+    _check_together(config)
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` at the first value that cannot work by itself, naming what can."""
     for key, (is_good, words) in RULES.items():
         value = OmegaConf.select(config, key, default=_ABSENT)
         if value is _ABSENT:
-            section = _section(config, key)
-            if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
-                raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
             continue
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         if not is_good(value):
             raise ConfigError(f"{key}={'null' if value is None else value}: expected {words}.")
-    _check_together(config)
 
 
 def _check_together(config: DictConfig) -> None:
@@ -260,6 +284,11 @@ def _check_together(config: DictConfig) -> None:
     if widths is not None and k is not None and len(widths) != k:
         raise ConfigError(
             f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block."
+        )
+    if get("trainer.compile") and get("model.recompute"):
+        raise ConfigError(
+            "trainer.compile=true and model.recompute=true do not go together: the compiler chooses by itself what it "
+            "keeps. Set one of them to false."
         )
     if get("detector.trainable") not in (None, "none") and not get("instances.online"):
         raise ConfigError(
