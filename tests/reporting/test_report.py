@@ -226,6 +226,12 @@ def test_beside_the_paper(tmp_path: Path) -> None:
     assert cells[row + 1 : row + 7][-1] == "92.8"
 
 
+def test_what_the_paper_chose_stands_beside_a_sweep(tmp_path: Path) -> None:
+    for m in (5, 10):
+        write_run(tmp_path / f"m{m}", dataset__name="voc2007", graph__m=m)
+    assert "On voc2007 the paper chose m = 10." in write_report(runs(tmp_path), tmp_path / "out").read_text()
+
+
 def test_the_papers_numbers_are_those_it_prints() -> None:
     paper = read_paper()
     assert len(paper["voc2007"]["AP"]) == 20

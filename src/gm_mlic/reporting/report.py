@@ -92,7 +92,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     for dataset in dict.fromkeys(group.dataset for group in groups):
         sections += _metrics(dataset, [g for g in groups if g.dataset == dataset], paper.get(dataset, {}))
     sections += _ablations(groups, paper)
-    sections += _sweeps(groups, out)
+    sections += _sweeps(groups, paper, out)
     best = max(groups, key=_best_val)
     for make in (_photos, _label_states):
         sections += make(best, out)
@@ -207,7 +207,7 @@ def _common(family: Sequence[Group]) -> str:
     return ", ".join(part for part in family[0].name.split(", ") if part in shared) or family[0].name
 
 
-def _sweeps(groups: Sequence[Group], out: Path) -> Iterator[Section]:
+def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Iterator[Section]:
     """Figure 4."""
     for key, label in _CURVES.items():
         found = families(groups, key)
@@ -217,6 +217,9 @@ def _sweeps(groups: Sequence[Group], out: Path) -> Iterator[Section]:
         file = figures.save(figures.draw_sweep(found, key, label), out, f"sweep_{short}")
         used = [group for family in found for group in family]
         text = f"The paper's Figure 4 for {label}: mean over seeds, the band is one standard deviation."
+        for dataset in dict.fromkeys(group.dataset for group in used):
+            if key in (chosen := paper.get(dataset, {}).get("chosen", {})):
+                text += f" On {dataset} the paper chose {short} = {chosen[key]}."
         yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file)], used)
 
 
