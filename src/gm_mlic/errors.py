@@ -6,11 +6,20 @@ defect of this package, and is reported as one.
 
 from __future__ import annotations
 
+import signal
+
 
 class GMMLICError(Exception):
     """Base of all errors that the user can mend; ``str(error)`` is one line: what is wrong and what to do next."""
 
     exit_code: int = 2
+
+
+class Terminated(SystemExit):
+    """The process was asked to end (SIGTERM), as clusters do before they take a machine back."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 class ConfigError(GMMLICError):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gm_mlic.cli.compose import compose
+from gm_mlic.runs import read_run
 from gm_mlic.training import run
 
 SMALL = [
@@ -39,8 +40,9 @@ def epochs(run_dir: Path) -> list[str]:
         return [row["epoch"] for row in csv.DictReader(file)]
 
 
-def test_train_killed_and_started_again(tmp_path: Path):
-    """SIGKILL in the middle of training, then the same command: the weights are those of a run that was left alone."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_train_killed_and_started_again(tmp_path: Path, number: signal.Signals):
+    """Ended in the middle of training, then the same command: the weights are those of a run that was left alone."""
     folder = tmp_path / "run"
     arguments = ["train", *SMALL, "trainer.max_epochs=12", f"instances.root={tmp_path}/instances"]
     process = subprocess.Popen(
@@ -49,8 +51,12 @@ def test_train_killed_and_started_again(tmp_path: Path):
     deadline = time.monotonic() + 120
     while len(epochs(folder)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    if number != signal.SIGKILL:
+        assert "continues where it stopped" in err.decode().splitlines()[-1]
+        assert read_run(folder).state == "interrupted"
     done = epochs(folder)
     assert 2 <= len(done) < 12
     assert not (folder / "metrics.json").exists()

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch_geometric.data import Batch
 
-from gm_mlic.errors import ConfigError, StoreError, WeightsError
+from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
 from gm_mlic.graphs import AssignmentGraph, AssignmentGraphDataset
 from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
+from gm_mlic.runs import read_run
 from gm_mlic.training import build, run
 from gm_mlic.training.checkpoint import load_weights, read_checkpoint
+from gm_mlic.training.interruption import position
 from gm_mlic.training.module import MLICModule
 
 Config = Callable[..., DictConfig]
@@ -38,6 +42,21 @@ class StopAt(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
         if (trainer.current_epoch, i) == self.at:
             raise StopError
+
+
+class SendAt(Callback):
+    """Sends a signal to this process, in the middle of an epoch or of its validation."""
+
+    def __init__(self, number: signal.Signals, epoch: int, *, validating: bool = False) -> None:
+        self.number, self.epoch, self.validating = number, epoch, validating
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, i: int) -> None:
+        if (trainer.current_epoch, i) == (self.epoch, 1) and not self.validating:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_start(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == self.epoch and self.validating:
+            os.kill(os.getpid(), self.number)
 
 
 def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
@@ -132,6 +151,59 @@ def test_a_resumed_run_ends_with_the_same_weights(
         assert_same(a[key], b[key], key)
     assert parts["test"] == whole["test"]
     assert rows(tmp_path / "run") == rows(other)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optimizer=adamw"],
+        ["instances.views=3", "instances.view_size=96", "trainer.ema=0.8"],
+        ["model.execution=explicit"],
+        ["trainer.num_workers=1"],
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_a_run_killed_after_a_save_within_an_epoch_goes_on_there(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+):
+    overrides = [*overrides, "trainer.max_epochs=3", "trainer.batch_size=5"]
+    run.train(run_config(*overrides))
+    other, steps = tmp_path / "other", []
+    step = MLICModule.training_step
+
+    def counted(module: MLICModule, batch: Any, i: int) -> Any:
+        steps.append((module.current_epoch, i))
+        return step(module, batch, i)
+
+    monkeypatch.setattr(MLICModule, "training_step", counted)
+    stop_and_go_on(run_config(*overrides, f"run_dir={other}", "trainer.save_minutes=0"), monkeypatch, epoch=1)
+    assert steps == [(epoch, i) for epoch in range(3) for i in range(5)]  # nothing twice
+    a, b = checkpoint(tmp_path / "run"), checkpoint(other)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
+        assert_same(a[key], b[key], key)
+    assert rows(tmp_path / "run") == rows(other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("validating", [False, True])
+def test_a_run_told_to_stop_saves_first(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, validating: bool
+):
+    handler = signal.getsignal(number)
+    run.train(run_config("trainer.max_epochs=2"))
+    config = run_config("trainer.max_epochs=2", f"run_dir={tmp_path}/other")
+    callbacks = build.training_callbacks
+    with monkeypatch.context() as patch:
+        sender = SendAt(number, 1, validating=validating)
+        patch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), sender])
+        with pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
+            run.train(config)
+    assert read_run(tmp_path / "other").state == "interrupted"
+    assert position(checkpoint(tmp_path / "other")) == ((2, 0) if validating else (1, 2))
+    assert signal.getsignal(number) == handler
+    run.train(config)
+    assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(tmp_path / "other")["state_dict"])
+    assert rows(tmp_path / "run") == rows(tmp_path / "other")
 
 
 @pytest.mark.slow
@@ -269,9 +341,10 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert bool(changed) == (trainable == "box_head")
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")
 def test_an_accelerator_that_is_not_there(run_config: Config):
-    with pytest.raises(ConfigError, match=r"trainer\.accelerator=tpu.* cannot be had here"):
-        run.train(run_config("trainer.accelerator=tpu"))
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps.* cannot be had here"):
+        run.train(run_config("trainer.accelerator=mps"))
 
 
 def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,6 @@
 """The console script ``gm-mlic``: choose a command, hand the rest to Hydra, turn errors into one line and a code.
 
-Exit codes: 0 done, 1 a defect of this package, 2 something the user can mend, 130 interrupted.
+Exit codes: 0 done, 1 a defect of this package, 2 something the user can mend, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -8,12 +8,17 @@ from __future__ import annotations
 import ctypes
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 from gm_mlic._version import __version__
+from gm_mlic.errors import Terminated
 
 #: What each command does, in one line.
 COMMANDS = {
@@ -104,14 +109,22 @@ def run(argv: list[str]) -> int:
     _keep_memory()
     # PyG's use of TorchScript is not for our users to mend.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+    before = _handle_sigterm()
+    # Of several processes of a run, the first speaks.
+    silent = int(os.environ.get("LOCAL_RANK", 0)) > 0
     try:
         from gm_mlic.cli import commands
 
         commands.run(command, arguments, verbose=verbose)
+    except Terminated as stop:
+        if not silent:
+            print("gm-mlic: terminated; the same command continues where it stopped.", file=sys.stderr)
+        return int(stop.code)  # type: ignore[arg-type]
     except SystemExit as stop:  # argparse, and Hydra's --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        print("\ngm-mlic: interrupted; the same command continues where it stopped.", file=sys.stderr)
+        if not silent:
+            print("\ngm-mlic: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `gm-mlic ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,4 +137,21 @@ def run(argv: list[str]) -> int:
         line, code = explain(error, command, arguments)
         print(f"gm-mlic: {line}", file=sys.stderr)
         return code
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _handle_sigterm() -> Any:
+    """Have SIGTERM unwind the stack, so that locks are freed and the run folder says what became of it.
+
+    Returns the handler before; None where signals cannot be handled, in a thread other than the first.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, leave)

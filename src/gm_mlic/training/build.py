@@ -25,6 +25,7 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
+from gm_mlic.training.interruption import Interruption
 
 log = logging.getLogger(__name__)
 
@@ -232,4 +233,5 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
         callbacks.append(
             EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
         )
-    return callbacks
+    # After those that change something at the end of a step.
+    return [*callbacks, Interruption(run_dir / "checkpoints" / "last.ckpt", settings.save_minutes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -23,10 +24,20 @@ class EpochSampler(DistributedSampler[Any]):
     Args:
         dataset: with ``set_epoch(epoch)`` where its samples depend on the epoch.
         seed, rank, num_replicas: see :class:`torch.utils.data.DistributedSampler`.
+        first: (epoch, n): of that epoch, the first n images have been seen.
     """
 
-    def __init__(self, dataset: Dataset[Any], seed: int, rank: int = 0, num_replicas: int = 1) -> None:
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, rank: int = 0, num_replicas: int = 1, first: tuple[int, int] = (0, 0)
+    ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
+        self.first = first
+        # On resuming, Lightning starts to read (with workers, at once) before it tells the sampler its epoch.
+        self.set_epoch(first[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, seen = self.first
+        return itertools.islice(super().__iter__(), seen if self.epoch == epoch else 0, None)
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -55,7 +66,7 @@ class GraphData(LightningDataModule):
         batch_size: images per step and process.
         seed: of the order of training images.
         num_workers: processes that read.
-        first_epoch: the epoch that training starts with; above 0 where a run goes on.
+        first: the epoch, and the step in it, that training starts with; above 0 where a run goes on.
     """
 
     def __init__(
@@ -64,20 +75,19 @@ class GraphData(LightningDataModule):
         batch_size: int,
         seed: int = 0,
         num_workers: int = 0,
-        first_epoch: int = 0,
+        first: tuple[int, int] = (0, 0),
     ) -> None:
         super().__init__()
         self.splits = splits
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.first_epoch = first_epoch
+        self.first = first
 
     def train_dataloader(self) -> DataLoader[Any]:
-        sampler = EpochSampler(self.splits["train"], self.seed, *self._place())
-        # On resuming, Lightning starts to read (with workers, at once) before it tells the sampler its epoch.
-        sampler.set_epoch(self.first_epoch)
-        return self._loader("train", sampler)
+        epoch, steps = self.first
+        first = (epoch, steps * self.batch_size)
+        return self._loader("train", EpochSampler(self.splits["train"], self.seed, *self._place(), first=first))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader("val")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from gm_mlic.detection.training import one_cycle
 from gm_mlic.errors import ConfigError, GMMLICError
@@ -17,8 +18,11 @@ from gm_mlic.nn import GMMLIC, ModelOutput
 from gm_mlic.nn.structured import Prepared
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.checkpoint import KEY, Description
+from gm_mlic.training.interruption import position
 from gm_mlic.training.online import OnlineGraphs
 
+#: Where a checkpoint keeps the training loss of an unfinished epoch.
+_LOSS = "train_loss"
 #: How often, in steps, a GPU's loss is looked at (looking waits for the GPU).
 _CHECK_EVERY = 50
 
@@ -57,6 +61,7 @@ class MLICModule(LightningModule):
         self.model = model
         self.loss = loss
         self.metrics = metrics
+        self.train_loss = MeanMetric()
         self.online = online
         self.optimizer_settings = optimizer
         self.description = description
@@ -89,7 +94,8 @@ class MLICModule(LightningModule):
             return None
         loss: Tensor = self.loss(self.model(batch).logits, batch.y)
         self._watch(loss)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=batch.num_graphs, sync_dist=True)
+        self.train_loss.update(loss.detach(), batch.num_graphs)
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
     def _watch(self, loss: Tensor) -> None:
@@ -99,9 +105,9 @@ class MLICModule(LightningModule):
         is_first = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step = torch.where(is_first, self.global_step, self._bad_step)
         if loss.device.type == "cpu" or self.global_step % _CHECK_EVERY == 0:
-            self._stop_if_diverged()
+            self.stop_if_diverged()
 
-    def _stop_if_diverged(self) -> None:
+    def stop_if_diverged(self) -> None:
         if self._bad_step is not None and int(self._bad_step) >= 0:
             raise DivergedError(
                 f"The loss is not finite at epoch {self.current_epoch + 1}, step {int(self._bad_step)}: lower "
@@ -110,10 +116,10 @@ class MLICModule(LightningModule):
             )
 
     def on_train_epoch_end(self) -> None:
-        self._stop_if_diverged()
+        self.stop_if_diverged()
 
     def on_validation_epoch_start(self) -> None:
-        self._stop_if_diverged()  # before a checkpoint of such weights is written
+        self.stop_if_diverged()  # before a checkpoint of such weights is written
 
     # Evaluation
 
@@ -206,3 +212,12 @@ class MLICModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self.description.to_checkpoint()
+        mean = self.train_loss  # of the steps so far, for an epoch that is saved within
+        checkpoint[_LOSS] = [float(mean.mean_value), float(mean.weight), mean.update_count]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if position(checkpoint)[1]:
+            total, weight, count = checkpoint[_LOSS]
+            self.train_loss.mean_value.fill_(total)
+            self.train_loss.weight.fill_(weight)
+            self.train_loss._update_count = int(count)

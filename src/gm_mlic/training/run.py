@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
-from gm_mlic.errors import ConfigError, StoreError, WeightsError
+from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
@@ -35,6 +35,7 @@ from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
+from gm_mlic.training.interruption import position, signals_kept
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.settings import changed_settings, check
@@ -263,22 +264,25 @@ def _fit(
         split: _readable(data[split], graph, execution, augment=augment[split], seed=config.seed) for split in augment
     }
     last = run_dir / "checkpoints" / "last.ckpt"
-    first_epoch = 0
+    first = (0, 0)
     if last.exists():
         _, content = read_checkpoint(last)
-        first_epoch = content["epoch"] + 1
-        if _stopped_early(content) or first_epoch >= config.trainer.max_epochs:
+        first = position(content)
+        if _stopped_early(content) or first[0] >= config.trainer.max_epochs:
             return
-        log.info("continuing %s after epoch %d", run_dir, first_epoch)
+        log.info("continuing %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = config.trainer.num_workers
     if workers is None:
         workers = 2 if build.device(config.trainer.accelerator) == "cuda" else 0
-    loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first_epoch)
+    loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
         # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
         module.model.compile(dynamic=True)
     try:
-        trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+        with signals_kept():
+            trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+    except Terminated:
+        raise
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
 

@@ -177,6 +177,7 @@ RULES: Mapping[str, Rule] = {
     "trainer.compile": _YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),
+    "trainer.save_minutes": _or_null(_number(0)),
     "trainer.ema": _or_null((lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")),
     "trainer.early_stopping": _or_null(_whole(1)),
     "logger.name": _one_of("csv", "wandb"),

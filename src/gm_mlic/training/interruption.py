@@ -1,0 +1,122 @@
+"""Stop between two steps when asked to, save, and go on exactly there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from gm_mlic.errors import Terminated
+
+log = logging.getLogger(__name__)
+
+#: Where a checkpoint keeps the epoch (from 0) and the number of its steps that a run goes on with.
+POSITION = "position"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """The epoch, and how many of its steps are done."""
+    found = checkpoint.get(POSITION)
+    return (found["epoch"], found["steps"]) if found else (checkpoint["epoch"] + 1, 0)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Whoever handled Ctrl-C and SIGTERM before handles them again afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Interruption(Callback):
+    """Ends a run after the step in which Ctrl-C or SIGTERM comes, and saves it first; saves it every so often, too.
+
+    During validation, which is not saved half done, it ends after the epoch. A second signal does not wait.
+    All processes of a run stop at the same step. Train within :func:`signals_kept`.
+
+    Args:
+        path: the checkpoint to write.
+        minutes: between saves within an epoch; None for no other than at its end and on a signal.
+    """
+
+    def __init__(self, path: Path, minutes: float | None) -> None:
+        self.path, self.minutes = path, minutes
+        self.received: int | None = None
+        self._steps = 0
+        self._saved = time.monotonic()
+
+    # Signals
+
+    def on_train_start(
+        self, trainer: Trainer, module: LightningModule
+    ) -> None:  # Lightning has set its handlers by now
+        self._saved = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            self._leave(number)
+        self.received = number
+        log.warning("Stopping after this step (once more: at once).")
+
+    @staticmethod
+    def _leave(number: int) -> None:
+        if number == signal.SIGTERM:
+            raise Terminated
+        raise KeyboardInterrupt
+
+    # Steps
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if i + 1 >= trainer.num_training_batches:  # the epoch is saved when it is validated
+            return
+        stop = self._is_agreed(trainer, self.received is not None)
+        due = self.minutes is not None and time.monotonic() - self._saved > 60 * self.minutes
+        if stop or self._is_agreed(trainer, due):
+            self._save(trainer, module, steps=i + 1)
+        if stop:
+            self._leave(self.received or signal.SIGTERM)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._is_agreed(trainer, self.received is not None):
+            self._leave(self.received or signal.SIGTERM)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.received is not None:  # the test is not begun
+            self._leave(self.received)
+
+    @staticmethod
+    def _is_agreed(trainer: Trainer, wanted: bool) -> bool:
+        return wanted if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wanted, all=False)
+
+    def _save(self, trainer: Trainer, module: LightningModule, steps: int) -> None:
+        module.stop_if_diverged()  # type: ignore[operator]
+        self._steps = steps
+        try:
+            trainer.save_checkpoint(self.path)
+        finally:
+            self._steps = 0
+        self._saved = time.monotonic()
+
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        epoch = trainer.current_epoch if self._steps else trainer.current_epoch + 1
+        checkpoint[POSITION] = {"epoch": epoch, "steps": self._steps}
+        if not self._steps:
+            self._saved = time.monotonic()
