@@ -9,6 +9,7 @@
     RUN/checkpoints/          best.ckpt and last.ckpt
     RUN/test.npz              scores and targets of the test split
     RUN/examples/             some test photos, and what was predicted for them (examples.json)
+    RUN/diverged.json         the images of the batch at which the loss was no longer finite, if it was so
     RUN/label_states.npz      what the network made of the label vectors
 
 Who lists, compares or reports runs needs nothing but these files.
@@ -43,6 +44,7 @@ NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
 
 CONFIG, STATE, EPOCHS, RESULT = "config.yaml", "state.json", "metrics.csv", "metrics.json"
 SCORES, EXAMPLES, LABEL_STATES = "test.npz", "examples", "label_states.npz"
+DIVERGED = "diverged.json"
 _LOCK = ".lock"
 
 #: How long to try for a lock that somebody may hold for a moment, to see whether the run is alive.

@@ -23,6 +23,7 @@ from gm_mlic.nn import GMMLIC
 from gm_mlic.runs import read_run
 from gm_mlic.training import build, run
 from gm_mlic.training.checkpoint import load_weights, read_checkpoint
+from gm_mlic.training.data import EpochSampler
 from gm_mlic.training.interruption import position
 from gm_mlic.training.module import MLICModule
 
@@ -301,6 +302,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config: Config, monkeypatch
     with pytest.raises(ConfigError.__mro__[1], match=r"not finite at epoch 1, step 1: lower optimizer\.lr"):
         run.train(run_config())
     assert not (tmp_path / "run/checkpoints/last.ckpt").exists()
+    record = json.loads((tmp_path / "run/diverged.json").read_text())
+    order = EpochSampler(range(24), seed=0)  # type: ignore[arg-type]
+    assert record["images"] == [f"train-{row:05d}" for row in list(order)[8:16]]
+    assert (record["epoch"], record["step"]) == (1, 1)
+
+
+def damage(path: Path, at: float) -> None:
+    """Flip one bit."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
+def test_a_damaged_last_checkpoint_is_noticed(run_config: Config, tmp_path: Path, at: float, caplog: Any):
+    """And the best one, which is whole, serves instead: to the same weights."""
+    whole = run.train(run_config("trainer.max_epochs=3"))
+    folder = tmp_path / "run"
+    weights = checkpoint(folder)["state_dict"]
+    (folder / "metrics.json").unlink()
+    damage(folder / "checkpoints" / "last.ckpt", at)
+    assert run.train(run_config("trainer.max_epochs=3"))["test"] == whole["test"]
+    assert "damaged" in caplog.text
+    assert "Going on from" in caplog.text
+    assert_same(checkpoint(folder)["state_dict"], weights)
+
+
+def test_a_damaged_best_checkpoint_is_refused(run_config: Config, tmp_path: Path):
+    run.train(run_config())
+    damage(tmp_path / "run/checkpoints/best.ckpt", 0.5)
+    with pytest.raises(WeightsError, match=r"best\.ckpt: .*damaged"):
+        run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
+
+
+def test_a_damaged_store_is_refused(run_config: Config, tmp_path: Path):
+    stores = f"instances.path={tmp_path}/stores"
+    run.train(run_config(stores))
+    damage(tmp_path / "stores/val/features.npy", 0.7)
+    with pytest.raises(StoreError, match=r"features\.npy is damaged .*instances\.overwrite=true"):
+        run.train(run_config(stores, "overwrite=true"))
 
 
 def test_a_store_for_something_else_is_refused(run_config: Config, tmp_path: Path):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torchvision.models.detection import (
 )
 
 from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.tensor_files import load_tensors
 
 #: The weights of scenes_tiny that come with the package.
 SCENES_WEIGHTS = Path(__file__).parent / "weights" / "scenes_tiny.safetensors"
@@ -199,7 +199,7 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
 
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = load_tensors(path)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"The weights file {path} holds more than tensors, or is damaged, and is not loaded: save it with "

@@ -24,6 +24,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.tensor_files import load_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -320,7 +321,7 @@ def _save_state(path: Path, record: dict[str, Any], parts: dict[str, Any], histo
 def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
     """Bring ``parts`` to where an earlier run of the same settings stopped, and return its history."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = load_tensors(path, device)
         theirs = json.loads(state["record"])
     except Exception as error:
         raise WeightsError(f"{path}, left by an unfinished run, cannot be read ({error}): delete it.") from error

@@ -13,6 +13,7 @@ import torch
 
 from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
+from gm_mlic.tensor_files import load_arrays, load_tensors
 
 #: What numpy and torch raise on files that are damaged or hold something else.
 _UNREADABLE = (
@@ -69,12 +70,12 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _npz(path: Path) -> tuple[list[str], np.ndarray]:
-    with np.load(path, allow_pickle=False) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
+    with load_arrays(path) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
         return [str(name) for name in file["labels"].tolist()], file["vectors"].astype(np.float32)
 
 
 def _pt(path: Path) -> tuple[list[str], np.ndarray]:
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content: Any = load_tensors(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict")
     if set(content) >= {"labels", "vectors"}:

@@ -82,8 +82,9 @@ def extract(
         The store; None if shards of other processes are still pending.
 
     Raises:
-        StoreError: if a store is there that was made for something else, if the detector gives what cannot be stored
-            (NaN, say; the message names the image), or if the disk is full or read-only. What was done stays.
+        StoreError: if a store is there that was made for something else or is damaged, if the detector gives
+            what cannot be stored (NaN, say; the message names the image), or if the disk is full or read-only. What
+            was done stays.
         DataError: if no image at all can be read, or the dataset is empty or contradicts itself.
         ConfigError: if a number is out of range.
     """
@@ -111,6 +112,7 @@ def extract(
     def finished() -> InstanceStore:
         store = InstanceStore.open(path)
         store.check(dataset, extractor, m=m, views=views, view_size=view_size, view_seed=view_seed)
+        store.verify_once()
         return store
 
     if (path / MANIFEST).is_file() and not overwrite:

@@ -22,9 +22,11 @@ one store. While a store is being made it is the folder ``<path>.partial`` (:mod
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +39,10 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ConfigError, StoreError
 
+log = logging.getLogger(__name__)
+
+#: Stores up to this size are checked each time: it takes a second.
+_SMALL_BYTES = 1 << 30
 FORMAT = 1
 MANIFEST = "manifest.json"
 REMEDY = "set instances.overwrite=true to replace it, or another instances.root to keep both"
@@ -345,6 +351,27 @@ class InstanceStore:
                     f"The file {file} is damaged (its SHA-256 is not the manifest's): "
                     "extract again with instances.overwrite=true."
                 )
+
+    def verify_once(self) -> None:
+        """:meth:`verify`, unless that has been done since the files were last changed; up to 1 GB, always.
+
+        Raises:
+            StoreError: likewise.
+        """
+        files = [self.path / f"{name}.npy" for name in self.manifest.arrays]
+        stats = [file.stat() for file in files]
+        if sum(s.st_size for s in stats) <= _SMALL_BYTES:
+            self.verify()
+            return
+        state = json.dumps([[file.name, s.st_size, s.st_mtime_ns] for file, s in zip(files, stats, strict=True)])
+        stamp = self.path.with_name(f".{self.path.name}.verified")
+        with contextlib.suppress(OSError):
+            if stamp.read_text() == state:
+                return
+        log.info("Checking the instance store %s.", self.path)
+        self.verify()
+        with contextlib.suppress(OSError):  # a store that is not ours to write beside is checked each time
+            stamp.write_text(state)
 
 
 def partial_path(path: Path) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.metrics.functional import check_scores, check_targets
+from gm_mlic.tensor_files import load_arrays, load_tensors
 
 TargetFormat = Literal["auto", "voc", "binary"]
 
@@ -131,7 +132,7 @@ Content = tuple[Tensor, "tuple[str, ...] | None", "tuple[str, ...] | None"]
 
 def _read_npz(path: Path, key: str) -> Content:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with load_arrays(path) as file:
             return _entries(path, key, {name: file[name] for name in (key, "ids", "labels") if name in file}, file)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not an .npz of numbers and texts ({error}).") from error
@@ -139,7 +140,7 @@ def _read_npz(path: Path, key: str) -> Content:
 
 def _read_pt(path: Path, key: str) -> Content:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = load_tensors(path)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: not a .pt file of tensors, texts and numbers ({reason[:100]}).") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gm_mlic.errors import WeightsError
 from gm_mlic.nn import create_model
+from gm_mlic.tensor_files import load_tensors
 
 #: Where a Lightning checkpoint keeps the description.
 KEY = "gm_mlic"
@@ -80,11 +81,14 @@ def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; gm-mlic train writes runs/NAME/checkpoints/best.ckpt.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_tensors(path)
         return Description.from_checkpoint(content[KEY]), content
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path}: not a checkpoint of gm-mlic train ({reason[:120]}).") from error
+        raise WeightsError(
+            f"{path}: not a checkpoint of gm-mlic train, or a damaged one ({reason[:120]}): put a copy in its "
+            "place, or delete it and start its run again."
+        ) from error
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:

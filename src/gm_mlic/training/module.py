@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -28,7 +29,16 @@ _CHECK_EVERY = 50
 
 
 class DivergedError(GMMLICError):
-    """The loss is NaN or infinite."""
+    """The loss is NaN or infinite.
+
+    Attributes:
+        epoch, step: where it first was so; the epoch from 1.
+        rows: of the images of that batch, on this process.
+    """
+
+    def __init__(self, message: str, epoch: int, step: int, rows: list[int]) -> None:
+        super().__init__(message)
+        self.epoch, self.step, self.rows = epoch, step, rows
 
 
 class MLICModule(LightningModule):
@@ -69,6 +79,8 @@ class MLICModule(LightningModule):
         self.test_scores: tuple[Tensor, Tensor, Tensor] | None = None
         self.examples = Examples()
         self._bad_step: Tensor | None = None
+        #: Steps and the rows of their batches, as far back as the loss has not been looked at.
+        self._recent: deque[tuple[int, Tensor | None]] = deque(maxlen=_CHECK_EVERY + 1)
         self._labels: Prepared | None = None
 
     def forward(self, batch: Any) -> Any:
@@ -93,15 +105,16 @@ class MLICModule(LightningModule):
         if batch is None:
             return None
         loss: Tensor = self.loss(self.model(batch).logits, batch.y)
-        self._watch(loss)
+        self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
-    def _watch(self, loss: Tensor) -> None:
+    def _watch(self, loss: Tensor, batch: Any) -> None:
         """Remember the first step with a loss that is not finite; look seldom, since looking waits for the device."""
         if self._bad_step is None:
             self._bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
+        self._recent.append((self.global_step, batch.row))
         is_first = ~torch.isfinite(loss.detach()) & (self._bad_step < 0)
         self._bad_step = torch.where(is_first, self.global_step, self._bad_step)
         if loss.device.type == "cpu" or self.global_step % _CHECK_EVERY == 0:
@@ -109,10 +122,15 @@ class MLICModule(LightningModule):
 
     def stop_if_diverged(self) -> None:
         if self._bad_step is not None and int(self._bad_step) >= 0:
+            step = int(self._bad_step)
+            rows = next((rows for number, rows in self._recent if number == step), None)
             raise DivergedError(
-                f"The loss is not finite at epoch {self.current_epoch + 1}, step {int(self._bad_step)}: lower "
-                f"optimizer.lr (now {self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The last good "
-                "epoch is in checkpoints/last.ckpt."
+                f"The loss is not finite at epoch {self.current_epoch + 1}, step {step}: lower optimizer.lr (now "
+                f"{self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The images of that step are in "
+                "diverged.json, what was good before is in checkpoints/.",
+                self.current_epoch + 1,
+                step,
+                [] if rows is None else rows.tolist(),
             )
 
     def on_train_epoch_end(self) -> None:

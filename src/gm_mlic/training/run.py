@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -30,13 +31,13 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.runs import CONFIG, RESULT, SCORES, RunState, write_atomically
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.interruption import position, signals_kept
-from gm_mlic.training.module import MLICModule
+from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.settings import changed_settings, check
 from gm_mlic.training.tracking import Tracker
@@ -110,7 +111,13 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         callbacks = build.training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build.build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
-        _fit(config, trainer, module, graph, data, run_dir)
+        try:
+            _fit(config, trainer, module, graph, data, run_dir)
+        except DivergedError as error:
+            ids = [datasets["train"].ids[row] for row in error.rows]
+            record = {"error": str(error), "epoch": error.epoch, "step": error.step, "images": ids}
+            write_atomically(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
+            raise
 
         best = run_dir / "checkpoints" / "best.ckpt"
         tested = _test(config, best, data["test"], extractor)
@@ -263,10 +270,9 @@ def _fit(
     splits = {
         split: _readable(data[split], graph, execution, augment=augment[split], seed=config.seed) for split in augment
     }
-    last = run_dir / "checkpoints" / "last.ckpt"
+    last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
-    if last.exists():
-        _, content = read_checkpoint(last)
+    if content is not None:
         first = position(content)
         if _stopped_early(content) or first[0] >= config.trainer.max_epochs:
             return
@@ -280,11 +286,29 @@ def _fit(
         module.model.compile(dynamic=True)
     try:
         with signals_kept():
-            trainer.fit(module, loaders, ckpt_path=str(last) if last.exists() else None, weights_only=True)
+            trainer.fit(module, loaders, ckpt_path=None if content is None else str(last), weights_only=True)
     except Terminated:
         raise
     except SystemExit as stop:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stop
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint to go on from, and what is in it: the last, or if that is damaged the best; None if none is."""
+    last, best = folder / "last.ckpt", folder / "best.ckpt"
+    if not last.exists():
+        return last, None
+    try:
+        return last, read_checkpoint(last)[1]
+    except WeightsError as error:
+        if not best.exists():
+            raise
+        content = read_checkpoint(best)[1]
+        log.warning("%s Going on from %s, after epoch %d.", error, best, position(content)[0])
+        part = last.with_suffix(".part")
+        shutil.copyfile(best, part)
+        part.replace(last)
+        return last, content
 
 
 def _readable(data: SplitData, graph: AssignmentGraph, execution: str, **settings: Any) -> Any:
