@@ -154,6 +154,54 @@ def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed,
     assert sum(made.values()) <= len(undisturbed[1]) + 2 * killed  # one batch, plain and view, for each death
 
 
+class Crashing(Files):
+    """Image 9 kills the process that decodes it, as a defect of a decoder does."""
+
+    def image(self, i: int) -> Image.Image:
+        if i == 9:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().image(i)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_crashes_its_decoder_is_left_out(tmp_path, workers):
+    files, path = Crashing(tmp_path / "photos"), tmp_path / "store"
+    settings = SETTINGS | {"num_workers": workers}
+    if workers == 0:
+        assert in_child(lambda: extract(files, PixelExtractor(), path, **settings)) == -signal.SIGSEGV
+    store = extract(files, PixelExtractor(), path, **settings)
+    assert store.manifest.skipped == {
+        "0009": "Image 0009 crashes the process that decodes it (exit code -11): save it anew or remove it."
+    }
+    assert store.rows.tolist() == [i for i in range(21) if i != 9]
+    whole = extract(Files(tmp_path / "photos"), PixelExtractor(), tmp_path / "whole", **SETTINGS)
+    assert np.array_equal(store.features[store.rows], whole.features[store.rows])
+
+
+def test_an_unfinished_store_with_a_crashing_image_is_taken_up(tmp_path):
+    """The second look at what was unreadable spares it."""
+    files, path = Crashing(tmp_path / "photos"), tmp_path / "store"
+    dead = PixelExtractor(tmp_path / "calls.txt")
+    assert in_child(lambda: extract(files, dead, path, **SETTINGS)) == -signal.SIGSEGV
+
+    def stop_after_two_batches() -> None:
+        made = 0
+
+        class Stopping(PixelExtractor):
+            def __call__(self, images, m):
+                nonlocal made
+                made += 1
+                if made > 4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().__call__(images, m)
+
+        extract(files, Stopping(), path, **SETTINGS)
+
+    assert in_child(stop_after_two_batches) == -signal.SIGKILL
+    assert in_child(lambda: extract(files, PixelExtractor(), path, **SETTINGS)) == 0
+    assert list(InstanceStore.open(path).manifest.skipped) == ["0009"]
+
+
 @pytest.mark.parametrize("name", ["_write_text", "sha256"])
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_while_beginning_or_finishing(dataset, tmp_path, undisturbed, monkeypatch, name, after):

@@ -44,9 +44,7 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
     if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch only to name it would be slow
         return "error: the accelerator's memory is full: lower trainer.batch_size (or instances.batch_size).", 2
-    if isinstance(error, RuntimeError) and re.match(
-        r"DataLoader worker .* (killed by signal|exited unexpectedly)", str(error)
-    ):
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return (
             "error: a process that reads images was killed, by the system if memory was short: lower instances.workers "
             "and trainer.num_workers (0 reads in the main process), then run the same command again: it continues.",

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
+from gm_mlic.instances.reading import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
-from gm_mlic.instances.views import crop_and_flip, view_rng
 from gm_mlic.instances.writer import State, StoreWriter, plan
 
 log = logging.getLogger(__name__)
@@ -71,7 +69,9 @@ def extract(
         view_size: their side in pixels.
         view_seed: their seed.
         batch_size: images to one call of the extractor.
-        num_workers: processes that decode images; 0 decodes in this one.
+        num_workers: processes that decode images; 0 decodes in this one. An image that crashes its decoder ends this
+            process once; the same call then finds out which one it was and leaves it out. With workers it does so at
+            once.
         overwrite: replace a finished store, and discard an unfinished one of another job. A finished store stays in
             place until its replacement is complete; an unfinished one of this very job is continued.
         shard: (i, n): do every n-th batch from the i-th on. Start n processes, i = 0 ... n-1, with the same other
@@ -156,7 +156,11 @@ def _fill(
     N, B = len(job.ids), job.batch_size
     states = writer.states()
     # an image that was mended since gets its chance: no state is worth keeping that a second look contradicts
-    for row in np.flatnonzero(states == State.UNREADABLE).tolist():
+    unreadable = np.flatnonzero(states == State.UNREADABLE).tolist()
+    reasons = writer.reasons() if unreadable else {}
+    for row in unreadable:
+        if CRASHES in reasons[job.ids[row]]:
+            continue
         with contextlib.suppress(UnreadableImage):
             dataset.image(row)
             states[row] = State.PENDING
@@ -165,22 +169,14 @@ def _fill(
     total, left = sum(map(len, batches)), sum(map(len, pending))
     if 0 < left < total:
         log.info("Continuing %s: %d of %d images are done.", writer.path, total - left, total)
-    loader: DataLoader[Any] = DataLoader(
-        _Rows(dataset, job),
-        batch_sampler=pending,
-        num_workers=num_workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # leave the global generator alone
-    )
+    trace = writer.partial / f"shard-{index}-of-{shards}.reading"
     with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
-        for rows, images in zip(pending, loader, strict=True):
+        for rows, images in read_batches(Rows(dataset, job), pending, num_workers, trace):
             writer.write(rows[0], _detect(extractor, images, job))
             meter.advance(len(rows))
 
 
-def _detect(
-    extractor: InstanceExtractor, rows: Sequence[list[np.ndarray] | str | GMMLICError], job: Manifest
-) -> list[list[Instances] | str]:
+def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) -> list[list[Instances] | str]:
     """The instances of each view of each readable row; of the others, the reason."""
     for row in rows:
         if isinstance(row, GMMLICError):
@@ -206,34 +202,6 @@ def _detect(
 def _to_tensor(image: np.ndarray) -> Tensor:
     # as gm_mlic.datasets.images.to_tensor, after the pipe
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
-
-
-class _Rows(Dataset[Any]):
-    """Row to its 1 + r views, each (H, W, 3) uint8, or to why there are none.
-
-    Bytes, not floats, and arrays, not tensors: from a worker they then come through a pipe at a quarter of the size,
-    and need no shared memory, of which containers have little.
-    """
-
-    def __init__(self, dataset: MultiLabelDataset, job: Manifest) -> None:
-        self.dataset = dataset
-        self.views, self.size, self.seed = job.views, job.view_size, job.view_seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> list[np.ndarray] | str | GMMLICError:
-        try:
-            image = self.dataset.image(i)
-        except UnreadableImage as error:
-            return str(error)
-        except GMMLICError as error:  # raised here, a worker would bury its line in a traceback
-            return error
-        views = [image]
-        if self.size is not None and self.seed is not None:
-            for view in range(1, 1 + self.views):
-                views.append(crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], view)))
-        return [np.array(view, dtype=np.uint8) for view in views]
 
 
 class _Claim:

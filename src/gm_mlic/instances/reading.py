@@ -1,0 +1,129 @@
+"""Decode images ahead of the detector; also those that take the process that decodes them down with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import re
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.errors import GMMLICError, UnreadableImage
+from gm_mlic.instances.store import Manifest
+from gm_mlic.instances.views import crop_and_flip, view_rng
+
+log = logging.getLogger(__name__)
+
+#: What the reason of an image says that no process can decode and live.
+CRASHES = "crashes the process that decodes it"
+
+#: The 1 + r views of an image, each (H, W, 3) uint8; or why there are none.
+Views = list[np.ndarray] | str | GMMLICError
+
+
+class Rows(Dataset[Any]):
+    """Row to its views.
+
+    Bytes, not floats, and arrays, not tensors: from a worker they then come through a pipe at a quarter of the size,
+    and need no shared memory, of which containers have little.
+    """
+
+    def __init__(self, dataset: MultiLabelDataset, job: Manifest) -> None:
+        self.dataset = dataset
+        self.views, self.size, self.seed = job.views, job.view_size, job.view_seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> Views:
+        try:
+            image = self.dataset.image(i)
+        except UnreadableImage as error:
+            return str(error)
+        except GMMLICError as error:  # raised here, a worker would bury its line in a traceback
+            return error
+        views = [image]
+        if self.size is not None and self.seed is not None:
+            for view in range(1, 1 + self.views):
+                views.append(crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], view)))
+        return [np.array(view, dtype=np.uint8) for view in views]
+
+
+def read_batches(
+    rows: Rows, batches: Sequence[list[int]], num_workers: int, trace: Path
+) -> Iterator[tuple[list[int], list[Views]]]:
+    """The images of every batch, each batch once, not always in order.
+
+    Where a process died while it decoded, each image is decoded in a process of its own, and one that kills its
+    process is unreadable.
+
+    Args:
+        rows: what to read.
+        batches: lists of rows.
+        num_workers: processes that decode ahead; 0 decodes in this one.
+        trace: a file that says, while this process decodes, which batch; found at the beginning, it says at which an
+            earlier one died.
+    """
+    suspect = -1
+    with contextlib.suppress(OSError, ValueError):
+        suspect = int(trace.read_text())
+    for batch in (b for b in batches if b[0] == suspect):
+        yield batch, [_read_apart(rows, row) for row in batch]
+    batches = [b for b in batches if b[0] != suspect]
+    loader = iter(
+        DataLoader(
+            rows,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # leave the global generator alone
+        )
+    )
+    left: list[list[int]] = []
+    for done, batch in enumerate(batches):
+        if num_workers == 0:
+            trace.write_text(str(batch[0]))
+        try:
+            images: list[Views] = next(loader)
+        except RuntimeError as error:
+            if not is_death_of_a_worker(error):
+                raise
+            log.warning("A process that decodes images died: from here on each image is decoded in one of its own.")
+            left = batches[done:]
+            break
+        trace.unlink(missing_ok=True)
+        yield batch, images
+    for batch in left:
+        yield batch, [_read_apart(rows, row) for row in batch]
+
+
+def is_death_of_a_worker(error: BaseException) -> bool:
+    """Whether torch's DataLoader says that one of its processes is gone."""
+    text = r"DataLoader worker .*(killed by signal|exited unexpectedly)"
+    return isinstance(error, RuntimeError) and re.match(text, str(error)) is not None
+
+
+def _read_apart(rows: Rows, row: int) -> Views:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_send, args=(theirs, rows, row), daemon=True)
+    process.start()
+    theirs.close()  # or the end of the other process would go unnoticed
+    try:
+        views: Views = ours.recv()
+    except EOFError:
+        process.join()
+        return f"Image {rows.dataset.ids[row]} {CRASHES} (exit code {process.exitcode}): save it anew or remove it."
+    process.join()
+    return views
+
+
+def _send(connection: Connection, rows: Rows, row: int) -> None:
+    connection.send(rows[row])
