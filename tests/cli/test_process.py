@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,23 +87,69 @@ def test_exit_codes_reach_the_shell(tmp_path: Path):
     assert bad.stderr.splitlines() == ["gm-mlic: error: graph.m=-1: expected a whole number, at least 1."]
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_run(tmp_path: Path):
-    """DDP on the CPU: one log, one table, one checkpoint, and metrics of each image counted once."""
-    arguments = ["train", *SMALL, "trainer.max_epochs=2", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=run"]
+def finish(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a process to its end, which must have this exit code."""
     done = subprocess.run(
-        command(*arguments), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240
+        arguments, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=240, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test split of scenes") == 1
-    assert epochs(tmp_path / "run") == ["1", "2"]
-    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
-    alone = subprocess.run(
-        command("eval", "checkpoint=run/checkpoints/best.ckpt", "overrides=[trainer.devices=1,trainer.strategy=auto]"),
-        env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
-    again = json.loads((tmp_path / "run" / "eval" / "test.json").read_text())
-    assert again["metrics"]["mAP"] == pytest.approx(result["test"]["mAP"], abs=1e-6)
-    assert again["metrics"]["CF1"] == pytest.approx(result["test"]["CF1"], abs=1e-6)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def torchrun(*arguments: str) -> list[str]:
+    program = Path(sys.executable).with_name("torchrun")
+    return [str(program), "--standalone", "--nproc-per-node=2", "-m", "gm_mlic", *arguments]
+
+
+# 31 and 7 images do not divide by two processes; SGD, because Adam blows rounding up to the size of a gradient.
+TWO = [
+    "train", "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 31, test: 7}", "dataset.image_size=96",
+    "model.widths=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=3", "optimizer=paper", "optimizer.lr=0.05",
+    "instances.batch_size=2",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("starter", ["lightning", "torchrun"])
+def test_two_processes_are_one_run(tmp_path: Path, starter: str):
+    """DDP on the CPU: one log, one table, one checkpoint; the losses, weights and metrics of one process."""
+    ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=two"]
+    two = finish(*(torchrun(*ddp) if starter == "torchrun" else command(*ddp)), cwd=tmp_path)
+    assert two.stdout.count("test split of scenes") == 1
+    assert two.stderr.count("epoch   1/3") == 1
+    if starter == "torchrun":  # the extraction was divided
+        assert re.search("train: 16 of 16 images|pending in other shards", two.stderr)
+    stores = content(tmp_path / "data/instances/scenes")
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+    (tmp_path / "data").rename(tmp_path / "divided")
+    finish(*command(*TWO, "trainer.batch_size=8", "run_dir=one"), cwd=tmp_path)
+    assert stores == content(tmp_path / "data/instances/scenes")
+    a, b = (read_run(tmp_path / name) for name in ("two", "one"))
+    assert len(a.epochs) == len(b.epochs) == 3
+    for ours, theirs in zip(a.epochs, b.epochs, strict=True):
+        for name in ("train/loss", "val/loss", "val/mAP", "val/OF1"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    x, y = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("two", "one"))  # fmt: skip
+    for name, weight in y.items():
+        torch.testing.assert_close(x[name], weight, rtol=1e-4, atol=1e-6)
+
+    # The same weights on all images in one process: none counted twice.
+    alone = ["checkpoint=two/checkpoints/best.ckpt", "overrides=[trainer.devices=1,trainer.strategy=auto]"]
+    finish(*command("eval", *alone), cwd=tmp_path)
+    again = json.loads((tmp_path / "two" / "eval" / "test.json").read_text())["metrics"]
+    assert a.result is not None
+    for name in ("mAP", "CF1", "OF1"):
+        assert again[name] == pytest.approx(a.result["test"][name], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_more_processes_than_the_run_has_are_refused(tmp_path: Path):
+    done = finish(*torchrun(*TWO, "run_dir=run"), cwd=tmp_path, code=1)  # torchrun's own code
+    assert "error: torchrun started 2 processes, but trainer.devices=1" in done.stderr
+    assert done.stderr.count("gm-mlic: error") == 1
+    assert "set them to the processes of a machine" in done.stderr
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

@@ -348,6 +348,59 @@ def test_shards_at_the_same_time(dataset, tmp_path, undisturbed):
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
 
+@pytest.mark.parametrize("late", [0.0, 1.5], ids=["together", "one late"])
+def test_processes_of_one_run(dataset, tmp_path, undisturbed, late):
+    """Each of three comes back with the whole store, whoever did what; every image was detected in once."""
+    log, path = tmp_path / "calls.txt", tmp_path / "store"
+
+    class Slow(PixelExtractor):
+        def __call__(self, images, m):
+            time.sleep(0.2)
+            return super().__call__(images, m)
+
+    children = []
+    for index in range(3):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                time.sleep(late * (index == 2))
+                store = extract(dataset, Slow(log), path, shard=(index, 3), together=True, **SETTINGS)
+                code = 0 if len(store) == 21 else 4
+            finally:
+                os._exit(code)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    assert files_of(path) == undisturbed[0]
+    assert sorted(calls(log)) == sorted(undisturbed[1])
+
+
+def test_what_a_dead_process_left_is_done_by_the_others(dataset, tmp_path, undisturbed):
+    path, begun, over = tmp_path / "store", tmp_path / "begun", tmp_path / "over"
+
+    class Dies(PixelExtractor):
+        def __call__(self, images, m):
+            begun.touch()
+            wait_until(over.exists)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Notes(PixelExtractor):
+        def __call__(self, images, m):
+            over.touch()
+            return super().__call__(images, m)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            extract(dataset, Dies(), path, shard=(1, 2), together=True, **SETTINGS)
+        finally:
+            os._exit(1)
+    wait_until(begun.exists)
+    store = extract(dataset, Notes(), path, shard=(0, 2), together=True, **SETTINGS)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert files_of(store.path) == undisturbed[0]
+
+
 @pytest.mark.parametrize("mine", [(0, 2), (1, 3)])
 def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
     monkeypatch.setattr(extraction, "PATIENCE_S", 0.0)

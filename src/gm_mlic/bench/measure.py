@@ -32,7 +32,7 @@ class Timings:
 
 def synchronise(device: str) -> None:
     """Wait for a GPU; nothing to wait for elsewhere."""
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
 
 
@@ -67,7 +67,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 
     Counted at torch's allocators, so neither other processes nor what the C library keeps for later is in it.
     """
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

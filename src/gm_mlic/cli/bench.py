@@ -91,7 +91,7 @@ def _size(name: str) -> dict[str, Any]:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """What ran the measurement: processor, threads, memory in bytes, versions."""
-    if device == "cuda":
+    if device != "cpu":
         processor, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     else:
         processor, memory = _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

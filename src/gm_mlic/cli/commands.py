@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
 from gm_mlic.runs import find_runs, read_jobs, write_job
+from gm_mlic.training.processes import place
 from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,6 @@ def extract(config: DictConfig) -> None:
 def train(config: DictConfig) -> float:
     """``gm-mlic train``; returns val mAP, for Hydra's sweepers to maximise."""
     check(config)
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
@@ -100,7 +99,7 @@ def train(config: DictConfig) -> float:
     # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else.
     command = shlex.join(["gm-mlic", "train", *HydraConfig.get().overrides.task])
     result = training.train(config, _sweep(config), command)
-    if rank_zero_only.rank == 0:
+    if place().rank == 0:
         print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
         log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])

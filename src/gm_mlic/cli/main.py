@@ -19,6 +19,7 @@ from typing import Any
 
 from gm_mlic._version import __version__
 from gm_mlic.errors import Terminated
+from gm_mlic.training.processes import place
 
 #: What each command does, in one line.
 COMMANDS = {
@@ -110,20 +111,21 @@ def run(argv: list[str]) -> int:
     # PyG's use of TorchScript is not for our users to mend.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     before = _handle_sigterm()
-    # Of several processes of a run, the first speaks.
-    silent = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    # Of several processes of a run, the first speaks; but each has its own errors.
+    rank = place().rank
+    speaker = f"gm-mlic: process {rank}" if rank else "gm-mlic"
     try:
         from gm_mlic.cli import commands
 
         commands.run(command, arguments, verbose=verbose)
     except Terminated as stop:
-        if not silent:
+        if rank == 0:
             print("gm-mlic: terminated; the same command continues where it stopped.", file=sys.stderr)
         return int(stop.code)  # type: ignore[arg-type]
     except SystemExit as stop:  # argparse, and Hydra's --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        if not silent:
+        if rank == 0:
             print("\ngm-mlic: interrupted; the same command continues where it stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `gm-mlic ... | head`
@@ -135,7 +137,7 @@ def run(argv: list[str]) -> int:
         if verbose:
             traceback.print_exc()
         line, code = explain(error, command, arguments)
-        print(f"gm-mlic: {line}", file=sys.stderr)
+        print(f"{speaker}: {line}", file=sys.stderr)
         return code
     finally:
         if before is not None:

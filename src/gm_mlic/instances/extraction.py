@@ -56,6 +56,7 @@ def extract(
     num_workers: int = 0,
     overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
+    together: bool = False,
     progress: bool = True,
 ) -> InstanceStore | None:
     """Make the instance store ``path``, go on with it where it was interrupted, or open it if it is there.
@@ -76,10 +77,11 @@ def extract(
             place until its replacement is complete; an unfinished one of this very job is continued.
         shard: (i, n): do every n-th batch from the i-th on. Start n processes, i = 0 ... n-1, with the same other
             arguments; the last to end makes the store complete.
+        together: the n processes need the store: each waits until it is complete, and does what those that died left.
         progress: show a bar (without a terminal: a log line every 10 s).
 
     Returns:
-        The store; None if shards of other processes are still pending.
+        The store; None if shards of other processes are still pending (never with ``together``).
 
     Raises:
         StoreError: if a store is there that was made for something else or is damaged, if the detector gives
@@ -117,16 +119,23 @@ def extract(
 
     if (path / MANIFEST).is_file() and not overwrite:
         return finished()
-    claim = _Claim(path, job, dataset, overwrite, index, shards)
-    with claim:
-        if claim.writer is None:
-            return finished()
-        try:
-            _fill(claim.writer, dataset, extractor, num_workers, index, shards, progress)
-        except KeyboardInterrupt:
-            log.warning("Stopped. The same command continues %s where it stopped.", path)
-            raise
-        store = claim.finish()
+
+    def do(index: int, shards: int, overwrite: bool) -> InstanceStore | None:
+        claim = _Claim(path, job, dataset, overwrite, index, shards, patient=together)
+        with claim:
+            if claim.writer is None:
+                return finished()
+            try:
+                _fill(claim.writer, dataset, extractor, num_workers, index, shards, progress)
+            except KeyboardInterrupt:
+                log.warning("Stopped. The same command continues %s where it stopped.", path)
+                raise
+            return claim.finish()
+
+    store = do(index, shards, overwrite)
+    if store is None and together:
+        # Waits for all who work on it. Nobody does: whoever had a part and did not do it, is gone or late.
+        store = do(0, 1, False)
     if store is None:
         return None
     skipped = store.manifest.skipped
@@ -214,9 +223,19 @@ class _Claim:
     writer: StoreWriter | None = None
 
     def __init__(
-        self, path: Path, job: Manifest, dataset: MultiLabelDataset, overwrite: bool, index: int, shards: int
+        self,
+        path: Path,
+        job: Manifest,
+        dataset: MultiLabelDataset,
+        overwrite: bool,
+        index: int,
+        shards: int,
+        *,
+        patient: bool,
     ) -> None:
         self.path, self.job, self.dataset, self.overwrite = path, job, dataset, overwrite
+        # One process waits for another as long as that works; of shards given by hand, a clash is a mistake.
+        self.patient = patient or shards == 1
         self.partial = partial_path(path)
         self.guard = FileLock(path.with_name(f".{path.name}.lock"))
         self.name = f"shard-{index}-of-{shards}"
@@ -241,7 +260,7 @@ class _Claim:
                         self.lock.acquire(timeout=0)
                         (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")
                         return self
-                    if self.shards > 1 and time.monotonic() - began > PATIENCE_S:
+                    if not self.patient and time.monotonic() - began > PATIENCE_S:
                         raise StoreError(
                             f"Process {holders[rivals[0]]} is extracting {self.path} as {rivals[0]}: wait for it, or "
                             "give each process its own instances.shard of the same number of shards."

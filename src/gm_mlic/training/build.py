@@ -26,6 +26,7 @@ from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
 from gm_mlic.training.interruption import Interruption
+from gm_mlic.training.processes import place, started_by
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +76,10 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor:
 
 
 def device(accelerator: str) -> str:
-    """The torch device that Lightning's name of an accelerator stands for here."""
-    return "cuda" if torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda") else "cpu"
+    """The torch device that Lightning's name of an accelerator stands for here, in this process of several."""
+    if not torch.cuda.is_available() or accelerator not in ("auto", "gpu", "cuda"):
+        return "cpu"
+    return f"cuda:{place().local % torch.cuda.device_count()}"
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -94,6 +97,8 @@ def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: Instan
 def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore | None:
     """The store of one split: opened, or extracted first (what a killed extraction left is kept).
 
+    Processes that were started together (torchrun, srun) share the images out among them.
+
     Returns:
         The complete store; None if this process did its shard and others have not yet done theirs.
 
@@ -101,7 +106,8 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         StoreError: if the store at ``instances.path`` was made for something else.
     """
     instances = config.instances
-    index, shards = (0, 1) if instances.shard is None else map(int, instances.shard.split("/"))
+    here = place()
+    index, shards = (here.rank, here.count) if instances.shard is None else map(int, instances.shard.split("/"))
     store = extract(
         dataset,
         extractor,
@@ -113,6 +119,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         num_workers=instances.workers,
         overwrite=instances.overwrite,
         shard=(index, shards),
+        together=instances.shard is None,
     )
     if store is not None and store.manifest.skipped:
         names = list(store.manifest.skipped)
@@ -182,9 +189,10 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
     settings = config.trainer
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
+            num_nodes=settings.num_nodes,
             strategy=settings.strategy,
             precision=settings.precision,
             deterministic="warn" if _is_deterministic(config) else None,
@@ -204,6 +212,14 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
             f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
         ) from error
+    count = place().count
+    if trainer.world_size != count and started_by() in ("torchrun", "srun"):
+        raise ConfigError(
+            f"{started_by()} started {count} processes, but trainer.devices={settings.devices} and trainer.num_nodes="
+            f"{settings.num_nodes} make a run of {trainer.world_size}: set them to the processes of a machine and the "
+            "number of machines, and trainer.strategy=ddp."
+        )
+    return trainer
 
 
 def _is_deterministic(config: DictConfig) -> bool:

@@ -71,7 +71,8 @@ class MLICModule(LightningModule):
         self.model = model
         self.loss = loss
         self.metrics = metrics
-        self.train_loss = MeanMetric()
+        # Means over images, of all processes, however many each of them has.
+        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.online = online
         self.optimizer_settings = optimizer
         self.description = description
@@ -165,7 +166,8 @@ class MLICModule(LightningModule):
         if batch is None:
             return
         logits = self._output(batch).logits.float()
-        self.log("val/loss", self.loss(logits, batch.y), batch_size=batch.num_graphs, sync_dist=True)
+        self.val_loss.update(self.loss(logits, batch.y), batch.num_graphs)
+        self.log("val/loss", self.val_loss)
         self.metrics.update(torch.sigmoid(logits), batch.y, batch.row)
 
     def on_validation_epoch_end(self) -> None:
@@ -230,8 +232,10 @@ class MLICModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self.description.to_checkpoint()
-        mean = self.train_loss  # of the steps so far, for an epoch that is saved within
-        checkpoint[_LOSS] = [float(mean.mean_value), float(mean.weight), mean.update_count]
+        # Of the steps so far, for an epoch that is saved within; an equal part of it for each process.
+        mean = self.train_loss
+        parts = self.trainer.strategy.reduce(torch.stack([mean.mean_value, mean.weight]), reduce_op="mean")
+        checkpoint[_LOSS] = [*parts.tolist(), mean.update_count]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if position(checkpoint)[1]:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -39,6 +39,7 @@ from gm_mlic.training.data import GraphData
 from gm_mlic.training.interruption import position, signals_kept
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
+from gm_mlic.training.processes import place
 from gm_mlic.training.settings import changed_settings, check
 from gm_mlic.training.tracking import Tracker
 
@@ -83,16 +84,16 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
     check(config)
     run_dir = Path(config.run_dir)
     # Of several processes (DDP), the first speaks for the run.
-    with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_zero_only.rank > 0) as state:
+    with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=place().rank > 0) as state:
         return _train(config, run_dir, state, sweep)
 
 
 def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None) -> dict[str, Any]:
     finished = run_dir / RESULT
-    first = rank_zero_only.rank == 0
-    if config.overwrite and first:
-        _forget(run_dir)
-    elif not config.overwrite:
+    first = place().rank == 0
+    if config.overwrite:
+        _forget(run_dir, wait=not first)
+    else:
         _check_same_run(config, run_dir)
     if finished.exists():
         log.info("%s: finished already (overwrite=true starts again).", run_dir)
@@ -279,7 +280,7 @@ def _fit(
         log.info("continuing %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = config.trainer.num_workers
     if workers is None:
-        workers = 2 if build.device(config.trainer.accelerator) == "cuda" else 0
+        workers = 0 if build.device(config.trainer.accelerator) == "cpu" else 2
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
         # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
@@ -400,8 +401,11 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
         )
 
 
-def _forget(run_dir: Path) -> None:
+def _forget(run_dir: Path, wait: bool) -> None:
+    """Delete what would be gone on from; or wait until the first of our processes, which speaks for the run, has."""
     for name in (RESULT, "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        while wait and (run_dir / name).exists():
+            time.sleep(0.1)
         (run_dir / name).unlink(missing_ok=True)
 
 

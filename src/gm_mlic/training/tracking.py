@@ -18,12 +18,12 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import EXAMPLES, write_atomically
+from gm_mlic.training.processes import place
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Tracker:
         self._wandb: ModuleType | None = None
 
     def __enter__(self) -> Tracker:
-        if self.config.logger.name == "wandb" and rank_zero_only.rank == 0:
+        if self.config.logger.name == "wandb" and place().rank == 0:
             self._wandb = _imported()
             self.run = self._begun(self._wandb)
         return self
