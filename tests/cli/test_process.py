@@ -130,7 +130,7 @@ def test_two_processes_are_one_run(tmp_path: Path, starter: str):
     for ours, theirs in zip(a.epochs, b.epochs, strict=True):
         for name in ("train/loss", "val/loss", "val/mAP", "val/OF1"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    x, y = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("two", "one"))  # fmt: skip
+    x, y = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name, weight in y.items():
         torch.testing.assert_close(x[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -151,5 +151,39 @@ def test_more_processes_than_the_run_has_are_refused(tmp_path: Path):
     assert "set them to the processes of a machine" in done.stderr
 
 
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.slow
+def test_a_preempted_ddp_run_goes_on(tmp_path: Path):
+    """SIGTERM to torchrun reaches all: they stop at one step and save; the end is that of a run left alone."""
+    run = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=40"]
+    process = subprocess.Popen(
+        torchrun(*run, "run_dir=run"),
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while len(epochs(tmp_path / "run")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert "Stopping after this step" in err.decode()
+    assert "terminated; the same command continues" in err.decode()
+    assert read_run(tmp_path / "run").state == "interrupted"
+    assert 2 <= len(epochs(tmp_path / "run")) < 40
+
+    again = finish(*torchrun(*run, "run_dir=run"), cwd=tmp_path)
+    assert "continuing" in again.stderr
+    finish(*torchrun(*run, "run_dir=whole"), cwd=tmp_path)
+    a, b = (read_run(tmp_path / name) for name in ("run", "whole"))
+    assert [{**e, "seconds": 0} for e in a.epochs] == [{**e, "seconds": 0} for e in b.epochs]
+    x, y = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(x[name], y[name]) for name in y)

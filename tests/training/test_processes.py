@@ -11,7 +11,10 @@ STARTERS = {
          "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
         Place(5, 8, 1),
     ),
-    "srun": ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "train"}, Place(3, 4, 1)),
+    "srun": (
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "train"},
+        Place(3, 4, 1),
+    ),
     "lightning": ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1)),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from gm_mlic.cli.allowed import check_arguments
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
 from gm_mlic.runs import find_runs, read_jobs, write_job
 from gm_mlic.training.processes import place
@@ -38,6 +40,7 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     failures: list[Exception] = []
     task = _keeping_failures(_TASKS[command], failures)
     arguments = [_with_quoted_items(argument) for argument in arguments]
+    folders = check_arguments(arguments)
     # Hydra's parser wants its flags before the settings or after them, not among them.
     arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if verbose:
@@ -46,7 +49,9 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
     if flags & _SHOWS_CONFIG and not flags & _MULTIRUN:
         # Hydra prints the config and runs no task, which would have checked it.
-        compose(name, [argument for argument in arguments if "=" in argument and not argument.startswith("-")])
+        compose(name, [argument for argument in arguments if "=" in argument and not argument.startswith("-")], folders)
+    if place().rank and flags & _MULTIRUN:  # the folder of a multirun is for the first process to write
+        arguments = [*arguments, f"hydra.sweep.dir={tempfile.mkdtemp()}"]
     sys.argv = [f"gm-mlic {command}", *arguments]
     start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)
     try:
@@ -64,7 +69,8 @@ class SweepFolder(Callback):
     begun: ClassVar[list[Path]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.begun.append(Path(config.hydra.sweep.dir))
+        if place().rank == 0:
+            self.begun.append(Path(config.hydra.sweep.dir))
 
 
 def _show_sweep(folder: Path) -> None:
@@ -111,7 +117,8 @@ def _sweep(config: DictConfig) -> str | None:
     if hydra_config.mode != RunMode.MULTIRUN:
         return None
     folder = Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir
-    write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task)
+    if place().rank == 0:
+        write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task)
     return str(folder)
 
 

@@ -26,18 +26,24 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("gm_mlic.repeat", _repeat, replace=True)
 
 
-def compose(config_name: str, overrides: Sequence[str] = (), return_hydra_config: bool = False) -> DictConfig:
+def compose(
+    config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = (), return_hydra_config: bool = False
+) -> DictConfig:
     """The config that ``gm-mlic COMMAND OVERRIDES`` runs with.
 
     Args:
         config_name: a file of ``conf/`` without its suffix, as ``train``.
         overrides: Hydra overrides, as on the command line.
+        folders: with more configs.
         return_hydra_config: keep the ``hydra`` section.
 
     Raises:
         ConfigError: for a value that cannot work, naming the key and what it may be.
     """
     register_resolvers()
+    if folders:
+        places = [f"'file://{folder.absolute()}'" for folder in folders]
+        overrides = [*overrides, f"hydra.searchpath=[{','.join(places)}]"]
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -413,8 +414,14 @@ def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
     path = checkpoint.parent.parent / "config.yaml"
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; a checkpoint is evaluated with the config of its run folder.")
-    config = OmegaConf.load(path)
-    assert isinstance(config, DictConfig)
+    text = path.read_text()
+    try:
+        config = OmegaConf.create(text)
+    except (ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise WeightsError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    # Ours are resolved; somebody else's does not get to read our environment (${oc.env:...}).
+    if not isinstance(config, DictConfig) or "${" in text:
+        raise WeightsError(f"{path} is not the config of a run: evaluate a checkpoint in the folder that train made.")
     OmegaConf.set_struct(config, True)
     for override in overrides:
         key, equals, _ = override.partition("=")
