@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
 import random
 import zipfile
 from pathlib import Path
@@ -27,7 +26,7 @@ def test_every_flipped_bit_of_the_tensors_is_noticed(tmp_path: Path) -> None:
         (tmp_path / "bad.pt").write_bytes(bad)
         try:
             loaded = load_tensors(tmp_path / "bad.pt")
-        except (ValueError, RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, AttributeError):
+        except (ValueError, OSError):
             refused += 1
             continue
         assert torch.equal(loaded["a"], good["a"])
@@ -41,7 +40,7 @@ def test_what_is_not_tensors_is_not_unpickled(tmp_path: Path) -> None:
             return eval, ("open('pwned', 'w')",)
 
     torch.save({"x": Hostile()}, tmp_path / "x.pt")
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match="Weights only load failed"):
         load_tensors(tmp_path / "x.pt")
 
 

@@ -98,6 +98,8 @@ def read_run(path: str | Path) -> Run:
     config = _parsed(path / CONFIG, yaml.safe_load)
     state = _parsed(path / STATE, json.loads) if (path / STATE).is_file() else {}
     result = _parsed(path / RESULT, json.loads) if (path / RESULT).is_file() else None
+    if result is not None and not isinstance(result.get("test"), dict):
+        raise _damaged(path / RESULT)
     known = str(state.get("state", "stopped"))
     if result is not None:
         known = "finished"
@@ -109,23 +111,31 @@ def read_run(path: str | Path) -> Run:
 def _parsed(path: Path, parse: Any) -> dict[str, Any]:
     try:
         content = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise _damaged(path) from error
     if not isinstance(content, dict):
-        raise RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.")
+        raise _damaged(path)
     return content
+
+
+def _damaged(path: Path) -> RunFolderError:
+    return RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.")
 
 
 def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
     if not path.is_file():
         return
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            values = {}
-            for name, text in row.items():
-                with contextlib.suppress(TypeError, ValueError):
-                    values[name] = float(text)
-            yield values
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise _damaged(path) from error
+    for row in rows:
+        values = {}
+        for name, text in row.items():
+            with contextlib.suppress(TypeError, ValueError):
+                values[name] = float(text)
+        yield values
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -279,7 +289,11 @@ def write_job(sweep: Path, number: int, run_dir: Path, overrides: Sequence[str])
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """The jobs of all multiruns in a folder, in order."""
     files = [file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()]
-    return [_parsed(file, json.loads) for file in sorted(files, key=lambda f: (f.parent, int(f.stem)))]
+    jobs = {file: _parsed(file, json.loads) for file in sorted(files, key=lambda f: (f.parent, int(f.stem)))}
+    for file, job in jobs.items():
+        if not isinstance(job.get("run_dir"), str) or "\0" in job["run_dir"]:
+            raise _damaged(file)
+    return list(jobs.values())
 
 
 def write_atomically(path: Path, text: str) -> None:

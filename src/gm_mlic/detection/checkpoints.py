@@ -200,14 +200,13 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
     try:
         tensors = load_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"The weights file {path} holds more than tensors, or is damaged, and is not loaded: save it with "
-            "torch.save(model.state_dict(), path)."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"The weights file {path} cannot be read ({reason}): copy it again.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise WeightsError(
+                f"The weights file {path} holds more than tensors, or is damaged, and is not loaded: save it with "
+                "torch.save(model.state_dict(), path)."
+            ) from error
+        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):  # torchvision's training script
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,8 @@ from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
 from gm_mlic.tensor_files import load_arrays, load_tensors
 
-#: What numpy and torch raise on files that are damaged or hold something else.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    AttributeError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+#: What files raise that are damaged or hold something else.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 def table_key(name: str) -> str:
@@ -70,8 +58,9 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def _npz(path: Path) -> tuple[list[str], np.ndarray]:
-    with load_arrays(path) as file, np.errstate(over="ignore"):  # infinity is refused by the caller
-        return [str(name) for name in file["labels"].tolist()], file["vectors"].astype(np.float32)
+    arrays = load_arrays(path)
+    with np.errstate(over="ignore"):  # infinity is refused by the caller
+        return [str(name) for name in arrays["labels"].tolist()], arrays["vectors"].astype(np.float32)
 
 
 def _pt(path: Path) -> tuple[list[str], np.ndarray]:

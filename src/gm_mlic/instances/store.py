@@ -38,6 +38,7 @@ import torch
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.tensor_files import map_array
 
 log = logging.getLogger(__name__)
 
@@ -403,10 +404,10 @@ def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
     if not isinstance(recorded, dict) or recorded.get("shape") != list(shape) or recorded.get("dtype") != dtype.str:
         raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (array {name!r} does not fit it): {again}.")
     try:
-        array: np.memmap[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = map_array(file)
     except FileNotFoundError as error:
         raise StoreError(f"The store {file.parent} lacks {file.name}: {again}.") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         raise StoreError(f"The file {file} is damaged ({error}): {again}.") from error
     if array.shape != shape or array.dtype != dtype:
         raise StoreError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
     try:
         content = load_tensors(path)
         return Description.from_checkpoint(content[KEY]), content
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"{path}: not a checkpoint of gm-mlic train, or a damaged one ({reason[:120]}): put a copy in its "
