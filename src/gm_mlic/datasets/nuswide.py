@@ -82,7 +82,11 @@ class NUSWIDE(MultiLabelDataset):
             raise ConfigError(f"dataset.download=true: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
         part = "Test" if split == "test" else "Train"
-        self.labels = tuple(_lines(self.root / "ConceptsList" / "Concepts81.txt"))
+        concepts = self.root / "ConceptsList" / "Concepts81.txt"
+        self.labels = tuple(_lines(concepts))
+        odd = next((name for name in self.labels if len(name) > 100 or "/" in name or "\\" in name), None)
+        if odd is not None:
+            raise DataError(f"{concepts} names {odd[:100]!r}, which is not the name of a concept: unpack it again.")
         source = self.root / "ImageList" / f"{part}Imagelist.txt"
         names = [line.replace("\\", "/") for line in _lines(source)]
         outside = next((name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name), None)
@@ -171,6 +175,8 @@ def _lines(source: Path) -> list[str]:
         text = _read(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not text in UTF-8: unpack it again.") from error
+    if "\0" in text:
+        raise DataError(f"{source} is not text: unpack it again.")
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line]
     if not kept:

@@ -25,6 +25,7 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
+from gm_mlic.training.checkpoint import WholeFiles
 from gm_mlic.training.interruption import Interruption
 from gm_mlic.training.processes import place, started_by
 
@@ -199,6 +200,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
+            plugins=[WholeFiles()],
             default_root_dir=run_dir,
             logger=False,
             enable_progress_bar=False,
