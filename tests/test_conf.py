@@ -143,6 +143,7 @@ def test_every_setting_has_a_rule():
         leaves(compose("train_detector")),
         leaves(compose("dataset")),
         leaves(compose("bench")),
+        leaves(compose("plan")),
     )
     # Which files eval needs is checked together.
     keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))

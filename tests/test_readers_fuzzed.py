@@ -10,7 +10,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from gm_mlic.datasets import NUSWIDE, VOC2007, COCO2014, OwnImages
+from gm_mlic.datasets import COCO2014, NUSWIDE, VOC2007, OwnImages
 from gm_mlic.datasets.images import read_image
 from gm_mlic.detection import build_extractor
 from gm_mlic.embeddings import embed_labels
@@ -274,10 +273,7 @@ READERS: dict[str, Callable[[Path], Case]] = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_only_our_own_errors_come_out(reader: str, tmp_path: Path) -> None:
-    whole, torn = tmp_path / "whole", tmp_path / "torn"
-    whole.mkdir()
-    torn.mkdir()
-    files, read = READERS[reader](torn)
+    files, read = READERS[reader](tmp_path)
     if reader not in ("checkpoint", "detector weights"):  # these are too small to be the real thing
         read()
     contents = [file.read_bytes() for file in files]
@@ -289,10 +285,11 @@ def test_only_our_own_errors_come_out(reader: str, tmp_path: Path) -> None:
         try:
             read()
         except GMMLICError as error:
-            assert str(error).strip()  # noqa: PT017 - any number of attacks may pass
-            assert "\n" not in str(error).strip()
+            said.append(str(error).strip())
         finally:
             files[number].write_bytes(contents[number])
 
+    said: list[str] = []
     attack()
-    shutil.rmtree(whole)
+    assert said  # some of it was too much for the reader
+    assert all(message and "\n" not in message for message in said)

@@ -313,7 +313,9 @@ def shares(
     assert isinstance(batch, AssignmentBatch)
     with torch.no_grad():
         labels = network.model.prepare(batch.label_vectors, batch.relates)
-    store = AssignmentBatchDataset(_Store(case, 8 * len(images)), AssignmentGraph(batch.label_vectors.cpu(), m=case.m))
+    store = AssignmentBatchDataset(
+        RandomStore(8 * len(images), case.m, case.C), AssignmentGraph(batch.label_vectors.cpu(), m=case.m)
+    )
     rows = torch.randperm(8 * len(images))[: len(images)].tolist()
 
     @torch.no_grad()
@@ -332,16 +334,16 @@ def shares(
     return {name: timing.median / len(images) for name, timing in timings.items()}
 
 
-class _Store:
-    """The arrays of an instance store, with random instances."""
+class RandomStore:
+    """The arrays of an instance store, with random instances: ``size`` images of m, and C absent labels."""
 
-    def __init__(self, case: Case, size: int) -> None:
+    def __init__(self, size: int, m: int, C: int, dim: int = INSTANCE_DIM) -> None:
         rng = np.random.default_rng(0)
-        self.features = rng.standard_normal((size, 1, case.m, INSTANCE_DIM), dtype=np.float32).astype(np.float16)
-        corner = rng.random((size, 1, case.m, 2), dtype=np.float32) / 2
+        self.features = rng.standard_normal((size, 1, m, dim), dtype=np.float32).astype(np.float16)
+        corner = rng.random((size, 1, m, 2), dtype=np.float32) / 2
         self.boxes = np.concatenate([corner, corner + 0.3], axis=-1)
-        self.scores = np.ones((size, 1, case.m), dtype=np.float32)
-        self.detected_labels = np.zeros((size, 1, case.m), dtype=np.int64)
-        self.counts = np.full((size, 1), case.m)
-        self.targets = np.full((size, case.C), -1, dtype=np.int8)
+        self.scores = np.ones((size, 1, m), dtype=np.float32)
+        self.detected_labels = np.zeros((size, 1, m), dtype=np.int64)
+        self.counts = np.full((size, 1), m)
+        self.targets = np.full((size, C), -1, dtype=np.int8)
         self.rows = np.arange(size)

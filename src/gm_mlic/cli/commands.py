@@ -187,6 +187,14 @@ def bench(config: DictConfig) -> None:
     start(config)
 
 
+def plan(config: DictConfig) -> None:
+    """``gm-mlic plan``."""
+    check(config, complete=False)
+    from gm_mlic.cli.plan import plan as start
+
+    start(config)
+
+
 def runs(config: DictConfig) -> None:
     """``gm-mlic runs``."""
     _show_runs(list(config.folders))
@@ -296,6 +304,7 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "train-detector": train_detector,
     "dataset": dataset,
     "bench": bench,
+    "plan": plan,
     "runs": runs,
     "report": report,
     "dashboard": dashboard,

@@ -29,6 +29,7 @@ COMMANDS = {
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
+    "plan": "estimate what a run will take: time, memory and disk",
     "runs": "list runs with their state, what they differ in, and their mAP",
     "report": "write tables and figures of runs, beside the paper's, as one page",
     "dashboard": "make a W&B workspace for runs logged with logger=wandb",

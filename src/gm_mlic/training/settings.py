@@ -190,6 +190,7 @@ RULES: Mapping[str, Rule] = {
     "logger.checkpoint": _YES_NO,
     "run_dir": _TEXT,
     "accelerator": _one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "devices": _whole(1),
     "epochs": _whole(1),
     "batch_size": _whole(1),
     "lr": _number(0, open_low=True),
@@ -251,10 +252,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def check(config: DictConfig) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting that has no value, or one that cannot work."""
+def check(config: DictConfig, *, complete: bool = True) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` at the first setting that has no value, or one that cannot work.
+
+    With ``complete=False`` a setting may have no value.
+    """
     check_values(config)
-    for key in RULES:
+    for key in RULES if complete else ():
         section = _section(config, key)
         if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
             raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")

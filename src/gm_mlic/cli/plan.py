@@ -1,0 +1,297 @@
+"""``gm-mlic plan``: what a run will take in time, memory and disk, before anyone starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gm_mlic.bench.measure import interleaved, peak_bytes
+from gm_mlic.bench.runtime import RandomStore
+from gm_mlic.cli.bench import describe_machine
+from gm_mlic.datasets import MultiLabelDataset
+from gm_mlic.datasets.images import to_tensor
+from gm_mlic.detection import InstanceExtractor
+from gm_mlic.errors import DataError
+from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.instances.store import Manifest
+from gm_mlic.losses import WeightedBCE
+from gm_mlic.nn import create_model
+from gm_mlic.training import build
+from gm_mlic.training.data import GraphData
+
+#: Images of the official training and test sets, and labels, for plans without the data (counted by the tests of the
+#: datasets, from the real label files).
+PUBLISHED: Mapping[str, tuple[int, int, int]] = {
+    "voc2007": (5_011, 4_952, 20),
+    "voc2012": (5_717, 5_823, 20),
+    "coco2014": (82_081, 40_137, 80),
+    "nuswide": (161_789, 107_859, 81),
+}
+#: Width and height of the drawn images that stand for photos that are not there.
+_PHOTO = (500, 375)
+_IMAGES = 4
+#: A batch is doubled until it is the run's own, or a step of it takes this many seconds.
+_STEP_S = 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images of each split, labels, and the images themselves if they are there."""
+
+    images: dict[str, int]
+    labels: int
+    dataset: MultiLabelDataset | None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured on one device, in seconds and bytes for each image; memory grows with the batch.
+
+    Attributes:
+        detect: seconds to read an image and detect in it.
+        view: of an augmented view.
+        train: of a training step; evaluate: of a forward pass.
+        fixed: bytes of weights, gradients and the optimiser's state; growing: of a training step, for each image.
+        checkpoint: bytes of one.
+        feature_dim: D of the instances.
+    """
+
+    detect: float
+    view: float
+    train: float
+    evaluate: float
+    fixed: int
+    growing: int
+    checkpoint: int
+    feature_dim: int
+
+
+def plan(config: DictConfig) -> dict[str, Any]:
+    """Measure, multiply, print; returns what was printed: ``seconds`` by phase and ``bytes`` by what needs them."""
+    begin = time.perf_counter()
+    device = build.device(config.trainer.accelerator)
+    sizes = _sizes(config)
+    probe = _measure(config, sizes, device)
+    result = estimate(config, sizes, probe)
+    machine = describe_machine(device)
+    took = time.perf_counter() - begin
+    console = Console(highlight=False)
+    for table in _tables(config, sizes, result):
+        console.print(table)
+    print(
+        f"Measured in {took:.0f} s on {machine['processor']} ({machine['threads']} threads, torch {machine['torch']})"
+        + (
+            f"; {config.devices} such devices are taken to be {config.devices} times as fast."
+            if config.devices > 1
+            else "."
+        )
+    )
+    if sizes.dataset is None:
+        print(f"{config.dataset.name} is not there (dataset.root): its published sizes, and drawn images.")
+    return result
+
+
+def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
+    """Multiply: every image is detected in once, seen in each epoch if it is for training or validation, tested once.
+
+    Returns:
+        ``seconds`` of each phase on ``config.devices`` devices, and their ``total``; ``bytes``: ``stores``,
+        ``checkpoints``, ``memory`` (of each device, in training); ``images`` of each phase.
+    """
+    N, epochs, n = sizes.images, config.trainer.max_epochs, config.devices
+    views, online = config.instances.views, config.instances.online
+    trained = config.detector.trainable != "none"
+    stored = [split for split in N if not (trained or (online and split == "train"))]
+    again = (epochs * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
+    batch = config.trainer.batch_size
+    steps = math.ceil(math.ceil(N["train"] / n) / batch)
+    images = {
+        "extract": sum(N[split] for split in stored) + (views * N["train"] if "train" in stored else 0) + again,
+        "train": epochs * N["train"],
+        "validate": epochs * N["val"],
+        "test": N["test"],
+    }
+    seconds = {
+        "extract": (sum(N[s] for s in stored) + again) * probe.detect / n
+        + (views * N["train"] * probe.view / n if "train" in stored else 0.0),
+        "train": epochs * steps * batch * probe.train,
+        "validate": images["validate"] * probe.evaluate / n,
+        "test": images["test"] * probe.evaluate / n,
+    }
+    return {
+        "images": images,
+        "seconds": seconds | {"total": sum(seconds.values())},
+        "bytes": {
+            "stores": sum(_store_bytes(config, sizes, split, probe.feature_dim) for split in stored),
+            "checkpoints": 2 * probe.checkpoint,
+            "memory": probe.fixed + batch * probe.growing,
+        },
+    }
+
+
+def _sizes(config: DictConfig) -> Sizes:
+    """How many images there are: counted, or else as published."""
+    try:
+        if OmegaConf.is_missing(config.dataset, "root"):
+            raise DataError("dataset.root has no value: set it with dataset.root=DIR.")
+        datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
+    except DataError:
+        if config.dataset.name not in PUBLISHED:
+            raise
+        train, test, labels = PUBLISHED[config.dataset.name]
+        val = round(train * config.dataset.val_fraction)
+        return Sizes({"train": train - val, "val": val, "test": test}, labels, None)
+    images = {split: len(dataset) for split, dataset in datasets.items()}
+    return Sizes(images, len(datasets["train"].labels), datasets["train"])
+
+
+def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int) -> int:
+    """Of the arrays of a store; an image's name in its manifest is taken to need 40."""
+    images, views = sizes.images[split], config.instances.views if split == "train" else 0
+    names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
+    manifest = Manifest(
+        **names, ids=("",) * images, labels=("",) * sizes.labels, detector_labels=(), feature_dim=feature_dim,
+        m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
+    )  # fmt: skip
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
+
+
+def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:
+    weights = config.detector.weights
+    if weights is not None and weights != "scenes" and not Path(weights).is_file():
+        # Nothing is downloaded for a plan: random weights take as long.
+        config = OmegaConf.merge(config, {"detector": {"weights": None}})  # type: ignore[assignment]
+    extractor = build.build_detector(config)
+    detect, view = _detection(config, sizes, extractor)
+    train, evaluate, fixed, growing, checkpoint = _network(config, sizes, extractor.feature_dim, device)
+    return Probe(detect, view, train, evaluate, fixed, growing, checkpoint, extractor.feature_dim)
+
+
+def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -> tuple[float, float]:
+    """Seconds for each image and for each augmented view."""
+    dataset = sizes.dataset
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(width: int, height: int) -> list[Tensor]:
+        return [torch.rand(3, height, width, generator=generator) for _ in range(_IMAGES)]
+
+    def photos() -> list[Tensor]:
+        if dataset is None:
+            return drawn(*_PHOTO)
+        return [to_tensor(dataset.image(i * (len(dataset) - 1) // _IMAGES)) for i in range(_IMAGES)]
+
+    side = config.instances.view_size
+    square = drawn(side, side)
+    runs: dict[str, Callable[[], object]] = {"photo": lambda: extractor(photos(), config.detector.max_instances)}
+    if config.instances.views:
+        runs["view"] = lambda: extractor(square, config.detector.max_instances)
+    for run in runs.values():
+        run()
+    timings = interleaved(runs, 2, build.device(config.trainer.accelerator))
+    photo = timings["photo"].median / _IMAGES
+    return photo, timings["view"].median / _IMAGES if "view" in timings else photo
+
+
+def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) -> tuple[float, float, int, int, int]:
+    """Seconds of a step and of a forward pass, each for an image; bytes: fixed, for each image, of a checkpoint."""
+    C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
+    dim = config.embedding.get("dim") or 300
+    settings = build.section(config, "graph") | {
+        relation: config.model.get(relation, False) for relation in ("instance_graph", "label_graph")
+    }
+    graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **settings)
+    execution = config.model.get("execution", "auto")
+    model = create_model(
+        **build.model_settings(config, instance_dim=feature_dim, label_dim=dim, num_labels=C)
+    ).to(device)  # fmt: skip
+    loss_of = WeightedBCE(torch.full((C,), 0.05), **build.section(config, "loss")).to(device)
+    kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
+    options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}
+    optimizer = kind(model.parameters(), lr=1e-6, **options)
+    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
+    full = config.trainer.batch_size
+    found: list[tuple[int, int, float, float]] = []
+    size = 1
+    while len(found) < 2 or (size <= full and found[-1][2] * size < _STEP_S):
+        store = build.build_graphs(RandomStore(size, m, C, feature_dim), graph, execution=execution)  # type: ignore[arg-type]
+        data = next(iter(GraphData({"test": store}, size).evaluation_loader("test"))).to(device)
+
+        def autocast() -> Any:
+            if half is None:
+                return contextlib.nullcontext()
+            return torch.autocast(torch.device(device).type, half)
+
+        def train(data: Any = data) -> None:
+            optimizer.zero_grad()
+            with autocast():
+                loss: Tensor = loss_of(model(data).logits, data.y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        @torch.no_grad()
+        def evaluate(data: Any = data) -> None:
+            with autocast():
+                model(data)
+
+        train()
+        peak = peak_bytes(train, device)
+        timings = interleaved({"train": train, "evaluate": evaluate}, 3, device)
+        found.append((size, peak, timings["train"].median / size, timings["evaluate"].median / size))
+        size = 2 * size if 2 * size <= full or size == full or len(found) < 2 else full
+    (small, low, *_), (large, high, train_seconds, evaluate_seconds) = found[-2:]
+    growing = max(0, high - low) // (large - small)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = sum(
+        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)
+    )
+    # Gradients are in the peak, for they are made anew in each step.
+    fixed = weights + state + max(0, low - small * growing)
+    return train_seconds, evaluate_seconds, fixed, growing, weights + state
+
+
+def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequence[Table]:
+    views = config.instances.views
+    words = {
+        "extract": "images" + (f", {views} views of those for training" if views else ""),
+        "train": f"images in {config.trainer.max_epochs} epochs",
+        "validate": "images",
+        "test": "images",
+    }
+    n = config.devices
+    phases = Table(title=f"{config.dataset.name}: time on {n} device{'s' * (n > 1)}", title_justify="left")
+    for head in ("", "what", "time"):
+        phases.add_column(head, justify="right" if head == "time" else "left")
+    for phase, what in words.items():
+        phases.add_row(phase, f"{result['images'][phase]:,} {what}", duration(result["seconds"][phase]))
+    phases.add_row("total", "", duration(result["seconds"]["total"]))
+    space = Table(title="memory and disk", title_justify="left")
+    for head in ("", "what", "GB"):
+        space.add_column(head, justify="right" if head == "GB" else "left")
+    splits = ", ".join(f"{count:,} {split}" for split, count in sizes.images.items())
+    for name, what in (
+        ("memory", f"of each device, to train on batches of {config.trainer.batch_size}"),
+        ("stores", f"on disk, in {config.instances.root}: {splits}; fastest where they fit into the main memory"),
+        ("checkpoints", "on disk, in the run folder"),
+    ):
+        space.add_row(name, what, f"{result['bytes'][name] / 1e9:,.2f}")
+    return phases, space
+
+
+def duration(seconds: float) -> str:
+    """As people say it: ``45 s``, ``12 min``, ``3.4 h``, ``2.1 days``."""
+    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            digits = 1 if unit == 3600 else 0
+            return f"{seconds / unit:.{digits}f} {name}"
+    return f"{seconds / 86400:.1f} days"

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import run
+from gm_mlic.cli.plan import PUBLISHED, Probe, Sizes, duration, estimate, plan
+from gm_mlic.training import build
+
+PROBE = Probe(
+    detect=1.0, view=0.5, train=0.1, evaluate=0.01, fixed=1000, growing=10, checkpoint=300, feature_dim=4
+)  # fmt: skip
+SIZES = Sizes({"train": 100, "val": 20, "test": 40}, 3, None)
+
+
+def planned(*overrides: str) -> dict[str, dict[str, float]]:
+    config = compose("plan", ["trainer.max_epochs=5", "trainer.batch_size=8", "detector.max_instances=6", *overrides])
+    return estimate(config, SIZES, PROBE)
+
+
+def test_one_device():
+    result = planned()
+    assert result["images"] == {"extract": 160, "train": 500, "validate": 100, "test": 40}
+    # 13 steps of 8 images in each epoch: the last is not full, but takes as long
+    assert result["seconds"] == pytest.approx(
+        {"extract": 160, "train": 5 * 13 * 8 * 0.1, "validate": 1.0, "test": 0.4, "total": 160 + 52 + 1.4}
+    )
+    each = 6 * (4 * 2 + 4 * 4 + 4 + 4) + 4 + 3 + 40
+    assert result["bytes"] == {"stores": 160 * each, "checkpoints": 600, "memory": 1080}
+
+
+def test_more_devices_and_views():
+    result = planned("devices=4", "instances.views=3")
+    assert result["images"]["extract"] == 460
+    assert result["seconds"]["extract"] == pytest.approx((160 + 300 * 0.5) / 4)
+    assert result["seconds"]["train"] == pytest.approx(5 * 4 * 8 * 0.1)  # 25 images each: 4 steps
+    assert result["bytes"]["stores"] > 2 * planned()["bytes"]["stores"]
+
+
+def test_on_line_detection_is_done_in_each_epoch():
+    frozen, trained = (planned("instances.online=true", f"detector.trainable={what}") for what in ("none", "box_head"))
+    assert frozen["seconds"]["extract"] == 60 + 500
+    assert trained["seconds"]["extract"] == 500 + 100 + 40
+    assert trained["bytes"]["stores"] == 0
+
+
+@pytest.mark.parametrize("model", ["gm_mlic_small", "mil_max"])
+def test_a_probe_of_what_is_there(model: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["experiment=scenes_smoke", f"model={model}", "dataset.sizes={train: 24, val: 8, test: 8}"]
+    result = plan(compose("plan", [*overrides, "dataset.image_size=96"]))
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert result["bytes"]["memory"] > result["bytes"]["checkpoints"] / 2
+    assert not list(tmp_path.iterdir()), "a plan writes nothing"
+    out = capsys.readouterr().out
+    assert "24 train, 8 val, 8 test" in out
+    assert "Measured in" in out
+
+    # The stores are as large as said.
+    config = compose("train", [*overrides, "dataset.image_size=96", f"instances.root={tmp_path}/stores"])
+    for split in ("train", "val", "test"):
+        build.build_store(config, build.build_dataset(config, split), build.build_detector(config))
+    arrays = sum(file.stat().st_size for file in (tmp_path / "stores").rglob("*.npy"))
+    assert result["bytes"]["stores"] == pytest.approx(arrays, rel=0.05)
+
+
+def test_execution_and_precision_of_the_run(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["dataset.sizes={train: 8, val: 4, test: 4}", "dataset.image_size=96", "model.widths=[8,8]"]
+    for change in ("model.execution=explicit", "trainer.precision=bf16-mixed", "optimizer=paper"):
+        assert plan(compose("plan", [*small, "trainer.batch_size=2", change]))["seconds"]["train"] > 0
+
+
+def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.views=1"]
+    assert run(["plan", "experiment=nuswide", *small, "devices=8", "trainer.batch_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "14,561,000 images in 100 epochs" in out
+    assert "time on 8 devices" in out
+    assert "nuswide is not there" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["devices=0"], "devices=0: expected a whole number, at least 1"),
+        (["dataset=own", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
+        (["graph.m=500"], "graph.m=500"),
+    ],
+)
+def test_bad_input(arguments: list[str], said: str, capsys):
+    assert run(["plan", *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert said in error[0]
+
+
+def test_published_sizes_are_those_of_the_label_files(shared_data: Path):
+    for name, keys in {"voc2007": ("trainval", "test"), "coco2014": ("train", "val")}.items():
+        with np.load(shared_data / "labels" / f"{name}.npz") as content:
+            train, test = (content[key] for key in keys)
+            assert (len(train), len(test), len(content["labels"])) == PUBLISHED[name]
+    train, test, labels = PUBLISHED["nuswide"]
+    with np.load(shared_data / "labels" / "nuswide81.npz") as content:
+        assert (len(content["rows"]), len(content["labels"])) == (train + test, labels)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.2, "0 s"), (45, "45 s"), (600, "10 min"), (5 * 3600, "5.0 h"), (3 * 86400, "3.0 days")],
+)
+def test_durations(seconds: float, said: str):
+    assert duration(seconds) == said
