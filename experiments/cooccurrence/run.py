@@ -36,8 +36,8 @@ from gm_mlic.nn import ModelOutput
 
 HERE = Path(__file__).parent
 FEATURE, M, NEIGHBOURS = 64, 12, 10
-SIZES = {"train": 8000, "val": 2000, "test": 5000}
-EPOCHS, BATCH = 12, 32
+SIZES = {"train": 4000, "val": 1000, "test": 4000}
+EPOCHS, BATCH = 10, 32
 #: Learning rate of each model, the best of --tune.
 RATES = {"mil_max": 3e-3, "mil_max+labels": 3e-3, "gm_mlic": 1e-3}
 

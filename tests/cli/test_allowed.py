@@ -94,6 +94,7 @@ def test_what_hydra_brings_is_allowed():
 
 
 def test_ordinary_command_lines_pass():
+    check_arguments([])
     check_arguments(["-m", "seed=0,1", "model.widths=[8,8]", "+x='a=b'", "~experiment", "--cfg", "job"])
     check_arguments(["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.setup=[module load cuda]"])
 

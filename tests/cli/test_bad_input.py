@@ -104,7 +104,10 @@ def test_unreadable_photos_are_named_and_left_out(photos: Path, capsys: pytest.C
     path.write_bytes(path.read_bytes()[:500])
     assert train(photos) == 0
     assert len(result()["skipped"]["test"]) == 2
-    assert "2 of 3 images cannot be read and are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 of 3 images cannot be read and are left out" in said
+    assert "left out of test: 2 of 3 images (" in said.splitlines()[-2]  # once more at the end, with the reasons
+    assert "val2014_001.jpg" in said.splitlines()[-2]
 
 
 def test_a_missing_photo_is_named(photos: Path, capsys: pytest.CaptureFixture[str]):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor.exc import InvalidCxxCompiler
 
 from gm_mlic.cli import commands
@@ -48,7 +49,7 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_cfg(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([command, "--cfg", "job"]) == 0
-    own = {"runs": "folders:", "report": "folders:", "dashboard": "project:"}
+    own = {"runs": "folders:", "report": "folders:", "plan": "devices:", "dashboard": "project:"}
     assert own.get(command, "run_dir:") in capsys.readouterr().out
 
 
@@ -113,6 +114,20 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setitem(commands._TASKS, "train", raising(OSError(28, "No space left on device", "runs/x")))
     assert run(["train"]) == 2
     assert "runs/x: the disk is full; free some space, then run the same command again" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: ..."),
+        MemoryError("Unable to allocate 8 TiB"),
+    ],
+)
+def test_no_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "train", raising(error))
+    assert run(["train"]) == 2
+    assert "memory is full: lower trainer.batch_size" in last_line(capsys)
 
 
 def test_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -149,6 +150,40 @@ def test_more_processes_than_the_run_has_are_refused(tmp_path: Path):
     assert "error: torchrun started 2 processes, but trainer.devices=1" in done.stderr
     assert done.stderr.count("gm-mlic: error") == 1
     assert "set them to the processes of a machine" in done.stderr
+
+
+@pytest.mark.slow
+def test_memory_that_is_not_there(tmp_path: Path):
+    """A limit on the process's memory stands for a small machine; the command names what to lower, which works."""
+    limited = ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "-"]
+    arguments = ["train", *SMALL, "dataset.sizes.train=1024", "trainer.max_epochs=1", "model.widths=[256,8]"]
+    full = finish(*limited, *command(*arguments, "trainer.batch_size=1024", "run_dir=run"), cwd=tmp_path, code=2)
+    assert full.stderr.splitlines()[-1].startswith("gm-mlic: error: memory is full: lower trainer.batch_size")
+    assert read_run(tmp_path / "run").state == "failed"
+    finish(*limited, *command(*arguments, "trainer.batch_size=64", "run_dir=other"), cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_is_killed(tmp_path: Path):
+    """As the system does when memory is short: the run says so, and goes on from its last epoch."""
+    arguments = ["train", *SMALL, "trainer.max_epochs=30", "trainer.num_workers=1", "run_dir=run"]
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while len(epochs(tmp_path / "run")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    while process.poll() is None and time.monotonic() < deadline:
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        time.sleep(0.01)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a process that reads images was killed" in err.decode().splitlines()[-1]
+    again = finish(*command(*arguments), cwd=tmp_path)
+    assert "continuing run after epoch" in again.stderr
+    assert epochs(tmp_path / "run") == [str(n) for n in range(1, 31)]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

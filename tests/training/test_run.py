@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from torch_geometric.data import Batch
 
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
 from gm_mlic.graphs import AssignmentGraph, AssignmentGraphDataset
+from gm_mlic.instances import InstanceStore
 from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
 from gm_mlic.runs import read_run
@@ -106,6 +108,14 @@ def test_a_run_leaves_what_was_promised(run_config: Config, tmp_path: Path):
     assert {"train/loss", "val/loss", "val/mAP", "val/CF1", "val/top3/CF1", "lr"} <= set(rows(folder)[0])
     best = max(rows(folder), key=lambda row: float(row["val/mAP"]))
     assert result["best_epoch"] == int(best["epoch"])
+    # what made it
+    assert result["command"]
+    assert {"gm-mlic", "python", "torch"} <= set(result["versions"])
+    for split in ("train", "val", "test"):
+        store = InstanceStore.open(result["stores"][split]["path"])
+        manifest = (store.path / "manifest.json").read_bytes()
+        assert result["stores"][split]["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
+        assert result["dataset"]["fingerprints"][split] == store.manifest.dataset_fingerprint
     assert result["val"]["mAP"] == float(best["val/mAP"])
     assert checkpoint(folder, "best")["epoch"] + 1 == result["best_epoch"]
     assert set(result["test"]["AP"]) == set(checkpoint(folder)["gm_mlic"]["labels"])

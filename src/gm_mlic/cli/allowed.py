@@ -6,6 +6,7 @@ from elsewhere is a program. Here it is data: it may name the classes of this li
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
         The folders with configs that it brings.
     """
     folders = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument.startswith("-"):
             flag, _, value = argument.partition("=")
             if flag not in FLAGS:

@@ -107,6 +107,11 @@ def train(config: DictConfig) -> float:
     result = training.train(config, _sweep(config), command)
     if place().rank == 0:
         print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
+        for split, skipped in result["skipped"].items():
+            if skipped:
+                reasons = "; ".join(list(skipped.values())[:3]) + ("; ..." if len(skipped) > 3 else "")
+                size = result["dataset"]["sizes"][split]
+                log.info("left out of %s: %d of %d images (%s)", split, len(skipped), size, reasons)
         log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
 

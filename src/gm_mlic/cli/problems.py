@@ -27,6 +27,9 @@ _MENDABLE_OS_ERRORS = {
 }
 
 
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
+
+
 def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[str, int]:
     """One line for people, and the exit code.
 
@@ -42,8 +45,13 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
     if isinstance(error, OSError) and error.errno in _MENDABLE_OS_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
-    if type(error).__name__ == "OutOfMemoryError":  # torch's; importing torch only to name it would be slow
-        return "error: the accelerator's memory is full: lower trainer.batch_size (or instances.batch_size).", 2
+    # torch's own class, on a GPU; importing torch only to name it would be slow. On a CPU it says RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
+        return (
+            "error: memory is full: lower trainer.batch_size (instances.batch_size while extracting), or set "
+            "model.recompute=true, which takes less and longer; then run the same command again: it continues.",
+            2,
+        )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return (
             "error: a process that reads images was killed, by the system if memory was short: lower instances.workers "

@@ -30,6 +30,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
+from gm_mlic.instances.store import MANIFEST, sha256
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
 from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
@@ -451,7 +452,15 @@ def _summary(
             "name": data["train"].dataset.name,
             "labels": len(data["train"].dataset.labels),
             "sizes": {split: len(part.dataset) for split, part in data.items()},
+            "fingerprints": {split: part.dataset.fingerprint for split, part in data.items()},
         },
+        # The hash of a manifest covers the hash of every array.
+        "stores": {
+            split: {"path": str(part.store.path), "manifest_sha256": sha256(part.store.path / MANIFEST)}
+            for split, part in data.items()
+            if part.store is not None
+        },
+        "label_vectors": module.description.label_source,
         "skipped": {split: part.skipped for split, part in data.items()},
         "model": {**module.description.model, "parameters": sum(p.numel() for p in module.model.parameters())},
         "detector": {"name": module.description.detector, "fingerprint": module.description.detector_fingerprint},
