@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from gm_mlic.datasets.scenes import LABELS
 from gm_mlic.runs import Run, find_runs
 
 HERE = Path(__file__).parent
@@ -38,6 +39,13 @@ VARIANTS = {
     "no_label_graph": "w/o Gl",
     "no_instance_graph": "w/o Go",
     "no_matching_edges": "w/o ILM edges",
+}
+#: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
+#: stand.
+KINDS = {
+    "plain": [LABELS[4 * theme + place] for theme in range(4) for place in (0, 1)] + ["house", "moon"],
+    "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
+    "spatial": ["gate", "hatch", "comet", "satellite"],
 }
 COLOURS = {"concat": "#c25b00", "product": "#3b7dd8"}
 
@@ -84,6 +92,7 @@ def row(study: str, run: Run) -> dict[str, object]:
         "mAP": round(test["mAP"], 2),
         "CF1": round(test["CF1"], 2),
         "OF1": round(test["OF1"], 2),
+        **{kind: round(statistics.mean(test["AP"][label] for label in labels), 2) for kind, labels in KINDS.items()},
         "train_seconds": run.result["train_seconds"],
     }
 
@@ -95,7 +104,7 @@ def print_ablation(rows: list[dict]) -> None:
         for variant, name in VARIANTS.items():
             group = [r for r in rows if (r["fusion"], r["variant"]) == (fusion, variant)]
             lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
-            measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", "OF1"))
+            measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", *KINDS))
             print(f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)} ({len(group)} seeds)")
 
 

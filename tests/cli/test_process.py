@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,6 +103,29 @@ def torchrun(*arguments: str) -> list[str]:
     return [str(program), "--standalone", "--nproc-per-node=2", "-m", "gm_mlic", *arguments]
 
 
+def as_srun(arguments: list[str], cwd: Path) -> tuple[str, str]:
+    """Two processes with the variables that SLURM's srun sets; what both of them print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+           "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            arguments,
+            env={**environment(), **job, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for task in range(2)
+    ]
+    said = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
 # 31 and 7 images do not divide by two processes; SGD, because Adam blows rounding up to the size of a gradient.
 TWO = [
     "train", "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 31, test: 7}", "dataset.image_size=96",
@@ -111,15 +135,19 @@ TWO = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("starter", ["lightning", "torchrun"])
+@pytest.mark.parametrize("starter", ["lightning", "torchrun", "srun"])
 def test_two_processes_are_one_run(tmp_path: Path, starter: str):
     """DDP on the CPU: one log, one table, one checkpoint; the losses, weights and metrics of one process."""
     ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=two"]
-    two = finish(*(torchrun(*ddp) if starter == "torchrun" else command(*ddp)), cwd=tmp_path)
-    assert two.stdout.count("test split of scenes") == 1
-    assert two.stderr.count("epoch   1/3") == 1
-    if starter == "torchrun":  # the extraction was divided
-        assert re.search("train: 16 of 16 images|pending in other shards", two.stderr)
+    if starter == "srun":
+        out, err = as_srun(command(*ddp), tmp_path)
+    else:
+        two = finish(*(torchrun(*ddp) if starter == "torchrun" else command(*ddp)), cwd=tmp_path)
+        out, err = two.stdout, two.stderr
+    assert out.count("test split of scenes") == 1
+    assert err.count("epoch   1/3") == 1
+    if starter != "lightning":  # the extraction was divided
+        assert re.search("train: 16 of 16 images|pending in other shards", err)
     stores = content(tmp_path / "data/instances/scenes")
     assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
 
