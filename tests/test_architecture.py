@@ -90,3 +90,27 @@ def test_the_command_line_starts_without_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+#: Calls that would run what a file says, or start a shell.
+_FORBIDDEN = {
+    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "eval", "exec", "pickle.load",
+    "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shutil.unpack_archive",
+}  # fmt: skip
+#: Calls that need an argument to be harmless.
+_GUARDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_shell_and_no_pickle(module: Path):
+    for call in ast.walk(ast.parse(module.read_text())):
+        if not isinstance(call, ast.Call):
+            continue
+        name = ast.unparse(call.func)
+        given = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+        where = f"line {call.lineno}: {name}"
+        assert name not in _FORBIDDEN, where
+        assert given.get("shell") in (None, False), where
+        if name in _GUARDED:
+            argument, value = _GUARDED[name]
+            assert given.get(argument) is value, f"{where} without {argument}={value}"

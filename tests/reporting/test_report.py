@@ -247,6 +247,20 @@ def test_nothing_finished_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["[", "{}", '[{"file": "00.jpg"}]', '[{"file": "00.jpg", "top": [{"box": [1]}]}]', "[0]"]
+)
+def test_damaged_pictures_are_left_out(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "examples" / "examples.json").write_text(text)
+    (run / "label_states.npz").write_bytes(b"PK" + text.encode())
+    page = write_report(find_runs([run]), tmp_path / "out").read_text()
+    assert "AP of each label" in page
+    assert "Figure 3" not in page
+    assert "examples is damaged" in caplog.text or text == "{}"
+    assert "label_states.npz is damaged" in caplog.text
+
+
 def test_one_plain_run(tmp_path: Path) -> None:
     """Without examples, states, ablation, or others to compare with."""
     run = write_run(tmp_path / "a")

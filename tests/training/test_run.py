@@ -339,6 +339,16 @@ def test_a_damaged_last_checkpoint_is_noticed(run_config: Config, tmp_path: Path
     assert_same(checkpoint(folder)["state_dict"], weights)
 
 
+@pytest.mark.parametrize(
+    "text", ["run_dir: ${oc.env:HOME}\n", "- a list\n", "a: [", "a: {b: !!python/name:os.system }"]
+)
+def test_a_config_that_reads_the_environment_is_refused(run_config: Config, tmp_path: Path, text: str):
+    run.train(run_config("trainer.max_epochs=1"))
+    (tmp_path / "run/config.yaml").write_text(text)
+    with pytest.raises(WeightsError, match=r"config\.yaml"):
+        run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
+
+
 def test_a_damaged_best_checkpoint_is_refused(run_config: Config, tmp_path: Path):
     run.train(run_config())
     damage(tmp_path / "run/checkpoints/best.ckpt", 0.5)

@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import yaml
 from PIL import Image
 
 from gm_mlic._version import __version__
+from gm_mlic.datasets.images import read_image
+from gm_mlic.errors import UnreadableImage
 from gm_mlic.reporting import figures
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.pictures import LabelBox, picture_grid
 from gm_mlic.reporting.runs import shown
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, varying
+from gm_mlic.tensor_files import load_arrays
 
 log = logging.getLogger(__name__)
 
 ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 METRICS = ("mAP", *ALL, *(f"top3/{name}" for name in ALL))
+#: What files raise that are not what train wrote.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableImage)
 _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution blocks"}
 
 
@@ -230,10 +234,13 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
         return
     folder = run.path / EXAMPLES
     panels = []
-    for example in json.loads((folder / "examples.json").read_text()):
-        with Image.open(folder / Path(example["file"]).name) as image:
-            best = [LabelBox(e["label"], e["score"], tuple(e["box"]), e["kind"]) for e in example["top"][:3]]
-            panels.append((image.convert("RGB"), best))
+    try:
+        for example in json.loads((folder / "examples.json").read_text()):
+            image = read_image(folder / Path(example["file"]).name)
+            panels.append((image, [_label_box(entry) for entry in example["top"][:3]]))
+    except _DAMAGED as error:
+        log.warning("No photos: %s is damaged (%s).", folder, error)
+        return
     if not panels:
         return
     picture_grid(out / "photos.png", panels, f"{group.name}: top 3 labels, and the box that won each")
@@ -243,14 +250,23 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
     )
 
 
+def _label_box(entry: Mapping[str, Any]) -> LabelBox:
+    x1, y1, x2, y2 = map(float, entry["box"])
+    return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
+
+
 def _label_states(group: Group, out: Path) -> Iterator[Section]:
     """Figure 5."""
     run = next((run for run in group.runs if (run.path / LABEL_STATES).is_file()), None)
     if run is None:
         return
-    with np.load(run.path / LABEL_STATES) as content:
+    try:
+        content = load_arrays(run.path / LABEL_STATES)
         labels = [str(name) for name in content["labels"]]
         states = {"label vectors (input)": content["input"], "label states after the last block": content["states"]}
+    except _DAMAGED as error:
+        log.warning("No map of label states: %s is damaged (%s).", run.path / LABEL_STATES, error)
+        return
     if len(labels) < 4:
         return
     try:
