@@ -58,7 +58,7 @@ class World:
 
 
 #: study: the dial that moves, and its values; the others stay as they are in World().
-DIALS = {"noise": (0.5, 1.0, 1.5), "miss": (0.0, 0.2, 0.4), "false": (0.0, 2.0, 5.0)}
+DIALS = {"noise": (0.5, 1.0, 1.5), "miss": (0.2, 0.4), "false": (2.0, 5.0)}
 MODELS = ("mil_max", "mil_max+labels", "gm_mlic")
 SEEDS = (0, 1, 2)
 
