@@ -673,6 +673,34 @@ class TestUnpack:
             archive.writestr(member, "/etc/passwd")
         check_refused(place.parent / "evil.zip", place, "not safe .* is a link or a device")
 
+    @pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
+    def test_bombs(self, place: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Zeros, which shrink to a thousandth: refused before all of them are on the disk."""
+        monkeypatch.setattr(download, "ALWAYS_FINE", 1 << 20)
+        file = place.parent / f"bomb.{suffix}"
+        block, count = bytes(1 << 22), 8
+        if suffix == "zip":
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                for n in range(count):
+                    archive.writestr(f"{n}.jpg", block)
+        else:
+            with tarfile.open(file, "w:gz") as tar:
+                for n in range(count):
+                    member = tarfile.TarInfo(f"{n}.jpg")
+                    member.size = len(block)
+                    tar.addfile(member, io.BytesIO(block))
+        assert file.stat().st_size < 100_000
+        check_refused(file, place, "would unpack to more than .* which no dataset does")
+
+    @pytest.mark.parametrize("suffix", ["tar", "zip"])
+    def test_too_many_files(self, place: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        file = place.parent / f"many.{suffix}"
+        file.write_bytes(TAR if suffix == "tar" else zip_bytes(CONTENT))
+        monkeypatch.setattr(download, "MAX_MEMBERS", len(CONTENT) - 1)
+        check_refused(file, place, f"would unpack to more than {len(CONTENT) - 1} files")
+        monkeypatch.setattr(download, "MAX_MEMBERS", 2 * len(CONTENT))  # folders count, too
+        unpack(file, place)
+
     @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "zip"])
     def test_cut_short(self, place: Path, suffix: str) -> None:
         data = {"tar": TAR, "tar.gz": tar_bytes(CONTENT, "w:gz"), "zip": zip_bytes(CONTENT)}[suffix]

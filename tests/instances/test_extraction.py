@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -53,8 +54,8 @@ def undisturbed(dataset, tmp_path):
     return files_of(tmp_path / "undisturbed"), calls(log)
 
 
-def in_child(work) -> int:
-    """Run ``work`` in a forked process; its exit status, or minus the signal that ended it."""
+def start(work) -> int:
+    """Begin ``work`` in a forked process; its number."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -65,7 +66,16 @@ def in_child(work) -> int:
             code = 3
         finally:
             os._exit(code)
+    return pid
+
+
+def end(pid: int) -> int:
+    """Wait for a forked process; its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_child(work) -> int:
+    return end(start(work))
 
 
 def test_unreadable_images_are_recorded_and_reported(dataset, tmp_path, caplog):
@@ -332,18 +342,11 @@ def test_shards_together_make_the_same_store(dataset, tmp_path, undisturbed, sha
 
 def test_shards_at_the_same_time(dataset, tmp_path, undisturbed):
     log, path = tmp_path / "calls.txt", tmp_path / "store"
-    children = []
-    for index in range(3):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                extract(dataset, PixelExtractor(log), path, shard=(index, 3), **SETTINGS)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    children = [
+        start(lambda: extract(dataset, PixelExtractor(log), path, shard=(index, 3), **SETTINGS))  # noqa: B023 - forked
+        for index in range(3)
+    ]
+    assert [end(pid) for pid in children] == [0, 0, 0]
     assert files_of(path) == undisturbed[0]
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
@@ -358,19 +361,11 @@ def test_processes_of_one_run(dataset, tmp_path, undisturbed, late):
             time.sleep(0.2)
             return super().__call__(images, m)
 
-    children = []
-    for index in range(3):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                time.sleep(late * (index == 2))
-                store = extract(dataset, Slow(log), path, shard=(index, 3), together=True, **SETTINGS)
-                code = 0 if len(store) == 21 else 4
-            finally:
-                os._exit(code)
-        children.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+    def work(index: int) -> None:
+        time.sleep(late * (index == 2))
+        assert len(extract(dataset, Slow(log), path, shard=(index, 3), together=True, **SETTINGS)) == 21
+
+    assert [end(pid) for pid in [start(functools.partial(work, index)) for index in range(3)]] == [0, 0, 0]
     assert files_of(path) == undisturbed[0]
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
@@ -389,15 +384,10 @@ def test_what_a_dead_process_left_is_done_by_the_others(dataset, tmp_path, undis
             over.touch()
             return super().__call__(images, m)
 
-    pid = os.fork()
-    if pid == 0:
-        try:
-            extract(dataset, Dies(), path, shard=(1, 2), together=True, **SETTINGS)
-        finally:
-            os._exit(1)
+    pid = start(lambda: extract(dataset, Dies(), path, shard=(1, 2), together=True, **SETTINGS))
     wait_until(begun.exists)
     store = extract(dataset, Notes(), path, shard=(0, 2), together=True, **SETTINGS)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert end(pid) == -signal.SIGKILL
     assert files_of(store.path) == undisturbed[0]
 
 
@@ -411,10 +401,7 @@ def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
             flag.touch()
             time.sleep(1000)
 
-    pid = os.fork()
-    if pid == 0:
-        extract(dataset, Endless(), path, shard=(0, 2), **SETTINGS)
-        os._exit(0)
+    pid = start(lambda: extract(dataset, Endless(), path, shard=(0, 2), **SETTINGS))
     try:
         wait_until(flag.exists)
         with pytest.raises(StoreError, match=rf"Process {pid} is extracting .* as shard-0-of-2"):
