@@ -403,6 +403,11 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")
+def test_several_machines_need_a_starter(run_config: Config):
+    with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* with torchrun or srun"):
+        run.train(run_config("trainer.num_nodes=2"))
+
+
 def test_an_accelerator_that_is_not_there(run_config: Config):
     with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps.* cannot be had here"):
         run.train(run_config("trainer.accelerator=mps"))

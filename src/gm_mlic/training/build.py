@@ -188,6 +188,11 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
         ConfigError: if there is no such accelerator, device, strategy or precision here.
     """
     settings = config.trainer
+    if settings.num_nodes > 1 and started_by() not in ("torchrun", "srun"):
+        raise ConfigError(
+            f"trainer.num_nodes={settings.num_nodes}: start the processes of several machines with torchrun or srun "
+            "(docs/reliability.md has the commands)."
+        )
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
     try:
         trainer = Trainer(
