@@ -39,7 +39,7 @@ FEATURE, M, NEIGHBOURS = 64, 12, 10
 SIZES = {"train": 4000, "val": 1000, "test": 4000}
 EPOCHS, BATCH = 10, 32
 #: Learning rate of each model, the best of --tune.
-RATES = {"mil_max": 3e-4, "mil_max+labels": 1e-3, "gm_mlic": 1e-3}
+RATES = {"mil_max": 3e-4, "mil_max+labels": 1e-3, "gm_mlic": 1e-3, "gm_mlic w/o Gl": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class World:
 DIALS = {"noise": (0.5, 1.0, 1.5), "miss": (0.2, 0.4), "false": (2.0, 5.0)}
 MODELS = ("mil_max", "mil_max+labels", "gm_mlic")
 SEEDS = (0, 1)
+#: Trained in the middle of the dials only.
+ABLATION = "gm_mlic w/o Gl"
 
 
 def simulate(present: np.ndarray, world: World, prototypes: np.ndarray, rng: np.random.Generator) -> SimpleNamespace:
@@ -115,7 +117,9 @@ def build(model: str, num_labels: int, label_dim: int) -> nn.Module:
         return create_model("mil_max", instance_dim=FEATURE, num_labels=num_labels, width=512)
     if model == "mil_max+labels":
         return PooledLabels(num_labels)
-    return create_model("gm_mlic", instance_dim=FEATURE, label_dim=label_dim, k=2, widths=(64, 64))
+    return create_model(
+        "gm_mlic", instance_dim=FEATURE, label_dim=label_dim, k=2, widths=(64, 64), label_graph=model != ABLATION
+    )
 
 
 def loader(data: AssignmentBatchDataset, generator: torch.Generator | None = None) -> DataLoader[AssignmentBatch]:
@@ -134,7 +138,7 @@ def train(
     rng = np.random.default_rng([seed, 1])
     C = splits["train"].shape[1]
     prototypes = rng.normal(size=(C, FEATURE)) / np.sqrt(FEATURE)
-    graph = AssignmentGraph(vectors, m=M, label_neighbours=NEIGHBOURS)
+    graph = AssignmentGraph(vectors, m=M, label_neighbours=NEIGHBOURS, label_graph=model != ABLATION)
     data = {
         split: AssignmentBatchDataset(simulate(splits[split], world, prototypes, rng), graph)
         for split in ("train", tested)
@@ -187,9 +191,10 @@ def main(files: tuple[str, str], jobs: int) -> None:
     path = HERE / "results.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     done = {(r["model"], r["noise"], r["miss"], r["false"], r["seed"]) for r in rows}
+    wanted = [*itertools.product(SEEDS, worlds(), MODELS), *((seed, World(), ABLATION) for seed in SEEDS)]
     todo = [
         (model, world, seed)
-        for seed, world, model in itertools.product(SEEDS, worlds(), MODELS)
+        for seed, world, model in wanted
         if (model, *map(str, asdict(world).values()), str(seed)) not in done
     ]
     with ProcessPoolExecutor(jobs) as pool:
@@ -208,7 +213,7 @@ def write(rows: list[dict], path: Path) -> None:
             float(row["noise"]),
             float(row["miss"]),
             float(row["false"]),
-            MODELS.index(row["model"]),
+            (*MODELS, ABLATION).index(row["model"]),
             int(row["seed"]),
         )
 
@@ -240,6 +245,9 @@ def tell(rows: list[dict]) -> None:
         gains = [[graphs[seed] - other[seed] for seed in graphs] for other in (pooled, labels)]
         cells = [say(list(p.values())) for p in (pooled, labels, graphs)] + [say(gain) for gain in gains]
         print(f"| {world.noise} | {world.miss} | {world.false} | {' | '.join(cells)} |")
+    full, ablated = of(rows, "gm_mlic", World()), of(rows, ABLATION, World())
+    lost = [full[seed] - ablated[seed] for seed in ablated]
+    print(f"w/o Gl: {say(list(ablated.values()))}, full is better by {say(lost)}")
 
 
 def of(rows: list[dict], model: str, world: World) -> dict[str, float]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
@@ -65,6 +66,19 @@ def test_a_probe_of_what_is_there(model: str, tmp_path: Path, monkeypatch, capsy
         build.build_store(config, build.build_dataset(config, split), build.build_detector(config))
     arrays = sum(file.stat().st_size for file in (tmp_path / "stores").rglob("*.npy"))
     assert result["bytes"]["stores"] == pytest.approx(arrays, rel=0.05)
+
+
+def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n in range(6):
+        Image.new("RGB", (64, 48)).save(tmp_path / f"{n}.jpg")
+    for n in (0, 2):
+        (tmp_path / f"{n}.jpg").write_bytes(b"")
+    (tmp_path / "labels.csv").write_text(
+        "file,labels,split\n" + "".join(f"{n}.jpg,cat,{s}\n" for n, s in enumerate(["train"] * 4 + ["val", "test"]))
+    )
+    own = ["dataset=own", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
+    assert plan(compose("plan", [*own, "trainer.batch_size=2"]))["images"]["extract"] == 6
 
 
 def test_execution_and_precision_of_the_run(tmp_path: Path, monkeypatch):

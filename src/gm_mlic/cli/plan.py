@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gm_mlic.cli.bench import describe_machine
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import InstanceExtractor
-from gm_mlic.errors import DataError
+from gm_mlic.errors import DataError, UnreadableImage
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
 from gm_mlic.losses import WeightedBCE
@@ -187,9 +188,8 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
         return [torch.rand(3, height, width, generator=generator) for _ in range(_IMAGES)]
 
     def photos() -> list[Tensor]:
-        if dataset is None:
-            return drawn(*_PHOTO)
-        return [to_tensor(dataset.image(i * (len(dataset) - 1) // _IMAGES)) for i in range(_IMAGES)]
+        found = [] if dataset is None else list(itertools.islice(_readable(dataset), _IMAGES))
+        return (found + drawn(*_PHOTO))[:_IMAGES]
 
     side = config.instances.view_size
     square = drawn(side, side)
@@ -201,6 +201,13 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
     timings = interleaved(runs, 2, build.device(config.trainer.accelerator))
     photo = timings["photo"].median / _IMAGES
     return photo, timings["view"].median / _IMAGES if "view" in timings else photo
+
+
+def _readable(dataset: MultiLabelDataset) -> Iterator[Tensor]:
+    """Images from all over the dataset, those that can be read."""
+    for i in range(0, len(dataset), max(1, len(dataset) // (2 * _IMAGES))):
+        with contextlib.suppress(UnreadableImage):
+            yield to_tensor(dataset.image(i))
 
 
 def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) -> tuple[float, float, int, int, int]:
