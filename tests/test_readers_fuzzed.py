@@ -31,7 +31,7 @@ from gm_mlic.errors import GMMLICError
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import read_scored_images
 from gm_mlic.runs import find_runs, read_run
-from gm_mlic.training.checkpoint import read_checkpoint
+from gm_mlic.zoo import read_checkpoint
 
 TOKENS = [
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\xe2\x80\xa8", b'"', b"'", b",", b";", b":", b"-", b"#",

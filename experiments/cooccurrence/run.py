@@ -39,7 +39,7 @@ FEATURE, M, NEIGHBOURS = 64, 12, 10
 SIZES = {"train": 4000, "val": 1000, "test": 4000}
 EPOCHS, BATCH = 10, 32
 #: Learning rate of each model, the best of --tune.
-RATES = {"mil_max": 3e-4, "mil_max+labels": 1e-3, "gm_mlic": 1e-3, "gm_mlic w/o Gl": 1e-3}
+RATES = {"mil_max": 3e-4, "mil_max+labels": 1e-3, "gm_mlic": 3e-3, "gm_mlic w/o Gl": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,11 @@ def main(files: tuple[str, str], jobs: int) -> None:
     path = HERE / "results.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     done = {(r["model"], r["noise"], r["miss"], r["false"], r["seed"]) for r in rows}
-    wanted = [*itertools.product(SEEDS, worlds(), MODELS), *((seed, World(), ABLATION) for seed in SEEDS)]
+    wanted = [
+        (seed, world, model)
+        for seed, world, model in itertools.product(SEEDS, worlds(), (*MODELS, ABLATION))
+        if model != ABLATION or world == World()
+    ]
     todo = [
         (model, world, seed)
         for seed, world, model in wanted

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gm_mlic.losses import WeightedBCE
     from gm_mlic.metrics import MultiLabelMetrics
     from gm_mlic.nn import GMMLIC, create_model, list_models, register_model
+    from gm_mlic.zoo import Predictor
 
 _HOME = {
     "MultiLabelDataset": "datasets",
@@ -40,6 +41,7 @@ _HOME = {
     "create_model": "nn",
     "list_models": "nn",
     "register_model": "nn",
+    "Predictor": "zoo",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "Instances",
     "MultiLabelDataset",
     "MultiLabelMetrics",
+    "Predictor",
     "Scenes",
     "WeightedBCE",
     "__version__",

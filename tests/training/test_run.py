@@ -24,10 +24,10 @@ from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
 from gm_mlic.runs import read_run
 from gm_mlic.training import build, run
-from gm_mlic.training.checkpoint import load_weights, read_checkpoint
 from gm_mlic.training.data import EpochSampler
 from gm_mlic.training.interruption import position
 from gm_mlic.training.module import MLICModule
+from gm_mlic.zoo import load_weights, read_checkpoint
 
 Config = Callable[..., DictConfig]
 

@@ -154,6 +154,14 @@ def evaluate(config: DictConfig) -> None:
     print_metrics(result["metrics"], result["preset"], title, result)
 
 
+def predict(config: DictConfig) -> None:
+    """``gm-mlic predict``."""
+    check(config)
+    from gm_mlic.cli.predict import predict as start
+
+    start(config)
+
+
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
@@ -306,6 +314,7 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,
     "train": train,
     "eval": evaluate,
+    "predict": predict,
     "train-detector": train_detector,
     "dataset": dataset,
     "bench": bench,

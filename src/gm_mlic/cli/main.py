@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "see the whole system work on drawn scenes, in minutes; nothing is downloaded",
     "train": "train a model, from images to metrics; continues where it was stopped",
     "eval": "evaluate a checkpoint on a split, or a file of scores",
+    "predict": "labels of photos, and the boxes that explain them",
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
@@ -55,6 +56,7 @@ examples:
   gm-mlic runs
   gm-mlic report runs/multirun/DATE
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
+  gm-mlic predict checkpoint=runs/NAME/checkpoints/best.ckpt images=PHOTOS
   gm-mlic eval scores=scores.csv targets=targets.csv
 
 gm-mlic COMMAND --help tells what a command does and which settings it has.

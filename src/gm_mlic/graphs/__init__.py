@@ -2,7 +2,7 @@
 
 from gm_mlic.graphs.assignment import AssignmentGraph, label_relations, nearest_neighbours
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, instance_data
+from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, dense_batch, instance_data
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "AssignmentBatchDataset",
     "AssignmentGraph",
     "AssignmentGraphDataset",
+    "dense_batch",
     "instance_data",
     "label_relations",
     "nearest_neighbours",

@@ -167,3 +167,36 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
     def collate(batch: AssignmentBatch) -> AssignmentBatch:
         """For ``DataLoader(collate_fn=...)``: the batch is one already."""
         return batch
+
+
+def dense_batch(
+    found: Sequence[Instances],
+    graph: AssignmentGraph,
+    device: str | torch.device = "cpu",
+    y: Tensor | None = None,
+    row: Tensor | None = None,
+) -> AssignmentBatch:
+    """The assignment graphs of some images' instances, as one :class:`AssignmentBatch`.
+
+    Args:
+        found: of B images, at most m each.
+        graph: the transform with label vectors.
+        device: where the batch is wanted.
+        y: (B, C) targets, row: (B,) rows, to be kept with it.
+    """
+
+    def pad(parts: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], batch_first=True)
+
+    counts = torch.tensor([len(instances) for instances in found], device=device)
+    return AssignmentBatch.build(
+        x=pad([instances.features for instances in found]),
+        box=pad([instances.boxes for instances in found]),
+        mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
+        label_vectors=graph.label_vectors.to(device),
+        neighbours=graph.neighbours if graph.instance_graph else None,
+        label_graph=graph.label_graph,
+        relates=None if graph.label_lists is None else graph.label_lists.to(device),
+        y=y,
+        row=row,
+    )

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 #: Colours of what a prediction turned out to be; they differ in brightness too, for the colour-blind.
 COLOURS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
 _MARKS = {"right": "✓", "wrong": "✗", "missed": "–"}
+
+#: Of boxes in one photo; white text can be read on all of them.
+_PALETTE = ("#1f5fa8", "#b0451b", "#1a7f37", "#8a3ab9", "#9a6700", "#c2255c", "#0b7285", "#495057")
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,41 @@ def picture_grid(
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, facecolor="white")
+
+
+def annotated(
+    image: Image.Image, labels: Sequence[tuple[str, float, tuple[float, float, float, float]]]
+) -> Image.Image:
+    """A photo with labels written at their boxes.
+
+    Args:
+        image: of any size; the result is at least 640 pixels wide, so that the labels can be read.
+        labels: name, probability, and box (x1, y1, x2, y2) in pixels; labels of boxes that nearly coincide stand below
+            each other at the first of them.
+    """
+    factor = max(1.0, 640 / image.width)
+    picture = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
+    draw = ImageDraw.Draw(picture)
+    size = max(14, picture.width // 45)
+    font, line = ImageFont.load_default(size), max(2, picture.width // 300)
+    places = _places([box for _, _, box in labels])
+    boxes = [labels[places.index(place)][2] for place in sorted(set(places))]
+    for number, box in enumerate(boxes):
+        colour = _PALETTE[number % len(_PALETTE)]
+        x1, y1, x2, y2 = (v * factor for v in box)
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="white", width=line + 1)
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
+    for number, box in enumerate(boxes):  # texts above all boxes
+        here = [label for label, place in zip(labels, places, strict=True) if place == number + 1]
+        text = "\n".join(f"{name} {p:.2f}" for name, p, _ in here)
+        right, bottom = draw.multiline_textbbox((0, 0), text, font=font)[2:]
+        width, height = right + 6, bottom + 6
+        x = min(max(0.0, box[0] * factor), max(0.0, picture.width - width))
+        y = box[1] * factor - height  # above the box; where there is no room, below
+        y = y if y >= 0 else min(box[3] * factor, max(0.0, picture.height - height))
+        draw.rectangle((x, y, x + width, y + height), fill=_PALETTE[number % len(_PALETTE)])
+        draw.multiline_text((x + 3, y + 2), text, fill="white", font=font)
+    return picture
 
 
 def _places(boxes: Sequence[tuple[float, float, float, float]], same: float = 0.6) -> list[int]:

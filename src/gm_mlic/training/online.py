@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.detection import InstanceExtractor, Instances
-from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, instance_data
+from gm_mlic.detection import InstanceExtractor
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, dense_batch, instance_data
 from gm_mlic.instances import OnlineBatch
 
 
@@ -41,7 +41,7 @@ class OnlineGraphs(nn.Module):
             found = self.extractor(batch.images, self.graph.m)
         targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
         if self.dense:
-            return self._dense(found, targets, rows, device)
+            return dense_batch(found, self.graph, device, y=targets, row=rows)
         graphs = []
         for instances, y, row in zip(found, targets, rows, strict=True):
             data = instance_data(instances)
@@ -49,19 +49,3 @@ class OnlineGraphs(nn.Module):
             graphs.append(self.graph(data.to("cpu")))
         together: HeteroData = Batch.from_data_list(graphs).to(device)
         return together
-
-    def _dense(self, found: list[Instances], targets: Tensor, rows: Tensor, device: torch.device) -> AssignmentBatch:
-        def pad(parts: list[Tensor]) -> Tensor:
-            return nn.utils.rnn.pad_sequence([part.to(device) for part in parts], batch_first=True)
-
-        counts = torch.tensor([len(instances) for instances in found], device=device)
-        return AssignmentBatch.build(
-            x=pad([instances.features for instances in found]),
-            box=pad([instances.boxes for instances in found]),
-            mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
-            label_vectors=self.graph.label_vectors.to(device),
-            neighbours=self.graph.neighbours if self.graph.instance_graph else None,
-            relates=None if self.graph.label_lists is None else self.graph.label_lists.to(device),
-            y=targets,
-            row=rows,
-        )

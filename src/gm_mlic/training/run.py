@@ -36,7 +36,6 @@ from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
 from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
-from gm_mlic.training.checkpoint import Description, load_weights, read_checkpoint
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.interruption import position, signals_kept
 from gm_mlic.training.module import DivergedError, MLICModule
@@ -44,6 +43,7 @@ from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.processes import place
 from gm_mlic.training.settings import changed_settings, check
 from gm_mlic.training.tracking import Tracker
+from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +247,8 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         graph=graph_settings,
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
+        detector_settings=build.section(config, "detector"),
+        embedding=build.section(config, "embedding"),
     )
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(

@@ -1,0 +1,143 @@
+"""``gm-mlic predict``: labels of photos, as tables, lines of JSON and pictures."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gm_mlic.datasets.images import read_image
+from gm_mlic.errors import DataError
+from gm_mlic.reporting.pictures import annotated
+from gm_mlic.training import build
+from gm_mlic.zoo import LabelFound, Prediction, Predictor
+
+log = logging.getLogger(__name__)
+
+#: Photos whose labels are shown on the terminal; all are in the files.
+_SHOWN = 20
+COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2", "instance")
+
+
+def predict(config: DictConfig) -> dict[str, str]:
+    """Predict as ``config`` says, write the files and print the first photos' labels.
+
+    Returns:
+        Photos that could not be read, with the reason.
+
+    Raises:
+        DataError: if there are no photos, or none of them can be read.
+        WeightsError: for a checkpoint that cannot be used.
+    """
+    photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
+    device = build.device(config.accelerator)
+    moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
+    predictor = Predictor.from_checkpoint(config.checkpoint, device, **moved)
+    if config.labels is not None:
+        names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
+        read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+        predictor = predictor.with_labels([str(name).strip() for name in names], **read)
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    skipped: dict[str, str] = {}
+    table = Table(title=f"first labels of {min(len(photos), _SHOWN)} photos", title_justify="left")
+    for head in ("photo", "labels"):
+        table.add_column(head, overflow="fold")
+    with (
+        (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines,
+        (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as rows,
+    ):
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        done = 0
+        for prediction in _with_bar(predictor(photos, config.batch_size, skipped), len(photos)):
+            found = _worth_saying(prediction, config.top, config.threshold)
+            lines.write(json.dumps(_as_dict(prediction, found, config.threshold), ensure_ascii=False) + "\n")
+            for one in found:
+                box = [f"{v:.1f}" for v in one.box]
+                predicted = int(one.probability >= config.threshold)
+                writer.writerow([prediction.photo, one.label, f"{one.probability:.6f}", predicted, *box, one.instance])
+            if done < _SHOWN:
+                table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
+            if config.pictures:
+                _draw(prediction, found, folder / "pictures" / f"{done:05d}-{Path(str(prediction.photo)).stem}.jpg")
+            done += 1
+    for reason in skipped.values():
+        log.warning("left out: %s", reason)
+    if not done:
+        raise DataError(f"None of the {len(photos)} photos can be read. The first: {next(iter(skipped.values()))}")
+    Console(highlight=False, markup=False).print(table)
+    written = ["predictions.jsonl", "predictions.csv", *(["pictures/"] if config.pictures else [])]
+    print(f"{done} of {len(photos)} photos; folder: {folder} ({', '.join(written)})")
+    return skipped
+
+
+def find_photos(names: Sequence[str]) -> list[Path]:
+    """The files that names of files, folders and patterns stand for, each once; a folder's by name.
+
+    Raises:
+        DataError: for a name that stands for nothing.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    photos: dict[Path, None] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+        elif path.exists():
+            found = [path]
+        else:
+            matched = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 - may be absolute
+            found = [file for file in matched if file.is_file()]
+        if not found:
+            what = "there is no photo in it" if path.is_dir() else "no such file, folder or pattern with files"
+            raise DataError(f"images={name}: {what}.")
+        photos.update(dict.fromkeys(found))
+    return list(photos)
+
+
+def _worth_saying(prediction: Prediction, top: int, threshold: float) -> list[LabelFound]:
+    """The ``top`` labels, and what else is predicted."""
+    return prediction.top(max(top, len(prediction.above(threshold))))
+
+
+def _as_dict(prediction: Prediction, found: Sequence[LabelFound], threshold: float) -> dict[str, Any]:
+    return {
+        "image": str(prediction.photo),
+        "width": prediction.size[0],
+        "height": prediction.size[1],
+        "predicted": [one.label for one in found if one.probability >= threshold],
+        "labels": [
+            {
+                "label": one.label,
+                "probability": round(one.probability, 6),
+                "box": [round(v, 1) for v in one.box],
+                "instance": one.instance,
+            }
+            for one in found
+        ],
+    }
+
+
+def _draw(prediction: Prediction, found: Sequence[LabelFound], path: Path) -> None:
+    assert prediction.photo is not None
+    path.parent.mkdir(exist_ok=True)
+    labels = [(one.label, one.probability, one.box) for one in found]
+    annotated(read_image(prediction.photo), labels).save(path, quality=90)
+
+
+def _with_bar(predictions: Iterator[Prediction], total: int) -> Iterator[Prediction]:
+    console = Console(stderr=True)
+    columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield from bar.track(predictions, total=total)

@@ -1,0 +1,6 @@
+"""Trained models: what they say of themselves, how they are read, and what they say of images."""
+
+from gm_mlic.zoo.predictor import LabelFound, Prediction, Predictor
+from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
+
+__all__ = ["Description", "LabelFound", "Prediction", "Predictor", "load_weights", "read_checkpoint"]

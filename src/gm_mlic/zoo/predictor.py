@@ -1,0 +1,227 @@
+"""From photos to labels, and to the boxes that explain them, with a trained model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch_geometric.data import Batch
+
+from gm_mlic.datasets.images import read_image, to_tensor
+from gm_mlic.detection import InstanceExtractor, Instances, build_extractor
+from gm_mlic.embeddings import embed_labels
+from gm_mlic.errors import ConfigError, UnreadableImage
+from gm_mlic.graphs import AssignmentGraph, dense_batch, instance_data
+from gm_mlic.nn import GMMLIC
+from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
+
+log = logging.getLogger(__name__)
+
+#: A file, or an image that is open already.
+Photo: TypeAlias = "str | Path | Image.Image"
+
+
+@dataclass(frozen=True)
+class LabelFound:
+    """One label of one photo.
+
+    Attributes:
+        label: its name.
+        probability: p of eq. 14, in [0, 1].
+        box: (x1, y1, x2, y2) in pixels: the instance that won the label (its match logit is the largest).
+        instance: that instance's number; 0 is the detector's most confident one.
+    """
+
+    label: str
+    probability: float
+    box: tuple[float, float, float, float]
+    instance: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one photo.
+
+    Attributes:
+        photo: its file, or None for an image that was open.
+        size: width and height in pixels.
+        labels: the C names.
+        probabilities: (C,) p of eq. 14.
+        matches: (M, C) match logits of eq. 13: how well each instance fits each label.
+        boxes: (M, 4) of the instances, (x1, y1, x2, y2) in pixels.
+        scores: (M,) confidences of the detector.
+        detected: (M,) the detector's own names of them; None where it has none.
+    """
+
+    photo: Path | None
+    size: tuple[int, int]
+    labels: tuple[str, ...]
+    probabilities: np.ndarray
+    matches: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    detected: tuple[str | None, ...]
+
+    def top(self, k: int = 3) -> list[LabelFound]:
+        """The k most probable labels, best first."""
+        order = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [self._found(int(c)) for c in order]
+
+    def above(self, threshold: float = 0.5) -> list[LabelFound]:
+        """The labels whose probability reaches ``threshold``, best first."""
+        return [found for found in self.top(len(self.labels)) if found.probability >= threshold]
+
+    def _found(self, c: int) -> LabelFound:
+        winner = int(self.matches[:, c].argmax())
+        x1, y1, x2, y2 = map(float, self.boxes[winner])
+        return LabelFound(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), winner)
+
+
+class Predictor:
+    """Predicts the labels of photos.
+
+    Args:
+        model: from assignment graphs to :class:`~gm_mlic.nn.ModelOutput`, with trained weights.
+        description: what it was trained on.
+        extractor: the detector it was trained with.
+    """
+
+    def __init__(self, model: nn.Module, description: Description, extractor: InstanceExtractor) -> None:
+        self.model = model.eval()
+        self.description = description
+        self.extractor = extractor
+        self.device = next(model.parameters()).device
+        self.graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+        self._prepared: Any = None
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, device: str | torch.device = "cpu", **detector_settings: Any
+    ) -> Predictor:
+        """The model of ``RUN/checkpoints/NAME.ckpt``.
+
+        Args:
+            path: the checkpoint.
+            device: where to predict.
+            **detector_settings: changes to the detector's, as ``weights="elsewhere.safetensors"``.
+
+        Raises:
+            WeightsError: if it is not such a checkpoint, or the detector is not the one it was trained with.
+        """
+        path = Path(path)
+        description, content = read_checkpoint(path)
+        settings = {**description.detector_settings, **detector_settings}
+        settings.pop("max_instances", None)
+        extractor = build_extractor(settings.pop("arch"), device=device, **settings)
+        trained = any(name.startswith("online.detector.") for name in content["state_dict"])
+        if trained:  # along with the model
+            load_weights(extractor, content, path, prefix="online.detector.")
+        else:
+            description.check_detector(extractor.name, extractor.fingerprint, path)
+        model = description.build_model()
+        load_weights(model, content, path)
+        return cls(model.to(device), description, extractor)
+
+    def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
+        """The same model for other labels: no parameter of GM-MLIC belongs to a label.
+
+        How well it does on labels that it was not trained on depends on how their vectors relate to those of the labels
+        that it was.
+
+        Args:
+            labels: C' different names.
+            **embedding: changes to the settings of :func:`~gm_mlic.embeddings.embed_labels` that made the vectors of
+                training, as ``path="elsewhere.txt"``.
+
+        Raises:
+            ConfigError: if the model has a classifier for each label.
+            DataError: for labels out of vocabulary.
+        """
+        if not isinstance(self.model, GMMLIC):
+            raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: it knows no others.")
+        found = embed_labels(labels, **{**self.description.embedding, **embedding})
+        description = replace(
+            self.description, labels=tuple(labels), label_vectors=found.vectors, label_source=found.source
+        )
+        return Predictor(self.model, description, self.extractor)
+
+    def __call__(
+        self, photos: Iterable[Photo], batch_size: int = 8, skipped: dict[str, str] | None = None
+    ) -> Iterator[Prediction]:
+        """Predict, batch by batch, in the order of ``photos``.
+
+        Args:
+            photos: files, or open images.
+            batch_size: photos at a time.
+            skipped: where given, photos that cannot be read are entered here with the reason, and left out.
+
+        Raises:
+            UnreadableImage: for the first photo that cannot be read, unless ``skipped`` is given.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: at least 1 is needed.")
+        rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
+        while batch := list(islice(rest, batch_size)):
+            read = [(photo, image) for photo in batch if (image := self._read(photo, skipped)) is not None]
+            if read:
+                yield from self._predict(read)
+
+    @staticmethod
+    def _read(photo: Photo, skipped: dict[str, str] | None) -> Image.Image | None:
+        if isinstance(photo, Image.Image):
+            return photo.convert("RGB")
+        try:
+            return read_image(photo)
+        except UnreadableImage as error:
+            if skipped is None:
+                raise
+            skipped[str(photo)] = str(error)
+            return None
+
+    @torch.no_grad()
+    def _predict(self, read: list[tuple[Photo, Image.Image]]) -> Iterator[Prediction]:
+        m = self.graph.m
+        assert m is not None
+        found = [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
+        output = self._output(found)
+        probabilities = torch.sigmoid(output.logits.float()).cpu().numpy()
+        counts = [len(instances) for instances in found]
+        C = len(self.description.labels)
+        matches = output.match_logits.float().view(-1, C).cpu().split(counts)
+        for (photo, image), instances, p, logits in zip(read, found, probabilities, matches, strict=True):
+            scale = torch.tensor([image.width, image.height] * 2)
+            names = [self.extractor.labels[i] if i >= 0 else None for i in instances.detected_labels.tolist()]
+            yield Prediction(
+                None if isinstance(photo, Image.Image) else Path(photo),
+                image.size,
+                self.description.labels,
+                p,
+                logits.numpy(),
+                (instances.boxes.cpu() * scale).numpy(),
+                instances.scores.cpu().numpy(),
+                tuple(names),
+            )
+
+    def _output(self, found: list[Instances]) -> Any:
+        if self.description.model.get("execution") == "explicit":
+            graphs = [self.graph(instance_data(_on_cpu(instances))) for instances in found]
+            return self.model(Batch.from_data_list(graphs).to(self.device))
+        batch = dense_batch(found, self.graph, self.device)
+        if not isinstance(self.model, GMMLIC):
+            return self.model(batch)
+        if self._prepared is None:
+            self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
+        return self.model(batch, self._prepared)
+
+
+def _on_cpu(instances: Instances) -> Instances:
+    parts: list[Tensor] = [instances.boxes, instances.scores, instances.detected_labels, instances.features]
+    return Instances(*(part.cpu() for part in parts))

@@ -1,0 +1,109 @@
+"""What a trained model says of itself, so that it can be used, or refused, without the run that made it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gm_mlic.errors import WeightsError
+from gm_mlic.nn import create_model
+from gm_mlic.tensor_files import load_tensors
+
+#: Where a Lightning checkpoint keeps the description.
+KEY = "gm_mlic"
+
+
+@dataclass(frozen=True)
+class Description:
+    """Everything besides weights that a trained model needs.
+
+    Attributes:
+        labels: the C label names, in the order of the outputs.
+        label_vectors: (C, D_l) float32.
+        label_source: where the vectors came from.
+        model: arguments of :func:`~gm_mlic.nn.create_model`, with ``name``.
+        graph: m and the other settings of :class:`~gm_mlic.graphs.AssignmentGraph`.
+        detector: name of the instance extractor.
+        detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, with ``max_instances``.
+        detector_fingerprint: of the extractor whose features the model was trained on.
+        embedding: arguments of :func:`~gm_mlic.embeddings.embed_labels` that made the vectors; for further labels.
+    """
+
+    labels: tuple[str, ...]
+    label_vectors: Tensor
+    label_source: str
+    model: dict[str, Any]
+    graph: dict[str, Any]
+    detector: str
+    detector_fingerprint: str
+    detector_settings: dict[str, Any]
+    embedding: dict[str, Any]
+
+    def build_model(self) -> torch.nn.Module:
+        """The model, with fresh weights."""
+        return create_model(**self.model)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """As plain containers and tensors, which load with ``weights_only=True``."""
+        return {**asdict(self), "labels": list(self.labels)}
+
+    @classmethod
+    def from_checkpoint(cls, content: dict[str, Any]) -> Description:
+        return cls(**{**content, "labels": tuple(content["labels"])})
+
+    def check_labels(self, labels: tuple[str, ...], path: Path) -> None:
+        """Raise :class:`WeightsError` unless the checkpoint was made for exactly these labels in this order."""
+        if labels == self.labels:
+            return
+        if len(labels) != len(self.labels):
+            difference = f"it has {len(self.labels)} labels, the dataset {len(labels)}"
+        else:
+            i = next(i for i, (a, b) in enumerate(zip(self.labels, labels, strict=True)) if a != b)
+            difference = f"its label {i} is {self.labels[i]!r}, the dataset's is {labels[i]!r}"
+        raise WeightsError(f"{path}: made for other labels ({difference}): choose the dataset it was trained on.")
+
+    def check_detector(self, name: str, fingerprint: str, path: Path) -> None:
+        """Raise :class:`WeightsError` unless the checkpoint was trained on instances of this extractor."""
+        if fingerprint != self.detector_fingerprint:
+            raise WeightsError(
+                f"{path}: trained on instances of {self.detector} ({self.detector_fingerprint[:8]}), these are of "
+                f"{name} ({fingerprint[:8]}): use the detector, weights and settings it was trained with."
+            )
+
+
+def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
+    """The description in a checkpoint, and the whole checkpoint.
+
+    Raises:
+        WeightsError: if there is no such file, or it is not a checkpoint of ``gm-mlic train``.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint; gm-mlic train writes runs/NAME/checkpoints/best.ckpt.")
+    try:
+        content = load_tensors(path)
+        return Description.from_checkpoint(content[KEY]), content
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{path}: not a checkpoint of gm-mlic train, or a damaged one ({reason[:120]}): put a copy in its "
+            "place, or delete it and start its run again."
+        ) from error
+
+
+def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:
+    """Put those of a checkpoint's weights whose names begin with ``prefix`` into ``model``.
+
+    Raises:
+        WeightsError: if names or shapes differ.
+    """
+    weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{path}: its weights do not fit the model ({str(error).splitlines()[1].strip()})."
+        ) from error

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gm_mlic import Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import run
+from gm_mlic.cli.predict import COLUMNS, find_photos
+from gm_mlic.errors import DataError
+from gm_mlic.training import run as training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    settings = [
+        "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
+        "trainer.max_epochs=1", "model.widths=[8,8]", "trainer.accelerator=cpu", f"instances.root={root}/stores",
+    ]  # fmt: skip
+    training.train(compose("train", [*settings, f"run_dir={root}/run"]))
+    return root / "run" / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four scenes, one of them in a folder within, a file that is no image, and one that is damaged."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    scenes = Scenes("test", size=4, image_size=96)
+    for i, name in enumerate(["a.png", "b, c.png", "more/d.JPG", "[e].png"]):
+        scenes.image(i).save(folder / name, "JPEG" if name.endswith("JPG") else "PNG")
+    (folder / "notes.txt").write_text("x")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8nothing")
+    return folder
+
+
+def test_a_folder(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["predict", f"checkpoint={checkpoint}", "images=photos", "pictures=true", "top=4", "batch_size=2"]) == 0
+    out, err = capsys.readouterr()
+    assert "4 of 5 photos; folder: runs/predictions (predictions.jsonl, predictions.csv, pictures/)" in out
+    assert "left out: Image photos/torn.jpg" in err
+    folder = Path("runs/predictions")
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    names = ["[e].png", "a.png", "b, c.png", "more/d.JPG"]
+    assert [line["image"] for line in lines] == [f"photos/{name}" for name in names]
+    for line in lines:
+        assert (line["width"], line["height"]) == (96, 96)
+        probabilities = [label["probability"] for label in line["labels"]]
+        assert len(probabilities) >= 4
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert line["predicted"] == [label["label"] for label in line["labels"] if label["probability"] >= 0.5]
+        for label in line["labels"]:
+            x1, y1, x2, y2 = label["box"]
+            assert 0 <= x1 < x2 <= 96
+            assert 0 <= y1 < y2 <= 96
+    with (folder / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert [(row["image"], row["label"]) for row in rows] == [
+        (line["image"], label["label"]) for line in lines for label in line["labels"]
+    ]
+    pictures = sorted((folder / "pictures").iterdir())
+    assert len(pictures) == 4
+    with Image.open(pictures[0]) as picture:
+        assert picture.width == 640
+
+
+def test_other_labels(checkpoint: Path, photos: Path):
+    arguments = ["predict", f"checkpoint={checkpoint}", "images=photos/a.png", "run_dir=out", "top=9"]
+    assert run([*arguments, "labels=[mug,zebra crossing]"]) == 0
+    (line,) = (json.loads(text) for text in Path("out/predictions.jsonl").read_text().splitlines())
+    assert {label["label"] for label in line["labels"]} == {"mug", "zebra crossing"}
+    assert run([*arguments, "labels='mug, zebra crossing'"]) == 0
+    (again,) = (json.loads(text) for text in Path("out/predictions.jsonl").read_text().splitlines())
+    assert again == line
+
+
+def test_files_patterns_and_lists(photos: Path):
+    assert find_photos(["photos/a.png", "photos/a.png"]) == [Path("photos/a.png")]
+    assert find_photos(["photos/*.png"]) == [Path(f"photos/{name}.png") for name in ("[e]", "a", "b, c")]
+    assert find_photos(["photos/**/*.JPG", "photos/[e].png"]) == [Path("photos/more/d.JPG"), Path("photos/[e].png")]
+    assert find_photos(["photos/notes.txt"]) == [Path("photos/notes.txt")]  # who names a file means it
+    for nothing in ("photos/*.gif", "nowhere"):
+        with pytest.raises(DataError, match="no such file, folder or pattern"):
+            find_photos([nothing])
+    Path("empty").mkdir()
+    with pytest.raises(DataError, match="there is no photo in it"):
+        find_photos(["empty"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["images=photos"], "checkpoint has no value"),
+        (["checkpoint=nowhere.ckpt", "images=photos"], "nowhere.ckpt: no such checkpoint"),
+        (["checkpoint=photos/a.png", "images=photos"], "photos/a.png: not a checkpoint"),
+        (["images=nowhere"], "images=nowhere: no such file"),
+        (["images=[photos/torn.jpg,photos/notes.txt]"], "None of the 2 photos can be read"),
+        (["images=photos", "top=0"], "top=0: expected a whole number"),
+        (["images=photos", "threshold=2"], "threshold=2: expected a number"),
+        (["images=photos", "labels=[]"], "labels=[]: expected names"),
+        (["images=photos", "labels=[mug,mug]"], "no label twice"),
+        (["images=photos", "labels=[mug]", "embedding.path=nowhere.npz"], "nowhere.npz does not exist"),
+        (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: there is no such setting"),
+        (["images=photos", "detector.weights=nowhere.safetensors"], "nowhere.safetensors"),
+    ],
+)
+def test_bad_input(checkpoint: Path, photos: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    if not any(argument.startswith("checkpoint=") for argument in arguments) and "no value" not in said:
+        arguments = [f"checkpoint={checkpoint}", *arguments]
+    assert run(["predict", *arguments]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("gm-mlic: error: ")
+    assert said in last

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gm_mlic import Predictor, Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.metrics import read_scored_images
+from gm_mlic.training import run
+
+SMALL = [
+    "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 8, test: 12}", "dataset.image_size=96",
+    "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three short runs on scenes: GM-MLIC, the same explicit, and the baseline without graphs."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, model in {"gm": ["model.widths=[8,8]"], "mil": ["model=mil_max"]}.items():
+        run.train(compose("train", [*SMALL, *model, f"instances.root={root}/stores", f"run_dir={root}/{name}"]))
+    explicit = [*SMALL, "model.widths=[8,8]", "model.execution=explicit", "graph.m=4"]
+    run.train(compose("train", [*explicit, f"instances.root={root}/stores", f"run_dir={root}/explicit"]))
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(folder: Path) -> list[Path]:
+    """The test scenes, as files."""
+    scenes = Scenes("test", size=12, image_size=96)
+    paths = [folder / f"{i:02d}.png" for i in range(12)]
+    for i, path in enumerate(paths):
+        scenes.image(i).save(path)
+    return paths
+
+
+def predictor(folder: Path, name: str = "gm") -> Predictor:
+    return Predictor.from_checkpoint(folder / name / "checkpoints" / "best.ckpt")
+
+
+@pytest.mark.parametrize("name", ["gm", "mil", "explicit"])
+def test_probabilities_are_those_of_the_runs_own_test(folder: Path, photos: list[Path], name: str):
+    """From the files, in one go and one by one, as the run had them from its store (features of 16 bits)."""
+    expected = read_scored_images([folder / name / "test.npz"], folder / name / "test.npz").scores[0].numpy()
+    model = predictor(folder, name)
+    for batch_size in (8, 1):
+        found = np.stack([prediction.probabilities for prediction in model(photos, batch_size)])
+        np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_a_prediction_explains_itself(folder: Path, photos: list[Path]):
+    model = predictor(folder)
+    prediction = next(model(photos[:1]))
+    M = len(prediction.boxes)
+    assert prediction.photo == photos[0]
+    assert prediction.size == (96, 96)
+    assert prediction.matches.shape == (M, 22)
+    assert prediction.scores.shape == (M,)
+    assert len(prediction.detected) == M
+    np.testing.assert_allclose(1 / (1 + np.exp(-prediction.matches.max(axis=0))), prediction.probabilities, rtol=1e-5)
+    top = prediction.top(5)
+    assert [found.probability for found in top] == sorted(prediction.probabilities, reverse=True)[:5]
+    for found in top:
+        column = prediction.labels.index(found.label)
+        assert found.instance == prediction.matches[:, column].argmax()
+        assert found.box == tuple(prediction.boxes[found.instance].tolist())
+        assert 0 <= found.box[0] < found.box[2] <= 96
+    threshold = top[2].probability
+    assert prediction.above(threshold) == top[:3]
+    assert prediction.above(1.0) == []
+
+
+def test_open_images_and_a_single_one(folder: Path, photos: list[Path]):
+    model = predictor(folder)
+    with Image.open(photos[0]) as image:
+        (one,) = model(image)
+    assert one.photo is None
+    (other,) = model(str(photos[0]))
+    np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    (grey,) = model(Image.new("L", (40, 30)))
+    assert grey.size == (40, 30)
+
+
+def test_labels_in_another_order(folder: Path, photos: list[Path]):
+    """No parameter belongs to a label: with the same names in another order come the same numbers."""
+    model = predictor(folder)
+    order = model.description.labels[::-1]
+    a, b = next(model(photos[:1])), next(model.with_labels(order)(photos[:1]))
+    np.testing.assert_allclose(a.probabilities[::-1], b.probabilities, rtol=1e-4)
+    assert b.labels == order
+
+
+def test_labels_that_it_never_saw(folder: Path, photos: list[Path]):
+    some = predictor(folder).with_labels(["mug", "zebra crossing"])
+    prediction = next(some(photos[:1]))
+    assert prediction.labels == ("mug", "zebra crossing")
+    assert prediction.probabilities.shape == (2,)
+    with pytest.raises(ConfigError, match="classifier for each label"):
+        predictor(folder, "mil").with_labels(["mug"])
+    with pytest.raises(DataError, match="no label twice"):
+        some.with_labels(["mug", "mug"])
+    with pytest.raises(DataError, match="does not exist"):
+        some.with_labels(["mug"], source="glove", path="nowhere.npz")
+
+
+def test_photos_that_cannot_be_read(folder: Path, photos: list[Path], tmp_path: Path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"")
+    model = predictor(folder)
+    with pytest.raises(UnreadableImage, match=r"bad\.jpg"):
+        list(model([photos[0], bad]))
+    skipped: dict[str, str] = {}
+    found = list(model([photos[0], bad, tmp_path / "missing.png", photos[1]], 2, skipped))
+    assert [prediction.photo for prediction in found] == photos[:2]
+    assert list(skipped) == [str(bad), str(tmp_path / "missing.png")]
+    assert list(model([])) == []
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        list(model(photos, 0))
+
+
+def test_another_detector_is_refused(folder: Path):
+    with pytest.raises(WeightsError, match="use the detector, weights and settings it was trained with"):
+        Predictor.from_checkpoint(folder / "gm" / "checkpoints" / "best.ckpt", score_threshold=0.5)
+
+
+def test_a_detector_that_was_trained_along(folder: Path, photos: list[Path], tmp_path: Path):
+    online = ["instances.online=true", "detector.trainable=box_head", "model.widths=[8,8]", "trainer.max_epochs=1"]
+    run.train(compose("train", [*SMALL, *online, f"run_dir={tmp_path}/run"]))
+    expected = read_scored_images([tmp_path / "run/test.npz"], tmp_path / "run/test.npz").scores[0].numpy()
+    model = Predictor.from_checkpoint(tmp_path / "run/checkpoints/best.ckpt")
+    found = np.stack([prediction.probabilities for prediction in model(photos)])
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_needs_no_framework(folder: Path, photos: list[Path]):
+    """Hydra, Lightning and W&B are for training."""
+    code = (
+        "import sys\nfrom gm_mlic import Predictor\n"
+        f"found = list(Predictor.from_checkpoint({str(folder / 'gm/checkpoints/best.ckpt')!r})([{str(photos[0])!r}]))\n"
+        "assert not {'hydra', 'lightning', 'wandb', 'matplotlib'} & set(sys.modules), 'too much'\n"
+        "print(found[0].top(1)[0].label)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in Scenes("test", size=1).labels
