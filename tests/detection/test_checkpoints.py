@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
 import stat
-import urllib.error
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torchvision.models import WeightsEnum
 
-from gm_mlic.detection import build_extractor
+from gm_mlic.detection import build_extractor, checkpoints
 from gm_mlic.detection.checkpoints import SCENES_WEIGHTS, save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector
 from gm_mlic.errors import ConfigError, WeightsError
@@ -175,15 +181,74 @@ def test_names_that_do_not_suit_the_architecture():
     _refused("scenes", "scenes", arch="fasterrcnn_resnet50_fpn", error=ConfigError)
 
 
-@pytest.mark.parametrize("failure", [urllib.error.URLError("no route"), RuntimeError("invalid hash value")])
-def test_failed_download_says_which_file_to_fetch(monkeypatch, failure):
-    def fail(*_, **__):
-        raise failure
+class Offer:
+    """Serves a file as torchvision's servers do, as the ResNet-50's COCO weights."""
 
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", fail)
-    _refused(
-        "coco",
-        "https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
-        "detector.weights=/path/to/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
-        arch="fasterrcnn_resnet50_fpn",
+    def __init__(self, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.port, self.monkeypatch = folder, port, monkeypatch
+
+    def __call__(self, content: bytes, prefix: str | None = None) -> Path:
+        """Offer ``content``; where torch keeps it."""
+        name = f"rcnn-{prefix or hashlib.sha256(content).hexdigest()[:8]}.pth"
+        (self.folder / name).write_bytes(content)
+        url = f"http://127.0.0.1:{self.port}/{name}"
+        self.monkeypatch.setitem(checkpoints._COCO, "fasterrcnn_resnet50_fpn", SimpleNamespace(url=url))
+        return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "served").mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "served")) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield Offer(tmp_path / "served", http.server_port, monkeypatch)
+        http.shutdown()
+
+
+def saved(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=False)  # as torchvision's older files are
+    return file.getvalue()
+
+
+def test_torchvisions_weights_are_fetched_once(offer: Offer):
+    theirs = build_detector("fasterrcnn_resnet50_fpn", 91, seed=3).state_dict()
+    kept = offer(saved(theirs))
+    ours = build_extractor("fasterrcnn_resnet50_fpn", weights="coco")
+    assert torch.equal(ours.detector.state_dict()["rpn.head.cls_logits.bias"], theirs["rpn.head.cls_logits.bias"])
+    assert len(ours.labels) == 80
+    assert kept.is_file()
+    (offer.folder / kept.name).unlink()
+    build_extractor("fasterrcnn_resnet50_fpn", weights="coco")
+
+
+def test_a_download_with_another_hash_is_refused(offer: Offer):
+    kept = offer(saved({}), prefix="00000000")
+    _refused("coco", "could not be downloaded", "invalid hash value", arch="fasterrcnn_resnet50_fpn")
+    assert not kept.exists()
+
+
+def test_what_was_fetched_is_not_unpickled(offer: Offer, tmp_path: Path):
+    class Hostile:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    kept = offer(saved({"x": Hostile()}))
+    _refused("coco", f"The weights file {kept} is damaged", "delete it", arch="fasterrcnn_resnet50_fpn")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_failed_download_says_which_file_to_fetch(offer: Offer):
+    offer(b"")
+    next(offer.folder.iterdir()).unlink()
+    named = (
+        "could not be downloaded (HTTP Error 404",
+        "/rcnn-e3b0c442.pth",
+        "detector.weights=/path/to/rcnn-e3b0c442.pth",
     )
+    _refused("coco", *named, arch="fasterrcnn_resnet50_fpn")

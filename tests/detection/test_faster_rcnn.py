@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from torchvision.models import WeightsEnum
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, FasterRCNN_ResNet50_FPN_Weights
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.resnet import resnet50
 from torchvision.ops import box_iou, roi_align
@@ -240,7 +241,7 @@ def test_torchvisions_detectors(arch):
         _same(extractor([image], m=5)[0], found, atol=1e-3)
 
 
-def test_torchvisions_coco_weights_are_loaded_as_torchvision_does(monkeypatch):
+def test_torchvisions_coco_weights_are_loaded_as_torchvision_does(monkeypatch, tmp_path):
     """Its model has frozen batch norm with eps = 0, and classes that are no labels."""
     torch.manual_seed(0)
     backbone = _resnet_fpn_extractor(resnet50(norm_layer=FrozenBatchNorm2d), 3)
@@ -256,7 +257,10 @@ def test_torchvisions_coco_weights_are_loaded_as_torchvision_does(monkeypatch):
         predictor.cls_score.bias.zero_()
         predictor.cls_score.bias[12] = 9.0  # N/A
         predictor.cls_score.bias[13] = 7.0  # stop sign, the 12th label
-    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    name = Path(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.url).name
+    torch.save(theirs.state_dict(), tmp_path / "hub" / "checkpoints" / name, _use_new_zipfile_serialization=False)
     ours = build_extractor("fasterrcnn_resnet50_fpn", weights="coco", min_size=64)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
@@ -21,6 +24,8 @@ from torchvision.models.detection import (
 
 from gm_mlic.errors import ConfigError, WeightsError
 from gm_mlic.tensor_files import load_tensors
+
+log = logging.getLogger(__name__)
 
 #: The weights of scenes_tiny that come with the package.
 SCENES_WEIGHTS = Path(__file__).parent / "weights" / "scenes_tiny.safetensors"
@@ -147,8 +152,19 @@ def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
         raise ConfigError(f"detector.weights=coco exists for {', '.join(_COCO)}, not for detector.arch={arch}.")
     enum = _COCO[arch]
+    # Not enum.get_state_dict(): it unpickles what it fetched, or found in the folder.
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
     try:
-        tensors = enum.get_state_dict(progress=True, check_hash=True)
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            log.info("Downloading %s to %s", enum.url, file)
+            hash_prefix = file.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(enum.url, str(file), hash_prefix, progress=sys.stderr.isatty())
+        tensors = load_tensors(file)
+    except ValueError as error:
+        raise WeightsError(
+            f"The weights file {file} is damaged ({error}): delete it, to have it fetched again."
+        ) from error
     except (OSError, RuntimeError) as error:  # no network, a full disk, a damaged download
         raise WeightsError(
             f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
