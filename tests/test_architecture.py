@@ -95,8 +95,8 @@ def test_the_command_line_starts_without_heavy_imports():
 #: Calls that would run what a file says, or start a shell.
 _FORBIDDEN = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "eval", "exec", "pickle.load",
-    "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shutil.unpack_archive", "torch.hub.load",
-    "torch.hub.load_state_dict_from_url", "load_state_dict_from_url",
+    "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shutil.unpack_archive",
+    "torch.hub.load", "torch.hub.load_state_dict_from_url", "load_state_dict_from_url",
 }  # fmt: skip
 #: Calls that need an argument to be harmless.
 _GUARDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}

@@ -8,6 +8,7 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,8 @@ def _download_coco(arch: str) -> Checkpoint:
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix, progress=sys.stderr.isatty())
         tensors = load_tensors(file)
     except ValueError as error:
-        raise WeightsError(
-            f"The weights file {file} is damaged ({error}): delete it, to have it fetched again."
-        ) from error
-    except (OSError, RuntimeError) as error:  # no network, a full disk, a damaged download
+        raise WeightsError(f"The weights file {file} is damaged ({error}): delete it; it is fetched again.") from error
+    except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a damaged download
         raise WeightsError(
             f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
             f"detector.weights=/path/to/{Path(enum.url).name}."
