@@ -181,6 +181,27 @@ def test_more_processes_than_the_run_has_are_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_one_of_two_processes_is_killed(tmp_path: Path):
+    """The other one says so and ends, and the same command goes on from the last epoch."""
+    ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=30"]
+    process = subprocess.Popen(
+        command(*ddp, "run_dir=run"), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(epochs(tmp_path / "run")) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].startswith("gm-mlic: error: another process of this run has ended")
+    assert read_run(tmp_path / "run").state == "failed"
+    again = finish(*command(*ddp, "run_dir=run"), cwd=tmp_path)
+    assert "continuing" in again.stderr
+    assert epochs(tmp_path / "run") == [str(n) for n in range(1, 31)]
+
+
+@pytest.mark.slow
 def test_memory_that_is_not_there(tmp_path: Path):
     """A limit on the process's memory stands for a small machine; the command names what to lower, which works."""
     limited = ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "-"]

@@ -126,7 +126,7 @@ class Execution:
 
     def _autocast(self) -> torch.autocast:
         half = self.case.precision == "bfloat16"
-        return torch.autocast(self.device, torch.bfloat16, enabled=half)
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half)
 
 
 def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:

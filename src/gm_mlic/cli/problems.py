@@ -27,6 +27,10 @@ _MENDABLE_OS_ERRORS = {
 }
 
 
+#: What torch.distributed says when the other side of a connection is gone.
+_OTHER_GONE = re.compile(
+    r"^Dist\w*Error:|gloo/transport|NCCL (error|communicator)|[Cc]onnection (closed|reset) by peer"
+)
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
@@ -50,6 +54,12 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         return (
             "error: memory is full: lower trainer.batch_size (instances.batch_size while extracting), or set "
             "model.recompute=true, which takes less and longer; then run the same command again: it continues.",
+            2,
+        )
+    if isinstance(error, RuntimeError) and _OTHER_GONE.search(f"{type(error).__name__}: {error}"):
+        return (
+            "error: another process of this run has ended (if it said why, that is above); run the same command again: "
+            "it continues.",
             2,
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
