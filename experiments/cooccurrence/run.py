@@ -234,7 +234,7 @@ def tell(rows: list[dict]) -> None:
         for model, colour in zip(MODELS, ("#777777", "#c25b00", "#3b7dd8"), strict=True):
             points = [of(rows, model, replace(World(), **{dial: value})) for value in values]
             mean = [statistics.mean(p.values()) for p in points]
-            spread = [statistics.stdev(p.values()) for p in points]
+            spread = [statistics.stdev(p.values()) if len(p) > 1 else 0.0 for p in points]
             axis.errorbar(values, mean, spread, fmt="o-", capsize=3, color=colour, label=model)
         axis.set_xlabel(dial)
         axis.set_xticks(values)
@@ -246,7 +246,7 @@ def tell(rows: list[dict]) -> None:
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for world in worlds():
         pooled, labels, graphs = (of(rows, model, world) for model in MODELS)
-        gains = [[graphs[seed] - other[seed] for seed in graphs] for other in (pooled, labels)]
+        gains = [[graphs[seed] - other[seed] for seed in graphs if seed in other] for other in (pooled, labels)]
         cells = [say(list(p.values())) for p in (pooled, labels, graphs)] + [say(gain) for gain in gains]
         print(f"| {world.noise} | {world.miss} | {world.false} | {' | '.join(cells)} |")
     full, ablated = of(rows, "gm_mlic", World()), of(rows, ABLATION, World())
@@ -261,7 +261,7 @@ def of(rows: list[dict], model: str, world: World) -> dict[str, float]:
 
 
 def say(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def tune(files: tuple[str, str], jobs: int) -> None:
