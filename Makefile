@@ -33,8 +33,8 @@ demo: $(INSTALLED) ## scenes from drawing to table: about 5 minutes on 2 cores
 test: $(INSTALLED) ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not scatter"
 
-test-slow: $(INSTALLED) ## the slow tests
-	$(BIN)/python -m pytest -m slow
+test-slow: $(INSTALLED) ## the slow tests: kills, full disks, several processes, compilation (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # torch-scatter has no binary wheel on the package index: built here, against the torch that is installed.
 $(SCATTER): $(INSTALLED)
