@@ -18,8 +18,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
-from gm_mlic.datasets.scenes import LABELS
+from gm_mlic.datasets.scenes import LABELS, Scenes
+from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.runs import Run, find_runs
 
 HERE = Path(__file__).parent
@@ -71,6 +73,7 @@ def main(jobs: int) -> None:
         writer.writeheader()
         writer.writerows(rows)
     ablation = [r for r in rows if r["study"] == "ablation"]
+    print_limit()
     print_ablation(ablation)
     for study in ("m", "k"):
         for value, group in grouped(rows, study):
@@ -95,6 +98,17 @@ def row(study: str, run: Run) -> dict[str, object]:
         **{kind: round(statistics.mean(test["AP"][label] for label in labels), 2) for kind, labels in KINDS.items()},
         "train_seconds": run.result["train_seconds"],
     }
+
+
+def print_limit() -> None:
+    """What the best possible ranking of the test scenes reaches, for each kind of label."""
+    scenes = Scenes("test")
+    metrics = MultiLabelMetrics(len(LABELS))
+    metrics.update(torch.from_numpy(scenes.limit_scores).float(), torch.from_numpy(scenes.targets))
+    values = metrics.compute()
+    AP = dict(zip(LABELS, values["AP"].tolist(), strict=True))
+    kinds = "  ".join(f"{kind} {statistics.mean(AP[label] for label in labels):.1f}" for kind, labels in KINDS.items())
+    print(f"limit: mAP {float(values['mAP']):.1f}  {kinds}")
 
 
 def print_ablation(rows: list[dict]) -> None:

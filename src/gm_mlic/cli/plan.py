@@ -214,14 +214,10 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     """Seconds of a step and of a forward pass, each for an image; bytes: fixed, for each image, of a checkpoint."""
     C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
-    settings = build.section(config, "graph") | {
-        relation: config.model.get(relation, False) for relation in ("instance_graph", "label_graph")
-    }
-    graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **settings)
+    graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
     execution = config.model.get("execution", "auto")
-    model = create_model(
-        **build.model_settings(config, instance_dim=feature_dim, label_dim=dim, num_labels=C)
-    ).to(device)  # fmt: skip
+    sizes_of_data = {"instance_dim": feature_dim, "label_dim": dim, "num_labels": C}
+    model = create_model(**build.model_settings(config, **sizes_of_data)).to(device)
     loss_of = WeightedBCE(torch.full((C,), 0.05), **build.section(config, "loss")).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
     options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}

@@ -144,6 +144,12 @@ def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding
     return embed_labels(labels, **section(config, "embedding"))
 
 
+def graph_settings(config: DictConfig) -> dict[str, Any]:
+    """Arguments of :class:`~gm_mlic.graphs.AssignmentGraph`: ``config.graph``, and the graphs that the model has."""
+    relations = {name: config.model.get(name, False) for name in ("instance_graph", "label_graph")}
+    return section(config, "graph") | relations
+
+
 def build_graphs(
     store: InstanceStore, graph: AssignmentGraph, *, execution: str, augment: bool = False, seed: int = 0
 ) -> AssignmentBatchDataset | AssignmentGraphDataset:

@@ -230,9 +230,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
     """The Lightning module for the labels of ``dataset`` and the features of ``extractor``, and the graphs it reads."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
-    graph_settings = build.section(config, "graph") | {
-        relation: config.model.get(relation, False) for relation in ("instance_graph", "label_graph")
-    }
+    graph_settings = build.graph_settings(config)
     graph = AssignmentGraph(embedding.vectors, edge_attr=False, **graph_settings)
     description = Description(
         labels=labels,
