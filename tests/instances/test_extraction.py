@@ -188,6 +188,32 @@ def test_an_image_that_crashes_its_decoder_is_left_out(tmp_path, workers):
     assert np.array_equal(store.features[store.rows], whole.features[store.rows])
 
 
+def test_a_decoder_that_crashes_during_a_write_does_not_interrupt_it(tmp_path, monkeypatch):
+    """The signal of a worker's death arrives while the first batch is written."""
+
+    class Announced(Crashing):
+        def image(self, i: int) -> Image.Image:
+            if i == 9:
+                (tmp_path / "dies").touch()
+            return super().image(i)
+
+    write_all, died = writer._write_all, []
+
+    def slow(file, data):
+        if not died:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "dies").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.5)  # the worker is gone, and its parent knows
+            died.append(True)
+        write_all(file, data)
+
+    monkeypatch.setattr(writer, "_write_all", slow)
+    store = extract(Announced(tmp_path / "photos"), PixelExtractor(), tmp_path / "store", num_workers=2, **SETTINGS)
+    assert list(store.manifest.skipped) == ["0009"]
+    assert callable(signal.getsignal(signal.SIGCHLD))  # torch's own is there again
+
+
 def test_an_unfinished_store_with_a_crashing_image_is_taken_up(tmp_path):
     """The second look at what was unreadable spares it."""
     files, path = Crashing(tmp_path / "photos"), tmp_path / "store"

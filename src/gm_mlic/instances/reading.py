@@ -6,6 +6,8 @@ import contextlib
 import logging
 import multiprocessing
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,31 +80,51 @@ def read_batches(
     for batch in (b for b in batches if b[0] == suspect):
         yield batch, [_read_apart(rows, row) for row in batch]
     batches = [b for b in batches if b[0] != suspect]
-    loader = iter(
-        DataLoader(
-            rows,
-            batch_sampler=batches,
-            num_workers=num_workers,
-            collate_fn=list,
-            generator=torch.Generator(),  # leave the global generator alone
-        )
+    loader = DataLoader(
+        rows,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # leave the global generator alone
     )
-    left: list[list[int]] = []
-    for done, batch in enumerate(batches):
-        if num_workers == 0:
-            trace.write_text(str(batch[0]))
+    done = 0
+    ahead: Iterator[list[Views]] | None = None
+    with contextlib.ExitStack() as stack:
         try:
-            images: list[Views] = next(loader)
+            ahead = iter(loader)
+            if num_workers:
+                stack.enter_context(_alarm_off())
+            for batch in batches:
+                if num_workers == 0:
+                    trace.write_text(str(batch[0]))
+                images = next(ahead)
+                trace.unlink(missing_ok=True)
+                done += 1
+                yield batch, images
         except RuntimeError as error:
             if not is_death_of_a_worker(error):
                 raise
             log.warning("A process that decodes images died: from here on each image is decoded in one of its own.")
-            left = batches[done:]
-            break
-        trace.unlink(missing_ok=True)
-        yield batch, images
-    for batch in left:
-        yield batch, [_read_apart(rows, row) for row in batch]
+        del ahead  # ends the other workers
+        for batch in batches[done:]:
+            yield batch, [_read_apart(rows, row) for row in batch]
+
+
+@contextlib.contextmanager
+def _alarm_off() -> Iterator[None]:
+    """A context in which the death of a DataLoader's worker is noticed where its next batch is asked for.
+
+    torch's handler of SIGCHLD raises at once, wherever this process is: in the middle of writing what the detector
+    gave, too. ``next`` of the loader looks for dead workers itself, every 5 s.
+    """
+    if threading.current_thread() is not threading.main_thread():  # may not change handlers; nor does it run them
+        yield
+        return
+    alarm = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, alarm)
 
 
 def is_death_of_a_worker(error: BaseException) -> bool:
