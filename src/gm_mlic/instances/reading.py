@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -88,16 +89,15 @@ def read_batches(
         generator=torch.Generator(),  # leave the global generator alone
     )
     done = 0
-    ahead: Iterator[list[Views]] | None = None
-    with contextlib.ExitStack() as stack:
+    with _Alarm() as alarm:
         try:
-            ahead = iter(loader)
-            if num_workers:
-                stack.enter_context(_alarm_off())
+            ahead: Any = iter(loader)
+            alarm.hold_back()
             for batch in batches:
                 if num_workers == 0:
                     trace.write_text(str(batch[0]))
-                images = next(ahead)
+                with alarm.let_through():
+                    images: list[Views] = next(ahead)
                 trace.unlink(missing_ok=True)
                 done += 1
                 yield batch, images
@@ -105,26 +105,53 @@ def read_batches(
             if not is_death_of_a_worker(error):
                 raise
             log.warning("A process that decodes images died: from here on each image is decoded in one of its own.")
-        del ahead  # ends the other workers
+        ahead = None  # ends the other workers
         for batch in batches[done:]:
             yield batch, [_read_apart(rows, row) for row in batch]
 
 
-@contextlib.contextmanager
-def _alarm_off() -> Iterator[None]:
-    """A context in which the death of a DataLoader's worker is noticed where its next batch is asked for.
+class _Alarm:
+    """torch's handler of SIGCHLD, which raises as soon as a DataLoader's worker died, held back where that does harm.
 
-    torch's handler of SIGCHLD raises at once, wherever this process is: in the middle of writing what the detector
-    gave, too. ``next`` of the loader looks for dead workers itself, every 5 s.
+    It raises wherever this process is, in the middle of writing what the detector gave, too. While this process waits
+    for a batch it is needed: a worker that dies in the middle of sending one leaves a message that never ends.
     """
-    if threading.current_thread() is not threading.main_thread():  # may not change handlers; nor does it run them
-        yield
-        return
-    alarm = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, alarm)
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+        self._open = self._rang = False
+
+    def __enter__(self) -> _Alarm:
+        return self
+
+    def hold_back(self) -> None:
+        """From here on, until the context ends; after the loader began, which is when torch sets its handler."""
+        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+            self._handler = signal.getsignal(signal.SIGCHLD)
+            if callable(self._handler):
+                signal.signal(signal.SIGCHLD, self._ring)
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        if self._open:
+            self._handler(number, frame)
+        else:
+            self._rang = True
+
+    @contextlib.contextmanager
+    def let_through(self) -> Iterator[None]:
+        """A context in which it raises, and does so at once for what was held back."""
+        self._open = True
+        try:
+            if self._rang:
+                self._rang = False
+                self._handler(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._open = False
+
+    def __exit__(self, *error: object) -> None:
+        if callable(self._handler):
+            signal.signal(signal.SIGCHLD, self._handler)
 
 
 def is_death_of_a_worker(error: BaseException) -> bool:
@@ -140,7 +167,7 @@ def _read_apart(rows: Rows, row: int) -> Views:
     theirs.close()  # or the end of the other process would go unnoticed
     try:
         views: Views = ours.recv()
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         return f"Image {rows.dataset.ids[row]} {CRASHES} (exit code {process.exitcode}): save it anew or remove it."
     process.join()
