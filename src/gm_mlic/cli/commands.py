@@ -162,6 +162,14 @@ def predict(config: DictConfig) -> None:
     start(config)
 
 
+def export(config: DictConfig) -> None:
+    """``gm-mlic export``."""
+    check(config)
+    from gm_mlic.cli.export import export as start
+
+    start(config)
+
+
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
@@ -315,6 +323,7 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "export": export,
     "train-detector": train_detector,
     "dataset": dataset,
     "bench": bench,

@@ -18,7 +18,7 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint
+from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ConfigError
@@ -303,3 +303,19 @@ def build_extractor(
         detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
     )
     return extractor.to(device)
+
+
+def save_detector(extractor: FasterRCNNExtractor, path: Path, arch: str) -> None:
+    """Write an extractor's weights as a file that :func:`build_extractor` takes for ``weights``.
+
+    Its labels and input size go along; thresholds stay settings.
+    """
+    label_of_class = extractor._label_of_class.tolist()
+    transform = extractor.detector.transform
+    record = {
+        "arch": arch,
+        "labels": [extractor.labels[i] if i >= 0 else UNUSED for i in label_of_class[1:]],
+        "min_size": transform.min_size[-1],
+        "max_size": transform.max_size,
+    }
+    save_checkpoint(path, extractor.detector.state_dict(), record)

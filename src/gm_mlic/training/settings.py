@@ -227,6 +227,15 @@ RULES: Mapping[str, Rule] = {
     "threshold": _number(0, 1),
     "labels": _or_null((lambda v: _is_text(v) or (_are_texts(v) and len(v) > 0), "names, as [cat,zebra crossing]")),
     "pictures": _YES_NO,
+    "to": _TEXT,
+    "format": _one_of("pretrained", "torch", "onnx"),
+    "part": _one_of("network", "detector", "all"),
+    "size": _or_null(
+        (lambda v: isinstance(v, list) and len(v) == 2 and all(_is_whole(n) and n >= 32 for n in v), "[HEIGHT,WIDTH]")
+    ),
+    "licence": _or_null(_TEXT),
+    "push": _or_null((lambda v: isinstance(v, str) and v.count("/") == 1, "USER/NAME")),
+    "private": _YES_NO,
     "calibrate": _YES_NO,
     "bootstrap": _whole(0),
     "target_format": _one_of("auto", "voc", "binary"),
