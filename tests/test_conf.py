@@ -148,6 +148,8 @@ def test_every_setting_has_a_rule():
     # Which files eval needs is checked together.
     keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))
     keys.update({"images", "labels", "top", "threshold", "pictures"} & set(leaves(compose("predict"))))
+    keys.update({"image", "label"} & set(leaves(compose("explain"))))
+    keys.update({"host", "port"} & set(leaves(compose("serve"))))
     keys.update(set(leaves(compose("export"))) - {"checkpoint", "embedding.path"})
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys

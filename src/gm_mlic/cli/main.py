@@ -27,6 +27,8 @@ COMMANDS = {
     "train": "train a model, from images to metrics; continues where it was stopped",
     "eval": "evaluate a checkpoint on a split, or a file of scores",
     "predict": "labels of photos, and the boxes that explain them",
+    "explain": "why a photo was given a label: the match matrix, and what each edge changed",
+    "serve": "a page in the browser: drop a photo, edit the labels, see which instance matched which",
     "export": "a trained model as a folder to share, or as a program (torch.export, ONNX)",
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,14 @@ def _is_shard(text: str) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return isinstance(value, str)
 
 
 def _are_texts(value: Any) -> bool:
@@ -223,6 +232,10 @@ RULES: Mapping[str, Rule] = {
         lambda v: _is_text(v) or (_are_texts(v) and len(v) > 0),
         "a file, a folder, a pattern, or a list of them",
     ),
+    "host": (_is_address, "an address, as 127.0.0.1"),
+    "port": (lambda v: _is_whole(v) and 0 <= v <= 65535, "a whole number from 0 to 65535"),
+    "image": _TEXT,
+    "label": _or_null(_TEXT),
     "top": _whole(1),
     "threshold": _number(0, 1),
     "labels": _or_null((lambda v: _is_text(v) or (_are_texts(v) and len(v) > 0), "names, as [cat,zebra crossing]")),

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch_geometric.data import Batch
+from torch import nn
+from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, Instances, build_extractor
@@ -230,6 +230,19 @@ class Predictor:
             if read:
                 yield from self._predict(read)
 
+    @torch.no_grad()
+    def assignment_graph(self, photo: Photo) -> HeteroData:
+        """The assignment graph of one photo, as PyG has graphs, on the predictor's device.
+
+        Raises:
+            UnreadableImage: if the photo cannot be read.
+        """
+        image = self._read(photo, None)
+        assert image is not None
+        assert self.graph.m is not None
+        (found,) = self.extractor([to_tensor(image)], self.graph.m)
+        return self._joined(found)
+
     @staticmethod
     def _read(photo: Photo, skipped: dict[str, str] | None) -> Image.Image | None:
         if isinstance(photo, Image.Image):
@@ -268,14 +281,17 @@ class Predictor:
 
     def _output(self, found: list[Instances]) -> Any:
         if self.description.model.get("execution") == "explicit":
-            graphs = [self.graph(instance_data(_on_cpu(instances))) for instances in found]
-            return self.model(Batch.from_data_list(graphs).to(self.device))
+            return self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
         batch = dense_batch(found, self.graph, self.device)
         if not isinstance(self.model, GMMLIC):
             return self.model(batch)
         if self._prepared is None:
             self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
         return self.model(batch, self._prepared)
+
+    def _joined(self, instances: Instances) -> HeteroData:
+        graph: HeteroData = self.graph(instance_data(instances).to("cpu"))
+        return graph.to(self.device)
 
 
 def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor:
@@ -284,8 +300,3 @@ def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -
         return build_extractor(device=device, **settings)
     except TypeError as error:
         raise WeightsError(f"{source}: its detector cannot be built ({error}).") from error
-
-
-def _on_cpu(instances: Instances) -> Instances:
-    parts: list[Tensor] = [instances.boxes, instances.scores, instances.detected_labels, instances.features]
-    return Instances(*(part.cpu() for part in parts))
