@@ -147,6 +147,14 @@ def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
     refused("not the config", surplus=1)
     refused("cannot be built", model={**config["model"], "name": "os.system"})
     refused("cannot be built", model={**config["model"], "widths": "x"})
+    for graph in (
+        {"surplus": 1},
+        {"m": None},
+        {"m": "x"},
+        {"m": 3, "neighbours": "y"},
+        {"m": 3, "label_neighbours": -1},
+    ):
+        refused("cannot be built", graph=graph)
     # sizes of a lie are refused before anything of that size is made
     refused("do not fit", model={**config["model"], "widths": [10**7, 10**7]})
     refused("do not fit|cannot be built", model={**config["model"], "k": 1, "widths": None})

@@ -8,13 +8,14 @@ from gm_mlic.nn.mil import MILMax
 from gm_mlic.nn.ml_gcn import MLGCN
 from gm_mlic.nn.mlp import MLP, ConcatLinear, Decoder
 from gm_mlic.nn.query2label import Query2Label
-from gm_mlic.nn.registry import create_model, list_models, register_model
+from gm_mlic.nn.registry import SHIPPED, create_model, list_models, pretrained_models, register_model
 from gm_mlic.nn.ssgrl import SSGRL
 
 __all__ = [
     "GMMLIC",
     "MLGCN",
     "MLP",
+    "SHIPPED",
     "SSGRL",
     "AssignmentConv",
     "ConcatLinear",
@@ -35,5 +36,6 @@ __all__ = [
     "create_model",
     "list_models",
     "pool_matches",
+    "pretrained_models",
     "register_model",
 ]

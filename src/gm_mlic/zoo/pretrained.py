@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
+from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.nn import SHIPPED, pretrained_models
 from gm_mlic.zoo.trained import Description
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
@@ -90,10 +92,12 @@ def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
     weights = _load(folder / MODEL)
     try:
+        if type(AssignmentGraph(label_vectors, edge_attr=False, **description.graph).m) is not int:
+            raise ValueError("graph.m is no number")
         with torch.device("meta"):  # a config that lies about sizes costs nothing
             shapes = {name: tensor.shape for name, tensor in description.build_model().state_dict().items()}
     except (GMMLICError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / CONFIG}: its model cannot be built ({_reason(error)}).") from error
+        raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
         odd = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
@@ -104,10 +108,10 @@ def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
-    """The folder that ``name`` stands for: itself, or what the hub has under USER/NAME, fetched once and kept.
+    """The folder of ``name``: itself, a shipped one, or what the hub has as USER/NAME, fetched once and kept.
 
     Args:
-        name: a folder, or a name on the hub.
+        name: a folder, a model that comes with this package (``gm_mlic_scenes``), or a name on the hub.
         revision: on the hub: branch, tag or commit; default: its main branch.
 
     Raises:
@@ -119,8 +123,12 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise ConfigError(f"revision={revision}: {folder} is a folder; revisions are for names on the hub.")
         return folder
+    if revision is None and str(name) in pretrained_models():
+        return SHIPPED / str(name)
     if not isinstance(name, str) or not _NAME_ON_HUB.fullmatch(name):
-        raise WeightsError(f"{name}: no such folder, and no name on the hub (USER/NAME).")
+        raise WeightsError(
+            f"{name}: no such folder, none of {', '.join(pretrained_models())}, and no name on the hub (USER/NAME)."
+        )
     hub = _hub()
     try:
         files = [CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD]
