@@ -29,19 +29,20 @@ author = "the gm-mlic authors"
 release = version = __version__
 
 extensions = [
+    "mathml",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "notebooks"]
-# docs/open_labels.md joins the list of pages when it is there.
+# The glob open_label* of index.md: that page is listed where it exists.
 suppress_warnings = ["toc.empty_glob"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"gm-mlic {version}"
 html_static_path = ["_static"]
@@ -138,7 +139,21 @@ def _readings(names: list[str], module: str | None, cls: str | None) -> Iterator
                 yield importlib.import_module(".".join(names[:cut])), names[cut:]
 
 
+def skip(app: Sphinx, what: str, name: str, thing: Any, is_skipped: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which say nothing that the signature does not."""
+    return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def parsable(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Write the default of a dataclass's field that a function makes as ``...``; Sphinx cannot read ``<factory>``."""
+    return (signature.replace("<factory>", "..."), returns) if signature else None
+
+
 def setup(app: Sphinx) -> None:
     """Write the generated pages before Sphinx looks for pages, and resolve references."""
     write_pages(ROOT, DOCS / "generated")
+    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", parsable)
     app.connect("missing-reference", resolve)

@@ -122,10 +122,10 @@ def api(root: Path) -> Iterator[tuple[str, str]]:
         found = modules(package, folder)
         yield (
             f"{number:02d}_{folder}.md",
-            _module_page(f"{number} {name.capitalize()}", f"What comes out: {what}.", found),
+            _module_page(f"{number} {name}", f"What comes out: {what}.", found),
         )
     common = [module for name in COMMON for module in modules(package, name)]
-    yield "99_common.md", _module_page("Common", "What every stage may use.", common)
+    yield "99_common.md", _module_page("15 common", "What every stage may use.", common)
 
 
 def modules(package: Path, name: str) -> list[str]:
