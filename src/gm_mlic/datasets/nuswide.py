@@ -35,7 +35,7 @@ class NUSWIDE(MultiLabelDataset):
         root/Flickr/FOLDER/NAME.jpg                                              (or flat, Flickr/NAME.jpg; images/ too)
 
     The lists name photos as ``FOLDER\NAME.jpg``. Many photos have left Flickr since; those that are not there are left
-    out, named in :attr:`missing`, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and
+    out, named in ``missing``, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and
     ``val`` part the training list by a seeded random permutation of all its lines, before any photo is left out, so
     that two people with different photos split alike.
 

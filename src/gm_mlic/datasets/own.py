@@ -83,7 +83,7 @@ class OwnImages(MultiLabelDataset):
         ignore_columns: columns of a table that are no labels (only needed where each label has its own).
         target_format: ``binary`` or ``voc``, as above.
         missing: what to do about images that do not exist: stop (``error``), or leave them out (``drop``), log them and
-            name them in :attr:`missing`.
+            name them in ``missing``.
         val_fraction: in [0, 1).
         test_fraction: in [0, 1).
         seed: of the splits that are drawn.

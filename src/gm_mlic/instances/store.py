@@ -4,17 +4,17 @@ A store is a folder. Shapes: N images, V = 1 + r views of each (view 0 is the pl
 m instance slots, D features, C labels. Instances stand highest confidence first; a slot beyond the image's count is
 zero, with detected label -1.
 
-================== ============ ======= =========================================================
-file               shape        dtype   holds
-================== ============ ======= =========================================================
-manifest.json                           :class:`Manifest`; written last: with it, the store is complete
-features.npy       (N, V, m, D) float16 f of eq. 1
-boxes.npy          (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
-scores.npy         (N, V, m)    float32 confidences in [0, 1]
+=================== ============ ======= =========================================================
+file                shape        dtype   holds
+=================== ============ ======= =========================================================
+manifest.json                            :class:`Manifest`; written last: with it, the store is complete
+features.npy        (N, V, m, D) float16 f of eq. 1
+boxes.npy           (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
+scores.npy          (N, V, m)    float32 confidences in [0, 1]
 detected_labels.npy (N, V, m)   int32   index into the manifest's ``detector_labels``; -1 for none
-counts.npy         (N, V)       int32   how many slots are used; 0 only where the image is unreadable
-targets.npy        (N, C)       int8    1 present, 0 difficult, -1 absent
-================== ============ ======= =========================================================
+counts.npy          (N, V)       int32   how many slots are used; 0 only where the image is unreadable
+targets.npy         (N, C)       int8    1 present, 0 difficult, -1 absent
+=================== ============ ======= =========================================================
 
 Because the slots are sorted, the first m' of them are what extraction with m' would have given: sweeps over m slice
 one store. While a store is being made it is the folder ``<path>.partial`` (:mod:`gm_mlic.instances.writer`).

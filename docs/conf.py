@@ -1,0 +1,159 @@
+"""How Sphinx builds the site: `make docs`, or `python -m sphinx -W --keep-going -n docs docs/_build/html`."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
+
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+sys.path.insert(0, str(DOCS))
+
+from generate import write_pages  # noqa: E402 - docs/ is no package
+
+from gm_mlic import __version__  # noqa: E402
+
+project = "gm-mlic"
+author = "the gm-mlic authors"
+release = version = __version__
+
+extensions = [
+    "mathml",
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build", "notebooks"]
+# The glob open_label* of index.md: that page is listed where it exists.
+suppress_warnings = ["toc.empty_glob"]
+
+html_math_renderer = "mathml"
+html_theme = "furo"
+html_title = f"gm-mlic {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"source_edit_link": "", "source_view_link": ""}
+html_copy_source = False
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autosummary_generate = False
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 88
+autodoc_inherit_docstrings = False
+napoleon_numpy_docstring = False
+napoleon_custom_sections = ["Shape", "Shapes", ("Shapes and units", "params_style"), ("Attributes", "params_style")]
+
+
+def _parse(docstring: GoogleDocstring) -> None:
+    """Read the text of an attribute or property as any other: for Napoleon, what comes before a colon is its type."""
+    if docstring._what in ("attribute", "data", "property"):
+        docstring._what = "method"
+    _parse_as_napoleon(docstring)
+
+
+def _consume_returns(docstring: GoogleDocstring, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
+    """Likewise what stands under Returns: its type is in the annotation."""
+    lines = docstring._dedent(docstring._consume_to_next_section())
+    return [("", "", lines)] if lines else []
+
+
+_parse_as_napoleon = GoogleDocstring._parse
+GoogleDocstring._parse = _parse
+GoogleDocstring._consume_returns_section = _consume_returns
+
+
+def resolve(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.Node | None:
+    """Lead a reference to where its object is documented; let names of other packages stand without a link.
+
+    A name may be one that a package only re-exports (``gm_mlic.nn.GMMLIC``), one that the module of the docstring
+    imports, or the end of a single documented name. What is none of these stays unresolved, and is warned about.
+    """
+    if node.get("refdomain") != "py":
+        return None
+    target, domain = node["reftarget"], env.get_domain("py")
+    name = _home(target, node.get("py:module"), node.get("py:class"))
+    if name is None:
+        ends = [known for known in domain.objects if known.endswith(f".{target}")]
+        if len(ends) != 1:
+            return None
+        (name,) = ends
+    if name not in domain.objects and name not in domain.modules:
+        return contnode  # another package's, or without a docstring of its own: its name is all there is
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+
+
+def _home(target: str, module: str | None, cls: str | None) -> str | None:
+    """The full name, where it is defined, of what ``target`` means in ``module`` (in its class ``cls``)."""
+    for owner, names in _readings(target.split("."), module, cls):
+        thing = owner
+        for name in names:
+            owner, thing = thing, getattr(thing, name, _MISSING)
+            if thing is _MISSING:
+                break
+        if thing is _MISSING:
+            is_field = isinstance(owner, type) and names[-1] in getattr(owner, "__annotations__", {})
+            if is_field:
+                return f"{owner.__module__}.{owner.__qualname__}.{names[-1]}"
+            continue
+        if isinstance(thing, ModuleType):
+            return thing.__name__
+        if isinstance(getattr(thing, "__module__", None), str) and hasattr(thing, "__qualname__"):
+            return f"{thing.__module__}.{thing.__qualname__}"
+        where = owner.__name__ if isinstance(owner, ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
+        return f"{where}.{names[-1]}"
+    return None
+
+
+_MISSING = object()
+
+
+def _readings(names: list[str], module: str | None, cls: str | None) -> Iterator[tuple[Any, list[str]]]:
+    """Where the first of the names may be found, and the names to follow from there."""
+    if module:
+        here = importlib.import_module(module)
+        yield here, names
+        if hasattr(here, cls or ""):
+            yield getattr(here, cls or ""), names
+    yield builtins, names
+    yield typing, names
+    for cut in range(len(names), 0, -1):
+        if all(name.isidentifier() for name in names[:cut]):
+            with contextlib.suppress(ImportError):
+                yield importlib.import_module(".".join(names[:cut])), names[cut:]
+
+
+def skip(app: Sphinx, what: str, name: str, thing: Any, is_skipped: bool, options: Any) -> bool | None:
+    """Leave out the fields of named tuples, which say nothing that the signature does not."""
+    return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
+
+
+def parsable(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Write the default of a dataclass's field that a function makes as ``...``; Sphinx cannot read ``<factory>``."""
+    return (signature.replace("<factory>", "..."), returns) if signature else None
+
+
+def setup(app: Sphinx) -> None:
+    """Write the generated pages before Sphinx looks for pages, and resolve references."""
+    write_pages(ROOT, DOCS / "generated")
+    app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", parsable)
+    app.connect("missing-reference", resolve)

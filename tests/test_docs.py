@@ -1,0 +1,199 @@
+"""The site keeps its word: its examples run, its commands compose, its pages build without a warning.
+
+Python blocks of a page run in one namespace, in their order, in an empty folder. A shell block after a comment
+`<!-- run -->` runs in between, with the settings that the comment adds to make it small (`<!-- run: seed=1 -->`); the
+commands of all other shell blocks are composed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import COMMANDS, run
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+NOTEBOOK = DOCS / "notebooks" / "tour.ipynb"
+
+_BLOCK = re.compile(r"(?:^<!-- (run)(?:: (.*?))? -->\n)?^```(python|sh)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code: its language, whether a shell block runs, and what is added to its commands then."""
+
+    language: str
+    code: str
+    runs: bool
+    added: tuple[str, ...]
+
+
+def blocks(page: Path) -> list[Block]:
+    found = _BLOCK.findall(page.read_text())
+    return [Block(language, code, runs == "run", tuple(shlex.split(added))) for runs, added, language, code in found]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The arguments of every gm-mlic command in a shell block, also behind torchrun or srun."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for start in ("gm-mlic", "gm_mlic"):
+            if start in words and words[0] != "pip":
+                yield words[words.index(start) + 1 :]
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import gm_mlic.datasets
+    from gm_mlic.nn import registry
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gm-mlic"])
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(gm_mlic.datasets, "NamedPhotos", None, raising=False)
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(b.runs or b.language == "python" for b in blocks(p))], ids=lambda p: p.stem
+)
+def test_the_examples_of_a_page_run(page: Path):
+    names: dict = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.code, str(page), "exec"), names)
+        elif block.runs:
+            for command in commands(block.code):
+                assert run([*command, *block.added]) == 0, command
+
+
+def shown_commands() -> list[tuple[str, list[str]]]:
+    return [(p.stem, c) for p in PAGES for b in blocks(p) if b.language == "sh" for c in commands(b.code)]
+
+
+@pytest.mark.parametrize(("page", "command"), shown_commands(), ids=lambda value: " ".join(value)[:60])
+def test_a_command_that_is_shown_composes(page: str, command: list[str]):
+    name, *arguments = command
+    assert name in COMMANDS
+    settings = [argument for argument in arguments if "=" in argument]
+    others = [argument for argument in arguments if "=" not in argument]
+    assert all(other == "-m" or (name in ("runs", "report") and not other.startswith("-")) for other in others), others
+    if "-m" in others:  # one of the jobs
+        parsed = OverridesParser.create().parse_overrides(settings)
+        settings = [
+            f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else text
+            for o, text in zip(parsed, settings, strict=True)
+        ]
+    compose(name.replace("-", "_"), settings)
+
+
+def test_each_way_to_write_an_example_is_found():
+    """A page may not have examples that this file overlooks."""
+    for page in PAGES:
+        fences = re.findall(r"^\s*```+\s*(\S*)$", page.read_text(), flags=re.MULTILINE)
+        opened = [fence for fence in fences if fence]
+        known = re.compile(r"python|sh|text|\{[\w-]+\}")
+        assert [fence for fence in opened if not known.fullmatch(fence)] == [], page.name
+        assert sum(fence in ("python", "sh") for fence in opened) == len(blocks(page)), page.name
+        comments = re.findall(r"<!-- .*? -->", page.read_text())
+        assert len(comments) == sum(b.runs for b in blocks(page)), f"{page.name}: a comment without its block"
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"`make ([\w-]+)`", page.read_text())) <= targets, page.name
+
+
+def test_what_is_shown_is_in_the_source():
+    """Sphinx warns about an object that is gone; a line that is gone ends there what is shown, so it is looked for here."""
+    page = (DOCS / "concepts.md").read_text()
+    shown = re.findall(r"^```\{literalinclude\} \.\./(\S+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert len(shown) >= 10
+    for file, options in shown:
+        source = (ROOT / file).read_text()
+        for marker in re.findall(r"^:(?:start|end)-at: (.*)$", options, flags=re.MULTILINE):
+            assert marker in source, marker
+    for number in (1, 2, 3, 4, 13, 14, 15):
+        assert f"## Eq. {number}: " in page
+
+
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
+def test_the_picture_of_the_concepts_page(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import figures
+
+    figures.main(Path("graph.png"))
+    assert Path("graph.png").stat().st_size > 10_000
+
+
+def test_generated_pages_hold_what_the_code_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import generate
+
+    generate.write_pages(ROOT, tmp_path)
+    commands_page = (tmp_path / "commands.md").read_text()
+    assert all(f"## gm-mlic {command}\n" in commands_page for command in COMMANDS)
+    configuration = (tmp_path / "configuration.md").read_text()
+    for file in (ROOT / "conf").rglob("*.yaml"):
+        if "hydra" not in file.parts:
+            assert f"../../conf/{file.relative_to(ROOT / 'conf')}\n" in configuration
+    interface = "".join(page.read_text() for page in (tmp_path / "api").glob("*.md"))
+    listed = set(re.findall(r"automodule:: (\S+)", interface))
+    package = ROOT / "src" / "gm_mlic"
+    modules = {
+        ".".join(file.relative_to(ROOT / "src").with_suffix("").parts)
+        for file in package.rglob("*.py")
+        if file.stem not in ("__init__", "__main__", "_version") and "conf" not in file.parts
+    }
+    assert modules <= listed
+    assert all((tmp_path / "experiments" / f"{p.parent.name}.md").exists() for p in ROOT.glob("experiments/*/README.md"))
+
+
+def test_public_names_are_listed():
+    import gm_mlic
+
+    page = (DOCS / "api.md").read_text()
+    assert set(re.findall(r"^   (\w+)$", page, flags=re.MULTILINE)) == set(gm_mlic.__all__) - {"__version__"}
+
+
+def test_the_notebook_is_small_and_names_no_machine():
+    import nbformat
+
+    assert NOTEBOOK.stat().st_size < 300_000
+    nbformat.validate(nbformat.read(NOTEBOOK, as_version=4))
+    text = NOTEBOOK.read_text()
+    assert "/home/" not in text
+    assert str(ROOT) not in text
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-d", tmp_path / "trees", DOCS]
+    done = subprocess.run([*command, tmp_path / "html"], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, textwrap.shorten(done.stderr, 5000)
+    concepts = (tmp_path / "html" / "concepts.html").read_text()
+    assert concepts.count("<math") > 30
+    assert "mathjax" not in concepts.lower()
