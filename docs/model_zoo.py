@@ -63,12 +63,17 @@ def zoo() -> str:
             f"`{result['dataset']['name']}`, instances of `{config['detector']}`; its test split: {metrics}. "
             f"[Card](src/gm_mlic/zoo/models/{name}/README.md).\n"
         )
-    lines.append("\n## On scenes, on equal terms\n\n")
-    lines.append(
-        "Test mAP, mean and sample standard deviation over seeds, from [experiments/baselines](experiments/baselines) "
-        "(its README has settings, costs, and what is not equal).\n\n| on | model | mAP | CF1 | seeds |\n"
-        "| --- | --- | ---: | ---: | ---: |\n"
-    )
+    lines += scenes()
+    return "".join(lines)
+
+
+def scenes() -> list[str]:
+    """The comparison on scenes, from the study's table."""
+    lines = [
+        "\n## On scenes, on equal terms\n\nTest mAP, mean and sample standard deviation over seeds, from "
+        "[experiments/baselines](experiments/baselines) (its README has settings, costs, and what is not equal).\n\n"
+        "| on | model | mAP | CF1 | seeds |\n| --- | --- | ---: | ---: | ---: |\n"
+    ]
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     with (ROOT / "experiments/baselines/results.csv").open() as file:
         for row in csv.DictReader(file):
@@ -77,7 +82,7 @@ def zoo() -> str:
         # the detector's own labels are not trained: one row
         values = [[float(row[key]) for row in (rows[:1] if model == "detector" else rows)] for key in ("mAP", "CF1")]
         lines.append(f"| {kind} | `{model}` | {' | '.join(map(spread, values))} | {len(values[0])} |\n")
-    return "".join(lines)
+    return lines
 
 
 def spread(values: list[float]) -> str:

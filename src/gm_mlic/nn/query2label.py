@@ -18,9 +18,9 @@ class DecoderLayer(nn.Module):
     r"""A layer of the transformer decoder (eq. 1 to 3 of that paper): label queries hear each other, then the image.
 
     .. math::
-        Q^{(1)} &= \mathrm{MultiHead}(Q, Q, Q), \quad
-        Q^{(2)} = \mathrm{MultiHead}(Q^{(1)}, \tilde F, F), \quad
-        Q = \mathrm{FFN}(Q^{(2)})
+        Q^{(1)} &= \mathrm{MultiHead}(Q, Q, Q) \\
+        Q^{(2)} = \mathrm{MultiHead}(Q^{(1)}, \tilde F, F) \\
+        Q &= \mathrm{FFN}(Q^{(2)})
 
     each with a residual connection and LayerNorm after it; the tilde adds position encodings (labels have none).
 
