@@ -16,12 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gm_mlic.errors import ConfigError, WeightsError
-from gm_mlic.nn.global_pool import GlobalPool
 from gm_mlic.nn.gm_mlic import GMMLIC
 from gm_mlic.nn.mil import MILMax
-from gm_mlic.nn.ml_gcn import MLGCN
-from gm_mlic.nn.query2label import Query2Label
-from gm_mlic.nn.ssgrl import SSGRL
 
 #: Folders of models that come with this package, as ``gm-mlic export`` writes them.
 SHIPPED = Path(__file__).parents[1] / "zoo" / "models"
@@ -154,37 +150,3 @@ def gm_mlic_nuswide(**overrides: Any) -> nn.Module:
 def mil_max(**overrides: Any) -> nn.Module:
     """The max-pooled per-instance classifier, :class:`MILMax`."""
     return _build(MILMax, overrides)
-
-
-@register_model
-def resnet101(**overrides: Any) -> nn.Module:
-    """Global average pooling and a linear classifier, :class:`GlobalPool`, on the grid of a ResNet-101 (or another)."""
-    return _build(GlobalPool, overrides)
-
-
-@register_model
-def ml_gcn(**overrides: Any) -> nn.Module:
-    """ML-GCN, classifiers from a graph of the labels: :class:`MLGCN`."""
-    return _build(MLGCN, overrides)
-
-
-@register_model
-def ssgrl(**overrides: Any) -> nn.Module:
-    """SSGRL, semantic decoupling and a gated graph of the labels: :class:`SSGRL`."""
-    return _build(SSGRL, overrides)
-
-
-@register_model
-def query2label(**overrides: Any) -> nn.Module:
-    """Query2Label, a transformer decoder with a query for each label: :class:`Query2Label`."""
-    return _build(Query2Label, overrides)
-
-
-#: Sizes that the data decide and a model asks for, where it is not one that reads labels as vectors alone.
-SIZES: dict[str, tuple[str, ...]] = {
-    "mil_max": ("num_labels",),
-    "resnet101": ("num_labels",),
-    "ml_gcn": ("num_labels", "label_dim"),
-    "ssgrl": ("num_labels", "label_dim"),
-    "query2label": ("num_labels",),
-}

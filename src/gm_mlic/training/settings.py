@@ -124,7 +124,6 @@ RULES: Mapping[str, Rule] = {
     "detector.min_size": _or_null(_whole(32)),
     "detector.max_size": _or_null(_whole(32)),
     "detector.score_threshold": _number(0, 1),
-    "detector.grid": _or_null(_whole(1)),
     "detector.nms_threshold": _number(0, 1),
     "detector.max_instances": _whole(1),
     "detector.trainable": _one_of("none", "box_head", "all"),
@@ -149,12 +148,6 @@ RULES: Mapping[str, Rule] = {
     "model.name": _TEXT,
     "model.k": _whole(1),
     "model.width": _whole(1),
-    "model.threshold": _number(0, 1),
-    "model.neighbour_weight": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
-    "model.steps": _whole(1),
-    "model.layers": _whole(1),
-    "model.heads": _whole(1),
-    "model.dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "model.encoder_width": _or_null(_whole(1)),
     "model.widths": (
         lambda v: v is None or (isinstance(v, list) and len(v) > 0 and all(_is_whole(w) and w > 0 for w in v)),
@@ -322,12 +315,6 @@ def _check_together(config: DictConfig) -> None:
         raise ConfigError(
             f"graph.m={get('graph.m')} is more than the store would keep (detector.max_instances="
             f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
-        )
-    grid = get("detector.grid")
-    if grid is not None and not get("graph.m") == get("detector.max_instances") == grid**2:
-        raise ConfigError(
-            f"detector.grid={grid} makes {grid**2} instances of an image: set graph.m={grid**2} and "
-            f"detector.max_instances={grid**2}."
         )
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:

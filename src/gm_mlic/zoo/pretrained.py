@@ -38,7 +38,7 @@ DETECTOR, CARD = "detector.safetensors", "README.md"
 #: Of the layout above. A reader refuses a later one.
 FORMAT = 1
 #: Detector weights that need no file: shipped, torchvision's, and (None) random ones, which the seed makes again.
-NAMED_WEIGHTS = ("scenes", "coco", "imagenet", None)
+NAMED_WEIGHTS = ("scenes", "coco", None)
 _NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
