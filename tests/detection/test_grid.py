@@ -133,7 +133,7 @@ def test_settings_that_cannot_work(settings, named):
 
 
 def test_there_must_be_room_for_all_cells(extractor, images):
-    with pytest.raises(ConfigError, match="graph.m=100 and detector.max_instances=100"):
+    with pytest.raises(ConfigError, match=r"graph\.m=100 and detector\.max_instances=100"):
         extractor(images, m=99)
 
 
@@ -176,7 +176,7 @@ def test_imagenets_weights_are_fetched_by_their_hash(tmp_path: Path, monkeypatch
     wrong = tmp_path / "r-00000000.pth"
     wrong.write_bytes(b"something else")
     monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=wrong.as_uri()))
-    with pytest.raises(WeightsError, match="could not be downloaded .*invalid hash value"):
+    with pytest.raises(WeightsError, match=r"could not be downloaded .*invalid hash value"):
         build_extractor("resnet101", weights="imagenet", grid=2)
 
 
