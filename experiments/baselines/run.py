@@ -170,6 +170,7 @@ def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
 
 def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
     """Multiplications and additions of matrix products, all of them: fused kernels of attention are not counted."""
+    model.requires_grad_(False)  # the counter stumbles over views of parameters otherwise
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
