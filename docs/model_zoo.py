@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from gm_mlic.nn import create_model, list_models, pretrained_models
-from gm_mlic.nn.registry import SHIPPED, SIZES, describe
+from gm_mlic.nn import create_model, list_models, model_arguments, pretrained_models
+from gm_mlic.nn.registry import SHIPPED, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Sizes that data decide, as they are for scenes; for the others the paper's, with COCO's labels.
@@ -33,10 +33,9 @@ loads what is marked as shipped, and `Predictor.load(NAME)` has its detector and
 
 def parameters(name: str) -> int:
     """Of the model with the sizes of scenes, or with its own where its name decides them."""
-    sizes = {key: SCENES[key] for key in ("instance_dim", *SIZES.get(name, ("label_dim",)))}
-    if name != "gm_mlic" and name not in SIZES:
-        sizes = {}
-    model = create_model(name, **sizes)
+    of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others have the sizes of their datasets
+    takes = model_arguments(name)
+    model = create_model(name, **{key: size for key, size in SCENES.items() if of_data and key in takes})
     return sum(p.numel() for p in model.parameters())
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
+from torchvision.models import ResNet101_Weights, WeightsEnum
 from torchvision.models.detection import (
     FasterRCNN_MobileNet_V3_Large_FPN_Weights,
     FasterRCNN_ResNet50_FPN_V2_Weights,
@@ -38,6 +39,8 @@ _COCO: dict[str, WeightsEnum] = {
     "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
 }
+#: What the classifiers, which serve as backbones of a grid, learnt to tell apart. Published baselines began from these.
+_IMAGENET: dict[str, WeightsEnum] = {"resnet101": ResNet101_Weights.IMAGENET1K_V1}
 _COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 
@@ -102,6 +105,36 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
     return checkpoint
 
 
+def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
+    """Find and read a classifier's weights, without its last layer.
+
+    Args:
+        arch: ``resnet101``.
+        weights: None for random ones, ``imagenet`` for torchvision's, or a file (.safetensors, .pt, .pth) with a
+            ``state_dict`` that has torchvision's names.
+
+    Raises:
+        WeightsError: if they are missing, or cannot be read.
+    """
+    if weights is None:
+        return Checkpoint("random weights", None, ())
+    source, tensors = str(weights), _download(arch, _IMAGENET[arch]) if weights == "imagenet" else None
+    if tensors is None:
+        path = _existing(Path(weights).expanduser(), "null, imagenet")
+        tensors = _classifier_tensors(path)
+    return Checkpoint(source, {key: t for key, t in tensors.items() if not key.startswith("fc.")}, ())
+
+
+def _classifier_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return _state_dict(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
+    return tensors
+
+
 def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
     """Copy the checkpoint's tensors into the detector.
 
@@ -152,7 +185,11 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
         raise ConfigError(f"detector.weights=coco exists for {', '.join(_COCO)}, not for detector.arch={arch}.")
-    enum = _COCO[arch]
+    return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
+
+
+def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
+    """Fetch torchvision's weights, unless they were before; the hash is in the file's name."""
     # Not enum.get_state_dict(): it unpickles what it fetched, or found in the folder.
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
     try:
@@ -161,7 +198,7 @@ def _download_coco(arch: str) -> Checkpoint:
             log.info("Downloading %s to %s", enum.url, file)
             hash_prefix = file.stem.rpartition("-")[2]
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix, progress=sys.stderr.isatty())
-        tensors = load_tensors(file)
+        return dict(load_tensors(file))
     except ValueError as error:
         raise WeightsError(f"The weights file {file} is damaged ({error}): delete it; it is fetched again.") from error
     except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a damaged download
@@ -169,17 +206,21 @@ def _download_coco(arch: str) -> Checkpoint:
             f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
             f"detector.weights=/path/to/{Path(enum.url).name}."
         ) from error
-    return Checkpoint(str(enum), dict(tensors), _COCO_CATEGORIES)
 
 
-def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+def _existing(path: Path, names: str) -> Path:
+    """``path``, if it can be a weights file; ``names`` are what could be set instead of one."""
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(
-            f"detector.weights is {str(path)!r}: set null, coco, scenes, or a path that ends in .safetensors, .pt or "
-            ".pth."
+            f"detector.weights is {str(path)!r}: set {names}, or a path that ends in .safetensors, .pt or .pth."
         )
     if not path.is_file():
         raise WeightsError(f"The weights file {path} does not exist: check detector.weights.")
+    return path
+
+
+def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+    _existing(path, "null, coco, scenes")
     return _read_safetensors(path, arch) if path.suffix == ".safetensors" else _read_torch(path, arch, labels)
 
 
@@ -212,7 +253,8 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
     return found
 
 
-def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pt`` or ``.pth``."""
     try:
         tensors = load_tensors(path)
     except (OSError, ValueError) as error:
@@ -226,6 +268,11 @@ def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoi
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsError(f"The weights file {path} holds no state_dict: save torch.save(model.state_dict(), path).")
+    return tensors
+
+
+def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+    tensors = _state_dict(path)
     if _CLASS_SCORES not in tensors:
         raise WeightsError(f"The weights file {path} lacks {_CLASS_SCORES}: it is no torchvision Faster R-CNN.")
     classes = tensors[_CLASS_SCORES].shape[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +17,8 @@ from torchvision.models.detection import (
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
+from gm_mlic.detection.fingerprint import Fingerprint
+from gm_mlic.detection.grid import CLASSIFIERS, GridExtractor, build_classifier_grid
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ConfigError
@@ -94,7 +94,7 @@ class FasterRCNNExtractor(nn.Module):
         label_of_class[list(class_index)] = torch.arange(len(self.labels))
         self.register_buffer("_label_of_class", label_of_class, persistent=False)
         self._label_of_class: Tensor
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._fingerprint = Fingerprint()
         for parameter in self.parameters():
             parameter.requires_grad_(trainable == "all")
         for frozen in (detector.rpn, detector.roi_heads):
@@ -110,22 +110,14 @@ class FasterRCNNExtractor(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
-        tensors = sorted(self.detector.state_dict().items())
-        versions = tuple(tensor._version for _, tensor in tensors)
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
-            settings = [
-                *(self.name, self.labels, self._label_of_class.tolist()),
-                *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
-                *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
-                *(heads.score_thresh, heads.nms_thresh),
-            ]
-            digest = hashlib.sha256(json.dumps(settings).encode())
-            for key, tensor in tensors:
-                digest.update(json.dumps([key, str(tensor.dtype), tuple(tensor.shape)]).encode())
-                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-            self._fingerprint = versions, digest.hexdigest()
-        return self._fingerprint[1]
+        heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
+        settings = [
+            *(self.name, self.labels, self._label_of_class.tolist()),
+            *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
+            *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
+            *(heads.score_thresh, heads.nms_thresh),
+        ]
+        return self._fingerprint(settings, self.detector)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
         """Detect; arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
@@ -261,28 +253,34 @@ def build_extractor(
     seed: int = 0,
     device: str | torch.device = "cpu",
     trainable: str = "none",
-) -> FasterRCNNExtractor:
+    grid: int | None = None,
+) -> FasterRCNNExtractor | GridExtractor:
     """Build an instance extractor.
 
     Args:
-        arch: one of :data:`ARCHITECTURES`.
+        arch: one of :data:`ARCHITECTURES`; with ``grid`` also ``resnet101``.
         labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
             weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
         weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
             shipped for scenes_tiny; or a file: ``.safetensors`` as written by ``gm-mlic train-detector``, or ``.pt`` /
-            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors.
+            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors. Of
+            ``resnet101``: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
         min_size: see :func:`build_detector`; the default is the one that the weights were trained with.
         max_size: see :func:`build_detector`.
         score_threshold: see :func:`build_detector`.
         nms_threshold: see :func:`build_detector`.
         seed: see :func:`build_detector`.
         device: where the detector runs.
-        trainable: see :class:`FasterRCNNExtractor`.
+        trainable: see :class:`FasterRCNNExtractor`; of a grid, see :class:`~gm_mlic.detection.grid.GridExtractor`.
+        grid: G for the G x G cells of the backbone's feature map instead of boxes; what belongs to boxes alone
+            (thresholds, ``max_size``) then has no effect.
 
     Raises:
         ConfigError: for a setting that cannot work.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
+    if arch in CLASSIFIERS:
+        return build_classifier_grid(arch, grid, weights, min_size, seed, trainable).to(device)
     check_architecture(arch)
     checkpoint = read_checkpoint(arch, weights, labels)
     if labels is not None:
@@ -298,6 +296,8 @@ def build_extractor(
     )
     if checkpoint.tensors is not None:
         load_into(detector, checkpoint, arch)
+    if grid is not None:
+        return GridExtractor.of_detector(detector, grid, f"{arch}-grid{grid}", trainable).to(device)
     used = [(i, name) for i, name in enumerate(checkpoint.categories) if i > 0 and name != UNUSED]
     extractor = FasterRCNNExtractor(
         detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable

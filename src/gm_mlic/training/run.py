@@ -250,7 +250,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
     )
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
-        description.build_model(),
+        build.build_model(description, dataset.targets),
         build.build_loss(config, dataset.targets),
         build.build_metrics(config, labels),
         build.section(config, "optimizer"),
