@@ -190,10 +190,11 @@ def tour(notebook: Path) -> Iterator[tuple[Path, str | bytes]]:
         parts.append(source if cell["cell_type"] == "markdown" else _block("python", source))
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data:
+            kinds = [kind for kind in ("jpeg", "png") if f"image/{kind}" in data]
+            if kinds:
                 pictures += 1
-                picture = Path(f"tour_{pictures}.png")
-                yield picture, base64.b64decode("".join(data["image/png"]))
+                picture = Path(f"tour_{pictures}.{kinds[0]}")
+                yield picture, base64.b64decode("".join(data[f"image/{kinds[0]}"]))
                 parts.append(f"![What the cell above draws]({picture})")
             elif "text" in output or "text/plain" in data:
                 parts.append(_block("text", "".join(output.get("text") or data["text/plain"]).rstrip()))

@@ -103,7 +103,7 @@ def test_a_command_that_is_shown_composes(page: str, command: list[str]):
 def test_each_way_to_write_an_example_is_found():
     """A page may not have examples that this file overlooks."""
     for page in PAGES:
-        fences = re.findall(r"^\s*```+\s*(\S*)$", page.read_text(), flags=re.MULTILINE)
+        fences = re.findall(r"^ *```+ *(\S*)$", page.read_text(), flags=re.MULTILINE)
         opened = [fence for fence in fences if fence]
         known = re.compile(r"python|sh|text|\{[\w-]+\}")
         assert [fence for fence in opened if not known.fullmatch(fence)] == [], page.name
