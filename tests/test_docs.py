@@ -119,7 +119,7 @@ def test_make_targets_that_are_named_exist():
 
 
 def test_what_is_shown_is_in_the_source():
-    """Sphinx warns about an object that is gone; a line that is gone ends there what is shown, so it is looked for here."""
+    """Sphinx warns about an object that is gone; the lines that begin and end an excerpt are looked for here."""
     page = (DOCS / "concepts.md").read_text()
     shown = re.findall(r"^```\{literalinclude\} \.\./(\S+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     assert len(shown) >= 10
@@ -160,7 +160,9 @@ def test_generated_pages_hold_what_the_code_has(tmp_path: Path, monkeypatch: pyt
         if file.stem not in ("__init__", "__main__", "_version") and "conf" not in file.parts
     }
     assert modules <= listed
-    assert all((tmp_path / "experiments" / f"{p.parent.name}.md").exists() for p in ROOT.glob("experiments/*/README.md"))
+    assert all(
+        (tmp_path / "experiments" / f"{p.parent.name}.md").exists() for p in ROOT.glob("experiments/*/README.md")
+    )
 
 
 def test_public_names_are_listed():
