@@ -15,7 +15,7 @@ from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.losses import DIFFICULT_POLICIES
 from gm_mlic.metrics import PRESETS
-from gm_mlic.nn import GMMLIC, MILMax
+from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, GlobalPool, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
 from gm_mlic.training import build, settings
 from gm_mlic.training.module import MLICModule
@@ -148,6 +148,9 @@ def test_every_setting_has_a_rule():
     # Which files eval needs is checked together.
     keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))
     keys.update({"images", "labels", "top", "threshold", "pictures"} & set(leaves(compose("predict"))))
+    keys.update({"image", "label"} & set(leaves(compose("explain"))))
+    keys.update({"host", "port"} & set(leaves(compose("serve"))))
+    keys.update(set(leaves(compose("export"))) - {"checkpoint", "embedding.path"})
     assert keys - set(settings.RULES) == elsewhere
     assert set(settings.RULES) <= keys
 
@@ -198,7 +201,8 @@ def test_every_file_becomes_what_it_configures(
     dataset = build.build_dataset(config, "train")
     module, graph = build_module(config, dataset, build.build_detector(config))
     assert graph.m == config.graph.m
-    assert type(module.model) is (MILMax if config.model.name == "mil_max" else GMMLIC)
+    kinds = {"mil_max": MILMax, "resnet101": GlobalPool, "ml_gcn": MLGCN, "ssgrl": SSGRL, "query2label": Query2Label}
+    assert type(module.model) is kinds.get(config.model.name, GMMLIC)
     trainer = build.build_trainer(config, tmp_path, build.training_callbacks(config, tmp_path))
     assert trainer.max_epochs == config.trainer.max_epochs
     length = SimpleNamespace(estimated_stepping_batches=10, max_epochs=2)

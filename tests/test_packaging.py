@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def in_tree() -> set[str]:
-    kinds = (".py", ".typed", ".json", ".safetensors", ".yaml", ".jinja")
+    kinds = (".py", ".typed", ".json", ".safetensors", ".yaml", ".jinja", ".html", ".css", ".js", ".md")
     files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in kinds]
     names = {str(p.relative_to(ROOT / "src")) for p in files}
     confs = [p for p in (ROOT / "conf").rglob("*") if p.suffix in (".yaml", ".py")]

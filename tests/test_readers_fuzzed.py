@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +30,9 @@ from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import GMMLICError
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import read_scored_images
+from gm_mlic.nn import create_model
 from gm_mlic.runs import find_runs, read_run
-from gm_mlic.zoo import read_checkpoint
+from gm_mlic.zoo import Description, Predictor, read_checkpoint
 
 TOKENS = [
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\xe2\x80\xa8", b'"', b"'", b",", b";", b":", b"-", b"#",
@@ -233,6 +234,24 @@ def detector(root: Path) -> Case:
     return [path], lambda: build_extractor("scenes_tiny", weights=str(path))
 
 
+def pretrained(root: Path) -> Case:
+    settings = {"instance_dim": 3, "label_dim": 2, "k": 1, "widths": [4], "fusion": "concat"}
+    description = Description(
+        labels=("cat", "dog"), label_vectors=torch.randn(2, 2), label_source="hashed",
+        model={"name": "gm_mlic", **settings}, graph={"m": 3, "neighbours": 2},
+        detector="own", detector_fingerprint="f", detector_settings={}, embedding={},
+    )  # fmt: skip
+    own = SimpleNamespace(name="own", fingerprint="f", labels=(), feature_dim=3)
+    Predictor(description.build_model(), description, own).save_pretrained(root)  # type: ignore[arg-type]
+    files = [root / name for name in ("config.json", "model.safetensors", "label_vectors.safetensors")]
+
+    def read() -> None:
+        Predictor.from_pretrained(root, extractor=own)  # type: ignore[arg-type]
+        create_model("gm_mlic", pretrained=root)
+
+    return files, read
+
+
 def image(kind: str) -> Callable[[Path], Case]:
     def make(root: Path) -> Case:
         path = root / f"image.{kind}"
@@ -265,6 +284,7 @@ READERS: dict[str, Callable[[Path], Case]] = {
     "run folder": run_folder,
     "checkpoint": checkpoint,
     "detector weights": detector,
+    "pretrained model": pretrained,
     "jpeg": image("jpeg"),
     "png": image("png"),
     "gif": image("gif"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gm_mlic.instances import InstanceStore, extract
     from gm_mlic.losses import WeightedBCE
     from gm_mlic.metrics import MultiLabelMetrics
-    from gm_mlic.nn import GMMLIC, create_model, list_models, register_model
+    from gm_mlic.nn import GMMLIC, create_model, list_models, pretrained_models, register_model
     from gm_mlic.zoo import Predictor
 
 _HOME = {
@@ -40,6 +40,7 @@ _HOME = {
     "GMMLIC": "nn",
     "create_model": "nn",
     "list_models": "nn",
+    "pretrained_models": "nn",
     "register_model": "nn",
     "Predictor": "zoo",
 }
@@ -64,6 +65,7 @@ __all__ = [
     "extract",
     "instance_data",
     "list_models",
+    "pretrained_models",
     "register_model",
 ]
 

@@ -6,7 +6,8 @@ from torch import nn
 from gm_mlic.errors import ConfigError
 from gm_mlic.nn import GMMLIC, MILMax, create_model, list_models, register_model, registry
 
-INPUTS = {"mil_max": {"instance_dim": 4, "num_labels": 3}}
+SIZES = {"instance_dim": 4, "num_labels": 3, "label_dim": 5}
+INPUTS = {name: {key: SIZES[key] for key in ("instance_dim", *sizes)} for name, sizes in registry.SIZES.items()}
 
 
 def test_list_is_sorted_and_filtered() -> None:

@@ -14,32 +14,6 @@ from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
 from gm_mlic.metrics import read_scored_images
 from gm_mlic.training import run
 
-SMALL = [
-    "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 8, test: 12}", "dataset.image_size=96",
-    "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three short runs on scenes: GM-MLIC, the same explicit, and the baseline without graphs."""
-    root = tmp_path_factory.mktemp("runs")
-    for name, model in {"gm": ["model.widths=[8,8]"], "mil": ["model=mil_max"]}.items():
-        run.train(compose("train", [*SMALL, *model, f"instances.root={root}/stores", f"run_dir={root}/{name}"]))
-    explicit = [*SMALL, "model.widths=[8,8]", "model.execution=explicit", "graph.m=4"]
-    run.train(compose("train", [*explicit, f"instances.root={root}/stores", f"run_dir={root}/explicit"]))
-    return root
-
-
-@pytest.fixture(scope="module")
-def photos(folder: Path) -> list[Path]:
-    """The test scenes, as files."""
-    scenes = Scenes("test", size=12, image_size=96)
-    paths = [folder / f"{i:02d}.png" for i in range(12)]
-    for i, path in enumerate(paths):
-        scenes.image(i).save(path)
-    return paths
-
 
 def predictor(folder: Path, name: str = "gm") -> Predictor:
     return Predictor.from_checkpoint(folder / name / "checkpoints" / "best.ckpt")
@@ -130,9 +104,9 @@ def test_another_detector_is_refused(folder: Path):
         Predictor.from_checkpoint(folder / "gm" / "checkpoints" / "best.ckpt", score_threshold=0.5)
 
 
-def test_a_detector_that_was_trained_along(folder: Path, photos: list[Path], tmp_path: Path):
+def test_a_detector_that_was_trained_along(small: list[str], photos: list[Path], tmp_path: Path):
     online = ["instances.online=true", "detector.trainable=box_head", "model.widths=[8,8]", "trainer.max_epochs=1"]
-    run.train(compose("train", [*SMALL, *online, f"run_dir={tmp_path}/run"]))
+    run.train(compose("train", [*small, *online, f"run_dir={tmp_path}/run"]))
     expected = read_scored_images([tmp_path / "run/test.npz"], tmp_path / "run/test.npz").scores[0].numpy()
     model = Predictor.from_checkpoint(tmp_path / "run/checkpoints/best.ckpt")
     found = np.stack([prediction.probabilities for prediction in model(photos)])

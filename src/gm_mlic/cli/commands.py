@@ -162,6 +162,30 @@ def predict(config: DictConfig) -> None:
     start(config)
 
 
+def serve(config: DictConfig) -> None:
+    """``gm-mlic serve``."""
+    check(config)
+    from gm_mlic.cli.serve import serve as start
+
+    start(config)
+
+
+def explain(config: DictConfig) -> None:
+    """``gm-mlic explain``."""
+    check(config)
+    from gm_mlic.cli.explain import explain_photo as start
+
+    start(config)
+
+
+def export(config: DictConfig) -> None:
+    """``gm-mlic export``."""
+    check(config)
+    from gm_mlic.cli.export import export as start
+
+    start(config)
+
+
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
@@ -315,6 +339,9 @@ _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "explain": explain,
+    "serve": serve,
+    "export": export,
     "train-detector": train_detector,
     "dataset": dataset,
     "bench": bench,

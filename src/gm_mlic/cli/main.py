@@ -27,6 +27,9 @@ COMMANDS = {
     "train": "train a model, from images to metrics; continues where it was stopped",
     "eval": "evaluate a checkpoint on a split, or a file of scores",
     "predict": "labels of photos, and the boxes that explain them",
+    "explain": "why a photo was given a label: the match matrix, and what each edge changed",
+    "serve": "a page in the browser: drop a photo, edit the labels, see which instance matched which",
+    "export": "a trained model as a folder to share, or as a program (torch.export, ONNX)",
     "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
     "extract": "run the detector once over a dataset and keep its instances",
     "train-detector": "train a detector on a dataset that has boxes",
@@ -57,6 +60,7 @@ examples:
   gm-mlic report runs/multirun/DATE
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
   gm-mlic predict checkpoint=runs/NAME/checkpoints/best.ckpt images=PHOTOS
+  gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt to=my-model
   gm-mlic eval scores=scores.csv targets=targets.csv
 
 gm-mlic COMMAND --help tells what a command does and which settings it has.

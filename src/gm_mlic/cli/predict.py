@@ -42,7 +42,7 @@ def predict(config: DictConfig) -> dict[str, str]:
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
     device = build.device(config.accelerator)
     moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
-    predictor = Predictor.from_checkpoint(config.checkpoint, device, **moved)
+    predictor = Predictor.load(config.checkpoint, device, **moved)
     if config.labels is not None:
         names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
         read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}

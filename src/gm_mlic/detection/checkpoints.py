@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
+from torchvision.models import ResNet101_Weights, WeightsEnum
 from torchvision.models.detection import (
     FasterRCNN_MobileNet_V3_Large_FPN_Weights,
     FasterRCNN_ResNet50_FPN_V2_Weights,
@@ -38,6 +38,7 @@ _COCO: dict[str, WeightsEnum] = {
     "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
 }
+_IMAGENET: dict[str, WeightsEnum] = {"fasterrcnn_resnet101_fpn": ResNet101_Weights.IMAGENET1K_V2}
 _COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 
@@ -87,7 +88,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
     if weights is None:
         if labels is not None:
             return Checkpoint("random weights", None, (BACKGROUND, *labels))
-        if arch in _COCO:
+        if arch != "scenes_tiny":
             return Checkpoint("random weights", None, _COCO_CATEGORIES)
         shipped = _read_safetensors(SCENES_WEIGHTS, arch)
         return Checkpoint("random weights", None, shipped.categories)
@@ -149,10 +150,33 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
     part.replace(path.with_suffix(".json"))
 
 
+def load_imagenet(detector: nn.Module, arch: str) -> None:
+    """Give the detector's backbone torchvision's ImageNet weights, downloaded once; its heads stay as they are.
+
+    Raises:
+        ConfigError: if there are none for ``arch``.
+        WeightsError: if they cannot be had.
+    """
+    if arch not in _IMAGENET:
+        raise ConfigError(f"detector.weights=imagenet exists for {', '.join(_IMAGENET)}, not for detector.arch={arch}.")
+    tensors = _fetched(_IMAGENET[arch], arch)
+    body: nn.Module = detector.backbone.body  # type: ignore[assignment,union-attr]
+    expected = {name: tensor.shape for name, tensor in body.state_dict().items()}
+    # the classifier is not the backbone's, and frozen batch norm counts nothing
+    found = {name: t for name, t in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
+    if {name: tensor.shape for name, tensor in found.items()} != expected:
+        raise WeightsError(f"The file of {_IMAGENET[arch]} holds something else: delete it; it is fetched again.")
+    body.load_state_dict(found)
+
+
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
         raise ConfigError(f"detector.weights=coco exists for {', '.join(_COCO)}, not for detector.arch={arch}.")
-    enum = _COCO[arch]
+    return Checkpoint(str(_COCO[arch]), _fetched(_COCO[arch], arch), _COCO_CATEGORIES)
+
+
+def _fetched(enum: WeightsEnum, arch: str) -> dict[str, Tensor]:
+    """The tensors of torchvision's weights, downloaded once."""
     # Not enum.get_state_dict(): it unpickles what it fetched, or found in the folder.
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
     try:
@@ -161,7 +185,7 @@ def _download_coco(arch: str) -> Checkpoint:
             log.info("Downloading %s to %s", enum.url, file)
             hash_prefix = file.stem.rpartition("-")[2]
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix, progress=sys.stderr.isatty())
-        tensors = load_tensors(file)
+        return dict(load_tensors(file))
     except ValueError as error:
         raise WeightsError(f"The weights file {file} is damaged ({error}): delete it; it is fetched again.") from error
     except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a damaged download
@@ -169,7 +193,6 @@ def _download_coco(arch: str) -> Checkpoint:
             f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
             f"detector.weights=/path/to/{Path(enum.url).name}."
         ) from error
-    return Checkpoint(str(enum), dict(tensors), _COCO_CATEGORIES)
 
 
 def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     fasterrcnn_resnet50_fpn_v2,
 )
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint
+from gm_mlic.detection.checkpoints import UNUSED, load_imagenet, load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ConfigError
@@ -27,11 +29,20 @@ from gm_mlic.errors import ConfigError
 TRAINABLE = ("none", "box_head", "all")
 
 
+def fasterrcnn_resnet101_fpn(
+    num_classes: int, weights: None = None, weights_backbone: None = None, **settings: Any
+) -> FasterRCNN:
+    """As torchvision's with ResNet-50, which has no name for this one; nothing is downloaded."""
+    backbone = resnet_fpn_backbone(backbone_name="resnet101", weights=weights_backbone, trainable_layers=5)
+    return FasterRCNN(backbone, num_classes, **settings)
+
+
 #: How each is built, and its default input size.
 _BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
     "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, 448),
     "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, 448),
     "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
+    "fasterrcnn_resnet101_fpn": (fasterrcnn_resnet101_fpn, 448),
     "scenes_tiny": (scenes_tiny, 160),
 }
 #: Names of the detectors that :func:`build_extractor` builds.
@@ -261,6 +272,7 @@ def build_extractor(
     seed: int = 0,
     device: str | torch.device = "cpu",
     trainable: str = "none",
+    grid: int | None = None,
 ) -> FasterRCNNExtractor:
     """Build an instance extractor.
 
@@ -268,7 +280,8 @@ def build_extractor(
         arch: one of :data:`ARCHITECTURES`.
         labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
             weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
-        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
+        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``imagenet`` likewise, for
+            the backbone of a grid; ``scenes`` for the ones
             shipped for scenes_tiny; or a file: ``.safetensors`` as written by ``gm-mlic train-detector``, or ``.pt`` /
             ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors.
         min_size: see :func:`build_detector`; the default is the one that the weights were trained with.
@@ -278,13 +291,17 @@ def build_extractor(
         seed: see :func:`build_detector`.
         device: where the detector runs.
         trainable: see :class:`FasterRCNNExtractor`.
+        grid: G, to take the G x G cells of the backbone's last map for instances, and no boxes:
+            :class:`~gm_mlic.detection.GridExtractor`.
 
     Raises:
         ConfigError: for a setting that cannot work.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
     check_architecture(arch)
-    checkpoint = read_checkpoint(arch, weights, labels)
+    if weights == "imagenet" and grid is None:
+        raise ConfigError("detector.weights=imagenet gives a backbone only: set detector.grid, or train the detector.")
+    checkpoint = read_checkpoint(arch, None if weights == "imagenet" else weights, labels)
     if labels is not None:
         checkpoint.check_labels(labels)
     detector = build_detector(
@@ -298,8 +315,30 @@ def build_extractor(
     )
     if checkpoint.tensors is not None:
         load_into(detector, checkpoint, arch)
+    if weights == "imagenet":
+        load_imagenet(detector, arch)
     used = [(i, name) for i, name in enumerate(checkpoint.categories) if i > 0 and name != UNUSED]
-    extractor = FasterRCNNExtractor(
-        detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
-    )
-    return extractor.to(device)
+    parts: dict[str, Any] = {"labels": [name for _, name in used], "name": arch, "class_index": [i for i, _ in used]}
+    if grid is None:
+        return FasterRCNNExtractor(detector, **parts, trainable=trainable).to(device)
+    from gm_mlic.detection.grid import GridExtractor  # which is one of these
+
+    if grid < 1:
+        raise ConfigError(f"detector.grid is {grid}: set at least 1, or null for boxes.")
+    return GridExtractor(detector, **parts, trainable=trainable, grid=grid).to(device)
+
+
+def save_detector(extractor: FasterRCNNExtractor, path: Path, arch: str) -> None:
+    """Write an extractor's weights as a file that :func:`build_extractor` takes for ``weights``.
+
+    Its labels and input size go along; thresholds stay settings.
+    """
+    label_of_class = extractor._label_of_class.tolist()
+    transform = extractor.detector.transform
+    record = {
+        "arch": arch,
+        "labels": [extractor.labels[i] if i >= 0 else UNUSED for i in label_of_class[1:]],
+        "min_size": transform.min_size[-1],
+        "max_size": transform.max_size,
+    }
+    save_checkpoint(path, extractor.detector.state_dict(), record)

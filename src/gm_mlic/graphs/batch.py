@@ -103,15 +103,15 @@ class AssignmentBatch:
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
         near = near_mask = near_attr = None
         if neighbours is not None:
-            M = x.shape[1]
+            # written so that torch.export can leave B and M open
+            B, M = x.shape[:2]
             centres = (box[..., :2] + box[..., 2:]) / 2
             distance = (centres[:, :, None] - centres[:, None]).square().sum(dim=-1)
-            distance.masked_fill_(~mask[:, None], float("inf"))
-            distance.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            distance, near = distance.sort(dim=2, stable=True)
-            K = min(neighbours, M - 1)
+            nobody = ~mask[:, None] | torch.eye(M, dtype=torch.bool, device=x.device)
+            distance, near = distance.masked_fill(nobody, float("inf")).sort(dim=2, stable=True)
+            K = neighbours if neighbours < M else M - 1
             near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
-            sources = torch.gather(box, 1, near.reshape(len(x), M * K, 1).expand(-1, -1, 4)).view(len(x), M, K, 4)
+            sources = torch.gather(box, 1, near.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
             near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
         return cls(x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row)
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.nn.global_pool import GlobalPool
 from gm_mlic.nn.gm_mlic import GMMLIC
 from gm_mlic.nn.mil import MILMax
+from gm_mlic.nn.ml_gcn import MLGCN
+from gm_mlic.nn.query2label import Query2Label
+from gm_mlic.nn.ssgrl import SSGRL
+
+#: Folders of models that come with this package, as ``gm-mlic export`` writes them.
+SHIPPED = Path(__file__).parents[1] / "zoo" / "models"
 
 _REGISTRY: dict[str, Callable[..., nn.Module]] = {}
 
@@ -30,21 +42,56 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """Build a registered model.
 
     Args:
         name: one of :func:`list_models`.
-        **overrides: arguments of the model's constructor, over the named preset's.
+        pretrained: True: with the weights that come with this package, for the names in :func:`pretrained_models`; a
+            folder that ``gm-mlic export`` wrote: with its architecture and weights.
+        **overrides: arguments of the model's constructor, over the named preset's or the folder's.
 
     Raises:
+        WeightsError: if there are no such weights, or they do not fit.
         ConfigError: for an unknown name, naming the closest one, or an argument too many or too few, naming it.
     """
     if name not in _REGISTRY:
         close = difflib.get_close_matches(name, _REGISTRY, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"There is no model {name!r}.{hint} Known: {', '.join(list_models())}.")
-    return _build(_REGISTRY[name], overrides)
+    if pretrained is False:
+        return _build(_REGISTRY[name], overrides)
+    if pretrained is True and name not in pretrained_models():
+        raise WeightsError(
+            f"No weights of {name!r} come with this package: there are some of {', '.join(pretrained_models())}. Give "
+            "pretrained=FOLDER for others."
+        )
+    folder = SHIPPED / name if pretrained is True else Path(pretrained)
+    try:
+        settings = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"])
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{folder}: no model that gm-mlic export wrote ({reason}).") from error
+    del settings["name"]
+    model = _build(_REGISTRY[name], {**settings, **overrides})
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        odd = str(error).splitlines()[1].strip()
+        raise WeightsError(f"{folder}: its weights do not fit {name} with these settings ({odd[:200]}).") from error
+    return model
+
+
+def describe(name: str) -> str:
+    """The first line of what a registered model says of itself."""
+    lines = (inspect.getdoc(_REGISTRY[name]) or "").splitlines()
+    return re.sub(r":class:`(\w+)`", r"`\1`", lines[0].rstrip(".")) if lines else ""
+
+
+def pretrained_models(pattern: str = "*") -> list[str]:
+    """Names of all models whose weights come with this package, sorted."""
+    return sorted(fnmatch.filter([folder.parent.name for folder in SHIPPED.glob("*/config.json")], pattern))
 
 
 def _build(builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
@@ -86,6 +133,58 @@ def gm_mlic_paper(**overrides: Any) -> nn.Module:
 
 
 @register_model
+def gm_mlic_voc2007(**overrides: Any) -> nn.Module:
+    """GM-MLIC with the paper's settings for VOC 2007."""
+    return gm_mlic_paper(**overrides)
+
+
+@register_model
+def gm_mlic_coco2014(**overrides: Any) -> nn.Module:
+    """GM-MLIC with the paper's settings for MS-COCO 2014."""
+    return gm_mlic_paper(**overrides)
+
+
+@register_model
+def gm_mlic_nuswide(**overrides: Any) -> nn.Module:
+    """GM-MLIC with the paper's settings for NUS-WIDE."""
+    return gm_mlic_paper(**overrides)
+
+
+@register_model
 def mil_max(**overrides: Any) -> nn.Module:
     """The max-pooled per-instance classifier, :class:`MILMax`."""
     return _build(MILMax, overrides)
+
+
+@register_model
+def resnet101(**overrides: Any) -> nn.Module:
+    """Global average pooling and a linear classifier, :class:`GlobalPool`, on the grid of a ResNet-101 (or another)."""
+    return _build(GlobalPool, overrides)
+
+
+@register_model
+def ml_gcn(**overrides: Any) -> nn.Module:
+    """ML-GCN, classifiers from a graph of the labels: :class:`MLGCN`."""
+    return _build(MLGCN, overrides)
+
+
+@register_model
+def ssgrl(**overrides: Any) -> nn.Module:
+    """SSGRL, semantic decoupling and a gated graph of the labels: :class:`SSGRL`."""
+    return _build(SSGRL, overrides)
+
+
+@register_model
+def query2label(**overrides: Any) -> nn.Module:
+    """Query2Label, a transformer decoder with a query for each label: :class:`Query2Label`."""
+    return _build(Query2Label, overrides)
+
+
+#: Sizes that the data decide and a model asks for, where it is not one that reads labels as vectors alone.
+SIZES: dict[str, tuple[str, ...]] = {
+    "mil_max": ("num_labels",),
+    "resnet101": ("num_labels",),
+    "ml_gcn": ("num_labels", "label_dim"),
+    "ssgrl": ("num_labels", "label_dim"),
+    "query2label": ("num_labels",),
+}

@@ -351,4 +351,4 @@ def network(model: GMMLIC, batch: AssignmentBatch, labels: Prepared) -> tuple[Te
     v_o, v_l, _, _, e_m = states
     ends: tuple[Tensor | EdgeState, ...] = (e_m,) if e_m is not None else (v_o[:, :, None], v_l[:, None])
     # Without matching edges the labels' states are the same for all images.
-    return mlp(model.decoder, *ends).squeeze(-1), v_l.expand(len(batch.x), -1, -1)
+    return mlp(model.decoder, *ends).squeeze(-1), v_l.expand(batch.x.shape[0], -1, -1)

@@ -24,6 +24,7 @@ from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGr
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.nn.registry import SIZES
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
 from gm_mlic.training.checkpoint import WholeFiles
 from gm_mlic.training.interruption import Interruption
@@ -164,8 +165,8 @@ def build_graphs(
 def model_settings(config: DictConfig, *, instance_dim: int, label_dim: int, num_labels: int) -> dict[str, Any]:
     """Arguments of ``create_model``: ``config.model`` and the sizes that the data decide."""
     settings = {**section(config, "model"), "instance_dim": instance_dim}
-    # Only the baseline has a classifier for each label; GM-MLIC reads labels as vectors.
-    return settings | ({"num_labels": num_labels} if settings["name"] == "mil_max" else {"label_dim": label_dim})
+    sizes = {"label_dim": label_dim, "num_labels": num_labels}
+    return settings | {name: sizes[name] for name in SIZES.get(settings["name"], ("label_dim",))}
 
 
 def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:

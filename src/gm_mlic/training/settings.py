@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +31,14 @@ def _is_shard(text: str) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return isinstance(value, str)
 
 
 def _are_texts(value: Any) -> bool:
@@ -115,6 +124,7 @@ RULES: Mapping[str, Rule] = {
     "detector.min_size": _or_null(_whole(32)),
     "detector.max_size": _or_null(_whole(32)),
     "detector.score_threshold": _number(0, 1),
+    "detector.grid": _or_null(_whole(1)),
     "detector.nms_threshold": _number(0, 1),
     "detector.max_instances": _whole(1),
     "detector.trainable": _one_of("none", "box_head", "all"),
@@ -139,6 +149,12 @@ RULES: Mapping[str, Rule] = {
     "model.name": _TEXT,
     "model.k": _whole(1),
     "model.width": _whole(1),
+    "model.threshold": _number(0, 1),
+    "model.neighbour_weight": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
+    "model.steps": _whole(1),
+    "model.layers": _whole(1),
+    "model.heads": _whole(1),
+    "model.dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1"),
     "model.encoder_width": _or_null(_whole(1)),
     "model.widths": (
         lambda v: v is None or (isinstance(v, list) and len(v) > 0 and all(_is_whole(w) and w > 0 for w in v)),
@@ -223,10 +239,23 @@ RULES: Mapping[str, Rule] = {
         lambda v: _is_text(v) or (_are_texts(v) and len(v) > 0),
         "a file, a folder, a pattern, or a list of them",
     ),
+    "host": (_is_address, "an address, as 127.0.0.1"),
+    "port": (lambda v: _is_whole(v) and 0 <= v <= 65535, "a whole number from 0 to 65535"),
+    "image": _TEXT,
+    "label": _or_null(_TEXT),
     "top": _whole(1),
     "threshold": _number(0, 1),
     "labels": _or_null((lambda v: _is_text(v) or (_are_texts(v) and len(v) > 0), "names, as [cat,zebra crossing]")),
     "pictures": _YES_NO,
+    "to": _TEXT,
+    "format": _one_of("pretrained", "torch", "onnx"),
+    "part": _one_of("network", "detector", "all"),
+    "size": _or_null(
+        (lambda v: isinstance(v, list) and len(v) == 2 and all(_is_whole(n) and n >= 32 for n in v), "[HEIGHT,WIDTH]")
+    ),
+    "licence": _or_null(_TEXT),
+    "push": _or_null((lambda v: isinstance(v, str) and v.count("/") == 1, "USER/NAME")),
+    "private": _YES_NO,
     "calibrate": _YES_NO,
     "bootstrap": _whole(0),
     "target_format": _one_of("auto", "voc", "binary"),
@@ -293,6 +322,12 @@ def _check_together(config: DictConfig) -> None:
         raise ConfigError(
             f"graph.m={get('graph.m')} is more than the store would keep (detector.max_instances="
             f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
+        )
+    grid = get("detector.grid")
+    if grid is not None and not get("graph.m") == get("detector.max_instances") == grid**2:
+        raise ConfigError(
+            f"detector.grid={grid} makes {grid**2} instances of an image: set graph.m={grid**2} and "
+            f"detector.max_instances={grid**2}."
         )
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:

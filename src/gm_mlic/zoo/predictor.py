@@ -12,15 +12,16 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch_geometric.data import Batch
+from torch import nn
+from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
-from gm_mlic.detection import InstanceExtractor, Instances, build_extractor
+from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, Instances, build_extractor
 from gm_mlic.embeddings import embed_labels
-from gm_mlic.errors import ConfigError, UnreadableImage
+from gm_mlic.errors import ConfigError, UnreadableImage, WeightsError
 from gm_mlic.graphs import AssignmentGraph, dense_batch, instance_data
 from gm_mlic.nn import GMMLIC
+from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, read_pretrained, write_pretrained
 from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,12 @@ class Predictor:
         self._prepared: Any = None
 
     @classmethod
+    def load(cls, name: str | Path, device: str | torch.device = "cpu", **detector_settings: Any) -> Predictor:
+        """:meth:`from_checkpoint` for files, :meth:`from_pretrained` for folders and names on the hub."""
+        is_file = Path(name).is_file() or Path(name).suffix == ".ckpt"
+        return (cls.from_checkpoint if is_file else cls.from_pretrained)(name, device, **detector_settings)
+
+    @classmethod
     def from_checkpoint(
         cls, path: str | Path, device: str | torch.device = "cpu", **detector_settings: Any
     ) -> Predictor:
@@ -120,7 +127,7 @@ class Predictor:
         description, content = read_checkpoint(path)
         settings = {**description.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
-        extractor = build_extractor(settings.pop("arch"), device=device, **settings)
+        extractor = _built(settings, device, path)
         trained = any(name.startswith("online.detector.") for name in content["state_dict"])
         if trained:  # along with the model
             load_weights(extractor, content, path, prefix="online.detector.")
@@ -129,6 +136,55 @@ class Predictor:
         model = description.build_model()
         load_weights(model, content, path)
         return cls(model.to(device), description, extractor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        revision: str | None = None,
+        extractor: InstanceExtractor | None = None,
+        **detector_settings: Any,
+    ) -> Predictor:
+        """A model that :meth:`save_pretrained` wrote.
+
+        Args:
+            name: its folder, which needs no network; or USER/NAME on the Hugging Face hub (extra ``hub``).
+            device: where to predict.
+            revision: branch, tag or commit on the hub.
+            extractor: the detector, where it is one of your own.
+            **detector_settings: changes to the detector's, as ``weights="elsewhere.safetensors"``.
+
+        Raises:
+            WeightsError: if there is no such model, it is damaged, or the detector is not the one it was trained with.
+        """
+        folder = find_pretrained(name, revision)
+        description, model = read_pretrained(folder)
+        settings = {**description.detector_settings, **detector_settings}
+        settings.pop("max_instances", None)
+        if settings.get("weights") == DETECTOR:
+            settings["weights"] = folder / DETECTOR
+        if extractor is None:
+            if "arch" not in settings:
+                raise WeightsError(
+                    f"{folder}: its detector, {description.detector}, is none of gm-mlic's: give it as extractor=."
+                )
+            extractor = _built(settings, device, folder)
+        description.check_detector(extractor.name, extractor.fingerprint, folder)
+        return cls(model.to(device), description, extractor)
+
+    def save_pretrained(self, folder: str | Path, card: Card | None = None) -> Path:
+        """Write a folder that holds all :meth:`from_pretrained` needs, in the conventions of the Hugging Face hub.
+
+        Weights as safetensors, ``config.json``, the label vectors, the detector's weights unless they have a name that
+        gm-mlic knows, and a model card, ``README.md``. No path of this machine goes into it.
+
+        Args:
+            folder: where; a model that is there is replaced.
+            card: what the model card is to tell of data, metrics and licence.
+        """
+        return write_pretrained(Path(folder), self.model, self.description, self.extractor, card or Card())
 
     def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
         """The same model for other labels: no parameter of GM-MLIC belongs to a label.
@@ -174,6 +230,19 @@ class Predictor:
             if read:
                 yield from self._predict(read)
 
+    @torch.no_grad()
+    def assignment_graph(self, photo: Photo) -> HeteroData:
+        """The assignment graph of one photo, as PyG has graphs, on the predictor's device.
+
+        Raises:
+            UnreadableImage: if the photo cannot be read.
+        """
+        image = self._read(photo, None)
+        assert image is not None
+        assert self.graph.m is not None
+        (found,) = self.extractor([to_tensor(image)], self.graph.m)
+        return self._joined(found)
+
     @staticmethod
     def _read(photo: Photo, skipped: dict[str, str] | None) -> Image.Image | None:
         if isinstance(photo, Image.Image):
@@ -212,8 +281,7 @@ class Predictor:
 
     def _output(self, found: list[Instances]) -> Any:
         if self.description.model.get("execution") == "explicit":
-            graphs = [self.graph(instance_data(_on_cpu(instances))) for instances in found]
-            return self.model(Batch.from_data_list(graphs).to(self.device))
+            return self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
         batch = dense_batch(found, self.graph, self.device)
         if not isinstance(self.model, GMMLIC):
             return self.model(batch)
@@ -221,7 +289,14 @@ class Predictor:
             self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
         return self.model(batch, self._prepared)
 
+    def _joined(self, instances: Instances) -> HeteroData:
+        graph: HeteroData = self.graph(instance_data(instances).to("cpu"))
+        return graph.to(self.device)
 
-def _on_cpu(instances: Instances) -> Instances:
-    parts: list[Tensor] = [instances.boxes, instances.scores, instances.detected_labels, instances.features]
-    return Instances(*(part.cpu() for part in parts))
+
+def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor:
+    """The detector of a model's settings, which may come from anywhere."""
+    try:
+        return build_extractor(device=device, **settings)
+    except TypeError as error:
+        raise WeightsError(f"{source}: its detector cannot be built ({error}).") from error

@@ -55,6 +55,30 @@ class Description:
     def from_checkpoint(cls, content: dict[str, Any]) -> Description:
         return cls(**{**content, "labels": tuple(content["labels"])})
 
+    def to_config(self) -> dict[str, Any]:
+        """Everything but the label vectors, for JSON."""
+        return {name: value for name, value in self.to_checkpoint().items() if name != "label_vectors"}
+
+    @classmethod
+    def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> Description:
+        """The other way.
+
+        Raises:
+            TypeError, ValueError: if ``content`` is not what :meth:`to_config` gives.
+        """
+        description = cls.from_checkpoint({**content, "label_vectors": label_vectors})
+        kinds: dict[str, type] = {"model": dict, "graph": dict, "detector_settings": dict, "embedding": dict}
+        kinds |= {"label_source": str, "detector": str, "detector_fingerprint": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(description, name), kind):
+                raise TypeError(f"{name} is no {kind.__name__}")
+        labels = description.labels
+        if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
+            raise ValueError("labels are not different texts")
+        if label_vectors.dim() != 2 or len(label_vectors) != len(labels):
+            raise ValueError(f"{len(labels)} labels, but label vectors of shape {tuple(label_vectors.shape)}")
+        return description
+
     def check_labels(self, labels: tuple[str, ...], path: Path) -> None:
         """Raise :class:`WeightsError` unless the checkpoint was made for exactly these labels in this order."""
         if labels == self.labels:

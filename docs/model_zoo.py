@@ -1,0 +1,89 @@
+"""Write MODEL_ZOO.md: which models there are, their size, and what is known of them. ``make model-zoo`` runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import warnings
+from pathlib import Path
+
+import yaml
+
+from gm_mlic.nn import create_model, list_models, pretrained_models
+from gm_mlic.nn.registry import SHIPPED, SIZES, describe
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Sizes that data decide, as they are for scenes; for the others the paper's, with COCO's labels.
+SCENES = {"instance_dim": 256, "label_dim": 300, "num_labels": 22}
+
+HEAD = """# Model zoo
+
+Made by `make model-zoo` from the registry, the shipped models' own cards and the studies' tables; a test compares.
+
+`list_models("*coco*")` lists names, `create_model(NAME, **changes)` builds one, `create_model(NAME, pretrained=True)`
+loads what is marked as shipped, and `Predictor.load(NAME)` has its detector and labels too.
+
+## Models
+
+| name | what it is | parameters | weights |
+| --- | --- | ---: | --- |
+"""
+
+
+def parameters(name: str) -> int:
+    """Of the model with the sizes of scenes, or with its own where its name decides them."""
+    sizes = {key: SCENES[key] for key in ("instance_dim", *SIZES.get(name, ("label_dim",)))}
+    if name != "gm_mlic" and name not in SIZES:
+        sizes = {}
+    model = create_model(name, **sizes)
+    return sum(p.numel() for p in model.parameters())
+
+
+def zoo() -> str:
+    """The page."""
+    lines = [HEAD]
+    shipped = pretrained_models()
+    for name in list_models():
+        what = describe(name).replace("|", "\\|")
+        lines.append(f"| `{name}` | {what} | {parameters(name):,} | {'shipped' if name in shipped else '-'} |\n")
+    lines.append(
+        "\nParameters: with the sizes of scenes (256-d features, 300-d vectors, 22 labels), those of the paper where "
+        "the name says so. Detectors are not counted. The paper's own weights were never published, and its datasets "
+        "could not be downloaded where this was made: there are weights for scenes only.\n\n## Shipped weights\n\n"
+    )
+    for name in shipped:
+        config = json.loads((SHIPPED / name / "config.json").read_text())
+        card = yaml.safe_load((SHIPPED / name / "README.md").read_text().split("---\n")[1])
+        (result,) = card["model-index"][0]["results"]
+        metrics = ", ".join(f"{metric['type']} {metric['value']:.1f}" for metric in result["metrics"])
+        size = (SHIPPED / name / "model.safetensors").stat().st_size / 1e6
+        lines.append(
+            f"- **`{name}`** ({size:.1f} MB, {card['license']}): {len(config['labels'])} labels, trained on "
+            f"`{result['dataset']['name']}`, instances of `{config['detector']}`; its test split: {metrics}. "
+            f"[Card](src/gm_mlic/zoo/models/{name}/README.md).\n"
+        )
+    lines.append("\n## On scenes, on equal terms\n\n")
+    lines.append(
+        "Test mAP, mean and sample standard deviation over seeds, from [experiments/baselines](experiments/baselines) "
+        "(its README has settings, costs, and what is not equal).\n\n| on | model | mAP | CF1 | seeds |\n"
+        "| --- | --- | ---: | ---: | ---: |\n"
+    )
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    with (ROOT / "experiments/baselines/results.csv").open() as file:
+        for row in csv.DictReader(file):
+            groups.setdefault((row["instances"], row["model"]), []).append(row)
+    for (kind, model), rows in groups.items():
+        # the detector's own labels are not trained: one row
+        values = [[float(row[key]) for row in (rows[:1] if model == "detector" else rows)] for key in ("mAP", "CF1")]
+        lines.append(f"| {kind} | `{model}` | {' | '.join(map(spread, values))} | {len(values[0])} |\n")
+    return "".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    (ROOT / "MODEL_ZOO.md").write_text(zoo())

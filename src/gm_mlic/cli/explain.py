@@ -1,0 +1,69 @@
+"""``gm-mlic explain``: why a photo was given a label."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from gm_mlic.datasets.images import read_image
+from gm_mlic.reporting.explanation import explanation_picture
+from gm_mlic.training import build
+from gm_mlic.zoo import Explanation, Predictor, explain
+
+#: Influences that are printed; all are in the file.
+_SHOWN = 10
+_TOLD = {
+    "near": "neighbouring instance {} to the winning instance",
+    "relates": "label {} to this label",
+    "seen": "instance {} to this label",
+    "named": "label {} to the winning instance",
+}
+
+
+def explain_photo(config: DictConfig) -> Path:
+    """Explain one label of one photo; returns the picture.
+
+    Raises:
+        UnreadableImage: if the photo cannot be read.
+        ConfigError: if there is no such label, or the model has no graph.
+    """
+    predictor = Predictor.load(config.checkpoint, build.device(config.accelerator))
+    photo = read_image(config.image)
+    found = explain(predictor, photo, config.label)
+    name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")
+    picture = Path(config.run_dir) / f"{name}.png"
+    explanation_picture(found, photo, picture)
+    picture.with_suffix(".json").write_text(json.dumps(as_dict(found, config.image), indent=1, ensure_ascii=False))
+    table = Table(
+        title=f"{found.label}: won by instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
+    )
+    table.add_column("edge", overflow="fold")
+    table.add_column("change of the logit", justify="right")
+    for influence in found.influences[:_SHOWN]:
+        table.add_row(_TOLD[influence.kind].format(influence.neighbour), f"{influence.change:+.3f}")
+    Console(highlight=False, markup=False).print(table)
+    print(f"{picture} and {picture.with_suffix('.json').name}: the match matrix, and all {len(found.influences)} edges")
+    return picture
+
+
+def as_dict(found: Explanation, image: str) -> dict[str, object]:
+    """An explanation as JSON has it."""
+    prediction = found.prediction
+    return {
+        "image": image,
+        "label": found.label,
+        "instance": found.instance,
+        "logit": round(found.logit, 6),
+        "labels": list(prediction.labels),
+        "boxes": prediction.boxes.round(1).tolist(),
+        "detected": list(prediction.detected),
+        "match_logits": prediction.matches.round(5).tolist(),
+        "influences": [
+            {"kind": i.kind, "neighbour": i.neighbour, "change": round(i.change, 6)} for i in found.influences
+        ],
+    }

@@ -1,0 +1,69 @@
+"""``gm-mlic export``: a trained model as a folder to share, or as a program."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.runs import RESULT, read_run
+from gm_mlic.zoo import Card, Predictor, push
+from gm_mlic.zoo.export import export as write_program
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
+
+
+def export(config: DictConfig) -> Path:
+    """Write what ``config`` asks for; returns where it is.
+
+    Raises:
+        WeightsError: for a model that cannot be used, or a hub that does not take it.
+        ConfigError: for settings that do not go together.
+    """
+    if config.push is not None and config.format != "pretrained":
+        raise ConfigError(f"push={config.push} goes with format=pretrained, not with format={config.format}.")
+    predictor = Predictor.load(config.checkpoint)
+    if config.labels is not None:
+        if config.format == "pretrained":
+            raise ConfigError("labels= goes with format=torch and format=onnx: a shared model keeps its labels.")
+        read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+        predictor = predictor.with_labels([str(label).strip() for label in config.labels], **read)
+    if config.format == "pretrained":
+        folder = predictor.save_pretrained(Path(config.to), card_of(Path(config.checkpoint), config.licence))
+        names = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file()))
+        print(f"{folder}: {names}")
+        if config.push is not None:
+            print(f"on the hub: {push(folder, config.push, private=config.private)}")
+        return folder
+    path = Path(config.to)
+    if path.suffix != SUFFIXES[config.format]:
+        path = path.with_name(path.name + SUFFIXES[config.format])
+    log.info("Writing %s and comparing it with the model; this can take a minute.", path)
+    size = None if config.size is None else (int(config.size[0]), int(config.size[1]))
+    worst = write_program(predictor, path, config.format, config.part, size)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {config.part}; differs from the model by at most {worst:.1e}")
+    return path
+
+
+def card_of(checkpoint: Path, licence: str | None) -> Card:
+    """What the run of ``RUN/checkpoints/NAME.ckpt`` says of data and metrics; next to nothing for other places."""
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != "checkpoints" or not (run / RESULT).is_file():
+        return Card(licence=licence)
+    found = read_run(run)
+    result: dict[str, Any] = dict(found.result or {})
+    names = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
+    training = {name: result[name] for name in ("seed", "best_epoch", "epochs", "revision") if result.get(name)}
+    return Card(
+        dataset=result["dataset"]["name"],
+        sizes=result["dataset"]["sizes"],
+        metrics={name: result["test"][name] for name in names},
+        convention=result["preset"],
+        licence=licence,
+        training=training | {"seed": result["seed"]},
+    )

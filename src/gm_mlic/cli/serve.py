@@ -1,0 +1,48 @@
+"""``gm-mlic serve``: the page in the browser."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+
+from omegaconf import DictConfig
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.training import build
+from gm_mlic.zoo import Predictor
+
+
+def serve(config: DictConfig) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        ConfigError: without the extra, or if the address cannot be had.
+    """
+    try:
+        import uvicorn
+
+        from gm_mlic.serving.app import build_app
+    except ImportError as error:
+        raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
+    embedding = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+    predictor = Predictor.load(config.checkpoint, build.device(config.accelerator))
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen()  # who reads the address below may ask at once
+    except OSError as error:
+        raise ConfigError(f"host={config.host}, port={config.port}: {error.strerror or error}.") from error
+    host, port = listener.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    print(f"http://{name}:{port} (Ctrl-C ends it)", flush=True)
+    if not _is_loopback(host):
+        print("Everybody who reaches this machine can use it; there is no password.", flush=True)
+    hosts = [config.host, name, "localhost"] if _is_loopback(host) else ["*"]
+    app = build_app(predictor, hosts, embedding)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host).is_loopback

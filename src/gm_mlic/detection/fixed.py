@@ -1,0 +1,130 @@
+"""A detector for images of one size with all shapes fixed: exporters cannot follow lengths that data decide."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image, nms, roi_align
+
+from gm_mlic.detection.faster_rcnn import FasterRCNNExtractor
+
+#: Score of a candidate that is none. True scores are 0 or more.
+_NONE = -1.0
+
+
+class FixedDetector(nn.Module):
+    """What :class:`~gm_mlic.detection.FasterRCNNExtractor` computes of one image, up to the order of equal scores.
+
+    Where it drops candidates, they keep their place here, with a score of -1: only non-maximum suppression gives a
+    number of boxes that depends on the image, and that goes at once into a mask.
+
+    Args:
+        extractor: the detector.
+        size: height and width of the images, in pixels.
+        m: instances; where there are fewer, the rest is masked.
+
+    Shapes:
+        - **image:** (3, H, W) in [0, 1]
+        - **features:** (m, D), **boxes:** (m, 4) in parts of width and height, **mask:** (m,) bool, **scores:** (m,)
+    """
+
+    def __init__(self, extractor: FasterRCNNExtractor, size: tuple[int, int], m: int) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.m = m
+        with torch.no_grad():
+            ready = extractor._prepare(torch.zeros(3, *size))
+            maps = self._maps(ready)
+            self.size = ready.image_sizes[0]
+            anchors = extractor.detector.rpn.anchor_generator(ready, list(maps.values()))[0]
+            heads = extractor.detector.roi_heads
+            heads.box_roi_pool(maps, [anchors[:1]], [self.size])  # which finds out the scales of the maps
+            objectness, _ = extractor.detector.rpn.head(list(maps.values()))
+        self.register_buffer("anchors", anchors)
+        self.anchors: Tensor
+        #: Numbers of the detector's classes that are labels.
+        self.classes = (extractor._label_of_class >= 0).nonzero().flatten().tolist()
+        self.levels = [level[0].numel() for level in objectness]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Features, boxes, mask, scores."""
+        heads = self.extractor.detector.roi_heads
+        ready = self.extractor._prepare(image)
+        maps = self._maps(ready)
+        proposals, are_there = self._propose(maps)
+        features = heads.box_head(self._pool(maps, proposals))
+        logits, deltas = heads.box_predictor(features)
+        boxes, scores = self._candidates(logits, deltas, proposals, are_there)
+        scores, best = scores.topk(min(self.m, len(scores)))
+        boxes = boxes[best]
+        # nothing found: the whole image, with score 0
+        height, width = self.size
+        nothing = scores[:1] < 0
+        boxes = torch.cat([torch.where(nothing, boxes.new_tensor([[0, 0, width, height]]), boxes[:1]), boxes[1:]])
+        scores = torch.cat([scores[:1].clamp(min=0), scores[1:]])
+        mask = scores >= 0
+        found = heads.box_head(self._pool(maps, boxes)).float() * mask[:, None]
+        parts = (boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1) * mask[:, None]
+        return found, parts, mask, scores.clamp(min=0)
+
+    def _maps(self, ready: ImageList) -> dict[str, Tensor]:
+        maps: Tensor | dict[str, Tensor] = self.extractor.detector.backbone(ready.tensors)
+        return {"0": maps} if isinstance(maps, Tensor) else maps
+
+    def _propose(self, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Proposals (P, 4), best first, and which of them there are."""
+        rpn = self.extractor.detector.rpn
+        objectness, deltas = rpn.head(list(maps.values()))
+        flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
+        decoded = rpn.box_coder.decode(flat_deltas, [self.anchors]).view(-1, 4)
+        boxes, scores = [], []
+        level_scores = flat_objectness.flatten().split(self.levels)
+        for of_level, level_boxes in zip(level_scores, decoded.split(self.levels), strict=True):
+            logits, top = of_level.topk(min(rpn.pre_nms_top_n(), len(of_level)))
+            level = clip_boxes_to_image(level_boxes[top], self.size)
+            boxes.append(level)
+            scores.append(_kept(level, logits.sigmoid(), rpn.score_thresh, rpn.nms_thresh, rpn.min_size))
+        together, all_scores = torch.cat(boxes), torch.cat(scores)
+        all_scores, best = all_scores.topk(min(rpn.post_nms_top_n(), len(all_scores)))
+        return together[best], all_scores >= 0
+
+    def _candidates(
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, are_there: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes and scores of each proposal for each of the detector's classes that is a label."""
+        heads = self.extractor.detector.roi_heads
+        probabilities = torch.softmax(logits, -1).masked_fill(~are_there[:, None], _NONE)
+        decoded = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), self.size)
+        boxes, scores = [], []
+        for number in self.classes:
+            of_class, threshold = decoded[:, number], heads.score_thresh
+            # the extractor's bound is exclusive
+            above = torch.where(probabilities[:, number] > threshold, probabilities[:, number], _NONE)
+            boxes.append(of_class)
+            scores.append(_kept(of_class, above, 0.0, heads.nms_thresh, 1e-2))
+        return torch.cat(boxes), torch.cat(scores)
+
+    def _pool(self, maps: dict[str, Tensor], boxes: Tensor) -> Tensor:
+        """RoIAlign of each box on the map of its size; boxes of no size are pooled from somewhere."""
+        pool = self.extractor.detector.roi_heads.box_roi_pool
+        chosen = [maps[name] for name in pool.featmap_names if name in maps]
+        rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
+        pooled: list[Tensor] = [
+            roi_align(level, rois, pool.output_size, scale, pool.sampling_ratio)
+            for level, scale in zip(chosen, pool.scales, strict=True)
+        ]
+        if len(pooled) == 1:
+            return pooled[0]
+        levels = pool.map_levels([boxes])
+        return torch.stack(pooled, dim=1)[torch.arange(len(boxes)), levels]
+
+
+def _kept(boxes: Tensor, scores: Tensor, lowest: float, overlap: float, side: float) -> Tensor:
+    """The scores, but -1 for boxes that are too small, score too low, or are suppressed."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    scores = torch.where((sides >= side).all(dim=1) & (scores >= lowest), scores, _NONE)
+    # what is none comes last there, and suppresses nothing but its like
+    kept = torch.zeros_like(scores).scatter(0, nms(boxes, scores, overlap), 1.0)
+    return torch.where(kept > 0, scores, _NONE)

@@ -1,0 +1,120 @@
+"""The web application behind the page: one model, one photo at a time."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gm_mlic.datasets.images import read_image
+from gm_mlic.errors import ConfigError, GMMLICError, UnreadableImage
+from gm_mlic.zoo import Prediction, Predictor
+
+#: Of an uploaded photo, in bytes; and how many labels one may ask for.
+MAX_BYTES, MAX_LABELS = 25_000_000, 500
+_PAGE = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] | None = None) -> Starlette:
+    """The application.
+
+    ``GET /`` is the page, ``GET /model`` what the model is, ``POST /predict?label=NAME&label=NAME``
+    (none: the model's own), with a photo's bytes as its body, the prediction as JSON: see :func:`as_dict`.
+
+    Args:
+        predictor: the model.
+        hosts: names under which the page may be asked for; others are refused, so that no page elsewhere can use it.
+        embedding: changes to the settings that make vectors of further labels.
+    """
+    served = _Served(predictor, embedding or {})
+    routes = [Route(f"/{name}", _file(name)) for name in _PAGE]
+    routes += [Route("/model", served.model), Route("/predict", served.predict, methods=["POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def as_dict(prediction: Prediction) -> dict[str, Any]:
+    """A prediction as the page reads it: labels best first; matches (M, C) as probabilities, columns in their order."""
+    order = np.argsort(-prediction.probabilities, kind="stable")
+    matches = 1 / (1 + np.exp(-prediction.matches.astype(np.float64)))
+    return {
+        "width": prediction.size[0],
+        "height": prediction.size[1],
+        "labels": [prediction.labels[c] for c in order],
+        "probabilities": prediction.probabilities[order].astype(float).round(4).tolist(),
+        "winners": prediction.matches.argmax(axis=0)[order].tolist(),
+        "matches": matches[:, order].round(4).tolist(),
+        "boxes": prediction.boxes.astype(float).round(1).tolist(),
+        "scores": prediction.scores.astype(float).round(4).tolist(),
+        "detected": list(prediction.detected),
+    }
+
+
+class _Served:
+    def __init__(self, predictor: Predictor, embedding: dict[str, Any]) -> None:
+        self.own, self.embedding = predictor, embedding
+        self._one = threading.Lock()  # a second photo waits: they would only slow each other down
+        self._last: tuple[tuple[str, ...], Predictor] | None = None
+
+    async def model(self, request: Request) -> Response:
+        about = self.own.description
+        return _json({"model": about.model["name"], "detector": about.detector, "labels": list(about.labels)})
+
+    async def predict(self, request: Request) -> Response:
+        content = bytearray()
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > MAX_BYTES:
+                return _json({"error": f"The photo has more than {MAX_BYTES // 1_000_000} MB: scale it down."}, 413)
+        names = [name.strip() for name in request.query_params.getlist("label") if name.strip()]
+        try:
+            return _json(as_dict(await run_in_threadpool(self._predict, bytes(content), names)))
+        except GMMLICError as error:
+            return _json({"error": str(error)}, 400)
+
+    def _predict(self, content: bytes, names: list[str]) -> Prediction:
+        if len(names) > MAX_LABELS:
+            raise ConfigError(f"{len(names)} labels: at most {MAX_LABELS} at a time.")
+        with self._one, tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "photo"
+            file.write_bytes(content)
+            try:
+                photo = read_image(file)
+            except UnreadableImage as error:
+                raise UnreadableImage(str(error).replace(f"Image {file}", "The photo")) from error
+            (prediction,) = self._for(tuple(names))([photo])
+        return prediction
+
+    def _for(self, names: tuple[str, ...]) -> Predictor:
+        if not names or names == self.own.description.labels:
+            return self.own
+        if self._last is None or self._last[0] != names:
+            self._last = names, self.own.with_labels(names, **self.embedding)
+        return self._last[1]
+
+
+def _file(name: str) -> Any:
+    async def answer(request: Request) -> Response:
+        content = (resources.files("gm_mlic.serving") / (name or "page.html")).read_bytes()
+        return Response(content, media_type=_PAGE[name], headers=_HEADERS)
+
+    return answer
+
+
+def _json(content: dict[str, Any], status: int = 200) -> Response:
+    return JSONResponse(content, status, headers=_HEADERS)

@@ -1,0 +1,264 @@
+"""Trained models as programs that need no gm-mlic to run: ``torch.export`` and ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from gm_mlic.datasets import Scenes
+from gm_mlic.datasets.images import to_tensor
+from gm_mlic.detection import FasterRCNNExtractor, FixedDetector
+from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.graphs import AssignmentBatch
+from gm_mlic.nn import GMMLIC
+from gm_mlic.zoo.predictor import Predictor
+
+FORMATS = ("torch", "onnx")
+PARTS = ("network", "detector", "all")
+MATCH_OUTPUTS = ["logits", "matches", "winners"]
+#: Largest difference of a logit between a written program and the model, on the data of its check.
+TOLERANCE = 1e-4
+
+
+class MatchNetwork(nn.Module):
+    """The graph network of a predictor, for the labels that it has: from instances to logits.
+
+    Shapes:
+        - **features:** (B, M, D_o), **boxes:** (B, M, 4) in parts of the image's width and height, **mask:** (B, M)
+          bool, which instances there are; each image's come first. B and M are free; M is larger than the number of
+          neighbours in the instance graph (``min_instances``), so pad what is shorter.
+        - **logits:** (B, C), **matches:** (B, M, C), **winners:** (B, C) int64
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        graph = predictor.graph
+        self.model = copy.deepcopy(predictor.model).cpu().eval()
+        self.neighbours = graph.neighbours if graph.instance_graph else None
+        self.label_graph = graph.label_graph
+        self.feature_dim = int(predictor.description.model["instance_dim"])
+        self.min_instances = 1 if self.neighbours is None else self.neighbours + 1
+        self.register_buffer("label_vectors", graph.label_vectors.cpu())
+        self.register_buffer("relates", None if graph.label_lists is None else graph.label_lists.cpu())
+        self.label_vectors: Tensor
+        self.relates: Tensor | None
+        self.prepared = None
+        if isinstance(self.model, GMMLIC):
+            self.model.execution = "auto"
+            with torch.no_grad():
+                self.prepared = self.model.prepare(self.label_vectors, self.relates)
+
+    def forward(self, features: Tensor, boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, match logits, winners."""
+        batch = AssignmentBatch.build(
+            features,
+            boxes,
+            mask,
+            self.label_vectors,
+            neighbours=self.neighbours,
+            label_graph=self.label_graph,
+            relates=self.relates,
+        )
+        output = self.model(batch) if self.prepared is None else self.model(batch, self.prepared)
+        return output.logits, output.matches, output.winners
+
+    def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs of chance; the first image has all its instances, others fewer."""
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(images, instances, self.feature_dim, generator=generator)
+        corners = torch.rand(images, instances, 2, 2, generator=generator).sort(dim=2).values
+        counts = torch.arange(instances, instances - images, -1).clamp(min=1)
+        return features, corners.flatten(2), torch.arange(instances) < counts[:, None]
+
+
+class PhotoNetwork(nn.Module):
+    """Detector and graph network as one, for photos of one size.
+
+    Shapes:
+        - **image:** (3, H, W) in [0, 1]
+        - **logits:** (1, C), **matches:** (1, m, C), **winners:** (1, C) int64, **boxes:** (m, 4) in parts of width
+          and height, **mask:** (m,) bool, which instances there are
+    """
+
+    def __init__(self, detector: FixedDetector, network: MatchNetwork) -> None:
+        super().__init__()
+        self.detector, self.network = detector, network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Logits, match logits, winners, boxes, mask."""
+        features, boxes, mask, _ = self.detector(image)
+        logits, matches, winners = self.network(features[None], boxes[None], mask[None])
+        return logits, matches.masked_fill(~mask[None, :, None], 0), winners, boxes, mask
+
+
+def export(
+    predictor: Predictor, path: str | Path, form: str, part: str = "network", size: tuple[int, int] | None = None
+) -> float:
+    """Write a predictor, or a part of it, as a program, load it again, and compare it with the model.
+
+    The labels' names go along, as ``labels``.
+
+    Args:
+        predictor: the model, with the labels that the program is to know.
+        path: the file.
+        form: ``torch``: :func:`torch.export.save`, conventionally ``.pt2``; ``onnx``: an ONNX file (extra ``export``).
+        part: ``network``: :class:`MatchNetwork`, for images and instances in any number; ``detector``:
+            :class:`~gm_mlic.detection.FixedDetector`; ``all``: :class:`PhotoNetwork`.
+        size: height and width of the photos, in pixels, for programs with a detector: what an exporter can follow has
+            fixed shapes. Default: the detector's shorter side, squared.
+
+    Returns:
+        The largest difference from the model's own outputs: on chance instances in other numbers, on drawn scenes.
+
+    Raises:
+        ConfigError: for an unknown form or part, a detector of one's own, or without the extra.
+        ExportError: if the written program says something else than the model.
+    """
+    if part not in PARTS or form not in FORMATS:
+        raise ConfigError(f"format={form}, part={part}: formats are {', '.join(FORMATS)}, parts {', '.join(PARTS)}.")
+    network = MatchNetwork(predictor)
+    if part == "network":
+        images, instances = Dim("images"), Dim("instances", min=network.min_instances)
+        free = {name: {0: images, 1: instances} for name in ("features", "boxes", "mask")}
+        inputs = network.example(3, network.min_instances + 3)
+        trials = [network.example(5, network.min_instances + 8, 1), network.example(1, network.min_instances, 2)]
+        return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, predictor.description.labels)
+    extractor = predictor.extractor
+    if not isinstance(extractor, FasterRCNNExtractor):
+        raise ConfigError(f"part={part}: the detector {extractor.name} is none of gm-mlic's: export part=network.")
+    extractor = copy.deepcopy(extractor).cpu()
+    side = int(extractor.detector.transform.min_size[-1])
+    height, width = size or (side, side)
+    m = predictor.graph.m
+    assert m is not None
+    with torch.no_grad():
+        detector = FixedDetector(extractor, (height, width), m).eval()
+    scenes = Scenes("test", size=4)
+    photos = [(to_tensor(scenes.image(i).resize((width, height))),) for i in range(4)]
+    module, outputs = (
+        (detector, ["features", "boxes", "mask", "scores"])
+        if part == "detector"
+        else (PhotoNetwork(detector, network).eval(), [*MATCH_OUTPUTS, "boxes", "mask"])
+    )
+    return _export(module, photos[0], None, outputs, photos[1:], path, form, predictor.description.labels)
+
+
+class ExportError(GMMLICError):
+    """A program was written that does not compute what the model computes."""
+
+
+def _export(
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    free: dict[str, Any] | None,
+    outputs: list[str],
+    trials: Sequence[tuple[Tensor, ...]],
+    path: str | Path,
+    form: str,
+    labels: tuple[str, ...],
+) -> float:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unchecked = path.with_name(path.name + ".part")
+    names = json.dumps(labels, ensure_ascii=False)
+    with torch.no_grad(), _quiet():
+        if form == "torch":
+            program = torch.export.export(module, inputs, dynamic_shapes=free)
+            with unchecked.open("wb") as file:
+                torch.export.save(program, file, extra_files={"labels": names})
+            run = _loaded_program(unchecked)
+        else:
+            _write_onnx(module, inputs, free, outputs, names, unchecked)
+            run = _loaded_onnx(unchecked)
+        worst = 0.0
+        for trial in trials:
+            for name, found, expected in zip(outputs, run(trial), module(*trial), strict=True):
+                worst = max(worst, _difference(name, found, expected))
+    if not worst <= TOLERANCE:
+        unchecked.unlink()
+        raise ExportError(f"{path}: differs from the model by {worst:.1e}: not kept. Please report it.")
+    unchecked.replace(path)
+    return worst
+
+
+def _difference(name: str, found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    if name == "winners":  # of two that are equally good up to rounding, either may win
+        return 0.0
+    return float((found.float() - expected.float()).abs().max())
+
+
+def _loaded_program(path: Path) -> Any:
+    program: ExportedProgram = torch.export.load(path)
+    module = program.module()
+    return lambda trial: module(*trial)
+
+
+def _write_onnx(
+    module: nn.Module, inputs: tuple[Tensor, ...], free: dict[str, Any] | None, outputs: list[str], names: str, to: Path
+) -> None:
+    try:
+        import onnx
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401 - for the check, which comes after minutes of work
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise ConfigError("format=onnx needs the extra: pip install 'gm-mlic[export]'.") from error
+
+    def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # of equal values ONNX's TopK takes the one that comes first
+        length = op.Shape(self, start=dim, end=dim + 1)
+        return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
+
+    program = torch.onnx.export(
+        module,
+        inputs,
+        dynamo=True,
+        dynamic_shapes=free,
+        output_names=outputs,
+        verbose=False,
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {"labels": names})
+    onnx.save(model, to)
+
+
+def _loaded_onnx(path: Path) -> Any:
+    import onnxruntime  # type: ignore[import-untyped]
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(trial: tuple[Tensor, ...]) -> list[Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, trial, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+    return run
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters tell at length what they do; what is wrong they raise."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
+    before = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

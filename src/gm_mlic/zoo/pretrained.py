@@ -1,0 +1,239 @@
+"""Trained models as folders to share, in the Hugging Face hub's conventions; nothing in them is ever unpickled.
+
+::
+
+    FOLDER/config.json                  everything but weights: Description
+    FOLDER/model.safetensors            the network's weights
+    FOLDER/label_vectors.safetensors    (C, D_l) of the labels that it was trained on
+    FOLDER/detector.safetensors         the detector's, unless they have a name that gm-mlic knows
+    FOLDER/README.md                    the model card
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from gm_mlic._version import __version__
+from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, save_detector
+from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
+from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.nn import SHIPPED, pretrained_models
+from gm_mlic.zoo.trained import Description
+
+CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
+DETECTOR, CARD = "detector.safetensors", "README.md"
+
+#: Of the layout above. A reader refuses a later one.
+FORMAT = 1
+#: Detector weights that need no file: shipped, torchvision's, and (None) random ones, which the seed makes again.
+NAMED_WEIGHTS = ("scenes", "coco", "imagenet", None)
+_NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card tells besides what the model knows of itself.
+
+    Attributes:
+        dataset: name of what it was trained on.
+        sizes: images of each split.
+        metrics: name to per cent, on the test split.
+        convention: of the metrics: the preset's name.
+        licence: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
+        training: further facts, name to value: seed, epochs, revision.
+    """
+
+    dataset: str | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    convention: str | None = None
+    licence: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_pretrained(
+    folder: Path, model: nn.Module, description: Description, extractor: InstanceExtractor, card: Card
+) -> Path:
+    """Write the folder; a model that stands there is replaced file by file, ``config.json`` last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    description = _without_places(description, extractor, folder)
+    _save(folder / MODEL, model.state_dict())
+    _save(folder / LABEL_VECTORS, {"label_vectors": description.label_vectors})
+    _write(folder / CARD, model_card(folder.name, description, card, sum(p.numel() for p in model.parameters())))
+    content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **description.to_config()}
+    _write(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return folder
+
+
+def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
+    """The description and the model, with its weights, of a folder that :func:`write_pretrained` wrote.
+
+    Raises:
+        WeightsError: if it is none, was written by a later version, or is damaged.
+    """
+    content = _read_config(folder)
+    try:
+        label_vectors = _load(folder / LABEL_VECTORS)["label_vectors"]
+        description = Description.from_config(content, label_vectors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
+    weights = _load(folder / MODEL)
+    try:
+        if type(AssignmentGraph(label_vectors, edge_attr=False, **description.graph).m) is not int:
+            raise ValueError("graph.m is no number")
+        with torch.device("meta"):  # a config that lies about sizes costs nothing
+            shapes = {name: tensor.shape for name, tensor in description.build_model().state_dict().items()}
+    except (GMMLICError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    if found != shapes:
+        odd = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
+        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({odd}).")
+    model = description.build_model()
+    model.load_state_dict(weights)
+    return description, model
+
+
+def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of ``name``: itself, a shipped one, or what the hub has as USER/NAME, fetched once and kept.
+
+    Args:
+        name: a folder, a model that comes with this package (``gm_mlic_scenes``), or a name on the hub.
+        revision: on the hub: branch, tag or commit; default: its main branch.
+
+    Raises:
+        WeightsError: if there is no such folder, or it cannot be fetched.
+        ConfigError: if huggingface_hub, which fetches, is not installed.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"revision={revision}: {folder} is a folder; revisions are for names on the hub.")
+        return folder
+    if revision is None and str(name) in pretrained_models():
+        return SHIPPED / str(name)
+    if not isinstance(name, str) or not _NAME_ON_HUB.fullmatch(name):
+        raise WeightsError(
+            f"{name}: no such folder, none of {', '.join(pretrained_models())}, and no name on the hub (USER/NAME)."
+        )
+    hub = _hub()
+    try:
+        files = [CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD]
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except Exception as error:  # of several libraries: network, names, permissions, disks
+        raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
+
+
+def push(folder: Path, name: str, *, private: bool = True) -> str:
+    """Upload a folder of :func:`write_pretrained` to the hub; returns its address.
+
+    Raises:
+        WeightsError: if it is no such folder, or the hub refuses it.
+        ConfigError: if huggingface_hub is not installed.
+    """
+    _read_config(folder)
+    hub = _hub()
+    try:
+        api = hub.HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model of gm-mlic")
+    except Exception as error:
+        raise WeightsError(
+            f"push={name}: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
+        ) from error
+    return str(address)
+
+
+def model_card(name: str, description: Description, card: Card, parameters: int) -> str:
+    """The model card, in Markdown with the hub's YAML header."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gm_mlic", "zoo"), trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    environment.filters["yaml"] = lambda value: json.dumps(str(value), ensure_ascii=False)
+    # HTML tags and line ends of a label's name would become part of the page.
+    environment.filters["plain"] = lambda value: " ".join(str(value).replace("<", "&lt;").split())
+    template = environment.get_template("model_card.md.jinja")
+    return template.render(name=name, description=description, card=card, parameters=parameters, version=__version__)
+
+
+def _without_places(description: Description, extractor: InstanceExtractor, folder: Path) -> Description:
+    """The description without paths of this machine; the detector's weights go into the folder where they need to."""
+    settings = dict(description.detector_settings)
+    settings.pop("trainable", None)
+    named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == description.detector_fingerprint
+    (folder / DETECTOR).unlink(missing_ok=True)
+    if not named and settings and isinstance(extractor, FasterRCNNExtractor):
+        save_detector(extractor, folder / DETECTOR, settings["arch"])
+        settings |= {"weights": DETECTOR, "labels": None}
+    embedding = dict(description.embedding)
+    if embedding.get("path") is not None:
+        embedding["path"] = Path(embedding["path"]).name
+    return replace(
+        description,
+        detector_fingerprint=extractor.fingerprint,
+        detector_settings=settings,
+        embedding=embedding,
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder}: no model of gm-mlic (it has no {CONFIG}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: cannot be read ({_reason(error)}).") from error
+    if not isinstance(content, dict) or content.pop("library", None) != "gm-mlic":
+        raise WeightsError(f"{path}: not the config of a gm-mlic model.")
+    written_by = content.pop("version", "?")
+    if (version := content.pop("format", None)) != FORMAT:
+        raise WeightsError(f"{path}: of format {version}, by gm-mlic {written_by}; this one reads {FORMAT}: update it.")
+    return content
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(serialise(on_cpu, metadata={"format": "pt"}))
+    part.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read ({_reason(error)}): fetch or write it again.") from error
+    return tensors
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ConfigError("Names on the hub need the extra: pip install 'gm-mlic[hub]'.") from error
+    return huggingface_hub
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gm_mlic import Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import run
+from gm_mlic.training import run as training
+
+
+def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [
+        "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
+        "trainer.max_epochs=1", "model.widths=[8,8]", "trainer.accelerator=cpu", "run_dir=run",
+    ]  # fmt: skip
+    training.train(compose("train", settings))
+    Scenes("test", size=1, image_size=96).image(0).save("a photo.png")
+    arguments = ["explain", "checkpoint=run/checkpoints/best.ckpt", "image=a photo.png"]
+    capsys.readouterr()
+    assert run([*arguments, "label=fence post"]) == 0
+    out = capsys.readouterr().out
+    assert "fence post: won by instance" in out
+    assert "runs/explanations/a-photo-fence-post.png" in out
+    with Image.open("runs/explanations/a-photo-fence-post.png") as picture:
+        assert picture.size == (1800, 624)
+        assert len(picture.convert("RGB").getcolors(maxcolors=10**6) or []) > 500
+    found = json.loads(Path("runs/explanations/a-photo-fence-post.json").read_text())
+    assert found["label"] == "fence post"
+    assert len(found["match_logits"]) == len(found["boxes"])
+    assert {influence["kind"] for influence in found["influences"]} <= {"near", "relates", "seen", "named"}
+    assert run([*arguments, "label=unicorn"]) == 2
+    assert "label=unicorn: the model knows mug" in capsys.readouterr().err
+    Path("torn.jpg").write_bytes(b"\xff\xd8")
+    assert run(["explain", arguments[1], "image=torn.jpg"]) == 2
+    assert "torn.jpg" in capsys.readouterr().err

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gm_mlic import Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import run
+from gm_mlic.training import run as training
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    settings = [
+        "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
+        "trainer.max_epochs=1", "model.widths=[8,8]", "trainer.accelerator=cpu", f"instances.root={root}/stores",
+    ]  # fmt: skip
+    training.train(compose("train", [*settings, f"run_dir={root}/run"]))
+    return root / "run" / "checkpoints" / "best.ckpt"
+
+
+def test_share_and_use(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """From a run to a folder, from the folder to a program and to predictions."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["export", f"checkpoint={checkpoint}", "to=model", "licence=cc-by-4.0"]) == 0
+    out = capsys.readouterr().out
+    assert "model: README.md, config.json, label_vectors.safetensors, model.safetensors" in out
+    card = Path("model/README.md").read_text()
+    for said in ('license: "cc-by-4.0"', "`scenes`: 16 train, 8 val, 8 test.", "- seed: 0", "`mlgcn`", "| mAP | CF1 |"):
+        assert said in card
+    assert run(["export", "checkpoint=model", "to=network", "format=torch", "labels=[cat,zebra crossing]"]) == 0
+    assert "network.pt2:" in capsys.readouterr().out
+    assert Path("network.pt2").is_file()
+    Scenes("test", size=1).image(0).save("photo.png")
+    assert run(["predict", "checkpoint=model", "images=photo.png"]) == 0
+    assert Path("runs/predictions/predictions.jsonl").read_text().startswith('{"image": "photo.png"')
+    assert not Path("runs/multirun").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["to=x"], "checkpoint has no value"),
+        (["checkpoint=gone.ckpt", "to=x"], "gone.ckpt: no such checkpoint"),
+        (["checkpoint=gone", "to=x"], "gone: no such folder"),
+        (["checkpoint=.", "to=x"], "it has no config.json"),
+        (["checkpoint=c", "to=x", "format=tflite"], "format=tflite: expected one of pretrained, torch, onnx"),
+        (["checkpoint=c", "to=x", "format=onnx", "push=a/b"], "push=a/b goes with format=pretrained"),
+        (["checkpoint=c", "to=x", "size=448"], "size=448: expected [HEIGHT,WIDTH]"),
+        (["checkpoint=c", "to=x", "push=ab"], "push=ab: expected USER/NAME"),
+    ],
+)
+def test_mistakes(arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["export", *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_shared_model_keeps_its_labels(checkpoint: Path, tmp_path: Path, capsys):
+    assert run(["export", f"checkpoint={checkpoint}", f"to={tmp_path}/m", "labels=[cat]"]) == 2
+    assert "a shared model keeps its labels" in capsys.readouterr().err

@@ -1,0 +1,202 @@
+"""The page in a real browser, served by a real process."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from gm_mlic import Predictor, Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.cli.main import run
+from gm_mlic.training import run as training
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained model, two scenes, a file that is no photo."""
+    root = tmp_path_factory.mktemp("serve")
+    settings = [
+        "experiment=scenes_smoke", "dataset.sizes={train: 64, val: 8, test: 8}", "dataset.image_size=160",
+        "trainer.max_epochs=2", "model.widths=[8,8]", "trainer.accelerator=cpu", f"instances.root={root}/stores",
+    ]  # fmt: skip
+    training.train(compose("train", [*settings, f"run_dir={root}/run"]))
+    for i in range(2):
+        Scenes("test", size=2).image(i).save(root / f"{i}.png")
+    (root / "torn.jpg").write_bytes(b"\xff\xd8nothing")
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[tuple[str, int]]:
+    command = [sys.executable, "-W", "ignore", "-m", "gm_mlic", "serve", "port=0"]
+    command += [f"checkpoint={folder}/run/checkpoints/best.ckpt", "accelerator=cpu"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert line.startswith("http://127.0.0.1:"), line
+    yield "127.0.0.1", int(line.split(":")[2].split()[0])
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=30) in (0, 130)
+
+
+def ask(
+    address: tuple[str, int], method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    connection = http.client.HTTPConnection(*address, timeout=60)
+    connection.request(method, path, body, headers or {})
+    response = connection.getresponse()
+    text = response.read()
+    told = {name.lower(): value for name, value in response.getheaders()}
+    return response.status, json.loads(text) if "json" in told.get("content-type", "") else text, told
+
+
+def test_the_answer_is_the_predictors(folder: Path, address: tuple[str, int]):
+    status, answer, _ = ask(address, "POST", "/predict", (folder / "0.png").read_bytes())
+    (expected,) = Predictor.load(folder / "run/checkpoints/best.ckpt")([folder / "0.png"])
+    assert status == 200
+    assert answer["labels"][:5] == [found.label for found in expected.top(5)]
+    for c, found in enumerate(expected.top(5)):
+        assert answer["probabilities"][c] == pytest.approx(found.probability, abs=1e-3)
+        assert answer["boxes"][answer["winners"][c]] == pytest.approx(found.box, abs=0.1)
+        column = [row[c] for row in answer["matches"]]
+        assert max(column) == pytest.approx(found.probability, abs=1e-3)
+    assert (answer["width"], answer["height"]) == expected.size
+    status, answer, _ = ask(
+        address, "POST", "/predict?label=cat&label=zebra%20crossing", (folder / "0.png").read_bytes()
+    )
+    assert status == 200
+    assert sorted(answer["labels"]) == ["cat", "zebra crossing"]
+
+
+def test_what_goes_wrong_is_said(folder: Path, address: tuple[str, int]):
+    photo = (folder / "0.png").read_bytes()
+    for body, query, status, said in (
+        (b"", "", 400, "The photo is empty"),
+        (b"\xff\xd8nothing", "", 400, "The photo is not an image"),
+        (photo, "?label=cat&label=cat", 400, "no label twice"),
+        (photo, "?" + "&".join(f"label=l{i}" for i in range(501)), 400, "at most 500"),
+        (bytes(25_000_001), "", 413, "more than 25 MB"),
+    ):
+        found, answer, _ = ask(address, "POST", f"/predict{query}", body)
+        assert (found, said in answer["error"]) == (status, True), answer
+    assert ask(address, "GET", "/predict")[0] == 405
+    assert ask(address, "GET", "/../../etc/passwd")[0] == 404
+
+
+def test_no_other_site_can_use_it(address: tuple[str, int]):
+    """A name that somebody pointed at this machine is refused; nothing is loaded from elsewhere."""
+    assert ask(address, "GET", "/model", headers={"Host": "evil.example"})[0] == 400
+    status, page, headers = ask(address, "GET", "/")
+    assert status == 200
+    assert b"http" not in page.replace(b"http-equiv", b"")
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
+    from playwright.sync_api import expect, sync_playwright
+
+    screenshots = Path(os.environ.get("GM_MLIC_SCREENSHOTS", tmp_path))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1180, "height": 860})
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.goto("http://{}:{}".format(*address))
+        expect(page.locator("#about")).to_contain_text("22 labels")
+        page.set_input_files("#file", folder / "0.png")
+        page.wait_for_selector("#found li")
+        (expected,) = Predictor.load(folder / "run/checkpoints/best.ckpt")([folder / "0.png"])
+        top = expected.top(3)
+        assert page.locator("#found li span:first-child").all_text_contents()[:3] == [found.label for found in top]
+        M = len(expected.boxes)
+        assert page.locator("#boxes rect").count() == M
+        # the second label: its box lights up, and the instances stand in the order of their matches
+        page.locator("#found li button").nth(1).click()
+        won = page.locator("#boxes rect.won")
+        assert won.count() == 1
+        assert int(won.get_attribute("data-instance") or -1) == top[1].instance
+        assert f"“{top[1].label}”" in page.locator("#matchhead").inner_text()
+        c = expected.labels.index(top[1].label)
+        order = [f"instance {i}" for i in (-expected.matches[:, c]).argsort(kind="stable")]
+        shown = [text.split(",")[0] for text in page.locator("#matches li span:first-child").all_text_contents()]
+        assert sorted(shown) == sorted(order)
+        assert shown[0] == order[0]
+        # the box lies where it should on the picture
+        picture, box = page.locator("#photo").bounding_box(), won.bounding_box()
+        assert picture is not None
+        assert box is not None
+        scale = picture["width"] / expected.size[0]
+        assert abs(box["x"] - picture["x"] - top[1].box[0] * scale) < 6
+        assert abs(box["width"] - (top[1].box[2] - top[1].box[0]) * scale) < 12
+        page.screenshot(path=screenshots / "label.png")
+        # a box: the labels that it matches
+        page.locator(f'#boxes rect[data-instance="{M - 1}"]').focus()
+        page.keyboard.press("Enter")
+        assert f"instance {M - 1}" in page.locator("#matchhead").inner_text()
+        best = expected.labels[int(expected.matches[M - 1].argmax())]
+        assert page.locator("#matches li span:first-child").first.inner_text() == best
+        # other labels
+        page.locator("#edit summary").click()
+        page.fill("#labels", "cat\nzebra crossing, <b>tree</b>")
+        page.locator("#apply").click()
+        expect(page.locator("#found li")).to_have_count(3, timeout=20_000)
+        assert sorted(page.locator("#found li span:first-child").all_text_contents()) == [
+            "<b>tree</b>", "cat", "zebra crossing",
+        ]  # fmt: skip
+        page.screenshot(path=screenshots / "labels.png")
+        page.locator("#reset").click()
+        expect(page.locator("#found li")).to_have_count(20, timeout=20_000)
+        # what is no photo: a line that says so, and nothing of the one before
+        page.set_input_files("#file", folder / "torn.jpg")
+        expect(page.locator("#message")).to_contain_text("not an image")
+        assert page.locator("#found li").count() == 0
+        # dropped, not chosen
+        data = page.evaluate_handle(
+            """async () => {
+                const canvas = document.createElement('canvas'); canvas.width = 120; canvas.height = 90;
+                const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([blob], 'grey.png', { type: 'image/png' }));
+                return transfer;
+            }"""
+        )
+        page.dispatch_event("#drop", "drop", {"dataTransfer": data})
+        page.wait_for_selector("#found li")
+        assert page.locator("#message").inner_text() == ""
+        narrow = browser.new_page(viewport={"width": 390, "height": 800})
+        narrow.goto("http://{}:{}".format(*address))
+        narrow.set_input_files("#file", folder / "1.png")
+        narrow.wait_for_selector("#found li")
+        expect(narrow.locator("#count")).to_have_text("(22)")
+        assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
+        narrow.screenshot(path=screenshots / "narrow.png")
+        browser.close()
+    assert [problem for problem in problems if "400" not in problem] == []  # the refused file is logged by the browser
+    with Image.open(screenshots / "label.png") as picture_file:
+        assert picture_file.size == (1180, 860)
+
+
+def test_addresses_that_cannot_be(folder: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]):
+    checkpoint = f"checkpoint={folder}/run/checkpoints/best.ckpt"
+    assert run(["serve", checkpoint, f"port={address[1]}"]) == 2
+    assert f"port={address[1]}: Address already in use" in capsys.readouterr().err
+    assert run(["serve", checkpoint, "host=example.org"]) == 2
+    assert "host=example.org: expected an address" in capsys.readouterr().err
+    assert run(["serve", checkpoint, "port=99999"]) == 2
+    assert "port=99999: expected a whole number from 0 to 65535" in capsys.readouterr().err

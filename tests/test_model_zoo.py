@@ -1,0 +1,59 @@
+"""MODEL_ZOO.md is what its command makes, and what it calls shipped can be used."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gm_mlic import Predictor, Scenes, create_model, list_models, pretrained_models
+from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.nn import SHIPPED
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_is_what_its_command_makes():
+    made = runpy.run_path(str(ROOT / "docs" / "model_zoo.py"))["zoo"]()
+    assert (ROOT / "MODEL_ZOO.md").read_text() == made, "run make model-zoo"
+    for name in list_models():
+        assert f"| `{name}` |" in made
+
+
+def test_the_shipped_model_sees_scenes():
+    """On other scenes than those of its training and its test: what its card says, up to chance."""
+    import torch
+
+    assert pretrained_models() == ["gm_mlic_scenes"]
+    scenes = Scenes("test", size=120, seed=77)
+    predictor = Predictor.load("gm_mlic_scenes")
+    assert predictor.description.labels == tuple(scenes.labels)
+    found = np.stack([p.probabilities for p in predictor([scenes.image(i) for i in range(120)], 24)])
+    metrics = MultiLabelMetrics(len(scenes.labels))
+    metrics.update(torch.from_numpy(found), torch.from_numpy(scenes.targets))
+    assert float(metrics.compute()["mAP"]) > 88
+
+
+def test_pretrained_models_by_name():
+    model = create_model("gm_mlic_scenes", pretrained=True)
+    same = Predictor.load("gm_mlic_scenes").model
+    for (name, a), (_, b) in zip(model.state_dict().items(), same.state_dict().items(), strict=True):
+        assert a.equal(b), name
+    again = create_model("gm_mlic", pretrained=SHIPPED / "gm_mlic_scenes", execution="explicit")
+    assert again.execution == "explicit"
+    with pytest.raises(WeightsError, match="do not fit gm_mlic_scenes with these settings"):
+        create_model("gm_mlic_scenes", pretrained=True, widths=(8, 8))
+    with pytest.raises(WeightsError, match=r"No weights of 'ml_gcn' come .*: there are some of gm_mlic_scenes"):
+        create_model("ml_gcn", pretrained=True, instance_dim=4, num_labels=2, label_dim=3)
+    with pytest.raises(WeightsError, match="no model that gm-mlic export wrote"):
+        create_model("gm_mlic", pretrained="nowhere")
+    with pytest.raises(ConfigError, match="Did you mean"):
+        create_model("gm_mlic_scene", pretrained=True)
+
+
+def test_names_by_pattern():
+    assert list_models("*voc*") == ["gm_mlic_voc2007"]
+    assert pretrained_models("*voc*") == []

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from gm_mlic import Predictor
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import dense_batch
+from gm_mlic.zoo import export as module
+from gm_mlic.zoo.export import ExportError, export
+
+
+@pytest.fixture(scope="module")
+def predictor(folder: Path) -> Predictor:
+    return Predictor.load(folder / "gm/checkpoints/best.ckpt")
+
+
+def arrays(predictor: Predictor, photos: list[Path]) -> dict[str, np.ndarray]:
+    """The instances of photos as a user would pad them, and what the model makes of them."""
+    images = [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) / 255 for p in photos]
+    with torch.no_grad():
+        found = predictor.extractor(images, 10)
+        batch = dense_batch(found, predictor.graph)
+        output = predictor.model(batch)
+    return {
+        "features": batch.x.numpy(), "boxes": batch.box.numpy(), "mask": batch.mask.numpy(),
+        "logits": output.logits.numpy(), "matches": output.matches.numpy(), "winners": output.winners.numpy(),
+    }  # fmt: skip
+
+
+def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    """With onnxruntime alone, on real instances, for one image and for many."""
+    path = tmp_path / "network.onnx"
+    assert export(predictor, path, "onnx") <= 1e-4
+    onnx.checker.check_model(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
+    for name, some in {"one": photos[:1], "many": photos}.items():
+        values = arrays(predictor, some)
+        short = 6 - values["mask"].shape[1]  # the instance graph has 5 neighbours
+        if short > 0:
+            for key in ("features", "boxes", "mask"):
+                pad = [(0, 0), (0, short)] + [(0, 0)] * (values[key].ndim - 2)
+                values[key] = np.pad(values[key], pad)
+        np.savez(tmp_path / f"{name}.npz", **values)
+    code = (
+        "import sys, json, numpy as np, onnxruntime as ort\n"
+        f"s = ort.InferenceSession({str(path)!r}, providers=['CPUExecutionProvider'])\n"
+        "for name in ('one', 'many'):\n"
+        f"    d = dict(np.load({str(tmp_path)!r} + '/' + name + '.npz'))\n"
+        "    logits, matches, winners = s.run(None, {k: d[k] for k in ('features', 'boxes', 'mask')})\n"
+        "    m = d['mask']\n    n = m.shape[1]\n"
+        "    assert abs(logits - d['logits']).max() < 1e-4\n"
+        "    real = m[:, :d['matches'].shape[1]]\n"
+        "    assert abs(matches[:, :d['matches'].shape[1]] - d['matches'])[real].max() < 1e-4\n"
+        "    assert (winners == d['winners']).mean() > 0.99\n"
+        "assert not any(name in sys.modules for name in ('torch', 'gm_mlic'))\n"
+        "print(json.loads(s.get_modelmeta().custom_metadata_map['labels'])[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == predictor.description.labels[0]
+
+
+@pytest.mark.parametrize("name", ["gm", "explicit", "mil"])
+def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: str):
+    predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
+    export(predictor, tmp_path / "network.pt2", "torch")
+    extra = {"labels": ""}
+    program = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
+    assert json.loads(extra["labels"]) == list(predictor.description.labels)
+    predictions = list(predictor(photos))
+    M = max(6, max(len(p.boxes) for p in predictions))
+    with torch.no_grad():
+        found = predictor.extractor(
+            [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) / 255 for p in photos], predictor.graph.m
+        )
+        for instances, prediction in zip(found, predictions, strict=True):
+            pad = M - len(instances)
+            features = torch.nn.functional.pad(instances.features, (0, 0, 0, pad))[None]
+            boxes = torch.nn.functional.pad(instances.boxes, (0, 0, 0, pad))[None]
+            logits, matches, _ = program(features, boxes, (torch.arange(M) < len(instances))[None])
+            np.testing.assert_allclose(logits.sigmoid()[0].numpy(), prediction.probabilities, atol=1e-5)
+            np.testing.assert_allclose(matches[0, : len(instances)].numpy(), prediction.matches, atol=1e-4)
+
+
+def test_photos_in_labels_out(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    """Detector and network as one, as ONNX: what predict says, from the pixels."""
+    assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
+    (name,) = [value.name for value in session.get_inputs()]
+    names = [value.name for value in session.get_outputs()]
+    for photo, prediction in zip(photos, predictor(photos), strict=True):
+        pixels = np.array(Image.open(photo)).transpose(2, 0, 1).astype(np.float32) / 255
+        out = dict(zip(names, session.run(None, {name: pixels}), strict=True))
+        n = len(prediction.boxes)
+        assert out["mask"].tolist() == [True] * n + [False] * (len(out["mask"]) - n)
+        np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
+        np.testing.assert_allclose(out["boxes"][:n] * 96, prediction.boxes, atol=1e-2)
+
+
+def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    export(predictor, tmp_path / "detector.pt2", "torch", "detector", (96, 96))
+    program = torch.export.load(tmp_path / "detector.pt2").module()
+    pixels = torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1) / 255
+    (expected,) = predictor.extractor([pixels], predictor.graph.m)
+    features, _, mask, _ = program(pixels)
+    torch.testing.assert_close(features[mask], expected.features, rtol=1e-3, atol=1e-4)
+
+
+def test_other_labels(predictor: Predictor, tmp_path: Path):
+    other = predictor.with_labels(["cat", "zebra crossing"])
+    export(other, tmp_path / "two.pt2", "torch")
+    network = torch.export.load(tmp_path / "two.pt2").module()
+    assert network(torch.randn(2, 7, 256), torch.rand(2, 7, 4), torch.ones(2, 7, dtype=torch.bool))[0].shape == (2, 2)
+
+
+def test_a_program_that_differs_is_not_kept(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "network.pt2").write_text("the one before")
+    loaded = module._loaded_program
+
+    def wrong(path: Path):
+        run = loaded(path)
+        return lambda trial: [out + 1e-3 if out.is_floating_point() else out for out in run(trial)]
+
+    monkeypatch.setattr(module, "_loaded_program", wrong)
+    with pytest.raises(ExportError, match=r"differs from the model by 1\.0e-03"):
+        export(predictor, tmp_path / "network.pt2", "torch")
+    assert [file.name for file in tmp_path.iterdir()] == ["network.pt2"]
+    assert (tmp_path / "network.pt2").read_text() == "the one before"
+
+
+def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="formats are torch, onnx"):
+        export(predictor, tmp_path / "x", "tensorflow")
+    with pytest.raises(ConfigError, match="parts network, detector, all"):
+        export(predictor, tmp_path / "x", "torch", "decoder")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gm-mlic\[export\]'"):
+        export(predictor, tmp_path / "x", "onnx")
+    own = Predictor(predictor.model, predictor.description, lambda images, m: [])  # type: ignore[arg-type]
+    own.extractor.name = "mine"  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export part=network"):
+        export(own, tmp_path / "x", "torch", "all")

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from gm_mlic import Predictor, build_extractor
+from gm_mlic.cli.compose import compose
+from gm_mlic.detection import save_detector
+from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.training import run
+from gm_mlic.zoo import Card
+from gm_mlic.zoo.pretrained import find_pretrained
+
+CARD = Card("scenes: drawn", {"train": 32, "test": 12}, {"mAP": 12.25, "top3/CF1": 50.0}, "mlgcn", "mit", {"seed": 3})
+
+
+@pytest.fixture
+def saved(folder: Path, tmp_path: Path) -> Path:
+    return Predictor.from_checkpoint(folder / "gm/checkpoints/best.ckpt").save_pretrained(tmp_path / "model", CARD)
+
+
+def same(found: np.ndarray, expected: np.ndarray) -> None:
+    """Up to rounding, which depends on where in memory the weights lie."""
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def probabilities(predictor: Predictor, photos: list[Path]) -> np.ndarray:
+    return np.stack([prediction.probabilities for prediction in predictor(photos)])
+
+
+@pytest.mark.parametrize("name", ["gm", "mil", "explicit"])
+def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: Path, name: str):
+    before = Predictor.from_checkpoint(folder / name / "checkpoints/best.ckpt")
+    path = before.save_pretrained(tmp_path / "new" / "model")
+    after = Predictor.from_pretrained(path)
+    same(probabilities(after, photos), probabilities(before, photos))
+    assert after.description.labels == before.description.labels
+    assert after.description.graph == before.description.graph
+    again = after.save_pretrained(tmp_path / "again")
+    for file in ("config.json", "model.safetensors", "label_vectors.safetensors"):
+        assert (again / file).read_bytes() == (path / file).read_bytes()
+
+
+def test_a_folder_that_was_moved_needs_nothing_else(folder: Path, photos: list[Path], tmp_path: Path, small: list[str]):
+    """The detector's own weights file, the GloVe file and the run are gone."""
+    weights = tmp_path / "lost" / "detector.safetensors"
+    save_detector(build_extractor("scenes_tiny", weights="scenes"), weights, "scenes_tiny")
+    glove = tmp_path / "lost" / "some.glove.txt"
+    words = {
+        w for label in Predictor.load(folder / "gm/checkpoints/best.ckpt").description.labels for w in label.split()
+    }
+    rng = np.random.default_rng(0)
+    glove.write_text("".join(f"{w} {' '.join(f'{v:.3f}' for v in rng.normal(size=8))}\n" for w in sorted(words)))
+    settings = [f"detector.weights={weights}", "embedding=glove", f"embedding.path={glove}", "model.widths=[8,8]"]
+    run.train(
+        compose("train", [*small, *settings, f"instances.root={tmp_path}/lost/s", f"run_dir={tmp_path}/lost/run"])
+    )
+    before = Predictor.load(tmp_path / "lost/run/checkpoints/best.ckpt")
+    expected = probabilities(before, photos)
+    before.save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "lost")
+    moved = (tmp_path / "model").rename(tmp_path / "elsewhere")
+    after = Predictor.load(moved)
+    same(probabilities(after, photos), expected)
+    assert str(tmp_path) not in (moved / "config.json").read_text()
+    with pytest.raises(Exception, match=r"some\.glove\.txt"):
+        after.with_labels(["mug"])
+    # and once more, from there
+    same(probabilities(Predictor.load(after.save_pretrained(tmp_path / "third")), photos), expected)
+
+
+def test_a_detector_that_was_trained_along_goes_along(photos: list[Path], tmp_path: Path, small: list[str]):
+    online = ["instances.online=true", "detector.trainable=all", "model.widths=[8,8]", "trainer.max_epochs=1"]
+    run.train(compose("train", [*small, *online, f"run_dir={tmp_path}/run"]))
+    before = Predictor.load(tmp_path / "run/checkpoints/best.ckpt")
+    after = Predictor.load(before.save_pretrained(tmp_path / "model"))
+    same(probabilities(after, photos), probabilities(before, photos))
+
+
+def test_a_detector_of_ones_own(folder: Path, photos: list[Path], tmp_path: Path):
+    before = Predictor.load(folder / "gm/checkpoints/best.ckpt")
+    own = Predictor(before.model, replace(before.description, detector_settings={}), before.extractor)
+    path = own.save_pretrained(tmp_path / "model")
+    with pytest.raises(WeightsError, match=r"give it as extractor="):
+        Predictor.from_pretrained(path)
+    after = Predictor.from_pretrained(path, extractor=before.extractor)
+    same(probabilities(after, photos), probabilities(before, photos))
+    with pytest.raises(WeightsError, match="use the detector, weights and settings it was trained with"):
+        Predictor.from_pretrained(path, extractor=build_extractor("scenes_tiny", weights="scenes", score_threshold=0.5))
+
+
+def test_the_model_card(saved: Path):
+    text = (saved / "README.md").read_text()
+    head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    head = yaml.safe_load(head)
+    assert head["license"] == "mit"
+    assert head["library_name"] == "gm-mlic"
+    assert head["datasets"] == ["scenes: drawn"]
+    (result,) = head["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "mAP", "value": 12.25}, {"type": "top3/CF1", "value": 50.0}]
+    for said in ("mug, cheese, lemon", "convention `mlgcn`", "| 12.2 | 50.0 |", "- seed: 3", "32 train, 12 test"):
+        assert said in body
+    assert "\n\n\n" not in body
+
+
+def test_a_card_that_knows_nothing(folder: Path, tmp_path: Path):
+    predictor = Predictor.load(folder / "mil/checkpoints/best.ckpt")
+    text = (predictor.save_pretrained(tmp_path / "m") / "README.md").read_text()
+    assert text.count("Not stated") == 3
+    assert "with_labels" not in text  # it has a classifier for each label
+    assert yaml.safe_load(text.split("---")[1])["library_name"] == "gm-mlic"
+
+
+def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
+    config = json.loads((saved / "config.json").read_text())
+
+    def refused(match: str, name: str = "config.json", text: str | bytes | None = None, **changes: object) -> None:
+        folder = Path(shutil.copytree(saved, tmp_path / "copy", dirs_exist_ok=True))
+        if text is None:
+            text = json.dumps({**config, **changes})
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises((WeightsError, ConfigError), match=match) as caught:
+            Predictor.from_pretrained(folder)
+        assert "\n" not in str(caught.value)
+
+    refused("cannot be read", text="{")
+    refused("cannot be read", text="[" * 100_000)
+    refused("not the config of a gm-mlic model", text="[]")
+    refused("not the config", library="other")
+    refused("of format 2, by gm-mlic 9.0", format=2, version="9.0")
+    refused("not the config", labels=[1, 2])
+    refused("not the config", labels=config["labels"][:-1])
+    refused("not the config", model="gm_mlic")
+    refused("not the config", surplus=1)
+    refused("cannot be built", model={**config["model"], "name": "os.system"})
+    refused("cannot be built", model={**config["model"], "widths": "x"})
+    for graph in (
+        {"surplus": 1},
+        {"m": None},
+        {"m": "x"},
+        {"m": 3, "neighbours": "y"},
+        {"m": 3, "label_neighbours": -1},
+    ):
+        refused("cannot be built", graph=graph)
+    # sizes of a lie are refused before anything of that size is made
+    refused("do not fit", model={**config["model"], "widths": [10**7, 10**7]})
+    refused("do not fit|cannot be built", model={**config["model"], "k": 1, "widths": None})
+    refused("detector", detector_settings={**config["detector_settings"], "arch": "nothing"})
+    refused("cannot be built", detector_settings={**config["detector_settings"], "surplus": 1})
+    refused("use the detector", detector_settings={**config["detector_settings"], "weights": None})
+    refused("cannot be read", "model.safetensors", b"\x80\x04pickle")
+    refused("cannot be read", "label_vectors.safetensors", b"")
+    folder = Path(shutil.copytree(saved, tmp_path / "other"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if "decoder" not in name}, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"do not fit the model of config\.json \(decoder"):
+        Predictor.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        Predictor.from_pretrained(folder)
+    with pytest.raises(WeightsError, match=r"it has no config\.json"):
+        Predictor.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="no such folder"):
+        Predictor.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="revision=x"):
+        Predictor.from_pretrained(saved, revision="x")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download needs."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/me/model/revision/"):
+            files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
+            self.answer(json.dumps({"id": "me/model", "sha": COMMIT, "siblings": files}).encode(), {})
+        elif path.startswith("/me/model/resolve/"):
+            content = (self.folder / path.rpartition("/")[2]).read_bytes()
+            self.answer(content, {"ETag": f'"{hash(content) & 0xFFFFFFFF:x}"', "X-Repo-Commit": COMMIT})
+        elif path.startswith("/api/models/me/model/tree/"):
+            files = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in self.folder.iterdir()
+            ]
+            self.answer(json.dumps(files).encode(), {})
+        else:
+            self.answer(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, 404)
+
+    def answer(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_from_the_hub(saved: Path, photos: list[Path], tmp_path: Path):
+    """In a process of its own, for the hub's library reads its address when it is imported."""
+    (saved / "evil.py").write_text("raise SystemExit('run')")
+    FakeHub.folder, FakeHub.asked = saved, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    code = (
+        "import sys\nfrom gm_mlic import Predictor\nfrom gm_mlic.errors import WeightsError\n"
+        f"print(next(Predictor.load('me/model')([{str(photos[0])!r}])).top(1)[0].label)\n"
+        "try:\n    Predictor.load('me/other')\nexcept WeightsError as error:\n    print(error)\n"
+    )
+    environment = {
+        "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_XET": "1",
+        "HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+
+    def go(extra: dict[str, str]) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False,
+            env=environment | extra, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    try:
+        label, refusal = go({})
+    finally:
+        server.shutdown()
+    assert label == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
+    assert refusal.startswith("me/other: there is no such folder, and the hub gave none")
+    assert not any("evil.py" in asked for asked in FakeHub.asked)
+    # fetched once: what is kept serves without the hub
+    assert go({"HF_HUB_OFFLINE": "1"})[0] == label
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gm-mlic\[hub\]'"):
+        find_pretrained("me/model")
+
+
+def test_weights_stay_of_their_type(saved: Path):
+    assert {w.dtype for w in load_file(saved / "model.safetensors").values()} == {torch.float32}
