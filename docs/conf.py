@@ -41,7 +41,7 @@ myst_heading_anchors = 3
 exclude_patterns = ["_build", "notebooks"]
 
 #: Pages of index.md that are listed only where they exist.
-OPTIONAL_PAGES = ("open_labels",)
+OPTIONAL_PAGES = ("open_labels", "generated/model_zoo")
 
 html_math_renderer = "mathml"
 html_theme = "furo"

@@ -18,7 +18,7 @@ class DecoderLayer(nn.Module):
     r"""A layer of the transformer decoder (eq. 1 to 3 of that paper): label queries hear each other, then the image.
 
     .. math::
-        Q^{(1)} &= \mathrm{MultiHead}(Q, Q, Q), \quad
+        Q^{(1)} = \mathrm{MultiHead}(Q, Q, Q), \quad
         Q^{(2)} = \mathrm{MultiHead}(Q^{(1)}, \tilde F, F), \quad
         Q = \mathrm{FFN}(Q^{(2)})
 

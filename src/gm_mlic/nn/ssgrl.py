@@ -48,7 +48,7 @@ class GatedGraph(nn.Module):
     r"""Gated recurrent updates over the labels' graph (eq. 6 and 7 there), with weights :math:`a_{cc'}`.
 
     .. math::
-        a_c^t &= [\textstyle\sum_{c'} a_{cc'} h_{c'}^{t-1}, \sum_{c'} a_{c'c} h_{c'}^{t-1}] \\
+        a_c^t &= [\sum_{c'} a_{cc'} h_{c'}^{t-1}, \sum_{c'} a_{c'c} h_{c'}^{t-1}] \\
         z &= \sigma(W^z a + U^z h), \quad r = \sigma(W^r a + U^r h), \quad
         \tilde h = \tanh(W a + U (r \odot h)), \quad h^t = (1 - z) \odot h + z \odot \tilde h
 
