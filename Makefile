@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SCATTER := $(VENV)/.torch-scatter
 
-.PHONY: help demo test test-slow test-scatter lint format model-zoo clean
+.PHONY: help demo test test-slow test-scatter lint format docs model-zoo clean
 
 help: ## show this
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -53,8 +53,11 @@ format: $(INSTALLED) ## let ruff format the code
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
+docs: $(INSTALLED) ## the site, into docs/_build/html (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n docs docs/_build/html
+
 model-zoo: $(INSTALLED) ## MODEL_ZOO.md from the registry, the shipped models and the studies
 	$(BIN)/python docs/model_zoo.py
 
 clean: ## remove what these made, but neither runs/ nor data/
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

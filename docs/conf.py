@@ -39,8 +39,9 @@ extensions = [
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "notebooks"]
-# The glob open_label* of index.md: that page is listed where it exists.
-suppress_warnings = ["toc.empty_glob"]
+
+#: Pages of index.md that are listed only where they exist.
+OPTIONAL_PAGES = ("open_labels", "generated/model_zoo")
 
 html_math_renderer = "mathml"
 html_theme = "furo"
@@ -49,6 +50,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_theme_options = {"source_edit_link": "", "source_view_link": ""}
 html_copy_source = False
+html_show_copyright = False
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
@@ -151,9 +153,17 @@ def parsable(
     return (signature.replace("<factory>", "..."), returns) if signature else None
 
 
+def leave_out(app: Sphinx, page: str, source: list[str]) -> None:
+    """Take pages that may not be there out of the first page's list."""
+    for name in () if page != "index" else OPTIONAL_PAGES:
+        if not (DOCS / f"{name}.md").exists():
+            source[0] = source[0].replace(f"\n{name}\n", "\n")
+
+
 def setup(app: Sphinx) -> None:
     """Write the generated pages before Sphinx looks for pages, and resolve references."""
     write_pages(ROOT, DOCS / "generated")
+    app.connect("source-read", leave_out)
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-signature", parsable)
     app.connect("missing-reference", resolve)

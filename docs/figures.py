@@ -41,7 +41,7 @@ def main(out: Path) -> None:
     draw_photo(left, photo, graph)
     draw_graph(right, graph, photo, labels, len(scenes.labels))
     figure.savefig(out, dpi=100)
-    Image.open(out).convert("RGB").quantize(96).save(out, optimize=True)
+    Image.open(out).convert("RGB").quantize(256).save(out, optimize=True)
 
 
 def draw_photo(axes: Axes, photo: Image.Image, graph: HeteroData) -> None:

@@ -2,7 +2,7 @@
 
 `generated/commands.md` holds what every command says of itself, `generated/configuration.md` the files of conf/,
 `generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the
-studies, `generated/tour.md` the notebook.
+studies, `generated/tour.md` the notebook, `generated/model_zoo.md` the table of models.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ def write_pages(root: Path, out: Path) -> None:
     pages |= {Path("commands.md"): commands(), Path("configuration.md"): configuration(root)}
     pages |= {Path("api") / name: text for name, text in api(root)}
     pages |= {Path("experiments") / name: text for name, text in experiments(root)}
+    if (root / "MODEL_ZOO.md").exists():
+        pages[Path("model_zoo.md")] = moved(root / "MODEL_ZOO.md", root, "../..")
     pages |= dict(tour(root / "docs" / "notebooks" / "tour.ipynb"))
     if out.exists():
         for old in [p for p in out.rglob("*") if p.is_file() and p.relative_to(out) not in pages]:
@@ -152,28 +154,30 @@ def _module_page(title: str, text: str, found: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# The studies
+# The studies, and other pages that stand elsewhere
 
 
 def experiments(root: Path) -> Iterator[tuple[str, str]]:
-    """The README of each study, with links that lead to its pictures, tables and the other studies' pages."""
-    folder = root / "experiments"
-    names = {p.parent.name for p in folder.glob("*/README.md")}
-    for name in sorted(names):
+    """The README of each study."""
+    for file in sorted((root / "experiments").glob("*/README.md")):
+        yield f"{file.parent.name}.md", moved(file, root, "../../..")
 
-        def lead(match: re.Match[str], name: str = name) -> str:
-            target = match[1]
-            if target.startswith(("http://", "https://", "#")):
-                return match[0]
-            path = (folder / name / target).resolve()
-            if path.parent == folder and path.name in names:
-                return f"]({path.name}.md)"
-            if path.parent == root / "docs" and path.suffix == ".md":
-                return f"](../../{path.name})"
-            return f"](../../../{path.relative_to(root).as_posix()})"
 
-        text = (folder / name / "README.md").read_text()
-        yield f"{name}.md", re.sub(r"\]\(([^)\s]+)\)", lead, text)
+def moved(file: Path, root: Path, up: str) -> str:
+    """A page of the repository, with links as they are from a generated page; ``up`` leads from there to ``root``."""
+
+    def lead(match: re.Match[str]) -> str:
+        target, hash_sign, place = match[1].partition("#")
+        if target.startswith(("http:", "https:")) or not target:
+            return match[0]
+        path = (file.parent / target).resolve()
+        if (path / "README.md").exists():
+            path /= "README.md"
+        if path.name == "README.md" and path.parent.parent == root / "experiments":
+            path = root / "docs" / "generated" / "experiments" / f"{path.parent.name}.md"
+        return f"]({up}/{path.relative_to(root).as_posix()}{hash_sign}{place})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", lead, file.read_text())
 
 
 # The notebook
@@ -190,10 +194,11 @@ def tour(notebook: Path) -> Iterator[tuple[Path, str | bytes]]:
         parts.append(source if cell["cell_type"] == "markdown" else _block("python", source))
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data:
+            kinds = [kind for kind in ("jpeg", "png") if f"image/{kind}" in data]
+            if kinds:
                 pictures += 1
-                picture = Path(f"tour_{pictures}.png")
-                yield picture, base64.b64decode("".join(data["image/png"]))
+                picture = Path(f"tour_{pictures}.{kinds[0]}")
+                yield picture, base64.b64decode("".join(data[f"image/{kinds[0]}"]))
                 parts.append(f"![What the cell above draws]({picture})")
             elif "text" in output or "text/plain" in data:
                 parts.append(_block("text", "".join(output.get("text") or data["text/plain"]).rstrip()))

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 def _formula(node: nodes.Element, *, as_block: bool) -> str:
     try:
         return str(tex2mathml(node.astext(), as_block=as_block))
-    except MathError as error:
-        log.warning("formula that cannot be drawn: %s: %s", error, node.astext(), location=node)
+    except (MathError, AttributeError) as error:  # the second from an & that its parser did not expect
+        log.warning("formula that cannot be drawn (%s): %s", error, node.astext(), location=node)
         return f"<code>{node.astext()}</code>"
 
 

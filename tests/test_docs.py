@@ -103,7 +103,7 @@ def test_a_command_that_is_shown_composes(page: str, command: list[str]):
 def test_each_way_to_write_an_example_is_found():
     """A page may not have examples that this file overlooks."""
     for page in PAGES:
-        fences = re.findall(r"^\s*```+\s*(\S*)$", page.read_text(), flags=re.MULTILINE)
+        fences = re.findall(r"^ *```+ *(\S*)$", page.read_text(), flags=re.MULTILINE)
         opened = [fence for fence in fences if fence]
         known = re.compile(r"python|sh|text|\{[\w-]+\}")
         assert [fence for fence in opened if not known.fullmatch(fence)] == [], page.name
@@ -119,7 +119,7 @@ def test_make_targets_that_are_named_exist():
 
 
 def test_what_is_shown_is_in_the_source():
-    """Sphinx warns about an object that is gone; a line that is gone only ends what is shown, so it is looked for."""
+    """Sphinx warns about an object that is gone; the lines that begin and end an excerpt are looked for here."""
     page = (DOCS / "concepts.md").read_text()
     shown = re.findall(r"^```\{literalinclude\} \.\./(\S+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     assert len(shown) >= 10
@@ -144,6 +144,8 @@ def test_generated_pages_hold_what_the_code_has(tmp_path: Path, monkeypatch: pyt
     monkeypatch.syspath_prepend(str(DOCS))
     import generate
 
+    assert generate.help_of("runs").startswith("gm-mlic runs: ")
+    monkeypatch.setattr(generate, "help_of", lambda *command: f"help of {command}")  # all of them take seconds
     generate.write_pages(ROOT, tmp_path)
     commands_page = (tmp_path / "commands.md").read_text()
     assert all(f"## gm-mlic {command}\n" in commands_page for command in COMMANDS)

@@ -11,7 +11,7 @@ manifest.json                            :class:`Manifest`; written last: with i
 features.npy        (N, V, m, D) float16 f of eq. 1
 boxes.npy           (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
 scores.npy          (N, V, m)    float32 confidences in [0, 1]
-detected_labels.npy (N, V, m)   int32   index into the manifest's ``detector_labels``; -1 for none
+detected_labels.npy (N, V, m)    int32   index into the manifest's ``detector_labels``; -1 for none
 counts.npy          (N, V)       int32   how many slots are used; 0 only where the image is unreadable
 targets.npy         (N, C)       int8    1 present, 0 difficult, -1 absent
 =================== ============ ======= =========================================================
