@@ -67,14 +67,17 @@ def zoo() -> str:
 
 
 def scenes() -> list[str]:
-    """The comparison on scenes, from the study's table."""
+    """The comparison on scenes, from the study's table; nothing before the study is run."""
+    table = ROOT / "experiments/baselines/results.csv"
+    if not table.exists():
+        return []
     lines = [
         "\n## On scenes, on equal terms\n\nTest mAP, mean and sample standard deviation over seeds, from "
         "[experiments/baselines](experiments/baselines) (its README has settings, costs, and what is not equal).\n\n"
         "| on | model | mAP | CF1 | seeds |\n| --- | --- | ---: | ---: | ---: |\n"
     ]
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
-    with (ROOT / "experiments/baselines/results.csv").open() as file:
+    with table.open() as file:
         for row in csv.DictReader(file):
             groups.setdefault((row["instances"], row["model"]), []).append(row)
     for (kind, model), rows in groups.items():

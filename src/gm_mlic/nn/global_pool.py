@@ -17,7 +17,7 @@ class GlobalPool(nn.Module):
     r"""Global average pooling and a linear classifier, from "Deep Residual Learning" (He et al., CVPR 2016, Table 1).
 
     .. math::
-        s_c = w_c^\top \Big( \frac{1}{M} \sum_i f_i \Big) + b_c = \frac{1}{M} \sum_i m_{ic}, \qquad
+        s_c = w_c^\top ( \frac{1}{M} \sum_i f_i ) + b_c = \frac{1}{M} \sum_i m_{ic}, \qquad
         m_{ic} = w_c^\top f_i + b_c
 
     What every other model is compared with in the literature as "ResNet-101". The matches :math:`m_{ic}` are the class

@@ -19,7 +19,7 @@ class SemanticDecoupling(nn.Module):
 
     .. math::
         a_{ic} = \underset{i}{\mathrm{softmax}} \;
-            p^\top \tanh \big( (U^\top f_i) \odot (V^\top w_c) \big), \qquad f_c = \sum_i a_{ic} f_i
+            p^\top \tanh ( (U^\top f_i) \odot (V^\top w_c) ), \qquad f_c = \sum_i a_{ic} f_i
 
     The paper has :math:`P^\top \tanh(\cdot) + b` and a linear :math:`f_a` behind it. Two linear maps in a row are one,
     the vector p, and what they add to all locations alike cancels in the softmax: the same functions with fewer
@@ -59,7 +59,7 @@ class GatedGraphConv(nn.Module):
     r"""One step of a gated graph network (Li et al., ICLR 2016), as in section 3.3 of the paper.
 
     .. math::
-        m_c &= \Big[ \sum_{c'} A_{cc'} h_{c'}, \; \sum_{c'} A_{c'c} h_{c'} \Big] \\
+        m_c &= [ \sum_{c'} A_{cc'} h_{c'}, \; \sum_{c'} A_{c'c} h_{c'} ] \\
         z_c, r_c &= \sigma(W [m_c, h_c] + b) \\
         \tilde h_c &= \tanh(W' [m_c, r_c \odot h_c] + b') \\
         h_c &\leftarrow (1 - z_c) \odot h_c + z_c \odot \tilde h_c
