@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from gm_mlic.nn import create_model, list_models, pretrained_models
-from gm_mlic.nn.registry import SHIPPED, SIZES, describe
+from gm_mlic.nn import create_model, list_models, model_arguments, pretrained_models
+from gm_mlic.nn.registry import SHIPPED, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Sizes that data decide, as they are for scenes; for the others the paper's, with COCO's labels.
@@ -33,10 +33,9 @@ loads what is marked as shipped, and `Predictor.load(NAME)` has its detector and
 
 def parameters(name: str) -> int:
     """Of the model with the sizes of scenes, or with its own where its name decides them."""
-    sizes = {key: SCENES[key] for key in ("instance_dim", *SIZES.get(name, ("label_dim",)))}
-    if name != "gm_mlic" and name not in SIZES:
-        sizes = {}
-    model = create_model(name, **sizes)
+    of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others have the sizes of their datasets
+    takes = model_arguments(name)
+    model = create_model(name, **{key: size for key, size in SCENES.items() if of_data and key in takes})
     return sum(p.numel() for p in model.parameters())
 
 
@@ -63,12 +62,17 @@ def zoo() -> str:
             f"`{result['dataset']['name']}`, instances of `{config['detector']}`; its test split: {metrics}. "
             f"[Card](src/gm_mlic/zoo/models/{name}/README.md).\n"
         )
-    lines.append("\n## On scenes, on equal terms\n\n")
-    lines.append(
-        "Test mAP, mean and sample standard deviation over seeds, from [experiments/baselines](experiments/baselines) "
-        "(its README has settings, costs, and what is not equal).\n\n| on | model | mAP | CF1 | seeds |\n"
-        "| --- | --- | ---: | ---: | ---: |\n"
-    )
+    lines += scenes()
+    return "".join(lines)
+
+
+def scenes() -> list[str]:
+    """The comparison on scenes, from the study's table."""
+    lines = [
+        "\n## On scenes, on equal terms\n\nTest mAP, mean and sample standard deviation over seeds, from "
+        "[experiments/baselines](experiments/baselines) (its README has settings, costs, and what is not equal).\n\n"
+        "| on | model | mAP | CF1 | seeds |\n| --- | --- | ---: | ---: | ---: |\n"
+    ]
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     with (ROOT / "experiments/baselines/results.csv").open() as file:
         for row in csv.DictReader(file):
@@ -77,7 +81,7 @@ def zoo() -> str:
         # the detector's own labels are not trained: one row
         values = [[float(row[key]) for row in (rows[:1] if model == "detector" else rows)] for key in ("mAP", "CF1")]
         lines.append(f"| {kind} | `{model}` | {' | '.join(map(spread, values))} | {len(values[0])} |\n")
-    return "".join(lines)
+    return lines
 
 
 def spread(values: list[float]) -> str:

@@ -26,10 +26,24 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 MAY_BE_MISSING = {"embedding.path"}
 #: The command that a group belongs to, where it is not train.
 COMMANDS = {"bench": "bench"}
+#: What an option asks for besides.
+WITH = {"detector=resnet101": ["graph.m=196"]}
+#: The class of a model, by its name; GMMLIC for others.
+MODELS = {
+    "mil_max": MILMax,
+    "resnet101": GlobalPool,
+    "ml_gcn": MLGCN,
+    "ssgrl": SSGRL,
+    "query2label": Query2Label,
+}
 
 
 def options(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def chosen(group: str, option: str) -> list[str]:
+    return [f"{group}={option}", *WITH.get(f"{group}={option}", [])]
 
 
 def leaves(config: DictConfig, prefix: str = "") -> list[str]:
@@ -55,7 +69,7 @@ def check_complete(config: DictConfig) -> None:
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
 def test_every_option_of_every_group(group: str, option: str):
-    check_complete(compose(COMMANDS.get(group, "train"), [f"{group}={option}"]))
+    check_complete(compose(COMMANDS.get(group, "train"), chosen(group, option)))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +80,40 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     check_complete(config)
     removed = [k for k in ("label_graph", "instance_graph", "matching_edges") if not config.model[k]]
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "baseline"), list(itertools.product(options("experiment"), options("baseline")))
+)
+def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
+    """Same data, training and evaluation; only the model, and cells of the same backbone instead of boxes."""
+    without = compose("train", [f"experiment={experiment}"])
+    config = compose("train", [f"experiment={experiment}", f"baseline={baseline}"])
+    check_complete(without)
+    check_complete(config)
+    side = 10 if config.detector.arch == "scenes_tiny" else 14
+    assert (config.detector.grid, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
+    assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
+    changed = {change.partition("=")[0] for change in settings.changed_settings(without, config)}
+    assert {key for key in changed if not key.startswith("model.")} == {
+        "detector.grid", "detector.max_instances", "graph.m",
+    }  # fmt: skip
+
+
+def test_the_user_has_the_last_word_on_the_grid():
+    config = compose("train", ["baseline=ssgrl", "detector.grid=5"])
+    settings.check(config)
+    assert (config.graph.m, config.detector.max_instances) == (25, 25)
+    settings.check(compose("train", ["detector.grid=5", "graph.m=25", "detector.max_instances=25"]))
+    for overrides, named in (
+        (["detector.grid=5"], r"detector\.max_instances=15: detector\.grid=5 makes 25 instances"),
+        (["detector.grid=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
+        (["detector=resnet101"], r"graph\.m=10: detector\.grid=14 makes 196 instances"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            settings.check(compose("train", overrides))
+    with pytest.raises(ConfigError, match=r"detector\.grid=many: expected a whole number"):
+        compose("train", ["baseline=ssgrl", "detector.grid=many"])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +235,7 @@ def test_every_file_becomes_what_it_configures(
     vectors = tmp_path / "glove.txt"
     vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
     small = ["dataset.sizes.train=2"] if option not in options("dataset") else []
-    config = compose("train", [*small, f"{group}={option}"])
+    config = compose("train", [*small, *chosen(group, option)])
     config.detector.weights = None if config.detector.arch != "scenes_tiny" else config.detector.weights
     config.trainer.accelerator = "cpu"
     if config.embedding.source == "glove":
@@ -201,8 +249,7 @@ def test_every_file_becomes_what_it_configures(
     dataset = build.build_dataset(config, "train")
     module, graph = build_module(config, dataset, build.build_detector(config))
     assert graph.m == config.graph.m
-    kinds = {"mil_max": MILMax, "resnet101": GlobalPool, "ml_gcn": MLGCN, "ssgrl": SSGRL, "query2label": Query2Label}
-    assert type(module.model) is kinds.get(config.model.name, GMMLIC)
+    assert type(module.model) is MODELS.get(config.model.name, GMMLIC)
     trainer = build.build_trainer(config, tmp_path, build.training_callbacks(config, tmp_path))
     assert trainer.max_epochs == config.trainer.max_epochs
     length = SimpleNamespace(estimated_stepping_batches=10, max_epochs=2)

@@ -1,109 +1,195 @@
+"""A grid against the backbone's own map, itself in other batches, and the files its weights come from."""
+
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torchvision.models import ResNet101_Weights, resnet101
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import resnet101
 
-from gm_mlic import Scenes, build_extractor
-from gm_mlic.datasets.images import to_tensor
-from gm_mlic.detection import GridExtractor, save_detector
+from gm_mlic.datasets import Scenes
+from gm_mlic.detection import GridExtractor, InstanceExtractor, build_extractor, checkpoints
 from gm_mlic.errors import ConfigError, WeightsError
 
-SCENES = Scenes("test", size=3)
-IMAGES = [to_tensor(SCENES.image(i)) for i in range(3)]
+
+@pytest.fixture(scope="module")
+def images() -> list[torch.Tensor]:
+    scenes = Scenes("test", size=3, seed=3)
+    return list(torch.from_numpy(scenes.images_uint8(range(3))).permute(0, 3, 1, 2).float() / 255)
 
 
-def grid(**settings) -> GridExtractor:
-    extractor = build_extractor("scenes_tiny", **{"weights": "scenes", "grid": 4, **settings})
-    assert isinstance(extractor, GridExtractor)
-    return extractor
+@pytest.fixture(scope="module")
+def extractor() -> GridExtractor:
+    return build_extractor("scenes_tiny", weights="scenes", grid=10)
 
 
-def test_cells_against_the_map_itself():
-    extractor = grid()
-    found = extractor(IMAGES, 16)
-    detector = extractor.detector
-    for image, instances in zip(IMAGES, found, strict=True):
-        coarse = detector.backbone(((image - 0.5) / 0.25)[None])["coarse"][0]  # (48, 20, 20): cells of 5 x 5
-        assert instances.features.shape == (16, extractor.feature_dim) == (16, 48)
-        for row in range(4):
-            for column in range(4):
-                k = 4 * row + column
-                cell = coarse[:, 5 * row : 5 * row + 5, 5 * column : 5 * column + 5].mean(dim=(1, 2))
-                torch.testing.assert_close(instances.features[k], cell, rtol=1e-4, atol=1e-5)
-                box = [column / 4, row / 4, (column + 1) / 4, (row + 1) / 4]
-                assert instances.boxes[k].tolist() == pytest.approx(box)
-        assert instances.scores.tolist() == [1.0] * 16
-        assert instances.detected_labels.tolist() == [-1] * 16
-        assert not instances.features.requires_grad
+@pytest.fixture(scope="module")
+def random_resnet() -> nn.Module:
+    return resnet101().eval()
 
 
-def test_images_of_any_size_alone_or_together():
-    extractor = grid()
-    images = [torch.rand(3, 50, 80), torch.rand(3, 300, 200), IMAGES[0]]
-    together = extractor(images, 16)
-    for image, instances in zip(images, together, strict=True):
-        (alone,) = extractor([image], 16)
-        torch.testing.assert_close(alone.features, instances.features, rtol=1e-4, atol=1e-5)
+def test_it_keeps_the_protocol(extractor, images):
+    assert isinstance(extractor, InstanceExtractor)
+    assert (extractor.name, extractor.labels, extractor.feature_dim) == ("scenes_tiny-grid10", (), 48)
+    for found in extractor(images, m=100):
+        assert found.boxes.shape == (100, 4)
+        assert found.features.shape == (100, 48)
+        assert found.boxes.dtype == found.scores.dtype == found.features.dtype == torch.float32
+        assert found.scores.tolist() == [1.0] * 100
+        assert found.detected_labels.tolist() == [-1] * 100
+        assert not found.features.requires_grad
+    assert extractor([], m=100) == []
+    assert len(extractor(images[:1], m=150)[0]) == 100
+    assert repr(extractor) == "GridExtractor('scenes_tiny-grid10', grid=10, size=160)"
 
 
-def test_the_fingerprint_tells_grids_apart(tmp_path: Path):
-    prints = {
-        grid().fingerprint,
-        grid(grid=5).fingerprint,
-        grid(min_size=192).fingerprint,
-        grid(weights=None).fingerprint,
-    }
-    prints.add(build_extractor("scenes_tiny", weights="scenes").fingerprint)
-    assert len(prints) == 5
-    assert grid().fingerprint == grid().fingerprint
-    save_detector(grid(), tmp_path / "w.safetensors", "scenes_tiny")
-    assert grid(weights=tmp_path / "w.safetensors").fingerprint == grid().fingerprint
+def test_cells_are_the_averages_of_the_map_that_the_box_head_reads(extractor, images):
+    detector = build_extractor("scenes_tiny", weights="scenes").detector
+    for image, found in zip(images, extractor(images, m=100), strict=True):
+        with torch.no_grad():
+            fine = detector.backbone(((image - 0.5) / 0.25)[None])["fine"][0]
+        assert fine.shape == (48, 40, 40)
+        for i, box in enumerate(found.boxes):
+            row, column = divmod(i, 10)
+            torch.testing.assert_close(box, torch.tensor([column, row, column + 1, row + 1]) / 10)
+            x1, y1, x2, y2 = (40 * box).round().int().tolist()
+            torch.testing.assert_close(found.features[i], fine[:, y1:y2, x1:x2].mean(dim=(1, 2)), atol=1e-4, rtol=1e-4)
 
 
-def test_training_reaches_the_backbone_alone():
-    extractor = grid(trainable="all")
-    extractor(IMAGES, 16)[0].features.sum().backward()
-    reached = {name for name, p in extractor.named_parameters() if p.grad is not None}
-    assert reached
-    assert all(name.startswith(("detector.backbone", "body")) for name in reached)
-    assert {name for name, p in extractor.named_parameters() if p.requires_grad} == reached
-    with pytest.raises(ConfigError, match="a grid has no boxes"):
-        grid(trainable="box_head")
+@pytest.mark.parametrize("arch", ["fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])
+def test_below_a_feature_pyramid_the_bodys_last_map_is_taken(arch):
+    extractor = build_extractor(arch, grid=2, min_size=64)
+    detector = build_extractor(arch, min_size=64).detector
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        last = list(detector.backbone.body(detector.transform.normalize(image)[None]).values())[-1]
+    assert extractor.feature_dim == last.shape[1] == {"fasterrcnn_resnet50_fpn": 2048}.get(arch, 960)
+    expected = last[0].flatten(1).T if last.shape[-1] == 2 else None
+    assert expected is not None
+    torch.testing.assert_close(extractor([image], m=4)[0].features, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_settings_that_cannot_be():
-    with pytest.raises(ConfigError, match=r"makes 16 instances of an image, not 10: set graph\.m=16"):
-        grid()(IMAGES, 10)
-    with pytest.raises(ConfigError, match=r"detector\.grid is 0"):
-        grid(grid=0)
-    with pytest.raises(ConfigError, match="gives a backbone only"):
-        build_extractor("fasterrcnn_resnet101_fpn", weights="imagenet")
-    with pytest.raises(ConfigError, match="imagenet exists for fasterrcnn_resnet101_fpn"):
-        grid(weights="imagenet")
+def test_images_of_any_sizes_become_squares_and_share_a_batch(extractor, images):
+    mixed = [images[0], images[1][:, :100], images[2][:, :, 30:150]]
+    together = extractor(mixed, m=100)
+    for image, found in zip(mixed, together, strict=True):
+        torch.testing.assert_close(extractor([image], m=100)[0].features, found.features, atol=1e-4, rtol=1e-4)
+        square = nn.functional.interpolate(image[None], (160, 160), mode="bilinear")[0]
+        torch.testing.assert_close(extractor([square], m=100)[0].features, found.features, atol=1e-4, rtol=1e-4)
 
 
-def test_resnet101_is_torchvisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """From a file where torch.hub keeps it, as the download leaves it."""
-    torch.manual_seed(0)
-    model = resnet101().eval()
-    name = Path(ResNet101_Weights.IMAGENET1K_V2.url).name
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(model.state_dict(), tmp_path / "checkpoints" / name)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    extractor = build_extractor("fasterrcnn_resnet101_fpn", weights="imagenet", grid=2, min_size=64)
-    assert extractor.feature_dim == 2048
-    assert extractor.name == "fasterrcnn_resnet101_fpn-grid2"
-    image = torch.rand(3, 64, 64)
-    (found,) = extractor([image], 4)
+def test_fingerprint_tells_weights_size_and_cells_apart():
+    def fingerprint(**changes) -> str:
+        return build_extractor("scenes_tiny", **({"labels": ("a", "b"), "seed": 1, "grid": 4} | changes)).fingerprint
+
+    first = fingerprint()
+    changes = [{"seed": 2}, {"min_size": 192}, {"grid": 5}, {"grid": None}]
+    assert first == fingerprint()
+    # What belongs to boxes alone has no say.
+    assert first == fingerprint(score_threshold=0.2, max_size=500)
+    assert len({first, *(fingerprint(**change) for change in changes)}) == len(changes) + 1
+    extractor = build_extractor("scenes_tiny", grid=4)
+    before = extractor.fingerprint
+    with torch.no_grad():
+        next(extractor.body.parameters()).add_(1)
+    assert extractor.fingerprint != before
+
+
+@pytest.mark.parametrize("trainable", ["none", "all"])
+def test_gradients_reach_what_is_trainable(images, trainable):
+    extractor = build_extractor("scenes_tiny", weights="scenes", grid=4, trainable=trainable)
+    extractor.train()
+    assert not extractor.body.training
+    found = extractor(images[:2], m=16)
+    assert found[0].features.requires_grad == (trainable == "all")
+    if trainable == "all":
+        sum(instances.features.sum() for instances in found).backward()
+        assert all(p.grad is not None for p in extractor.parameters())
+    else:
+        assert not any(p.requires_grad for p in extractor.parameters())
+    with torch.no_grad():
+        assert not extractor(images[:1], m=16)[0].features.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"grid": 41}, "detector.grid is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
+        ({"grid": 0}, "detector.grid is 0"),
+        ({"grid": 4, "trainable": "box_head"}, "detector.trainable is 'box_head': with detector.grid"),
+        ({"arch": "resnet101"}, "detector.arch=resnet101 finds no boxes: set detector.grid=14"),
+        ({"arch": "resnet18", "grid": 7}, "detector.arch is 'resnet18'"),
+    ],
+)
+def test_settings_that_cannot_work(settings, named):
+    with pytest.raises(ConfigError, match=named) as caught:
+        build_extractor(**({"arch": "scenes_tiny"} | settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_there_must_be_room_for_all_cells(extractor, images):
+    with pytest.raises(ConfigError, match=r"graph\.m=100 and detector\.max_instances=100"):
+        extractor(images, m=99)
+
+
+# ResNet-101
+
+
+def test_resnet101_is_torchvisions_without_its_last_layers(tmp_path: Path, random_resnet: nn.Module):
+    torch.save(random_resnet.state_dict(), tmp_path / "r.pth")
+    save_file(random_resnet.state_dict(), tmp_path / "r.safetensors")
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pooled: list[torch.Tensor] = []
+    hook = random_resnet.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output))
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        x = ((image - mean[:, None, None]) / std[:, None, None])[None]
-        x = model.maxpool(model.relu(model.bn1(model.conv1(x))))
-        x = model.layer4(model.layer3(model.layer2(model.layer1(x))))  # (1, 2048, 2, 2)
-    torch.testing.assert_close(found.features, x[0].flatten(1).T, rtol=1e-4, atol=1e-5)
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "checkpoints" / name)
-    with pytest.raises(WeightsError, match="holds something else"):
-        build_extractor("fasterrcnn_resnet101_fpn", weights="imagenet", grid=2)
+        random_resnet(((image - mean[:, None, None]) / std[:, None, None])[None])
+    hook.remove()
+    for file in ("r.pth", "r.safetensors"):
+        extractor = build_extractor("resnet101", weights=tmp_path / file, grid=1, min_size=64)
+        assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
+        torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
+
+
+def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_extractor("resnet101", grid=2, min_size=64, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_imagenets_weights_are_fetched_by_their_hash(tmp_path: Path, monkeypatch, random_resnet: nn.Module):
+    torch.save(random_resnet.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "w.pth").read_bytes()
+    served = tmp_path / f"r-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    served.write_bytes(content)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=served.as_uri()))
+    extractor = build_extractor("resnet101", weights="imagenet", grid=2, min_size=64)
+    assert torch.equal(extractor.body.state_dict()["conv1.weight"], random_resnet.state_dict()["conv1.weight"])
+    wrong = tmp_path / "r-00000000.pth"
+    wrong.write_bytes(b"something else")
+    monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=wrong.as_uri()))
+    with pytest.raises(WeightsError, match=r"could not be downloaded .*invalid hash value"):
+        build_extractor("resnet101", weights="imagenet", grid=2)
+
+
+def test_weights_that_cannot_be_used_are_named(tmp_path: Path, random_resnet: nn.Module):
+    tensors = {key: t for key, t in random_resnet.state_dict().items() if key != "layer3.0.bn1.bias"}
+    torch.save(tensors, tmp_path / "short.pt")
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    for weights, named in (
+        (tmp_path / "short.pt", "lack layer3.0.bn1.bias"),
+        (tmp_path / "broken.safetensors", "cannot be read"),
+        (tmp_path / "none.pt", "does not exist"),
+        ("coco", "set null, imagenet, or a path"),
+    ):
+        with pytest.raises(WeightsError, match=named) as caught:
+            build_extractor("resnet101", weights=weights, grid=2)
+        assert "\n" not in str(caught.value)

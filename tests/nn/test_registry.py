@@ -4,10 +4,16 @@ import pytest
 from torch import nn
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.nn import GMMLIC, MILMax, create_model, list_models, register_model, registry
+from gm_mlic.nn import GMMLIC, MILMax, create_model, list_models, model_arguments, register_model, registry
 
-SIZES = {"instance_dim": 4, "num_labels": 3, "label_dim": 5}
-INPUTS = {name: {key: SIZES[key] for key in ("instance_dim", *sizes)} for name, sizes in registry.SIZES.items()}
+IMAGE, WORDS = {"instance_dim": 4, "num_labels": 3}, {"label_dim": 3}
+INPUTS = {
+    "mil_max": IMAGE,
+    "resnet101": IMAGE,
+    "query2label": IMAGE,
+    "ml_gcn": IMAGE | WORDS,
+    "ssgrl": IMAGE | WORDS,
+}
 
 
 def test_list_is_sorted_and_filtered() -> None:
@@ -20,6 +26,16 @@ def test_list_is_sorted_and_filtered() -> None:
 @pytest.mark.parametrize("name", list_models())
 def test_every_model_is_built_by_its_name(name: str) -> None:
     assert isinstance(create_model(name, **INPUTS.get(name, {"instance_dim": 4, "label_dim": 3})), nn.Module)
+
+
+def test_arguments_are_those_of_what_is_built() -> None:
+    assert model_arguments("mil_max") == ["instance_dim", "num_labels", "width"]
+    assert model_arguments("gm_mlic_paper") == model_arguments("gm_mlic")
+    for name in list_models():
+        assert INPUTS.get(name, {"instance_dim": 4, "label_dim": 3}).keys() <= set(model_arguments(name))
+        assert ("num_labels" in model_arguments(name)) == (name in INPUTS)
+    with pytest.raises(ConfigError, match="Did you mean 'mil_max'"):
+        model_arguments("mil_mx")
 
 
 def test_presets_and_overrides() -> None:

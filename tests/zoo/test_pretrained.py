@@ -90,6 +90,23 @@ def test_a_detector_that_was_trained_along_goes_along(photos: list[Path], tmp_pa
     same(probabilities(after, photos), probabilities(before, photos))
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str], trained: bool):
+    """Of a detector that was trained elsewhere, or along with the model."""
+    weights = tmp_path / "w.safetensors"
+    save_detector(build_extractor("scenes_tiny", weights=None, seed=3), weights, "scenes_tiny")
+    settings = [f"detector.weights={weights}", "baseline=resnet101", "detector.grid=3", "trainer.max_epochs=1"]
+    settings += [f"instances.root={tmp_path}/stores", f"run_dir={tmp_path}/run"]
+    settings += ["instances.online=true", "detector.trainable=all"] if trained else []
+    run.train(compose("train", [*small, *settings]))
+    before = Predictor.load(tmp_path / "run/checkpoints/best.ckpt")
+    expected = probabilities(before, photos)
+    path = before.save_pretrained(tmp_path / "model")
+    weights.unlink()
+    same(probabilities(Predictor.load(path), photos), expected)
+    assert str(tmp_path) not in (path / "config.json").read_text()
+
+
 def test_a_detector_of_ones_own(folder: Path, photos: list[Path], tmp_path: Path):
     before = Predictor.load(folder / "gm/checkpoints/best.ckpt")
     own = Predictor(before.model, replace(before.description, detector_settings={}), before.extractor)

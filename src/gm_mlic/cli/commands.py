@@ -200,7 +200,7 @@ def train_detector(config: DictConfig) -> None:
         out=config.out,
         weights=config.detector.weights,
         min_size=config.detector.min_size,
-        max_size=config.detector.max_size,
+        max_size=config.detector.get("max_size"),
         device=build.device(config.accelerator),
         command=" ".join(sys.argv),
         **settings,

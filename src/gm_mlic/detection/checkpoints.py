@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 from torchvision.models import ResNet101_Weights, WeightsEnum
@@ -38,7 +39,8 @@ _COCO: dict[str, WeightsEnum] = {
     "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
 }
-_IMAGENET: dict[str, WeightsEnum] = {"fasterrcnn_resnet101_fpn": ResNet101_Weights.IMAGENET1K_V2}
+#: What the classifiers, which serve as backbones of a grid, learnt to tell apart. Published baselines began from these.
+_IMAGENET: dict[str, WeightsEnum] = {"resnet101": ResNet101_Weights.IMAGENET1K_V1}
 _COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 
@@ -88,7 +90,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
     if weights is None:
         if labels is not None:
             return Checkpoint("random weights", None, (BACKGROUND, *labels))
-        if arch != "scenes_tiny":
+        if arch in _COCO:
             return Checkpoint("random weights", None, _COCO_CATEGORIES)
         shipped = _read_safetensors(SCENES_WEIGHTS, arch)
         return Checkpoint("random weights", None, shipped.categories)
@@ -101,6 +103,36 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
     else:
         checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
     return checkpoint
+
+
+def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
+    """Find and read a classifier's weights, without its last layer.
+
+    Args:
+        arch: ``resnet101``.
+        weights: None for random ones, ``imagenet`` for torchvision's, or a file (.safetensors, .pt, .pth) with a
+            ``state_dict`` that has torchvision's names.
+
+    Raises:
+        WeightsError: if they are missing, or cannot be read.
+    """
+    if weights is None:
+        return Checkpoint("random weights", None, ())
+    source, tensors = str(weights), _download(arch, _IMAGENET[arch]) if weights == "imagenet" else None
+    if tensors is None:
+        path = _existing(Path(weights).expanduser(), "null, imagenet")
+        tensors = _classifier_tensors(path)
+    return Checkpoint(source, {key: t for key, t in tensors.items() if not key.startswith("fc.")}, ())
+
+
+def _classifier_tensors(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        return _state_dict(path)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
+    return tensors
 
 
 def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
@@ -150,33 +182,14 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
     part.replace(path.with_suffix(".json"))
 
 
-def load_imagenet(detector: nn.Module, arch: str) -> None:
-    """Give the detector's backbone torchvision's ImageNet weights, downloaded once; its heads stay as they are.
-
-    Raises:
-        ConfigError: if there are none for ``arch``.
-        WeightsError: if they cannot be had.
-    """
-    if arch not in _IMAGENET:
-        raise ConfigError(f"detector.weights=imagenet exists for {', '.join(_IMAGENET)}, not for detector.arch={arch}.")
-    tensors = _fetched(_IMAGENET[arch], arch)
-    body: nn.Module = detector.backbone.body  # type: ignore[assignment,union-attr]
-    expected = {name: tensor.shape for name, tensor in body.state_dict().items()}
-    # the classifier is not the backbone's, and frozen batch norm counts nothing
-    found = {name: t for name, t in tensors.items() if not name.startswith("fc.") and "num_batches" not in name}
-    if {name: tensor.shape for name, tensor in found.items()} != expected:
-        raise WeightsError(f"The file of {_IMAGENET[arch]} holds something else: delete it; it is fetched again.")
-    body.load_state_dict(found)
-
-
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
         raise ConfigError(f"detector.weights=coco exists for {', '.join(_COCO)}, not for detector.arch={arch}.")
-    return Checkpoint(str(_COCO[arch]), _fetched(_COCO[arch], arch), _COCO_CATEGORIES)
+    return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
-def _fetched(enum: WeightsEnum, arch: str) -> dict[str, Tensor]:
-    """The tensors of torchvision's weights, downloaded once."""
+def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
+    """Fetch torchvision's weights, unless they were before; the hash is in the file's name."""
     # Not enum.get_state_dict(): it unpickles what it fetched, or found in the folder.
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
     try:
@@ -195,14 +208,19 @@ def _fetched(enum: WeightsEnum, arch: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+def _existing(path: Path, names: str) -> Path:
+    """``path``, if it can be a weights file; ``names`` are what could be set instead of one."""
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(
-            f"detector.weights is {str(path)!r}: set null, coco, scenes, or a path that ends in .safetensors, .pt or "
-            ".pth."
+            f"detector.weights is {str(path)!r}: set {names}, or a path that ends in .safetensors, .pt or .pth."
         )
     if not path.is_file():
         raise WeightsError(f"The weights file {path} does not exist: check detector.weights.")
+    return path
+
+
+def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+    _existing(path, "null, coco, scenes")
     return _read_safetensors(path, arch) if path.suffix == ".safetensors" else _read_torch(path, arch, labels)
 
 
@@ -235,7 +253,8 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
     return found
 
 
-def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.pt`` or ``.pth``."""
     try:
         tensors = load_tensors(path)
     except (OSError, ValueError) as error:
@@ -249,6 +268,11 @@ def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoi
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise WeightsError(f"The weights file {path} holds no state_dict: save torch.save(model.state_dict(), path).")
+    return tensors
+
+
+def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
+    tensors = _state_dict(path)
     if _CLASS_SCORES not in tensors:
         raise WeightsError(f"The weights file {path} lacks {_CLASS_SCORES}: it is no torchvision Faster R-CNN.")
     classes = tensors[_CLASS_SCORES].shape[0]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +14,11 @@ from torchvision.models.detection import (
     fasterrcnn_resnet50_fpn,
     fasterrcnn_resnet50_fpn_v2,
 )
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.checkpoints import UNUSED, load_imagenet, load_into, read_checkpoint, save_checkpoint
+from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
+from gm_mlic.detection.fingerprint import Fingerprint
+from gm_mlic.detection.grid import CLASSIFIERS, GridExtractor, build_classifier_grid
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ConfigError
@@ -29,20 +27,11 @@ from gm_mlic.errors import ConfigError
 TRAINABLE = ("none", "box_head", "all")
 
 
-def fasterrcnn_resnet101_fpn(
-    num_classes: int, weights: None = None, weights_backbone: None = None, **settings: Any
-) -> FasterRCNN:
-    """As torchvision's with ResNet-50, which has no name for this one; nothing is downloaded."""
-    backbone = resnet_fpn_backbone(backbone_name="resnet101", weights=weights_backbone, trainable_layers=5)
-    return FasterRCNN(backbone, num_classes, **settings)
-
-
 #: How each is built, and its default input size.
 _BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
     "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, 448),
     "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, 448),
     "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
-    "fasterrcnn_resnet101_fpn": (fasterrcnn_resnet101_fpn, 448),
     "scenes_tiny": (scenes_tiny, 160),
 }
 #: Names of the detectors that :func:`build_extractor` builds.
@@ -105,7 +94,7 @@ class FasterRCNNExtractor(nn.Module):
         label_of_class[list(class_index)] = torch.arange(len(self.labels))
         self.register_buffer("_label_of_class", label_of_class, persistent=False)
         self._label_of_class: Tensor
-        self._fingerprint: tuple[tuple[int, ...], str] | None = None
+        self._fingerprint = Fingerprint()
         for parameter in self.parameters():
             parameter.requires_grad_(trainable == "all")
         for frozen in (detector.rpn, detector.roi_heads):
@@ -121,22 +110,14 @@ class FasterRCNNExtractor(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
-        tensors = sorted(self.detector.state_dict().items())
-        versions = tuple(tensor._version for _, tensor in tensors)
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
-            settings = [
-                *(self.name, self.labels, self._label_of_class.tolist()),
-                *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
-                *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
-                *(heads.score_thresh, heads.nms_thresh),
-            ]
-            digest = hashlib.sha256(json.dumps(settings).encode())
-            for key, tensor in tensors:
-                digest.update(json.dumps([key, str(tensor.dtype), tuple(tensor.shape)]).encode())
-                digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-            self._fingerprint = versions, digest.hexdigest()
-        return self._fingerprint[1]
+        heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
+        settings = [
+            *(self.name, self.labels, self._label_of_class.tolist()),
+            *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
+            *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
+            *(heads.score_thresh, heads.nms_thresh),
+        ]
+        return self._fingerprint(settings, self.detector)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
         """Detect; arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
@@ -273,35 +254,35 @@ def build_extractor(
     device: str | torch.device = "cpu",
     trainable: str = "none",
     grid: int | None = None,
-) -> FasterRCNNExtractor:
+) -> FasterRCNNExtractor | GridExtractor:
     """Build an instance extractor.
 
     Args:
-        arch: one of :data:`ARCHITECTURES`.
+        arch: one of :data:`ARCHITECTURES`; with ``grid`` also ``resnet101``.
         labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
             weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
-        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``imagenet`` likewise, for
-            the backbone of a grid; ``scenes`` for the ones
+        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
             shipped for scenes_tiny; or a file: ``.safetensors`` as written by ``gm-mlic train-detector``, or ``.pt`` /
-            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors.
+            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors. Of
+            ``resnet101``: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
         min_size: see :func:`build_detector`; the default is the one that the weights were trained with.
         max_size: see :func:`build_detector`.
         score_threshold: see :func:`build_detector`.
         nms_threshold: see :func:`build_detector`.
         seed: see :func:`build_detector`.
         device: where the detector runs.
-        trainable: see :class:`FasterRCNNExtractor`.
-        grid: G, to take the G x G cells of the backbone's last map for instances, and no boxes:
-            :class:`~gm_mlic.detection.GridExtractor`.
+        trainable: see :class:`FasterRCNNExtractor`; of a grid, see :class:`~gm_mlic.detection.grid.GridExtractor`.
+        grid: G for the G x G cells of the backbone's feature map instead of boxes; what belongs to boxes alone
+            (thresholds, ``max_size``) then has no effect.
 
     Raises:
         ConfigError: for a setting that cannot work.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
+    if arch in CLASSIFIERS:
+        return build_classifier_grid(arch, grid, weights, min_size, seed, trainable).to(device)
     check_architecture(arch)
-    if weights == "imagenet" and grid is None:
-        raise ConfigError("detector.weights=imagenet gives a backbone only: set detector.grid, or train the detector.")
-    checkpoint = read_checkpoint(arch, None if weights == "imagenet" else weights, labels)
+    checkpoint = read_checkpoint(arch, weights, labels)
     if labels is not None:
         checkpoint.check_labels(labels)
     detector = build_detector(
@@ -315,17 +296,13 @@ def build_extractor(
     )
     if checkpoint.tensors is not None:
         load_into(detector, checkpoint, arch)
-    if weights == "imagenet":
-        load_imagenet(detector, arch)
+    if grid is not None:
+        return GridExtractor.of_detector(detector, grid, f"{arch}-grid{grid}", trainable).to(device)
     used = [(i, name) for i, name in enumerate(checkpoint.categories) if i > 0 and name != UNUSED]
-    parts: dict[str, Any] = {"labels": [name for _, name in used], "name": arch, "class_index": [i for i, _ in used]}
-    if grid is None:
-        return FasterRCNNExtractor(detector, **parts, trainable=trainable).to(device)
-    from gm_mlic.detection.grid import GridExtractor  # which is one of these
-
-    if grid < 1:
-        raise ConfigError(f"detector.grid is {grid}: set at least 1, or null for boxes.")
-    return GridExtractor(detector, **parts, trainable=trainable, grid=grid).to(device)
+    extractor = FasterRCNNExtractor(
+        detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
+    )
+    return extractor.to(device)
 
 
 def save_detector(extractor: FasterRCNNExtractor, path: Path, arch: str) -> None:

@@ -1,90 +1,187 @@
-"""The cells of a detector's feature map as instances: what models have that read whole images."""
+"""The cells of a backbone's feature map in place of boxes: what models of whole images read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate
+from torch import Tensor, nn
+from torchvision.models import resnet101
 from torchvision.models.detection import FasterRCNN
 
-from gm_mlic.detection.faster_rcnn import FasterRCNNExtractor
+from gm_mlic.detection.checkpoints import load_into, read_classifier
+from gm_mlic.detection.fingerprint import Fingerprint
 from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.tiny import TinyBackbone
 from gm_mlic.errors import ConfigError
 
+#: Backbones that belong to no detector, and can only be had as a grid.
+_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
+CLASSIFIERS = tuple(_CLASSIFIERS)
+_SIZE = 448
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-class GridExtractor(FasterRCNNExtractor):
-    r"""The last map of a detector's backbone in G x G cells, instead of boxes; same weights, no proposals.
 
-    Images are scaled to squares of the detector's shorter side. A cell's feature is the average of the map over it, its
-    box the cell itself, its score 1; cells go by rows. (The last map is that of the backbone proper, before a feature
-    pyramid.)
+class GridExtractor(nn.Module):
+    r"""A backbone's last feature map, in G x G cells, as an :class:`~gm_mlic.detection.protocol.InstanceExtractor`.
+
+    An image is normalised and resized to a square, as its sides may be. The map of the backbone's body is averaged
+    within each cell, and cell (r, c) becomes instance :math:`rG + c`: its box is
+    :math:`[c, r, c + 1, r + 1] / G`, its score 1, its feature the cell's vector. No instance has a detected label.
+
+    Like the detector, the body always runs in evaluation mode, whatever ``train()`` says.
 
     Args:
-        detector, labels, name, class_index: as for :class:`~gm_mlic.detection.FasterRCNNExtractor`.
-        grid: G.
-        trainable: ``none``, or ``all``: the backbone.
+        body: from images (B, 3, S, S) to a map (B, D, H, W), or to several by name, of which the last is taken.
+        grid: G, the cells along each side, at most H and W.
+        size: S, to which images are resized, in pixels.
+        name: short name, fit for a folder name.
+        image_mean, image_std: of each colour, by which images are normalised.
+        trainable: what receives gradients when called with gradients enabled: ``none``, or ``all`` of the body.
 
     Shape:
-        features have the map's channels: 2048 for the ResNets, 960 for MobileNet, 48 for ``scenes_tiny``.
+        features have D = ``feature_dim`` entries: 2048 for the ResNets, 960 for MobileNetV3-Large, 48 for
+        ``scenes_tiny``.
 
     Raises:
-        ConfigError: for ``trainable=box_head``: a grid has none.
+        ConfigError: for a setting that cannot work.
     """
 
     def __init__(
         self,
-        detector: FasterRCNN,
-        labels: Sequence[str],
-        name: str,
-        class_index: Sequence[int] | None = None,
-        trainable: str = "none",
-        *,
+        body: nn.Module,
         grid: int,
+        size: int,
+        name: str,
+        image_mean: Sequence[float] = _MEAN,
+        image_std: Sequence[float] = _STD,
+        trainable: str = "none",
     ) -> None:
-        if trainable == "box_head":
-            raise ConfigError("detector.trainable=box_head: a grid has no boxes; set none or all.")
-        super().__init__(detector, labels, name, class_index, trainable)
-        self.grid = grid
-        self.name = f"{self.name}-grid{grid}"
-        self.requires_grad_(False)
-        self.body = getattr(self.detector.backbone, "body", self.detector.backbone)
-        self.body.requires_grad_(trainable == "all")
-        with torch.no_grad():
-            self.feature_dim = int(self._last_map(torch.zeros(1, 3, 64, 64)).shape[1])
+        super().__init__()
+        if trainable not in ("none", "all"):
+            raise ConfigError(f"detector.trainable is {trainable!r}: with detector.grid, choose one of none, all.")
+        self.name, self.grid, self.size, self.trainable = name, grid, size, trainable
+        self.labels: tuple[str, ...] = ()
+        self.body = body.requires_grad_(trainable == "all")
+        # On the meta device nothing is computed but shapes.
+        shapes = {key: tensor.to("meta") for key, tensor in body.state_dict().items()}
+        example = torch.empty(1, 3, size, size, device="meta")
+        body.eval()
+        _, self.feature_dim, *sides = _last(torch.func.functional_call(body, shapes, (example,))).shape
+        if not 1 <= grid <= min(sides):
+            raise ConfigError(
+                f"detector.grid is {grid}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} "
+                "cells; set 1 to that many, or a larger detector.min_size."
+            )
+        self._mean: Tensor
+        self._std: Tensor
+        self._boxes: Tensor
+        for key, colours in (("_mean", image_mean), ("_std", image_std)):
+            self.register_buffer(key, torch.tensor(colours)[:, None, None], persistent=False)
+        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        corner = torch.stack([column, row], dim=-1).view(-1, 2)
+        self.register_buffer("_boxes", torch.cat([corner, corner + 1], dim=1) / grid, persistent=False)
+        self._fingerprint = Fingerprint()
+        self.train(False)
+
+    @classmethod
+    def of_detector(cls, detector: FasterRCNN, grid: int, name: str, trainable: str = "none") -> GridExtractor:
+        """The grid of a detector's backbone: same weights, same normalisation, its ``min_size`` for both sides.
+
+        Of a feature pyramid, what is below it is taken: the last map of the ResNet or MobileNet. Of ``scenes_tiny``,
+        map ``fine``: all that its box head learnt of objects is in there, and ``coarse`` only helps to propose boxes.
+        """
+        backbone, transform = detector.backbone, detector.transform
+        body = backbone.fine if isinstance(backbone, TinyBackbone) else backbone.body
+        return cls(
+            body, grid, transform.min_size[-1], name, transform.image_mean, transform.image_std, trainable=trainable
+        )
+
+    def train(self, mode: bool = True) -> GridExtractor:
+        """Stay in evaluation mode, whatever ``mode`` says."""
+        super().train(False)
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over name, G, input size, normalisation, and every tensor's name, type, shape and bytes."""
+        settings = [self.name, self.grid, self.size, self._mean.flatten().tolist(), self._std.flatten().tolist()]
+        return self._fingerprint(settings, self.body)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """The cells of each image; arguments and result as for a detector.
+        """All cells of each image, row by row.
+
+        Arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`. Only features carry
+        gradients, as ``trainable`` says.
 
         Raises:
-            ConfigError: if ``m`` is less than the number of cells.
+            ConfigError: if ``m`` has no room for all cells: some of them are no image.
         """
-        cells = self.grid**2
-        if m < cells:
+        M = self.grid**2
+        if m < M:
             raise ConfigError(
-                f"detector.grid={self.grid} makes {cells} instances of an image, not {m}: set graph.m={cells} and "
-                f"detector.max_instances={cells}."
+                f"The number of instances m is {m}, a grid of {self.grid} x {self.grid} has {M}: set graph.m={M} and "
+                f"detector.max_instances={M}."
             )
-        device = self._label_of_class.device
-        transform = self.detector.transform
-        side = int(transform.min_size[-1])
-        ready = []
-        for image in images:
-            pixels = transform.normalize(image.to(device))[None]
-            if pixels.shape[-2:] != (side, side):
-                pixels = interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
-            ready.append(pixels)
+        if len(images) == 0:
+            return []
+        with torch.no_grad():
+            batch = torch.stack([self._prepare(image.to(self._mean.device)) for image in images])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
-            maps = self._last_map(torch.cat(ready))
-            features = adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2).float()
-        corner = torch.arange(self.grid, device=device) / self.grid
-        y, x = torch.meshgrid(corner, corner, indexing="ij")
-        boxes = torch.stack([x, y, x + 1 / self.grid, y + 1 / self.grid], dim=-1).view(cells, 4).clamp(max=1)
-        scores, labels = boxes.new_ones(cells), torch.full((cells,), -1, device=device)
-        return [Instances(boxes, scores, labels, of_image) for of_image in features]
+            cells = nn.functional.adaptive_avg_pool2d(_last(self.body(batch)), self.grid)
+            features = cells.flatten(2).transpose(1, 2).float()
+        scores, labels = self._boxes.new_ones(M), torch.full((M,), -1, device=self._boxes.device)
+        return [Instances(self._boxes, scores, labels, of_image) for of_image in features]
 
-    def _last_map(self, pixels: Tensor) -> Tensor:
-        maps = self.body(pixels)
-        last: Tensor = maps if isinstance(maps, Tensor) else list(maps.values())[-1]
-        return last
+    def _prepare(self, image: Tensor) -> Tensor:
+        """Normalise and resize, as the detector does it."""
+        image = (image - self._mean) / self._std
+        if image.shape[-2:] == (self.size, self.size):
+            return image
+        return nn.functional.interpolate(image[None], (self.size, self.size), mode="bilinear")[0]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, grid={self.grid}, size={self.size})"
+
+
+def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
+    return maps if isinstance(maps, Tensor) else list(maps.values())[-1]
+
+
+def build_classifier_grid(
+    arch: str,
+    grid: int | None,
+    weights: str | Path | None = None,
+    size: int | None = None,
+    seed: int = 0,
+    trainable: str = "none",
+) -> GridExtractor:
+    """The grid of a backbone that was trained to classify, without its pooling and last layer.
+
+    Args:
+        arch: one of :data:`CLASSIFIERS`.
+        grid: see :class:`GridExtractor`.
+        weights: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
+        size: see :class:`GridExtractor`; default 448.
+        seed: of random weights; the global random state stays as it is.
+        trainable: see :class:`GridExtractor`.
+
+    Raises:
+        ConfigError: without a grid, or for a setting that cannot work.
+        WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
+    """
+    if grid is None:
+        raise ConfigError(
+            f"detector.arch={arch} finds no boxes: set detector.grid=14, graph.m=196 and detector.max_instances=196."
+        )
+    checkpoint = read_classifier(arch, weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        whole = _CLASSIFIERS[arch](weights=None)
+    layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
+    body = nn.Sequential(OrderedDict(layers))
+    if checkpoint.tensors is not None:
+        load_into(body, checkpoint, arch)
+    return GridExtractor(body, grid, _SIZE if size is None else size, f"{arch}-grid{grid}", trainable=trainable)

@@ -1,14 +1,21 @@
 """Layers and models, as PyG building blocks."""
 
 from gm_mlic.nn.conv import AssignmentConv, EdgeConv, Edges, MeanMessage, NodeConv, Product, Relations, States
+from gm_mlic.nn.cooccurrence import CountsLabels
 from gm_mlic.nn.global_pool import GlobalPool
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, ModelOutput, pool_matches
-from gm_mlic.nn.locations import LabelCompany
 from gm_mlic.nn.mil import MILMax
 from gm_mlic.nn.ml_gcn import MLGCN
 from gm_mlic.nn.mlp import MLP, ConcatLinear, Decoder
 from gm_mlic.nn.query2label import Query2Label
-from gm_mlic.nn.registry import SHIPPED, create_model, list_models, pretrained_models, register_model
+from gm_mlic.nn.registry import (
+    SHIPPED,
+    create_model,
+    list_models,
+    model_arguments,
+    pretrained_models,
+    register_model,
+)
 from gm_mlic.nn.ssgrl import SSGRL
 
 __all__ = [
@@ -19,12 +26,12 @@ __all__ = [
     "SSGRL",
     "AssignmentConv",
     "ConcatLinear",
+    "CountsLabels",
     "Decoder",
     "EdgeConv",
     "Edges",
     "Encoder",
     "GlobalPool",
-    "LabelCompany",
     "MILMax",
     "MeanMessage",
     "ModelOutput",
@@ -35,6 +42,7 @@ __all__ = [
     "States",
     "create_model",
     "list_models",
+    "model_arguments",
     "pool_matches",
     "pretrained_models",
     "register_model",

@@ -33,7 +33,8 @@ class ModelOutput:
     Attributes:
         logits: (B, C) label logits; ``sigmoid`` of them is p of eq. 14.
         winners: (B, C) int64, which instance of the image (0 is the most confident) won each label.
-        matches: match logits as the execution leaves them: (E,), or (B, M, C) with the mask below.
+        matches: match logits as the execution leaves them: (E,), or (B, M, C) with the mask below. What the baselines
+            for whole images say of each location instead, each one's docstring tells.
         mask: (B, M) bool, the instances that there are, or None.
         label_states: (B, C, d) states of the labels after the last block; None from a model without label nodes.
     """

@@ -1,85 +1,145 @@
-"""ML-GCN: Multi-Label Image Recognition with Graph Convolutional Networks (Chen et al., CVPR 2019)."""
+"""ML-GCN: a graph network over the labels' word vectors makes the classifiers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.cooccurrence import conditional_probabilities
 from gm_mlic.nn.gm_mlic import ModelOutput
-from gm_mlic.nn.locations import LabelCompany, LocationModel
+from gm_mlic.nn.whole_image import as_batch, winners
+
+_SLOPE = 0.2
 
 
-class MLGCN(LocationModel):
-    r"""Classifiers that a graph convolution makes of the labels' vectors, on globally max-pooled features.
+def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
+    r"""The label graph of ML-GCN, from conditional probabilities.
 
     .. math::
-        W = \hat A \, h(\hat A Z \Theta_1) \, \Theta_2 \in \mathbb{R}^{C \times D}, \qquad
-        s_c = w_c^\top \max_i f_i
+        A_{ij} = [P_{ij} \ge \tau] \text{ (eq. 7)}, \qquad
+        A'_{ij} = \begin{cases} p A_{ij} / \sum_{k \ne i} A_{ik} & i \ne j \\ 1 - p & i = j \end{cases}
+        \text{ (eq. 8)}, \qquad \hat A = D^{-1/2} A' D^{-1/2}
 
-    (eq. 2 to 4 of that paper), Z the label vectors, h LeakyReLU of slope 0.2 and :math:`\hat A` the normalised
-    re-weighted correlation matrix, :meth:`adjacency`.
+    with :math:`D_{ii} = \sum_j A'_{ij}`. A label that no other is joined to keeps only itself.
+
+    Args:
+        P: (C, C), :math:`P_{ij} = P(L_j | L_i)` (eq. 6).
+        tau: :math:`\tau`, below which a co-occurrence is taken for noise.
+        p: how much of a label's new state comes from its neighbours.
+
+    Returns:
+        (C, C), :math:`\hat A`.
+    """
+    A = (tau <= P).to(P.dtype).fill_diagonal_(0)
+    A = p * A / A.sum(dim=1, keepdim=True).clamp(min=1)
+    A.fill_diagonal_(1 - p)
+    scale = A.sum(dim=1).rsqrt()
+    return scale[:, None] * A * scale
+
+
+class GraphConvolution(nn.Module):
+    r"""One layer of a graph convolutional network (Kipf & Welling, ICLR 2017): :math:`H' = \hat A H W` (eq. 2).
+
+    Args:
+        in_channels: length of a node's state.
+        out_channels: of its new state.
+
+    Shapes:
+        - **input:** H (C, in_channels), :math:`\hat A` (C, C)
+        - **output:** (C, out_channels)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_channels, out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight.T, a=_SLOPE)
+
+    def forward(self, H: Tensor, adjacency: Tensor) -> Tensor:
+        return adjacency @ (H @ self.weight)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+class MLGCN(nn.Module):
+    r"""ML-GCN, from "Multi-Label Image Recognition with Graph Convolutional Networks" (Chen et al., CVPR 2019).
+
+    .. math::
+        x &= \max_i f_i \text{, of each channel (eq. 3)} \\
+        \mathbf{W} &= \hat A \; \mathrm{LeakyReLU}(\hat A Z W_0) \; W_1 \text{ (eq. 2 twice)} \\
+        s &= \mathbf{W} x \text{ (eq. 4)}
+
+    Z are the labels' word vectors, :math:`\hat A` is :func:`reweighted_adjacency`: labels that come together get
+    classifiers that are alike. No function follows the second convolution, as in the authors' code. The matches
+    :math:`\mathbf{W} f_i` are the class activation map.
+
+    Before :meth:`count`, :math:`\hat A` is the identity, and no label hears of another; training calls it, and
+    checkpoints keep what it found.
 
     Args:
         instance_dim: D, length of a location's feature.
+        label_dim: D_l, length of a label's vector.
         num_labels: C.
-        label_dim: length of a label's vector.
-        width: of the first convolution (default: the paper's 1024).
-        threshold: :math:`\tau` of eq. 7, from which labels are neighbours (default: the paper's 0.4).
-        neighbour_weight: p of eq. 8, the neighbours' share (default: the paper's 0.2).
+        width: between the two convolutions (default: 1024, the paper's).
+        tau: see :func:`reweighted_adjacency` (default: 0.4, the paper's).
+        p: likewise (default: 0.2, the paper's).
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; its instances and label vectors are read
-        - **output:** :class:`~gm_mlic.nn.ModelOutput`; match logits are :math:`w_c^\top f_i`
+        - **input:** an assignment graph or a batch of them; only instances and label vectors are read
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
-        ConfigError: for a size below 1, or a share out of [0, 1).
+        ConfigError: for a setting that cannot work.
     """
 
+    adjacency: Tensor
+
     def __init__(
-        self,
-        instance_dim: int,
-        num_labels: int,
-        label_dim: int,
-        width: int = 1024,
-        threshold: float = 0.4,
-        neighbour_weight: float = 0.2,
+        self, instance_dim: int, label_dim: int, num_labels: int, width: int = 1024, tau: float = 0.4, p: float = 0.2
     ) -> None:
-        super().__init__(instance_dim, num_labels, label_dim)
-        if width < 1 or not 0 <= neighbour_weight < 1:
-            raise ConfigError("model.width must be 1 or more, and model.neighbour_weight from 0 to below 1.")
-        self.threshold, self.neighbour_weight = threshold, neighbour_weight
-        self.company = LabelCompany(num_labels)
-        self.conv1 = nn.Linear(label_dim, width, bias=False)
-        self.conv2 = nn.Linear(width, instance_dim, bias=False)
+        super().__init__()
+        if min(instance_dim, label_dim, num_labels, width) < 1:
+            raise ConfigError("model.width, both input lengths and the number of labels must be 1 or more.")
+        if not (0 <= tau <= 1 and 0 <= p < 1):
+            raise ConfigError(f"model.tau must be in [0, 1] and model.p in [0, 1), got {tau} and {p}.")
+        self.instance_dim, self.label_dim, self.num_labels, self.tau, self.p = (
+            instance_dim, label_dim, num_labels, tau, p,
+        )  # fmt: skip
+        self.conv1 = GraphConvolution(label_dim, width)
+        self.conv2 = GraphConvolution(width, instance_dim)
+        self.register_buffer("adjacency", torch.eye(num_labels))
 
-    def adjacency(self) -> Tensor:
-        r""":math:`\hat A = D^{-1/2} A' D^{-1/2}` of the re-weighted matrix, eq. 7 and 8 there.
+    def reset_parameters(self) -> None:
+        self.conv1.reset_parameters()
+        self.conv2.reset_parameters()
 
-        :math:`A_{ij} = [P(L_j \mid L_i) \ge \tau]`, :math:`A'_{ij} = p A_{ij} / \sum_{j \ne i} A_{ij}` and
-        :math:`A'_{ii} = 1 - p`; a label without neighbours keeps 1.
-        """
-        neighbours = (self.company.probability >= self.threshold).to(self.company.probability.dtype)
-        neighbours = neighbours * (1 - torch.eye(self.num_labels, device=neighbours.device))
-        degree = neighbours.sum(dim=1, keepdim=True)
-        own = torch.where(degree > 0, 1 - self.neighbour_weight, 1.0)
-        weighted = self.neighbour_weight * neighbours / degree.clamp(min=1) + torch.diag(own.flatten())
-        scale = weighted.sum(dim=1).rsqrt()
-        return scale[:, None] * weighted * scale
+    def count(self, targets: Tensor) -> None:
+        """Take the label graph from ``targets`` (N, C) of the training images, in {1, 0, -1}; 0 is not counted."""
+        P = conditional_probabilities(targets, self.num_labels)
+        self.adjacency.copy_(reweighted_adjacency(P, self.tau, self.p))
 
     def classifiers(self, label_vectors: Tensor) -> Tensor:
-        """W (C, D)."""
-        adjacency = self.adjacency()
-        hidden = leaky_relu(adjacency @ self.conv1(label_vectors), 0.2)
-        out: Tensor = adjacency @ self.conv2(hidden)
-        return out
+        """(C, D), the classifiers of labels with these vectors (C, D_l)."""
+        hidden = nn.functional.leaky_relu(self.conv1(label_vectors, self.adjacency), _SLOPE)
+        W: Tensor = self.conv2(hidden, self.adjacency)
+        return W
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image of ``data``."""
-        batch = self.locations(data)
+        batch = as_batch(data, self.instance_dim, self.num_labels, self.label_dim)
         W = self.classifiers(batch.label_vectors)
         pooled = batch.x.masked_fill(~batch.mask[..., None], float("-inf")).amax(dim=1)
-        return self.output(pooled @ W.T, batch.x @ W.T, batch.mask)
+        with torch.autocast(pooled.device.type, enabled=False):  # rounded logits would tie
+            W = W.to(pooled.dtype)
+            logits, matches = pooled @ W.T, batch.x @ W.T
+        return ModelOutput(logits, winners(matches, batch.mask), matches, batch.mask)
+
+    def __repr__(self) -> str:
+        width = self.conv1.weight.shape[1]
+        return f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, {self.num_labels}, width={width})"

@@ -1,4 +1,4 @@
-"""Query2Label: A Simple Transformer Way to Multi-Label Classification (Liu et al., 2021, arXiv:2107.10834)."""
+"""Query2Label: labels are queries that a transformer decoder answers from the image."""
 
 from __future__ import annotations
 
@@ -11,118 +11,145 @@ from torch_geometric.data import HeteroData
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.gm_mlic import ModelOutput
-from gm_mlic.nn.locations import LocationModel
+from gm_mlic.nn.mlp import MLP, OutLinear
+from gm_mlic.nn.whole_image import LabelClassifiers, as_batch, winners
+
+
+def position_encoding(box: Tensor, channels: int) -> Tensor:
+    r"""Sines and cosines of where a box has its centre, as DETR has them (Carion et al., ECCV 2020, appendix).
+
+    For y and then for x in [0, 1]: :math:`\sin(2 \pi y / \omega_k), \cos(2 \pi y / \omega_k)` with
+    :math:`\omega_k = 10000^{4k/d}`, k = 0, ..., d/4 - 1.
+
+    Args:
+        box: (..., 4) as (x1, y1, x2, y2), divided by image width and height.
+        channels: d, a multiple of 4.
+
+    Returns:
+        (..., d).
+    """
+    centre = (box[..., :2] + box[..., 2:]) / 2
+    k = torch.arange(channels // 4, device=box.device, dtype=box.dtype)
+    angle = 2 * math.pi * centre.flip(-1)[..., None] * 10000 ** (-4 * k / channels)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 class DecoderLayer(nn.Module):
-    r"""A layer of the transformer decoder (eq. 1 to 3 of that paper): label queries hear each other, then the image.
+    r"""A layer of a transformer decoder (section 3.2 of the paper, eq. 1 to 3), with LayerNorm after each step.
 
     .. math::
-        Q^{(1)} = \mathrm{MultiHead}(Q, Q, Q), \quad
-        Q^{(2)} = \mathrm{MultiHead}(Q^{(1)}, \tilde F, F), \quad
-        Q = \mathrm{FFN}(Q^{(2)})
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
 
-    each with a residual connection and LayerNorm after it; the tilde adds position encodings (labels have none).
+    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and gives the attention away.
 
     Args:
-        width: d.
+        channels: d.
         heads: of both attentions.
-        dropout: of both attentions and the FFN.
+        dropout: of attention weights and of what is added to Q.
+
+    Shapes:
+        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d), mask (B, M) of the locations that there are
+        - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
     """
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, channels: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.among = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
-        self.across = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
-        )
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.among_labels = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.to_locations = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.mlp = MLP([channels], 4 * channels, channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, q: Tensor, f: Tensor, place: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """New q (B, C, d), and the attention (B, C, M) to the locations."""
-        told, _ = self.among(q, q, q, need_weights=False)
-        q = self.norms[0](q + self.dropout(told))
-        seen, attention = self.across(q, f + place, f, key_padding_mask=~mask)
-        q = self.norms[1](q + self.dropout(seen))
-        return self.norms[2](q + self.dropout(self.ffn(q))), attention
+    def reset_parameters(self) -> None:
+        for attention in (self.among_labels, self.to_locations):
+            attention.out_proj.reset_parameters()
+            attention._reset_parameters()
+        for module in (self.mlp, *self.norms):
+            module.reset_parameters()  # type: ignore[operator]
+
+    def forward(self, Q: Tensor, F: Tensor, pos: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        found, _ = self.among_labels(Q, Q, Q, need_weights=False)
+        Q = self.norms[0](Q + self.dropout(found))
+        found, attention = self.to_locations(Q, F + pos, F, key_padding_mask=~mask)
+        Q = self.norms[1](Q + self.dropout(found))
+        Q = self.norms[2](Q + self.dropout(self.mlp(Q)))
+        return Q, attention.transpose(1, 2)
 
 
-class Query2Label(LocationModel):
-    r"""A query for each label, decoded against the image's locations; a classifier for each (eq. 4 there).
+class Query2Label(nn.Module):
+    r"""Query2Label, from "Query2Label: A Simple Transformer Way to Multi-Label Classification" (Liu et al., 2021).
 
-    .. math:: s_c = w_c^\top q_c + b_c
+    .. math::
+        F &= \mathrm{Linear}(f) \\
+        Q_l, a &= \mathrm{DecoderLayer}(Q_{l-1}, F), \qquad l = 1, \ldots, L \\
+        s_c &= w_c^\top Q_{L,c} + b_c \text{ (eq. 4)}
 
-    The queries begin as learnt embeddings of the labels.
+    :math:`Q_0` are learnt queries, one for each label: neither word vectors nor co-occurrences are given. Positions are
+    encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The matches are the last
+    layer's attention a.
 
     Args:
-        instance_dim: D, length of a location's feature; projected to ``width``.
+        instance_dim: D, length of a location's feature.
         num_labels: C.
-        width: d (the paper's: that of the backbone, 2048).
-        layers: of the decoder (default: the paper's 2).
-        heads: of each attention (default: the paper's 4).
-        dropout: in [0, 1).
+        width: d of the transformer; default D, as the paper has it (2048, of ResNet-101). A multiple of 4 and of
+            ``heads``. The layers' MLPs have 4 d hidden units.
+        layers: L (default: 2, the paper's).
+        heads: of each attention (default: 4, the paper's).
+        dropout: see :class:`DecoderLayer` (default: 0.1, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are read
-        - **output:** :class:`~gm_mlic.nn.ModelOutput`; its matches are the last layer's attention weights
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
 
     Raises:
-        ConfigError: for a size below 1, or a width that is no multiple of 4 and of the heads.
+        ConfigError: for a setting that cannot work.
     """
 
     def __init__(
         self,
         instance_dim: int,
         num_labels: int,
-        width: int = 256,
+        width: int | None = None,
         layers: int = 2,
         heads: int = 4,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(instance_dim, num_labels)
-        if min(width, layers, heads) < 1 or width % heads or width % 4 or not 0 <= dropout < 1:
+        super().__init__()
+        width = instance_dim if width is None else width
+        if min(instance_dim, num_labels, width, layers, heads) < 1:
             raise ConfigError(
-                f"model.width={width}, layers={layers}, heads={heads}, dropout={dropout}: the width is a multiple of 4 "
-                "and of the heads, layers are 1 or more, dropout is below 1."
+                "model.width, model.layers, model.heads, the feature length and the number of labels must be 1 or more."
             )
-        self.width = width
-        self.project = nn.Linear(instance_dim, width)
-        self.labels = nn.Embedding(num_labels, width)
+        if width % 4 or width % heads:
+            raise ConfigError(
+                f"model.width={width} must be a multiple of 4 and of model.heads={heads}: set model.width."
+            )
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {dropout}.")
+        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
+        self.project = OutLinear(instance_dim, width)
+        self.queries = nn.Parameter(torch.empty(num_labels, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
-        self.weight = nn.Parameter(torch.empty(num_labels, width))
-        self.bias = nn.Parameter(torch.zeros(num_labels))
-        self._reset_classifiers()
-
-    def _reset_classifiers(self) -> None:
-        bound = 1 / math.sqrt(self.width)  # as nn.Linear
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.zeros_(self.bias)
+        self.classifiers = LabelClassifiers(num_labels, width)
+        nn.init.normal_(self.queries)
 
     def reset_parameters(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.MultiheadAttention):
-                module._reset_parameters()
-            elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
-                module.reset_parameters()
-        self._reset_classifiers()
+        nn.init.normal_(self.queries)
+        for module in (self.project, *self.layers, self.classifiers):
+            module.reset_parameters()  # type: ignore[operator]
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image of ``data``."""
-        batch = self.locations(data)
-        f, place = self.project(batch.x), place_encoding(batch.box, self.width)
-        q = self.labels.weight.expand(len(f), -1, -1)
-        attention = f.new_empty(0)
+        batch = as_batch(data, self.instance_dim, self.num_labels)
+        F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
+        Q = self.queries.expand(len(F), -1, -1)
         for layer in self.layers:
-            q, attention = layer(q, f, place, batch.mask)
-        logits = (q * self.weight).sum(dim=-1) + self.bias
-        return self.output(logits, attention.transpose(1, 2), batch.mask)
+            Q, attention = layer(Q, F, pos, batch.mask)
+        logits = self.classifiers(Q)
+        return ModelOutput(logits, winners(attention, batch.mask), attention, batch.mask, Q)
 
-
-def place_encoding(boxes: Tensor, width: int) -> Tensor:
-    """Sines and cosines of box centres, as DETR has them: boxes (..., 4) in [0, 1] -> (..., width)."""
-    centres = 2 * math.pi * (boxes[..., :2] + boxes[..., 2:]) / 2
-    steps = torch.arange(width // 4, device=boxes.device, dtype=boxes.dtype)
-    angles = centres[..., None] / 10_000 ** (steps / max(width // 4, 1))
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+    def __repr__(self) -> str:
+        layers = len(self.layers)
+        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width}, layers={layers})"

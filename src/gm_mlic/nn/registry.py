@@ -42,6 +42,15 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_REGISTRY, pattern))
 
 
+def model_arguments(name: str) -> list[str]:
+    """Names of the arguments that a registered model takes.
+
+    Raises:
+        ConfigError: for an unknown name, naming the closest one.
+    """
+    return list(inspect.signature(_builder(name)).parameters)
+
+
 def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
     """Build a registered model.
 
@@ -55,12 +64,9 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
         WeightsError: if there are no such weights, or they do not fit.
         ConfigError: for an unknown name, naming the closest one, or an argument too many or too few, naming it.
     """
-    if name not in _REGISTRY:
-        close = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"There is no model {name!r}.{hint} Known: {', '.join(list_models())}.")
+    builder = _builder(name)
     if pretrained is False:
-        return _build(_REGISTRY[name], overrides)
+        return _build(builder, overrides)
     if pretrained is True and name not in pretrained_models():
         raise WeightsError(
             f"No weights of {name!r} come with this package: there are some of {', '.join(pretrained_models())}. Give "
@@ -74,7 +80,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{folder}: no model that gm-mlic export wrote ({reason}).") from error
     del settings["name"]
-    model = _build(_REGISTRY[name], {**settings, **overrides})
+    model = _build(builder, {**settings, **overrides})
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -85,7 +91,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
 
 def describe(name: str) -> str:
     """The first line of what a registered model says of itself."""
-    lines = (inspect.getdoc(_REGISTRY[name]) or "").splitlines()
+    lines = (inspect.getdoc(_builder(name)) or "").splitlines()
     return re.sub(r":class:`(\w+)`", r"`\1`", lines[0].rstrip(".")) if lines else ""
 
 
@@ -94,9 +100,17 @@ def pretrained_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter([folder.parent.name for folder in SHIPPED.glob("*/config.json")], pattern))
 
 
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name not in _REGISTRY:
+        close = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"There is no model {name!r}.{hint} Known: {', '.join(list_models())}.")
+    return _REGISTRY[name]
+
+
 def _build(builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.Module:
     """Call ``builder`` if it has all ``arguments``, and they all of its: a TypeError from inside it stays one."""
-    parameters = inspect.signature(builder).parameters.values()
+    parameters = inspect.signature(builder, follow_wrapped=False).parameters.values()
     named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(arguments.keys() - {p.name for p in named}) if len(named) == len(parameters) else []
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
@@ -108,17 +122,29 @@ def _build(builder: Callable[..., nn.Module], arguments: dict[str, Any]) -> nn.M
     return builder(**arguments)
 
 
+def _makes(model: Callable[..., nn.Module]) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Decorator: the builder hands what it is given on to ``model``, so it takes what that takes."""
+
+    def mark(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        builder.__wrapped__ = model  # type: ignore[attr-defined]  # where inspect.signature looks
+        return builder
+
+    return mark
+
+
 def _gm_mlic(preset: dict[str, Any], overrides: dict[str, Any]) -> nn.Module:
     return _build(GMMLIC, {**preset, **overrides})
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic(**overrides: Any) -> nn.Module:
     """GM-MLIC with every argument of :class:`GMMLIC` to be given."""
     return _gm_mlic({}, overrides)
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic_scenes(**overrides: Any) -> nn.Module:
     """GM-MLIC for the built-in scenes and their tiny detector; settings from ``experiments/recipe``."""
     preset = {"instance_dim": 256, "label_dim": 300, "k": 2, "widths": (64, 64), "fusion": "product", "norm": "all"}
@@ -126,6 +152,7 @@ def gm_mlic_scenes(**overrides: Any) -> nn.Module:
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic_paper(**overrides: Any) -> nn.Module:
     """GM-MLIC as in the paper: k = 2, widths 512 and 256, 1024-d features, GloVe, plain concatenation."""
     preset = {"instance_dim": 1024, "label_dim": 300, "k": 2, "widths": (512, 256), "fusion": "concat"}
@@ -133,58 +160,56 @@ def gm_mlic_paper(**overrides: Any) -> nn.Module:
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic_voc2007(**overrides: Any) -> nn.Module:
     """GM-MLIC with the paper's settings for VOC 2007."""
     return gm_mlic_paper(**overrides)
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic_coco2014(**overrides: Any) -> nn.Module:
     """GM-MLIC with the paper's settings for MS-COCO 2014."""
     return gm_mlic_paper(**overrides)
 
 
 @register_model
+@_makes(GMMLIC)
 def gm_mlic_nuswide(**overrides: Any) -> nn.Module:
     """GM-MLIC with the paper's settings for NUS-WIDE."""
     return gm_mlic_paper(**overrides)
 
 
 @register_model
+@_makes(MILMax)
 def mil_max(**overrides: Any) -> nn.Module:
     """The max-pooled per-instance classifier, :class:`MILMax`."""
     return _build(MILMax, overrides)
 
 
 @register_model
+@_makes(GlobalPool)
 def resnet101(**overrides: Any) -> nn.Module:
-    """Global average pooling and a linear classifier, :class:`GlobalPool`, on the grid of a ResNet-101 (or another)."""
+    """Global average pooling and a linear classifier, :class:`GlobalPool`."""
     return _build(GlobalPool, overrides)
 
 
 @register_model
+@_makes(MLGCN)
 def ml_gcn(**overrides: Any) -> nn.Module:
-    """ML-GCN, classifiers from a graph of the labels: :class:`MLGCN`."""
+    """ML-GCN, :class:`MLGCN`."""
     return _build(MLGCN, overrides)
 
 
 @register_model
+@_makes(SSGRL)
 def ssgrl(**overrides: Any) -> nn.Module:
-    """SSGRL, semantic decoupling and a gated graph of the labels: :class:`SSGRL`."""
+    """SSGRL, :class:`SSGRL`."""
     return _build(SSGRL, overrides)
 
 
 @register_model
+@_makes(Query2Label)
 def query2label(**overrides: Any) -> nn.Module:
-    """Query2Label, a transformer decoder with a query for each label: :class:`Query2Label`."""
+    """Query2Label, :class:`Query2Label`."""
     return _build(Query2Label, overrides)
-
-
-#: Sizes that the data decide and a model asks for, where it is not one that reads labels as vectors alone.
-SIZES: dict[str, tuple[str, ...]] = {
-    "mil_max": ("num_labels",),
-    "resnet101": ("num_labels",),
-    "ml_gcn": ("num_labels", "label_dim"),
-    "ssgrl": ("num_labels", "label_dim"),
-    "query2label": ("num_labels",),
-}

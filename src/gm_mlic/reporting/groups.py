@@ -20,7 +20,11 @@ ABLATIONS = {
 }
 _RELATIONS = tuple(f"model.{name.removeprefix('no_')}" for name in ABLATIONS if name != "full")
 #: Settings that follow from the one that is studied.
-_FOLLOWS = {"graph.m": ("detector.max_instances",), "model.k": ("model.widths", "model.encoder_width")}
+_FOLLOWS = {
+    "graph.m": ("detector.max_instances",),
+    "detector.grid": ("detector.max_instances", "graph.m"),
+    "model.k": ("model.widths", "model.encoder_width"),
+}
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 
 import gm_mlic.datasets
 from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
-from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, build_extractor
+from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
 from gm_mlic.embeddings import LabelEmbedding, embed_labels
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn.registry import SIZES
+from gm_mlic.nn import CountsLabels, model_arguments
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
 from gm_mlic.training.checkpoint import WholeFiles
 from gm_mlic.training.interruption import Interruption
 from gm_mlic.training.processes import place, started_by
+from gm_mlic.zoo.trained import Description
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def _is_dataset(thing: Any) -> bool:
 # Detection and instances
 
 
-def build_detector(config: DictConfig) -> FasterRCNNExtractor:
+def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     """The extractor of ``config.detector``, on the device that the trainer would use."""
     settings = section(config, "detector")
     del settings["max_instances"]
@@ -163,10 +164,19 @@ def build_graphs(
 
 
 def model_settings(config: DictConfig, *, instance_dim: int, label_dim: int, num_labels: int) -> dict[str, Any]:
-    """Arguments of ``create_model``: ``config.model`` and the sizes that the data decide."""
-    settings = {**section(config, "model"), "instance_dim": instance_dim}
-    sizes = {"label_dim": label_dim, "num_labels": num_labels}
-    return settings | {name: sizes[name] for name in SIZES.get(settings["name"], ("label_dim",))}
+    """Arguments of ``create_model``: ``config.model``, and of the sizes that the data decide those that it takes."""
+    settings = section(config, "model")
+    sizes = {"instance_dim": instance_dim, "label_dim": label_dim, "num_labels": num_labels}
+    taken = model_arguments(settings["name"])
+    return settings | {name: size for name, size in sizes.items() if name in taken}
+
+
+def build_model(description: Description, train_targets: Any) -> torch.nn.Module:
+    """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
+    model = description.build_model()
+    if isinstance(model, CountsLabels):
+        model.count(torch.from_numpy(train_targets))
+    return model
 
 
 def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:

@@ -33,7 +33,6 @@ from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.store import MANIFEST, sha256
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.nn import LabelCompany
 from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
@@ -250,12 +249,8 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         embedding=build.section(config, "embedding"),
     )
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
-    model = description.build_model()
-    for part in model.modules():
-        if isinstance(part, LabelCompany):
-            part.count(torch.from_numpy(dataset.targets))
     module = MLICModule(
-        model,
+        build.build_model(description, dataset.targets),
         build.build_loss(config, dataset.targets),
         build.build_metrics(config, labels),
         build.section(config, "optimizer"),

@@ -16,12 +16,12 @@ from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
-from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, Instances, build_extractor
+from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ConfigError, UnreadableImage, WeightsError
 from gm_mlic.graphs import AssignmentGraph, dense_batch, instance_data
 from gm_mlic.nn import GMMLIC
-from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, read_pretrained, write_pretrained
+from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, load_safely, read_pretrained, write_pretrained
 from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -163,14 +163,18 @@ class Predictor:
         description, model = read_pretrained(folder)
         settings = {**description.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
+        of_body = None
         if settings.get("weights") == DETECTOR:
-            settings["weights"] = folder / DETECTOR
+            of_body = folder / DETECTOR if settings.get("grid") is not None else None
+            settings["weights"] = None if of_body else folder / DETECTOR
         if extractor is None:
             if "arch" not in settings:
                 raise WeightsError(
                     f"{folder}: its detector, {description.detector}, is none of gm-mlic's: give it as extractor=."
                 )
             extractor = _built(settings, device, folder)
+            if of_body is not None and isinstance(extractor, GridExtractor):
+                load_weights(extractor.body, {"state_dict": load_safely(of_body)}, of_body, prefix="")
         description.check_detector(extractor.name, extractor.fingerprint, folder)
         return cls(model.to(device), description, extractor)
 
@@ -294,7 +298,7 @@ class Predictor:
         return graph.to(self.device)
 
 
-def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor:
+def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor | GridExtractor:
     """The detector of a model's settings, which may come from anywhere."""
     try:
         return build_extractor(device=device, **settings)

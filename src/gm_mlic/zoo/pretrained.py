@@ -26,7 +26,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from gm_mlic._version import __version__
-from gm_mlic.detection import FasterRCNNExtractor, InstanceExtractor, save_detector
+from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.nn import SHIPPED, pretrained_models
@@ -38,7 +38,7 @@ DETECTOR, CARD = "detector.safetensors", "README.md"
 #: Of the layout above. A reader refuses a later one.
 FORMAT = 1
 #: Detector weights that need no file: shipped, torchvision's, and (None) random ones, which the seed makes again.
-NAMED_WEIGHTS = ("scenes", "coco", "imagenet", None)
+NAMED_WEIGHTS = ("scenes", "coco", None)
 _NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -86,11 +86,11 @@ def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
     """
     content = _read_config(folder)
     try:
-        label_vectors = _load(folder / LABEL_VECTORS)["label_vectors"]
+        label_vectors = load_safely(folder / LABEL_VECTORS)["label_vectors"]
         description = Description.from_config(content, label_vectors)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
-    weights = _load(folder / MODEL)
+    weights = load_safely(folder / MODEL)
     try:
         if type(AssignmentGraph(label_vectors, edge_attr=False, **description.graph).m) is not int:
             raise ValueError("graph.m is no number")
@@ -178,6 +178,9 @@ def _without_places(description: Description, extractor: InstanceExtractor, fold
     if not named and settings and isinstance(extractor, FasterRCNNExtractor):
         save_detector(extractor, folder / DETECTOR, settings["arch"])
         settings |= {"weights": DETECTOR, "labels": None}
+    elif not named and settings and isinstance(extractor, GridExtractor):
+        _save(folder / DETECTOR, extractor.body.state_dict())
+        settings["weights"] = DETECTOR
     embedding = dict(description.embedding)
     if embedding.get("path") is not None:
         embedding["path"] = Path(embedding["path"]).name
@@ -218,7 +221,8 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_safely(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:

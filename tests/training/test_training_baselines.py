@@ -1,0 +1,82 @@
+"""Every baseline, and GM-MLIC on a grid, from images to a run folder and back to predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gm_mlic import Predictor, Scenes
+from gm_mlic.cli.compose import compose
+from gm_mlic.metrics import read_scored_images
+from gm_mlic.nn.cooccurrence import conditional_probabilities
+from gm_mlic.nn.ml_gcn import reweighted_adjacency
+from gm_mlic.training import run
+from gm_mlic.zoo import read_checkpoint
+
+SMALL = [
+    "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 8, test: 8}", "dataset.image_size=96",
+    "detector.min_size=64", "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
+]  # fmt: skip
+GRID = ["detector.grid=4", "detector.max_instances=16", "graph.m=16"]
+RUNS = {
+    "resnet101": ["baseline=resnet101", "detector.grid=4"],
+    "ml_gcn": ["baseline=ml_gcn", "detector.grid=4"],
+    "ssgrl": ["baseline=ssgrl", "detector.grid=4", "model.width=16"],
+    "query2label": ["baseline=query2label", "detector.grid=4"],
+    "mil_max": ["model=mil_max", *GRID],
+    "gm_mlic": ["model.widths=[8,8]", *GRID],
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_from_images_to_predictions(root: Path, name: str):
+    overrides = [*SMALL, *RUNS[name], f"instances.root={root}/stores", f"run_dir={root}/{name}"]
+    result = run.train(compose("train", overrides))
+    assert result["model"]["name"] == name
+    assert result["detector"]["name"] == "scenes_tiny-grid4"
+    assert 0 < result["test"]["mAP"] <= 100
+    assert len(list((root / "stores" / "scenes").glob("t*"))) == 2  # train and test: all models read the same instances
+
+    checkpoint = root / name / "checkpoints" / "best.ckpt"
+    content = read_checkpoint(checkpoint)[1]["state_dict"]
+    P = conditional_probabilities(torch.from_numpy(Scenes("train", size=24, image_size=96).targets), 22)
+    if name == "ml_gcn":
+        torch.testing.assert_close(content["model.adjacency"], reweighted_adjacency(P))
+    if name == "ssgrl":
+        torch.testing.assert_close(content["model.adjacency"], P)
+    expected = read_scored_images([root / name / "test.npz"], root / name / "test.npz").scores[0]
+    scenes = Scenes("test", size=8, image_size=96)
+    found = list(Predictor.from_checkpoint(checkpoint)(scenes.image(i) for i in range(8)))
+    ours = torch.tensor([prediction.probabilities.tolist() for prediction in found])
+    torch.testing.assert_close(ours, expected.float(), atol=5e-3, rtol=0)
+    assert found[0].boxes.shape == (16, 4)
+    assert found[0].detected == (None,) * 16
+
+
+def test_a_backbone_that_is_trained_along(root: Path):
+    overrides = [
+        *SMALL, "baseline=ml_gcn", "detector.grid=4", "detector.trainable=all", "instances.online=true",
+        "instances.view_size=96", f"run_dir={root}/online",
+    ]  # fmt: skip
+    config = compose("train", overrides)
+    result = run.train(config)
+    checkpoint = Path(config.run_dir) / "checkpoints" / "best.ckpt"
+    trained = read_checkpoint(checkpoint)[1]["state_dict"]
+    fresh = run.build.build_detector(config).state_dict()
+    body = {key: tensor for key, tensor in trained.items() if key.startswith("online.detector.body.")}
+    assert {key.removeprefix("online.detector.") for key in body} == fresh.keys()
+    moved = [key for key, t in body.items() if not torch.equal(t, fresh[key.removeprefix("online.detector.")])]
+    assert any(key.endswith("0.weight") for key in moved)
+    assert not any("running" in key for key in moved)
+    again = run.evaluate(checkpoint, bootstrap=0)
+    assert again["metrics"]["mAP"] == pytest.approx(result["test"]["mAP"])
+    found = next(Predictor.from_checkpoint(checkpoint)(Scenes("test", size=1, image_size=96).image(0)))
+    expected = read_scored_images([root / "online" / "test.npz"], root / "online" / "test.npz").scores[0][0]
+    torch.testing.assert_close(torch.from_numpy(found.probabilities), expected.float(), atol=1e-4, rtol=0)
