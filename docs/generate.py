@@ -127,7 +127,7 @@ def api(root: Path) -> Iterator[tuple[str, str]]:
             _module_page(f"{number} {name}", f"What comes out: {what}.", found),
         )
     common = [module for name in COMMON for module in modules(package, name)]
-    yield "99_common.md", _module_page("15 common", "What every stage may use.", common)
+    yield "99_common.md", _module_page("common", "What every stage may use.", common)
 
 
 def modules(package: Path, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -12,10 +13,14 @@ from sphinx.util import logging
 
 log = logging.getLogger(__name__)
 
+#: Sizes of brackets, which MathML finds by itself.
+_SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
+
 
 def _formula(node: nodes.Element, *, as_block: bool) -> str:
+    formula = _SIZES.sub("", node.astext())
     try:
-        return str(tex2mathml(node.astext(), as_block=as_block))
+        return str(tex2mathml(formula, as_block=as_block))
     except (MathError, AttributeError) as error:  # the second from an & that its parser did not expect
         log.warning("formula that cannot be drawn (%s): %s", error, node.astext(), location=node)
         return f"<code>{node.astext()}</code>"
