@@ -2,7 +2,8 @@
 
 `generated/commands.md` holds what every command says of itself, `generated/configuration.md` the files of conf/,
 `generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the
-studies, `generated/tour.md` the notebook, `generated/model_zoo.md` the table of models.
+studies, `generated/tour.md` the notebook, `generated/model_zoo.md` and `generated/models/` the models that there are
+and the cards of those with weights.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ def write_pages(root: Path, out: Path) -> None:
     pages |= {Path("experiments") / name: text for name, text in experiments(root)}
     if (root / "MODEL_ZOO.md").exists():
         pages[Path("model_zoo.md")] = moved(root / "MODEL_ZOO.md", root, "../..")
+    for card in root.glob("src/gm_mlic/zoo/models/*/README.md"):
+        text = re.sub(r"\A---\n.*?^---$", "", moved(card, root, "../../.."), flags=re.MULTILINE | re.DOTALL)
+        pages[Path("models") / f"{card.parent.name}.md"] = f"---\norphan: true\n---\n{text}"
     pages |= dict(tour(root / "docs" / "notebooks" / "tour.ipynb"))
     if out.exists():
         for old in [p for p in out.rglob("*") if p.is_file() and p.relative_to(out) not in pages]:
@@ -173,8 +177,9 @@ def moved(file: Path, root: Path, up: str) -> str:
         path = (file.parent / target).resolve()
         if (path / "README.md").exists():
             path /= "README.md"
-        if path.name == "README.md" and path.parent.parent == root / "experiments":
-            path = root / "docs" / "generated" / "experiments" / f"{path.parent.name}.md"
+        for folder in ("experiments", "models"):  # these are pages here
+            if path.name == "README.md" and path.parent.parent.name == folder:
+                path = root / "docs" / "generated" / folder / f"{path.parent.name}.md"
         return f"]({up}/{path.relative_to(root).as_posix()}{hash_sign}{place})"
 
     return re.sub(r"\]\(([^)\s]+)\)", lead, file.read_text())
