@@ -49,7 +49,10 @@ def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_cfg(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([command, "--cfg", "job"]) == 0
-    own = {"runs": "folders:", "report": "folders:", "plan": "devices:", "dashboard": "project:"}
+    own = {
+        "runs": "folders:", "report": "folders:", "plan": "devices:", "dashboard": "project:", "serve": "port:",
+        "export": "licence:",
+    }  # fmt: skip
     assert own.get(command, "run_dir:") in capsys.readouterr().out
 
 
