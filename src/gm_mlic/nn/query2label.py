@@ -35,7 +35,7 @@ def position_encoding(box: Tensor, channels: int) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    r"""A layer of a transformer decoder (section 3.2 of the paper, eq. 1 to 3), with LayerNorm after each step.
+    r"""A layer of a transformer decoder (the paper's query updating), with LayerNorm after each step.
 
     .. math::
         Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \\
@@ -84,7 +84,7 @@ class Query2Label(nn.Module):
     .. math::
         F &= \mathrm{Linear}(f) \\
         Q_l, a &= \mathrm{DecoderLayer}(Q_{l-1}, F), \qquad l = 1, \ldots, L \\
-        s_c &= w_c^\top Q_{L,c} + b_c \text{ (eq. 4)}
+        s_c &= w_c^\top Q_{L,c} + b_c
 
     :math:`Q_0` are learnt queries, one for each label: neither word vectors nor co-occurrences are given. Positions are
     encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The matches are the last

@@ -15,7 +15,7 @@ from gm_mlic.nn.whole_image import LabelClassifiers, as_batch, winners
 
 
 class SemanticDecoupling(nn.Module):
-    r"""A feature for each label, from where its word vector points (section 3.2 of the paper, eq. 3 to 6).
+    r"""A feature for each label, from where its word vector points (the paper's semantic decoupling).
 
     .. math::
         a_{ic} = \underset{i}{\mathrm{softmax}} \;
@@ -56,7 +56,7 @@ class SemanticDecoupling(nn.Module):
 
 
 class GatedGraphConv(nn.Module):
-    r"""One step of a gated graph network (Li et al., ICLR 2016), as in section 3.3 of the paper.
+    r"""One step of a gated graph network (Li et al., ICLR 2016), as in the paper's semantic interaction.
 
     .. math::
         m_c &= [ \sum_{c'} A_{cc'} h_{c'}, \; \sum_{c'} A_{c'c} h_{c'} ] \\
