@@ -8,12 +8,15 @@ from pathlib import Path
 
 import yaml
 
+from gm_mlic.datasets.scenes import LABELS
 from gm_mlic.nn import create_model, list_models, model_arguments, pretrained_models
 from gm_mlic.nn.registry import SHIPPED, describe
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Sizes that data decide, as they are for scenes; for the others the paper's, with COCO's labels.
-SCENES = {"instance_dim": 256, "label_dim": 300, "num_labels": 22}
+#: What data decide, as it is for scenes.
+SCENES = {
+    "instance_dim": 256, "label_dim": 300, "num_labels": len(LABELS), "labels": LABELS, "detector_labels": LABELS,
+}  # fmt: skip
 
 HEAD = """# Model zoo
 
@@ -33,7 +36,7 @@ def parameters(name: str) -> int:
     """Of the model with the sizes of scenes, or with its own where its name decides them."""
     of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others have the sizes of their datasets
     takes = model_arguments(name)
-    model = create_model(name, **{key: size for key, size in SCENES.items() if of_data and key in takes})
+    model = create_model(name, **{key: value for key, value in SCENES.items() if of_data and key in takes})
     return sum(p.numel() for p in model.parameters())
 
 

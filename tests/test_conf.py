@@ -15,7 +15,7 @@ from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.losses import DIFFICULT_POLICIES
 from gm_mlic.metrics import PRESETS
-from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, GlobalPool, MILMax, Query2Label
+from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GlobalPool, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
 from gm_mlic.training import build, settings
 from gm_mlic.training.module import MLICModule
@@ -30,6 +30,7 @@ COMMANDS = {"bench": "bench"}
 WITH = {"detector=resnet101": ["graph.m=196"]}
 #: The class of a model, by its name; GMMLIC for others.
 MODELS = {
+    "detector": DetectorLabels,
     "mil_max": MILMax,
     "resnet101": GlobalPool,
     "ml_gcn": MLGCN,

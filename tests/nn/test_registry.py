@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -7,7 +9,8 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.nn import GMMLIC, MILMax, create_model, list_models, model_arguments, register_model, registry
 
 IMAGE, WORDS = {"instance_dim": 4, "num_labels": 3}, {"label_dim": 3}
-INPUTS = {
+INPUTS: dict[str, dict[str, Any]] = {
+    "detector": {"labels": ["cat", "dog"], "detector_labels": ["dog"]},
     "mil_max": IMAGE,
     "resnet101": IMAGE,
     "query2label": IMAGE,
@@ -33,7 +36,7 @@ def test_arguments_are_those_of_what_is_built() -> None:
     assert model_arguments("gm_mlic_paper") == model_arguments("gm_mlic")
     for name in list_models():
         assert INPUTS.get(name, {"instance_dim": 4, "label_dim": 3}).keys() <= set(model_arguments(name))
-        assert ("num_labels" in model_arguments(name)) == (name in INPUTS)
+        assert ("num_labels" in model_arguments(name)) == ("num_labels" in INPUTS.get(name, {}))
     with pytest.raises(ConfigError, match="Did you mean 'mil_max'"):
         model_arguments("mil_mx")
 

@@ -9,11 +9,14 @@ import torch
 
 from gm_mlic import Predictor, Scenes
 from gm_mlic.cli.compose import compose
+from gm_mlic.cli.demo import detector_scores
+from gm_mlic.errors import ConfigError
 from gm_mlic.metrics import read_scored_images
 from gm_mlic.nn.cooccurrence import conditional_probabilities
 from gm_mlic.nn.ml_gcn import reweighted_adjacency
 from gm_mlic.training import run
 from gm_mlic.zoo import read_checkpoint
+from gm_mlic.zoo.export import export
 
 SMALL = [
     "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 8, test: 8}", "dataset.image_size=96",
@@ -28,6 +31,7 @@ RUNS = {
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
+BOXES = ["model=detector", "graph.m=6"]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,34 @@ def test_from_images_to_predictions(root: Path, name: str):
     torch.testing.assert_close(ours, expected.float(), atol=5e-3, rtol=0)
     assert found[0].boxes.shape == (16, 4)
     assert found[0].detected == (None,) * 16
+
+
+def test_the_detectors_own_labels(root: Path):
+    overrides = [*SMALL, *BOXES, f"instances.root={root}/stores", f"run_dir={root}/detector"]
+    result = run.train(compose("train", overrides))
+    assert result["model"]["parameters"] == 2 * 22
+    config = compose("train", overrides)
+    test = run.split_data(config, run.build.build_dataset(config, "test"), run.build.build_detector(config))
+    assert test.store is not None
+    uncalibrated = run.build.build_metrics(config, test.dataset.labels)
+    uncalibrated.update(torch.from_numpy(detector_scores(test.store)), torch.from_numpy(test.dataset.targets))
+    assert result["test"]["mAP"] == pytest.approx(float(uncalibrated.compute()["mAP"]), abs=1e-3)
+
+    checkpoint = root / "detector" / "checkpoints" / "best.ckpt"
+    expected = read_scored_images([root / "detector" / "test.npz"], root / "detector" / "test.npz").scores[0]
+    photos = [Scenes("test", size=8, image_size=96).image(i) for i in range(8)]
+    predictor = Predictor.from_checkpoint(checkpoint)
+    shared = Predictor.from_pretrained(predictor.save_pretrained(root / "shared"))
+    for each in (predictor, shared):
+        found = list(each(photos))
+        ours = torch.tensor([prediction.probabilities.tolist() for prediction in found])
+        torch.testing.assert_close(ours, expected.float(), atol=5e-3, rtol=0)
+        best = found[0].top(1)[0]
+        assert found[0].detected[best.instance] == best.label
+    with pytest.raises(ConfigError, match="no network to export; format=pretrained"):
+        export(predictor, root / "network.onnx", "onnx")
+    with pytest.raises(ConfigError, match=r"none of the 22 labels .* \(it has none\)"):
+        run.train(compose("train", [*SMALL, "model=detector", *GRID, f"run_dir={root}/grid"]))
 
 
 def test_a_backbone_that_is_trained_along(root: Path):

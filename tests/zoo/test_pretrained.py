@@ -3,11 +3,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -194,82 +191,6 @@ def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
         Predictor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="revision=x"):
         Predictor.from_pretrained(saved, revision="x")
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the hub's interface as a download needs."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/me/model/revision/"):
-            files = [{"rfilename": file.name} for file in sorted(self.folder.iterdir())]
-            self.answer(json.dumps({"id": "me/model", "sha": COMMIT, "siblings": files}).encode(), {})
-        elif path.startswith("/me/model/resolve/"):
-            content = (self.folder / path.rpartition("/")[2]).read_bytes()
-            self.answer(content, {"ETag": f'"{hash(content) & 0xFFFFFFFF:x}"', "X-Repo-Commit": COMMIT})
-        elif path.startswith("/api/models/me/model/tree/"):
-            files = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in self.folder.iterdir()
-            ]
-            self.answer(json.dumps(files).encode(), {})
-        else:
-            self.answer(b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, 404)
-
-    def answer(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-def test_from_the_hub(saved: Path, photos: list[Path], tmp_path: Path):
-    """In a process of its own, for the hub's library reads its address when it is imported."""
-    (saved / "evil.py").write_text("raise SystemExit('run')")
-    FakeHub.folder, FakeHub.asked = saved, []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    code = (
-        "import sys\nfrom gm_mlic import Predictor\nfrom gm_mlic.errors import WeightsError\n"
-        f"print(next(Predictor.load('me/model')([{str(photos[0])!r}])).top(1)[0].label)\n"
-        "try:\n    Predictor.load('me/other')\nexcept WeightsError as error:\n    print(error)\n"
-    )
-    environment = {
-        "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "PATH": "/usr/bin:/bin", "HF_HUB_DISABLE_XET": "1",
-        "HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1",
-    }  # fmt: skip
-
-    def go(extra: dict[str, str]) -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False,
-            env=environment | extra, cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    try:
-        label, refusal = go({})
-    finally:
-        server.shutdown()
-    assert label == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
-    assert refusal.startswith("me/other: there is no such folder, and the hub gave none")
-    assert not any("evil.py" in asked for asked in FakeHub.asked)
-    # fetched once: what is kept serves without the hub
-    assert go({"HF_HUB_OFFLINE": "1"})[0] == label
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):

@@ -17,6 +17,7 @@ from rich.console import Console
 from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError
 from gm_mlic.instances import InstanceStore
+from gm_mlic.nn import columns_of
 from gm_mlic.reporting.pictures import judged_labels, picture_grid
 from gm_mlic.reporting.tables import comparison_markdown, comparison_table
 from gm_mlic.training import build
@@ -80,9 +81,8 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
 
 def detector_scores(store: InstanceStore) -> np.ndarray:
     """(N, C): the best confidence of any instance that the detector itself gave label c, found by its name; else 0."""
-    column = {name: c for c, name in enumerate(store.manifest.labels)}
-    column_of = np.array([*(column.get(name, -1) for name in store.manifest.detector_labels), -1])
-    scores = np.zeros((len(store.counts), len(column)), dtype=np.float32)
+    column_of = np.array([*columns_of(store.manifest.detector_labels, store.manifest.labels), -1])
+    scores = np.zeros((len(store.counts), len(store.manifest.labels)), dtype=np.float32)
     labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no label, and for one of the detector's only
     image, slot = np.nonzero(labels >= 0)
     np.maximum.at(scores, (image, labels[image, slot]), store.scores[image, 0, slot])

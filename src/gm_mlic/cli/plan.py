@@ -216,8 +216,11 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     dim = config.embedding.get("dim") or 300
     graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
     execution = config.model.get("execution", "auto")
-    sizes_of_data = {"instance_dim": feature_dim, "label_dim": dim, "num_labels": C}
-    model = create_model(**build.model_settings(config, **sizes_of_data)).to(device)
+    names = [str(c) for c in range(C)]
+    settings = build.model_settings(
+        config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names
+    )
+    model = create_model(**settings).to(device)
     loss_of = WeightedBCE(torch.full((C,), 0.05), **build.section(config, "loss")).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
     options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}

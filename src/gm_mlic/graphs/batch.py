@@ -33,6 +33,8 @@ class AssignmentBatch:
         relates: (C, K_l) int64, neighbours of each label; None for all other labels.
         y: (B, C) int64 targets in {1, 0, -1}, or None.
         row: (B,) int64 row of each image in its store, or None.
+        score: (B, M), the detector's confidence in each instance, or None.
+        detected_label: (B, M) int64, which of its own classes the detector gave each instance, -1 for none; or None.
     """
 
     x: Tensor
@@ -46,6 +48,8 @@ class AssignmentBatch:
     relates: Tensor | None = None
     y: Tensor | None = None
     row: Tensor | None = None
+    score: Tensor | None = None
+    detected_label: Tensor | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -91,6 +95,8 @@ class AssignmentBatch:
         relates: Tensor | None = None,
         y: Tensor | None = None,
         row: Tensor | None = None,
+        score: Tensor | None = None,
+        detected_label: Tensor | None = None,
     ) -> AssignmentBatch:
         """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
 
@@ -98,7 +104,7 @@ class AssignmentBatch:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l).
             neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
-            label_graph, relates, y, row: see the class.
+            label_graph, relates, y, row, score, detected_label: see the class.
         """
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
         near = near_mask = near_attr = None
@@ -113,7 +119,9 @@ class AssignmentBatch:
             near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
             sources = torch.gather(box, 1, near.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
             near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
-        return cls(x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row)
+        return cls(
+            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row, score, detected_label
+        )
 
     @classmethod
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
@@ -140,10 +148,14 @@ class AssignmentBatch:
 
         M = int(counts.max())
         mask = torch.arange(M, device=x.device) < counts[:, None]
-        dense_x = x.new_zeros(B, M, x.shape[1])
-        dense_x[mask] = x
-        box = x.new_zeros(B, M, 4)
-        box[mask] = data[INSTANCE].box
+
+        def dense(value: Tensor, absent: int = 0) -> Tensor:
+            padded = value.new_full((B, M, *value.shape[1:]), absent)
+            padded[mask] = value
+            return padded
+
+        score = dense(data[INSTANCE].score) if "score" in data[INSTANCE] else None
+        detected_label = dense(data[INSTANCE].detected_label, -1) if "detected_label" in data[INSTANCE] else None
         near = near_mask = near_attr = relates = None
         if NEAR in data.edge_types:
             source, target = data[NEAR].edge_index
@@ -165,7 +177,10 @@ class AssignmentBatch:
         y = data.y if "y" in data else None
         row = data.row if "row" in data else None
         label_graph = RELATES in data.edge_types
-        return cls(dense_x, box, mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row)
+        return cls(
+            dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row,
+            score, detected_label,
+        )  # fmt: skip
 
 
 def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:

@@ -161,6 +161,8 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
             relates=graph.label_lists,
             y=torch.from_numpy(store.targets[rows].astype(np.int64)),
             row=torch.from_numpy(rows.astype(np.int64)),
+            score=torch.from_numpy(store.scores[rows, views, :M]),
+            detected_label=torch.from_numpy(store.detected_labels[rows, views, :M].astype(np.int64)),
         )
 
     @staticmethod
@@ -185,8 +187,8 @@ def dense_batch(
         y: (B, C) targets, row: (B,) rows, to be kept with it.
     """
 
-    def pad(parts: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], batch_first=True)
+    def pad(parts: list[Tensor], absent: float = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], True, absent)
 
     counts = torch.tensor([len(instances) for instances in found], device=device)
     return AssignmentBatch.build(
@@ -199,4 +201,6 @@ def dense_batch(
         relates=None if graph.label_lists is None else graph.label_lists.to(device),
         y=y,
         row=row,
+        score=pad([instances.scores for instances in found]),
+        detected_label=pad([instances.detected_labels for instances in found], -1),
     )

@@ -86,7 +86,7 @@ def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -
     return ModelOutput(logits, winners, matrix, mask, v_l)
 
 
-def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int, label_dim: int | None = None) -> None:
+def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int | None, label_dim: int | None = None) -> None:
     """Raise ConfigError unless features and label vectors have the lengths that a model was built for."""
     if isinstance(data, AssignmentBatch):
         x, W = data.x, data.label_vectors

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.nn.detector_labels import DetectorLabels
 from gm_mlic.nn.global_pool import GlobalPool
 from gm_mlic.nn.gm_mlic import GMMLIC
 from gm_mlic.nn.mil import MILMax
@@ -178,6 +179,13 @@ def gm_mlic_coco2014(**overrides: Any) -> nn.Module:
 def gm_mlic_nuswide(**overrides: Any) -> nn.Module:
     """GM-MLIC with the paper's settings for NUS-WIDE."""
     return gm_mlic_paper(**overrides)
+
+
+@register_model
+@_makes(DetectorLabels)
+def detector(**overrides: Any) -> nn.Module:
+    """The detector's own labels, calibrated, :class:`DetectorLabels`."""
+    return _build(DetectorLabels, overrides)
 
 
 @register_model

@@ -17,9 +17,9 @@ from gm_mlic.nn.gm_mlic import check_lengths
 
 
 def as_batch(
-    data: HeteroData | AssignmentBatch, instance_dim: int, num_labels: int, label_dim: int | None = None
+    data: HeteroData | AssignmentBatch, instance_dim: int | None, num_labels: int, label_dim: int | None = None
 ) -> AssignmentBatch:
-    """The dense form of ``data``.
+    """The dense form of ``data``; lengths that are None are not compared.
 
     Raises:
         ConfigError: if it has none, or features, labels or label vectors are not those that the model was built for.

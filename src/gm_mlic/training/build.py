@@ -163,12 +163,20 @@ def build_graphs(
 # Model, loss, metrics
 
 
-def model_settings(config: DictConfig, *, instance_dim: int, label_dim: int, num_labels: int) -> dict[str, Any]:
-    """Arguments of ``create_model``: ``config.model``, and of the sizes that the data decide those that it takes."""
+def model_settings(
+    config: DictConfig, *, instance_dim: int, label_dim: int, labels: Sequence[str], detector_labels: Sequence[str]
+) -> dict[str, Any]:
+    """Arguments of ``create_model``: ``config.model``, and of what the data decide those that it takes."""
     settings = section(config, "model")
-    sizes = {"instance_dim": instance_dim, "label_dim": label_dim, "num_labels": num_labels}
+    of_data = {
+        "instance_dim": instance_dim,
+        "label_dim": label_dim,
+        "num_labels": len(labels),
+        "labels": list(labels),
+        "detector_labels": list(detector_labels),
+    }
     taken = model_arguments(settings["name"])
-    return settings | {name: size for name, size in sizes.items() if name in taken}
+    return settings | {name: value for name, value in of_data.items() if name in taken}
 
 
 def build_model(description: Description, train_targets: Any) -> torch.nn.Module:

@@ -46,6 +46,11 @@ class MatchNetwork(nn.Module):
         self.model = copy.deepcopy(predictor.model).cpu().eval()
         self.neighbours = graph.neighbours if graph.instance_graph else None
         self.label_graph = graph.label_graph
+        if "instance_dim" not in predictor.description.model:
+            raise ConfigError(
+                f"{predictor.description.model['name']} reads the detector's own labels, not features: there is no "
+                "network to export; format=pretrained shares it."
+            )
         self.feature_dim = int(predictor.description.model["instance_dim"])
         self.min_instances = 1 if self.neighbours is None else self.neighbours + 1
         self.register_buffer("label_vectors", graph.label_vectors.cpu())

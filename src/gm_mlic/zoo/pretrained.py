@@ -34,6 +34,8 @@ from gm_mlic.zoo.trained import Description
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
+#: What a folder holds; nothing else that lies in it is ever fetched or pushed.
+FILES = (CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD)
 
 #: Of the layout above. A reader refuses a later one.
 FORMAT = 1
@@ -131,8 +133,7 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
         )
     hub = _hub()
     try:
-        files = [CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD]
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # of several libraries: network, names, permissions, disks
         raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
 
@@ -149,7 +150,9 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     try:
         api = hub.HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Model of gm-mlic")
+        api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
+        )
     except Exception as error:
         raise WeightsError(
             f"push={name}: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"

@@ -1,0 +1,80 @@
+"""What a detector says by itself: the label that it named each instance with, and how sure it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.gm_mlic import ModelOutput, pool_match_matrix
+from gm_mlic.nn.whole_image import as_batch
+
+#: The probability of a label that the detector did not give an instance, before calibration.
+FLOOR = 1e-3
+
+
+def columns_of(detector_labels: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """For each class of a detector the label of the same name, as its number; -1 where there is none."""
+    column = {name: c for c, name in enumerate(labels)}
+    return [column.get(name, -1) for name in detector_labels]
+
+
+class DetectorLabels(nn.Module):
+    r"""The detector's own labels, calibrated: what there is before anything is learnt about images as a whole.
+
+    .. math::
+        s_{ic} = \alpha_c \operatorname{logit}(q_{ic}) + \beta_c, \qquad p_c = \sigma(\max_i s_{ic})
+
+    with :math:`q_{ic}` the confidence of instance i where the detector (Faster R-CNN, Ren et al., NeurIPS 2015) named
+    it c, and 0.001 elsewhere. :math:`\alpha_c > 0` and :math:`\beta_c` are Platt's scaling (1999) of each label; they
+    begin as 1 and 0, the detector's own probabilities, and change no ranking within a label. Classes are labels by
+    their name; a label that no class is named after is never found.
+
+    Args:
+        labels: the C names.
+        detector_labels: names of the detector's classes, which ``detected_label`` indexes.
+
+    Shapes:
+        - **input:** an assignment graph or a batch of them, with ``score`` and ``detected_label``; nothing else is read
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`
+
+    Raises:
+        ConfigError: if no label has the name of a class, or, when called, for graphs without the two.
+    """
+
+    column: Tensor
+
+    def __init__(self, labels: Sequence[str], detector_labels: Sequence[str]) -> None:
+        super().__init__()
+        columns = columns_of(detector_labels, labels)
+        if not any(c >= 0 for c in columns):
+            names = ", ".join(detector_labels[:3]) or "it has none"
+            raise ConfigError(
+                f"model=detector: none of the {len(labels)} labels has the name of a class of the detector ({names}): "
+                "it takes a detector of these classes, and boxes (no detector.grid)."
+            )
+        self.num_labels = len(labels)
+        self.log_scale = nn.Parameter(torch.zeros(len(labels)))
+        self.shift = nn.Parameter(torch.zeros(len(labels)))
+        self.register_buffer("column", torch.tensor([*columns, -1]), persistent=False)  # the last one is for -1
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.log_scale)
+        nn.init.zeros_(self.shift)
+
+    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
+        """Score every label of every image of ``data``."""
+        batch = as_batch(data, None, self.num_labels)
+        if batch.score is None or batch.detected_label is None:
+            raise ConfigError("model=detector reads what the detector said: the graphs lack score or detected_label.")
+        named = self.column[batch.detected_label][..., None] == torch.arange(self.num_labels, device=self.column.device)
+        q = torch.where(named, batch.score.to(self.shift.dtype)[..., None], FLOOR).clamp(FLOOR, 1 - 1e-6)
+        return pool_match_matrix(self.log_scale.exp() * q.logit() + self.shift, batch.mask)
+
+    def __repr__(self) -> str:
+        named = len(set(self.column.tolist()) - {-1})
+        return f"{type(self).__name__}({self.num_labels}, {named} of them classes of the detector)"

@@ -1,0 +1,131 @@
+"""Download from the hub and push to it, in processes of their own: the library reads the address when imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import TOKEN, FakeHub, Repository, fake_hub
+
+from gm_mlic import Predictor
+
+PREDICT = """
+import sys
+from gm_mlic import Predictor
+from gm_mlic.errors import WeightsError
+for name in sys.argv[2:]:
+    try:
+        found = next(Predictor.load(name)([sys.argv[1]]))
+        print(found.top(1)[0].label, *(f"{p:.4f}" for p in found.probabilities))
+    except WeightsError as error:
+        print(error)
+"""
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def checkpoint(folder: Path) -> Path:
+    return folder / "gm/checkpoints/best.ckpt"
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with fake_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def python(hub: FakeHub, tmp_path: Path) -> Command:
+    """Runs python with arguments, where ``hub`` is the hub and nobody has logged in."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", *map(str, arguments)],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+            env={
+                "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HOME": str(tmp_path),
+                "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PATH": "/usr/bin:/bin", **environment,
+            },
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def export(python: Command, checkpoint: Path, tmp_path: Path) -> Command:
+    """Runs ``gm-mlic export`` of a checkpoint with settings and environment."""
+
+    def run(*settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        arguments = ["export", f"checkpoint={checkpoint}", f"to={tmp_path}/out", *settings]
+        return python("-m", "gm_mlic", *arguments, **environment)
+
+    return run
+
+
+def test_from_the_hub(hub: FakeHub, python: Command, checkpoint: Path, photos: list[Path], tmp_path: Path):
+    saved = Predictor.load(checkpoint).save_pretrained(tmp_path / "saved")
+    files = {file.name: file.read_bytes() for file in saved.iterdir()}
+    hub.repositories["me/model"] = Repository(files | {"evil.py": b"raise SystemExit('run')"})
+
+    found, refusal = python("-c", PREDICT, photos[0], "me/model", "me/other").stdout.splitlines()
+    assert found.split()[0] == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
+    assert refusal.startswith("me/other: there is no such folder, and the hub gave none")
+    assert not any("evil.py" in asked for asked in hub.asked)
+    # fetched once: what is kept serves without the hub
+    assert python("-c", PREDICT, photos[0], "me/model", HF_HUB_OFFLINE="1").stdout.splitlines() == [found]
+
+
+def test_to_the_hub_and_back(
+    hub: FakeHub, python: Command, export: Command, checkpoint: Path, photos: list[Path], tmp_path: Path
+):
+    done = export("push=me/pushed", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert f"on the hub: {hub.address}/me/pushed" in done.stdout
+    pushed = hub.repositories["me/pushed"]
+    assert pushed.private
+    assert pushed.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    local, remote = python("-c", PREDICT, photos[0], tmp_path / "out", "me/pushed", HF_TOKEN=TOKEN).stdout.splitlines()
+    assert remote == local
+    stranger = python("-c", PREDICT, photos[0], "me/pushed", HF_HOME=str(tmp_path / "stranger"))
+    assert "no such folder, and the hub gave none" in stranger.stdout  # private
+
+    (tmp_path / "out" / "notes.txt").write_text("mine")  # what else lies there is nobody's business
+    again = export("push=me/pushed", "licence=mit", HF_TOKEN=TOKEN)
+    assert again.returncode == 0, again.stderr
+    assert pushed.commits == 2
+    assert b"license: mit" in pushed.files["README.md"].replace(b'"', b"")
+    assert "notes.txt" not in pushed.files
+
+
+def test_open_to_all(hub: FakeHub, export: Command):
+    assert export("push=me/pushed", "private=false", HF_TOKEN=TOKEN).returncode == 0
+    assert not hub.repositories["me/pushed"].private
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        (["push=me/pushed"], {}),
+        (["push=me/pushed"], {"HF_TOKEN": "hf_wrong"}),
+        (["push=you/pushed"], {"HF_TOKEN": TOKEN}),
+        (["push=me/pushed"], {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:1"}),
+    ],
+    ids=["no token", "wrong token", "another's place", "no hub"],
+)
+def test_a_hub_that_refuses(
+    hub: FakeHub, export: Command, tmp_path: Path, settings: list[str], environment: dict[str, str]
+):
+    done = export(*settings, **environment)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"{settings[0]}: the hub did not take it" in last
+    assert "HF_TOKEN" in last
+    assert "Traceback" not in done.stderr
+    assert not hub.repositories
+    # what was exported is there to be pushed again
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["labels"]
