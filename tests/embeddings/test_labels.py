@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from gm_mlic.embeddings import ALIASES, embed_labels, hashed_vectors, words_of
+from gm_mlic.datasets import voc
+from gm_mlic.embeddings import ALIASES, embed_labels, hashed_vectors, labels_of, words_of
 from gm_mlic.errors import ConfigError, DataError
 
 WORDS = {
@@ -54,6 +56,39 @@ def refused(*args, error: type[Exception] = DataError, **options) -> str:
 )  # fmt: skip
 def test_words_of(label: str, words: list[str]) -> None:
     assert words_of(label) == words
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "expected"),
+    [
+        (["bus", "table", "dog"], ["cat", "dog", "bus"], [2, -1, 1]),
+        (["Wine glass", "Bus"], ["bus", "wine_glass"], [1, 0]),
+        (["car", "boats", "ski"], ["cars", "boat", "skis"], [0, 1, 2]),
+        (["tv", "potted plant", "airplane"], ["aeroplane", "pottedplant", "tvmonitor"], [2, 1, 0]),
+        # what fits better is not lost to what fits worse
+        (["plane", "airplane"], ["airplane", "plane"], [1, 0]),
+        (["couch", "sofa"], ["sofa"], [-1, 0]),
+        (["bird", "Birds"], ["birds"], [-1, 0]),
+        # several classes may be one label
+        (["bird", "birds"], ["Bird", "cat"], [0, -1]),
+        ([], ["cat"], []),
+        (["cat", "...", ""], [], [-1, -1, -1]),
+    ],
+)  # fmt: skip
+def test_labels_of(classes: list[str], labels: list[str], expected: list[int]):
+    assert labels_of(classes, labels) == expected
+
+
+@given(st.lists(st.sampled_from(["cat", "Cat", "cats", "tv", "television", "tvmonitor", "sofa", "-"]), unique=True))
+def test_labels_of_itself(names: list[str]):
+    assert labels_of(names, names) == list(range(len(names)))
+
+
+def test_every_label_of_voc_is_a_class_of_the_coco_detector():
+    categories = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    found = labels_of(categories, voc.LABELS)
+    assert set(found) == {-1, *range(20)}
+    assert voc.LABELS[found[categories.index("tv")]] == "tvmonitor"
 
 
 def test_aliases_are_in_normal_form_and_lead_elsewhere() -> None:

@@ -15,7 +15,7 @@ from torch_geometric.data import Batch, HeteroData
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
-from gm_mlic.nn import DetectorLabels, columns_of, create_model
+from gm_mlic.nn import DetectorLabels, create_model
 
 LABELS, CLASSES = ["cat", "dog", "hope", "bus"], ["bus", "table", "dog", "cat"]
 C, M = len(LABELS), 5
@@ -61,11 +61,6 @@ def graphs(dense: AssignmentBatch) -> list[HeteroData]:
         data["instance"].score, data["instance"].detected_label = dense.score[b, mask], dense.detected_label[b, mask]
         made.append(graph()(data))
     return made
-
-
-def test_classes_are_labels_by_their_name() -> None:
-    assert columns_of(CLASSES, LABELS) == [3, -1, 1, 0]
-    assert columns_of([], LABELS) == []
 
 
 def test_against_a_loop() -> None:

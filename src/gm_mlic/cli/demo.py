@@ -15,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from gm_mlic.datasets import Scenes
+from gm_mlic.embeddings import labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.instances import InstanceStore
-from gm_mlic.nn import columns_of
 from gm_mlic.reporting.pictures import judged_labels, picture_grid
 from gm_mlic.reporting.tables import comparison_markdown, comparison_table
 from gm_mlic.training import build
@@ -81,7 +81,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
 
 def detector_scores(store: InstanceStore) -> np.ndarray:
     """(N, C): the best confidence of any instance that the detector itself gave label c, found by its name; else 0."""
-    column_of = np.array([*columns_of(store.manifest.detector_labels, store.manifest.labels), -1])
+    column_of = np.array([*labels_of(store.manifest.detector_labels, store.manifest.labels), -1])
     scores = np.zeros((len(store.counts), len(store.manifest.labels)), dtype=np.float32)
     labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no label, and for one of the detector's only
     image, slot = np.nonzero(labels >= 0)

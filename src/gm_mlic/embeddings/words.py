@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 #: Other spellings, tried in this order and only if a word itself is missing. VOC's compounds come first (tvmonitor is
 #: tv in the vectors that the literature distributes); the rest are compounds written together and synonyms by which
@@ -54,3 +55,37 @@ def words_of(label: str) -> list[str]:
     ``"Wine_Glass"`` and ``"wine glass"`` both give ``["wine", "glass"]``.
     """
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", label.lower())
+
+
+def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
+    """For each class of a detector the label that means the same, as its number; -1 where there is none.
+
+    Names are compared as they stand, then without case and punctuation, then in the plural or singular, then by
+    :data:`ALIASES`; each step only for labels and classes that no earlier one has joined. A class is one label at most.
+    """
+    found = [-1] * len(classes)
+    for spellings in (_itself, _plain, _number, _aliases):
+        free = [c for c in range(len(labels)) if c not in found]
+        known = {spelling: c for c in reversed(free) for spelling in spellings(labels[c])}
+        for k, name in enumerate(classes):
+            if found[k] < 0:
+                found[k] = next((known[spelling] for spelling in spellings(name) if spelling in known), -1)
+    return found
+
+
+def _itself(name: str) -> Iterable[str]:
+    return [name]
+
+
+def _plain(name: str) -> Iterable[str]:
+    return [" ".join(words_of(name))]
+
+
+def _number(name: str) -> Iterable[str]:
+    (plain,) = _plain(name)
+    return [plain, plain.removesuffix("s")]
+
+
+def _aliases(name: str) -> Iterable[str]:
+    compact = "".join(words_of(name))
+    return [compact, *("".join(words_of(alias)) for alias in ALIASES.get(compact, ()))]

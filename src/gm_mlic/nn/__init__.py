@@ -2,7 +2,7 @@
 
 from gm_mlic.nn.conv import AssignmentConv, EdgeConv, Edges, MeanMessage, NodeConv, Product, Relations, States
 from gm_mlic.nn.cooccurrence import CountsLabels
-from gm_mlic.nn.detector_labels import DetectorLabels, columns_of
+from gm_mlic.nn.detector_labels import DetectorLabels
 from gm_mlic.nn.global_pool import GlobalPool
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, ModelOutput, pool_matches
 from gm_mlic.nn.mil import MILMax
@@ -42,7 +42,6 @@ __all__ = [
     "Query2Label",
     "Relations",
     "States",
-    "columns_of",
     "create_model",
     "list_models",
     "model_arguments",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
+from gm_mlic.embeddings import labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.gm_mlic import ModelOutput, pool_match_matrix
@@ -15,12 +16,6 @@ from gm_mlic.nn.whole_image import as_batch
 
 #: The probability of a label that the detector did not give an instance, before calibration.
 FLOOR = 1e-3
-
-
-def columns_of(detector_labels: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """For each class of a detector the label of the same name, as its number; -1 where there is none."""
-    column = {name: c for c, name in enumerate(labels)}
-    return [column.get(name, -1) for name in detector_labels]
 
 
 class DetectorLabels(nn.Module):
@@ -32,7 +27,7 @@ class DetectorLabels(nn.Module):
     with :math:`q_{ic}` the confidence of instance i where the detector (Faster R-CNN, Ren et al., NeurIPS 2015) named
     it c, and 0.001 elsewhere. :math:`\alpha_c > 0` and :math:`\beta_c` are Platt's scaling (1999) of each label; they
     begin as 1 and 0, the detector's own probabilities, and change no ranking within a label. Classes are labels by
-    their name; a label that no class is named after is never found.
+    their names (:func:`~gm_mlic.embeddings.labels_of`); a label that no class is named after is never found.
 
     Args:
         labels: the C names.
@@ -50,7 +45,7 @@ class DetectorLabels(nn.Module):
 
     def __init__(self, labels: Sequence[str], detector_labels: Sequence[str]) -> None:
         super().__init__()
-        columns = columns_of(detector_labels, labels)
+        columns = labels_of(detector_labels, labels)
         if not any(c >= 0 for c in columns):
             names = ", ".join(detector_labels[:3]) or "it has none"
             raise ConfigError(
