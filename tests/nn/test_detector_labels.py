@@ -71,7 +71,8 @@ def test_against_a_loop() -> None:
     assert data.score is not None
     assert data.detected_label is not None
     scale, shift = net.log_scale.exp().tolist(), net.shift.tolist()
-    output = net(data)
+    with torch.no_grad():
+        output = net(data)
     for b in range(data.num_graphs):
         for c, label in enumerate(LABELS):
             found = []
