@@ -208,8 +208,8 @@ def collect() -> None:
             parameters, gflops, speed = cost[name]
             cells = [spread([float(r[measure]) for r in of]) for measure in MEASURES]
             lines.append(
-                f"| {row.model} | {row.reads} | {of[0]['lr']} | {' | '.join(cells)} | {parameters:,} | {gflops:.3g} | "
-                f"{speed:,.0f} |"
+                f"| {row.model} | {row.reads} | {float(of[0]['lr']):g} | {' | '.join(cells)} | {parameters:,} | "
+                f"{gflops:.3g} | {speed:,.0f} |"
             )
     machine = describe_machine("cpu")
     table = "\n".join(lines)
@@ -220,7 +220,8 @@ def collect() -> None:
 
 def spread(values: list[float]) -> str:
     """Mean ± standard deviation over the seeds."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    mean, no_break = f"{statistics.mean(values):.1f}", "\u00a0"
+    return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":
