@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 
@@ -41,7 +42,8 @@ def serve(config: DictConfig) -> None:
         print("Everybody who reaches this machine can use it; there is no password.", flush=True)
     hosts = [config.host, name, "localhost"] if _is_loopback(host) else ["*"]
     app = build_app(predictor, hosts, embedding)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:
