@@ -38,7 +38,8 @@ def explain_photo(config: DictConfig) -> Path:
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")
     picture = Path(config.run_dir) / f"{name}.png"
     explanation_picture(found, photo, picture)
-    picture.with_suffix(".json").write_text(json.dumps(as_dict(found, config.image), indent=1, ensure_ascii=False))
+    numbers = json.dumps(as_dict(found, str(config.image)), indent=1, ensure_ascii=False)
+    picture.with_suffix(".json").write_text(numbers, encoding="utf-8", errors="backslashreplace")
     table = Table(
         title=f"{found.label}: won by instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
     )
