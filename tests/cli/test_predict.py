@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from gm_mlic import Scenes
@@ -128,6 +129,10 @@ def test_files_patterns_and_lists(photos: Path):
         (["images=[photos/torn.jpg,photos/notes.txt]"], "None of the 2 photos can be read"),
         (["images=photos/a.png", "run_dir=photos/a.png"], "photos/a.png: there is a file of this name"),
         (["images=photos", "top=0"], "top=0: expected a whole number"),
+        pytest.param(
+            ["images=photos", "accelerator=gpu"], "accelerator=gpu: torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["images=photos", "threshold=2"], "threshold=2: expected a number"),
         (["images=photos", "labels=[]"], "labels=[]: expected names"),
         (["images=photos", "labels=[mug,mug]"], "no label twice"),
@@ -135,7 +140,7 @@ def test_files_patterns_and_lists(photos: Path):
         (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: there is no such setting"),
         (["images=photos", "detector.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(checkpoint: Path, photos: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     if not any(argument.startswith("checkpoint=") for argument in arguments) and "no value" not in said:
         arguments = [f"checkpoint={checkpoint}", *arguments]

@@ -32,7 +32,7 @@ def explain_photo(config: DictConfig) -> Path:
         UnreadableImage: if the photo cannot be read.
         ConfigError: if there is no such label, or the model has no graph.
     """
-    predictor = Predictor.load(config.checkpoint, build.device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, build.present_device(config.accelerator))
     photo = read_image(config.image)
     found = explain(predictor, photo, config.label)
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")
