@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,10 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     with _opened(path):
         if zipfile.is_zipfile(path):
             _check_archive(path, stored=True)
-        return torch.load(path, map_location=device, weights_only=True)
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:  # torch advises at length to read it unsafely
+            raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:

@@ -33,6 +33,13 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["label"] == "fence post"
     assert len(found["match_logits"]) == len(found["boxes"])
     assert {influence["kind"] for influence in found["influences"]} <= {"near", "relates", "seen", "named"}
+    from gm_mlic import Predictor
+    from gm_mlic.reporting.explanation import explanation_picture
+    from gm_mlic.zoo import explain
+
+    words = Predictor.load("run/checkpoints/best.ckpt").with_labels([r"$5 \frac{", "$x$", "汽车"])
+    with Image.open("a photo.png") as photo:
+        explanation_picture(explain(words, photo, "$x$"), photo.convert("RGB"), Path("dollars.png"))
     assert run([*arguments, "label=unicorn"]) == 2
     assert "label=unicorn: the model knows mug" in capsys.readouterr().err
     Path("torn.jpg").write_bytes(b"\xff\xd8")

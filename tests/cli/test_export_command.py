@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from gm_mlic import Scenes
 from gm_mlic.cli.main import run
@@ -17,9 +19,21 @@ def test_share_and_use(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Mon
     card = Path("model/README.md").read_text()
     for said in ('license: "cc-by-4.0"', "`scenes`: 16 train, 8 val, 8 test.", "- seed: 0", "`mlgcn`", "| mAP | CF1 |"):
         assert said in card
-    assert run(["export", "checkpoint=model", "to=network", "format=torch", "labels=[cat,zebra crossing]"]) == 0
+    assert run(["export", "checkpoint=model", "to=again", "licence=mit"]) == 0
+    assert Path("again/README.md").read_text() == card.replace("cc-by-4.0", "mit").replace(
+        "# model\n", "# again\n"
+    ).replace('name: "model"', 'name: "again"')
+    assert run(["export", "checkpoint=model", "to=network", "format=torch", "labels=cat, zebra crossing"]) == 0
     assert "network.pt2:" in capsys.readouterr().out
     assert Path("network.pt2").is_file()
+    extra = {"labels": ""}
+    torch.export.load("network.pt2", extra_files=extra)
+    assert json.loads(extra["labels"]) == ["cat", "zebra crossing"]
+    capsys.readouterr()
+    assert run(["export", "checkpoint=model", "to=network.pt2/x"]) == 2
+    assert "network.pt2/x: a part of this path is a file" in capsys.readouterr().err
+    assert run(["export", "checkpoint=model", "to=network.pt2"]) == 2
+    assert "network.pt2: there is a file of this name" in capsys.readouterr().err
     Scenes("test", size=1).image(0).save("photo.png")
     assert run(["predict", "checkpoint=model", "images=photo.png"]) == 0
     assert Path("runs/predictions/predictions.jsonl").read_text().startswith('{"image": "photo.png"')

@@ -188,6 +188,21 @@ def test_a_list_of_overrides_as_it_is_typed(typed: str, meant: list[str]):
     assert list(compose("eval", arguments).overrides) == meant
 
 
+@pytest.mark.parametrize(
+    ("typed", "one_run", "meant"),
+    [
+        ("images=IMG (1).jpg", True, "images='IMG (1).jpg'"),
+        ("labels=cat,dog's", True, r"labels='cat,dog\'s'"),
+        ("images=a.jpg,b.jpg", False, "images=a.jpg,b.jpg"),  # a sweep
+        ("label=7", True, "label='7'"),
+        *((same, True, same) for same in ("images=a/*.jpg", "labels=[a,b c]", "labels='a,b'", "labels=null", "top=3")),
+        ("seed=1,2", True, "seed=1,2"),
+    ],
+)  # fmt: skip
+def test_names_are_quoted_where_they_need_to_be(typed: str, one_run: bool, meant: str):
+    assert commands._with_quoted_name(typed, one_run) == meant
+
+
 @pytest.mark.parametrize("folders", [["runs/a"], ["a b", "c,d"], ["it's", "[x]", "back\\slash"]])
 def test_folders_need_no_name(folders: list[str]):
     arguments = commands._folders_as_setting([*folders, "--verbose", "out=x"])

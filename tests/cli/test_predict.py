@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from gm_mlic import Scenes
@@ -63,9 +67,43 @@ def test_other_labels(checkpoint: Path, photos: Path):
     assert run([*arguments, "labels=[mug,zebra crossing]"]) == 0
     (line,) = (json.loads(text) for text in Path("out/predictions.jsonl").read_text().splitlines())
     assert {label["label"] for label in line["labels"]} == {"mug", "zebra crossing"}
-    assert run([*arguments, "labels='mug, zebra crossing'"]) == 0
-    (again,) = (json.loads(text) for text in Path("out/predictions.jsonl").read_text().splitlines())
-    assert again == line
+    for typed in ("labels='mug, zebra crossing'", "labels=mug, zebra crossing,"):
+        assert run([*arguments, typed]) == 0
+        (again,) = (json.loads(text) for text in Path("out/predictions.jsonl").read_text().splitlines())
+        assert again == line
+
+
+NAMES = ["IMG (1).png", "it's.png", "a=b.png", "x, y.png", "[1].png", "{z}.png", '50% & "so".png', "照片 é.png", "1.5"]
+
+
+def test_files_of_any_name(checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a shell hands them over: Hydra's grammar has a meaning for most of these characters."""
+    for name in NAMES:
+        (photos / "a.png").with_name(name).write_bytes((photos / "a.png").read_bytes())
+    monkeypatch.chdir(photos)
+    for name in NAMES:
+        assert run(["predict", f"checkpoint={checkpoint}", f"images={name}"]) == 0, name
+        assert json.loads(Path("runs/predictions/predictions.jsonl").read_text(encoding="utf-8"))["image"] == name
+    assert run(["predict", f"checkpoint={checkpoint}", "images=a.png,IMG (1).png"]) == 0
+    assert len(Path("runs/predictions/predictions.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
+def test_names_that_are_no_text_or_too_long(checkpoint: Path, photos: Path, tmp_path: Path):
+    image = (photos / "a.png").read_bytes()
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    for name in (b"latin\xe9.png", b"x" * 250 + b".png", b"two\nlines.png"):
+        (odd / os.fsdecode(name)).write_bytes(image)
+    (odd / "gone.png").symlink_to("nowhere")
+    command = [sys.executable, "-W", "ignore", "-m", "gm_mlic", "predict", f"checkpoint={checkpoint}", "images=odd"]
+    done = subprocess.run([*command, "pictures=true"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 of 4 photos" in done.stdout
+    assert "left out: Image odd/gone.png does not exist" in done.stderr
+    lines = (tmp_path / "runs/predictions/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all((tmp_path / json.loads(line)["image"]).is_file() for line in lines)
+    assert len(list((tmp_path / "runs/predictions/pictures").iterdir())) == 3
 
 
 def test_files_patterns_and_lists(photos: Path):
@@ -89,7 +127,12 @@ def test_files_patterns_and_lists(photos: Path):
         (["checkpoint=photos/a.png", "images=photos"], "photos/a.png: not a checkpoint"),
         (["images=nowhere"], "images=nowhere: no such file"),
         (["images=[photos/torn.jpg,photos/notes.txt]"], "None of the 2 photos can be read"),
+        (["images=photos/a.png", "run_dir=photos/a.png"], "photos/a.png: there is a file of this name"),
         (["images=photos", "top=0"], "top=0: expected a whole number"),
+        pytest.param(
+            ["images=photos", "accelerator=gpu"], "accelerator=gpu: torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["images=photos", "threshold=2"], "threshold=2: expected a number"),
         (["images=photos", "labels=[]"], "labels=[]: expected names"),
         (["images=photos", "labels=[mug,mug]"], "no label twice"),
@@ -97,7 +140,7 @@ def test_files_patterns_and_lists(photos: Path):
         (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: there is no such setting"),
         (["images=photos", "detector.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],
-)
+)  # fmt: skip
 def test_bad_input(checkpoint: Path, photos: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     if not any(argument.startswith("checkpoint=") for argument in arguments) and "no value" not in said:
         arguments = [f"checkpoint={checkpoint}", *arguments]

@@ -126,6 +126,15 @@ def test_nothing_found_gives_the_whole_image(images):
         torch.testing.assert_close(instances.features, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("size", [(2, 3000), (2000, 1), (1, 1), (1, 267)])
+def test_a_strip_is_an_image_too(extractor, size):
+    """Scaled down as it should be, it would have no pixels across."""
+    (found,) = extractor([torch.full((3, *size), 0.4)], m=5)
+    assert 1 <= len(found) <= 5
+    assert ((found.boxes >= 0) & (found.boxes <= 1)).all()
+    assert found.features.isfinite().all()
+
+
 def test_no_images_give_no_instances(extractor):
     assert extractor([], m=3) == []
 

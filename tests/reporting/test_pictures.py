@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from gm_mlic.reporting.pictures import COLOURS, _places, judged_labels, picture_grid
+from gm_mlic.reporting.pictures import COLOURS, _places, annotated, judged_labels, picture_grid
 
 LABELS = ("cat", "dog", "bird", "fish")
 
@@ -33,6 +34,26 @@ def test_boxes_that_nearly_coincide_share_a_number():
     assert _places(boxes) == [1, 2, 1, 3]
     assert _places([(0.3, 0.3, 0.3, 0.3)] * 2) == [1, 1]
     assert _places([]) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((320, 200), (640, 400)), ((2, 2000), (4, 4096)), ((9000, 30), (4096, 14))]
+)
+def test_annotated_photos_have_a_size_that_can_be_looked_at(size: tuple[int, int], expected: tuple[int, int]):
+    assert annotated(Image.new("RGB", size), [("cat", 0.9, (0, 0, *size))]).size == expected
+
+
+def test_letters_of_other_languages_are_written():
+    def written(name: str) -> bytes:
+        return annotated(Image.new("RGB", (640, 640)), [(name, 0.9, (100, 100, 600, 600))]).tobytes()
+
+    assert len({written(name) for name in ("é", "ж", "Ω", "–")}) == 4
+
+
+def test_dollar_signs_are_no_formula(tmp_path: Path):
+    names = (r"$5 \frac{", "$x$", "_$^", "fish")
+    found = judged_labels(names, np.full(4, 0.9), np.ones(4, dtype=int), np.array([[0, 0, 1, 1.0]]), np.zeros(4, int))
+    picture_grid(tmp_path / "x.png", [(Image.new("RGB", (60, 40)), found)], "one")
 
 
 def test_the_picture_has_the_colours_of_what_it_shows(tmp_path: Path):

@@ -130,6 +130,18 @@ def test_the_model_card(saved: Path):
     assert "\n\n\n" not in body
 
 
+def test_the_card_stays_with_the_model(saved: Path, tmp_path: Path):
+    """Who fetched a model and passes it on, passes on whose data it saw and under what licence."""
+    again = Predictor.from_pretrained(saved).save_pretrained(tmp_path / "again" / "model")
+    assert (again / "README.md").read_text() == (saved / "README.md").read_text()
+    assert (again / "config.json").read_text() == (saved / "config.json").read_text()
+    shipped = find_pretrained("gm_mlic_scenes")
+    again = Predictor.from_pretrained(shipped).save_pretrained(tmp_path / "gm_mlic_scenes")
+    assert (again / "README.md").read_text() == (shipped / "README.md").read_text()
+    other = Predictor.from_pretrained(saved).with_labels(["cat", "dog"])
+    assert "Not stated" in (other.save_pretrained(tmp_path / "other") / "README.md").read_text()
+
+
 def test_a_card_that_knows_nothing(folder: Path, tmp_path: Path):
     predictor = Predictor.load(folder / "mil/checkpoints/best.ckpt")
     text = (predictor.save_pretrained(tmp_path / "m") / "README.md").read_text()
@@ -138,7 +150,8 @@ def test_a_card_that_knows_nothing(folder: Path, tmp_path: Path):
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "gm-mlic"
 
 
-def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
+def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
+    run_folder = folder / "gm"
     config = json.loads((saved / "config.json").read_text())
 
     def refused(match: str, name: str = "config.json", text: str | bytes | None = None, **changes: object) -> None:
@@ -159,6 +172,8 @@ def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
     refused("not the config", labels=config["labels"][:-1])
     refused("not the config", model="gm_mlic")
     refused("not the config", surplus=1)
+    for card in ("x", {"surplus": 1}, {"sizes": {"train": "many"}}, {"metrics": [1]}, {"licence": 3}):
+        refused("not the config", card=card)
     refused("cannot be built", model={**config["model"], "name": "os.system"})
     refused("cannot be built", model={**config["model"], "widths": "x"})
     for graph in (
@@ -187,6 +202,8 @@ def test_hostile_or_damaged_folders(saved: Path, tmp_path: Path):
         Predictor.from_pretrained(folder)
     with pytest.raises(WeightsError, match=r"it has no config\.json"):
         Predictor.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=r"run folder: its model is .*best\.ckpt"):
+        Predictor.from_pretrained(run_folder)
     with pytest.raises(WeightsError, match="no such folder"):
         Predictor.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="revision=x"):

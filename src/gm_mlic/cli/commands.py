@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -39,7 +41,8 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
     task = _keeping_failures(_TASKS[command], failures)
-    arguments = [_with_quoted_items(argument) for argument in arguments]
+    one_run = not _MULTIRUN.intersection(arguments)
+    arguments = [_with_quoted_name(_with_quoted_items(argument), one_run) for argument in arguments]
     folders = check_arguments(arguments)
     # Hydra's parser wants its flags before the settings or after them, not among them.
     arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
@@ -323,6 +326,19 @@ def _with_quoted_items(argument: str) -> str:
     return f"overrides=[{','.join(_quoted(item.strip()) for item in items if item.strip())}]"
 
 
+def _with_quoted_name(argument: str, one_run: bool) -> str:
+    """``image=IMG (1).jpg`` as ``image='IMG (1).jpg'``: names are quoted where Hydra takes them for something else."""
+    key, _, value = argument.partition("=")
+    if key not in _NAMES or not value:
+        return argument
+    try:
+        parsed = OverridesParser.create().parse_override(argument)
+        is_name = not isinstance(parsed.value(), (bool, int, float)) and not (one_run and parsed.is_sweep_override())
+    except HydraException:
+        is_name = False
+    return argument if is_name or (value[0] in "['\"" and value[-1] in "]'\"") else f"{key}={_quoted(value)}"
+
+
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
@@ -330,6 +346,9 @@ def _quoted(text: str) -> str:
 #: Flags with which Hydra prints the config.
 _SHOWS_CONFIG = {"--cfg", "-c"}
 _MULTIRUN = {"-m", "--multirun"}
+
+#: Settings that name files, folders or labels.
+_NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", "run_dir", "to"}
 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}

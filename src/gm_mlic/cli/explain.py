@@ -32,13 +32,14 @@ def explain_photo(config: DictConfig) -> Path:
         UnreadableImage: if the photo cannot be read.
         ConfigError: if there is no such label, or the model has no graph.
     """
-    predictor = Predictor.load(config.checkpoint, build.device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, build.present_device(config.accelerator))
     photo = read_image(config.image)
     found = explain(predictor, photo, config.label)
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")
     picture = Path(config.run_dir) / f"{name}.png"
     explanation_picture(found, photo, picture)
-    picture.with_suffix(".json").write_text(json.dumps(as_dict(found, config.image), indent=1, ensure_ascii=False))
+    numbers = json.dumps(as_dict(found, str(config.image)), indent=1, ensure_ascii=False)
+    picture.with_suffix(".json").write_text(numbers, encoding="utf-8", errors="backslashreplace")
     table = Table(
         title=f"{found.label}: won by instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from gm_mlic.cli.predict import for_labels
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import RESULT, read_run
 from gm_mlic.zoo import Card, Predictor, push
@@ -31,10 +33,11 @@ def export(config: DictConfig) -> Path:
     if config.labels is not None:
         if config.format == "pretrained":
             raise ConfigError("labels= goes with format=torch and format=onnx: a shared model keeps its labels.")
-        read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
-        predictor = predictor.with_labels([str(label).strip() for label in config.labels], **read)
+        predictor = for_labels(predictor, config)
     if config.format == "pretrained":
-        folder = predictor.save_pretrained(Path(config.to), card_of(Path(config.checkpoint), config.licence))
+        card = card_of(Path(config.checkpoint), predictor.card)
+        card = card if config.licence is None else replace(card, licence=config.licence)
+        folder = predictor.save_pretrained(Path(config.to), card)
         names = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file()))
         print(f"{folder}: {names}")
         if config.push is not None:
@@ -50,11 +53,11 @@ def export(config: DictConfig) -> Path:
     return path
 
 
-def card_of(checkpoint: Path, licence: str | None) -> Card:
-    """What the run of ``RUN/checkpoints/NAME.ckpt`` says of data and metrics; next to nothing for other places."""
+def card_of(checkpoint: Path, otherwise: Card) -> Card:
+    """What the run of ``RUN/checkpoints/NAME.ckpt`` says of data and metrics; ``otherwise`` for other places."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (run / RESULT).is_file():
-        return Card(licence=licence)
+        return otherwise
     found = read_run(run)
     result: dict[str, Any] = dict(found.result or {})
     names = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
@@ -64,6 +67,5 @@ def card_of(checkpoint: Path, licence: str | None) -> Card:
         sizes=result["dataset"]["sizes"],
         metrics={name: result["test"][name] for name in names},
         convention=result["preset"],
-        licence=licence,
         training=training | {"seed": result["seed"]},
     )

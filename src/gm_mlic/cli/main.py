@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import io
 import os
 import signal
 import sys
@@ -69,6 +70,8 @@ gm-mlic COMMAND --help tells what a command does and which settings it has.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and labels that the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 #: Photos whose labels are shown on the terminal; all are in the files.
 _SHOWN = 20
+#: Of a picture's name, characters that are its photo's: file systems take 255 bytes, and a character may need four.
+_STEM = 60
+#: Names of files need not be text; bytes that are none are written as Python and JSON escape them (\udcff).
+_UTF_8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2", "instance")
 
 
@@ -40,13 +44,11 @@ def predict(config: DictConfig) -> dict[str, str]:
         WeightsError: for a checkpoint that cannot be used.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
-    device = build.device(config.accelerator)
+    device = build.present_device(config.accelerator)
     moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
     predictor = Predictor.load(config.checkpoint, device, **moved)
     if config.labels is not None:
-        names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-        read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
-        predictor = predictor.with_labels([str(name).strip() for name in names], **read)
+        predictor = for_labels(predictor, config)
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     skipped: dict[str, str] = {}
@@ -54,8 +56,8 @@ def predict(config: DictConfig) -> dict[str, str]:
     for head in ("photo", "labels"):
         table.add_column(head, overflow="fold")
     with (
-        (folder / "predictions.jsonl").open("w", encoding="utf-8") as lines,
-        (folder / "predictions.csv").open("w", newline="", encoding="utf-8") as rows,
+        (folder / "predictions.jsonl").open("w", **_UTF_8) as lines,
+        (folder / "predictions.csv").open("w", newline="", **_UTF_8) as rows,
     ):
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(COLUMNS)
@@ -70,7 +72,8 @@ def predict(config: DictConfig) -> dict[str, str]:
             if done < _SHOWN:
                 table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
             if config.pictures:
-                _draw(prediction, found, folder / "pictures" / f"{done:05d}-{Path(str(prediction.photo)).stem}.jpg")
+                stem = Path(str(prediction.photo)).stem[:_STEM]
+                _draw(prediction, found, folder / "pictures" / f"{done:05d}-{stem}.jpg")
             done += 1
     for reason in skipped.values():
         log.warning("left out: %s", reason)
@@ -82,8 +85,17 @@ def predict(config: DictConfig) -> dict[str, str]:
     return skipped
 
 
+def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
+    """``predictor`` for the ``labels`` of ``config``, a list or a text with commas."""
+    names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
+    read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **read)
+
+
 def find_photos(names: Sequence[str]) -> list[Path]:
     """The files that names of files, folders and patterns stand for, each once; a folder's by name.
+
+    Several of them may stand in one text, with commas.
 
     Raises:
         DataError: for a name that stands for nothing.
@@ -93,17 +105,24 @@ def find_photos(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
+            found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and _is_file(file)]
         elif path.exists():
             found = [path]
         else:
             matched = map(Path, sorted(glob.glob(name, recursive=True)))  # noqa: PTH207 - may be absolute
             found = [file for file in matched if file.is_file()]
+            if not found and "," in name:
+                found = find_photos([part.strip() for part in name.split(",") if part.strip()])
         if not found:
             what = "there is no photo in it" if path.is_dir() else "no such file, folder or pattern with files"
             raise DataError(f"images={name}: {what}.")
         photos.update(dict.fromkeys(found))
     return list(photos)
+
+
+def _is_file(path: Path) -> bool:
+    """Also a link to nothing: it is to be reported, not passed over."""
+    return path.is_file() or not path.exists()
 
 
 def _worth_saying(prediction: Prediction, top: int, threshold: float) -> list[LabelFound]:

@@ -23,7 +23,12 @@ _MENDABLE_OS_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again: it continues",
     errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again: it continues",
     errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a part of this path is a file, where a folder is needed: choose another place",
+    errno.EEXIST: "there is a file of this name, where a folder is needed: choose another place",
+    errno.EISDIR: "there is a folder of this name, where a file is needed: choose another place",
+    errno.ENAMETOOLONG: "this name is too long for the file system: choose another place",
 }
 
 
@@ -31,6 +36,14 @@ _MENDABLE_OS_ERRORS = {
 _OTHER_GONE = re.compile(
     r"^Dist\w*Error:|gloo/transport|NCCL (error|communicator)|[Cc]onnection (closed|reset) by peer"
 )
+#: What to do where memory is full.
+_LESS_MEMORY = {
+    "train": "lower trainer.batch_size (instances.batch_size while extracting), or set model.recompute=true, which "
+    "takes less and longer; then run the same command again: it continues.",
+    "predict": "lower batch_size, or scale the largest photos down.",
+    "explain": "scale the photo down.",
+    "export": "set a smaller size.",
+}
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
@@ -51,11 +64,8 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
     # torch's own class, on a GPU; importing torch only to name it would be slow. On a CPU it says RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
-        return (
-            "error: memory is full: lower trainer.batch_size (instances.batch_size while extracting), or set "
-            "model.recompute=true, which takes less and longer; then run the same command again: it continues.",
-            2,
-        )
+        remedy = _LESS_MEMORY.get(command, _LESS_MEMORY["train"])
+        return f"error: memory is full: {remedy}", 2
     if isinstance(error, RuntimeError) and _OTHER_GONE.search(f"{type(error).__name__}: {error}"):
         return (
             "error: another process of this run has ended (if it said why, that is above); run the same command again: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 
@@ -25,7 +26,7 @@ def serve(config: DictConfig) -> None:
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
     embedding = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
-    predictor = Predictor.load(config.checkpoint, build.device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, build.present_device(config.accelerator))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -41,7 +42,8 @@ def serve(config: DictConfig) -> None:
         print("Everybody who reaches this machine can use it; there is no password.", flush=True)
     hosts = [config.host, name, "localhost"] if _is_loopback(host) else ["*"]
     app = build_app(predictor, hosts, embedding)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +147,11 @@ class FasterRCNNExtractor(nn.Module):
     def _prepare(self, image: Tensor) -> ImageList:
         """Normalise, resize, pad, as the detector does; an image that has the right size is spared the resizing."""
         transform, (height, width) = self.detector.transform, image.shape[-2:]
-        if min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width)) != 1:
+        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
+        if min(height, width) * scale < 1:  # a strip: of its shorter side, nothing would be left
+            least = math.ceil(1 / scale) + 1
+            image = nn.functional.interpolate(image[None], (max(height, least), max(width, least)))[0]
+        if scale != 1:
             return transform([image])[0]
         return ImageList(
             transform.batch_images([transform.normalize(image)], transform.size_divisible), [(height, width)]

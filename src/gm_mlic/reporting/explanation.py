@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from gm_mlic.zoo import Explanation
@@ -30,6 +31,8 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
     _influences(axes[2], explanation)
     p = explanation.prediction.probabilities[explanation.prediction.labels.index(explanation.label)]
     figure.suptitle(f"{explanation.label}: probability {p:.3f}, won by instance {explanation.instance}")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

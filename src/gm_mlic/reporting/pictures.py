@@ -16,6 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
 _MARKS = {"right": "✓", "wrong": "✗", "missed": "–"}
 
+#: Of an annotated photo, in pixels; JPEG ends at 65,535.
+_LONGEST = 4096
+
 #: Of boxes in one photo; white text can be read on all of them.
 _PALETTE = ("#1f5fa8", "#b0451b", "#1a7f37", "#8a3ab9", "#9a6700", "#c2255c", "#0b7285", "#495057")
 
@@ -130,7 +133,7 @@ def picture_grid(
         below.set_ylim(max(1, lines[row]), 0)
         for line, label in enumerate(found):
             text = f"{places[line]}  {_MARKS[label.kind]} {label.name}"
-            style: dict[str, Any] = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center"}
+            style: dict[str, Any] = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center", "parse_math": False}
             below.text(0.02, line + 0.5, text, **style)
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,15 +146,16 @@ def annotated(
     """A photo with labels written at their boxes.
 
     Args:
-        image: of any size; the result is at least 640 pixels wide, so that the labels can be read.
+        image: of any size; the result is at least 640 pixels wide, so that the labels can be read, unless that made
+            it longer than 4,096 pixels, which is the most.
         labels: name, probability, and box (x1, y1, x2, y2) in pixels; labels of boxes that nearly coincide stand below
             each other at the first of them.
     """
-    factor = max(1.0, 640 / image.width)
-    picture = image.convert("RGB").resize((round(image.width * factor), round(image.height * factor)))
+    factor = min(max(1.0, 640 / image.width), _LONGEST / max(image.size))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    picture = image.convert("RGB").resize(size)
     draw = ImageDraw.Draw(picture)
-    size = max(14, picture.width // 45)
-    font, line = ImageFont.load_default(size), max(2, picture.width // 300)
+    font, line = _font(max(14, picture.width // 45)), max(2, picture.width // 300)
     places = _places([box for _, _, box in labels])
     boxes = [labels[places.index(place)][2] for place in sorted(set(places))]
     for number, box in enumerate(boxes):
@@ -170,6 +174,13 @@ def annotated(
         draw.rectangle((x, y, x + width, y + height), fill=_PALETTE[number % len(_PALETTE)])
         draw.multiline_text((x + 3, y + 2), text, fill="white", font=font)
     return picture
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Matplotlib's own font: Pillow's has the letters of English and no others."""
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _places(boxes: Sequence[tuple[float, float, float, float]], same: float = 0.6) -> list[int]:

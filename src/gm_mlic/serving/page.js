@@ -2,7 +2,7 @@
 
 const $ = (id) => document.getElementById(id);
 const PREDICTED = 0.5, LISTED = 20;
-let own = [], file = null, result = null, chosen = null; // chosen: {label: i} or {instance: i}
+let own = [], file = null, shown = null, asked = 0, result = null, chosen = null; // chosen: {label: i} or {instance: i}
 
 function say(text, busy = false) {
   $("message").textContent = text;
@@ -29,22 +29,23 @@ async function predict() {
   if (file === null) return;
   await ready;
   say("Looking at the photo ...", true);
+  if (names().length === 0) showLabels(own);
   const list = names();
   const query = new URLSearchParams(list.join("\n") === own.join("\n") ? [] : list.map((name) => ["label", name]));
-  const asked = file;
+  const photo = file, number = ++asked;
   try {
-    const response = await fetch(`predict?${query}`, { method: "POST", body: asked });
+    const response = await fetch(`predict?${query}`, { method: "POST", body: photo });
     const answer = await response.json();
-    if (asked !== file) return; // another photo was dropped meanwhile
-    if (!response.ok) { clear(); say(answer.error); return; }
+    if (number !== asked) return; // another photo, or other labels, were asked for meanwhile
+    if (!response.ok) { clear(); if (photo !== shown) hidePhoto(); say(answer.error); return; }
     result = answer;
     chosen = { label: 0 };
     say("");
     $("count").textContent = `(${list.length})`;
-    await showPhoto(asked);
+    await showPhoto(photo);
     draw();
   } catch (error) {
-    say("The server does not answer: is gm-mlic serve still running?");
+    if (number === asked) say("The server does not answer: is gm-mlic serve still running?");
   }
 }
 
@@ -52,16 +53,31 @@ function clear() {
   result = null;
   $("boxes").replaceChildren();
   $("found").replaceChildren();
+  $("matchhead").textContent = "Matches";
   $("matches").replaceChildren();
 }
 
 async function showPhoto(blob) {
+  const { width, height } = result;
   URL.revokeObjectURL($("photo").src);
   $("photo").src = URL.createObjectURL(blob);
-  await $("photo").decode().catch(() => {});
+  await $("photo").decode().catch(() => { // TIFF and the like: their boxes on a grey sheet
+    const sheet = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
+    $("photo").src = `data:image/svg+xml,${encodeURIComponent(sheet)}`;
+    say("The browser cannot show this kind of file; the boxes stand where they are in the photo.", true);
+  });
+  shown = blob;
+  $("stage").style.setProperty("--aspect", width / height);
   $("stage").hidden = false;
   $("hint").hidden = true;
   $("drop").classList.add("full");
+}
+
+function hidePhoto() {
+  shown = null;
+  $("stage").hidden = true;
+  $("hint").hidden = false;
+  $("drop").classList.remove("full");
 }
 
 function entry(name, p, isChosen, act) {
@@ -140,14 +156,15 @@ $("drop").addEventListener("click", () => $("file").click());
 $("drop").addEventListener("keydown", (event) => {
   if (event.target === $("drop") && (event.key === "Enter" || event.key === " ")) $("file").click();
 });
-$("file").addEventListener("change", () => take($("file").files));
+$("file").addEventListener("change", () => { take($("file").files); $("file").value = ""; }); // the same one again, too
+// Anywhere on the page: beside the frame, the browser would leave the page for the photo.
 for (const kind of ["dragenter", "dragover"]) {
-  $("drop").addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
+  window.addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 }
 for (const kind of ["dragleave", "drop"]) {
-  $("drop").addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.remove("over"); });
+  window.addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.remove("over"); });
 }
-$("drop").addEventListener("drop", (event) => take(event.dataTransfer.files));
+window.addEventListener("drop", (event) => take(event.dataTransfer.files));
 $("apply").addEventListener("click", predict);
 $("reset").addEventListener("click", () => { showLabels(own); predict(); });
 const ready = start().catch(() => say("The server does not answer: is gm-mlic serve still running?"));

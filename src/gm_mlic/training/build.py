@@ -85,6 +85,17 @@ def device(accelerator: str) -> str:
     return f"cuda:{place().local % torch.cuda.device_count()}"
 
 
+def present_device(accelerator: str) -> str:
+    """:func:`device`, for commands that can do without a run: who asks for a GPU there has no other use for a CPU.
+
+    Raises:
+        ConfigError: if a GPU is asked for, and there is none.
+    """
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"accelerator={accelerator}: torch finds no GPU; auto takes one where there is one.")
+    return device(accelerator)
+
+
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
     """Where the store of one split is: ``instances.path``, or a folder named after all that it depends on."""
     instances = config.instances

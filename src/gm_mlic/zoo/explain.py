@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -84,11 +85,10 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     with torch.no_grad():
         whole = model(data)
     winner, logit = int(whole.winners[0, c]), float(whole.logits[0, c])
-    without = list(_without_each(data, winner, c, names))
+    without = _without_each(data, winner, c, names)
     influences = []
     size = max(1, _EDGES_AT_A_TIME // sum(data[t].edge_index.shape[1] for t in data.edge_types))
-    for start in range(0, len(without), size):
-        some = without[start : start + size]
+    while some := list(islice(without, size)):
         with torch.no_grad():
             logits = model(Batch.from_data_list([graph for _, _, graph in some])).logits[:, c].tolist()
         influences += [

@@ -93,12 +93,16 @@ class Predictor:
         model: from assignment graphs to :class:`~gm_mlic.nn.ModelOutput`, with trained weights.
         description: what it was trained on.
         extractor: the detector it was trained with.
+        card: what its model card tells, where it has one.
     """
 
-    def __init__(self, model: nn.Module, description: Description, extractor: InstanceExtractor) -> None:
+    def __init__(
+        self, model: nn.Module, description: Description, extractor: InstanceExtractor, card: Card | None = None
+    ) -> None:
         self.model = model.eval()
         self.description = description
         self.extractor = extractor
+        self.card = card or Card()
         self.device = next(model.parameters()).device
         self.graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
         self._prepared: Any = None
@@ -160,7 +164,7 @@ class Predictor:
             WeightsError: if there is no such model, it is damaged, or the detector is not the one it was trained with.
         """
         folder = find_pretrained(name, revision)
-        description, model = read_pretrained(folder)
+        description, model, card = read_pretrained(folder)
         settings = {**description.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
         of_body = None
@@ -176,7 +180,7 @@ class Predictor:
             if of_body is not None and isinstance(extractor, GridExtractor):
                 load_weights(extractor.body, {"state_dict": load_safely(of_body)}, of_body, prefix="")
         description.check_detector(extractor.name, extractor.fingerprint, folder)
-        return cls(model.to(device), description, extractor)
+        return cls(model.to(device), description, extractor, card)
 
     def save_pretrained(self, folder: str | Path, card: Card | None = None) -> Path:
         """Write a folder that holds all :meth:`from_pretrained` needs, in the conventions of the Hugging Face hub.
@@ -186,9 +190,9 @@ class Predictor:
 
         Args:
             folder: where; a model that is there is replaced.
-            card: what the model card is to tell of data, metrics and licence.
+            card: what the model card is to tell of data, metrics and licence; default: what this model's own tells.
         """
-        return write_pretrained(Path(folder), self.model, self.description, self.extractor, card or Card())
+        return write_pretrained(Path(folder), self.model, self.description, self.extractor, card or self.card)
 
     def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
         """The same model for other labels: no parameter of GM-MLIC belongs to a label.

@@ -2,7 +2,7 @@
 
 ::
 
-    FOLDER/config.json                  everything but weights: Description
+    FOLDER/config.json                  everything but weights: Description and Card
     FOLDER/model.safetensors            the network's weights
     FOLDER/label_vectors.safetensors    (C, D_l) of the labels that it was trained on
     FOLDER/detector.safetensors         the detector's, unless they have a name that gm-mlic knows
@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import jinja2
@@ -64,6 +65,23 @@ class Card:
     licence: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_config(cls, content: Any) -> Card:
+        """What :func:`dataclasses.asdict` made of one, from JSON.
+
+        Raises:
+            TypeError, ValueError: if it is none.
+        """
+        card = cls(**content)
+        for name in ("dataset", "convention", "licence"):
+            if not isinstance(getattr(card, name), (str, NoneType)):
+                raise TypeError(f"card.{name} is no text")
+        for name, kinds in (("sizes", int), ("metrics", (int, float)), ("training", object)):
+            value = getattr(card, name)
+            if not isinstance(value, dict) or not all(isinstance(v, kinds) for v in value.values()):
+                raise TypeError(f"card.{name} is no table of numbers")
+        return card
+
 
 def write_pretrained(
     folder: Path, model: nn.Module, description: Description, extractor: InstanceExtractor, card: Card
@@ -76,18 +94,20 @@ def write_pretrained(
     _save(folder / LABEL_VECTORS, {"label_vectors": description.label_vectors})
     _write(folder / CARD, model_card(folder.name, description, card, sum(p.numel() for p in model.parameters())))
     content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **description.to_config()}
+    content["card"] = asdict(card)
     _write(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return folder
 
 
-def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
-    """The description and the model, with its weights, of a folder that :func:`write_pretrained` wrote.
+def read_pretrained(folder: Path) -> tuple[Description, nn.Module, Card]:
+    """Description, model with its weights, and what its card tells, of a folder that :func:`write_pretrained` wrote.
 
     Raises:
         WeightsError: if it is none, was written by a later version, or is damaged.
     """
     content = _read_config(folder)
     try:
+        card = Card.from_config(content.pop("card", {}))
         label_vectors = load_safely(folder / LABEL_VECTORS)["label_vectors"]
         description = Description.from_config(content, label_vectors)
     except (KeyError, TypeError, ValueError) as error:
@@ -106,7 +126,7 @@ def read_pretrained(folder: Path) -> tuple[Description, nn.Module]:
         raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({odd}).")
     model = description.build_model()
     model.load_state_dict(weights)
-    return description, model
+    return description, model, card
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
@@ -200,7 +220,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder}: no model of gm-mlic (it has no {CONFIG}).") from error
+        best = folder / "checkpoints" / "best.ckpt"
+        hint = f"it is a run folder: its model is {best}" if best.is_file() else f"it has no {CONFIG}"
+        raise WeightsError(f"{folder}: no model of gm-mlic to share ({hint}).") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read ({_reason(error)}).") from error
     if not isinstance(content, dict) or content.pop("library", None) != "gm-mlic":
