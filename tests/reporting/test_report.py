@@ -202,7 +202,7 @@ def test_how_it_was_made_stands_below(page: Path) -> None:
 
 def test_how_it_was_made_stands_below_each_table_and_picture(page: Path) -> None:
     text = page.read_text()
-    tables, pictures = text.count("<table"), text.count("<figure>")
+    tables, pictures = text.count("<table"), text.count("<figure")
     assert text.count("<summary>How this was made</summary>") == tables + pictures - 1  # but for what is not finished
     (ablation,) = re.findall(r"<h2>Ablation on scenes</h2>.*?</section>", text, re.DOTALL)
     shared = re.search(r"<dt>settings of all</dt><dd><pre>(.*?)</pre>", ablation)

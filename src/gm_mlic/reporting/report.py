@@ -51,10 +51,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, beside the page, and what it shows."""
+    """A figure's file, beside the page, and what it shows; a broad one scrolls in a narrow window."""
 
     title: str
     file: str
+    broad: bool = True
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Ite
         for dataset in dict.fromkeys(group.dataset for group in used):
             if key in (chosen := paper.get(dataset, {}).get("chosen", {})):
                 text += f" On {dataset} the paper chose {short} = {chosen[key]}."
-        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file)], used)
+        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file, broad=False)], used)
 
 
 def _photos(group: Group, out: Path) -> Iterator[Section]:
