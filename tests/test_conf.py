@@ -26,6 +26,11 @@ GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in (
 MAY_BE_MISSING = {"embedding.path"}
 #: The command that a group belongs to, where it is not train.
 COMMANDS = {"bench": "bench"}
+#: What a command cannot do without.
+NEEDED = {
+    "predict": ["checkpoint=x", "images=x"], "explain": ["checkpoint=x", "image=x"], "serve": ["checkpoint=x"],
+    "export": ["checkpoint=x", "to=x"], "eval": ["checkpoint=x"],
+}  # fmt: skip
 #: What an option asks for besides.
 WITH = {"detector=resnet101": ["graph.m=196"]}
 #: The class of a model, by its name; GMMLIC for others.
@@ -119,12 +124,19 @@ def test_the_user_has_the_last_word_on_the_grid():
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "extract", "train_detector", "dataset", "runs", "report", "dashboard", "bench", "demo"]
-)
+    "command",
+    ["train", "extract", "train_detector", "dataset", "runs", "report", "dashboard", "bench", "demo", "plan", "predict",
+     "explain", "serve", "export", "eval"],
+)  # fmt: skip
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"
-    check_complete(compose(command))
+    check_complete(compose(command, NEEDED.get(command, ())))
+
+
+def test_every_command_is_tested():
+    commands = {path.stem for path in CONF.glob("*.yaml")}
+    assert commands == set(next(mark.args[1] for mark in test_every_command.pytestmark))
 
 
 def test_eval_needs_only_a_checkpoint():

@@ -37,6 +37,17 @@ def test_a_damaged_file_is_named(tmp_path: Path, make_run: MakeRun, file: str, t
         read_run(path)
 
 
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, make_run: MakeRun):
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    (tmp_path / "a" / "metrics.json").write_text("{")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "0.json").write_text("{")
+    a, b = find_runs([tmp_path])
+    assert (a.state, b.state) == ("damaged", "finished")
+    assert "metrics.json is damaged" in str(a.error)
+
+
 def test_a_half_written_table_is_read_as_far_as_it_goes(tmp_path: Path, make_run: MakeRun):
     path = make_run(tmp_path / "a")
     (path / "metrics.csv").write_text("epoch,val/mAP\n1,20\n2\n")

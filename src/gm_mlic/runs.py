@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from gm_mlic.errors import GMMLICError
+
+log = logging.getLogger(__name__)
 
 #: Settings that say where and how fast, not what: runs that differ only in these are the same run. By section.
 NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
@@ -62,9 +65,9 @@ class Run:
     Attributes:
         path: the folder.
         config: every setting, nested.
-        state: ``finished``, ``running``, ``failed``, ``interrupted``, or ``stopped`` if its process is gone without
-            having said so.
-        error: of a failed run, in one line.
+        state: ``finished``, ``running``, ``failed``, ``interrupted``, ``stopped`` if its process is gone without having
+            said so, or ``damaged`` if its files cannot be read.
+        error: of a failed or damaged run, in one line.
         epochs: the rows of ``metrics.csv``.
         result: ``metrics.json`` of a finished run.
     """
@@ -141,6 +144,8 @@ def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
     """The runs in some folders: each a run, a folder with runs anywhere in it, or that of a multirun.
 
+    A damaged run is one of them, and says so: it must not hide the others.
+
     Raises:
         RunFolderError: for a path that does not exist, or has no run in it.
     """
@@ -154,8 +159,15 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
             raise RunFolderError(f"{path}: there is no run in it (gm-mlic train makes them).")
         for folder in sorted(folders):
             if os.path.isfile(folder / CONFIG):  # noqa: PTH113 - no error for a name that no file can have
-                found[folder] = read_run(_shorter(folder))
+                found[folder] = _read_or_damaged(_shorter(folder))
     return list(found.values())
+
+
+def _read_or_damaged(path: Path) -> Run:
+    try:
+        return read_run(path)
+    except RunFolderError as error:
+        return Run(path, {}, "damaged", str(error), (), None)
 
 
 def _is_inside_hydra(file: Path) -> bool:
@@ -217,7 +229,7 @@ class RunState:
         self._content: dict[str, Any] = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "started": _now(),
+            "started": now(),
             "command": command,
             "sweep": sweep,
             "error": None,
@@ -254,15 +266,14 @@ class RunState:
             elif isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._write("interrupted")
             else:
-                lines = str(error).strip().splitlines()
-                self._content["error"] = lines[0] if lines else type(error).__name__
+                self._content["error"] = _first_line(error)
                 with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
                     self._write("failed")
         finally:
             self._lock.release()
 
     def _write(self, state: str) -> None:
-        content = {"state": state, **self._content, "updated": _now()}
+        content = {"state": state, **self._content, "updated": now()}
         write_atomically(self.path / STATE, json.dumps(content, indent=2) + "\n")
 
 
@@ -279,21 +290,41 @@ def _is_locked(path: Path) -> bool:
         return True
 
 
-def write_job(sweep: Path, number: int, run_dir: Path, overrides: Sequence[str]) -> None:
-    """Note one job of a multirun: ``SWEEP/jobs/NUMBER.json``."""
+def write_job(
+    sweep: Path, number: int, run_dir: Path, overrides: Sequence[str], error: BaseException | None = None
+) -> None:
+    """Note one job of a multirun, and with which error it ended: ``SWEEP/jobs/NUMBER.json``."""
     (sweep / "jobs").mkdir(parents=True, exist_ok=True)
-    job = {"run_dir": str(run_dir.absolute()), "overrides": list(overrides)}
+    job = {
+        "run_dir": str(run_dir.absolute()),
+        "overrides": list(overrides),
+        "noted": now(),
+        "error": None if error is None else _first_line(error),
+    }
     write_atomically(sweep / "jobs" / f"{number}.json", json.dumps(job, indent=2) + "\n")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The jobs of all multiruns in a folder, in order."""
-    files = [file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()]
-    jobs = {file: _parsed(file, json.loads) for file in sorted(files, key=lambda f: (f.parent, int(f.stem)))}
-    for file, job in jobs.items():
-        if not isinstance(job.get("run_dir"), str) or "\0" in job["run_dir"]:
-            raise _damaged(file)
-    return list(jobs.values())
+    """The jobs of all multiruns in a folder, in order, but for those whose file is damaged."""
+    jobs = []
+    for file in sorted(
+        (file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()),
+        key=lambda file: (file.parent, int(file.stem)),
+    ):
+        try:
+            job = _parsed(file, json.loads)
+            if not isinstance(job.get("run_dir"), str) or "\0" in job["run_dir"]:
+                raise _damaged(file)
+        except RunFolderError:
+            log.warning("%s is damaged; its run is left out.", file)
+            continue
+        jobs.append(job)
+    return jobs
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -303,5 +334,6 @@ def write_atomically(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _now() -> str:
+def now() -> str:
+    """The time, as run folders have it; later times sort after earlier ones."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

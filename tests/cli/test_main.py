@@ -73,6 +73,26 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (["train", "grap.m=3"], "grap: there is no such setting; did you mean graph?"),
         (["train", "seed"], "missing EQUAL"),
+        (
+            ["train", "experimant=scenes"],
+            "experimant: there is no such setting; did you mean experiment? there are abl",
+        ),
+        (["train", "+graph.q=1"], "graph.q: there is no such setting; graph has label_neighbours, m, neighbours."),
+        (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: there is no such setting; optimizer (adamw) has "),
+        (["train", "+extra=1"], "extra: there is no such setting; there are dataset, detector, "),
+        (["train", "~graph.m"], "graph.m is missing: give it a value"),
+        (["train", "dataset.sizes=5"], "dataset.sizes=5: expected settings: test, train, val."),
+        (["train", "dataset.sizes=null"], "dataset.sizes=null: expected settings: test, train, val."),
+        (["train", "graph={q: 1}"], "graph.q: there is no such setting; graph has "),
+        (["train", "ablation=null"], "ablation=null: there is no such option; choose from full, no_instance_graph, "),
+        (["train", "graph=5"], "graph=5: there is no such option; choose from default."),
+        (["train", "=5"], "=5: settings are written as KEY=VALUE."),
+        (["train", "graph.m=1,2"], "graph.m=1,2: add -m to run each of these, or write graph.m=[1,2] if they are one"),
+        (["train", "sweep=m,k"], "sweep=m,k: write sweep=[m,k] to run every combination of these."),
+        (["train", "graph.m=${graph.q}"], "Interpolation key 'graph.q' not found full_key: graph.m"),
+        (["train", "graph.m=true"], "graph.m=true: expected a whole number, at least 1."),
+        (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected a list of whole numbers"),
+        (["train", "dataset.company_pairs=9"], "dataset.company_pairs=9: expected a whole number, from 0 to 4."),
         (["train", "graph.m=-1"], "graph.m=-1: expected a whole number, at least 1."),
         (["train", "model.k=0"], "model.k=0: expected a whole number, at least 1."),
         (["train", "model.k=two"], "model.k=two: expected a whole number, at least 1."),
@@ -89,7 +109,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),
         (["eval"], "give either checkpoint=FILE, or scores=FILE and targets=FILE."),
         (["eval", "checkpoint=none.ckpt"], "none.ckpt: no such checkpoint"),
-        (["demo", "dataset=coco2014"], "the demo needs dataset=scenes"),
+        (["demo", "dataset=coco2014"], "dataset.sizes: there is no such setting; dataset (coco2014) has "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -98,6 +118,19 @@ def test_what_the_user_can_mend(arguments: list[str], expected: str, capsys: pyt
     line = last_line(capsys)
     assert line.startswith("gm-mlic: error: ")
     assert expected in line
+
+
+def test_a_wrong_setting_leaves_nothing_behind(tmp_path: Path):
+    for wrong in ("graph.m=0", "+graph.q=1", "experiment=voc2007", "graph.m=40"):
+        assert run(["train", wrong]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_misspelt_key_in_a_config_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  max_epoch: 3\n")
+    assert run(["train", "--config-dir", "configs", "experiment=mine"]) == 2
+    assert "trainer.max_epoch: there is no such setting; did you mean trainer.max_epochs?" in last_line(capsys)
 
 
 def raising(error: BaseException):

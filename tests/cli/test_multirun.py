@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     }  # fmt: skip
     assert read_run(tmp_path / "run-1").error
     assert "failed" in first.stdout
+    assert "FutureWarning" not in first.stderr  # of the launcher's processes neither
     assert len(read_jobs(tmp_path / "sweep")) == 3
     # One store for each split: whoever came first made it, the others waited.
     stores = list((tmp_path / "data" / "instances" / "scenes").glob("*/manifest.json"))
@@ -45,6 +47,15 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     assert {run.state for run in find_runs([tmp_path / "sweep"])} == {"finished"}
     assert {n: (tmp_path / f"run-{n}" / "metrics.json").stat().st_mtime_ns for n in (0, 2)} == before
     assert json.loads((tmp_path / "run-1" / "state.json").read_text())["sweep"] == str(tmp_path / "sweep")
+
+
+def test_a_job_that_cannot_be_composed_is_marked_too(tmp_path: Path):
+    done = multirun(tmp_path, "-m", "graph.m=0,3")
+    assert done.returncode == 2
+    assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"]
+    wrong = "graph.m=0: expected a whole number, at least 1."
+    assert [job["error"] for job in read_jobs(tmp_path / "sweep")] == [wrong, None]
+    assert re.search(rf"^job .*graph\.m=0 failed: {wrong}$", done.stdout, re.MULTILINE)
 
 
 def test_a_sweep_over_a_setting_that_does_not_exist(tmp_path: Path):
@@ -82,12 +93,27 @@ def test_jobs_through_submitit(tmp_path: Path):
 def test_a_search_goes_on_with_its_study(tmp_path: Path):
     import optuna
 
-    (tmp_path / "runs").mkdir()
+    storage = f"sqlite:///{tmp_path}/runs/optuna.db"
     for trials in (2, 3):
         new = trials - (trials - 2) * 2
         done = multirun(tmp_path, "sweep=optuna", f"hydra.sweeper.n_trials={new}", "model.widths=null")
         assert done.returncode == 0, done.stderr
-        study = optuna.load_study(study_name="scenes-gm_mlic", storage=f"sqlite:///{tmp_path}/runs/optuna.db")
+        (summary,) = optuna.get_all_study_summaries(storage)
+        assert summary.study_name.startswith("scenes-gm_mlic-")
+        study = optuna.load_study(study_name=summary.study_name, storage=storage)
         assert len(study.trials) == trials
     maps = [run.result["val"]["mAP"] for run in find_runs([tmp_path / "runs"]) if run.result]
     assert study.best_value == pytest.approx(max(maps))
+    # The command of a trial is one run, and not a search.
+    assert all("sweep=optuna" not in run.result["command"] for run in find_runs([tmp_path / "runs"]) if run.result)
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_does_not_end_the_search(tmp_path: Path):
+    search = ["sweep=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler.seed=0", "model.widths=null"]
+    done = multirun(tmp_path, *search, "graph.m=choice(0,3)")
+    errors = [job["error"] for job in read_jobs(tmp_path / "sweep")]
+    failed = sum(error is not None for error in errors)
+    assert (len(errors), 0 < failed < 5, done.returncode) == (5, True, 2)
+    assert f"gm-mlic: error: {failed} of 5 jobs failed; the first: graph.m=0" in done.stderr.strip().splitlines()[-1]
+    assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"] * (5 - failed)

@@ -129,6 +129,7 @@ def test_spread() -> None:
     assert spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
     assert spread([1.25], 2) == "1.25"
     assert spread([]) == "-"
+    assert spread([-0.01, 0.0]) == "0.0 ± 0.0"
 
 
 # The page
@@ -199,6 +200,19 @@ def test_how_it_was_made_stands_below(page: Path) -> None:
     assert any("gm-mlic train seed=0 'x=<b>'" in part for part in text)
 
 
+def test_how_it_was_made_stands_below_each_table_and_picture(page: Path) -> None:
+    text = page.read_text()
+    tables, pictures = text.count("<table"), text.count("<figure")
+    assert text.count("<summary>How this was made</summary>") == tables + pictures - 1  # but for what is not finished
+    (ablation,) = re.findall(r"<h2>Ablation on scenes</h2>.*?</section>", text, re.DOTALL)
+    shared = re.search(r"<dt>settings of all</dt><dd><pre>(.*?)</pre>", ablation)
+    assert shared is not None
+    assert {"graph.m=10", "model.fusion=product", "trainer.max_epochs=2"} <= set(shared[1].split())
+    assert "model.label_graph" not in shared[1]  # what they differ in
+    assert "seed" not in shared[1]
+    assert text.count("model.label_graph=true") > 0  # of one group
+
+
 def test_figures_are_written_as_png_and_svg(page: Path) -> None:
     names = {path.name for path in page.parent.iterdir()}
     assert {f"{name}.{kind}" for name in ("sweep_m", "training", "label_map") for kind in ("png", "svg")} <= names
@@ -218,12 +232,39 @@ def test_beside_the_paper(tmp_path: Path) -> None:
         for seed in (0, 1):
             changes = {"dataset__name": "voc2007"} | ({removed: False} if removed else {})
             write_run(tmp_path / f"{name}-{seed}", seed=seed, mAP=94.0 + seed, **changes)
+    # Its numbers are of the whole method, so an ablation that happens to be better does not stand beside them.
+    write_run(tmp_path / "better", dataset__name="voc2007", mAP=99.0, model__instance_graph=False)
     cells = [cell for cell in read(write_report(runs(tmp_path), tmp_path / "out")).text if cell]
+    assert "Ours beside the paper's Table 1: full" in cells
     start = cells.index("ours - paper")
     assert cells[start + 1 : start + 5] == ["mAP", "94.5 ± 0.7", "94.7", "-0.2"]
-    assert "99.4" in cells[cells.index("aeroplane") :][:4]
+    assert "99.4" in cells[cells.index("aeroplane") :][:5]
     row = cells.index("w/o Gl", cells.index("Ablation, %"))
     assert cells[row + 1 : row + 7][-1] == "92.8"
+
+
+def test_beside_the_paper_are_all_its_numbers(tmp_path: Path) -> None:
+    for name, changes in (("full", {}), ("w/o Gl", {"model__label_graph": False})):
+        write_run(tmp_path / name.replace("/", ""), dataset__name="coco2014", **changes)
+    text = read(write_report(runs(tmp_path), tmp_path / "out")).text
+    table = [cell for cell in text[text.index("Ablation, %") :] if cell]
+    head = ["runs", "mAP", "CP", "CR", "CF1", "OF1", "full - this, mAP", "paper, CP", "paper, CR", "paper, CF1"]
+    assert table[1 : len(head) + 1] == head
+    row = table[table.index("w/o Gl") :]
+    assert row[8:11] == ["85.1", "68.3", "76.5"]
+
+
+def test_a_result_of_another_version_is_named_and_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    for name, content in (("b", {"test": {"mAP": 3.0}}), ("c", {"test": {"mAP": 3.0, "AP": {"cat": "x"}}})):
+        path = write_run(tmp_path / name, graph__m=3)
+        result = json.loads((path / "metrics.json").read_text())
+        (path / "metrics.json").write_text(json.dumps(content if name == "b" else result | content))
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "config.yaml").write_text("a: [")
+    text = write_report(find_runs([tmp_path]), tmp_path / "out").read_text()
+    assert text.count("metrics.json is not of this version: run the command again") == 2
+    assert "config.yaml is damaged" in text
 
 
 def test_what_the_paper_chose_stands_beside_a_sweep(tmp_path: Path) -> None:

@@ -38,6 +38,27 @@ def test_settings_that_say_the_same_are_shown_once(tmp_path: Path, make_run: Mak
     assert "model.widths" not in head
 
 
+def test_numbers_that_a_search_draws_are_all_shown(tmp_path: Path, make_run: MakeRun):
+    for n in (1, 2, 3):
+        make_run(tmp_path / str(n), optimizer={"lr": n / 1000, "weight_decay": n / 10})
+    head = next(line for line in printed(tmp_path) if "state" in line)
+    assert "optimizer.lr" in head
+    assert "optimizer.weight_decay" in head
+
+
+def test_runs_with_little_in_common_list_what_is_unusual(tmp_path: Path, make_run: MakeRun):
+    usual = {f"s{n}": 0 for n in range(8)}
+    make_run(tmp_path / "usual", model=usual)
+    for n in range(8):
+        make_run(tmp_path / str(n), model=usual | {f"s{n}": 5, "s0": 7 if n == 3 else usual["s0"]})
+    text = printed(tmp_path)
+    assert "settings" in next(line for line in text if "state" in line)
+    listed = {line.split("│")[1].strip()[-1]: line.split("│")[4].strip() for line in text if "finished" in line}
+    assert listed["2"] == "model.s2=5"
+    assert listed["3"] == "model.s0=7 model.s3=5"
+    assert listed["l"] == ""
+
+
 def test_states_of_unfinished_runs(tmp_path: Path, make_run: MakeRun):
     make_run(tmp_path / "half", finished=False)
     failed = make_run(tmp_path / "[red]failed", finished=False)

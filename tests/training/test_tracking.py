@@ -54,7 +54,8 @@ class FakeWandb:
         self.runs: list[FakeRun] = []
         self.fails: Exception | None = None
         Error = type("Error", (Exception,), {})
-        self.errors = SimpleNamespace(Error=Error, UsageError=type("UsageError", (Error,), {}))
+        kinds = {name: type(name, (Error,), {}) for name in ("UsageError", "AuthenticationError")}
+        self.errors = SimpleNamespace(Error=Error, **kinds)
         self.saw_terminal: bool | None = None
 
     def init(self, **arguments: Any) -> FakeRun:
@@ -183,6 +184,32 @@ def test_no_login_and_no_network(run_config: Config, wandb: FakeWandb, kind: str
     with pytest.raises(ConfigError, match=message):
         run.train(run_config("logger=wandb"))
     assert wandb.saw_terminal is False
+
+
+def test_a_mode_that_there_is_not(run_config: Config, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    with pytest.raises(ConfigError, match="WANDB_MODE=sometimes: expected one of online, offline, disabled"):
+        run.train(run_config("logger=wandb"))
+    assert wandb.runs == []
+
+
+@pytest.mark.parametrize("broken", ["log", "log_artifact", "finish"])
+def test_what_fails_at_wandb_later_costs_no_result(
+    run_config: Config,
+    wandb: FakeWandb,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionResetError("the service is gone\nmore")
+
+    monkeypatch.setattr(FakeRun, broken, gone)
+    config = run_config("logger=wandb")
+    result = run.train(config)
+    assert json.loads((Path(config.run_dir) / "metrics.json").read_text()) == result
+    assert json.loads((Path(config.run_dir) / "state.json").read_text())["state"] == "finished"
+    assert "(the service is gone); it is in the run folder." in caplog.text
 
 
 def test_without_the_package(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

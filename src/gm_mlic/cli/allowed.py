@@ -69,6 +69,10 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
             raise ConfigError(f"{argument}: give a folder with configs as --config-dir DIR.")
         elif "=" in argument:
             key, _, value = argument.lstrip("+~").partition("=")
+            if not key:
+                raise ConfigError(f"{argument}: settings are written as KEY=VALUE.")
+            if key == "sweep" and "," in value and not value.startswith("["):
+                raise ConfigError(f"{argument}: write sweep=[{value}] to run every combination of these.")
             _check_target(key, value, "the command line")
     for folder in folders:
         if not folder.is_dir():

@@ -6,6 +6,7 @@ Settings are checked before torch is imported, so that a wrong one is answered a
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import tempfile
@@ -23,7 +24,9 @@ from omegaconf import DictConfig
 
 from gm_mlic.cli.allowed import check_arguments
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
-from gm_mlic.runs import find_runs, read_jobs, write_job
+from gm_mlic.cli.keys import check_keys
+from gm_mlic.cli.process import prepare_process
+from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
 from gm_mlic.training.processes import place
 from gm_mlic.training.settings import check
 
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 _SCRIPT = str(Path(sys.argv[0]).absolute())
 
 # Here and not in run(): a launcher's other processes import this module, and compose the job's config themselves.
+prepare_process()
 register_resolvers()
 
 
@@ -40,7 +44,7 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     if command in _FOLDERS:
         arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
-    task = _keeping_failures(_TASKS[command], failures)
+    task = _keeping_failures(command, failures)
     one_run = not _MULTIRUN.intersection(arguments)
     arguments = [_with_quoted_name(_with_quoted_items(argument), one_run) for argument in arguments]
     folders = check_arguments(arguments)
@@ -50,30 +54,44 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     name = command.replace("-", "_")
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
-    if flags & _SHOWS_CONFIG and not flags & _MULTIRUN:
-        # Hydra prints the config and runs no task, which would have checked it.
-        compose(name, [argument for argument in arguments if "=" in argument and not argument.startswith("-")], folders)
+    settings = [argument for argument in arguments if _is_override(argument)]
+    if not flags & (_MULTIRUN | _EXPLAINS) and not _begins_several(settings):
+        # Before Hydra, which makes the run folder first, and with --cfg runs no task that would check. The jobs of a
+        # multirun are checked one by one.
+        config = compose(name, settings, folders)
+        if not flags & _SHOWS_CONFIG:
+            check(config, complete=command != "plan")
     if place().rank and flags & _MULTIRUN:  # the folder of a multirun is for the first process to write
         arguments = [*arguments, f"hydra.sweep.dir={tempfile.mkdtemp()}"]
     sys.argv = [f"gm-mlic {command}", *arguments]
+    SweepFolder.begun.clear()
     start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)
     try:
         start(task)()
     finally:  # a multirun with a failed job raises its error
-        for folder in SweepFolder.begun:
+        for folder, _ in SweepFolder.begun:
             _show_sweep(folder)
     if failures:
         raise failures[0]
+    for folder, begin in SweepFolder.begun:  # but for a search, which goes on
+        jobs = [job for job in read_jobs(folder) if str(job.get("noted", "")) >= begin]
+        failed = [job["error"] for job in jobs if job.get("error")]
+        if failed:
+            raise RunFolderError(f"{len(failed)} of {len(jobs)} jobs failed; the first: {failed[0]}")
 
 
 class SweepFolder(Callback):
     """Hydra's callback that tells where a multirun notes its jobs."""
 
-    begun: ClassVar[list[Path]] = []
+    #: The folder, and when it began.
+    begun: ClassVar[list[tuple[Path, str]]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if place().rank == 0:
-            self.begun.append(Path(config.hydra.sweep.dir))
+            self.begun.append((Path(config.hydra.sweep.dir), now()))
+            storage = str(config.hydra.sweeper.get("storage"))
+            if storage.startswith("sqlite:///"):  # it makes its file, but no folder for it
+                Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _show_sweep(folder: Path) -> None:
@@ -105,8 +123,10 @@ def train(config: DictConfig) -> float:
     from gm_mlic.training import run as training
 
     sys.argv[0] = _SCRIPT  # what Lightning starts other processes with (Hydra has read its own name for us by now)
-    # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else.
-    command = shlex.join(["gm-mlic", "train", *HydraConfig.get().overrides.task])
+    # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else. Nor a search,
+    # which would begin anew; other sweeps are of one run where the command says which.
+    settings = [setting for setting in HydraConfig.get().overrides.task if setting.lstrip("+") != "sweep=optuna"]
+    command = shlex.join(["gm-mlic", "train", *settings])
     result = training.train(config, _sweep(config), command)
     if place().rank == 0:
         print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
@@ -122,12 +142,16 @@ def train(config: DictConfig) -> float:
 def _sweep(config: DictConfig) -> str | None:
     """The folder of the multirun that this job belongs to, in which it is noted; None for a single run."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return None
-    folder = Path(hydra_config.runtime.cwd) / hydra_config.sweep.dir
+    return str(_note_job(config)) if hydra_config.mode == RunMode.MULTIRUN else None
+
+
+def _note_job(config: DictConfig, error: Exception | None = None) -> Path:
+    """Write down a job of a multirun, in the multirun's folder, which is returned."""
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.cwd, hydra_config.sweep.dir)
     if place().rank == 0:
-        write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task)
-    return str(folder)
+        write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task, error)
+    return folder
 
 
 def evaluate(config: DictConfig) -> None:
@@ -253,17 +277,21 @@ def _show_runs(folders: Sequence[str | Path]) -> None:
     for run in found:
         if run.error:
             print(f"{run.path} {run.state}: {run.error}")
+    begun = {run.path.resolve() for run in found}
+    for job in (job for folder in folders for job in read_jobs(Path(folder))):
+        if job.get("error") and Path(job["run_dir"]).resolve() not in begun:
+            print(f"job {' '.join(map(str, job.get('overrides') or []))} failed: {job['error']}")
 
 
 def report(config: DictConfig) -> None:
     """``gm-mlic report``."""
-    from gm_mlic.reporting.report import write_report
+    from gm_mlic.reporting.report import is_complete, write_report
 
     folders = list(config.folders)
     runs = find_runs(folders)
     out = Path(config.out) if config.out is not None else Path(folders[0]) / "report"
     page = write_report(runs, out)
-    finished = sum(run.result is not None for run in runs)
+    finished = sum(is_complete(run.result) for run in runs)
     print(f"report: {page} ({finished} of {len(runs)} runs are finished)")
 
 
@@ -282,19 +310,23 @@ def demo(config: DictConfig) -> None:
     start(config)
 
 
-def _keeping_failures(task: Callable[[DictConfig], Any], failures: list[Exception]) -> Callable[[DictConfig], Any]:
-    """Keep a single run's error from Hydra, which would print lines of its own before ours.
+def _keeping_failures(command: str, failures: list[Exception]) -> Callable[[DictConfig], Any]:
+    """A command's task, which keeps a single run's error from Hydra: that would print lines of its own before ours.
 
     In a multirun Hydra has to know (sweepers read it); the other jobs go on, so say at once which one failed, and why.
     """
+    task = _TASKS[command]
 
     def kept(config: DictConfig) -> Any:
         try:
+            check_keys(config, command.replace("-", "_"))
             return task(config)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 job = HydraConfig.get().job
                 log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
+                if command == "train":
+                    _note_job(config, error)
                 raise
             failures.append(error)
             return None
@@ -343,8 +375,21 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
 
+def _is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
+
+
+def _begins_several(settings: Sequence[str]) -> bool:
+    """Whether these settings make it a multirun without -m."""
+    if any(re.match(r"\+*(sweep|hydra\.mode|hydra/sweeper)=", setting) for setting in settings):
+        return True
+    return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(settings)))
+
+
 #: Flags with which Hydra prints the config.
 _SHOWS_CONFIG = {"--cfg", "-c"}
+#: Flags with which it tells about itself, or about the command.
+_EXPLAINS = {"--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
 _MULTIRUN = {"-m", "--multirun"}
 
 #: Settings that name files, folders or labels.

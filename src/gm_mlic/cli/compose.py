@@ -13,6 +13,7 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from gm_mlic.cli.keys import check_keys
 from gm_mlic.training.settings import check_values, run_identity
 
 CONFIG_MODULE = "gm_mlic.conf"
@@ -43,7 +44,7 @@ def compose(
         return_hydra_config: keep the ``hydra`` section.
 
     Raises:
-        ConfigError: for a value that cannot work, naming the key and what it may be.
+        ConfigError: for a key that there is not, or a value that cannot work, naming the key and what it may be.
     """
     register_resolvers()
     if folders:
@@ -54,6 +55,7 @@ def compose(
         config: DictConfig = hydra_compose(
             config_name, overrides=list(overrides), return_hydra_config=return_hydra_config
         )
+    check_keys(config, config_name)
     check_values(config)
     return config
 

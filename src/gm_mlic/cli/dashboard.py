@@ -33,9 +33,10 @@ def build_workspace(entity: str, project: str) -> Any:
     def sweep(key: str, title: str) -> Any:
         return wr.ScatterPlot(title=title, x=wr.Config(key), y=wr.SummaryMetric("test/mAP"), regression=False)
 
+    # define_metric(summary="max") keeps a maximum under NAME.max.
     columns: list[Any] = [
         wr.Config("graph.m"), wr.Config("model.k"), wr.Config("model.fusion"), wr.Config("ablation"),
-        wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP"), wr.SummaryMetric("test/mAP"),
+        wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP.max"), wr.SummaryMetric("test/mAP"),
     ]  # fmt: skip
     by_ablation: dict[str, Any] = {
         "groupby": wr.Config("ablation"),

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from gm_mlic.datasets import Scenes
 from gm_mlic.embeddings import labels_of
-from gm_mlic.errors import ConfigError
 from gm_mlic.instances import InstanceStore
 from gm_mlic.reporting.pictures import judged_labels, picture_grid
 from gm_mlic.reporting.tables import comparison_markdown, comparison_table
@@ -40,16 +39,9 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
 
     Returns:
         The rows of the table: names and test metrics.
-
-    Raises:
-        ConfigError: if the dataset is not scenes: only there is the limit known.
     """
     begin = time.monotonic()
     check(config)
-    if config.dataset.name != "scenes":
-        raise ConfigError(
-            f"dataset={config.dataset.name}: the demo needs dataset=scenes; others are for gm-mlic train."
-        )
     run_dir = Path(config.run_dir)
     results = {}
     for row, name in _NAMES.items():

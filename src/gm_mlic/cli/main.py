@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a defect of this package, 2 something the user can mend, 1
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import io
 import os
@@ -13,12 +12,12 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from gm_mlic._version import __version__
+from gm_mlic.cli.process import _keep_memory, prepare_process  # noqa: F401 - experiments/runtime has it from here
 from gm_mlic.errors import Terminated
 from gm_mlic.training.processes import place
 
@@ -75,21 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
 
-def _keep_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
-
-    By itself it maps large tensors anew each time, and the kernel zeroes them page by page: a quarter of the time of a
-    graph network on a CPU. Other C libraries are left as they are.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def run(argv: list[str]) -> int:
     """Run one command line; returns its exit code."""
     verbose = "--verbose" in argv
@@ -112,14 +96,7 @@ def run(argv: list[str]) -> int:
         return 2
     # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # How long a thread that waits for work spins before it sleeps. Spinning long (OpenMP's habit) takes the core from
-    # other processes; not at all, and each of a graph network's many small operations has to wake a sleeper, which
-    # halves the speed on two cores. Read when torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    _keep_memory()
-    # PyG's use of TorchScript is not for our users to mend.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+    prepare_process()
     before = _handle_sigterm()
     # Of several processes of a run, the first speaks; but each has its own errors.
     rank = place().rank

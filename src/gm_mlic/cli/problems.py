@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import re
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from gm_mlic.cli.keys import groups_of, options, unknown
 from gm_mlic.errors import GMMLICError
 
 _MENDABLE_OS_ERRORS = {
@@ -84,6 +84,10 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
             f"error: torch.compile failed ({why}): it needs a C++ compiler; or do without (trainer.compile=false).",
             2,
         )
+    if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
+        return f"error: {_no_option(arguments)}", 2
+    if isinstance(error, ValueError) and "StudyDirection" in str(error):
+        return "error: hydra.sweeper.direction: expected one of minimize, maximize.", 2
     what = _one_line(f"{type(error).__name__}: {error}")
     return f"internal error: {what} (run with --verbose for the traceback, and please report it)", 1
 
@@ -104,31 +108,42 @@ def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> st
         )
         key = found.group(1) if found else str(getattr(error, "full_key", "") or "a setting")
         return f"{key} has no value: set it with {key}=VALUE."
+    several = re.match(r"Ambiguous value for argument '([^']*?)=([^']*)'", str(error))
+    if several:
+        key, values = several.groups()
+        return f"{key}={values}: add -m to run each of these, or write {key}=[{values}] if they are one list."
     no_match = re.search(r"Could not override '([\w/@.]+)'", str(error))
     if isinstance(error, ConfigCompositionException) and no_match:
         return _unknown_key(no_match.group(1), command, arguments)
     message = str(error)
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         message += f" ({str(error.__cause__).splitlines()[0]})"
-    return message
+    return re.sub(r"\s+(object|reference)_type=\w+", "", message)
+
+
+def _no_option(arguments: Sequence[str]) -> str:
+    """Say which group got something that is no name, as ``model=5``; there Hydra names nothing."""
+    for argument in arguments:
+        group = argument.lstrip("+").partition("=")[0]
+        if options(group) and not re.search(r"=.*[A-Za-z]", argument.replace("null", "")):
+            return f"{argument}: there is no such option; choose from {', '.join(options(group))}."
+    return "a group of settings (model, dataset, ...) was given something that is no name of an option."
 
 
 def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
     """Name the settings that stand where ``key`` was looked for."""
     from gm_mlic.cli.compose import compose
 
-    parent, _, name = key.rpartition(".")
+    parent = key.rpartition(".")[0]
+    name = command.replace("-", "_")
     groups = [a for a in arguments if re.fullmatch(r"\w+=\w+", a) and not a.startswith(f"{key}=")]
     try:
-        config: DictConfig = compose(command.replace("-", "_"), groups)
+        config: DictConfig = compose(name, groups)
         section = OmegaConf.select(config, parent) if parent else config
-        known = sorted(str(k) for k in section)
+        known = {str(k) for k in section}
     except Exception:
         return f"{key}: there is no such setting; see gm-mlic {command} --help."
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    where = f"{parent} has" if parent else "there are"
-    hint = f"did you mean {parent + '.' if parent else ''}{close[0]}? " if close else ""
-    return f"{key}: there is no such setting; {hint}{where} {', '.join(known)}."
+    return unknown(key, known if parent else known | set(groups_of(name)))
 
 
 def _one_line(text: str) -> str:

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gm_mlic.reporting.groups import Group
@@ -62,6 +63,7 @@ def draw_training(groups: Sequence[Group]) -> Figure:
                     axis.plot(*zip(*points, strict=True), color=colour, alpha=0.75, linewidth=1.2, label=label)
     for axis, label in zip(axes, ("training loss", "val mAP, %"), strict=True):
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     if 1 < len(groups) <= 12:
@@ -72,20 +74,25 @@ def draw_training(groups: Sequence[Group]) -> Figure:
 def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floating]], seed: int = 0) -> Figure:
     """Label states in two dimensions (t-SNE on cosine distance), one panel for each entry of ``states``.
 
+    Panels of many labels are larger and stand below each other, so that the names can be read.
+
     Raises:
         ImportError: without scikit-learn.
     """
     from sklearn.manifold import TSNE
 
     figure: Figure
-    figure, axes = plt.subplots(1, len(states), figsize=(5.6 * len(states), 5.2), layout="constrained", squeeze=False)
-    for axis, (title, values) in zip(axes[0], states.items(), strict=True):
+    many = len(labels) > 40
+    shape = (len(states), 1) if many else (1, len(states))
+    width, height = (10.5, 7.5) if many else (5.6, 5.2)
+    size = (width * shape[1], height * shape[0])
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    for axis, (title, values) in zip(axes.flat, states.items(), strict=True):
         perplexity = min(30.0, max(1.0, (len(labels) - 1) / 3))
         places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(values)
         axis.scatter(*places.T, s=12, color=PALETTE[0])
-        size = 8.0 if len(labels) <= 30 else 6.0
         for name, (x, y) in zip(labels, places, strict=True):
-            axis.annotate(name.replace("$", r"\$"), (x, y), xytext=(3, 2), textcoords="offset points", fontsize=size)
+            axis.annotate(name.replace("$", r"\$"), (x, y), xytext=(3, 2), textcoords="offset points", fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
         axis.set_yticks([])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gm_mlic.reporting.runs import shown
+from gm_mlic.reporting.runs import FOLLOWS, shown
 from gm_mlic.runs import Run, flat_settings
 
 #: What the paper's ablations are called in its Table 4, by the relation that is left out.
@@ -19,12 +19,6 @@ ABLATIONS = {
     "no_matching_edges": "w/o ILM edges",
 }
 _RELATIONS = tuple(f"model.{name.removeprefix('no_')}" for name in ABLATIONS if name != "full")
-#: Settings that follow from the one that is studied.
-_FOLLOWS = {
-    "graph.m": ("detector.max_instances",),
-    "detector.grid": ("detector.max_instances", "graph.m"),
-    "model.k": ("model.widths", "model.encoder_width"),
-}
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         same = [other for other in flat if other.get("model.name") == model]
         keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
         differing = [key for key in keys if len({shown(other.get(key)) for other in same}) > 1]
-        silent = {*_RELATIONS, *(follower for key in differing for follower in _FOLLOWS.get(key, ()))}
+        silent = {*_RELATIONS, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         removed = [key for key in _RELATIONS if key in differing and settings.get(key) is False]
         parts = [str(model)] if several else []
         parts += [ABLATIONS[f"no_{key.rpartition('.')[2]}"] for key in removed]
@@ -123,7 +117,7 @@ def _short(value: Any) -> str:
 def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
     """Groups that differ only in the settings ``studied`` (and what follows from them), two or more of them."""
     together: dict[str, list[Group]] = {}
-    left_out = {"seed", *studied, *(follower for key in studied for follower in _FOLLOWS.get(key, ()))}
+    left_out = {"seed", *studied, *(follower for key in studied for follower in FOLLOWS.get(key, ()))}
     for group in groups:
         if any(group.setting(key) is None for key in studied):
             continue
@@ -147,7 +141,8 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean ± sample standard deviation; of one value, the value."""
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
+    # Adding 0.0 makes of -0.0 what it is.
+    mean = f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 

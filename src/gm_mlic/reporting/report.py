@@ -22,8 +22,8 @@ from gm_mlic.errors import UnreadableImage
 from gm_mlic.reporting import figures
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.pictures import LabelBox, picture_grid
-from gm_mlic.reporting.runs import shown
-from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, varying
+from gm_mlic.reporting.runs import shown, unusual
+from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
 from gm_mlic.tensor_files import load_arrays
 
 log = logging.getLogger(__name__)
@@ -37,20 +37,25 @@ _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution block
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column is text, the others are numbers, ``strong`` rows stand out."""
+    """A table; the first column is text, the others are numbers, ``strong`` rows stand out.
+
+    ``groups`` are those that it is made of, where they are not all of its section's.
+    """
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: frozenset[int] = frozenset()
+    groups: Sequence[Group] = ()
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, beside the page, and what it shows."""
+    """A figure's file, beside the page, and what it shows; a broad one scrolls in a narrow window."""
 
     title: str
     file: str
+    broad: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,17 @@ class Section:
     Attributes:
         title, text: for people.
         items: tables and pictures.
-        groups: whose runs they are made of; their commands, settings and seeds stand below.
+        groups: whose runs they are made of; their commands, settings and seeds stand below each.
     """
 
     title: str
     text: str
     items: Sequence[Table | Picture]
     groups: Sequence[Group] = field(default_factory=tuple)
+
+    def groups_of(self, item: Table | Picture) -> Sequence[Group]:
+        """Whose runs one of its tables or pictures is made of."""
+        return (item.groups if isinstance(item, Table) else ()) or self.groups
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
@@ -85,7 +94,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     Raises:
         RunFolderError: if no run is finished.
     """
-    finished = [run for run in runs if run.result is not None]
+    finished = [run for run in runs if is_complete(run.result)]
     if not finished:
         states = ", ".join(f"{run.path.name} {run.state}" for run in runs[:5])
         raise RunFolderError(f"None of {len(runs)} runs is finished ({states}): run their commands again, then report.")
@@ -97,18 +106,34 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
         sections += _metrics(dataset, [g for g in groups if g.dataset == dataset], paper.get(dataset, {}))
     sections += _ablations(groups, paper)
     sections += _sweeps(groups, paper, out)
-    best = max(groups, key=_best_val)
+    best = _method(groups)
     for make in (_photos, _label_states):
         sections += make(best, out)
     picture = figures.save(figures.draw_training(groups), out, "training")
     sections.append(
         Section("Training", "One line for each run.", [Picture("Loss and val mAP by epoch", picture)], groups)
     )
-    sections += _unfinished([run for run in runs if run.result is None])
+    sections += _unfinished([run for run in runs if not is_complete(run.result)])
     title = "GM-MLIC: " + ", ".join(dict.fromkeys(group.dataset for group in groups))
     _write(out / "report.md", _markdown(title, sections))
     _write(out / "report.html", _page(title, sections, out))
     return out / "report.html"
+
+
+def is_complete(result: Mapping[str, Any] | None) -> bool:
+    """Whether a result has what tables need: it may be of somebody else, or of another version."""
+    expected = {
+        "test": dict, "val": dict, "dataset": dict, "detector": dict, "versions": dict, "preset": str, "command": str
+    }  # fmt: skip
+    if result is None or not all(isinstance(result.get(key), kind) for key, kind in expected.items()):
+        return False
+    by_label, sizes = result["test"].get("AP"), result["dataset"].get("sizes")
+    if not (isinstance(by_label, dict) and isinstance(sizes, dict) and "name" in result["detector"]):
+        return False
+    metrics = {**result["test"], "AP": None}
+    values = [result["test"].get("mAP"), result["val"].get("mAP")]
+    values += [value for value in (*metrics.values(), *by_label.values()) if value is not None]
+    return all(isinstance(value, (int, float)) for value in values)
 
 
 def read_paper() -> dict[str, Any]:
@@ -116,6 +141,11 @@ def read_paper() -> dict[str, Any]:
     text = importlib.resources.files("gm_mlic.reporting").joinpath("paper.yaml").read_text()
     content: dict[str, Any] = yaml.safe_load(text)
     return content
+
+
+def _method(groups: Sequence[Group]) -> Group:
+    """What stands for the method itself: the best on val of the groups that lack nothing, if there are such."""
+    return max([group for group in groups if group.ablation == "full"] or groups, key=_best_val)
 
 
 def _best_val(group: Group) -> float:
@@ -144,9 +174,10 @@ def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) ->
         head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
         items.append(Table(f"{title}, %", head, rows, strong))
     if theirs:
-        best = max(groups, key=_best_val)
-        items.append(_beside_the_paper(best, theirs, str(paper["table"])))
+        items.append(_beside_the_paper(_method(groups), theirs, str(paper["table"])))
     text = "Mean ± sample standard deviation over seeds, on the test split; epochs are chosen on val."
+    if theirs:
+        text += f" The paper's numbers are those of its {paper['table']}."
     yield Section(f"Metrics on {dataset}", text, items, groups)
     yield _label_table(dataset, groups, paper)
 
@@ -158,7 +189,8 @@ def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> 
         if name in theirs and values:
             ours = sum(values) / len(values)
             rows.append([name, spread(values), _number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
-    return Table(f"Ours beside the paper's {table}: {group.name}", ["", "ours", "paper", "ours - paper"], rows)
+    head = ["", "ours", "paper", "ours - paper"]
+    return Table(f"Ours beside the paper's {table}: {group.name}", head, rows, groups=(group,))
 
 
 def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
@@ -186,16 +218,15 @@ def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Se
     for family in found:
         full = family[0]
         theirs = paper.get(full.dataset, {}).get("ablation", {})
-        measure = "mAP" if "mAP" in theirs.get("full", {"mAP": 0}) else "CF1"
+        measures = [name for name in ("mAP", *ALL) if name in theirs.get("full", {})]
+        shown_metrics = [name for name in ("mAP", *ALL) if name in {"mAP", "CF1", "OF1", *measures}]
         rows = []
         for group in family:
-            cells = [spread(list(group.values(name).values())) for name in ("mAP", "CF1", "OF1")]
+            cells = [spread(list(group.values(name).values())) for name in shown_metrics]
             lost = paired(group, full, "mAP") if group is not full else []
             row = [ABLATIONS[str(group.ablation)], str(len(group.runs)), *cells, spread(lost) if lost else ""]
-            if theirs:
-                row.append(_number(theirs[str(group.ablation)].get(measure)))
-            rows.append(row)
-        head = ["", "runs", "mAP", "CF1", "OF1", "full - this, mAP", *([f"paper, {measure}"] if theirs else [])]
+            rows.append(row + [_number(theirs[str(group.ablation)].get(name)) for name in measures])
+        head = ["", "runs", *shown_metrics, "full - this, mAP", *(f"paper, {name}" for name in measures)]
         name = f"Ablation on {full.dataset}" + (f": {_common(family)}" if len(found) > 1 else "")
         text = (
             "What each edge type is worth (the paper's Table 4): without label graph (Gl), instance graph (Go), or "
@@ -224,7 +255,7 @@ def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Ite
         for dataset in dict.fromkeys(group.dataset for group in used):
             if key in (chosen := paper.get(dataset, {}).get("chosen", {})):
                 text += f" On {dataset} the paper chose {short} = {chosen[key]}."
-        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file)], used)
+        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file, broad=False)], used)
 
 
 def _photos(group: Group, out: Path) -> Iterator[Section]:
@@ -281,9 +312,15 @@ def _label_states(group: Group, out: Path) -> Iterator[Section]:
 def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
     if runs:
         keys = varying(runs)
+        foreign = "metrics.json is not of this version: run the command again with overwrite=true"
         rows = [
-            [str(run.path), run.state, ", ".join(f"{key}={shown(run.setting(key))}" for key in keys), run.error or ""]
-            for run in runs
+            [
+                str(run.path),
+                run.state if run.result is None else "damaged",
+                settings,
+                run.error or ("" if run.result is None else foreign),
+            ]
+            for run, settings in zip(runs, unusual(runs, keys), strict=True)
         ]
         text = "These runs are in none of the tables. The command of each goes on where it stopped."
         table = Table("", ["run", "state", "settings", "error"], rows)
@@ -313,6 +350,7 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
         ("seeds", all_of(sorted({int(run.setting("seed", 0)) for run in runs}))),
         ("metric convention", all_of([result["preset"] for result in results])),
         ("detector (weights)", all_of(weights)),
+        ("label vectors", all_of([result.get("label_vectors", "-") for result in results])),
         (
             "images",
             all_of([", ".join(f"{n} {s}" for s, n in result["dataset"]["sizes"].items()) for result in results]),
@@ -320,6 +358,9 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
         ("versions", all_of([", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results])),
         ("revision", all_of([result["revision"] for result in results])),
     ]
+    flat = [flat_settings(run.config) for run in runs]
+    shared = [f"{k}={shown(v)}" for k, v in flat[0].items() if k != "seed" and all(f.get(k, ...) == v for f in flat)]
+    facts.append(("settings" if len(groups) == 1 else "settings of all", " ".join(shared)))
     commands = list(dict.fromkeys(result["command"] for result in results))
     shown_commands = commands[:20] + ([f"... and {len(commands) - 20} more"] if len(commands) > 20 else [])
     return [*facts, ("commands" if len(commands) > 1 else "command", "\n".join(shown_commands))]
@@ -332,23 +373,30 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {_md(title)}", "", f"Made by gm-mlic {__version__}.", ""]
     for section in sections:
         lines += [f"## {_md(section.title)}", "", _md(section.text), ""]
-        for item in section.items:
+        for number, item in enumerate(section.items, start=1):
             if isinstance(item, Picture):
                 lines += [f"![{_md(item.title)}]({item.file})", ""]
-                continue
-            if item.title:
-                lines += [f"**{_md(item.title)}**", ""]
-            lines.append("| " + " | ".join(map(_md, item.head)) + " |")
-            lines.append("| --- |" + " ---: |" * (len(item.head) - 1))
-            lines += ["| " + " | ".join(map(_md, row)) + " |" for row in item.rows] + [""]
-        if section.groups:
-            for name, value in made_by(section.groups):
-                if name.startswith("command"):
-                    lines += [f"- {name}:", "", *(f"      {line}" for line in value.splitlines())]
-                else:
-                    lines.append(f"- {name}: {_md(value)}")
-            lines.append("")
+            else:
+                if item.title:
+                    lines += [f"**{_md(item.title)}**", ""]
+                lines.append("| " + " | ".join(map(_md, item.head)) + " |")
+                lines.append("| --- |" + " ---: |" * (len(item.head) - 1))
+                lines += ["| " + " | ".join(map(_md, row)) + " |" for row in item.rows] + [""]
+            groups = section.groups_of(item)
+            following = section.items[number] if number < len(section.items) else None
+            # Once for tables of the same runs that stand below each other.
+            if groups and (following is None or section.groups_of(following) is not groups):
+                lines += _markdown_facts(groups)
     return "\n".join(lines)
+
+
+def _markdown_facts(groups: Sequence[Group]) -> Iterator[str]:
+    for name, value in made_by(groups):
+        if name.startswith(("command", "settings")):
+            yield from (f"- {name}:", "", *(f"      {line}" for line in value.splitlines()))
+        else:
+            yield f"- {name}: {_md(value)}"
+    yield ""
 
 
 def _md(text: str) -> str:

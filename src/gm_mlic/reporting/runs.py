@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from gm_mlic.runs import Run, varying
+from gm_mlic.runs import Run, flat_settings, varying
 
 #: Settings that only name what others say already.
 _NAMES = ("dataset.name", "model.name")
-_COLOURS = {"finished": "green", "running": "blue", "failed": "red", "interrupted": "yellow", "stopped": "yellow"}
+#: Settings that follow from another one.
+FOLLOWS = {
+    "graph.m": ("detector.max_instances",),
+    "detector.grid": ("detector.max_instances", "graph.m"),
+    "model.k": ("model.widths", "model.encoder_width"),
+}
+#: With more settings than this that differ, columns would be too narrow to read.
+_MOST_COLUMNS = 6
+_COLOURS = {
+    "finished": "green", "running": "blue", "failed": "red", "damaged": "red", "interrupted": "yellow",
+    "stopped": "yellow",
+}  # fmt: skip
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """A row for each run: state, epochs, the settings that are not the same for all, val and test mAP.
 
     A setting that follows from others (``model.widths`` from k) is left out where another column tells the runs apart
-    in the same way.
+    in the same way. Of runs that have little in common, those settings are listed that are not as in most of them.
     """
-    keys = _distinct(runs, [key for key in varying(runs) if key not in _NAMES])
+    differing = [key for key in varying(runs) if key not in _NAMES]
+    keys = _distinct(runs, differing)
+    several = len(keys) > _MOST_COLUMNS
     table = Table(title=f"{len(runs)} runs" if len(runs) != 1 else "1 run", title_justify="left")
     table.add_column("run", overflow="fold", min_width=12)
     table.add_column("state")
     table.add_column("epochs", justify="right")
-    for key in keys:
+    for key in ["settings"] if several else keys:
         table.add_column(escape(key), overflow="fold")
+    changes = unusual(runs, differing) if several else []
     table.add_column("val mAP", justify="right")
     table.add_column("test mAP", justify="right")
-    for run in sorted(runs, key=lambda run: [_order(run.setting(key)) for key in keys]):
+    order = sorted(range(len(runs)), key=lambda i: [_order(runs[i].setting(key)) for key in keys])
+    for i, run in ((i, runs[i]) for i in order):
         best = max((row["val/mAP"] for row in run.epochs if "val/mAP" in row), default=None)
         test = run.result["test"]["mAP"] if run.result is not None else None
         table.add_row(
             escape(str(run.path)),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             f"{len(run.epochs)}/{run.setting('trainer.max_epochs', '?')}",
-            *(escape(shown(run.setting(key))) for key in keys),
+            *([escape(changes[i])] if several else [escape(shown(run.setting(key))) for key in keys]),
             *("" if value is None else f"{value:.2f}" for value in (best, test)),
         )
     return table
@@ -57,12 +73,27 @@ def _order(value: Any) -> tuple[bool, float, str]:
     return not is_number, float(value) if is_number else 0.0, "" if is_number else shown(value)
 
 
+def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
+    """Of each run the settings that are not as in most runs, as they are typed."""
+    flat = [flat_settings(run.config) for run in runs]
+    followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
+    keys = [key for key in keys if key not in followers]
+    usual = {key: Counter(shown(f[key]) for f in flat if key in f).most_common(1)[0][0] for key in keys}
+    return [" ".join(f"{k}={shown(f[k])}" for k in keys if k in f and shown(f[k]) != usual[k]) for f in flat]
+
+
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """Of keys that tell runs apart in the same way, the first with the shortest values."""
-    kept: dict[tuple[int, ...], str] = {}
+    """Of keys that tell runs apart in the same way, the first with the shortest values.
+
+    Numbers of three values or more are no accident (a search draws each anew), unless one follows from another.
+    """
+    kept: dict[tuple[Any, ...], str] = {}
+    followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
     for key in keys:
         values = [shown(run.setting(key)) for run in runs]
-        pattern = tuple(values.index(value) for value in values)
+        pattern: tuple[Any, ...] = tuple(values.index(value) for value in values)
+        if key not in followers and len(set(values)) > 2 and not any(_order(run.setting(key))[0] for run in runs):
+            pattern = (key, *pattern)
         if pattern not in kept or len(max(values, key=len)) < max(
             len(shown(run.setting(kept[pattern]))) for run in runs
         ):

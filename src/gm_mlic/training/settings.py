@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,8 +54,9 @@ def _are_indices(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(_is_whole(item) and item >= 0 for item in value)
 
 
-def _whole(minimum: int) -> Rule:
-    return lambda v: _is_whole(v) and v >= minimum, f"a whole number, at least {minimum}"
+def _whole(minimum: int, maximum: float = math.inf) -> Rule:
+    words = f"at least {minimum}" if maximum == math.inf else f"from {minimum} to {maximum:g}"
+    return lambda v: _is_whole(v) and minimum <= v <= maximum, f"a whole number, {words}"
 
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Rule:
@@ -93,8 +95,8 @@ RULES: Mapping[str, Rule] = {
     "dataset.sizes.train": _whole(1),
     "dataset.sizes.val": _whole(1),
     "dataset.sizes.test": _whole(1),
-    "dataset.company_pairs": _whole(0),
-    "dataset.spatial_pairs": _whole(0),
+    "dataset.company_pairs": _whole(0, 4),
+    "dataset.spatial_pairs": _whole(0, 2),
     "dataset.hard": _number(0, 1),
     "dataset.image_size": _whole(32),
     "dataset.val_fraction": (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1"),
@@ -311,7 +313,16 @@ def check_values(config: DictConfig) -> None:
         if OmegaConf.is_config(value):
             value = OmegaConf.to_container(value, resolve=True)
         if not is_good(value):
-            raise ConfigError(f"{key}={'null' if value is None else value}: expected {words}.")
+            raise ConfigError(f"{key}={_as_typed(value)}: expected {words}.")
+
+
+def _as_typed(value: Any) -> str:
+    """A value as YAML and the command line have it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_as_typed(item)}' for key, item in value.items())}}}"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_together(config: DictConfig) -> None:

@@ -28,14 +28,18 @@ from gm_mlic.training.processes import place
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
-#: How long to wait for the server before saying that there is none.
-_TIMEOUT_S = 20
+#: How long to wait for the server before saying that there is none; and, at the end, for what is still to be sent (a
+#: server that is gone by then must not keep the next job from its turn; WANDB_FINISH_TIMEOUT says otherwise).
+_TIMEOUT_S, _FINISH_TIMEOUT_S = 20, 1800
+_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 #: W&B's colours of boxes are by class; these are what a prediction turned out to be.
 _KINDS = {"right": 1, "wrong": 2, "missed": 3}
 
 
 class Tracker:
     """A context in which one W&B run is open; without ``logger=wandb`` it does nothing.
+
+    What fails at W&B once the run is open is a warning: the run folder has it all, and training goes on.
 
     Args:
         config: with ``logger``.
@@ -63,7 +67,8 @@ class Tracker:
     ) -> None:
         # Always: a second wandb.init in this process would go on with a run that was left open.
         if self.run is not None:
-            self.run.finish(exit_code=0 if error is None else 1)
+            with _not_fatal("the end of the run"):
+                self.run.finish(exit_code=0 if error is None else 1)
             self.run = None
 
     @property
@@ -73,6 +78,8 @@ class Tracker:
 
     def _begun(self, wandb: ModuleType) -> Any:
         settings = self.config.logger
+        if os.environ.get("WANDB_MODE") not in (None, "", *_MODES):
+            raise ConfigError(f"WANDB_MODE={os.environ['WANDB_MODE']}: expected one of {', '.join(_MODES)}.")
         offline = settings.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
         disabled = os.environ.get("WANDB_MODE") == "disabled"
         group = settings.group or (Path(self.sweep).name if self.sweep else None)
@@ -89,12 +96,12 @@ class Tracker:
             "id": identity.read_text().strip() if identity.is_file() else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
-            "settings": wandb.Settings(init_timeout=_TIMEOUT_S, silent=True),
+            "settings": _settings(wandb),
         }
         try:
             with _nobody_to_ask():
                 run = wandb.init(**arguments)
-        except wandb.errors.UsageError as error:
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
                 f"logger=wandb: {_first_line(error)}: set WANDB_API_KEY or run `wandb login`, or write to the run "
                 "folder only with logger.offline=true."
@@ -117,10 +124,11 @@ class Tracker:
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         """The test: metrics as summaries, tables of AP per label and of photos with boxes, and the best checkpoint."""
-        if self.run is None:
-            return
-        assert self._wandb is not None
-        wandb, run = self._wandb, self.run
+        if self.run is not None:
+            with _not_fatal("the result"):
+                self._log_result(self._wandb, self.run, result)
+
+    def _log_result(self, wandb: Any, run: Any, result: Mapping[str, Any]) -> None:
         test = {name: value for name, value in result["test"].items() if name != "AP"}
         run.summary.update(
             {f"test/{name}": value for name, value in test.items()} | {"best_epoch": result["best_epoch"]}
@@ -149,7 +157,8 @@ class _Epochs(Callback):
         if trainer.is_global_zero:
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
             lr = trainer.optimizers[0].param_groups[0]["lr"]
-            self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
+            with _not_fatal(f"epoch {trainer.current_epoch + 1}"):
+                self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
 
 
 def _imported() -> ModuleType:
@@ -158,6 +167,23 @@ def _imported() -> ModuleType:
     except ImportError as error:
         raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
     return wandb
+
+
+def _settings(wandb: ModuleType) -> Any:
+    settings: dict[str, Any] = {"init_timeout": _TIMEOUT_S, "silent": True}
+    known = getattr(wandb.Settings, "model_fields", {})  # not all releases can give up at the end
+    if "finish_timeout" in known and "WANDB_FINISH_TIMEOUT" not in os.environ:
+        settings["finish_timeout"] = _FINISH_TIMEOUT_S
+    return wandb.Settings(**settings)
+
+
+@contextlib.contextmanager
+def _not_fatal(what: str) -> Iterator[None]:
+    """W&B raises whatever its service, files and HTTP library do."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("W&B did not get %s (%s); it is in the run folder.", what, _first_line(error))
 
 
 @contextlib.contextmanager
