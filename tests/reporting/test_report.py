@@ -193,6 +193,14 @@ def test_numbers_of_the_ablation_table(page: Path) -> None:
     assert values[:5] == ["3", "82.0 ± 2.0", "79.0 ± 2.0", "76.0 ± 2.0", "9.0 ± 1.0"]
 
 
+def test_models_stand_in_one_order_in_all_tables(page: Path) -> None:
+    lines = page.with_suffix(".md").read_text().splitlines()
+    metrics = lines.index("**All labels, %**") + 3
+    rows = [line.split("|")[1].strip() for line in itertools.takewhile(lambda line: line, lines[metrics:])]
+    heads = next(line for line in lines[lines.index("**AP, %**") :] if line.startswith("|")).split("|")[2:-1]
+    assert [head.strip() for head in heads] == rows
+
+
 def test_how_it_was_made_stands_below(page: Path) -> None:
     text = read(page).text
     for words in ("0, 1, 2", "mlgcn", "scenes_tiny (null)", "3 train, 2 val, 2 test"):

@@ -195,7 +195,8 @@ def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> 
 
 def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
     theirs = paper.get("AP", {})
-    shown_groups = sorted(groups, key=_best_val, reverse=True)[:6]
+    best = {id(group) for group in sorted(groups, key=_best_val, reverse=True)[:6]}
+    shown_groups = [group for group in groups if id(group) in best]  # in the order of the tables above
     labels = list((shown_groups[0].runs[0].result or {})["test"]["AP"])
     rows = []
     for label in labels:
