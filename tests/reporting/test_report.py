@@ -195,7 +195,7 @@ def test_numbers_of_the_ablation_table(page: Path) -> None:
 
 def test_models_stand_in_one_order_in_all_tables(page: Path) -> None:
     lines = page.with_suffix(".md").read_text().splitlines()
-    metrics = lines.index("**All labels, %**") + 3
+    metrics = lines.index("**All labels, %**") + 4
     rows = [line.split("|")[1].strip() for line in itertools.takewhile(lambda line: line, lines[metrics:])]
     heads = next(line for line in lines[lines.index("**AP, %**") :] if line.startswith("|")).split("|")[2:-1]
     assert [head.strip() for head in heads] == rows
