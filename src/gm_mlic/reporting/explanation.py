@@ -11,6 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from PIL import Image
 
+from gm_mlic.reporting.fonts import save_figure
 from gm_mlic.zoo import Explanation
 
 #: Instances, labels and influences that are shown, at most.
@@ -34,7 +35,7 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _photo(axis: Axes, explanation: Explanation, photo: Image.Image) -> None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from gm_mlic.reporting.fonts import save_figure
 from gm_mlic.reporting.groups import Group
 
 PALETTE = ("#3b7dd8", "#c25b00", "#2a8f5b", "#8250a0", "#b8336a", "#7a6a00", "#0b7a8a", "#5c5c5c")
@@ -23,8 +24,8 @@ PALETTE = ("#3b7dd8", "#c25b00", "#2a8f5b", "#8250a0", "#b8336a", "#7a6a00", "#0
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write ``NAME.png`` and ``NAME.svg``; returns the PNG's name."""
     with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(folder / f"{name}.png", dpi=150)
+        save_figure(figure, folder / f"{name}.svg", metadata={"Date": None})
+    save_figure(figure, folder / f"{name}.png", dpi=150)
     plt.close(figure)
     return f"{name}.png"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 #: Colours of what a prediction turned out to be; they differ in brightness too, for the colour-blind.
 COLOURS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
@@ -85,6 +85,8 @@ def picture_grid(
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    from gm_mlic.reporting.fonts import save_figure
+
     rows = math.ceil(len(panels) / columns)
     lines = [max(len(found) for _, found in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
     heights = [inches for n in lines for inches in (2.9, 0.22 * n + 0.15)]
@@ -137,7 +139,7 @@ def picture_grid(
             below.text(0.02, line + 0.5, text, **style)
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, facecolor="white")
+    save_figure(figure, path, dpi=110, facecolor="white")
 
 
 def annotated(
@@ -151,11 +153,13 @@ def annotated(
         labels: name, probability, and box (x1, y1, x2, y2) in pixels; labels of boxes that nearly coincide stand below
             each other at the first of them.
     """
+    from gm_mlic.reporting.fonts import pillow_font
+
     factor = min(max(1.0, 640 / image.width), _LONGEST / max(image.size))
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     picture = image.convert("RGB").resize(size)
     draw = ImageDraw.Draw(picture)
-    font, line = _font(max(14, picture.width // 45)), max(2, picture.width // 300)
+    size_of_text, line = max(14, picture.width // 45), max(2, picture.width // 300)
     places = _places([box for _, _, box in labels])
     boxes = [labels[places.index(place)][2] for place in sorted(set(places))]
     for number, box in enumerate(boxes):
@@ -166,6 +170,7 @@ def annotated(
     for number, box in enumerate(boxes):  # texts above all boxes
         here = [label for label, place in zip(labels, places, strict=True) if place == number + 1]
         text = "\n".join(f"{name} {p:.2f}" for name, p, _ in here)
+        font = pillow_font(text, size_of_text)
         right, bottom = draw.multiline_textbbox((0, 0), text, font=font)[2:]
         width, height = right + 6, bottom + 6
         x = min(max(0.0, box[0] * factor), max(0.0, picture.width - width))
@@ -174,13 +179,6 @@ def annotated(
         draw.rectangle((x, y, x + width, y + height), fill=_PALETTE[number % len(_PALETTE)])
         draw.multiline_text((x + 3, y + 2), text, fill="white", font=font)
     return picture
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own font: Pillow's has the letters of English and no others."""
-    from matplotlib import get_data_path
-
-    return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _places(boxes: Sequence[tuple[float, float, float, float]], same: float = 0.6) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +96,8 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from gm_mlic.reporting.fonts import save_figure
+
     frequent = np.argsort(-one.positives, kind="stable")[:MOST_LABELS]
     count = len(frequent)
     cell = 0.32 if count <= _NUMBERED else 0.17
@@ -122,17 +123,13 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
     matrix = names + bars + gap + names
     explained = "P(column | row): of the images with the row's label,\nthe share that has the column's label too"
     write(matrix, bottom + side + names, explained, fontsize=10, linespacing=1.3)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        _bars(axes(names, bars), one, frequent, font)
-        there, never = (frequent[one.positives[frequent] > 0], frequent[one.positives[frequent] == 0])
-        order = np.concatenate([there[grouped(one.together[np.ix_(there, there)], one.images)], never])
-        scale = figure.add_axes(
-            ((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height)
-        )
-        _heat_map(axes(matrix, side), scale, one, order, font)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, facecolor="white")
+    _bars(axes(names, bars), one, frequent, font)
+    there, never = (frequent[one.positives[frequent] > 0], frequent[one.positives[frequent] == 0])
+    order = np.concatenate([there[grouped(one.together[np.ix_(there, there)], one.images)], never])
+    scale = figure.add_axes(((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height))
+    _heat_map(axes(matrix, side), scale, one, order, font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path, dpi=110, facecolor="white")
 
 
 def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
