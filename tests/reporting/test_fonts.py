@@ -63,6 +63,7 @@ def figure(tmp_path: Path, *names: str) -> bytes:
     made = Figure(figsize=(3, 2))
     axes = made.subplots()
     axes.set_yticks(range(len(names)), names)
+    axes.set_title(names[-1], fontweight="bold")
     fonts.save_figure(made, tmp_path / "x.png")
     return (tmp_path / "x.png").read_bytes()
 

@@ -37,9 +37,15 @@ def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
     families = [family for path in _fonts_for(_letters(text.get_text() for text in texts)) if (family := _family(path))]
     for text in texts if families else ():
         text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *families])))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said in our words
-        figure.savefig(path, **settings)
+    finder = logging.getLogger("matplotlib.font_manager")
+    level = finder.level
+    finder.setLevel(logging.ERROR)  # a font may be there in one weight only
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said in our words
+            figure.savefig(path, **settings)
+    finally:
+        finder.setLevel(level)
 
 
 def _letters(texts: Iterable[str]) -> frozenset[str]:
