@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from gm_mlic import Scenes
+from gm_mlic.cli import predict
 from gm_mlic.cli.main import run
 from gm_mlic.cli.predict import COLUMNS, find_photos
 from gm_mlic.errors import DataError
@@ -57,9 +58,50 @@ def test_a_folder(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[
         (line["image"], label["label"]) for line in lines for label in line["labels"]
     ]
     pictures = sorted((folder / "pictures").iterdir())
+    assert [line["picture"] for line in lines] == [f"pictures/{picture.name}" for picture in pictures]
     assert len(pictures) == 4
     with Image.open(pictures[0]) as picture:
         assert picture.width == 640
+
+
+def test_pictures_are_those_of_the_last_predictions(checkpoint: Path, photos: Path):
+    command = ["predict", f"checkpoint={checkpoint}", "run_dir=out"]
+    assert run([*command, "images=photos", "pictures=true"]) == 0
+    made = {path.name for path in Path("out/pictures").iterdir()}
+    assert len(made) == 4
+    mine = [Path("out/pictures/mine.jpg"), Path("out/00000-mine.jpg"), Path("out/pictures/00009-b.png")]
+    for path in mine:
+        path.write_text("x")
+    with Path("out/predictions.jsonl").open("a") as file:  # as if somebody had written there
+        for line in ({"picture": str(path.relative_to("out"))} for path in mine):
+            file.write(json.dumps(line) + "\n")
+        file.write('{"picture": "pictures/../00000-mine.jpg"}\n{"picture": 5}\n[]\n{"pict')
+    assert run([*command, "images=photos/a.png", "pictures=true"]) == 0
+    assert {path.name for path in Path("out/pictures").iterdir()} == {"00000-a.jpg", "mine.jpg", "00009-b.png"}
+    assert run([*command, "images=photos/a.png"]) == 0
+    assert {path.name for path in Path("out/pictures").iterdir()} == {"mine.jpg", "00009-b.png"}
+    assert all(path.exists() for path in mine)
+    (line,) = Path("out/predictions.jsonl").read_text().splitlines()
+    assert "picture" not in json.loads(line)
+
+
+def test_labels_that_are_not_probable_at_all_are_not_drawn(
+    checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: list[float] = []
+    draw = predict.annotated
+    monkeypatch.setattr(
+        predict, "annotated", lambda image, labels: (drawn.extend(p for _, p, _ in labels), draw(image, labels))[1]
+    )
+    command = ["predict", f"checkpoint={checkpoint}", "images=photos/a.png", "pictures=true", "top=22"]
+    assert run([*command, "threshold=0"]) == 0
+    (line,) = (json.loads(text) for text in Path("runs/predictions/predictions.jsonl").read_text().splitlines())
+    written = [label["probability"] for label in line["labels"]]
+    assert drawn == pytest.approx(written, abs=1e-6)
+    drawn.clear()
+    monkeypatch.setattr(predict, "_DRAWN", (written[9] + written[10]) / 2)
+    assert run([*command, "threshold=1"]) == 0
+    assert drawn == pytest.approx(written[:10], abs=1e-6)
 
 
 def test_other_labels(checkpoint: Path, photos: Path):

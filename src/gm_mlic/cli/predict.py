@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,14 @@ log = logging.getLogger(__name__)
 
 #: Photos whose labels are shown on the terminal; all are in the files.
 _SHOWN = 20
+#: Labels less probable than this are written down where top asks for them, but not drawn, unless they are predicted.
+_DRAWN = 0.01
 #: Of a picture's name, characters that are its photo's: file systems take 255 bytes, and a character may need four.
 _STEM = 60
 #: Names of files need not be text; bytes that are none are written as Python and JSON escape them (\udcff).
 _UTF_8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+#: In the run folder: what is predicted, and where the pictures are.
+_LINES, _PICTURES = "predictions.jsonl", "pictures"
 COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2", "instance")
 
 
@@ -51,12 +56,13 @@ def predict(config: DictConfig) -> dict[str, str]:
         predictor = for_labels(predictor, config)
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_pictures(folder)
     skipped: dict[str, str] = {}
     table = Table(title=f"first labels of {min(len(photos), _SHOWN)} photos", title_justify="left")
     for head in ("photo", "labels"):
         table.add_column(head, overflow="fold")
     with (
-        (folder / "predictions.jsonl").open("w", **_UTF_8) as lines,
+        (folder / _LINES).open("w", buffering=1, **_UTF_8) as lines,  # a picture is known before it is drawn
         (folder / "predictions.csv").open("w", newline="", **_UTF_8) as rows,
     ):
         writer = csv.writer(rows, lineterminator="\n")
@@ -64,7 +70,10 @@ def predict(config: DictConfig) -> dict[str, str]:
         done = 0
         for prediction in _with_bar(predictor(photos, config.batch_size, skipped), len(photos)):
             found = _worth_saying(prediction, config.top, config.threshold)
-            lines.write(json.dumps(_as_dict(prediction, found, config.threshold), ensure_ascii=False) + "\n")
+            line = _as_dict(prediction, found, config.threshold)
+            if config.pictures:
+                line["picture"] = f"{_PICTURES}/{done:05d}-{Path(str(prediction.photo)).stem[:_STEM]}.jpg"
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
             for one in found:
                 box = [f"{v:.1f}" for v in one.box]
                 predicted = int(one.probability >= config.threshold)
@@ -72,15 +81,15 @@ def predict(config: DictConfig) -> dict[str, str]:
             if done < _SHOWN:
                 table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
             if config.pictures:
-                stem = Path(str(prediction.photo)).stem[:_STEM]
-                _draw(prediction, found, folder / "pictures" / f"{done:05d}-{stem}.jpg")
+                drawn = [one for one in found if one.probability >= min(_DRAWN, config.threshold)]
+                _draw(prediction, drawn, folder / line["picture"])
             done += 1
     for reason in skipped.values():
         log.warning("left out: %s", reason)
     if not done:
         raise DataError(f"None of the {len(photos)} photos can be read. The first: {next(iter(skipped.values()))}")
     Console(highlight=False, markup=False).print(table)
-    written = ["predictions.jsonl", "predictions.csv", *(["pictures/"] if config.pictures else [])]
+    written = [_LINES, "predictions.csv", *([f"{_PICTURES}/"] if config.pictures else [])]
     print(f"{done} of {len(photos)} photos; folder: {folder} ({', '.join(written)})")
     return skipped
 
@@ -146,6 +155,22 @@ def _as_dict(prediction: Prediction, found: Sequence[LabelFound], threshold: flo
             for one in found
         ],
     }
+
+
+def _remove_pictures(folder: Path) -> None:
+    """Remove the pictures of the predictions that ``folder`` holds and this run replaces; no other file."""
+    try:
+        content = (folder / _LINES).read_text(**_UTF_8)
+    except OSError:
+        return
+    for line in content.splitlines():
+        try:
+            name = json.loads(line)["picture"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        # The file may be anybody's by now: nothing but what a picture is called, where pictures are.
+        if isinstance(name, str) and re.fullmatch(rf"{_PICTURES}/\d{{5,}}-[^/\\]*\.jpg", name):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _draw(prediction: Prediction, found: Sequence[LabelFound], path: Path) -> None:
