@@ -13,7 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+import gm_mlic.datasets
+from gm_mlic import Scenes, register_model
+from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
+from gm_mlic.training.settings import check
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 
@@ -235,3 +239,31 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
     assert "shard 0/2 is done, others are not yet" in capsys.readouterr().err
     assert run([*common, "instances.shard=1/2"]) == 0
     assert "test: 3 images in data/instances/coco2014/test-scenes_tiny-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"),
+    [
+        ("model.name=foo", "gm_mlic_voc2007"), ("dataset.name=foo", "coco2014, nuswide"),
+        ("dataset.name=null", "a text"), ("detector.arch=foo", "scenes_tiny, resnet101"),
+        ("trainer.strategy=fast", "one of auto, ddp"),
+    ],
+)  # fmt: skip
+def test_a_name_that_nothing_has_is_refused_before_there_is_a_run_folder(
+    setting: str, known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "experiment=scenes_smoke", setting]) == 2
+    line = refused(capsys)
+    assert f"{setting}: expected " in line
+    assert known in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_a_program_registers_are_known(monkeypatch: pytest.MonkeyPatch):
+    from gm_mlic.nn import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(gm_mlic.datasets, "Mine", type("Mine", (Scenes,), {"name": "mine"}), raising=False)
+    register_model(type("my_model", (torch.nn.Module,), {}))
+    check(compose("train", ["model=mil_max", "model.name=my_model", "dataset.name=mine"]))

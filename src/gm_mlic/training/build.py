@@ -56,12 +56,17 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
         raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
     settings = section(config, "dataset")
     name = settings.pop("name")
-    datasets = {cls.name: cls for cls in vars(gm_mlic.datasets).values() if _is_dataset(cls)}
+    datasets = known_datasets()
     if name not in datasets:
         raise ConfigError(f"dataset.name={name}: expected one of {', '.join(sorted(datasets))}.")
     if "sizes" in settings:
         settings["size"] = settings.pop("sizes")[split]
     return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
+
+
+def known_datasets() -> dict[str, Any]:
+    """The classes in :mod:`gm_mlic.datasets`, by name; a program of one's own may add to them."""
+    return {cls.name: cls for cls in vars(gm_mlic.datasets).values() if _is_dataset(cls)}
 
 
 def _is_dataset(thing: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -264,6 +264,41 @@ RULES: Mapping[str, Rule] = {
 }
 
 
+def _datasets() -> Iterable[str]:
+    from gm_mlic.training.build import known_datasets
+
+    return sorted(known_datasets())
+
+
+def _detectors() -> Iterable[str]:
+    from gm_mlic.detection.faster_rcnn import ARCHITECTURES
+    from gm_mlic.detection.grid import CLASSIFIERS
+
+    return (*ARCHITECTURES, *CLASSIFIERS)
+
+
+def _models() -> Iterable[str]:
+    from gm_mlic.nn import list_models
+
+    return list_models()
+
+
+def _strategies() -> Iterable[str]:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    return ("auto", *StrategyRegistry.available_strategies())
+
+
+#: Settings that are a name of something registered, and which names there are at the moment: programs register their
+#: own (docs/add_model.md). Looked at last, for importing the stages takes seconds.
+NAMES: Mapping[str, Callable[[], Iterable[str]]] = {
+    "dataset.name": _datasets,
+    "detector.arch": _detectors,
+    "model.name": _models,
+    "trainer.strategy": _strategies,
+}
+
+
 def run_identity(config: DictConfig) -> dict[str, Any]:
     """All settings that decide the outcome of a run, resolved."""
     identity: dict[str, Any] = {}
@@ -302,6 +337,10 @@ def check(config: DictConfig, *, complete: bool = True) -> None:
         if section is not None and OmegaConf.is_missing(section, key.rpartition(".")[2]):
             raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
     _check_together(config)
+    for key, names in NAMES.items():
+        value = OmegaConf.select(config, key, default=_ABSENT)
+        if value is not _ABSENT and value not in (known := list(names())):
+            raise ConfigError(f"{key}={value}: expected one of {', '.join(known)}.")
 
 
 def check_values(config: DictConfig) -> None:
