@@ -1,0 +1,169 @@
+"""Does the box that won a label lie on an object of that label? See README.md.
+
+    python experiments/winners/run.py            # trains what is missing (a few minutes each), then measures
+    python experiments/winners/run.py measure    # measures what is finished
+
+results.csv has a row for each model, seed and label; the tables of README.md are printed.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.ops import box_iou
+
+from gm_mlic import Predictor, Scenes, build_extractor, extract
+from gm_mlic.cli.main import run as command
+from gm_mlic.datasets.scenes import LABELS
+from gm_mlic.graphs import AssignmentBatchDataset
+from gm_mlic.instances import InstanceStore
+
+HERE, RUNS = Path(__file__).parent, Path("runs/winners")
+#: What is set beside experiment=scenes.
+MODELS = {
+    "product": [],
+    "concat": ["model.fusion=concat"],
+    "w/o Gl": ["ablation=no_label_graph"],
+    "w/o Go": ["ablation=no_instance_graph"],
+    "w/o ILM edges": ["ablation=no_matching_edges"],
+    "mil_max": ["model=mil_max"],
+}
+SHIPPED = "gm_mlic_scenes"
+SEEDS = (0, 1, 2)
+#: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
+#: stand.
+KINDS = {
+    "plain": [LABELS[4 * theme + place] for theme in range(4) for place in (0, 1)] + ["house", "moon"],
+    "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
+    "spatial": ["gate", "hatch", "comet", "satellite"],
+}
+IOU, MARGIN, RANGE, BATCH = 0.5, 1.0, 5.0, 50
+#: How an instance is chosen for a label: the winner of eq. 14; the detector's most confident one of those within
+#: MARGIN of its logit; the one that has the largest share of its own evidence (softmax over labels) for this label, of
+#: all instances or of those within RANGE.
+RULES = ("winner", "confident", "share", "share of near")
+
+
+def run_dir(model: str, seed: int) -> Path:
+    return RUNS / f"{model.replace('w/o ', 'without-').replace(' ', '-')}-{seed}"
+
+
+def train_all() -> None:
+    for seed, (model, settings) in itertools.product(SEEDS, MODELS.items()):
+        code = command(["train", "experiment=scenes", *settings, f"seed={seed}", f"run_dir={run_dir(model, seed)}"])
+        if code:
+            sys.exit(code)
+
+
+def chosen(match: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(C,) of each rule: an instance for each label, from match logits (M, C), the most confident instance first."""
+    best, share = match.amax(dim=0), match.softmax(dim=1)
+    return {
+        "winner": match.argmax(dim=0),
+        "confident": (match >= best - MARGIN).int().argmax(dim=0),
+        "share": share.argmax(dim=0),
+        "share of near": share.where(match >= best - RANGE, -1.0).argmax(dim=0),
+    }
+
+
+@torch.no_grad()
+def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Iterator[dict[str, Any]]:
+    """A row for each label: right predictions of found objects, and how many boxes of each rule lie on the object."""
+    counts = {label: Counter[str]() for label in LABELS}
+    elsewhere = {label: Counter[str]() for label in LABELS}
+    graphs = AssignmentBatchDataset(store, predictor.graph)
+    for start in range(0, len(scenes), BATCH):
+        batch = graphs.__getitems__(range(start, start + BATCH))
+        output = predictor.model(batch)
+        for row, logits, matches, boxes, mask in zip(
+            range(start, start + BATCH), output.logits, output.matches, batch.box, batch.mask, strict=True
+        ):
+            objects = scenes.boxes(row)
+            overlap = box_iou(boxes[mask] * scenes.image_size, objects.boxes) >= IOU
+            instances = chosen(matches[mask])
+            for c in (logits >= 0).nonzero().flatten().tolist():
+                on_it = overlap[:, objects.labels == c].any(dim=1)
+                if not on_it.any():  # absent, or overlooked by the detector
+                    continue
+                counts[LABELS[c]].update(
+                    predictions=1,
+                    close=int((matches[mask][:, c] >= logits[c] - MARGIN).sum()),
+                    **{rule: int(on_it[instances[rule][c]]) for rule in RULES},
+                )
+                winner = instances["winner"][c]
+                if not on_it[winner]:
+                    others = objects.labels[overlap[winner]].tolist()
+                    elsewhere[LABELS[c]][LABELS[others[0]] if others else "no object"] += 1
+    for label, count in counts.items():
+        yield {
+            "label": label,
+            "kind": next(kind for kind, labels in KINDS.items() if label in labels),
+            **{key: count[key] for key in ("predictions", *RULES, "close")},
+            "elsewhere": "; ".join(f"{name} {times}" for name, times in elsewhere[label].most_common(3)),
+        }
+
+
+def measure_all() -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    scenes = Scenes("test")
+    store = extract(scenes, build_extractor("scenes_tiny", weights="scenes"), RUNS / "test", m=10)
+    assert store is not None
+    rows = []
+    trained = [(model, seed, run_dir(model, seed) / "checkpoints" / "best.ckpt") for model in MODELS for seed in SEEDS]
+    for model, seed, file in [(SHIPPED, 0, SHIPPED), *trained]:
+        if file == SHIPPED or (Path(file).parents[1] / "metrics.json").exists():
+            found = measure(Predictor.load(file), store, scenes)
+            rows += [{"model": model, "seed": seed, **row} for row in found]
+    with (HERE / "results.csv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def tell(rows: list[dict[str, Any]]) -> None:
+    """The tables of README.md."""
+    print("| model | seeds | winner | plain | company | spatial | confident | share | share of near |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for model, group in itertools.groupby(rows, key=lambda row: row["model"]):
+        runs = [list(run) for _, run in itertools.groupby(group, key=lambda row: row["seed"])]
+        cells = [spread([percent(run, "winner") for run in runs])]
+        for kind in KINDS:
+            cells.append(spread([percent([r for r in run if r["kind"] == kind], "winner") for run in runs]))
+        cells += [spread([percent(run, rule) for run in runs]) for rule in RULES[1:]]
+        print(f"| {model} | {len(runs)} | {' | '.join(cells)} |")
+    shares = [
+        row["winner"] / row["predictions"] for row in rows if row["model"] != SHIPPED and row["predictions"] >= 10
+    ]
+    never, always = sum(share < 0.1 for share in shares), sum(share > 0.9 for share in shares)
+    print(f"\n{len(shares)} labels of runs: in {never} the share is below 10 %, in {always} above 90 %")
+    print("\n| model | seed | labels whose winner is on their object in less than half | close |")
+    print("| --- | ---: | --- | ---: |")
+    for (model, seed), group in itertools.groupby(rows, key=lambda row: (row["model"], row["seed"])):
+        few = [row for row in group if row["predictions"] >= 10 and row["winner"] < row["predictions"] / 2]
+        text = ", ".join(f"{row['label']} {percent([row], 'winner'):.0f} ({row['elsewhere']})" for row in few)
+        close = ", ".join(f"{row['close'] / row['predictions']:.1f}" for row in few)
+        print(f"| {model} | {seed} | {text or '-'} | {close or '-'} |")
+
+
+def percent(rows: list[dict[str, Any]], rule: str) -> float:
+    return 100 * sum(row[rule] for row in rows) / max(1, sum(row["predictions"] for row in rows))
+
+
+def spread(values: list[float]) -> str:
+    mean, no_break = f"{statistics.mean(values):.1f}", "\u00a0"
+    return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["measure"]:
+        train_all()
+    tell(measure_all())
