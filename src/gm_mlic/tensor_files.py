@@ -29,10 +29,7 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
     with _opened(path):
         if zipfile.is_zipfile(path):
             _check_archive(path, stored=True)
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:  # torch advises at length to read it unsafely
-            raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
+        return torch.load(path, map_location=device, weights_only=True)
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -69,8 +66,10 @@ def _opened(path: str | Path) -> Iterator[None]:
         pass
     try:
         yield
+    except pickle.UnpicklingError as error:  # torch advises at length to read it unsafely
+        raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
     except Exception as error:
-        reason = " ".join(str(error).split()).partition(" WeightsUnpickler")[0] or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(reason[:200]) from error
 
 

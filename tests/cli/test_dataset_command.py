@@ -115,7 +115,7 @@ def test_some_splits_only(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert own("dataset", photos, "splits=[train,val]") == 0
     assert cells(capsys.readouterr().out, "images") == ["12", "12"]
     assert own("dataset", photos, "splits=[all]") == 2
-    assert "splits=['all']: expected a list of train, val and test." in refused(capsys)
+    assert "splits=[all]: expected a list of train, val and test." in refused(capsys)
     assert own("dataset", photos, "splits=[]") == 2
     assert "splits=[]: expected" in refused(capsys)
 

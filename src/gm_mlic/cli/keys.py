@@ -34,6 +34,8 @@ def check_keys(config: DictConfig, command: str) -> None:
         command: a file of ``conf/`` without its suffix.
     """
     keys, groups = _keys_of(command)
+    # A section that a command chooses nothing for (``embedding: null``) is there only if it was asked for.
+    keys = {group: {} for group in groups if group in config} | keys
     _check(OmegaConf.to_container(config), keys, groups, "")
 
 
@@ -86,9 +88,11 @@ def _keys_of(command: str) -> tuple[Keys, dict[str, str]]:
     groups = {}
     for key, choice in _defaults(command).items():
         group, _, package = key.partition("@")
-        if choice is None or " " in group or _changes_others(group):
+        if " " in group or _changes_others(group):
             continue
         groups[package or group] = group
+        if choice is None:
+            continue
         section = keys
         for part in (package or group).split("."):
             section = section.setdefault(part, {})
