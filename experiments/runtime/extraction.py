@@ -21,7 +21,7 @@ import torch
 
 from gm_mlic.bench import interleaved
 from gm_mlic.cli.compose import compose
-from gm_mlic.cli.main import _keep_memory
+from gm_mlic.cli.process import prepare_process
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.instances import extract
 from gm_mlic.training import build
@@ -30,7 +30,7 @@ BATCH, ROUNDS, M = 4, 3, 35
 
 
 def main(root: str, number: int) -> None:
-    _keep_memory()  # as the command line has it, for both
+    prepare_process()  # as the command line has it, for both
     config = compose("train", ["dataset=coco2014", f"dataset.root={root}", "trainer.accelerator=cpu"])
     dataset = build.build_dataset(config, "test")
     dataset.ids, dataset.targets = dataset.ids[:number], dataset.targets[:number]

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from gm_mlic._version import __version__
-from gm_mlic.cli.process import _keep_memory, prepare_process  # noqa: F401 - experiments/runtime has it from here
+from gm_mlic.cli.process import prepare_process
 from gm_mlic.errors import Terminated
 from gm_mlic.training.processes import place
 
