@@ -29,6 +29,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "C": C,
         "neighbours": draw(st.integers(1, 4)),
         "label_neighbours": draw(st.sampled_from([None, *range(1, C)])),
+        "candidates": draw(
+            st.none() | st.lists(st.lists(st.booleans(), min_size=C, max_size=C), min_size=3, max_size=3)
+        ),
         "net": {
             "k": k,
             "widths": draw(st.lists(st.integers(1, 7), min_size=k, max_size=k)),
@@ -53,6 +56,7 @@ def graphs(case: dict[str, Any]) -> Batch:
         label_neighbours=case["label_neighbours"],
         instance_graph=net["instance_graph"],
         label_graph=net["label_graph"],
+        candidates=None if case.get("candidates") is None else torch.tensor(case["candidates"]),
         edge_attr=False,
     )
     made = []
@@ -61,6 +65,7 @@ def graphs(case: dict[str, Any]) -> Batch:
         data["instance"].x = torch.randn(M, D_O, generator=generator, dtype=torch.float64)
         corner, size = torch.rand(2, M, 2, generator=generator, dtype=torch.float64) / 2
         data["instance"].box = torch.cat([corner, corner + size + 0.01], dim=1)
+        data["instance"].detected_label = torch.randint(-1, 3, (M,), generator=generator)
         made.append(transform(data))
     return Batch.from_data_list(made)
 

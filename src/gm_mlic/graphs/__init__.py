@@ -2,6 +2,7 @@
 
 from gm_mlic.graphs.assignment import AssignmentGraph, label_relations, nearest_neighbours
 from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.graphs.candidates import candidate_matches, label_candidates
 from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, dense_batch, instance_data
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 
@@ -15,8 +16,10 @@ __all__ = [
     "AssignmentBatchDataset",
     "AssignmentGraph",
     "AssignmentGraphDataset",
+    "candidate_matches",
     "dense_batch",
     "instance_data",
+    "label_candidates",
     "label_relations",
     "nearest_neighbours",
 ]

@@ -9,6 +9,7 @@ from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
 from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.candidates import candidate_matches
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 
 
@@ -77,6 +78,8 @@ class AssignmentGraph(BaseTransform):
         label_neighbours: None joins all labels (the paper); a number keeps each label's nearest by cosine.
         instance_graph: False leaves out the instance-instance edges (ablation w/o Go).
         label_graph: False leaves out the label-label edges (ablation w/o Gl).
+        candidates: (D, C) bool, the labels that an instance of each of the detector's classes may be (see
+            :func:`label_candidates`): only these are joined to it. None joins every pair (the paper).
         edge_attr: also write the attributes of eq. 2 and 3 (default: no). They only repeat node attributes, the model
             forms them by itself where they are absent, and only graphs without them can take the structured execution.
 
@@ -94,6 +97,7 @@ class AssignmentGraph(BaseTransform):
         *,
         instance_graph: bool = True,
         label_graph: bool = True,
+        candidates: Tensor | None = None,
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
@@ -108,7 +112,15 @@ class AssignmentGraph(BaseTransform):
         ):
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"graph.{name} must be a whole number of 1 or more, got {value!r}.")
+        if candidates is not None and (
+            candidates.dtype != torch.bool or candidates.shape[1:] != label_vectors.shape[:1]
+        ):
+            raise ConfigError(
+                f"graph.candidates must be a bool table of classes and {label_vectors.shape[0]} labels, got "
+                f"{candidates.dtype} {tuple(candidates.shape)}."
+            )
         self.label_vectors = label_vectors
+        self.candidates = candidates
         self.m = m
         self.neighbours = neighbours
         self.label_neighbours = label_neighbours
@@ -152,6 +164,12 @@ class AssignmentGraph(BaseTransform):
         matches = torch.stack(
             [torch.arange(M, device=x.device).repeat_interleave(C), torch.arange(C, device=x.device).repeat(M)]
         )
+        if self.candidates is not None:
+            if "detected_label" not in instances:
+                raise ConfigError(f"Candidates need data['{INSTANCE}'].detected_label.")
+            everyone = torch.ones(1, M, dtype=torch.bool, device=x.device)
+            there = candidate_matches(self.candidates, instances.detected_label[None], everyone)
+            matches = matches[:, there.flatten()]
         data[MATCHES].edge_index = matches
         if self.edge_attr:
             data[MATCHES].edge_attr = torch.cat([x[matches[0]], W[matches[1]]], dim=1)

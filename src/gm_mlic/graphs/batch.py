@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.candidates import candidate_matches
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
 
 
@@ -35,6 +37,7 @@ class AssignmentBatch:
         row: (B,) int64 row of each image in its store, or None.
         score: (B, M), the detector's confidence in each instance, or None.
         detected_label: (B, M) int64, which of its own classes the detector gave each instance, -1 for none; or None.
+        matches: (B, M, C) bool, which matching edges there are; None for those of every instance with every label.
     """
 
     x: Tensor
@@ -50,6 +53,7 @@ class AssignmentBatch:
     row: Tensor | None = None
     score: Tensor | None = None
     detected_label: Tensor | None = None
+    matches: Tensor | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -97,6 +101,7 @@ class AssignmentBatch:
         row: Tensor | None = None,
         score: Tensor | None = None,
         detected_label: Tensor | None = None,
+        candidates: Tensor | None = None,
     ) -> AssignmentBatch:
         """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
 
@@ -105,6 +110,10 @@ class AssignmentBatch:
             label_vectors: (C, D_l).
             neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
             label_graph, relates, y, row, score, detected_label: see the class.
+            candidates: (D, C) bool, the labels that an instance of each detected class may be; None for all.
+
+        Raises:
+            ConfigError: for candidates without detected labels, or of other classes.
         """
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
         near = near_mask = near_attr = None
@@ -119,15 +128,21 @@ class AssignmentBatch:
             near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
             sources = torch.gather(box, 1, near.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
             near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
+        matches = None
+        if candidates is not None:
+            if detected_label is None:
+                raise ConfigError("Candidates need the detected label of each instance.")
+            matches = candidate_matches(candidates, detected_label, mask)
         return cls(
-            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row, score, detected_label
-        )
+            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row, score,
+            detected_label, matches,
+        )  # fmt: skip
 
     @classmethod
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
         """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
 
-        There is none where the matching edges are not every instance with every label, where images differ in their
+        There is none where the matching edges are not sorted by instance and label, where images differ in their
         labels, where the label graph is neither complete nor of equal degree, or where the graph carries edge
         attributes for eq. 2 and 3 of its own.
         """
@@ -143,11 +158,13 @@ class AssignmentBatch:
         W = W.view(B, C, -1)
         if B > 1 and not torch.equal(W, W[:1].expand_as(W)):
             return None
-        if not _complete_matches(data[MATCHES].edge_index, x.shape[0], C, counts):
-            return None
-
         M = int(counts.max())
         mask = torch.arange(M, device=x.device) < counts[:, None]
+        matches: Tensor | None = None
+        if not _complete_matches(data[MATCHES].edge_index, x.shape[0], C, counts):
+            matches = _some_matches(data[MATCHES].edge_index, ptr, C, mask)
+            if matches is None:
+                return None
 
         def dense(value: Tensor, absent: int = 0) -> Tensor:
             padded = value.new_full((B, M, *value.shape[1:]), absent)
@@ -179,7 +196,7 @@ class AssignmentBatch:
         label_graph = RELATES in data.edge_types
         return cls(
             dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row,
-            score, detected_label,
+            score, detected_label, matches,
         )  # fmt: skip
 
 
@@ -191,6 +208,20 @@ def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tenso
     source = torch.arange(num_instances, device=matches.device).repeat_interleave(C)
     target = (image * C)[:, None] + torch.arange(C, device=matches.device)
     return torch.equal(matches[0], source) and torch.equal(matches[1], target.reshape(-1))
+
+
+def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor | None:
+    """Which instance is joined to which label (B, M, C); None where edges lead to another image, or have no order."""
+    source, target = matches
+    image = target // C
+    slot = source - ptr[image]
+    place = source * C + target % C
+    inside = bool(((slot >= 0) & (source < ptr[image + 1])).all())
+    if not inside or not bool((place.diff() > 0).all()):
+        return None
+    there = torch.zeros(*mask.shape, C, dtype=torch.bool, device=matches.device)
+    there[image, slot, target % C] = True
+    return there
 
 
 def _complete_relations(source: Tensor, target: Tensor, B: int, C: int) -> bool:

@@ -163,6 +163,7 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
             row=torch.from_numpy(rows.astype(np.int64)),
             score=torch.from_numpy(store.scores[rows, views, :M]),
             detected_label=torch.from_numpy(store.detected_labels[rows, views, :M].astype(np.int64)),
+            candidates=graph.candidates,
         )
 
     @staticmethod
@@ -203,4 +204,5 @@ def dense_batch(
         row=row,
         score=pad([instances.scores for instances in found]),
         detected_label=pad([instances.detected_labels for instances in found], -1),
+        candidates=None if graph.candidates is None else graph.candidates.to(device),
     )

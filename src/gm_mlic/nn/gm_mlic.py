@@ -24,6 +24,7 @@ from gm_mlic.nn.structured import Prepared
 FUSIONS = ("concat", "product")
 NORMS = ("none", "encoder", "all")
 EXECUTIONS = ("auto", "structured", "explicit")
+LONELY = "Label nodes {} have no matching edge: join each to at least one instance."
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class ModelOutput:
         winners: (B, C) int64, which instance of the image (0 is the most confident) won each label.
         matches: match logits as the execution leaves them: (E,), or (B, M, C) with the mask below. What the baselines
             for whole images say of each location instead, each one's docstring tells.
-        mask: (B, M) bool, the instances that there are, or None.
+        mask: (B, M) bool, the instances that there are; (B, M, C), the matching edges, if not all are there; or None.
         label_states: (B, C, d) states of the labels after the last block; None from a model without label nodes.
     """
 
@@ -68,7 +69,7 @@ def pool_matches(match_logits: Tensor, data: HeteroData, v_l: Tensor | None = No
             raise ConfigError(f"Images of one batch have {counts} labels: batch those with the same.")
         lonely = (torch.bincount(target, minlength=labels.x.shape[0]) == 0).nonzero().flatten().tolist()
         if lonely:
-            raise ConfigError(f"Label nodes {lonely[:5]} have no matching edge: join each to at least one instance.")
+            raise ConfigError(LONELY.format(lonely[:5]))
     best, edge = group_max(match_logits, target, labels.x.shape[0])
     first = data[INSTANCE].ptr[:-1] if "ptr" in data[INSTANCE] else source.new_zeros(1)
     winners = source[edge].view(B, -1) - first.view(B, 1)
@@ -77,8 +78,16 @@ def pool_matches(match_logits: Tensor, data: HeteroData, v_l: Tensor | None = No
 
 
 def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -> ModelOutput:
-    """The same from a dense (B, M, C), the mask (B, M) of the instances that there are, and labels (B, C, d)."""
-    values = matrix.detach().masked_fill(~mask[..., None], float("-inf"))
+    """The same from a dense (B, M, C), the mask of the instances (B, M) or edges (B, M, C) that there are, and labels
+    (B, C, d).
+
+    Raises:
+        ConfigError: if a label has no matching edge.
+    """
+    there = mask if mask.dim() == 3 else mask[..., None]
+    if mask.dim() == 3 and not torch.compiler.is_compiling() and not bool(there.any(dim=1).all()):
+        raise ConfigError(LONELY.format((~there.any(dim=1)).flatten().nonzero().flatten().tolist()[:5]))
+    values = matrix.detach().masked_fill(~there, float("-inf"))
     best = values.amax(dim=1, keepdim=True)
     position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
     winners = torch.where((values == best) | values.isnan(), position, matrix.shape[1]).amin(dim=1)
@@ -309,7 +318,7 @@ class GMMLIC(nn.Module):
         if batch is not None:
             self._check_prepared(batch, labels)
             matrix, v_l = structured.match_matrix(self, batch, labels)
-            return pool_match_matrix(matrix, batch.mask, v_l)
+            return pool_match_matrix(matrix, batch.mask if batch.matches is None else batch.matches, v_l)
         match_logits, v_l = self._explicit(data)
         return pool_matches(match_logits, data, v_l)
 
@@ -365,8 +374,8 @@ class GMMLIC(nn.Module):
         batch = AssignmentBatch.from_data(data)
         if batch is None and self.execution == "structured":
             raise ConfigError(
-                "model.execution=structured needs complete matching edges, the same labels in each image, and no edge "
-                "attributes of their own; use model.execution=auto for other graphs."
+                "model.execution=structured needs matching edges sorted by instance and label, the same labels in each "
+                "image, and no edge attributes of their own; use model.execution=auto for other graphs."
             )
         return batch
 

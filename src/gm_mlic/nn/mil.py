@@ -50,7 +50,8 @@ class MILMax(nn.Module):
         check_lengths(data, self.encoder.lin1.in_channels[0])
         if isinstance(data, AssignmentBatch):
             self._check(data.label_vectors.shape[0])
-            return pool_match_matrix(self.decoder(self.encoder(data.x, standardise(data.box))), data.mask)
+            there = data.mask if data.matches is None else data.matches
+            return pool_match_matrix(self.decoder(self.encoder(data.x, standardise(data.box))), there)
         self._check(data[LABEL].x.shape[0] // int(getattr(data, "num_graphs", 1)))
         scores: Tensor = self.decoder(self.encoder(data[INSTANCE].x, standardise(data[INSTANCE].box)))
         source, target = data[MATCHES].edge_index

@@ -135,7 +135,7 @@ def mean_message(rho: MLP, edges: EdgeState, senders: Tensor, to: str, mask: Ten
         rho: the message function.
         edges, senders: edge states and senders' states, broadcasting against each other.
         to: ``rows`` if senders stand along the third axis, ``columns`` if along the second.
-        mask: which messages there are: (., N, S) for ``rows``, (., S) for ``columns``; None for all.
+        mask: which messages there are: (., N, S) for ``rows``, (., S) or (., S, N) for ``columns``; None for all.
 
     Returns:
         The means (., N, d); zero where there is no message.
@@ -147,6 +147,8 @@ def mean_message(rho: MLP, edges: EdgeState, senders: Tensor, to: str, mask: Ten
     weight, count = mask.to(hidden.dtype), mask.sum(dim=-1, keepdim=True)
     if to == "rows":
         total = (weight[:, :, None] @ hidden).squeeze(2)
+    elif mask.dim() == 3:
+        total, count = (weight[..., None] * hidden).sum(dim=1), mask.sum(dim=1)[..., None]
     else:
         total = (weight[:, None] @ hidden.flatten(2)).view(hidden.shape[0], *hidden.shape[2:])
         count = count[..., None]
@@ -299,14 +301,15 @@ def block(
         senders = neighbours(v_o, require(batch.near))
         to_o.append(mean_message(nodes.rho_oo.rho, require(e_o), senders, "rows", batch.near_mask))
     if nodes.rho_ol is not None:
-        to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], "rows"))
+        to_o.append(mean_message(nodes.rho_ol.rho, require(e_m), v_l[:, None], "rows", batch.matches))
     if nodes.rho_ll is not None and number == 0:
         to_l.append(require(labels.heard))
     elif nodes.rho_ll is not None:
         senders, others = label_senders(v_l, batch.relates), other_labels(v_l, batch.relates)
         to_l.append(mean_message(nodes.rho_ll.rho, require(e_l), senders, "rows", others))
     if nodes.rho_lo is not None:
-        to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], "columns", batch.mask))
+        hears = batch.mask if batch.matches is None else batch.matches
+        to_l.append(mean_message(nodes.rho_lo.rho, require(e_m), v_o[:, :, None], "columns", hears))
     v_o, v_l = mlp(nodes.phi_o, *to_o), mlp(nodes.phi_l, *to_l)
 
     new_o: EdgeState | None = None

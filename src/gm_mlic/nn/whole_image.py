@@ -26,7 +26,7 @@ def as_batch(
     """
     check_lengths(data, instance_dim, label_dim)
     batch = data if isinstance(data, AssignmentBatch) else AssignmentBatch.from_data(data)
-    if batch is None:
+    if batch is None or batch.matches is not None:
         raise ConfigError(
             "Models of whole images need complete matching edges, the same labels in each image, and no edge "
             "attributes of their own."
