@@ -87,3 +87,18 @@ def test_max_pooling_reads_edges_only() -> None:
     assert output.winners[0, :2].tolist() == [0, 1]
     torch.testing.assert_close(output.logits[0, :2], everything[0].diagonal())
     torch.testing.assert_close(output.match_logits, everything[0, table])
+
+
+def test_a_batch_of_few_edges_stays_sparse() -> None:
+    def batch(C: int) -> AssignmentBatch | None:
+        data = HeteroData()
+        data["instance"].x, data["instance"].box = torch.randn(20, 5), torch.rand(20, 4)
+        data["instance"].detected_label = torch.zeros(20, dtype=torch.int64)
+        table = torch.zeros(1, C, dtype=torch.bool)
+        table[0, :2] = True
+        return AssignmentBatch.from_data(AssignmentGraph(torch.randn(C, 4), candidates=table)(data))
+
+    few, many = batch(40), batch(4)
+    assert few is None
+    assert many is not None
+    assert many.matches is not None

@@ -1,6 +1,6 @@
 """A batch of assignment graphs as dense tensors: what the structured execution reads.
 
-Matching edges are complete, so a tensor (B, M, C, d) holds them without any ``edge_index``; fewer instances are a mask.
+A tensor (B, M, C, d) holds the matching edges without any ``edge_index``; fewer instances, or fewer edges, are a mask.
 Nothing of eq. 2 and 3 is ever written out, for it only repeats node attributes.
 """
 
@@ -142,7 +142,8 @@ class AssignmentBatch:
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
         """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
 
-        There is none where the matching edges are not sorted by instance and label, where images differ in their
+        There is none where the matching edges are not sorted by instance and label, or fewer than a tenth of all
+        pairs (a tensor of them would be mostly empty), where images differ in their
         labels, where the label graph is neither complete nor of equal degree, or where the graph carries edge
         attributes for eq. 2 and 3 of its own.
         """
@@ -211,7 +212,9 @@ def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tenso
 
 
 def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor | None:
-    """Which instance is joined to which label (B, M, C); None where edges lead to another image, or have no order."""
+    """Which instance is joined to which label (B, M, C); None for few, unsorted, or between two images."""
+    if matches.shape[1] * 10 < mask.numel() * C:
+        return None
     source, target = matches
     image = target // C
     slot = source - ptr[image]

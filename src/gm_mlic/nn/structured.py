@@ -1,4 +1,4 @@
-r"""The structured execution: the same modules, for complete relations, without gathers, concatenations or scatters.
+r"""The structured execution: the same modules, for (nearly) complete relations, without gathers and scatters.
 
 It computes what :class:`~gm_mlic.nn.GMMLIC` computes on ``edge_index``, rearranged by exact algebra:
 
