@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -415,6 +416,29 @@ def test_what_a_dead_process_left_is_done_by_the_others(dataset, tmp_path, undis
     store = extract(dataset, Notes(), path, shard=(0, 2), together=True, **SETTINGS)
     assert end(pid) == -signal.SIGKILL
     assert files_of(store.path) == undisturbed[0]
+
+
+def test_nothing_is_left_of_a_killed_process(dataset, tmp_path):
+    """Not even the process that decodes an image apart, which is about to send more than a pipe holds."""
+
+    class Kills(Files):
+        def image(self, i: int) -> Image.Image:
+            if os.getppid() != pytest_process:
+                os.kill(os.getppid(), signal.SIGKILL)
+            return Image.new("RGB", (600, 600))
+
+    pytest_process = os.getpid()
+    living, alive = os.pipe()
+    path = tmp_path / "store"
+    interrupted(dataset, path)
+    (tmp_path / "store.partial" / "shard-0-of-1.reading").write_text("12")  # where an earlier one died
+    pid = start(lambda: extract(Kills(tmp_path / "photos"), PixelExtractor(), path, **SETTINGS))
+    os.close(alive)
+    assert end(pid) == -signal.SIGKILL
+    readable, _, _ = select.select([living], [], [], 60)
+    assert readable, "a process still holds the other end"
+    assert os.read(living, 1) == b""
+    os.close(living)
 
 
 @pytest.mark.parametrize("mine", [(0, 2), (1, 3)])

@@ -162,7 +162,7 @@ def is_death_of_a_worker(error: BaseException) -> bool:
 
 def _read_apart(rows: Rows, row: int) -> Views:
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.Process(target=_send, args=(theirs, rows, row), daemon=True)
+    process = multiprocessing.Process(target=_send, args=(ours, theirs, rows, row), daemon=True)
     process.start()
     theirs.close()  # or the end of the other process would go unnoticed
     try:
@@ -174,5 +174,7 @@ def _read_apart(rows: Rows, row: int) -> Views:
     return views
 
 
-def _send(connection: Connection, rows: Rows, row: int) -> None:
-    connection.send(rows[row])
+def _send(receiver: Connection, connection: Connection, rows: Rows, row: int) -> None:
+    receiver.close()  # or the end of the process that reads would go unnoticed, and this one wait forever
+    with contextlib.suppress(BrokenPipeError):
+        connection.send(rows[row])
