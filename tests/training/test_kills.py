@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import random
 import signal
-import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from fake_detector import GridExtractor
+from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.training import build, run
 
@@ -19,30 +21,51 @@ Config = Callable[..., DictConfig]
 KILLS = 25
 
 
-def killed_until_done(work: Callable[[], object], rng: random.Random, seconds: float) -> Iterator[int]:
-    """Do ``work`` in another process, killed after up to ``seconds``, until it gets to its end; yields at each kill."""
+def extract(config: dict[str, Any]) -> None:
+    c = OmegaConf.create(config)
+    build.build_store(c, build.build_dataset(c, "train"), GridExtractor())
+
+
+def train(config: dict[str, Any]) -> None:
+    build.build_detector = lambda config: GridExtractor()  # type: ignore[assignment, return-value]
+    run.train(OmegaConf.create(config))
+
+
+@pytest.fixture(scope="module")
+def clean() -> ForkServerContext:
+    """Begins processes as forks of one that has imported all this, and done nothing: no locks, threads or signals of
+    the tests before are in them.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "gm_mlic.training.run"])
+    return context
+
+
+def killed_until_done(
+    context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig, rng: random.Random
+) -> Iterator[int]:
+    """Do ``work`` in another process, killed at a random moment, until it gets to its end; yields at each kill."""
+    seconds, kills = 1.0, 0
     while True:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                work()
-                code = 0
-            finally:
-                os._exit(code)
-        time.sleep(rng.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0
+        process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
+        process.start()
+        process.join(rng.uniform(0, seconds))
+        process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
             return
-        yield child
+        kills += 1
+        if kills % 10 == 0:  # however slow the machine is: there is an end
+            seconds *= 1.5
+        yield kills
 
 
-def duration(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
+def undisturbed(context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig) -> None:
+    process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -50,42 +73,42 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path):
+def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path, clean: ForkServerContext):
     """Every file of the store, byte for byte."""
 
-    def extract(name: str) -> None:
-        overrides = ("dataset.sizes.train=96", "instances.views=2", "instances.view_size=96", "instances.batch_size=4")
-        config = run_config(*overrides, f"instances.path={tmp_path / name}")
-        build.build_store(config, build.build_dataset(config, "train"), build.build_detector(config))
+    def config(name: str) -> DictConfig:
+        overrides = ("dataset.sizes.train=48", "instances.views=2", "instances.view_size=96", "instances.batch_size=4")
+        return run_config(*overrides, f"instances.path={tmp_path / name}")
 
-    seconds = duration(lambda: extract("whole"))
+    undisturbed(clean, extract, config("whole"))
     rng, kills, stores = random.Random(0), 0, 0
     while kills < KILLS:
         stores += 1
-        for _ in killed_until_done(lambda: extract(f"store-{stores}"), rng, seconds):  # noqa: B023 - done with it here
+        for _ in killed_until_done(clean, extract, config(f"store-{stores}"), rng):
             kills += 1
         assert content(tmp_path / f"store-{stores}") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_minutes", ["0", "null"], ids=["every-step-saved", "every-epoch-saved"])
-def test_training_killed_at_random_moments(run_config: Config, tmp_path: Path, save_minutes: str):
+def test_training_killed_at_random_moments(
+    run_config: Config, tmp_path: Path, save_minutes: str, clean: ForkServerContext
+):
     """The weights, to the last bit."""
 
-    def train(name: str) -> None:
+    def config(name: str) -> DictConfig:
         overrides = ("trainer.max_epochs=6", "trainer.batch_size=5", f"trainer.save_minutes={save_minutes}")
-        run.train(run_config(*overrides, f"run_dir={tmp_path / name}"))
+        return run_config(*overrides, f"run_dir={tmp_path / name}")
 
     def weights(name: str) -> dict[str, torch.Tensor]:
         loaded = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         return dict(loaded["state_dict"])
 
-    train("first")  # makes the stores
-    seconds = duration(lambda: train("whole"))
+    undisturbed(clean, train, config("whole"))
     rng, kills, runs = random.Random(1), 0, 0
     while kills < KILLS:
         runs += 1
-        for _ in killed_until_done(lambda: train(f"run-{runs}"), rng, seconds):  # noqa: B023 - done with it here
+        for _ in killed_until_done(clean, train, config(f"run-{runs}"), rng):
             kills += 1
         ours, whole = weights(f"run-{runs}"), weights("whole")
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
