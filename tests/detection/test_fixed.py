@@ -19,13 +19,14 @@ def compare(extractor, images: list[Tensor], m: int) -> list[int]:
     with torch.no_grad():
         for image in images:
             (expected,) = extractor([image], m)
-            features, boxes, mask, scores = fixed(image)
+            features, boxes, mask, scores, detected_labels = fixed(image)
             n = len(expected)
             assert features.shape[0] == boxes.shape[0] == len(scores) == m
             assert mask.tolist() == [True] * n + [False] * (m - n)
             torch.testing.assert_close(features[:n], expected.features, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(boxes[:n], expected.boxes, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(scores[:n], expected.scores, rtol=1e-4, atol=1e-5)
+            assert detected_labels.tolist() == [*expected.detected_labels.tolist(), *[-1] * (m - n)]
             assert not features[n:].any()
             assert not boxes[n:].any()
             counts.append(n)

@@ -112,7 +112,7 @@ def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path
     program = torch.export.load(tmp_path / "detector.pt2").module()
     pixels = torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1) / 255
     (expected,) = predictor.extractor([pixels], predictor.graph.m)
-    features, _, mask, _ = program(pixels)
+    features, _, mask, _, _ = program(pixels)
     torch.testing.assert_close(features[mask], expected.features, rtol=1e-3, atol=1e-4)
 
 

@@ -27,7 +27,8 @@ class FixedDetector(nn.Module):
 
     Shapes:
         - **image:** (3, H, W) in [0, 1]
-        - **features:** (m, D), **boxes:** (m, 4) in parts of width and height, **mask:** (m,) bool, **scores:** (m,)
+        - **features:** (m, D), **boxes:** (m, 4) in parts of width and height, **mask:** (m,) bool, **scores:** (m,),
+          **detected_labels:** (m,) int64, -1 for none
     """
 
     def __init__(self, extractor: FasterRCNNExtractor, size: tuple[int, int], m: int) -> None:
@@ -48,17 +49,17 @@ class FixedDetector(nn.Module):
         self.classes = (extractor._label_of_class >= 0).nonzero().flatten().tolist()
         self.levels = [level[0].numel() for level in objectness]
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Features, boxes, mask, scores."""
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Features, boxes, mask, scores, detected labels."""
         heads = self.extractor.detector.roi_heads
         ready = self.extractor._prepare(image)
         maps = self._maps(ready)
         proposals, are_there = self._propose(maps)
         features = heads.box_head(self._pool(maps, proposals))
         logits, deltas = heads.box_predictor(features)
-        boxes, scores = self._candidates(logits, deltas, proposals, are_there)
+        boxes, scores, detected_labels = self._candidates(logits, deltas, proposals, are_there)
         scores, best = scores.topk(min(self.m, len(scores)))
-        boxes = boxes[best]
+        boxes, detected_labels = boxes[best], torch.where(scores < 0, -1, detected_labels[best])
         # nothing found: the whole image, with score 0
         height, width = self.size
         nothing = scores[:1] < 0
@@ -67,7 +68,7 @@ class FixedDetector(nn.Module):
         mask = scores >= 0
         found = heads.box_head(self._pool(maps, boxes)).float() * mask[:, None]
         parts = (boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1) * mask[:, None]
-        return found, parts, mask, scores.clamp(min=0)
+        return found, parts, mask, scores.clamp(min=0), detected_labels
 
     def _maps(self, ready: ImageList) -> dict[str, Tensor]:
         maps: Tensor | dict[str, Tensor] = self.extractor.detector.backbone(ready.tensors)
@@ -92,19 +93,20 @@ class FixedDetector(nn.Module):
 
     def _candidates(
         self, logits: Tensor, deltas: Tensor, proposals: Tensor, are_there: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Boxes and scores of each proposal for each of the detector's classes that is a label."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes and scores of each proposal for each of the detector's classes that is a label, and that label."""
         heads = self.extractor.detector.roi_heads
         probabilities = torch.softmax(logits, -1).masked_fill(~are_there[:, None], _NONE)
         decoded = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), self.size)
-        boxes, scores = [], []
+        boxes, scores, labels = [], [], []
         for number in self.classes:
             of_class, threshold = decoded[:, number], heads.score_thresh
             # the extractor's bound is exclusive
             above = torch.where(probabilities[:, number] > threshold, probabilities[:, number], _NONE)
             boxes.append(of_class)
             scores.append(_kept(of_class, above, 0.0, heads.nms_thresh, 1e-2))
-        return torch.cat(boxes), torch.cat(scores)
+            labels.append(self.extractor._label_of_class[number].expand(len(of_class)))
+        return torch.cat(boxes), torch.cat(scores), torch.cat(labels)
 
     def _pool(self, maps: dict[str, Tensor], boxes: Tensor) -> Tensor:
         """RoIAlign of each box on the map of its size; boxes of no size are pooled from somewhere."""

@@ -36,8 +36,9 @@ class MatchNetwork(nn.Module):
     Shapes:
         - **features:** (B, M, D_o), **boxes:** (B, M, 4) in parts of the image's width and height, **mask:** (B, M)
           bool, which instances there are; each image's come first. B and M are free; M is larger than the number of
-          neighbours in the instance graph (``min_instances``), so pad what is shorter.
-        - **logits:** (B, C), **matches:** (B, M, C), **winners:** (B, C) int64
+          neighbours in the instance graph (``min_instances``), so pad what is shorter. Of a model whose matching edges
+          go to candidates only, also **detected_labels:** (B, M) int64, the detector's class of each, -1 for none
+        - **logits:** (B, C), **matches:** (B, M, C), -inf where candidates leave no edge, **winners:** (B, C) int64
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -54,16 +55,20 @@ class MatchNetwork(nn.Module):
         self.feature_dim = int(predictor.description.model["instance_dim"])
         self.min_instances = 1 if self.neighbours is None else self.neighbours + 1
         self.register_buffer("label_vectors", graph.label_vectors.cpu())
+        self.register_buffer("candidates", None if graph.candidates is None else graph.candidates.cpu())
         self.register_buffer("relates", None if graph.label_lists is None else graph.label_lists.cpu())
         self.label_vectors: Tensor
         self.relates: Tensor | None
+        self.candidates: Tensor | None
         self.prepared = None
         if isinstance(self.model, GMMLIC):
             self.model.execution = "auto"
             with torch.no_grad():
                 self.prepared = self.model.prepare(self.label_vectors, self.relates)
 
-    def forward(self, features: Tensor, boxes: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, match logits, winners."""
         batch = AssignmentBatch.build(
             features,
@@ -73,17 +78,25 @@ class MatchNetwork(nn.Module):
             neighbours=self.neighbours,
             label_graph=self.label_graph,
             relates=self.relates,
+            detected_label=detected_labels,
+            candidates=self.candidates,
         )
         output = self.model(batch) if self.prepared is None else self.model(batch, self.prepared)
-        return output.logits, output.matches, output.winners
+        matches = output.matches
+        if batch.matches is not None:
+            matches = matches.masked_fill(~batch.matches & mask[..., None], float("-inf"))
+        return output.logits, matches, output.winners
 
-    def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs of chance; the first image has all its instances, others fewer."""
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(images, instances, self.feature_dim, generator=generator)
         corners = torch.rand(images, instances, 2, 2, generator=generator).sort(dim=2).values
         counts = torch.arange(instances, instances - images, -1).clamp(min=1)
-        return features, corners.flatten(2), torch.arange(instances) < counts[:, None]
+        inputs = (features, corners.flatten(2), torch.arange(instances) < counts[:, None])
+        if self.candidates is None:
+            return inputs
+        return *inputs, torch.randint(-1, len(self.candidates), (images, instances), generator=generator)
 
 
 class PhotoNetwork(nn.Module):
@@ -101,8 +114,11 @@ class PhotoNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Logits, match logits, winners, boxes, mask."""
-        features, boxes, mask, _ = self.detector(image)
-        logits, matches, winners = self.network(features[None], boxes[None], mask[None])
+        features, boxes, mask, _, detected_labels = self.detector(image)
+        inputs = (
+            (features, boxes, mask) if self.network.candidates is None else (features, boxes, mask, detected_labels)
+        )
+        logits, matches, winners = self.network(*(tensor[None] for tensor in inputs))
         return logits, matches.masked_fill(~mask[None, :, None], 0), winners, boxes, mask
 
 
@@ -134,8 +150,9 @@ def export(
     network = MatchNetwork(predictor)
     if part == "network":
         images, instances = Dim("images"), Dim("instances", min=network.min_instances)
-        free = {name: {0: images, 1: instances} for name in ("features", "boxes", "mask")}
         inputs = network.example(3, network.min_instances + 3)
+        names = ("features", "boxes", "mask", "detected_labels")
+        free = {name: {0: images, 1: instances} for name, _ in zip(names, inputs, strict=False)}
         trials = [network.example(5, network.min_instances + 8, 1), network.example(1, network.min_instances, 2)]
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, predictor.description.labels)
     extractor = predictor.extractor
@@ -151,7 +168,7 @@ def export(
     scenes = Scenes("test", size=4)
     photos = [(to_tensor(scenes.image(i).resize((width, height))),) for i in range(4)]
     module, outputs = (
-        (detector, ["features", "boxes", "mask", "scores"])
+        (detector, ["features", "boxes", "mask", "scores", "detected_labels"])
         if part == "detector"
         else (PhotoNetwork(detector, network).eval(), [*MATCH_OUTPUTS, "boxes", "mask"])
     )
@@ -201,7 +218,8 @@ def _difference(name: str, found: Tensor, expected: Tensor) -> float:
         return float("inf")
     if name == "winners":  # of two that are equally good up to rounding, either may win
         return 0.0
-    return float((found.float() - expected.float()).abs().max())
+    difference = torch.where(found == expected, 0.0, found.float() - expected.float())  # both may be -inf
+    return float(difference.abs().max())
 
 
 def _loaded_program(path: Path) -> Any:
