@@ -103,8 +103,25 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
         assert (config.detector.grid, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
     changed = {change.partition("=")[0] for change in settings.changed_settings(without, config)}
-    grid = {"detector.grid", "detector.max_instances", "graph.m"}
-    assert {key for key in changed if not key.startswith("model.")} == (set() if on_boxes else grid)
+    expected = set() if on_boxes else {"detector.grid", "detector.max_instances", "graph.m"}
+    if without.graph.candidates is not None:  # they have no edges
+        expected |= {"graph.candidates"}
+    assert {key for key in changed if not key.startswith("model.")} == expected
+
+
+def test_candidates_need_classes_and_a_store():
+    for override, named in (
+        ("detector.grid=5", r"graph\.candidates=2 does not go with detector\.grid=5: a grid has no classes"),
+        ("instances.online=true", r"graph\.candidates=2 does not go with instances\.online=true"),
+    ):
+        grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []
+        with pytest.raises(ConfigError, match=named):
+            settings.check(compose("train", ["experiment=scenes_candidates", override, *grid]))
+
+
+def test_the_instance_graph_must_come_at_all():
+    with pytest.raises(ConfigError, match=r"instance_graph_after=4 with trainer\.max_epochs=4: .* never be learnt"):
+        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=4"]))
 
 
 def test_the_user_has_the_last_word_on_the_grid():

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import AssignmentBatch, AssignmentGraph
+from gm_mlic.graphs import NEAR, AssignmentBatch, AssignmentGraph, without_near
 from gm_mlic.nn import GMMLIC, ModelOutput
 
 D_O, D_L = 5, 4
@@ -111,6 +111,24 @@ def test_structured_equals_explicit(case: dict[str, Any]) -> None:
     explicit, structured = (network(case, execution=execution) for execution in ("explicit", "structured"))
     structured.load_state_dict(explicit.state_dict())
     assert_equal(outputs_and_gradients(structured, data), outputs_and_gradients(explicit, data))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_graphs_without_a_near_edge(case: dict[str, Any]) -> None:
+    """Both executions, and the dense form made before or after; what reads these edges has no gradient."""
+    data = graphs(case)
+    explicit, structured = (network(case, execution=execution) for execution in ("explicit", "structured"))
+    batch = AssignmentBatch.from_data(data)
+    assert batch is not None
+    expected = outputs_and_gradients(explicit, without_near(data))
+    assert_equal(outputs_and_gradients(structured, without_near(batch)), expected)
+    assert_equal(outputs_and_gradients(structured, without_near(data)), expected)
+    for name, gradient in expected[1].items():
+        assert not ("rho_oo" in name or "e_o" in name) or not gradient.any(), name
+    if NEAR in data.edge_types and data[NEAR].edge_index.numel():
+        assert batch.near_mask is not None
+        assert batch.near_mask.any()  # the batch itself is as it was
 
 
 @given(cases())

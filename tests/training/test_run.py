@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -400,6 +401,34 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     fresh = build.build_detector(run_config(*overrides)).state_dict()
     changed = [k for k, v in head.items() if not torch.equal(v, fresh[k.removeprefix("online.detector.")])]
     assert bool(changed) == (trainable == "box_head")
+
+
+class Weights(Callback):
+    """The weights at the beginning, and after each epoch."""
+
+    def __init__(self) -> None:
+        self.states: list[dict[str, torch.Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        if not self.states:
+            self.on_train_epoch_end(trainer, module)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        self.states.append({name: value.detach().clone() for name, value in module.model.state_dict().items()})
+
+
+@pytest.mark.parametrize("execution", ["auto", "explicit"])
+def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pytest.MonkeyPatch, execution: str):
+    """Until then what reads its edges does not learn, and the rest does."""
+    weights, callbacks = Weights(), build.training_callbacks
+    monkeypatch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
+    overrides = [f"model.execution={execution}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
+    run.train(run_config(*overrides, "trainer.instance_graph_after=2"))
+    before, *after = weights.states
+    near = {name for name in before if re.search(r"e_o|rho_oo|edges_o", name)}
+    moved = [{name for name in before if not torch.equal(before[name], state[name])} for state in after]
+    assert [bool(names & near) for names in moved] == [False, False, True]
+    assert all(names - near for names in moved)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")

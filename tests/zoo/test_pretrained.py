@@ -38,7 +38,7 @@ def probabilities(predictor: Predictor, photos: list[Path]) -> np.ndarray:
     return np.stack([prediction.probabilities for prediction in predictor(photos)])
 
 
-@pytest.mark.parametrize("name", ["gm", "mil", "explicit"])
+@pytest.mark.parametrize("name", ["gm", "mil", "explicit", "candidates"])
 def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     before = Predictor.from_checkpoint(folder / name / "checkpoints/best.ckpt")
     path = before.save_pretrained(tmp_path / "new" / "model")

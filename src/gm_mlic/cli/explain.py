@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -63,7 +64,10 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
         "labels": list(prediction.labels),
         "boxes": prediction.boxes.round(1).tolist(),
         "detected": list(prediction.detected),
-        "match_logits": prediction.matches.round(5).tolist(),
+        # none where no edge joins the two, which is no number in JSON
+        "match_logits": [
+            [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.matches.tolist()
+        ],
         "influences": [
             {"kind": i.kind, "neighbour": i.neighbour, "change": round(i.change, 6)} for i in found.influences
         ],

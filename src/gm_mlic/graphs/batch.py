@@ -6,6 +6,7 @@ Nothing of eq. 2 and 3 is ever written out, for it only repeats node attributes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -199,6 +200,17 @@ class AssignmentBatch:
             dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row,
             score, detected_label, matches,
         )  # fmt: skip
+
+
+def without_near(batch: AssignmentBatch | HeteroData) -> AssignmentBatch | HeteroData:
+    """The same graphs without a single edge of the instance graph; the edge type stays, for models that read it."""
+    if isinstance(batch, AssignmentBatch):
+        return batch if batch.near_mask is None else replace(batch, near_mask=torch.zeros_like(batch.near_mask))
+    if NEAR not in batch.edge_types:
+        return batch
+    graph = copy.copy(batch)
+    graph[NEAR].edge_index, graph[NEAR].edge_attr = batch[NEAR].edge_index[:, :0], batch[NEAR].edge_attr[:0]
+    return graph
 
 
 def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:

@@ -68,8 +68,10 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     rows = list(range(min(len(prediction.boxes), _ROWS)))
     if explanation.instance not in rows:
         rows[-1] = explanation.instance
-    matrix = 1 / (1 + np.exp(-prediction.matches[np.ix_(rows, columns)].astype(np.float64)))
+    logits = prediction.matches[np.ix_(rows, columns)].astype(np.float64)
+    matrix = np.where(np.isfinite(logits), 1 / (1 + np.exp(-logits)), np.nan)  # none where there is no edge
     image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axis.set_facecolor("0.85")
     names = [f"{i} {name}" if (name := prediction.detected[i]) else str(i) for i in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.set_xticks(range(len(columns)), [prediction.labels[c] for c in columns], rotation=45, ha="right", fontsize=8)

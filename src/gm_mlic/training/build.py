@@ -20,7 +20,7 @@ from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
 from gm_mlic.embeddings import LabelEmbedding, embed_labels
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset
+from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
@@ -163,9 +163,28 @@ def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding
 
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
-    """Arguments of :class:`~gm_mlic.graphs.AssignmentGraph`: ``config.graph``, and the graphs that the model has."""
+    """``graph`` of a :class:`Description`: ``config.graph``, and the graphs that the model has; no candidates yet."""
     relations = {name: config.model.get(name, False) for name in ("instance_graph", "label_graph")}
-    return section(config, "graph") | relations
+    settings = section(config, "graph") | relations
+    settings["candidates"] = None
+    return settings
+
+
+def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list[int]]:
+    """The labels that each class of the detector speaks for most in the images of a store.
+
+    Args:
+        store: of the training images.
+        m: how many instances of each image the graphs have.
+        candidates: how many labels for each class.
+    """
+    detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
+    score = torch.from_numpy(store.scores[store.rows, 0, :m]).float()
+    counts = torch.from_numpy(store.counts[store.rows, 0]).long()
+    detected_label[torch.arange(detected_label.shape[1]) >= counts[:, None]] = -1
+    present = torch.from_numpy(store.targets[store.rows] >= 0)  # difficult objects are seen as well
+    table = label_candidates(detected_label, score, present, candidates, len(store.manifest.detector_labels))
+    return [row.nonzero().flatten().tolist() for row in table]
 
 
 def build_graphs(

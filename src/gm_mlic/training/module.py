@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from gm_mlic.detection.training import one_cycle
 from gm_mlic.errors import ConfigError, GMMLICError
-from gm_mlic.graphs import AssignmentBatch
+from gm_mlic.graphs import AssignmentBatch, without_near
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import GMMLIC, ModelOutput
@@ -56,6 +56,7 @@ class MLICModule(LightningModule):
         optimizer: the settings of ``conf/optimizer``.
         description: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
+        instance_graph_after: epochs at the beginning that are trained without edges of the instance graph.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MLICModule(LightningModule):
         optimizer: dict[str, Any],
         description: Description,
         online: OnlineGraphs | None = None,
+        instance_graph_after: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -74,6 +76,7 @@ class MLICModule(LightningModule):
         # Means over images, of all processes, however many each of them has.
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.online = online
+        self.instance_graph_after = instance_graph_after
         self.optimizer_settings = optimizer
         self.description = description
         self.test_values: dict[str, Any] = {}
@@ -105,6 +108,8 @@ class MLICModule(LightningModule):
         batch = self._graphs(batch)
         if batch is None:
             return None
+        if self.current_epoch < self.instance_graph_after:
+            batch = without_near(batch)
         loss: Tensor = self.loss(self.model(batch).logits, batch.y)
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)

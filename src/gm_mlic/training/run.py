@@ -114,6 +114,12 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         callbacks = build.training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build.build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
+        if config.graph.candidates is not None:
+            store = data["train"].store
+            assert store is not None  # settings.check sees to it
+            candidates = build.learn_candidates(store, config.graph.m, config.graph.candidates)
+            module.description = module.description.with_candidates(candidates)
+            graph = module.description.build_graph()
         try:
             _fit(config, trainer, module, graph, data, run_dir)
         except DivergedError as error:
@@ -230,8 +236,6 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
     """The Lightning module for the labels of ``dataset`` and the features of ``extractor``, and the graphs it reads."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
-    graph_settings = build.graph_settings(config)
-    graph = AssignmentGraph(embedding.vectors, edge_attr=False, **graph_settings)
     description = Description(
         labels=labels,
         label_vectors=embedding.vectors,
@@ -243,12 +247,13 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
             labels=labels,
             detector_labels=extractor.labels,
         ),
-        graph=graph_settings,
+        graph=build.graph_settings(config),
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
         detector_settings=build.section(config, "detector"),
         embedding=build.section(config, "embedding"),
     )
+    graph = description.build_graph()
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
         build.build_model(description, dataset.targets),
@@ -257,6 +262,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         build.section(config, "optimizer"),
         description,
         _online_graphs(config, description, graph, extractor) if config.instances.online else None,
+        config.trainer.instance_graph_after or 0,
     )
     return module, graph
 
@@ -373,7 +379,7 @@ def _trained(
     description, content = read_checkpoint(checkpoint)
     model = description.build_model()
     load_weights(model, content, checkpoint)
-    graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+    graph = description.build_graph()
     online = None
     if data.store is None:
         load_weights(extractor, content, checkpoint, prefix="online.detector.")

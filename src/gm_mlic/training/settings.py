@@ -148,6 +148,7 @@ RULES: Mapping[str, Rule] = {
     "graph.m": _whole(1),
     "graph.neighbours": _whole(1),
     "graph.label_neighbours": _or_null(_whole(1)),
+    "graph.candidates": _or_null(_whole(1)),
     "model.name": _TEXT,
     "model.k": _whole(1),
     "model.width": _or_null(_whole(1)),
@@ -196,6 +197,7 @@ RULES: Mapping[str, Rule] = {
     "trainer.compile": _YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": _or_null(_number(0, open_low=True)),
+    "trainer.instance_graph_after": _or_null(_whole(0)),
     "trainer.save_minutes": _or_null(_number(0)),
     "trainer.ema": _or_null((lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")),
     "trainer.early_stopping": _or_null(_whole(1)),
@@ -395,6 +397,26 @@ def _check_together(config: DictConfig) -> None:
             "frozen detector saw."
         )
 
+    if get("graph.candidates") is not None:
+        for key, wrong, why in (
+            ("detector.grid", get("detector.grid") is not None, "a grid has no classes"),
+            (
+                "instances.online",
+                bool(get("instances.online")),
+                "candidates are learnt from a store",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"graph.candidates={get('graph.candidates')} does not go with {key}={_as_typed(get(key))}: {why}. "
+                    "Set graph.candidates=null."
+                )
+    after, epochs = get("trainer.instance_graph_after"), get("trainer.max_epochs")
+    if after is not None and epochs is not None and after >= epochs:
+        raise ConfigError(
+            f"trainer.instance_graph_after={after} with trainer.max_epochs={epochs}: the instance graph would never be "
+            "learnt. Train longer, or leave it out altogether with model.instance_graph=false."
+        )
     if get("bootstrap") is not None:
         _check_evaluation(get)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.graphs import LABEL, MATCHES, NEAR, RELATES
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Photo, Prediction, Predictor
 
@@ -62,7 +62,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     """Take away each edge into the winning instance and into the label, one at a time, and predict again.
 
     Exact: a forward pass for each of the up to K + (C - 1) + (M - 1) + (C - 1) edges, by message passing. Influences do
-    not add up: the network is not linear in its edges.
+    not add up: the network is not linear in its edges. The only edge of another label is not taken away.
 
     Args:
         predictor: with a GM-MLIC model.
@@ -163,7 +163,8 @@ def _without_each(
             edges = [("seen", e, int(source[e])) for e in others]
             others = ((source == winner) & (target != c)).nonzero().flatten().tolist()
             # a label whose only edge this is would have none left
-            edges += [("named", e, names[target[e]]) for e in others if data[INSTANCE].num_nodes > 1]
+            heard = torch.bincount(target)
+            edges += [("named", e, names[target[e]]) for e in others if heard[target[e]] > 1]
         for kind, edge, neighbour in edges:
             graph = copy.copy(data)
             kept = torch.arange(len(source), device=data[LABEL].x.device) != edge

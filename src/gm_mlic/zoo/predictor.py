@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,14 +12,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ConfigError, UnreadableImage, WeightsError
-from gm_mlic.graphs import AssignmentGraph, dense_batch, instance_data
+from gm_mlic.graphs import MATCHES, dense_batch, instance_data
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, load_safely, read_pretrained, write_pretrained
 from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
@@ -56,7 +56,8 @@ class Prediction:
         size: width and height in pixels.
         labels: the C names.
         probabilities: (C,) p of eq. 14.
-        matches: (M, C) match logits of eq. 13: how well each instance fits each label.
+        matches: (M, C) match logits of eq. 13: how well each instance fits each label; -inf where no edge joins the two
+            (``graph.candidates``).
         boxes: (M, 4) of the instances, (x1, y1, x2, y2) in pixels.
         scores: (M,) confidences of the detector.
         detected: (M,) the detector's own names of them; None where it has none.
@@ -104,7 +105,7 @@ class Predictor:
         self.extractor = extractor
         self.card = card or Card()
         self.device = next(model.parameters()).device
-        self.graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+        self.graph = description.build_graph()
         self._prepared: Any = None
 
     @classmethod
@@ -198,7 +199,8 @@ class Predictor:
         """The same model for other labels: no parameter of GM-MLIC belongs to a label.
 
         How well it does on labels that it was not trained on depends on how their vectors relate to those of the labels
-        that it was.
+        that it was. Where only candidates have matching edges (``graph.candidates``), each instance may be any of the
+        new ones.
 
         Args:
             labels: C' different names.
@@ -212,9 +214,7 @@ class Predictor:
         if not isinstance(self.model, GMMLIC):
             raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: it knows no others.")
         found = embed_labels(labels, **{**self.description.embedding, **embedding})
-        description = replace(
-            self.description, labels=tuple(labels), label_vectors=found.vectors, label_source=found.source
-        )
+        description = self.description.with_labels(tuple(labels), found.vectors, found.source)
         return Predictor(self.model, description, self.extractor)
 
     def __call__(
@@ -268,12 +268,9 @@ class Predictor:
         m = self.graph.m
         assert m is not None
         found = [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
-        output = self._output(found)
-        probabilities = torch.sigmoid(output.logits.float()).cpu().numpy()
-        counts = [len(instances) for instances in found]
-        C = len(self.description.labels)
-        matches = output.match_logits.float().view(-1, C).cpu().split(counts)
-        for (photo, image), instances, p, logits in zip(read, found, probabilities, matches, strict=True):
+        logits, matches = self._scored(found)
+        probabilities = torch.sigmoid(logits.float()).cpu().numpy()
+        for (photo, image), instances, p, matrix in zip(read, found, probabilities, matches, strict=True):
             scale = torch.tensor([image.width, image.height] * 2)
             names = [self.extractor.labels[i] if i >= 0 else None for i in instances.detected_labels.tolist()]
             yield Prediction(
@@ -281,21 +278,34 @@ class Predictor:
                 image.size,
                 self.description.labels,
                 p,
-                logits.numpy(),
+                matrix.numpy(),
                 (instances.boxes.cpu() * scale).numpy(),
                 instances.scores.cpu().numpy(),
                 tuple(names),
             )
 
-    def _output(self, found: list[Instances]) -> Any:
+    def _scored(self, found: list[Instances]) -> tuple[Tensor, list[Tensor]]:
+        """Label logits (B, C), and of each image the match logits (M, C)."""
+        counts = [len(instances) for instances in found]
+        C = len(self.description.labels)
         if self.description.model.get("execution") == "explicit":
-            return self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
+            graphs = Batch.from_data_list([self._joined(instances) for instances in found])
+            output = self.model(graphs)
+            source, target = graphs[MATCHES].edge_index.cpu()
+            matrix = torch.full((sum(counts), C), float("-inf"))
+            matrix[source, target % C] = output.match_logits.float().cpu()
+            return output.logits, list(torch.split(matrix, counts))
         batch = dense_batch(found, self.graph, self.device)
         if not isinstance(self.model, GMMLIC):
-            return self.model(batch)
-        if self._prepared is None:
-            self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
-        return self.model(batch, self._prepared)
+            output = self.model(batch)
+        else:
+            if self._prepared is None:
+                self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
+            output = self.model(batch, self._prepared)
+        if output.mask is None or output.mask.dim() == 2:
+            return output.logits, list(torch.split(output.match_logits.float().view(-1, C).cpu(), counts))
+        matrix = output.matches.float().masked_fill(~output.mask, float("-inf")).cpu()
+        return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
     def _joined(self, instances: Instances) -> HeteroData:
         graph: HeteroData = self.graph(instance_data(instances).to("cpu"))

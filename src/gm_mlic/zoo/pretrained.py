@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
-from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.nn import SHIPPED, pretrained_models
 from gm_mlic.zoo.trained import Description
 
@@ -114,7 +113,7 @@ def read_pretrained(folder: Path) -> tuple[Description, nn.Module, Card]:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
     weights = load_safely(folder / MODEL)
     try:
-        if type(AssignmentGraph(label_vectors, edge_attr=False, **description.graph).m) is not int:
+        if type(description.build_graph().m) is not int:
             raise ValueError("graph.m is no number")
         with torch.device("meta"):  # a config that lies about sizes costs nothing
             shapes = {name: tensor.shape for name, tensor in description.build_model().state_dict().items()}

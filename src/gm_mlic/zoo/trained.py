@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gm_mlic.errors import WeightsError
+from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.nn import create_model
 from gm_mlic.tensor_files import load_tensors
 
@@ -26,7 +27,8 @@ class Description:
         label_vectors: (C, D_l) float32.
         label_source: where the vectors came from.
         model: arguments of :func:`~gm_mlic.nn.create_model`, with ``name``.
-        graph: m and the other settings of :class:`~gm_mlic.graphs.AssignmentGraph`.
+        graph: m and the other settings of :class:`~gm_mlic.graphs.AssignmentGraph`; ``candidates`` as lists, for each
+            class of the detector the numbers of its labels.
         detector: name of the instance extractor.
         detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, with ``max_instances``.
         detector_fingerprint: of the extractor whose features the model was trained on.
@@ -46,6 +48,39 @@ class Description:
     def build_model(self) -> torch.nn.Module:
         """The model, with fresh weights."""
         return create_model(**self.model)
+
+    def build_graph(self) -> AssignmentGraph:
+        """The transform that joins instances with these labels.
+
+        Raises:
+            ConfigError, TypeError, ValueError: for settings that cannot work.
+        """
+        settings = dict(self.graph)
+        if (lists := settings.get("candidates")) is not None:
+            settings["candidates"] = table = torch.zeros(len(lists), len(self.labels), dtype=torch.bool)
+            for row, numbers in zip(table, lists, strict=True):
+                if not all(type(c) is int and 0 <= c < len(self.labels) for c in numbers):
+                    raise ValueError(f"graph.candidates are not numbers of its {len(self.labels)} labels")
+                row[numbers] = True
+        return AssignmentGraph(self.label_vectors, edge_attr=False, **settings)
+
+    def with_candidates(self, candidates: list[list[int]]) -> Description:
+        """The same, with the labels that each of the detector's classes may be."""
+        return replace(self, graph={**self.graph, "candidates": candidates})
+
+    def with_labels(self, labels: tuple[str, ...], label_vectors: Tensor, label_source: str) -> Description:
+        """The same for other labels; one that it was not trained on may be an instance of any class."""
+        graph = self.graph
+        if (lists := graph.get("candidates")) is not None:
+            before = {label: c for c, label in enumerate(self.labels)}
+            graph = {
+                **graph,
+                "candidates": [
+                    [new for new, label in enumerate(labels) if label not in before or before[label] in numbers]
+                    for numbers in lists
+                ],
+            }
+        return replace(self, labels=labels, label_vectors=label_vectors, label_source=label_source, graph=graph)
 
     def to_checkpoint(self) -> dict[str, Any]:
         """As plain containers and tensors, which load with ``weights_only=True``."""

@@ -1,0 +1,122 @@
+"""A model whose matching edges go to candidates only, from its checkpoint to all that is made of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from gm_mlic import Predictor
+from gm_mlic.errors import WeightsError
+from gm_mlic.instances import InstanceStore
+from gm_mlic.zoo import explain
+from gm_mlic.zoo.export import export
+
+
+@pytest.fixture(scope="module")
+def predictor(folder: Path) -> Predictor:
+    return Predictor.load(folder / "candidates/checkpoints/best.ckpt")
+
+
+def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Predictor):
+    """Each class is joined to the two labels that its images have more often than others do."""
+    (path,) = (folder / "stores/scenes").glob("train-*")
+    store = InstanceStore.open(path)
+    present = store.targets > 0
+    lists = predictor.description.graph["candidates"]
+    assert len(lists) == len(predictor.extractor.labels)
+    for d, candidates in enumerate(lists):
+        strength = np.zeros(len(store.targets))
+        for i in range(len(strength)):
+            for j in range(min(int(store.counts[i, 0]), predictor.graph.m or 0)):
+                if store.detected_labels[i, 0, j] == d:
+                    strength[i] = max(strength[i], store.scores[i, 0, j])
+        if not strength.any():
+            assert len(candidates) == 22
+            continue
+        share = np.maximum(present.mean(axis=0), 1 / (2 * len(present)))
+        raised = (strength @ present + share) / (strength.sum() + 1) / share
+        assert len(candidates) == 2
+        assert min(raised[candidates]) >= max(np.delete(raised, candidates)) - 1e-9
+
+
+def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]):
+    table = predictor.graph.candidates
+    assert table is not None
+    for photo, prediction in zip(photos, predictor(photos), strict=True):
+        edges = predictor.assignment_graph(photo)["instance", "matches", "label"].edge_index
+        there = np.zeros(prediction.matches.shape, dtype=bool)
+        there[edges[0], edges[1]] = True
+        assert not there.all()
+        np.testing.assert_array_equal(np.isfinite(prediction.matches), there)
+        best = prediction.matches.max(axis=0)
+        np.testing.assert_allclose(1 / (1 + np.exp(-best)), prediction.probabilities, rtol=1e-5)
+
+
+def test_both_executions_say_the_same(predictor: Predictor, photos: list[Path]):
+    description = replace(predictor.description, model={**predictor.description.model, "execution": "explicit"})
+    model = description.build_model()
+    model.load_state_dict(predictor.model.state_dict())
+    explicit = Predictor(model, description, predictor.extractor)
+    for ours, theirs in zip(predictor(photos), explicit(photos), strict=True):
+        np.testing.assert_allclose(ours.matches, theirs.matches, atol=1e-4)
+        np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
+
+
+def test_other_labels_may_be_anything(predictor: Predictor, photos: list[Path]):
+    names = predictor.description.labels
+    other = predictor.with_labels([names[3], "zebra", names[0]])
+    before, after = predictor.graph.candidates, other.graph.candidates
+    assert before is not None
+    assert after is not None
+    assert torch.equal(after[:, [0, 2]], before[:, [3, 0]])
+    assert after[:, 1].all()
+    for prediction in other(photos):
+        assert np.isfinite(prediction.matches[:, 1]).all()
+
+
+def test_an_explanation_takes_away_edges_that_there_are(predictor: Predictor, photos: list[Path]):
+    for photo in photos[:4]:
+        found = explain(predictor, photo)
+        c = found.prediction.labels.index(found.label)
+        edges = np.isfinite(found.prediction.matches)
+        kinds = [influence.kind for influence in found.influences]
+        assert kinds.count("seen") == edges[:, c].sum() - 1
+        others = edges[found.instance] & (edges.sum(axis=0) > 1)
+        others[c] = False
+        named = [influence.neighbour for influence in found.influences if influence.kind == "named"]
+        assert sorted(named) == sorted(np.array(found.prediction.labels)[others])
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_the_network_as_a_program(predictor: Predictor, tmp_path: Path, form: str):
+    assert export(predictor, tmp_path / "network", form) <= 1e-4
+
+
+def test_photos_in_labels_out(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
+    (name,) = [value.name for value in session.get_inputs()]
+    names = [value.name for value in session.get_outputs()]
+    for photo, prediction in zip(photos, predictor(photos), strict=True):
+        pixels = np.array(Image.open(photo)).transpose(2, 0, 1).astype(np.float32) / 255
+        out = dict(zip(names, session.run(None, {name: pixels}), strict=True))
+        np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
+        n = len(prediction.boxes)
+        np.testing.assert_allclose(out["matches"][0, :n], prediction.matches, atol=1e-3)
+
+
+def test_candidates_that_cannot_be_are_refused(predictor: Predictor, tmp_path: Path):
+    saved = predictor.save_pretrained(tmp_path / "model")
+    config = json.loads((saved / "config.json").read_text())
+    for wrong in ([[22]], [["mug"]], [3], "all", [[-1]]):
+        config["graph"]["candidates"] = wrong
+        (saved / "config.json").write_text(json.dumps(config))
+        with pytest.raises(WeightsError, match="cannot be built"):
+            Predictor.load(saved)
