@@ -1,13 +1,14 @@
 """What each graph, m and k are worth on scenes: the sweeps of README.md, collected into results.csv and pictures.
 
-    python experiments/graphs/run.py [JOBS]      # JOBS runs at a time (default 2), one thread each
+    python experiments/graphs/run.py [STUDY ...]     # default: all; two runs at a time, one thread each
 
-Finished runs are not run again; figures and results.csv are written from whatever is finished.
+Finished runs are not run again. results.csv keeps the rows of studies that are not asked for.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import statistics
 import subprocess
@@ -26,15 +27,33 @@ from gm_mlic.runs import Run, find_runs
 
 HERE = Path(__file__).parent
 FIVE, THREE = "seed=0,1,2,3,4", "seed=0,1,2"
-#: study: what is swept, beside experiment=scenes
+BOTH = "ablation=full,no_label_graph"
+#: study: what is swept
 SWEEPS = {
     "ablation": [
+        "experiment=scenes",
         "ablation=full,no_label_graph,no_instance_graph,no_matching_edges",
         "model.fusion=concat,product",
         FIVE,
     ],
-    "m": ["graph.m=2,4,6,10,15", "model.fusion=product", THREE],
-    "k": ["model.k=1,2,3", "model.fusion=product", THREE],
+    "m": ["experiment=scenes", "graph.m=2,4,6,10,15", "model.fusion=product", THREE],
+    "k": ["experiment=scenes", "model.k=1,2,3", "model.fusion=product", THREE],
+    # Candidates only, and the instance graph last; then each of the two without the other.
+    "candidates": [
+        "experiment=scenes_candidates",
+        "ablation=full,no_label_graph,no_instance_graph,no_matching_edges",
+        "model.fusion=concat,product",
+        FIVE,
+    ],
+    "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_after=null", BOTH, FIVE],
+    "complete-in-turn": ["experiment=scenes_candidates", "graph.candidates=null", BOTH, FIVE],
+}
+#: Those whose variants are compared, with the title of their picture.
+ABLATIONS = {
+    "ablation": "all matching edges",
+    "complete-in-turn": "all, Go last",
+    "candidates-at-once": "candidates",
+    "candidates": "candidates, Go last",
 }
 VARIANTS = {
     "full": "full",
@@ -52,33 +71,43 @@ KINDS = {
 COLOURS = {"concat": "#c25b00", "product": "#3b7dd8"}
 
 
-def main(jobs: int) -> None:
-    for study, sweep in SWEEPS.items():
-        command = ["train", "-m", "experiment=scenes", *sweep, f"hydra.sweep.dir=runs/multirun/graphs-{study}"]
+def main(studies: list[str]) -> None:
+    for study in studies:
+        command = ["train", "-m", *SWEEPS[study], f"hydra.sweep.dir=runs/multirun/graphs-{study}"]
         print("gm-mlic", *command, flush=True)
         subprocess.run(
             [
                 Path(sys.executable).with_name("gm-mlic"),
                 *command,
                 "hydra/launcher=joblib",
-                f"hydra.launcher.n_jobs={jobs}",
+                "hydra.launcher.n_jobs=2",
             ],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             check=True,
         )
-    rows = [row(study, run) for study in SWEEPS for run in find_runs([f"runs/multirun/graphs-{study}"]) if run.result]
+    with (HERE / "results.csv").open(newline="") as file:
+        rows = [as_numbers(r) for r in csv.DictReader(file) if r["study"] not in studies]
+    rows += [row(study, run) for study in studies for run in find_runs([f"runs/multirun/graphs-{study}"]) if run.result]
     rows.sort(key=lambda r: [str(value).rjust(20) for value in r.values()])
     with (HERE / "results.csv").open("w", newline="") as out:
         writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    ablation = [r for r in rows if r["study"] == "ablation"]
     print_limit()
-    print_ablation(ablation)
+    for study in ABLATIONS:
+        print(study)
+        print_ablation([r for r in rows if r["study"] == study])
     for study in ("m", "k"):
         for value, group in grouped(rows, study):
             print(f"{study}={value}: {spread([r['mAP'] for r in group])} ({len(group)} seeds)")
     draw(rows, HERE / "results.png")
+
+
+def as_numbers(r: dict[str, str]) -> dict[str, object]:
+    """A row of results.csv as :func:`row` makes them."""
+    whole = ("m", "k", "seed")
+    texts = ("study", "variant", "fusion")
+    return {key: value if key in texts else int(value) if key in whole else float(value) for key, value in r.items()}
 
 
 def row(study: str, run: Run) -> dict[str, object]:
@@ -117,6 +146,8 @@ def print_ablation(rows: list[dict]) -> None:
         full = {r["seed"]: r["mAP"] for r in rows if (r["fusion"], r["variant"]) == (fusion, "full")}
         for variant, name in VARIANTS.items():
             group = [r for r in rows if (r["fusion"], r["variant"]) == (fusion, variant)]
+            if not group:
+                continue
             lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
             measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", *KINDS))
             print(f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)} ({len(group)} seeds)")
@@ -136,22 +167,21 @@ def spread(values: list[float]) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """The ablation as dots, one for each seed; m and k as curves with the spread over seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=(2, 1, 1))
-    for number, fusion in enumerate(COLOURS):
-        for place, variant in enumerate(VARIANTS):
-            values = [
-                r["mAP"] for r in rows if (r["study"], r["fusion"], r["variant"]) == ("ablation", fusion, variant)
-            ]
+    """The ablations as dots, one for each seed; m and k as curves with the spread over seeds."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    for axis, study in zip(axes[0], ("ablation", "candidates"), strict=True):
+        for (number, fusion), (place, variant) in itertools.product(enumerate(COLOURS), enumerate(VARIANTS)):
+            values = [r["mAP"] for r in rows if (r["study"], r["fusion"], r["variant"]) == (study, fusion, variant)]
             x = place + 0.24 * (number - 0.5)
             label = fusion if place == 0 else None
-            axes[0].plot([x] * len(values), values, "o", color=COLOURS[fusion], alpha=0.5, label=label)
+            axis.plot([x] * len(values), values, "o", color=COLOURS[fusion], alpha=0.5, label=label)
             if values:
-                axes[0].hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLOURS[fusion])
-    axes[0].set_xticks(range(len(VARIANTS)), list(VARIANTS.values()))
-    axes[0].set_ylabel("test mAP, %")
-    axes[0].legend()
-    for axis, study in zip(axes[1:], ("m", "k"), strict=True):
+                axis.hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLOURS[fusion])
+        axis.set_xticks(range(len(VARIANTS)), list(VARIANTS.values()))
+        axis.set_title(ABLATIONS[study], fontsize=10)
+    axes[0, 1].sharey(axes[0, 0])
+    axes[0, 0].legend()
+    for axis, study in zip(axes[1], ("m", "k"), strict=True):
         groups = grouped(rows, study)
         x = [value for value, _ in groups]
         mean = [statistics.mean([r["mAP"] for r in group]) for _, group in groups]
@@ -159,10 +189,14 @@ def draw(rows: list[dict], path: Path) -> None:
         axis.errorbar(x, mean, error, fmt="o-", color=COLOURS["product"], capsize=3)
         axis.set_xlabel({"m": "m, instances per image", "k": "k, blocks"}[study])
         axis.set_xticks(x)
-    for axis in axes:
+    for axis in axes.flat:
+        axis.set_ylabel("test mAP, %")
         axis.grid(alpha=0.3, axis="y")
     figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    unknown = set(sys.argv[1:]) - set(SWEEPS)
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: studies are {', '.join(SWEEPS)}")
+    main(sys.argv[1:] or list(SWEEPS))

@@ -2,6 +2,7 @@
 
     python experiments/winners/run.py            # trains what is missing (a few minutes each), then measures
     python experiments/winners/run.py measure    # measures what is finished
+    python experiments/winners/run.py FOLDER...  # measures the runs on scenes in these folders, and writes nothing
 
 results.csv has a row for each model, seed and label; the tables of README.md are printed.
 """
@@ -25,6 +26,7 @@ from gm_mlic.cli.main import run as command
 from gm_mlic.datasets.scenes import LABELS
 from gm_mlic.graphs import AssignmentBatchDataset
 from gm_mlic.instances import InstanceStore
+from gm_mlic.runs import find_runs
 
 HERE, RUNS = Path(__file__).parent, Path("runs/winners")
 #: What is set beside experiment=scenes.
@@ -83,8 +85,11 @@ def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Itera
     for start in range(0, len(scenes), BATCH):
         batch = graphs.__getitems__(range(start, start + BATCH))
         output = predictor.model(batch)
+        match_logits = output.matches
+        if output.mask.dim() == 3:  # not every instance is joined to every label
+            match_logits = match_logits.masked_fill(~output.mask, float("-inf"))
         for row, logits, matches, boxes, mask in zip(
-            range(start, start + BATCH), output.logits, output.matches, batch.box, batch.mask, strict=True
+            range(start, start + BATCH), output.logits, match_logits, batch.box, batch.mask, strict=True
         ):
             objects = scenes.boxes(row)
             overlap = box_iou(boxes[mask] * scenes.image_size, objects.boxes) >= IOU
@@ -111,11 +116,30 @@ def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Itera
         }
 
 
-def measure_all() -> list[dict[str, Any]]:
+def test_data() -> tuple[Scenes, InstanceStore]:
     torch.set_num_threads(1)
     scenes = Scenes("test")
     store = extract(scenes, build_extractor("scenes_tiny", weights="scenes"), RUNS / "test", m=10)
     assert store is not None
+    return scenes, store
+
+
+def measure_runs(folders: list[str]) -> list[dict[str, Any]]:
+    """Rows of runs anywhere, in the order of their settings; the model is what they are an ablation of."""
+    scenes, store = test_data()
+    rows = []
+    for run in find_runs(folders):
+        if run.result is None:
+            continue
+        removed = [r for r in ("label_graph", "instance_graph", "matching_edges") if not run.setting(f"model.{r}")]
+        model = " ".join([run.setting("model.fusion"), *(f"no_{r}" for r in removed)])
+        found = measure(Predictor.load(run.path / "checkpoints" / "best.ckpt"), store, scenes)
+        rows += [{"model": model, "seed": run.setting("seed"), **row} for row in found]
+    return sorted(rows, key=lambda row: (row["model"], row["seed"]))
+
+
+def measure_all() -> list[dict[str, Any]]:
+    scenes, store = test_data()
     rows = []
     trained = [(model, seed, run_dir(model, seed) / "checkpoints" / "best.ckpt") for model in MODELS for seed in SEEDS]
     for model, seed, file in [(SHIPPED, 0, SHIPPED), *trained]:
@@ -164,6 +188,9 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["measure"]):
+        tell(measure_runs(sys.argv[1:]))
+        sys.exit()
     if sys.argv[1:] != ["measure"]:
         train_all()
     tell(measure_all())
