@@ -120,8 +120,8 @@ def test_candidates_need_classes_and_a_store():
 
 
 def test_the_instance_graph_must_come_at_all():
-    with pytest.raises(ConfigError, match=r"instance_graph_after=4 with trainer\.max_epochs=4: .* never be learnt"):
-        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=4"]))
+    with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
+        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
 
 
 def test_the_user_has_the_last_word_on_the_grid():
