@@ -28,8 +28,8 @@ def as_batch(
     batch = data if isinstance(data, AssignmentBatch) else AssignmentBatch.from_data(data)
     if batch is None or batch.matches is not None:
         raise ConfigError(
-            "Models of whole images need complete matching edges, the same labels in each image, and no edge "
-            "attributes of their own."
+            "Models of whole images need complete matching edges (graph.candidates=null), the same labels in each "
+            "image, and no edge attributes of their own."
         )
     if batch.label_vectors.shape[0] != num_labels:
         raise ConfigError(f"The graph has {batch.label_vectors.shape[0]} labels, the model {num_labels}.")

@@ -83,7 +83,8 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=1.5, ec="white"))
     mark = (columns.index(chosen) - 0.5, rows.index(explanation.instance) - 0.5)
     axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=2.5, ec=_WINNER))
-    axis.set_title("match of each instance with each label; framed: the winners", fontsize=10)
+    grey = "; grey: no edge" if np.isnan(matrix).any() else ""
+    axis.set_title(f"match of each instance with each label; framed: the winners{grey}", fontsize=10)
     axis.figure.colorbar(image, ax=axis, fraction=0.04, label="probability of the match")
 
 
