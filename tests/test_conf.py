@@ -113,6 +113,7 @@ def test_candidates_need_classes_and_a_store():
     for override, named in (
         ("detector.grid=5", r"graph\.candidates=2 does not go with detector\.grid=5: a grid has no classes"),
         ("instances.online=true", r"graph\.candidates=2 does not go with instances\.online=true"),
+        ("model=detector", r"graph\.candidates=2 does not go with model\.name=detector: it reads no matching edges"),
     ):
         grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []
         with pytest.raises(ConfigError, match=named):
@@ -122,6 +123,10 @@ def test_candidates_need_classes_and_a_store():
 def test_the_instance_graph_must_come_at_all():
     with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
         settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
+    for without in ("model.instance_graph=false", "ablation=no_instance_graph", "baseline=mil_max"):
+        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
+    with pytest.raises(ConfigError, match=r"early_stopping=5 could stop before the instance graph is learnt"):
+        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.early_stopping=5"]))
 
 
 def test_the_user_has_the_last_word_on_the_grid():

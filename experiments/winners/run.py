@@ -2,9 +2,9 @@
 
     python experiments/winners/run.py            # trains what is missing (a few minutes each), then measures
     python experiments/winners/run.py measure    # measures what is finished
-    python experiments/winners/run.py FOLDER...  # measures the runs on scenes in these folders, and writes nothing
+    python experiments/winners/run.py FOLDER...  # measures the runs of GM-MLIC on scenes in these folders instead
 
-results.csv has a row for each model, seed and label; the tables of README.md are printed.
+results.csv has a row for each model, seed and label (not of runs in folders); the tables of README.md are printed.
 """
 
 from __future__ import annotations
@@ -116,21 +116,23 @@ def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Itera
         }
 
 
-def test_data() -> tuple[Scenes, InstanceStore]:
+def detected(m: int) -> tuple[Scenes, InstanceStore]:
     torch.set_num_threads(1)
     scenes = Scenes("test")
-    store = extract(scenes, build_extractor("scenes_tiny", weights="scenes"), RUNS / "test", m=10)
+    store = extract(scenes, build_extractor("scenes_tiny", weights="scenes"), RUNS / f"test-{m}", m=m)
     assert store is not None
     return scenes, store
 
 
 def measure_runs(folders: list[str]) -> list[dict[str, Any]]:
     """Rows of runs anywhere, in the order of their settings; the model is what they are an ablation of."""
-    scenes, store = test_data()
+    runs = [run for run in find_runs(folders) if run.result and run.setting("dataset.name") == "scenes"]
+    runs = [run for run in runs if run.setting("model.name") == "gm_mlic"]
+    if not runs:
+        sys.exit(f"{', '.join(folders)}: no finished run of GM-MLIC on scenes is there")
+    scenes, store = detected(max(run.setting("graph.m") for run in runs))
     rows = []
-    for run in find_runs(folders):
-        if run.result is None:
-            continue
+    for run in runs:
         removed = [r for r in ("label_graph", "instance_graph", "matching_edges") if not run.setting(f"model.{r}")]
         model = " ".join([run.setting("model.fusion"), *(f"no_{r}" for r in removed)])
         found = measure(Predictor.load(run.path / "checkpoints" / "best.ckpt"), store, scenes)
@@ -139,7 +141,7 @@ def measure_runs(folders: list[str]) -> list[dict[str, Any]]:
 
 
 def measure_all() -> list[dict[str, Any]]:
-    scenes, store = test_data()
+    scenes, store = detected(10)
     rows = []
     trained = [(model, seed, run_dir(model, seed) / "checkpoints" / "best.ckpt") for model in MODELS for seed in SEEDS]
     for model, seed, file in [(SHIPPED, 0, SHIPPED), *trained]:

@@ -31,6 +31,24 @@ def test_doubtful_detections_count_less() -> None:
     assert label_candidates(detected, score, present, 1)[0].tolist() == [True, False]
 
 
+def test_the_label_that_a_class_is_named_after_comes_first() -> None:
+    """A label of nearly all images can hardly be raised: it would be nobody's candidate."""
+    detected = torch.tensor([[0], [0], [0], [0], [1]])
+    score = torch.tensor([[0.9], [0.9], [0.9], [1.0], [0.9]])
+    present = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    without = label_candidates(detected, score, present, 1)
+    assert without.tolist() == [[False, True, False], [False, False, True]]
+    own = torch.tensor([0, -1, 1])
+    table = label_candidates(detected, score, present, 1, own)
+    assert table.tolist() == [[True, False, False], [False, False, True], [True, True, True]]  # the last is never seen
+    assert label_candidates(detected, score, present, 2, own)[0].tolist() == [True, True, False]
+
+
+def test_without_any_class_there_are_no_candidates() -> None:
+    with pytest.raises(ConfigError, match="no instance has a class"):
+        label_candidates(torch.tensor([[-1]]), torch.ones(1, 1), torch.ones(1, 2).bool(), 1)
+
+
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
 def test_edges_lead_to_candidates_and_every_label_has_one(B: int, M: int, C: int, seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 import signal
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -33,19 +34,23 @@ def train(config: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def clean() -> ForkServerContext:
-    """Begins processes as forks of one that has imported all this, and done nothing: no locks, threads or signals of
+    """Begins processes as forks of one that has imported the package and done nothing: no locks, threads or signals of
     the tests before are in them.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "gm_mlic.training.run"])
+    context.set_forkserver_preload(["gm_mlic.training.run"])
     return context
 
 
 def killed_until_done(
-    context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig, rng: random.Random
+    context: ForkServerContext,
+    work: Callable[[dict[str, Any]], None],
+    config: DictConfig,
+    rng: random.Random,
+    seconds: float,
 ) -> Iterator[int]:
-    """Do ``work`` in another process, killed at a random moment, until it gets to its end; yields at each kill."""
-    seconds, kills = 1.0, 0
+    """Do ``work`` in another process, killed after up to ``seconds``, until it gets to its end; yields at each kill."""
+    kills = 0
     while True:
         process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
         process.start()
@@ -61,11 +66,14 @@ def killed_until_done(
         yield kills
 
 
-def undisturbed(context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig) -> None:
+def undisturbed(context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig) -> float:
+    """Do ``work`` in another process; how long that took, in seconds."""
+    begin = time.perf_counter()
     process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
     process.start()
     process.join()
     assert process.exitcode == 0
+    return time.perf_counter() - begin
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -80,11 +88,11 @@ def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path,
         overrides = ("dataset.sizes.train=48", "instances.views=2", "instances.view_size=96", "instances.batch_size=4")
         return run_config(*overrides, f"instances.path={tmp_path / name}")
 
-    undisturbed(clean, extract, config("whole"))
+    seconds = undisturbed(clean, extract, config("whole"))
     rng, kills, stores = random.Random(0), 0, 0
     while kills < KILLS:
         stores += 1
-        for _ in killed_until_done(clean, extract, config(f"store-{stores}"), rng):
+        for _ in killed_until_done(clean, extract, config(f"store-{stores}"), rng, seconds):
             kills += 1
         assert content(tmp_path / f"store-{stores}") == content(tmp_path / "whole")
 
@@ -104,11 +112,12 @@ def test_training_killed_at_random_moments(
         loaded = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         return dict(loaded["state_dict"])
 
-    undisturbed(clean, train, config("whole"))
+    undisturbed(clean, train, config("first"))  # makes the stores
+    seconds = undisturbed(clean, train, config("whole"))
     rng, kills, runs = random.Random(1), 0, 0
     while kills < KILLS:
         runs += 1
-        for _ in killed_until_done(clean, train, config(f"run-{runs}"), rng):
+        for _ in killed_until_done(clean, train, config(f"run-{runs}"), rng, seconds):
             kills += 1
         ours, whole = weights(f"run-{runs}"), weights("whole")
         assert all(torch.equal(ours[name], whole[name]) for name in whole)

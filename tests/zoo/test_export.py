@@ -74,9 +74,10 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
 def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
     export(predictor, tmp_path / "network.pt2", "torch")
-    extra = {"labels": ""}
+    extra = {"labels": "", "detector_labels": ""}
     program = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
     assert json.loads(extra["labels"]) == list(predictor.description.labels)
+    assert json.loads(extra["detector_labels"]) == list(predictor.extractor.labels)
     predictions = list(predictor(photos))
     M = max(6, max(len(p.boxes) for p in predictions))
     with torch.no_grad():
@@ -138,6 +139,13 @@ def test_a_program_that_differs_is_not_kept(predictor: Predictor, tmp_path: Path
     assert (tmp_path / "network.pt2").read_text() == "the one before"
 
 
+def test_nan_is_a_difference():
+    some, other = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
+    assert module._difference("matches", some, other) == 0.5
+    assert module._difference("matches", some, torch.tensor([1.0, torch.nan])) == torch.inf
+    assert module._difference("matches", some, torch.tensor([1.0, 3.0])) == torch.inf
+
+
 def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="formats are torch, onnx"):
         export(predictor, tmp_path / "x", "tensorflow")
@@ -147,6 +155,6 @@ def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"pip install 'gm-mlic\[export\]'"):
         export(predictor, tmp_path / "x", "onnx")
     own = Predictor(predictor.model, predictor.description, lambda images, m: [])  # type: ignore[arg-type]
-    own.extractor.name = "mine"  # type: ignore[attr-defined]
+    own.extractor.name, own.extractor.labels = "mine", ()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export part=network"):
         export(own, tmp_path / "x", "torch", "all")

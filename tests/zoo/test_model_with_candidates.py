@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -15,6 +16,8 @@ from PIL import Image
 from gm_mlic import Predictor
 from gm_mlic.errors import WeightsError
 from gm_mlic.instances import InstanceStore
+from gm_mlic.serving.app import as_dict
+from gm_mlic.training import build
 from gm_mlic.zoo import explain
 from gm_mlic.zoo.export import export
 
@@ -25,7 +28,7 @@ def predictor(folder: Path) -> Predictor:
 
 
 def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Predictor):
-    """Each class is joined to the two labels that its images have more often than others do."""
+    """Each class is joined to its own label, and to the one that its images have more often than others do."""
     (path,) = (folder / "stores/scenes").glob("train-*")
     store = InstanceStore.open(path)
     present = store.targets > 0
@@ -42,6 +45,9 @@ def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Pr
             continue
         share = np.maximum(present.mean(axis=0), 1 / (2 * len(present)))
         raised = (strength @ present + share) / (strength.sum() + 1) / share
+        own = store.manifest.labels.index(store.manifest.detector_labels[d])
+        assert own in candidates
+        raised[own] = np.inf
         assert len(candidates) == 2
         assert min(raised[candidates]) >= max(np.delete(raised, candidates)) - 1e-9
 
@@ -115,8 +121,31 @@ def test_photos_in_labels_out(predictor: Predictor, photos: list[Path], tmp_path
 def test_candidates_that_cannot_be_are_refused(predictor: Predictor, tmp_path: Path):
     saved = predictor.save_pretrained(tmp_path / "model")
     config = json.loads((saved / "config.json").read_text())
-    for wrong in ([[22]], [["mug"]], [3], "all", [[-1]]):
+    for wrong in ([[22]], [["mug"]], [3], "all", [[-1]], [{}], [], {}, "", [[True]]):
         config["graph"]["candidates"] = wrong
         (saved / "config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match="cannot be built"):
             Predictor.load(saved)
+    config["graph"]["candidates"] = [[0, 1]]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="candidates are for 1 classes, its detector scenes_tiny has 22"):
+        Predictor.load(saved)
+
+
+def test_difficult_objects_speak_for_their_label_too():
+    store = SimpleNamespace(
+        rows=np.array([0, 2, 3]),  # image 1 is unreadable
+        detected_labels=np.array([[[0]], [[-1]], [[0]], [[1]]], dtype=np.int32),
+        scores=np.full((4, 1, 1), 0.9, dtype=np.float32),
+        targets=np.array([[-1, 0, 1], [1, 1, 1], [-1, 0, 1], [-1, -1, 1]], dtype=np.int8),
+        manifest=SimpleNamespace(detector_labels=("thing", "other"), labels=("a", "b", "c")),
+    )
+    assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]
+
+
+def test_the_page_shows_no_match_where_there_is_no_edge(predictor: Predictor, photos: list[Path]):
+    (prediction,) = predictor(photos[:1])
+    shown = json.loads(json.dumps(as_dict(prediction), allow_nan=False))
+    joined = np.isfinite(prediction.matches)
+    order = [prediction.labels.index(label) for label in shown["labels"]]
+    assert [[p is not None for p in row] for row in shown["matches"]] == joined[:, order].tolist()

@@ -38,7 +38,8 @@ class AssignmentBatch:
         row: (B,) int64 row of each image in its store, or None.
         score: (B, M), the detector's confidence in each instance, or None.
         detected_label: (B, M) int64, which of its own classes the detector gave each instance, -1 for none; or None.
-        matches: (B, M, C) bool, which matching edges there are; None for those of every instance with every label.
+        matches: (B, M, C) bool, which matching edges there are, one at least for each label; None for those of every
+            instance with every label.
     """
 
     x: Tensor
@@ -143,9 +144,9 @@ class AssignmentBatch:
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
         """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
 
-        There is none where the matching edges are not sorted by instance and label, or fewer than a tenth of all
-        pairs (a tensor of them would be mostly empty), where images differ in their
-        labels, where the label graph is neither complete nor of equal degree, or where the graph carries edge
+        There is none where the matching edges are not sorted by instance and label, leave a label out, or are fewer
+        than a tenth of all pairs (a tensor of them would be mostly empty), where images differ in their labels, where
+        the label graph is neither complete nor of equal degree, or where the graph carries edge
         attributes for eq. 2 and 3 of its own.
         """
         if "edge_attr" in data[MATCHES] or ("edge_attr" in data[RELATES] if RELATES in data.edge_types else False):
@@ -224,7 +225,7 @@ def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tenso
 
 
 def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor | None:
-    """Which instance is joined to which label (B, M, C); None for few, unsorted, or between two images."""
+    """Which instance is joined to which label (B, M, C); None for few, unsorted, between images, or a label without."""
     if matches.shape[1] * 10 < mask.numel() * C:
         return None
     source, target = matches
@@ -236,7 +237,7 @@ def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor 
         return None
     there = torch.zeros(*mask.shape, C, dtype=torch.bool, device=matches.device)
     there[image, slot, target % C] = True
-    return there
+    return there if bool(there.any(dim=1).all()) else None
 
 
 def _complete_relations(source: Tensor, target: Tensor, B: int, C: int) -> bool:

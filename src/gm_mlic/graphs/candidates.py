@@ -9,24 +9,27 @@ from gm_mlic.errors import ConfigError
 
 
 def label_candidates(
-    detected_label: Tensor, score: Tensor, present: Tensor, candidates: int, classes: int | None = None
+    detected_label: Tensor, score: Tensor, present: Tensor, candidates: int, own: Tensor | None = None
 ) -> Tensor:
     r"""The labels that detections of a class speak for most, learnt from training images.
 
-    With :math:`s_{nd}` the largest confidence of an instance of class d in image n, label c is raised by class d to
+    The first is the label that the class is named after, if there is one. Then, with :math:`s_{nd}` the largest
+    confidence of an instance of class d in image n, label c is raised by class d to
 
     .. math::
         \frac{1}{r_c} \cdot \frac{\sum_n s_{nd} [c \in n] + r_c}{\sum_n s_{nd} + 1}
 
-    times its share :math:`r_c` of all images; the labels raised most are the class's candidates. The added 1 keeps a
-    class that is hardly ever detected from raising anything. One that is never detected may be any label.
+    times its share :math:`r_c` of all images; those raised most come next. (The added terms are one more image, in
+    which labels are as likely as anywhere.) Commonest labels can be raised least, hence the first rule. A class that is
+    never detected may be any label.
 
     Args:
         detected_label: (N, M) int64, the detector's class of each instance, -1 for none.
         score: (N, M), its confidence.
         present: (N, C) bool, the labels of each image.
         candidates: how many labels each class is to have.
-        classes: D, how many classes the detector has; default: the largest that was detected, plus one.
+        own: (D,) int64, the label that each of the detector's classes is named after, -1 for none; default: none is,
+            and D is the largest class that was detected, plus one.
 
     Returns:
         (D, C) bool.
@@ -37,12 +40,15 @@ def label_candidates(
     N, C = present.shape
     if int(detected_label.max()) < 0:
         raise ConfigError("graph.candidates: no instance has a class of the detector that could speak for a label.")
-    D = int(detected_label.max()) + 1 if classes is None else classes
+    D = int(detected_label.max()) + 1 if own is None else len(own)
     strength = score.new_zeros(N, D + 1)  # the last column takes those that have no class
     strength.scatter_reduce_(1, torch.where(detected_label < 0, D, detected_label), score, "amax")
     seen, y = strength[:, :D].double(), present.double()
     share = y.mean(dim=0).clamp(min=1 / (2 * N))
     raised = (seen.t() @ y + share) / (seen.sum(dim=0)[:, None] + 1) / share
+    if own is not None:
+        named = (own >= 0).nonzero().flatten()
+        raised[named, own[named]] = float("inf")
     best = raised.argsort(dim=1, descending=True, stable=True)[:, :candidates]
     return torch.zeros(D, C, dtype=torch.bool).scatter_(1, best, True) | (seen.sum(dim=0) == 0)[:, None]
 

@@ -49,16 +49,21 @@ def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] 
 
 
 def as_dict(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as the page reads it: labels best first; matches (M, C) as probabilities, columns in their order."""
+    """A prediction as the page reads it: labels best first; matches (M, C) as probabilities, columns in their order.
+
+    A match is None where no edge joins instance and label.
+    """
     order = np.argsort(-prediction.probabilities, kind="stable")
-    matches = 1 / (1 + np.exp(-prediction.matches.astype(np.float64)))
+    logits = prediction.matches[:, order].astype(np.float64)
+    matches = (1 / (1 + np.exp(-logits))).round(4)
+    rows = zip(matches.tolist(), np.isfinite(logits).tolist(), strict=True)
     return {
         "width": prediction.size[0],
         "height": prediction.size[1],
         "labels": [prediction.labels[c] for c in order],
         "probabilities": prediction.probabilities[order].astype(float).round(4).tolist(),
         "winners": prediction.matches.argmax(axis=0)[order].tolist(),
-        "matches": matches[:, order].round(4).tolist(),
+        "matches": [[p if joined else None for p, joined in zip(*row, strict=True)] for row in rows],
         "boxes": prediction.boxes.astype(float).round(1).tolist(),
         "scores": prediction.scores.astype(float).round(4).tolist(),
         "detected": list(prediction.detected),

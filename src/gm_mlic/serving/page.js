@@ -116,7 +116,7 @@ function draw() {
     const place = { x: x1, y: y1, width: x2 - x1, height: y2 - y1 };
     for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
     const won = chosen.label === undefined ? chosen.instance === i : winners[chosen.label] === i;
-    const p = chosen.label === undefined ? (won ? 1 : 0) : matches[i][chosen.label];
+    const p = chosen.label === undefined ? (won ? 1 : 0) : matches[i][chosen.label] ?? 0;
     rect.classList.toggle("won", won);
     rect.style.opacity = won ? 1 : 0.25 + 0.6 * p;
     rect.dataset.instance = i;
@@ -132,13 +132,15 @@ function draw() {
   if (chosen.label !== undefined) {
     const c = chosen.label;
     $("matchhead").textContent = `Instances that match “${labels[c]}”`;
-    const order = boxes.map((_, i) => i).sort((a, b) => matches[b][c] - matches[a][c]);
+    const joined = boxes.map((_, i) => i).filter((i) => matches[i][c] !== null);
+    const order = joined.sort((a, b) => matches[b][c] - matches[a][c]);
     $("matches").replaceChildren(...order.map(
       (i) => entry(instanceName(i), matches[i][c], winners[c] === i, choose({ instance: i }))));
   } else {
     const i = chosen.instance;
     $("matchhead").textContent = `Labels that ${instanceName(i)}, matches`;
-    const order = labels.map((_, c) => c).sort((a, b) => matches[i][b] - matches[i][a]).slice(0, LISTED);
+    const joined = labels.map((_, c) => c).filter((c) => matches[i][c] !== null);
+    const order = joined.sort((a, b) => matches[i][b] - matches[i][a]).slice(0, LISTED);
     $("matches").replaceChildren(...order.map(
       (c) => entry(labels[c], matches[i][c], winners[c] === i, choose({ label: c }))));
   }

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import gm_mlic.datasets
 from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
-from gm_mlic.embeddings import LabelEmbedding, embed_labels
+from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
@@ -171,7 +171,7 @@ def graph_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list[int]]:
-    """The labels that each class of the detector speaks for most in the images of a store.
+    """The labels that each class of the detector may be (:func:`~gm_mlic.graphs.label_candidates`), from a store.
 
     Args:
         store: of the training images.
@@ -179,11 +179,10 @@ def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list
         candidates: how many labels for each class.
     """
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
-    score = torch.from_numpy(store.scores[store.rows, 0, :m]).float()
-    counts = torch.from_numpy(store.counts[store.rows, 0]).long()
-    detected_label[torch.arange(detected_label.shape[1]) >= counts[:, None]] = -1
+    score = torch.from_numpy(store.scores[store.rows, 0, :m])
     present = torch.from_numpy(store.targets[store.rows] >= 0)  # difficult objects are seen as well
-    table = label_candidates(detected_label, score, present, candidates, len(store.manifest.detector_labels))
+    own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
+    table = label_candidates(detected_label, score, present, candidates, own)
     return [row.nonzero().flatten().tolist() for row in table]
 
 

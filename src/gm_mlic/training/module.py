@@ -56,7 +56,9 @@ class MLICModule(LightningModule):
         optimizer: the settings of ``conf/optimizer``.
         description: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
-        instance_graph_after: epochs at the beginning that are trained without edges of the instance graph.
+        instance_graph_after: epochs at the beginning that are trained without edges of the instance graph. What reads
+            them has gradients of zero until then, not none: Adam's moments are zero when the graph joins, and its first
+            updates there up to a few times the learning rate.
     """
 
     def __init__(

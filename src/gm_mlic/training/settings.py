@@ -366,6 +366,10 @@ def _as_typed(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
+#: Models of ours that read all instances, or all locations, for every label.
+_WITHOUT_EDGES = ("detector", "resnet101", "ml_gcn", "ssgrl", "query2label")
+
+
 def _check_together(config: DictConfig) -> None:
     def get(key: str) -> Any:
         return OmegaConf.select(config, key, default=None)
@@ -400,11 +404,8 @@ def _check_together(config: DictConfig) -> None:
     if get("graph.candidates") is not None:
         for key, wrong, why in (
             ("detector.grid", get("detector.grid") is not None, "a grid has no classes"),
-            (
-                "instances.online",
-                bool(get("instances.online")),
-                "candidates are learnt from a store",
-            ),
+            ("instances.online", bool(get("instances.online")), "candidates are learnt from a store"),
+            ("model.name", get("model.name") in _WITHOUT_EDGES, "it reads no matching edges"),
         ):
             if wrong:
                 raise ConfigError(
@@ -412,11 +413,18 @@ def _check_together(config: DictConfig) -> None:
                     "Set graph.candidates=null."
                 )
     after, epochs = get("trainer.instance_graph_after"), get("trainer.max_epochs")
-    if after is not None and epochs is not None and after >= epochs:
-        raise ConfigError(
-            f"trainer.instance_graph_after={after} with trainer.max_epochs={epochs}: the instance graph would never be "
-            "learnt. Train longer, or leave it out altogether with model.instance_graph=false."
-        )
+    if get("model.instance_graph") and after is not None:
+        if epochs is not None and after >= epochs:
+            raise ConfigError(
+                f"trainer.instance_graph_after={after} with trainer.max_epochs={epochs}: the instance graph would "
+                "never be learnt. Train longer, or leave it out altogether with model.instance_graph=false."
+            )
+        patience = get("trainer.early_stopping")
+        if patience is not None and patience <= after:
+            raise ConfigError(
+                f"trainer.early_stopping={patience} could stop before the instance graph is learnt, which begins after "
+                f"{after} epochs (trainer.instance_graph_after): give it more."
+            )
     if get("bootstrap") is not None:
         _check_evaluation(get)
 

@@ -38,7 +38,8 @@ class MatchNetwork(nn.Module):
           bool, which instances there are; each image's come first. B and M are free; M is larger than the number of
           neighbours in the instance graph (``min_instances``), so pad what is shorter. Of a model whose matching edges
           go to candidates only, also **detected_labels:** (B, M) int64, the detector's class of each, -1 for none
-        - **logits:** (B, C), **matches:** (B, M, C), -inf where candidates leave no edge, **winners:** (B, C) int64
+        - **logits:** (B, C), **matches:** (B, M, C), -inf where candidates leave an instance no edge, anything where
+          there is no instance, **winners:** (B, C) int64
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -127,7 +128,7 @@ def export(
 ) -> float:
     """Write a predictor, or a part of it, as a program, load it again, and compare it with the model.
 
-    The labels' names go along, as ``labels``.
+    The labels' names go along, as ``labels``, and those of the detector's classes, as ``detector_labels``.
 
     Args:
         predictor: the model, with the labels that the program is to know.
@@ -148,13 +149,15 @@ def export(
     if part not in PARTS or form not in FORMATS:
         raise ConfigError(f"format={form}, part={part}: formats are {', '.join(FORMATS)}, parts {', '.join(PARTS)}.")
     network = MatchNetwork(predictor)
+    both = {"labels": predictor.description.labels, "detector_labels": predictor.extractor.labels}
+    names = {key: json.dumps(value, ensure_ascii=False) for key, value in both.items()}
     if part == "network":
         images, instances = Dim("images"), Dim("instances", min=network.min_instances)
         inputs = network.example(3, network.min_instances + 3)
-        names = ("features", "boxes", "mask", "detected_labels")
-        free = {name: {0: images, 1: instances} for name, _ in zip(names, inputs, strict=False)}
+        arguments = ("features", "boxes", "mask", "detected_labels")
+        free = {name: {0: images, 1: instances} for name, _ in zip(arguments, inputs, strict=False)}
         trials = [network.example(5, network.min_instances + 8, 1), network.example(1, network.min_instances, 2)]
-        return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, predictor.description.labels)
+        return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)
     extractor = predictor.extractor
     if not isinstance(extractor, FasterRCNNExtractor):
         raise ConfigError(f"part={part}: the detector {extractor.name} is none of gm-mlic's: export part=network.")
@@ -172,7 +175,7 @@ def export(
         if part == "detector"
         else (PhotoNetwork(detector, network).eval(), [*MATCH_OUTPUTS, "boxes", "mask"])
     )
-    return _export(module, photos[0], None, outputs, photos[1:], path, form, predictor.description.labels)
+    return _export(module, photos[0], None, outputs, photos[1:], path, form, names)
 
 
 class ExportError(GMMLICError):
@@ -187,17 +190,16 @@ def _export(
     trials: Sequence[tuple[Tensor, ...]],
     path: str | Path,
     form: str,
-    labels: tuple[str, ...],
+    names: dict[str, str],
 ) -> float:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unchecked = path.with_name(path.name + ".part")
-    names = json.dumps(labels, ensure_ascii=False)
     with torch.no_grad(), _quiet():
         if form == "torch":
             program = torch.export.export(module, inputs, dynamic_shapes=free)
             with unchecked.open("wb") as file:
-                torch.export.save(program, file, extra_files={"labels": names})
+                torch.export.save(program, file, extra_files=names)
             run = _loaded_program(unchecked)
         else:
             _write_onnx(module, inputs, free, outputs, names, unchecked)
@@ -219,7 +221,7 @@ def _difference(name: str, found: Tensor, expected: Tensor) -> float:
     if name == "winners":  # of two that are equally good up to rounding, either may win
         return 0.0
     difference = torch.where(found == expected, 0.0, found.float() - expected.float())  # both may be -inf
-    return float(difference.abs().max())
+    return float(difference.abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
 def _loaded_program(path: Path) -> Any:
@@ -229,7 +231,12 @@ def _loaded_program(path: Path) -> Any:
 
 
 def _write_onnx(
-    module: nn.Module, inputs: tuple[Tensor, ...], free: dict[str, Any] | None, outputs: list[str], names: str, to: Path
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    free: dict[str, Any] | None,
+    outputs: list[str],
+    names: dict[str, str],
+    to: Path,
 ) -> None:
     try:
         import onnx
@@ -254,7 +261,7 @@ def _write_onnx(
     )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, {"labels": names})
+    onnx.helper.set_model_props(model, names)
     onnx.save(model, to)
 
 

@@ -95,6 +95,9 @@ class Predictor:
         description: what it was trained on.
         extractor: the detector it was trained with.
         card: what its model card tells, where it has one.
+
+    Raises:
+        WeightsError: if it was trained with candidates for another number of the detector's classes.
     """
 
     def __init__(
@@ -106,6 +109,11 @@ class Predictor:
         self.card = card or Card()
         self.device = next(model.parameters()).device
         self.graph = description.build_graph()
+        if (table := self.graph.candidates) is not None and len(table) != len(extractor.labels):
+            raise WeightsError(
+                f"The model's candidates are for {len(table)} classes, its detector {extractor.name} has "
+                f"{len(extractor.labels)}: it is damaged, or this is another detector."
+            )
         self._prepared: Any = None
 
     @classmethod

@@ -57,11 +57,12 @@ class Description:
         """
         settings = dict(self.graph)
         if (lists := settings.get("candidates")) is not None:
-            settings["candidates"] = table = torch.zeros(len(lists), len(self.labels), dtype=torch.bool)
-            for row, numbers in zip(table, lists, strict=True):
-                if not all(type(c) is int and 0 <= c < len(self.labels) for c in numbers):
-                    raise ValueError(f"graph.candidates are not numbers of its {len(self.labels)} labels")
-                row[numbers] = True
+            C = len(self.labels)
+            if not isinstance(lists, list) or not lists or not all(isinstance(numbers, list) for numbers in lists):
+                raise ValueError("graph.candidates is no list of labels for each class")
+            if not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
+                raise ValueError(f"graph.candidates are not numbers of its {C} labels")
+            settings["candidates"] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
         return AssignmentGraph(self.label_vectors, edge_attr=False, **settings)
 
     def with_candidates(self, candidates: list[list[int]]) -> Description:
