@@ -48,7 +48,7 @@ SWEEPS = {
     "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_after=null", BOTH, FIVE],
     "complete-in-turn": ["experiment=scenes_candidates", "graph.candidates=null", BOTH, FIVE],
 }
-#: Those whose variants are compared, with the title of their picture.
+#: Those whose variants are compared, in words.
 ABLATIONS = {
     "ablation": "all matching edges",
     "complete-in-turn": "all, Go last",
@@ -169,6 +169,7 @@ def spread(values: list[float]) -> str:
 def draw(rows: list[dict], path: Path) -> None:
     """The ablations as dots, one for each seed; m and k as curves with the spread over seeds."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    axes[0, 1].sharey(axes[0, 0])
     for axis, study in zip(axes[0], ("ablation", "candidates"), strict=True):
         for (number, fusion), (place, variant) in itertools.product(enumerate(COLOURS), enumerate(VARIANTS)):
             values = [r["mAP"] for r in rows if (r["study"], r["fusion"], r["variant"]) == (study, fusion, variant)]
@@ -179,7 +180,6 @@ def draw(rows: list[dict], path: Path) -> None:
                 axis.hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLOURS[fusion])
         axis.set_xticks(range(len(VARIANTS)), list(VARIANTS.values()))
         axis.set_title(ABLATIONS[study], fontsize=10)
-    axes[0, 1].sharey(axes[0, 0])
     axes[0, 0].legend()
     for axis, study in zip(axes[1], ("m", "k"), strict=True):
         groups = grouped(rows, study)
