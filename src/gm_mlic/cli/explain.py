@@ -54,7 +54,7 @@ def explain_photo(config: DictConfig) -> Path:
 
 
 def as_dict(found: Explanation, image: str) -> dict[str, object]:
-    """An explanation as JSON has it."""
+    """An explanation as JSON has it; a match logit is None where no edge joins instance and label."""
     prediction = found.prediction
     return {
         "image": image,
@@ -64,7 +64,6 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
         "labels": list(prediction.labels),
         "boxes": prediction.boxes.round(1).tolist(),
         "detected": list(prediction.detected),
-        # none where no edge joins the two, which is no number in JSON
         "match_logits": [
             [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.matches.tolist()
         ],
