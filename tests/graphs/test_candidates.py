@@ -107,6 +107,14 @@ def test_max_pooling_reads_edges_only() -> None:
     torch.testing.assert_close(output.match_logits, everything[0, table])
 
 
+def test_a_label_without_an_edge_is_refused_in_a_dense_batch() -> None:
+    matches = torch.tensor([[[True, False, True], [True, False, False]]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    batch = AssignmentBatch(torch.randn(1, 2, 5), torch.rand(1, 2, 4), mask, torch.randn(3, 4), matches=matches)
+    with pytest.raises(ConfigError, match=r"Label nodes \[1\] have no matching edge"):
+        MILMax(5, 3, width=8)(batch)
+
+
 def test_a_batch_of_few_edges_stays_sparse() -> None:
     def batch(C: int) -> AssignmentBatch | None:
         data = HeteroData()

@@ -144,9 +144,9 @@ class AssignmentBatch:
     def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
         """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
 
-        There is none where the matching edges are not sorted by instance and label, leave a label out, or are fewer
-        than a tenth of all pairs (a tensor of them would be mostly empty), where images differ in their labels, where
-        the label graph is neither complete nor of equal degree, or where the graph carries edge
+        There is none where the matching edges are not sorted by instance and label, or are fewer than a tenth of all
+        pairs (a tensor of them would be mostly empty), where images differ in their labels, where the label graph is
+        neither complete nor of equal degree, or where the graph carries edge
         attributes for eq. 2 and 3 of its own.
         """
         if "edge_attr" in data[MATCHES] or ("edge_attr" in data[RELATES] if RELATES in data.edge_types else False):
@@ -225,7 +225,7 @@ def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tenso
 
 
 def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor | None:
-    """Which instance is joined to which label (B, M, C); None for few, unsorted, between images, or a label without."""
+    """Which instance is joined to which label (B, M, C); None for few, unsorted, or between two images."""
     if matches.shape[1] * 10 < mask.numel() * C:
         return None
     source, target = matches
@@ -237,7 +237,7 @@ def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor 
         return None
     there = torch.zeros(*mask.shape, C, dtype=torch.bool, device=matches.device)
     there[image, slot, target % C] = True
-    return there if bool(there.any(dim=1).all()) else None
+    return there
 
 
 def _complete_relations(source: Tensor, target: Tensor, B: int, C: int) -> bool:

@@ -79,9 +79,14 @@ def pool_matches(match_logits: Tensor, data: HeteroData, v_l: Tensor | None = No
 
 def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -> ModelOutput:
     """The same from a dense (B, M, C), the mask of the instances (B, M) or edges (B, M, C) that there are, and labels
-    (B, C, d). Every label has an edge in every image: :class:`AssignmentBatch` sees to it.
+    (B, C, d).
+
+    Raises:
+        ConfigError: if a label has no matching edge.
     """
     there = mask if mask.dim() == 3 else mask[..., None]
+    if mask.dim() == 3 and not torch.compiler.is_compiling() and not bool(there.any(dim=1).all()):
+        raise ConfigError(LONELY.format((~there.any(dim=1)).flatten().nonzero().flatten().tolist()[:5]))
     values = matrix.detach().masked_fill(~there, float("-inf"))
     best = values.amax(dim=1, keepdim=True)
     position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
