@@ -95,7 +95,7 @@ def main(studies: list[str]) -> None:
         writer.writerows(rows)
     print_limit()
     for study in ABLATIONS:
-        print(study)
+        print(f"{study}: {ABLATIONS[study]}")
         print_ablation([r for r in rows if r["study"] == study])
     for study in ("m", "k"):
         for value, group in grouped(rows, study):
@@ -150,7 +150,10 @@ def print_ablation(rows: list[dict]) -> None:
                 continue
             lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
             measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", *KINDS))
-            print(f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)} ({len(group)} seeds)")
+            print(
+                f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)}, "
+                f"at least {min(lost):.1f} ({len(group)} seeds)"
+            )
 
 
 def grouped(rows: list[dict], study: str) -> list[tuple[int, list[dict]]]:
