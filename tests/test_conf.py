@@ -120,6 +120,11 @@ def test_candidates_need_classes_and_a_store():
             settings.check(compose("train", ["experiment=scenes_candidates", override, *grid]))
 
 
+def test_baselines_take_no_candidates():
+    """Those that could not read them are refused by name; the max-pooled one could, and does without."""
+    assert set(settings._WITHOUT_EDGES) == set(options("baseline")) - {"mil_max"}
+
+
 def test_the_instance_graph_must_come_at_all():
     with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
         settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))

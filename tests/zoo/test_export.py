@@ -93,19 +93,22 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
             np.testing.assert_allclose(matches[0, : len(instances)].numpy(), prediction.matches, atol=1e-4)
 
 
-def test_photos_in_labels_out(predictor: Predictor, photos: list[Path], tmp_path: Path):
+@pytest.mark.parametrize("name", ["gm", "candidates"])
+def test_photos_in_labels_out(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     """Detector and network as one, as ONNX: what predict says, from the pixels."""
+    predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
     assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
-    (name,) = [value.name for value in session.get_inputs()]
+    (image,) = [value.name for value in session.get_inputs()]
     names = [value.name for value in session.get_outputs()]
     for photo, prediction in zip(photos, predictor(photos), strict=True):
         pixels = np.array(Image.open(photo)).transpose(2, 0, 1).astype(np.float32) / 255
-        out = dict(zip(names, session.run(None, {name: pixels}), strict=True))
+        out = dict(zip(names, session.run(None, {image: pixels}), strict=True))
         n = len(prediction.boxes)
         assert out["mask"].tolist() == [True] * n + [False] * (len(out["mask"]) - n)
         np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
         np.testing.assert_allclose(out["boxes"][:n] * 96, prediction.boxes, atol=1e-2)
+        np.testing.assert_allclose(out["matches"][0, :n], prediction.matches, atol=1e-3)
 
 
 def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path):

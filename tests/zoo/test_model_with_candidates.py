@@ -8,15 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
 from gm_mlic import Predictor
+from gm_mlic.cli import explain as cli_explain
 from gm_mlic.errors import WeightsError
 from gm_mlic.instances import InstanceStore
-from gm_mlic.serving.app import as_dict
+from gm_mlic.reporting.explanation import explanation_picture
+from gm_mlic.serving import app
 from gm_mlic.training import build
 from gm_mlic.zoo import explain
 from gm_mlic.zoo.export import export
@@ -105,19 +106,6 @@ def test_the_network_as_a_program(predictor: Predictor, tmp_path: Path, form: st
     assert export(predictor, tmp_path / "network", form) <= 1e-4
 
 
-def test_photos_in_labels_out(predictor: Predictor, photos: list[Path], tmp_path: Path):
-    assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
-    (name,) = [value.name for value in session.get_inputs()]
-    names = [value.name for value in session.get_outputs()]
-    for photo, prediction in zip(photos, predictor(photos), strict=True):
-        pixels = np.array(Image.open(photo)).transpose(2, 0, 1).astype(np.float32) / 255
-        out = dict(zip(names, session.run(None, {name: pixels}), strict=True))
-        np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
-        n = len(prediction.boxes)
-        np.testing.assert_allclose(out["matches"][0, :n], prediction.matches, atol=1e-3)
-
-
 def test_candidates_that_cannot_be_are_refused(predictor: Predictor, tmp_path: Path):
     saved = predictor.save_pretrained(tmp_path / "model")
     config = json.loads((saved / "config.json").read_text())
@@ -143,9 +131,15 @@ def test_difficult_objects_speak_for_their_label_too():
     assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]
 
 
-def test_the_page_shows_no_match_where_there_is_no_edge(predictor: Predictor, photos: list[Path]):
+def test_no_match_is_shown_where_there_is_no_edge(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    """On the page, and in what ``gm-mlic explain`` writes: valid JSON, and a picture."""
     (prediction,) = predictor(photos[:1])
-    shown = json.loads(json.dumps(as_dict(prediction), allow_nan=False))
     joined = np.isfinite(prediction.matches)
+    shown = json.loads(json.dumps(app.as_dict(prediction), allow_nan=False))
     order = [prediction.labels.index(label) for label in shown["labels"]]
     assert [[p is not None for p in row] for row in shown["matches"]] == joined[:, order].tolist()
+    found = explain(predictor, photos[0])
+    written = json.loads(json.dumps(cli_explain.as_dict(found, "0.png"), allow_nan=False))
+    assert [[v is not None for v in row] for row in written["match_logits"]] == joined.tolist()
+    explanation_picture(found, Image.open(photos[0]), tmp_path / "picture.png")
+    assert Image.open(tmp_path / "picture.png").width > 1000

@@ -165,9 +165,7 @@ def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding
 def graph_settings(config: DictConfig) -> dict[str, Any]:
     """``graph`` of a :class:`Description`: ``config.graph``, and the graphs that the model has; no candidates yet."""
     relations = {name: config.model.get(name, False) for name in ("instance_graph", "label_graph")}
-    settings = section(config, "graph") | relations
-    settings["candidates"] = None
-    return settings
+    return section(config, "graph") | relations | {"candidates": None}
 
 
 def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list[int]]:
