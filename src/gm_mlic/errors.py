@@ -26,6 +26,25 @@ class ConfigError(GMMLICError):
     """A setting, or a combination of settings, that cannot work."""
 
 
+class ArgumentError(ConfigError, ValueError):
+    """An argument of a function or class has a value that cannot work.
+
+    The library names the argument; the command line adds the config group, so that ``k must be 1 or more`` becomes
+    ``model.k must be 1 or more``.
+
+    Args:
+        argument: name of the argument.
+        problem: what is wrong with its value, the rest of the sentence: ``"must be 1 or more, got 0."``.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument} {problem}")
+        self.argument, self.problem = argument, problem
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str]]:
+        return type(self), (self.argument, self.problem)
+
+
 class DataError(GMMLICError):
     """Something in a dataset's files is missing, malformed or inconsistent."""
 
