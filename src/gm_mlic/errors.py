@@ -45,6 +45,13 @@ class ArgumentError(ConfigError, ValueError):
         return type(self), (self.argument, self.problem)
 
 
+def check_positive(**sizes: int) -> None:
+    """Raise :class:`ArgumentError` for the first of some arguments that is below 1."""
+    for argument, size in sizes.items():
+        if size < 1:
+            raise ArgumentError(argument, f"must be 1 or more, got {size}.")
+
+
 class DataError(GMMLICError):
     """Something in a dataset's files is missing, malformed or inconsistent."""
 

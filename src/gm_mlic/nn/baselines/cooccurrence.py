@@ -1,4 +1,4 @@
-"""Which labels come together in the training images: the graph of the label graph baselines."""
+"""Co-occurrence statistics of labels in the training images, for the label graphs of baselines."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gm_mlic.errors import ConfigError
 
 
 @runtime_checkable
-class CountsLabels(Protocol):
+class LabelStatistics(Protocol):
     """A model with statistics of the training targets among its buffers."""
 
-    def count(self, targets: Tensor) -> None:
-        """Take the statistics from ``targets`` (N, C) of the training images, in {1, 0, -1}."""
+    def fit(self, targets: Tensor) -> None:
+        """Compute the statistics from the ``targets`` (N, C) of the training images."""
         ...
 
 
