@@ -76,7 +76,7 @@ class ConcatLinear(nn.Module):
         if any(isinstance(lin, nn.LazyLinear) for lin in self.lins):
             self._materialize(parts)
         # Compact parts first, so that few sums are of full size.
-        first, *rest = sorted(range(len(parts)), key=lambda k: sum(size != 1 for size in _shape(parts[k])))
+        first, *rest = sorted(range(len(parts)), key=lambda k: len([size for size in _shape(parts[k]) if size != 1]))
         total = apply_linear(self.lins[first], parts[first])
         writable = _owns_result(self.lins[first], parts[first])
         for k in rest:
