@@ -6,8 +6,6 @@ defect of this package, and is reported as one.
 
 from __future__ import annotations
 
-import signal
-
 
 class GMMLICError(Exception):
     """Base of all errors that the user can mend; ``str(error)`` is one line: what is wrong and what to do next."""
@@ -19,7 +17,7 @@ class Terminated(SystemExit):
     """The process was asked to end (SIGTERM), as clusters do before they take a machine back."""
 
     def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(143)  # 128 + SIGTERM, as shells have it
 
 
 class ConfigError(GMMLICError):

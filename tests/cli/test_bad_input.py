@@ -17,7 +17,7 @@ import gm_mlic.datasets
 from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.training.settings import check
+from gm_mlic.cli.validation import check
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 

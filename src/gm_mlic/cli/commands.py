@@ -26,9 +26,9 @@ from gm_mlic.cli.allowed import check_arguments
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
 from gm_mlic.cli.keys import check_keys
 from gm_mlic.cli.process import prepare_process
+from gm_mlic.cli.validation import check
+from gm_mlic.distributed import place
 from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
-from gm_mlic.training.processes import place
-from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +217,7 @@ def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
     from gm_mlic.detection.training import train_detector as start
+    from gm_mlic.device import resolve_device
     from gm_mlic.training import build
 
     settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed", "num_workers")}
@@ -228,7 +229,7 @@ def train_detector(config: DictConfig) -> None:
         weights=config.detector.weights,
         min_size=config.detector.min_size,
         max_size=config.detector.get("max_size"),
-        device=build.device(config.accelerator),
+        device=resolve_device(config.accelerator),
         command=" ".join(sys.argv),
         **settings,
     )

@@ -23,6 +23,7 @@ from gm_mlic.cli.bench import describe_machine
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import InstanceExtractor
+from gm_mlic.device import resolve_device
 from gm_mlic.errors import DataError, UnreadableImage
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
@@ -30,6 +31,7 @@ from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import create_model
 from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
+from gm_mlic.validation import section
 
 #: Images of the official training and test sets, and labels, for plans without the data (counted by the tests of the
 #: datasets, from the real label files).
@@ -81,7 +83,7 @@ class Probe:
 def plan(config: DictConfig) -> dict[str, Any]:
     """Measure, multiply, print; returns what was printed: ``seconds`` by phase and ``bytes`` by what needs them."""
     begin = time.perf_counter()
-    device = build.device(config.trainer.accelerator)
+    device = resolve_device(config.trainer.accelerator)
     sizes = _sizes(config)
     probe = _measure(config, sizes, device)
     result = estimate(config, sizes, probe)
@@ -198,7 +200,7 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
         runs["view"] = lambda: extractor(square, config.detector.max_instances)
     for run in runs.values():
         run()
-    timings = interleaved(runs, 2, build.device(config.trainer.accelerator))
+    timings = interleaved(runs, 2, resolve_device(config.trainer.accelerator))
     photo = timings["photo"].median / _IMAGES
     return photo, timings["view"].median / _IMAGES if "view" in timings else photo
 
@@ -221,7 +223,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
         config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names
     )
     model = create_model(**settings).to(device)
-    loss_of = WeightedBCE(torch.full((C,), 0.05), **build.section(config, "loss")).to(device)
+    loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss")).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
     options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}
     optimizer = kind(model.parameters(), lr=1e-6, **options)

@@ -24,6 +24,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.optim import one_cycle
 from gm_mlic.tensor_files import load_tensors
 
 _log = logging.getLogger(__name__)
@@ -212,22 +213,6 @@ class _LabelledImages(Dataset):
             width = image.shape[-1]
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
         return image, {"boxes": boxes, "labels": labels}
-
-
-def one_cycle(
-    optimizer: torch.optim.Optimizer, rates: list[float], steps: int, warmup: float
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Torch's one-cycle schedule, which divides by zero where a phase has a single step: in runs of few steps.
-
-    Args:
-        optimizer: its groups' learning rates are scheduled.
-        rates: the highest learning rate of each group.
-        steps: in all.
-        warmup: share of them that the learning rate rises; at least two steps.
-    """
-    steps = max(steps, 4)
-    warmup = min(max(warmup, 2 / steps), 1 - 1 / steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=warmup)
 
 
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:

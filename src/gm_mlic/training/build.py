@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: datasets, extractor, stores, label vectors, graphs, model, loss, trainer."""
+"""From a config to the parts of a run: datasets, extractor, stores, label vectors, graphs, model, loss."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-import gm_mlic.datasets
-from gm_mlic.datasets.base import MultiLabelDataset, label_ratio
+from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
+from gm_mlic.device import resolve_device
+from gm_mlic.distributed import place
 from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
@@ -25,22 +23,12 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import CountsLabels, model_arguments
-from gm_mlic.training.callbacks import EpochBar, EpochCSV
-from gm_mlic.training.checkpoint import WholeFiles
-from gm_mlic.training.interruption import Interruption
-from gm_mlic.training.processes import place, started_by
+from gm_mlic.validation import section
 from gm_mlic.zoo.trained import Description
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-
-
-def section(config: DictConfig, key: str) -> dict[str, Any]:
-    """A section of the config as a plain dict, resolved."""
-    value = OmegaConf.to_container(config[key], resolve=True)
-    assert isinstance(value, dict)
-    return {str(k): v for k, v in value.items()}
 
 
 # Datasets
@@ -64,15 +52,6 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
     return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
 
 
-def known_datasets() -> dict[str, Any]:
-    """The classes in :mod:`gm_mlic.datasets`, by name; a program of one's own may add to them."""
-    return {cls.name: cls for cls in vars(gm_mlic.datasets).values() if _is_dataset(cls)}
-
-
-def _is_dataset(thing: Any) -> bool:
-    return isinstance(thing, type) and issubclass(thing, MultiLabelDataset) and thing is not MultiLabelDataset
-
-
 # Detection and instances
 
 
@@ -80,25 +59,7 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     """The extractor of ``config.detector``, on the device that the trainer would use."""
     settings = section(config, "detector")
     del settings["max_instances"]
-    return build_extractor(settings.pop("arch"), device=device(config.trainer.accelerator), **settings)
-
-
-def device(accelerator: str) -> str:
-    """The torch device that Lightning's name of an accelerator stands for here, in this process of several."""
-    if not torch.cuda.is_available() or accelerator not in ("auto", "gpu", "cuda"):
-        return "cpu"
-    return f"cuda:{place().local % torch.cuda.device_count()}"
-
-
-def present_device(accelerator: str) -> str:
-    """:func:`device`, for commands that can do without a run: who asks for a GPU there has no other use for a CPU.
-
-    Raises:
-        ConfigError: if a GPU is asked for, and there is none.
-    """
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"accelerator={accelerator}: torch finds no GPU; auto takes one where there is one.")
-    return device(accelerator)
+    return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -228,90 +189,3 @@ def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetric
     """The metrics of ``config.metrics``; options that are null are the preset's."""
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
     return MultiLabelMetrics(len(labels), labels=labels, **options)
-
-
-# Trainer
-
-
-def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """A Lightning trainer with our log lines instead of its own.
-
-    Args:
-        config: with ``trainer``.
-        run_dir: None for evaluation only.
-        callbacks: besides those that the config asks for.
-
-    Raises:
-        ConfigError: if there is no such accelerator, device, strategy or precision here.
-    """
-    settings = config.trainer
-    if settings.num_nodes > 1 and started_by() not in ("torchrun", "srun"):
-        raise ConfigError(
-            f"trainer.num_nodes={settings.num_nodes}: start the processes of several machines with torchrun or srun "
-            "(docs/reliability.md has the commands)."
-        )
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
-    try:
-        trainer = Trainer(
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            num_nodes=settings.num_nodes,
-            strategy=settings.strategy,
-            precision=settings.precision,
-            deterministic="warn" if _is_deterministic(config) else None,
-            max_epochs=settings.max_epochs,
-            gradient_clip_val=settings.gradient_clip_val,
-            callbacks=list(callbacks),
-            plugins=[WholeFiles()],
-            default_root_dir=run_dir,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=run_dir is not None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(
-            f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
-            f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
-        ) from error
-    count = place().count
-    if trainer.world_size != count and started_by() in ("torchrun", "srun"):
-        raise ConfigError(
-            f"{started_by()} started {count} processes, but trainer.devices={settings.devices} and trainer.num_nodes="
-            f"{settings.num_nodes} make a run of {trainer.world_size}: set them to the processes of a machine and the "
-            "number of machines, and trainer.strategy=ddp."
-        )
-    return trainer
-
-
-def _is_deterministic(config: DictConfig) -> bool:
-    wanted = config.trainer.deterministic
-    return bool(device(config.trainer.accelerator) == "cpu" if wanted == "auto" else wanted)
-
-
-def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
-    """Bar, CSV log, checkpoints of best and last epoch, and what the config asks for."""
-    settings = config.trainer
-    checkpoints: dict[str, Any] = {
-        "dirpath": run_dir / "checkpoints",
-        "save_on_train_epoch_end": True,
-        "enable_version_counter": False,
-    }
-    callbacks: list[Callback] = [
-        EpochBar(),
-        EpochCSV(run_dir / "metrics.csv"),
-        # Two of them, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. The best
-        # comes first: last.ckpt then knows of it, and a run killed between the two repeats that epoch.
-        ModelCheckpoint(filename="best", monitor="val/mAP", mode="max", **checkpoints),
-        ModelCheckpoint(filename="last", **checkpoints),
-    ]
-    if settings.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema))
-    if settings.early_stopping is not None:
-        callbacks.append(
-            EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
-        )
-    # After those that change something at the end of a step.
-    return [*callbacks, Interruption(run_dir / "checkpoints" / "last.ckpt", settings.save_minutes)]
