@@ -28,6 +28,7 @@ from gm_mlic.cli.keys import check_keys
 from gm_mlic.cli.process import prepare_process
 from gm_mlic.cli.validation import check
 from gm_mlic.distributed import place
+from gm_mlic.errors import config_keys
 from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
 
 log = logging.getLogger(__name__)
@@ -321,7 +322,8 @@ def _keeping_failures(command: str, failures: list[Exception]) -> Callable[[Dict
     def kept(config: DictConfig) -> Any:
         try:
             check_keys(config, command.replace("-", "_"))
-            return task(config)
+            with config_keys(**_KEYS.get(command, {})):
+                return task(config)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 job = HydraConfig.get().job
@@ -398,6 +400,17 @@ _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", 
 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}
+
+_EMBEDDING = {name: f"embedding.{name}" for name in ("source", "path", "oov", "dim")}
+#: Arguments of the library that a command's config calls something else.
+_KEYS: dict[str, dict[str, str]] = {
+    "eval": {"resamples": "bootstrap"},
+    "predict": _EMBEDDING,
+    "serve": _EMBEDDING,
+    "export": _EMBEDDING | {"form": "format", "name": "push"},
+    "train-detector": {name: f"detector.{name}" for name in ("arch", "weights", "labels", "min_size", "max_size")},
+    "dataset": _EMBEDDING,
+}
 
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,

@@ -17,7 +17,7 @@ from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtrac
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import place
 from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
@@ -49,7 +49,8 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
         raise ConfigError(f"dataset.name={name}: expected one of {', '.join(sorted(datasets))}.")
     if "sizes" in settings:
         settings["size"] = settings.pop("sizes")[split]
-    return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
+    with config_keys("dataset", split="split", size=f"dataset.sizes.{split}"):
+        return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
 
 
 # Detection and instances
@@ -59,7 +60,8 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     """The extractor of ``config.detector``, on the device that the trainer would use."""
     settings = section(config, "detector")
     del settings["max_instances"]
-    return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
+    with config_keys("detector"):
+        return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -88,19 +90,21 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     instances = config.instances
     here = place()
     index, shards = (here.rank, here.count) if instances.shard is None else map(int, instances.shard.split("/"))
-    store = extract(
-        dataset,
-        extractor,
-        store_path(config, dataset, extractor),
-        m=config.detector.max_instances,
-        views=_views(config, dataset.split),
-        view_size=instances.view_size,
-        batch_size=instances.batch_size,
-        num_workers=instances.workers,
-        overwrite=instances.overwrite,
-        shard=(index, shards),
-        together=instances.shard is None,
-    )
+    path = store_path(config, dataset, extractor)
+    with config_keys("instances", m="detector.max_instances", num_workers="instances.workers", path="instances.root"):
+        store = extract(
+            dataset,
+            extractor,
+            path,
+            m=config.detector.max_instances,
+            views=_views(config, dataset.split),
+            view_size=instances.view_size,
+            batch_size=instances.batch_size,
+            num_workers=instances.workers,
+            overwrite=instances.overwrite,
+            shard=(index, shards),
+            together=instances.shard is None,
+        )
     if store is not None and store.manifest.skipped:
         names = list(store.manifest.skipped)
         log.warning(
@@ -120,7 +124,8 @@ def _views(config: DictConfig, split: str) -> int:
 
 def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding:
     """Vectors for these labels, as ``config.embedding`` says."""
-    return embed_labels(labels, **section(config, "embedding"))
+    with config_keys("embedding"):
+        return embed_labels(labels, **section(config, "embedding"))
 
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
@@ -141,7 +146,8 @@ def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
     present = torch.from_numpy(store.targets[store.rows] >= 0)  # difficult objects are seen as well
     own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
-    table = label_candidates(detected_label, score, present, candidates, own)
+    with config_keys("graph"):
+        table = label_candidates(detected_label, score, present, candidates, own)
     return [row.nonzero().flatten().tolist() for row in table]
 
 
@@ -150,7 +156,8 @@ def build_graphs(
 ) -> AssignmentBatchDataset | AssignmentGraphDataset:
     """The assignment graphs of a store: whole batches where the model takes them, single graphs otherwise."""
     kind = AssignmentGraphDataset if execution == "explicit" else AssignmentBatchDataset
-    return kind(store, graph, augment=augment, seed=seed)
+    with config_keys("graph"):
+        return kind(store, graph, augment=augment, seed=seed)
 
 
 # Model, loss, metrics
@@ -174,18 +181,21 @@ def model_settings(
 
 def build_model(description: Description, train_targets: Any) -> torch.nn.Module:
     """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
-    model = description.build_model()
-    if isinstance(model, CountsLabels):
-        model.count(torch.from_numpy(train_targets))
+    with config_keys("model"):
+        model = description.build_model()
+        if isinstance(model, CountsLabels):
+            model.count(torch.from_numpy(train_targets))
     return model
 
 
 def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:
     """The weighted cross-entropy, with r_c from the training split."""
-    return WeightedBCE(torch.from_numpy(label_ratio(train_targets)), **section(config, "loss"))
+    with config_keys("loss"):
+        return WeightedBCE(torch.from_numpy(label_ratio(train_targets)), **section(config, "loss"))
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:
     """The metrics of ``config.metrics``; options that are null are the preset's."""
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
-    return MultiLabelMetrics(len(labels), labels=labels, **options)
+    with config_keys("metrics"):
+        return MultiLabelMetrics(len(labels), labels=labels, **options)

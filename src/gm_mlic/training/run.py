@@ -29,7 +29,7 @@ from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import place
-from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
+from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.store import MANIFEST, sha256
@@ -255,7 +255,8 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         detector_settings=section(config, "detector"),
         embedding=section(config, "embedding"),
     )
-    graph = description.build_graph()
+    with config_keys("graph"):
+        graph = description.build_graph()
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
         build.build_model(description, dataset.targets),
