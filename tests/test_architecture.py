@@ -161,6 +161,26 @@ def test_other_commands_load_no_lightning(name: str):
     assert loaded_by(f"import gm_mlic.cli.{name}", "lightning", "pytorch_lightning") == []
 
 
+#: An option of a config group, but no call.
+_CONFIG_KEY = re.compile(
+    r"\b(dataset|detector|instances|embedding|graph|model|loss|metrics|optimizer|trainer|logger)\.[a-z]\w*(?!\w*\()"
+)
+_ERRORS = ("ConfigError", "ArgumentError", "DataError", "StoreError", "WeightsError")
+#: These are converted apart.
+_LATER = ("nn", "graphs")
+
+
+@pytest.mark.parametrize("name", [name for name in stages() if name not in {"validation", "training", "cli", *_LATER}])
+def test_the_library_names_arguments_not_config_keys(name: str):
+    for module in modules(name):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in _ERRORS):
+                continue
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    assert not _CONFIG_KEY.search(part.value), f"{module}:{node.lineno}: {part.value}"
+
+
 #: Calls that would run what a file says, or start a shell.
 _FORBIDDEN = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "eval", "exec", "pickle.load",

@@ -242,6 +242,28 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["dataset=own", "dataset.root=nowhere"], "nowhere is not a folder: set dataset.root to the folder"),
+        (["dataset=voc2007", "dataset.root=nowhere"], "dataset.download=true fetches it."),
+        (["dataset.image_size=64"], "dataset.image_size is 64: set a whole number from 96 to 640."),
+        (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: set a whole number"),
+        (["detector.weights=cocoo"], "detector.weights is 'cocoo': set null, coco, scenes"),
+        (["detector.weights=coco"], "detector.weights is 'coco', which exists for fasterrcnn_"),
+        (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300 and detector.max_size 200: "),
+        (["embedding=glove", "embedding.path=none.txt"], "do not exist: check embedding.path."),
+    ],
+    ids=lambda settings: settings[-1] if isinstance(settings, list) else "",
+)
+def test_errors_of_the_library_name_the_key(
+    settings: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *settings, "run_dir=run"]) == 2
+    assert line in refused(capsys)
+
+
+@pytest.mark.parametrize(
     ("setting", "known"),
     [
         ("model.name=foo", "gm_mlic_voc2007"), ("dataset.name=foo", "coco2014, nuswide"),
