@@ -6,90 +6,179 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+import gm_mlic
+import gm_mlic.detection
+import gm_mlic.metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gm_mlic"
-#: Imported from everywhere.
-COMMON = {"errors", "tensor_files", "_version"}
+#: Modules of no stage; they may be imported from anywhere.
+COMMON = {"_lazy", "_version", "device", "distributed", "errors", "optim", "tensor_files"}
+#: Packages that every stage may import.
+EVERYWHERE = {"numpy", "torch"}
 FRAMEWORKS = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "wandb"}
-MAY_IMPORT_FRAMEWORKS = {"training", "cli"}
 
 
-def stages() -> dict[str, int]:
-    """Folder (or module) to the number of its stage, from the table in docs/architecture.md."""
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table in docs/architecture.md: the stage's number, and the stages and packages it may import."""
+
+    number: int
+    stages: frozenset[str]
+    packages: frozenset[str]
+
+
+def stages() -> dict[str, Stage]:
+    """Folder (or module) to its row."""
     page = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (\d+) \w+ \| `(\w+)(?:/|\.py)` \|", page, flags=re.MULTILINE)
-    return {folder: int(number) for number, folder in rows}
+    rows = re.findall(r"^\| (\d+) \w+ \| `(\w+)(?:/|\.py)` \| .*? \| ([^|]*) \|$", page, flags=re.MULTILINE)
+    found = {}
+    for number, folder, column in rows:
+        column = re.sub(r"\(.*?\)", "", column)
+        packages = frozenset(re.findall(r"`(\w+)`", column))
+        found[folder] = Stage(int(number), frozenset(re.findall(r"\w+", column)) - packages, packages)
+    return found
 
 
-def modules() -> list[Path]:
-    return sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem in stages())
-
-
-def stage_of(module: Path) -> str:
-    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def modules(stage: str) -> list[Path]:
+    folder = PACKAGE / stage
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
 
 
 def imported(module: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports, at its head or within a function."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
-            found.add(str(node.module))
             if node.module == "gm_mlic":
                 found.update(f"gm_mlic.{alias.name}" for alias in node.names)
+            else:
+                found.add(str(node.module))
     return found
+
+
+def imports_of(name: str) -> tuple[set[str], set[str]]:
+    """The stages (or common modules) and the third-party packages that a stage imports."""
+    names = {imported_name for module in modules(name) for imported_name in imported(module)}
+    ours = {imported_name.split(".")[1] for imported_name in names if imported_name.startswith("gm_mlic.")}
+    tops = {imported_name.split(".")[0] for imported_name in names}
+    return ours - {name}, tops - sys.stdlib_module_names - EVERYWHERE - {"gm_mlic"}
+
+
+def loaded_by(code: str, *names: str) -> list[str]:
+    """Those of some modules that are loaded once ``code`` has run in a fresh process."""
+    code += f"\nimport sys\nprint('loaded:', *sorted(set({names!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()[1:]
 
 
 def test_the_page_names_every_folder():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert folders | {"losses", "runs"} == set(stages())
+    files = {p.stem for p in PACKAGE.glob("*.py")} - COMMON - {"__init__", "__main__"}
+    assert folders | files == set(stages())
 
 
-@pytest.mark.parametrize("module", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_a_stage_imports_only_from_stages_before_it(module: Path):
-    number = stages()
-    mine = stage_of(module)
-    for name in imported(module):
-        if name.startswith("gm_mlic."):
-            other = name.split(".")[1]
-            if other in number and other != mine:
-                assert number[other] < number[mine], f"{mine} imports {name}"
-            else:
-                assert other in COMMON | {mine} | set(number), f"{mine} imports {name}"
+@pytest.mark.parametrize("name", stages())
+def test_a_stage_imports_what_the_page_says(name: str):
+    """No other stage or package, and no name on the page that is not imported."""
+    row = stages()[name]
+    ours, packages = imports_of(name)
+    assert ours - COMMON == row.stages
+    assert packages == row.packages
+    assert all(stages()[other].number < row.number for other in row.stages)
 
 
-@pytest.mark.parametrize("module", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_only_training_and_cli_know_of_frameworks(module: Path):
-    tops = {name.split(".")[0] for name in imported(module)} & FRAMEWORKS
-    allowed = FRAMEWORKS if stage_of(module) in MAY_IMPORT_FRAMEWORKS else set()
-    assert tops <= allowed
-    if stage_of(module) != "cli":
-        assert "hydra" not in tops
+@pytest.mark.parametrize("name", sorted(COMMON))
+def test_common_modules_import_only_one_another(name: str):
+    ours, packages = imports_of(name)
+    assert ours <= COMMON
+    assert packages == set()
 
 
-def test_building_blocks_load_without_frameworks():
+def test_frameworks_stay_where_they_are():
+    users = {package: {name for name in stages() if package in stages()[name].packages} for package in FRAMEWORKS}
+    assert users == {
+        "hydra": {"cli"},
+        "lightning": {"training"},
+        "omegaconf": {"validation", "training", "cli"},
+        "pytorch_lightning": set(),
+        "wandb": {"training", "cli"},
+    }
+
+
+@pytest.mark.parametrize("name", ["nn", "graphs", "losses", "metrics"])
+def test_the_core_loads_neither_frameworks_nor_torchvision(name: str):
     """Not even by way of another package."""
-    code = (
-        "import sys, gm_mlic, gm_mlic.graphs, gm_mlic.nn, gm_mlic.losses, gm_mlic.metrics\n"
-        f"print(sorted({FRAMEWORKS!r} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = {"torchvision", "PIL", "matplotlib", "rich", "gm_mlic.datasets", "gm_mlic.detection.faster_rcnn"}
+    assert loaded_by(f"import gm_mlic.{name}", *FRAMEWORKS, *heavy) == []
+
+
+def test_lazy_packages_have_what_they_list():
+    for package in (gm_mlic, gm_mlic.detection, gm_mlic.metrics):
+        assert all(hasattr(package, name) for name in package.__all__)
+        assert set(dir(package)) == set(package.__all__)
+        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+            _ = package.nothing
 
 
 def test_the_command_line_starts_without_heavy_imports():
-    code = (
-        "import sys, gm_mlic.cli.main\nprint(sorted({'torch', 'hydra', 'lightning', 'matplotlib'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert loaded_by("import gm_mlic.cli.main", "torch", "hydra", "lightning", "matplotlib") == []
+
+
+@pytest.mark.parametrize("command", ["predict", "explain", "serve", "export", "bench", "dataset", "extract"])
+def test_help_loads_neither_torch_nor_lightning(command: str):
+    code = f"from gm_mlic.cli.main import run\nassert run([{command!r}, '--help']) == 0"
+    assert loaded_by(code, "torch", "lightning", "gm_mlic.training") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "images=photo.png", "accelerator=cpu"],
+        ["explain", "image=photo.png", "accelerator=cpu"],
+        ["export", "to=model"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_commands_that_do_not_train_load_no_lightning(arguments: list[str], tmp_path: Path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
+    arguments = [*arguments, "checkpoint=gm_mlic_scenes"]
+    code = f"import os\nos.chdir({str(tmp_path)!r})\nfrom gm_mlic.cli.main import run\nassert run({arguments!r}) == 0"
+    assert loaded_by(code, "torch", "lightning", "pytorch_lightning", "gm_mlic.training") == ["torch"]
+
+
+@pytest.mark.parametrize("name", ["serve", "bench"])
+def test_other_commands_load_no_lightning(name: str):
+    assert loaded_by(f"import gm_mlic.cli.{name}", "lightning", "pytorch_lightning") == []
+
+
+#: An option of a config group, but no call.
+_CONFIG_KEY = re.compile(
+    r"\b(dataset|detector|instances|embedding|graph|model|loss|metrics|optimizer|trainer|logger)\.[a-z]\w*(?!\w*\()"
+)
+_ERRORS = ("ConfigError", "ArgumentError", "DataError", "StoreError", "WeightsError")
+#: These are converted apart.
+_LATER = ("nn", "graphs")
+
+
+@pytest.mark.parametrize("name", [name for name in stages() if name not in {"validation", "training", "cli", *_LATER}])
+def test_the_library_names_arguments_not_config_keys(name: str):
+    for module in modules(name):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) in _ERRORS):
+                continue
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    assert not _CONFIG_KEY.search(part.value), f"{module}:{node.lineno}: {part.value}"
 
 
 #: Calls that would run what a file says, or start a shell.

@@ -10,6 +10,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from gm_mlic.cli import validation
 from gm_mlic.cli.compose import compose
 from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
@@ -17,9 +18,11 @@ from gm_mlic.losses import DIFFICULT_POLICIES
 from gm_mlic.metrics import PRESETS
 from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GlobalPool, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
-from gm_mlic.training import build, settings
+from gm_mlic.training import build
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.run import build_module
+from gm_mlic.training.trainer import build_trainer, training_callbacks
+from gm_mlic.validation import _WITHOUT_EDGES, changed_settings
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
@@ -70,7 +73,7 @@ def check_complete(config: DictConfig) -> None:
     OmegaConf.to_container(config, resolve=True)
     for key in missing:
         OmegaConf.update(config, key, "somewhere")
-    settings.check(config)
+    validation.check(config)
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g)])
@@ -102,7 +105,7 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
         side = 10 if config.detector.arch == "scenes_tiny" else 14
         assert (config.detector.grid, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
-    changed = {change.partition("=")[0] for change in settings.changed_settings(without, config)}
+    changed = {change.partition("=")[0] for change in changed_settings(without, config)}
     expected = set() if on_boxes else {"detector.grid", "detector.max_instances", "graph.m"}
     if without.graph.candidates is not None:  # they have no edges
         expected |= {"graph.candidates"}
@@ -117,35 +120,35 @@ def test_candidates_need_classes_and_a_store():
     ):
         grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []
         with pytest.raises(ConfigError, match=named):
-            settings.check(compose("train", ["experiment=scenes_candidates", override, *grid]))
+            validation.check(compose("train", ["experiment=scenes_candidates", override, *grid]))
 
 
 def test_baselines_take_no_candidates():
     """Those that could not read them are refused by name; the max-pooled one could, and does without."""
-    assert set(settings._WITHOUT_EDGES) == set(options("baseline")) - {"mil_max"}
+    assert set(_WITHOUT_EDGES) == set(options("baseline")) - {"mil_max"}
 
 
 def test_the_instance_graph_must_come_at_all():
     with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
-        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
+        validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
     for without in ("model.instance_graph=false", "ablation=no_instance_graph", "baseline=mil_max"):
-        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
+        validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
     with pytest.raises(ConfigError, match=r"early_stopping=5 could stop before the instance graph is learnt"):
-        settings.check(compose("train", ["experiment=scenes_candidates", "trainer.early_stopping=5"]))
+        validation.check(compose("train", ["experiment=scenes_candidates", "trainer.early_stopping=5"]))
 
 
 def test_the_user_has_the_last_word_on_the_grid():
     config = compose("train", ["baseline=ssgrl", "detector.grid=5"])
-    settings.check(config)
+    validation.check(config)
     assert (config.graph.m, config.detector.max_instances) == (25, 25)
-    settings.check(compose("train", ["detector.grid=5", "graph.m=25", "detector.max_instances=25"]))
+    validation.check(compose("train", ["detector.grid=5", "graph.m=25", "detector.max_instances=25"]))
     for overrides, named in (
         (["detector.grid=5"], r"detector\.max_instances=15: detector\.grid=5 makes 25 instances"),
         (["detector.grid=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
         (["detector=resnet101"], r"graph\.m=10: detector\.grid=14 makes 196 instances"),
     ):
         with pytest.raises(ConfigError, match=named):
-            settings.check(compose("train", overrides))
+            validation.check(compose("train", overrides))
     with pytest.raises(ConfigError, match=r"detector\.grid=many: expected a whole number"):
         compose("train", ["baseline=ssgrl", "detector.grid=many"])
 
@@ -240,8 +243,8 @@ def test_every_setting_has_a_rule():
     keys.update({"image", "label"} & set(leaves(compose("explain"))))
     keys.update({"host", "port"} & set(leaves(compose("serve"))))
     keys.update(set(leaves(compose("export"))) - {"checkpoint", "embedding.path"})
-    assert keys - set(settings.RULES) == elsewhere
-    assert set(settings.RULES) <= keys
+    assert keys - set(validation.RULES) == elsewhere
+    assert set(validation.RULES) <= keys
 
 
 def test_a_wrong_value_fails_at_composition():
@@ -265,7 +268,7 @@ def test_choices_are_those_of_the_stages():
         "metrics.preset": PRESETS,
         "loss.difficult": DIFFICULT_POLICIES,
     }.items():
-        assert settings.RULES[key][1] == f"one of {', '.join(choices)}"
+        assert validation.RULES[key][1] == f"one of {', '.join(choices)}"
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g) if g not in COMMANDS])
@@ -291,7 +294,7 @@ def test_every_file_becomes_what_it_configures(
     module, graph = build_module(config, dataset, build.build_detector(config))
     assert graph.m == config.graph.m
     assert type(module.model) is MODELS.get(config.model.name, GMMLIC)
-    trainer = build.build_trainer(config, tmp_path, build.training_callbacks(config, tmp_path))
+    trainer = build_trainer(config, tmp_path, training_callbacks(config, tmp_path))
     assert trainer.max_epochs == config.trainer.max_epochs
     length = SimpleNamespace(estimated_stepping_batches=10, max_epochs=2)
     monkeypatch.setattr(MLICModule, "trainer", length)

@@ -123,9 +123,9 @@ def test_gradcheck(difficult: str) -> None:
         ([0.5, 1.1], {}, "label_ratio"),
         ([-0.1], {}, "label_ratio"),
         ([float("nan")], {}, "label_ratio"),
-        ([0.5], {"beta": -0.1}, "loss.beta"),
-        ([0.5], {"beta": float("inf")}, "loss.beta"),
-        ([0.5], {"beta": float("nan")}, "loss.beta"),
+        ([0.5], {"beta": -0.1}, "^beta"),
+        ([0.5], {"beta": float("inf")}, "^beta"),
+        ([0.5], {"beta": float("nan")}, "^beta"),
         ([0.5], {"difficult": "maybe"}, "positive, negative, ignore; got 'maybe'"),
     ],
 )

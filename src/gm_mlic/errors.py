@@ -2,11 +2,16 @@
 
 Every message says what is wrong, where, and what to do next. Anything that is not a :class:`GMMLICError` is a
 defect of this package, and is reported as one.
+
+The library names its arguments, between backticks where a message mentions them (```download=True```).
+:func:`config_keys` puts config keys in their place (``dataset.download=true``).
 """
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import re
+from collections.abc import Iterator
 
 
 class GMMLICError(Exception):
@@ -19,7 +24,7 @@ class Terminated(SystemExit):
     """The process was asked to end (SIGTERM), as clusters do before they take a machine back."""
 
     def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
+        super().__init__(143)  # 128 + SIGTERM, as shells have it
 
 
 class ConfigError(GMMLICError):
@@ -50,6 +55,45 @@ def check_positive(**sizes: int) -> None:
     for argument, size in sizes.items():
         if size < 1:
             raise ArgumentError(argument, f"must be 1 or more, got {size}.")
+
+
+#: An argument, perhaps with a key and a value, as messages have it: `part`, `part='all'`, `columns['file']`.
+_ARGUMENT = re.compile(r"`([a-z]\w*(?:\['\w+'\])*)(?:=([^`]*))?`")
+_LITERALS = {"True": "true", "False": "false", "None": "null"}
+
+
+@contextlib.contextmanager
+def config_keys(section: str = "", **keys: str) -> Iterator[None]:
+    """Let errors that are raised within this context name config keys instead of arguments.
+
+    Args:
+        section: that the arguments come from, as ``dataset``; empty for the top of the config.
+        **keys: full keys of arguments that the config calls something else.
+
+    Example:
+        >>> with config_keys("model"):
+        ...     raise ArgumentError("k", "must be 1 or more, got 0.")
+        Traceback (most recent call last):
+        gm_mlic.errors.ConfigError: model.k must be 1 or more, got 0.
+    """
+
+    def key_of(argument: str) -> str:
+        name, *parts = re.findall(r"\w+", argument)
+        return ".".join([keys.get(name, f"{section}.{name}" if section else name), *parts])
+
+    def named(match: re.Match[str]) -> str:
+        argument, value = match.groups()
+        if value is None:
+            return key_of(argument)
+        return f"{key_of(argument)}={_LITERALS.get(value, value.strip(chr(39)))}"
+
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigError(f"{key_of(error.argument)} {_ARGUMENT.sub(named, error.problem)}") from error
+    except GMMLICError as error:
+        error.args = (_ARGUMENT.sub(named, str(error)), *error.args[1:])
+        raise
 
 
 class DataError(GMMLICError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError
 
 DIFFICULT_POLICIES = ("positive", "negative", "ignore")
 
@@ -41,11 +41,11 @@ class WeightedBCE(nn.Module):
         super().__init__()
         ratio = torch.as_tensor(label_ratio, dtype=torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
-            raise ConfigError("label_ratio must hold shares in [0, 1].")
+            raise ArgumentError("label_ratio", "must hold shares in [0, 1].")
         if not 0 <= beta < float("inf"):
-            raise ConfigError(f"loss.beta must be 0 or more, got {beta}.")
+            raise ArgumentError("beta", f"must be 0 or more, got {beta}.")
         if difficult not in DIFFICULT_POLICIES:
-            raise ConfigError(f"loss.difficult must be one of {', '.join(DIFFICULT_POLICIES)}; got {difficult!r}.")
+            raise ArgumentError("difficult", f"must be one of {', '.join(DIFFICULT_POLICIES)}; got {difficult!r}.")
         self.beta = beta
         self.difficult = difficult
         self.register_buffer("label_ratio", ratio)

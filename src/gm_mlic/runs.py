@@ -189,20 +189,27 @@ def varying(runs: Sequence[Run]) -> list[str]:
     return sorted(differ, key=lambda key: key == "seed")
 
 
+def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide the outcome of a run."""
+    kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN[""]}
+    for key, left_out in NOT_PART_OF_A_RUN.items():
+        if isinstance(kept.get(key), Mapping):
+            kept[key] = {name: value for name, value in kept[key].items() if name not in left_out}
+    return kept
+
+
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and values of what decides the outcome of a run."""
     leaves: dict[str, Any] = {}
 
-    def walk(tree: Mapping[str, Any], prefix: str, left_out: frozenset[str]) -> None:
+    def walk(tree: Mapping[str, Any], prefix: str) -> None:
         for key, value in tree.items():
-            if key in left_out:
-                continue
             if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.", NOT_PART_OF_A_RUN.get(key, frozenset()) if not prefix else frozenset())
+                walk(value, f"{prefix}{key}.")
             else:
                 leaves[f"{prefix}{key}"] = value
 
-    walk(config, "", NOT_PART_OF_A_RUN[""])
+    walk(decisive(config), "")
     return leaves
 
 

@@ -17,7 +17,7 @@ import gm_mlic.datasets
 from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.training.settings import check
+from gm_mlic.cli.validation import check
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 
@@ -239,6 +239,28 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
     assert "shard 0/2 is done, others are not yet" in capsys.readouterr().err
     assert run([*common, "instances.shard=1/2"]) == 0
     assert "test: 3 images in data/instances/coco2014/test-scenes_tiny-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["dataset=own", "dataset.root=nowhere"], "nowhere is not a folder: set dataset.root to the folder"),
+        (["dataset=voc2007", "dataset.root=nowhere"], "dataset.download=true fetches it."),
+        (["dataset.image_size=64"], "dataset.image_size is 64: set a whole number from 96 to 640."),
+        (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: set a whole number"),
+        (["detector.weights=cocoo"], "detector.weights is 'cocoo': set null, coco, scenes"),
+        (["detector.weights=coco"], "detector.weights is 'coco', which exists for fasterrcnn_"),
+        (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300 and detector.max_size 200: "),
+        (["embedding=glove", "embedding.path=none.txt"], "do not exist: check embedding.path."),
+    ],
+    ids=lambda settings: settings[-1] if isinstance(settings, list) else "",
+)
+def test_errors_of_the_library_name_the_key(
+    settings: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *settings, "run_dir=run"]) == 2
+    assert line in refused(capsys)
 
 
 @pytest.mark.parametrize(

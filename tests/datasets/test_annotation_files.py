@@ -80,9 +80,9 @@ def test_difficult_labels_need_the_voc_format(tmp_path: Path):
     rows = read(tmp_path, table, target_format="voc").rows
     assert [row.present for row in rows] == [("cat",), ("dog",), ()]
     assert [row.difficult for row in rows] == [(), ("cat",), ()]
-    assert "line 2: column 'dog' has '-1': expected 1 or 0; set dataset.target_format=voc" in refused(tmp_path, table)
+    assert "line 2: column 'dog' has '-1': expected 1 or 0; set `target_format='voc'`" in refused(tmp_path, table)
     binary = "file,cat,dog\na.jpg,1,0\nb.jpg,0,0\n"
-    assert "set dataset.target_format=binary" in refused(tmp_path, binary, target_format="voc")
+    assert "set `target_format='binary'`" in refused(tmp_path, binary, target_format="voc")
     assert "expected 1 (present), 0 (difficult)" in refused(tmp_path, "file,x\na,2\n", target_format="voc")
 
 
@@ -110,7 +110,7 @@ def test_difficult_labels_need_the_voc_format(tmp_path: Path):
         ("file,cat,dog\na.jpg,1,2\n", "line 2: column 'dog' has '2'"),
         ("file,cat,dog\na.jpg,1,\n", "line 2: column 'dog' has ''"),
         ("file,cat,dog\na.jpg,1,yes\n", "line 2: column 'dog' has 'yes'"),
-        ("file,label\na.jpg,cat;dog\n", "if it lists the labels, set dataset.columns.labels=label."),
+        ("file,label\na.jpg,cat;dog\n", "if it lists the labels, set `columns['labels']='label'`."),
         (",file,cat\n0,a.jpg,1\n", "column 1 has no name: remove it (pandas"),
         ("file,labels\na.jpg,cat\n\nb.jpg,cat\na.jpg,dog\n", "line 5 repeats the image 'a.jpg'"),
         ("file,labels\na.jpg,cat\n./a.jpg,cat\n", "line 3 repeats the image 'a.jpg'"),
@@ -140,7 +140,7 @@ def test_a_file_of_another_kind(tmp_path: Path):
 
 def test_ignored_columns_must_exist(tmp_path: Path):
     message = refused(tmp_path, "file,cat,Notes\na.jpg,1,x\n", ignore=("notes",))
-    assert "no column 'notes', which dataset.ignore_columns names; did you mean 'Notes'?" in message
+    assert "no column 'notes', which `ignore_columns` names; did you mean 'Notes'?" in message
 
 
 NAMES = st.text(

@@ -87,7 +87,7 @@ def test_images_without_any_concept(root: Path) -> None:
     for label in CONCEPTS:
         spoil(root, f"TrainTestLabels/Labels_{label}_Test.txt", "0\n" * 6)
     assert len(NUSWIDE(root, "test")) == 6
-    with pytest.raises(DataError, match=r"dataset\.unlabelled=keep"):
+    with pytest.raises(DataError, match=r"`unlabelled=\'keep\'`"):
         NUSWIDE(root, "test", unlabelled="drop")
 
 

@@ -71,9 +71,7 @@ def test_a_file_for_each_split(root: Path):
     assert (train.ids, val.ids) == (("00.png", "01.png"), ("02.png",))
     assert val.targets.tolist() == [[-1, 1]]
     message = refused(root, split="test", annotations=files)
-    assert (
-        "no image is left for split 'test' (train 2, val 1, test 0): name a file in dataset.annotations.test" in message
-    )
+    assert "no image is left for split 'test' (train 2, val 1, test 0): name a file in `annotations['test']`" in message
 
 
 def test_a_folder_for_each_split(root: Path):
@@ -88,9 +86,9 @@ def test_a_folder_for_each_split(root: Path):
     assert [part.ids for part in parts] == [("train/a.png",), ("valid/a.png",)]
     assert [part.image(0).getpixel((0, 0))[0] for part in parts] == [5, 7]
     assert "repeats the image 'a.png'" in refused(root, annotations=files)
-    for wrong, message in (({"test": "x"}, "dataset.folders has 'test'"), ({"train": "../x"}, "dataset.folders.train")):
+    for wrong, message in (({"test": "x"}, "folders has 'test'"), ({"train": "../x"}, "folders['train']")):
         assert message in refused(root, ConfigError, annotations=files, folders=wrong)
-    assert "dataset.folders needs" in refused(root, ConfigError, folders=folders)
+    assert "folders needs" in refused(root, ConfigError, folders=folders)
 
 
 def test_labels_are_those_of_all_splits(root: Path):
@@ -129,7 +127,7 @@ def test_val_is_drawn_from_train_where_only_test_is_annotated(root: Path):
     assert parts["test"].ids == tuple(NAMES[30:])
     assert abs(len(parts["val"]) - 6) <= 1
     assert sorted(parts["train"].ids + parts["val"].ids) == NAMES[:30]
-    assert "raise dataset.val_fraction" in refused(root, split="val", val_fraction=0.0)
+    assert "raise `val_fraction`" in refused(root, split="val", val_fraction=0.0)
 
 
 def test_missing_files_do_not_change_the_splits(root: Path):
@@ -224,11 +222,11 @@ def test_a_photo_that_was_changed_changes_the_fingerprint(root: Path):
 
 def test_labels_that_are_not_in_the_list(root: Path):
     message = refused(root, labels=["cat", "dogs"])
-    assert f"{root / 'labels.csv'}: line 2: the label 'dog' is not in dataset.labels; did you mean 'dogs'?" in message
+    assert f"{root / 'labels.csv'}: line 2: the label 'dog' is not in `labels`; did you mean 'dogs'?" in message
     assert "names the label 'cat' twice" in refused(root, labels=["cat", "cat"])
     assert "names no label" in refused(root, labels=[])
     assert "'Cat' and the label 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
-    assert "dataset.labels has the label 3" in refused(root, labels=["cat", 3])
+    assert "`labels` has the label 3" in refused(root, labels=["cat", 3])
     assert "none.txt is not a file" in refused(root, labels="none.txt")
 
 
@@ -267,7 +265,7 @@ def test_files_of_splits_that_contradict(root: Path):
     assert "an image belongs to one split" in refused(root, annotations=both)
     write(root, "d.csv", ["file,labels,split", "03.png,cat,val"])
     message = refused(root, annotations={"train": "a.csv", "test": "d.csv"})
-    assert "d.csv: line 2 says split 'val', but dataset.annotations says 'test'" in message
+    assert "d.csv: line 2 says split 'val', but `annotations` says 'test'" in message
     write(root, "c.csv", ["file,cat,dog", "02.png,1,0"])
     message = refused(root, annotations={"train": "a.csv", "test": "c.csv"})
     assert "do not declare the same labels (only one has 'cat')" in message
@@ -279,7 +277,7 @@ def test_another_separator_is_noticed(root: Path, caplog: pytest.LogCaptureFixtu
     assert OwnImages(root).labels == ("cat", "dog")
     assert caplog.text == ""
     assert "dog; cat" in OwnImages(root, separator="|").labels
-    assert "'dog; cat' is read as one label; if these are several, set dataset.separator (now '|')" in caplog.text
+    assert "'dog; cat' is read as one label; if these are several, set the separator (now '|')" in caplog.text
 
 
 def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
@@ -291,7 +289,7 @@ def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
     assert (
         f"3 of 20 images of split 'train' are missing in {root} (00.png, 05.png, 06.png; there is '00.PNG')" in message
     )
-    assert "dataset.missing=drop" in message
+    assert "`missing='drop'`" in message
     assert len(OwnImages(root, "val")) == 10  # those of other splits do not matter
     data = OwnImages(root, missing="drop")
     assert data.missing == ("00.png", "05.png", "06.png")
@@ -320,9 +318,9 @@ def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, 
     (root / "labels.csv").rename(elsewhere / "labels.csv")
     assert f"there is one at {elsewhere / 'labels.csv'}, so set its full path" in refused(root)
     assert len(OwnImages(root, annotations=elsewhere / "labels.csv")) == 20
-    assert "dataset.annotations is a path from dataset.root" in refused(root, annotations="none.csv")
-    assert "dataset.annotations.test" in refused(root, annotations={"test": "none.csv"})
-    assert "set dataset.root to the folder with the images" in refused(root / "none")
+    assert "`annotations` is a path from `root`" in refused(root, annotations="none.csv")
+    assert "`annotations['test']`" in refused(root, annotations={"test": "none.csv"})
+    assert "set `root` to the folder with the images" in refused(root / "none")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +331,7 @@ def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, 
     ],
 )  # fmt: skip
 def test_settings(root: Path, options: dict[str, Any]):
-    assert f"dataset.{next(iter(options))}" in refused(root, ConfigError, **options)
+    assert refused(root, ConfigError, **options).startswith(f"{next(iter(options))} ")
 
 
 # ---- Real photos ----

@@ -358,7 +358,7 @@ def test_impossible_dials_are_one_line(dial: dict[str, object]) -> None:
         Scenes(**dial)  # type: ignore[arg-type]
     (key, value), message = *dial.items(), str(caught.value)
     assert "\n" not in message
-    assert f"dataset.{key} is {value!r}" in message
+    assert f"{key} is {value!r}" in message
 
 
 def test_statistics_in_the_docstring() -> None:

@@ -148,7 +148,7 @@ def test_spoilt_class_files(root: Path) -> None:
     cow.write_text("")
     refused(root, "empty")
     cow.unlink()
-    refused(root, "cow_test.txt is missing", "dataset.download=true")
+    refused(root, "cow_test.txt is missing", "`download=True`")
 
 
 def test_an_image_listed_twice(root: Path) -> None:

@@ -98,7 +98,7 @@ def test_shipped_weights_are_small_and_say_how_they_were_made():
 
 def test_missing_file(tmp_path):
     _refused(tmp_path / "none.safetensors", "none.safetensors", "does not exist")
-    _refused("cocoo", "'cocoo'", "detector.weights")
+    _refused("cocoo", "'cocoo'", "`weights`")
 
 
 @pytest.mark.parametrize("content", [b"", b"not at all weights", b"\x80\x02}q\x00."])
@@ -249,6 +249,6 @@ def test_failed_download_says_which_file_to_fetch(offer: Offer):
     named = (
         "could not be downloaded (HTTP Error 404",
         "/rcnn-e3b0c442.pth",
-        "detector.weights=/path/to/rcnn-e3b0c442.pth",
+        "`weights='/path/to/rcnn-e3b0c442.pth'`",
     )
     _refused("coco", *named, arch="fasterrcnn_resnet50_fpn")

@@ -215,12 +215,12 @@ def test_gradients_reach_what_is_trainable(images, trainable, head, backbone):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"arch": "yolo"}, "detector.arch is 'yolo'"),
-        ({"trainable": "rpn"}, "detector.trainable is 'rpn'"),
-        ({"min_size": 8}, "detector.min_size 8"),
-        ({"min_size": 300, "max_size": 200}, "max_size 200"),
-        ({"score_threshold": 1.5}, "detector.score_threshold is 1.5"),
-        ({"nms_threshold": -0.1}, "detector.nms_threshold is -0.1"),
+        ({"arch": "yolo"}, "arch is 'yolo'"),
+        ({"trainable": "rpn"}, "trainable is 'rpn'"),
+        ({"min_size": 8}, "min_size is 8"),
+        ({"min_size": 300, "max_size": 200}, "`max_size` 200"),
+        ({"score_threshold": 1.5}, "score_threshold is 1.5"),
+        ({"nms_threshold": -0.1}, "nms_threshold is -0.1"),
     ],
 )
 def test_settings_that_cannot_work(settings, named):

@@ -119,11 +119,11 @@ def test_gradients_reach_what_is_trainable(images, trainable):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"grid": 41}, "detector.grid is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
-        ({"grid": 0}, "detector.grid is 0"),
-        ({"grid": 4, "trainable": "box_head"}, "detector.trainable is 'box_head': with detector.grid"),
-        ({"arch": "resnet101"}, "detector.arch=resnet101 finds no boxes: set detector.grid=14"),
-        ({"arch": "resnet18", "grid": 7}, "detector.arch is 'resnet18'"),
+        ({"grid": 41}, "grid is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
+        ({"grid": 0}, "grid is 0"),
+        ({"grid": 4, "trainable": "box_head"}, "trainable is 'box_head': with a `grid`"),
+        ({"arch": "resnet101"}, "grid is needed, since resnet101 finds no boxes: set it to 14"),
+        ({"arch": "resnet18", "grid": 7}, "arch is 'resnet18'"),
     ],
 )
 def test_settings_that_cannot_work(settings, named):
@@ -133,7 +133,7 @@ def test_settings_that_cannot_work(settings, named):
 
 
 def test_there_must_be_room_for_all_cells(extractor, images):
-    with pytest.raises(ConfigError, match=r"graph\.m=100 and detector\.max_instances=100"):
+    with pytest.raises(ConfigError, match=r"^m is 99, .* has 100 cells: set it to 100"):
         extractor(images, m=99)
 
 

@@ -13,8 +13,9 @@ from gm_mlic.datasets import BoxAnnotations, MultiLabelDataset, Scenes
 from gm_mlic.detection import build_extractor, training
 from gm_mlic.detection.checkpoints import save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector
-from gm_mlic.detection.training import average_precision, one_cycle, train_detector
+from gm_mlic.detection.training import average_precision, train_detector
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.optim import one_cycle
 
 
 class Squares(MultiLabelDataset):

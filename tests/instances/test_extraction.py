@@ -97,7 +97,7 @@ def test_unreadable_images_are_recorded_and_reported(dataset, tmp_path, caplog):
 def test_all_unreadable_is_a_data_error_and_leaves_nothing(dataset, tmp_path):
     for image_id in dataset.ids:
         dataset.file(image_id).unlink()
-    with pytest.raises(DataError, match=r"None of the 21 images.*dataset.root.*0000.jpg"):
+    with pytest.raises(DataError, match=r"None of the 21 images.*folder of the dataset.*0000.jpg"):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "store.partial").exists()
@@ -511,7 +511,7 @@ def test_resuming_another_job_is_refused(dataset, tmp_path, change, told):
         dataset = Files(dataset.root, labels=settings.pop("labels"))
     with pytest.raises(StoreError, match=re.escape(told)) as caught:
         extract(dataset, extractor, path, **settings)
-    assert "instances.overwrite=true" in str(caught.value)
+    assert "`overwrite=True`" in str(caught.value)
     assert files_of(tmp_path / "store.partial") == before
     assert extract(dataset, extractor, path, overwrite=True, **settings).manifest.m == settings["m"]
 
@@ -610,13 +610,13 @@ def test_other_errors_of_the_dataset_stop_with_their_own_line(dataset, tmp_path,
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"m": 0}, "m=0"),
-        ({"m": -1}, "m=-1"),
-        ({"views": -1}, "views=-1"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"num_workers": -1}, "workers=-1"),
-        ({"shard": (2, 2)}, "shard=2,2"),
-        ({"shard": (0, 0)}, "shard=0,0"),
+        ({"m": 0}, "m must be 1 or more, got 0"),
+        ({"m": -1}, "m must be 1 or more, got -1"),
+        ({"views": -1}, "views must be 0 or more, got -1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
+        ({"shard": (2, 2)}, r"shard is \(2, 2\)"),
+        ({"shard": (0, 0)}, r"shard is \(0, 0\)"),
     ],
 )
 def test_settings_out_of_range(dataset, tmp_path, change, told):
@@ -744,7 +744,7 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
                 os.seteuid(65534)  # root may write everywhere
             store = InstanceStore.open(folder / "store")
             assert len(store.instances(0)) > 0
-            with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*instances.root"):
+            with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*`path`"):
                 extract(dataset, PixelExtractor(), folder / "other", **SETTINGS)
         finally:
             if root:

@@ -130,7 +130,7 @@ def test_check_names_both_sides(made, tmp_path):
         message = str(caught.value)
         assert "\n" not in message
         assert str(store.path) in message
-        assert "instances.overwrite=true" in message
+        assert "`overwrite=True`" in message
         return message
 
     other = PixelExtractor(scale=2.0)
@@ -146,16 +146,16 @@ def test_check_names_both_sides(made, tmp_path):
     assert re.search("files, split train.*files, split val", refusal(dataset=renamed))
     message = refusal(m=35)
     assert "m=8" in message
-    assert "detector.max_instances=35" in message
+    assert "`m=35`" in message
     message = refusal(views=5)
     assert "2 augmented" in message
-    assert "instances.views=5" in message
+    assert "`views=5`" in message
     assert "view_seed=0, you asked for view_seed=9" in refusal(views=1, view_seed=9)
 
 
 @pytest.mark.parametrize("m", [0, -3])
 def test_m_below_one_is_a_config_error(made, m):
-    with pytest.raises(ConfigError, match=f"m={m}"):
+    with pytest.raises(ConfigError, match=f"m must be 1 or more, got {m}"):
         made[2].instances(0, m=m)
     with pytest.raises(ConfigError):
         made[2].check(m=m)
@@ -190,7 +190,7 @@ def test_damaged_array_is_named(made, tmp_path, name, damage):
         file.write_bytes(
             {"shorter": data[:-1], "empty": b"", "longer": data + b"x", "header": b"junk" + data[4:]}[damage]
         )
-    with pytest.raises(StoreError, match=rf"{name}\.npy.*instances.overwrite=true"):
+    with pytest.raises(StoreError, match=rf"{name}\.npy.*`overwrite=True`"):
         InstanceStore.open(path)
 
 

@@ -65,9 +65,9 @@ class SendAt(Callback):
 
 def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
     """Train, stop in the middle of ``epoch`` (from 0), and call train again."""
-    callbacks = build.training_callbacks
+    callbacks = run.training_callbacks
     with monkeypatch.context() as patch:
-        patch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), StopAt(epoch, 1)])
+        patch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), StopAt(epoch, 1)])
         with pytest.raises(StopError):
             run.train(config)
     return run.train(config)
@@ -204,10 +204,10 @@ def test_a_run_told_to_stop_saves_first(
     handler = signal.getsignal(number)
     run.train(run_config("trainer.max_epochs=2"))
     config = run_config("trainer.max_epochs=2", f"run_dir={tmp_path}/other")
-    callbacks = build.training_callbacks
+    callbacks = run.training_callbacks
     with monkeypatch.context() as patch:
         sender = SendAt(number, 1, validating=validating)
-        patch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), sender])
+        patch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), sender])
         with pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt):
             run.train(config)
     assert read_run(tmp_path / "other").state == "interrupted"
@@ -420,8 +420,8 @@ class Weights(Callback):
 @pytest.mark.parametrize("execution", ["auto", "explicit"])
 def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pytest.MonkeyPatch, execution: str):
     """Until then what reads its edges does not learn, and the rest does."""
-    weights, callbacks = Weights(), build.training_callbacks
-    monkeypatch.setattr(build, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
+    weights, callbacks = Weights(), run.training_callbacks
+    monkeypatch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
     overrides = [f"model.execution={execution}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
     run.train(run_config(*overrides, "trainer.instance_graph_after=2"))
     before, *after = weights.states

@@ -67,7 +67,7 @@ def test_the_most_probable_label_is_the_default(predictor: Predictor, photos: li
 def test_what_cannot_be_explained(folder: Path, photos: list[Path], predictor: Predictor):
     with pytest.raises(ConfigError, match="MILMax has no assignment graph"):
         explain(Predictor.load(folder / "mil/checkpoints/best.ckpt"), photos[0])
-    with pytest.raises(ConfigError, match="label=unicorn: the model knows mug"):
+    with pytest.raises(ConfigError, match="label is 'unicorn': the model knows mug"):
         explain(predictor, photos[0], "unicorn")
 
 

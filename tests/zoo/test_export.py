@@ -159,5 +159,5 @@ def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytes
         export(predictor, tmp_path / "x", "onnx")
     own = Predictor(predictor.model, predictor.description, lambda images, m: [])  # type: ignore[arg-type]
     own.extractor.name, own.extractor.labels = "mine", ()  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export part=network"):
+    with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export `part='network'`"):
         export(own, tmp_path / "x", "torch", "all")

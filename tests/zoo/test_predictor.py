@@ -95,7 +95,7 @@ def test_photos_that_cannot_be_read(folder: Path, photos: list[Path], tmp_path: 
     assert [prediction.photo for prediction in found] == photos[:2]
     assert list(skipped) == [str(bad), str(tmp_path / "missing.png")]
     assert list(model([])) == []
-    with pytest.raises(ConfigError, match="batch_size=0"):
+    with pytest.raises(ConfigError, match="batch_size must be 1 or more, got 0"):
         list(model(photos, 0))
 
 

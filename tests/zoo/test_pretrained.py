@@ -206,7 +206,7 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
         Predictor.from_pretrained(run_folder)
     with pytest.raises(WeightsError, match="no such folder"):
         Predictor.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="revision=x"):
+    with pytest.raises(ConfigError, match="revision is 'x', but"):
         Predictor.from_pretrained(saved, revision="x")
 
 

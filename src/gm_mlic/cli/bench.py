@@ -16,8 +16,10 @@ from rich.console import Console
 
 from gm_mlic._version import __version__
 from gm_mlic.bench import CASES, compare, grow, ratios, shares
+from gm_mlic.device import resolve_device
 from gm_mlic.reporting.runtime import draw_comparison, draw_growth, runtime_markdown, runtime_tables, shares_table
 from gm_mlic.training import build
+from gm_mlic.validation import section
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,8 @@ _MEMORY_SHARE = 0.7
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Measure as ``config.bench`` says; returns what ``results.json`` holds."""
-    settings = build.section(config, "bench")
-    device = build.device(config.accelerator)
+    settings = section(config, "bench")
+    device = resolve_device(config.accelerator)
     machine = describe_machine(device)
     limit = int(_MEMORY_SHARE * machine["memory"])
     start = replace(

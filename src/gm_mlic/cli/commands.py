@@ -26,9 +26,10 @@ from gm_mlic.cli.allowed import check_arguments
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
 from gm_mlic.cli.keys import check_keys
 from gm_mlic.cli.process import prepare_process
+from gm_mlic.cli.validation import check
+from gm_mlic.distributed import place
+from gm_mlic.errors import config_keys
 from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
-from gm_mlic.training.processes import place
-from gm_mlic.training.settings import check
 
 log = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
     from gm_mlic.detection.training import train_detector as start
+    from gm_mlic.device import resolve_device
     from gm_mlic.training import build
 
     settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed", "num_workers")}
@@ -228,7 +230,7 @@ def train_detector(config: DictConfig) -> None:
         weights=config.detector.weights,
         min_size=config.detector.min_size,
         max_size=config.detector.get("max_size"),
-        device=build.device(config.accelerator),
+        device=resolve_device(config.accelerator),
         command=" ".join(sys.argv),
         **settings,
     )
@@ -320,7 +322,8 @@ def _keeping_failures(command: str, failures: list[Exception]) -> Callable[[Dict
     def kept(config: DictConfig) -> Any:
         try:
             check_keys(config, command.replace("-", "_"))
-            return task(config)
+            with config_keys(**_KEYS.get(command, {})):
+                return task(config)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 job = HydraConfig.get().job
@@ -397,6 +400,17 @@ _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", 
 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}
+
+_EMBEDDING = {name: f"embedding.{name}" for name in ("source", "path", "oov", "dim")}
+#: Arguments of the library that a command's config calls something else.
+_KEYS: dict[str, dict[str, str]] = {
+    "eval": {"resamples": "bootstrap"},
+    "predict": _EMBEDDING,
+    "serve": _EMBEDDING,
+    "export": _EMBEDDING | {"form": "format", "name": "push"},
+    "train-detector": {name: f"detector.{name}" for name in ("arch", "weights", "labels", "min_size", "max_size")},
+    "dataset": _EMBEDDING,
+}
 
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,

@@ -14,7 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.keys import check_keys
-from gm_mlic.training.settings import check_values, run_identity
+from gm_mlic.cli.validation import check_values
+from gm_mlic.validation import run_identity
 
 CONFIG_MODULE = "gm_mlic.conf"
 #: Cells along the side of a backbone's grid that suit it. 14 is what the last map of a ResNet has at 448 pixels.

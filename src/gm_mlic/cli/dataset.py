@@ -16,6 +16,7 @@ from gm_mlic.datasets.statistics import statistics, unreadable_images
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.reporting.statistics import cooccurrence_table, labels_table, overview_table, statistics_picture
 from gm_mlic.training import build
+from gm_mlic.validation import section
 
 
 def describe(config: DictConfig) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def _check(dataset: MultiLabelDataset) -> dict[str, str]:
 
 def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:
     """Labels with a word that the embedding has no vector for."""
-    embedding = embed_labels(labels, **build.section(config, "embedding") | {"oov": "zeros"})
+    embedding = embed_labels(labels, **section(config, "embedding") | {"oov": "zeros"})
     return list(embedding.out_of_vocabulary)
 
 

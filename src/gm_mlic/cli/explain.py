@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gm_mlic.datasets.images import read_image
+from gm_mlic.device import require_device
 from gm_mlic.reporting.explanation import explanation_picture
-from gm_mlic.training import build
 from gm_mlic.zoo import Explanation, Predictor, explain
 
 #: Influences that are printed; all are in the file.
@@ -33,7 +33,7 @@ def explain_photo(config: DictConfig) -> Path:
         UnreadableImage: if the photo cannot be read.
         ConfigError: if there is no such label, or the model has no graph.
     """
-    predictor = Predictor.load(config.checkpoint, build.present_device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, require_device(config.accelerator))
     photo = read_image(config.image)
     found = explain(predictor, photo, config.label)
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")

@@ -18,8 +18,8 @@ from typing import Any
 
 from gm_mlic._version import __version__
 from gm_mlic.cli.process import prepare_process
+from gm_mlic.distributed import place
 from gm_mlic.errors import Terminated
-from gm_mlic.training.processes import place
 
 #: What each command does, in one line.
 COMMANDS = {

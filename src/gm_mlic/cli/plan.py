@@ -23,13 +23,15 @@ from gm_mlic.cli.bench import describe_machine
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import InstanceExtractor
-from gm_mlic.errors import DataError, UnreadableImage
+from gm_mlic.device import resolve_device
+from gm_mlic.errors import DataError, UnreadableImage, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import create_model
 from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
+from gm_mlic.validation import section
 
 #: Images of the official training and test sets, and labels, for plans without the data (counted by the tests of the
 #: datasets, from the real label files).
@@ -81,7 +83,7 @@ class Probe:
 def plan(config: DictConfig) -> dict[str, Any]:
     """Measure, multiply, print; returns what was printed: ``seconds`` by phase and ``bytes`` by what needs them."""
     begin = time.perf_counter()
-    device = build.device(config.trainer.accelerator)
+    device = resolve_device(config.trainer.accelerator)
     sizes = _sizes(config)
     probe = _measure(config, sizes, device)
     result = estimate(config, sizes, probe)
@@ -198,7 +200,7 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
         runs["view"] = lambda: extractor(square, config.detector.max_instances)
     for run in runs.values():
         run()
-    timings = interleaved(runs, 2, build.device(config.trainer.accelerator))
+    timings = interleaved(runs, 2, resolve_device(config.trainer.accelerator))
     photo = timings["photo"].median / _IMAGES
     return photo, timings["view"].median / _IMAGES if "view" in timings else photo
 
@@ -214,14 +216,17 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     """Seconds of a step and of a forward pass, each for an image; bytes: fixed, for each image, of a checkpoint."""
     C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
-    graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
+    with config_keys("graph"):
+        graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
     execution = config.model.get("execution", "auto")
     names = [str(c) for c in range(C)]
     settings = build.model_settings(
         config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names
     )
-    model = create_model(**settings).to(device)
-    loss_of = WeightedBCE(torch.full((C,), 0.05), **build.section(config, "loss")).to(device)
+    with config_keys("model"):
+        model = create_model(**settings).to(device)
+    with config_keys("loss"):
+        loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss")).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
     options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}
     optimizer = kind(model.parameters(), lr=1e-6, **options)

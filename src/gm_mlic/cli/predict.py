@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gm_mlic.datasets.images import read_image
+from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
 from gm_mlic.reporting.pictures import annotated
-from gm_mlic.training import build
 from gm_mlic.zoo import LabelFound, Prediction, Predictor
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def predict(config: DictConfig) -> dict[str, str]:
         WeightsError: for a checkpoint that cannot be used.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
-    device = build.present_device(config.accelerator)
+    device = require_device(config.accelerator)
     moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
     predictor = Predictor.load(config.checkpoint, device, **moved)
     if config.labels is not None:

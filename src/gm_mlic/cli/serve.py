@@ -8,8 +8,8 @@ import socket
 
 from omegaconf import DictConfig
 
+from gm_mlic.device import require_device
 from gm_mlic.errors import ConfigError
-from gm_mlic.training import build
 from gm_mlic.zoo import Predictor
 
 
@@ -26,7 +26,7 @@ def serve(config: DictConfig) -> None:
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
     embedding = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
-    predictor = Predictor.load(config.checkpoint, build.present_device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, require_device(config.accelerator))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

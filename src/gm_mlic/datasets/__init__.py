@@ -1,5 +1,9 @@
 """Datasets: what each offers to the rest of the package, and the ones that are shipped."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
 from gm_mlic.datasets.nuswide import NUSWIDE
@@ -20,5 +24,15 @@ __all__ = [
     "OwnImages",
     "SceneObject",
     "Scenes",
+    "known_datasets",
     "label_ratio",
 ]
+
+
+def known_datasets() -> dict[str, Any]:
+    """The dataset classes of this module, by name; a program can add its own as an attribute."""
+    return {cls.name: cls for cls in globals().values() if _is_dataset(cls)}
+
+
+def _is_dataset(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, MultiLabelDataset) and value is not MultiLabelDataset

@@ -142,15 +142,13 @@ def _read_table(source: Path, form: TableFormat) -> tuple[tuple[str, ...] | None
     position = {name: n for n, name in enumerate(header)}
     for name in form.ignore:
         if name not in position:
-            raise DataError(
-                f"{source} has no column {name!r}, which dataset.ignore_columns names{close_to(name, header)}"
-            )
+            raise DataError(f"{source} has no column {name!r}, which `ignore_columns` names{close_to(name, header)}")
     listed = form.labels is not None and form.labels in position
     others = [name for name in header if name not in (form.file, form.split, *form.ignore)]
     if not listed and not others:
         raise DataError(
-            f"{source} has neither a column {form.labels!r} nor one for each label: add it (dataset.columns.labels "
-            "says what it is called)."
+            f"{source} has neither a column {form.labels!r} nor one for each label: add it (`columns['labels']` says "
+            "what it is called)."
         )
     read = _listed(form, position) if listed else _one_column_each(source, form, position, others)
     rows = []
@@ -167,7 +165,7 @@ def _read_table(source: Path, form: TableFormat) -> tuple[tuple[str, ...] | None
         rows.append(ImageRow(file, where, split, present, difficult))
     if not listed and form.target_format == "voc" and rows and all(_is_full(row, others) for row in rows):
         raise DataError(
-            f"{source} has no cell -1, so no label is ever absent: set dataset.target_format=binary if 0 means absent."
+            f"{source} has no cell -1, so no label is ever absent: set `target_format='binary'` if 0 means absent."
         )
     return None if listed else tuple(others), rows
 
@@ -221,7 +219,7 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
         header = max(headers.values(), key=len)
         shown = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
         raise DataError(
-            f"{source} has no column {form.file!r} in its first line ({shown}): dataset.columns.file says what the "
+            f"{source} has no column {form.file!r} in its first line ({shown}): `columns['file']` says what the "
             f"column with the file names is called{close_to(form.file, header)}"
         )
     if len(fitting) > 1:
@@ -289,10 +287,10 @@ def _expected_cell(cell: str, label: str, form: TableFormat) -> str:
     if form.target_format == "voc":
         return ": expected 1 (present), 0 (difficult) or -1 (absent)."
     if cell in ("-1", "-1.0"):
-        return ": expected 1 or 0; set dataset.target_format=voc if -1 means absent and 0 difficult."
+        return ": expected 1 or 0; set `target_format='voc'` if -1 means absent and 0 difficult."
     return (
-        ": expected 1 or 0. If it is no label, name it in dataset.ignore_columns; if it lists the labels, set "
-        f"dataset.columns.labels={label}."
+        ": expected 1 or 0. If it is no label, name it in `ignore_columns`; if it lists the labels, set "
+        f"`columns['labels']={label!r}`."
     )
 
 
@@ -319,8 +317,7 @@ def _read_lines(source: Path, form: TableFormat) -> tuple[None, list[ImageRow]]:
 def _object_row(entry: dict[str, Any], form: TableFormat, where: str) -> ImageRow:
     if form.file not in entry:
         raise DataError(
-            f"{where} has no key {form.file!r} (dataset.columns.file says what it is called)"
-            f"{close_to(form.file, entry)}"
+            f"{where} has no key {form.file!r} (`columns['file']` says what it is called){close_to(form.file, entry)}"
         )
     key = form.labels or "labels"
     boxes = None if entry.get("boxes") is None else _object_boxes(entry["boxes"], where)

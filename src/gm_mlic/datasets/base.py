@@ -88,7 +88,7 @@ def check_targets(ids: Sequence[str], labels: Sequence[str], targets: np.ndarray
     from gm_mlic.errors import DataError
 
     if len(ids) == 0:
-        raise DataError("The dataset has no images: check dataset.root and the split.")
+        raise DataError("The dataset has no images: check `root` and `split`.")
     if len(labels) == 0:
         raise DataError("The dataset has no labels: check its annotation file.")
     for what, names in (("image id", ids), ("label", labels)):

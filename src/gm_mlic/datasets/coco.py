@@ -13,7 +13,7 @@ from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDat
 from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -101,7 +101,7 @@ class COCO2014(MultiLabelDataset):
             ("label_order", label_order, ("name", "id")),
         ):
             if value not in allowed:
-                raise ConfigError(f"dataset.{key} is {value!r}: choose one of {', '.join(allowed)}.")
+                raise ArgumentError(key, f"is {value!r}: choose one of {', '.join(allowed)}.")
         check_split(split, val_fraction)
         self.split = split
         self.root = Path(root)
@@ -114,8 +114,7 @@ class COCO2014(MultiLabelDataset):
             if not exists:
                 what = path.relative_to(self.root)
                 raise DataError(
-                    f"COCO's {what} is missing: expected {path} under dataset.root ({self.root}); "
-                    "dataset.download=true fetches it."
+                    f"COCO's {what} is missing: expected {path} under `root` ({self.root}); `download=True` fetches it."
                 )
 
         labels, photos = parse(load(source), source, label_order)

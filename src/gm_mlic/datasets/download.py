@@ -129,7 +129,7 @@ def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = No
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{folder} cannot be made, a file is in the way: choose another dataset.root.") from error
+        raise DataError(f"{folder} cannot be made, a file is in the way: choose another `root`.") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -13,7 +13,7 @@ from PIL import Image
 from gm_mlic.datasets.base import ABSENT, PRESENT, MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,9 @@ class NUSWIDE(MultiLabelDataset):
     ) -> None:
         check_split(split, val_fraction)
         if unlabelled not in ("keep", "drop"):
-            raise ConfigError(f"dataset.unlabelled is {unlabelled!r}: choose one of keep, drop.")
+            raise ArgumentError("unlabelled", f"is {unlabelled!r}: choose one of keep, drop.")
         if download:
-            raise ConfigError(f"dataset.download=true: {_BY_HAND} ({Path(root)}).")
+            raise ConfigError(f"`download=True`: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
         part = "Test" if split == "test" else "Train"
         concepts = self.root / "ConceptsList" / "Concepts81.txt"
@@ -98,7 +98,7 @@ class NUSWIDE(MultiLabelDataset):
         if unlabelled == "drop":
             rows = rows[present[rows].any(axis=1)]
             if not rows.size:
-                raise DataError(f"No image of {source} in split {split!r} has a concept: set dataset.unlabelled=keep.")
+                raise DataError(f"No image of {source} in split {split!r} has a concept: set `unlabelled='keep'`.")
         places = self._find([names[row] for row in rows])
         there = [n for n, place in enumerate(places) if place is not None]
         self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)

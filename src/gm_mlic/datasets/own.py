@@ -28,7 +28,7 @@ from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, Mu
 from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
-from gm_mlic.errors import ConfigError, DataError, UnreadableImage
+from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
 
 log = logging.getLogger(__name__)
 
@@ -122,18 +122,18 @@ class OwnImages(MultiLabelDataset):
             ("missing", missing, ("error", "drop")),
         ):
             if value not in allowed:
-                raise ConfigError(f"dataset.{key} is {value!r}: choose one of {', '.join(allowed)}.")
+                raise ArgumentError(key, f"is {value!r}: choose one of {', '.join(allowed)}.")
         if not 0.0 <= test_fraction < 1.0:
-            raise ConfigError(f"dataset.test_fraction is {test_fraction}: choose a share in [0, 1).")
+            raise ArgumentError("test_fraction", f"is {test_fraction}: choose a share in [0, 1).")
         if not separator:
-            raise ConfigError("dataset.separator is empty: name what stands between the labels of one cell.")
+            raise ArgumentError("separator", "is empty: give the text between the labels of one cell.")
         unknown = [key for key in columns or {} if key not in ("file", "labels", "split")]
         if unknown:
-            raise ConfigError(f"dataset.columns has {unknown[0]!r}: only file, labels and split can be renamed.")
+            raise ArgumentError("columns", f"has {unknown[0]!r}: only file, labels and split can be renamed.")
         self.split = split
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError(f"{self.root} is not a folder: set dataset.root to the folder with the images.")
+            raise DataError(f"{self.root} is not a folder: set `root` to the folder with the images.")
         form = TableFormat(
             **dict(columns or {}),  # type: ignore[arg-type]
             separator=separator,
@@ -160,7 +160,7 @@ class OwnImages(MultiLabelDataset):
             said = f"{len(gone)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
             shown = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "") + _similar_file(self.root, gone[0])
             if missing == "error" or len(gone) == len(chosen):
-                raise DataError(f"{said} ({shown}): restore them, or leave them out with dataset.missing=drop.")
+                raise DataError(f"{said} ({shown}): restore them, or leave them out with `missing='drop'`.")
             log.warning("%s and are left out: %s", said, shown)
         self.missing = tuple(gone)
         self._bytes = [size for size in sizes if size is not None]
@@ -222,20 +222,20 @@ def _read_all(
     """The annotation files; with one for each split, every row says its split and has its folder."""
     if not isinstance(annotations, Mapping):
         if folders:
-            raise ConfigError("dataset.folders needs dataset.annotations with a file for each split.")
+            raise ArgumentError("folders", "needs `annotations` with a file for each split.")
         return [read_annotations(_path(root, annotations, "annotations"), form)]
     for split in annotations:
         if split not in SPLITS:
-            raise ConfigError(f"dataset.annotations has {split!r}: expected a file for each of train, val and test.")
+            raise ArgumentError("annotations", f"has {split!r}: expected a file for each of train, val and test.")
     for split, folder in folders.items():
         if split not in annotations:
-            raise ConfigError(f"dataset.folders has {split!r}, but dataset.annotations has not.")
+            raise ArgumentError("folders", f"has {split!r}, but `annotations` has not.")
         if leaves_folder(folder):
-            raise ConfigError(f"dataset.folders.{split} is {folder!r}: name a folder inside dataset.root.")
+            raise ArgumentError(f"folders[{split!r}]", f"is {folder!r}: name a folder inside `root`.")
     read = []
     first: dict[str, str] = {}
     for split, path in annotations.items():
-        part = read_annotations(_path(root, path, f"annotations.{split}"), form)
+        part = read_annotations(_path(root, path, f"annotations[{split!r}]"), form)
         below = PurePosixPath(folders.get(split, ""))
         rows = tuple(row._replace(file=str(below / row.file)) for row in part.rows)
         for row in rows:
@@ -244,21 +244,21 @@ def _read_all(
                     f"{row.where} repeats the image {row.file!r} ({first[row.file]}): an image belongs to one split."
                 )
             if row.split not in (None, split):
-                raise DataError(f"{row.where} says split {row.split!r}, but dataset.annotations says {split!r}.")
+                raise DataError(f"{row.where} says split {row.split!r}, but `annotations` says {split!r}.")
             first[row.file] = row.where
         read.append(Annotations(part.source, part.labels, tuple(row._replace(split=split) for row in rows)))
     if not read:
-        raise ConfigError("dataset.annotations is empty: name an annotation file.")
+        raise ArgumentError("annotations", "is empty: name an annotation file.")
     return read
 
 
-def _path(root: Path, path: str | Path, setting: str) -> Path:
-    """A file that a setting names, relative to the image folder."""
+def _path(root: Path, path: str | Path, argument: str) -> Path:
+    """A file that an argument names, relative to the image folder."""
     found = root / path
     if not found.is_file():
         here = Path(path).absolute()
         hint = f"; there is one at {here}, so set its full path" if here.is_file() else ""
-        raise DataError(f"{found} is not a file: dataset.{setting} is a path from dataset.root, or a full one{hint}.")
+        raise DataError(f"{found} is not a file: `{argument}` is a path from `root`, or a full one{hint}.")
     return found
 
 
@@ -272,7 +272,7 @@ def _allowed(root: Path, labels: str | Path | Sequence[str]) -> tuple[str, ...]:
         names = tuple(line.strip() for line in read_text(source).splitlines() if line.strip())
         where = f"{source}"
     else:
-        names, where = tuple(labels), "dataset.labels"
+        names, where = tuple(labels), "`labels`"
     if not names:
         raise DataError(f"{where} names no label: name at least one.")
     for n, name in enumerate(names):
@@ -298,7 +298,7 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
     if allowed is not None:
         for label, where in met.items():
             if label not in allowed:
-                raise DataError(f"{where}: the label {label!r} is not in dataset.labels{close_to(label, allowed)}")
+                raise DataError(f"{where}: the label {label!r} is not in `labels`{close_to(label, allowed)}")
         return allowed
     _check_spelling(met)
     declared = read[0].labels
@@ -309,7 +309,7 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
             what = f" (only one has {only[0]!r})" if only else ""
             raise DataError(
                 f"{read[0].source} and {part.source} do not declare the same labels{what}: mend one, or name all "
-                "labels in dataset.labels."
+                "labels in `labels`."
             )
     return declared if declared is not None else tuple(sorted(met))
 
@@ -352,7 +352,7 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
     if joined:
         log.warning(
-            "%r is read as one label; if these are several, set dataset.separator (now %r) to what separates them",
+            "%r is read as one label; if these are several, set the separator (now %r) to what separates them",
             joined[0],
             separator,
         )
@@ -387,9 +387,9 @@ def _empty(
     where = " and ".join(str(part.source) for part in read)
     said = read[0].rows[0].split is not None
     if said and split != "val":
-        mend = f"mark some rows as {split!r}" if len(read) == 1 else f"name a file in dataset.annotations.{split}"
+        mend = f"mark some rows as {split!r}" if len(read) == 1 else f"name a file in `annotations[{split!r}]`"
     else:
-        mend = f"raise dataset.{split}_fraction" if split != "train" else "lower val_fraction and test_fraction"
+        mend = f"raise `{split}_fraction`" if split != "train" else "lower `val_fraction` and `test_fraction`"
     return f"{where}: no image is left for split {split!r} ({counts}): {mend}."
 
 

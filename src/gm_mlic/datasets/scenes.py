@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDataset
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError
 
 Array = NDArray[Any]
 
@@ -439,7 +439,7 @@ class Scenes(MultiLabelDataset):
         image_size: int = 160,
     ) -> None:
         if split not in _SPLITS:
-            raise ConfigError(f"dataset.split is {split!r}: choose one of {', '.join(_SPLITS)}.")
+            raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(_SPLITS)}.")
         size = _SPLITS[split] if size is None else size
         for key, value, low, high in (
             ("size", size, 1, 10_000_000),
@@ -449,9 +449,9 @@ class Scenes(MultiLabelDataset):
             ("image_size", image_size, 96, 640),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-                raise ConfigError(f"dataset.{key} is {value!r}: set a whole number from {low} to {high}.")
+                raise ArgumentError(key, f"is {value!r}: set a whole number from {low} to {high}.")
         if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1:
-            raise ConfigError(f"dataset.hard is {hard!r}: set the share of hard objects, from 0 to 1.")
+            raise ArgumentError("hard", f"is {hard!r}: set the share of hard objects, from 0 to 1.")
         self.split, self.seed = split, int(seed)
         self.company_pairs, self.spatial_pairs = int(company_pairs), int(spatial_pairs)
         self.hard, self.image_size = float(hard), int(image_size)

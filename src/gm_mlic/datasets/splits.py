@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gm_mlic.datasets.base import PRESENT
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError
 
 SPLITS = ("train", "val", "test")
 
@@ -13,9 +13,9 @@ SPLITS = ("train", "val", "test")
 def check_split(split: str, val_fraction: float) -> None:
     """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is one of ours and the fraction is in [0, 1)."""
     if split not in SPLITS:
-        raise ConfigError(f"dataset.split is {split!r}: choose one of {', '.join(SPLITS)}.")
+        raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(SPLITS)}.")
     if not 0.0 <= val_fraction < 1.0:
-        raise ConfigError(f"dataset.val_fraction is {val_fraction}: choose a share in [0, 1).")
+        raise ArgumentError("val_fraction", f"is {val_fraction}: choose a share in [0, 1).")
 
 
 def rows_of(split: str, count: int, val_fraction: float, seed: int) -> np.ndarray:
@@ -28,8 +28,8 @@ def rows_of(split: str, count: int, val_fraction: float, seed: int) -> np.ndarra
         return np.arange(count)
     rows = holdout(count, val_fraction, seed, split == "val")
     if count and not rows.size:
-        raise ConfigError(
-            f"dataset.val_fraction={val_fraction} of {count} images leaves none for split {split!r}: change it."
+        raise ArgumentError(
+            "val_fraction", f"is {val_fraction}, which leaves none of {count} images for split {split!r}: change it."
         )
     return rows
 

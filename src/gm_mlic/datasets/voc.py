@@ -64,8 +64,7 @@ class _VOC(MultiLabelDataset):
                 return folder
         raise DataError(
             f"VOC {self.year}'s ImageSets/Main is missing: expected it in {self.root / 'VOCdevkit' / name}, that is, "
-            f"{archive.url.rpartition('/')[2]} unpacked in dataset.root ({self.root}); dataset.download=true fetches "
-            "it."
+            f"{archive.url.rpartition('/')[2]} unpacked in `root` ({self.root}); `download=True` fetches it."
         )
 
     def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
@@ -99,7 +98,7 @@ class _VOC(MultiLabelDataset):
             first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise DataError(
                 f"{len(missing)} of {len(self.ids)} images of {image_set} are missing in {folder} ({first}): extract "
-                "the archive again, or set dataset.download=true."
+                "the archive again, or set `download=True`."
             )
 
     def image(self, i: int) -> Image.Image:
@@ -227,7 +226,7 @@ def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
     try:
         words = source.read_text(encoding="ascii").split()
     except FileNotFoundError as error:
-        raise DataError(f"{source} is missing: extract the archive again, or set dataset.download=true.") from error
+        raise DataError(f"{source} is missing: extract the archive again, or set `download=True`.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{source} cannot be read ({error}): extract the archive again.") from error
     ids, values = words[::2], words[1::2]

@@ -1,9 +1,19 @@
-"""Detection: images in, instances out."""
+"""Detection: images in, instances out.
 
-from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, build_extractor, save_detector
-from gm_mlic.detection.fixed import FixedDetector
-from gm_mlic.detection.grid import GridExtractor
-from gm_mlic.detection.protocol import InstanceExtractor, Instances
+Each name is imported when it is first used: :class:`Instances` needs no torchvision.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gm_mlic._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, build_extractor, save_detector
+    from gm_mlic.detection.fixed import FixedDetector
+    from gm_mlic.detection.grid import GridExtractor
+    from gm_mlic.detection.protocol import InstanceExtractor, Instances
 
 __all__ = [
     "ARCHITECTURES",
@@ -15,3 +25,21 @@ __all__ = [
     "build_extractor",
     "save_detector",
 ]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "ARCHITECTURES": "faster_rcnn",
+        "FasterRCNNExtractor": "faster_rcnn",
+        "FixedDetector": "fixed",
+        "GridExtractor": "grid",
+        "InstanceExtractor": "protocol",
+        "Instances": "protocol",
+        "build_extractor": "faster_rcnn",
+        "save_detector": "faster_rcnn",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

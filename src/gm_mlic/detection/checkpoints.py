@@ -24,7 +24,7 @@ from torchvision.models.detection import (
     FasterRCNN_ResNet50_FPN_Weights,
 )
 
-from gm_mlic.errors import ConfigError, WeightsError
+from gm_mlic.errors import ArgumentError, WeightsError
 from gm_mlic.tensor_files import load_tensors
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Checkpoint:
             odd = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
             raise WeightsError(
                 f"The weights {self.source} were trained for other labels "
-                f"({odd or f'{len(self.labels)} of them, not {len(labels)}'}): leave detector.labels out, or train on "
+                f"({odd or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
                 "these labels with gm-mlic train-detector."
             )
 
@@ -98,7 +98,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         checkpoint = _download_coco(arch)
     elif weights == "scenes":
         if arch != "scenes_tiny":
-            raise ConfigError(f"detector.weights=scenes is for detector.arch=scenes_tiny, not for {arch}.")
+            raise ArgumentError("weights", f"is 'scenes', which is for `arch='scenes_tiny'`, not for {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
         checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
@@ -155,7 +155,7 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             raise WeightsError(
-                f"The weights {checkpoint.source} do not fit detector.arch={arch}: they {what} {keys[0]}{more}; choose "
+                f"The weights {checkpoint.source} do not fit `arch={arch!r}`: they {what} {keys[0]}{more}; choose "
                 "the architecture that they were trained with."
             )
     detector.load_state_dict(tensors, strict=False)
@@ -184,7 +184,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
-        raise ConfigError(f"detector.weights=coco exists for {', '.join(_COCO)}, not for detector.arch={arch}.")
+        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `arch={arch!r}`.")
     return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
@@ -204,7 +204,7 @@ def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
     except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a damaged download
         raise WeightsError(
             f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
-            f"detector.weights=/path/to/{Path(enum.url).name}."
+            f"`weights='/path/to/{Path(enum.url).name}'`."
         ) from error
 
 
@@ -212,10 +212,10 @@ def _existing(path: Path, names: str) -> Path:
     """``path``, if it can be a weights file; ``names`` are what could be set instead of one."""
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(
-            f"detector.weights is {str(path)!r}: set {names}, or a path that ends in .safetensors, .pt or .pth."
+            f"`weights` is {str(path)!r}: set {names}, or a path that ends in .safetensors, .pt or .pth."
         )
     if not path.is_file():
-        raise WeightsError(f"The weights file {path} does not exist: check detector.weights.")
+        raise WeightsError(f"The weights file {path} does not exist: check `weights`.")
     return path
 
 
@@ -235,7 +235,7 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
     if header is None:
         raise WeightsError(
             f"The weights file {path} does not name its labels: it was not written by gm-mlic train-detector; "
-            "save its tensors with torch.save(state_dict, path) as .pt, and give detector.labels."
+            "save its tensors with torch.save(state_dict, path) as .pt, and give `labels`."
         )
     try:
         record = json.loads(header)
@@ -249,7 +249,7 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
             "gm-mlic train-detector."
         ) from error
     if theirs != arch:
-        raise WeightsError(f"The weights file {path} is for detector.arch={theirs}, not for {arch}.")
+        raise WeightsError(f"The weights file {path} is for `arch={theirs!r}`, not for {arch}.")
     return found
 
 

@@ -22,7 +22,7 @@ from gm_mlic.detection.fingerprint import Fingerprint
 from gm_mlic.detection.grid import CLASSIFIERS, GridExtractor, build_classifier_grid
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError
 
 #: What may be trained end to end; see :class:`FasterRCNNExtractor`.
 TRAINABLE = ("none", "box_head", "all")
@@ -79,7 +79,7 @@ class FasterRCNNExtractor(nn.Module):
     ) -> None:
         super().__init__()
         if trainable not in TRAINABLE:
-            raise ConfigError(f"detector.trainable is {trainable!r}: choose one of {', '.join(TRAINABLE)}.")
+            raise ArgumentError("trainable", f"is {trainable!r}: choose one of {', '.join(TRAINABLE)}.")
         self.name = name
         self.labels = tuple(labels)
         self.trainable = trainable
@@ -198,7 +198,7 @@ class FasterRCNNExtractor(nn.Module):
 def check_architecture(arch: str) -> None:
     """Raise :class:`~gm_mlic.errors.ConfigError` unless ``arch`` is one of :data:`ARCHITECTURES`."""
     if arch not in _BUILDERS:
-        raise ConfigError(f"detector.arch is {arch!r}: choose one of {', '.join(ARCHITECTURES)}.")
+        raise ArgumentError("arch", f"is {arch!r}: choose one of {', '.join(ARCHITECTURES)}.")
 
 
 def build_detector(
@@ -229,10 +229,10 @@ def build_detector(
     min_size = default_size if min_size is None else min_size
     max_size = round(min_size * 5 / 3) if max_size is None else max_size
     if not 32 <= min_size <= max_size:
-        raise ConfigError(f"detector.min_size {min_size} and max_size {max_size}: set 32 <= min_size <= max_size.")
+        raise ArgumentError("min_size", f"is {min_size} and `max_size` {max_size}: set 32 <= min_size <= max_size.")
     for key, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
         if not 0 <= value <= 1:
-            raise ConfigError(f"detector.{key} is {value}: set a number from 0 to 1.")
+            raise ArgumentError(key, f"is {value}: set a number from 0 to 1.")
     # torchvision's builders would download the backbone's weights unless told not to.
     settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
     with torch.random.fork_rng(devices=[]):

@@ -15,7 +15,7 @@ from gm_mlic.detection.checkpoints import load_into, read_classifier
 from gm_mlic.detection.fingerprint import Fingerprint
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError
 
 #: Backbones that belong to no detector, and can only be had as a grid.
 _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
@@ -61,7 +61,7 @@ class GridExtractor(nn.Module):
     ) -> None:
         super().__init__()
         if trainable not in ("none", "all"):
-            raise ConfigError(f"detector.trainable is {trainable!r}: with detector.grid, choose one of none, all.")
+            raise ArgumentError("trainable", f"is {trainable!r}: with a `grid`, choose one of none, all.")
         self.name, self.grid, self.size, self.trainable = name, grid, size, trainable
         self.labels: tuple[str, ...] = ()
         self.body = body.requires_grad_(trainable == "all")
@@ -71,9 +71,10 @@ class GridExtractor(nn.Module):
         body.eval()
         _, self.feature_dim, *sides = _last(torch.func.functional_call(body, shapes, (example,))).shape
         if not 1 <= grid <= min(sides):
-            raise ConfigError(
-                f"detector.grid is {grid}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} "
-                "cells; set 1 to that many, or a larger detector.min_size."
+            raise ArgumentError(
+                "grid",
+                f"is {grid}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} cells; set 1 to "
+                "that many, or a larger image size.",
             )
         self._mean: Tensor
         self._std: Tensor
@@ -121,10 +122,7 @@ class GridExtractor(nn.Module):
         """
         M = self.grid**2
         if m < M:
-            raise ConfigError(
-                f"The number of instances m is {m}, a grid of {self.grid} x {self.grid} has {M}: set graph.m={M} and "
-                f"detector.max_instances={M}."
-            )
+            raise ArgumentError("m", f"is {m}, but a grid of {self.grid} x {self.grid} has {M} cells: set it to {M}.")
         if len(images) == 0:
             return []
         with torch.no_grad():
@@ -173,8 +171,8 @@ def build_classifier_grid(
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
     if grid is None:
-        raise ConfigError(
-            f"detector.arch={arch} finds no boxes: set detector.grid=14, graph.m=196 and detector.max_instances=196."
+        raise ArgumentError(
+            "grid", f"is needed, since {arch} finds no boxes: set it to 14, for example, and m to its square."
         )
     checkpoint = read_classifier(arch, weights)
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,8 @@ from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
-from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.optim import one_cycle
 from gm_mlic.tensor_files import load_tensors
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def train_detector(
     command: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a detector, and save it as ``out`` (.safetensors, ready for ``detector.weights``) and ``out`` (.json).
+    """Train a detector, and save it as ``out`` (.safetensors, ready for ``weights``) and ``out`` (.json).
 
     AdamW with one cycle of the learning rate (cosine warm-up over the first 15 % of the steps, then cosine
     to zero), gradients clipped to norm 5, horizontal flips with probability 1/2. Detectors with random weights train
@@ -91,12 +92,12 @@ def train_detector(
     out = Path(out)
     check_architecture(arch)
     if out.suffix != ".safetensors":
-        raise ConfigError(f"The detector's weights go to {out}: choose a name that ends in .safetensors.")
+        raise ArgumentError("out", f"is {out}: choose a name that ends in .safetensors.")
     if val is not None and val.labels != train.labels:
         raise ConfigError(f"The labels of {val.name} ({val.split}) are not those of {train.name} ({train.split}).")
     for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0:
-            raise ConfigError(f"{key} is {value}: set a positive number.")
+            raise ArgumentError(key, f"is {value}: set a positive number.")
     rows = _rows_with_boxes(train)
     detector = _initial_detector(arch, train.labels, weights, min_size, max_size, seed).to(device)
     steps = math.ceil(len(rows) / batch_size)
@@ -142,7 +143,7 @@ def train_detector(
                     schedule.step()
                     advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
         if not losses:
-            raise DataError(f"No image of {train.name} ({train.split}) can be read: check dataset.root.")
+            raise DataError(f"No image of {train.name} ({train.split}) can be read: check the folder of the dataset.")
         history["loss"].append(sum(losses) / len(losses))
         history["val_ap50"].append(
             None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
@@ -212,22 +213,6 @@ class _LabelledImages(Dataset):
             width = image.shape[-1]
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
         return image, {"boxes": boxes, "labels": labels}
-
-
-def one_cycle(
-    optimizer: torch.optim.Optimizer, rates: list[float], steps: int, warmup: float
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Torch's one-cycle schedule, which divides by zero where a phase has a single step: in runs of few steps.
-
-    Args:
-        optimizer: its groups' learning rates are scheduled.
-        rates: the highest learning rate of each group.
-        steps: in all.
-        warmup: share of them that the learning rate rises; at least two steps.
-    """
-    steps = max(steps, 4)
-    warmup = min(max(warmup, 2 / steps), 1 - 1 / steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=warmup)
 
 
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:

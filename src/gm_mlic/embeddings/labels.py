@@ -15,7 +15,7 @@ from gm_mlic.embeddings.glove import read_words
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 
 _SOURCES = ("hashed", "glove")
 _POLICIES = ("error", "skip_words", "zeros", "hashed")
@@ -76,19 +76,19 @@ def embed_labels(
     """
     labels = tuple(labels)
     if source not in _SOURCES:
-        raise ConfigError(f"embedding.source is {source!r}: choose one of {', '.join(_SOURCES)}.")
+        raise ArgumentError("source", f"is {source!r}: choose one of {', '.join(_SOURCES)}.")
     if oov not in _POLICIES:
-        raise ConfigError(f"embedding.oov is {oov!r}: choose one of {', '.join(_POLICIES)}.")
+        raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
     if not labels or len(set(labels)) != len(labels):
         raise DataError("Label vectors need at least one label, and no label twice.")
     if source == "hashed":
         if isinstance(dim, bool) or dim < 1:
-            raise ConfigError(f"embedding.dim is {dim}: at least 1 is needed.")
+            raise ArgumentError("dim", f"is {dim}: at least 1 is needed.")
         vectors = hashed_vectors(labels, dim, seed)
         found = {label: tuple(words_of(label)) or (label,) for label in labels}
         return LabelEmbedding(labels, torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", found)
     if path is None:
-        raise ConfigError("embedding.source=glove needs embedding.path: a GloVe text file, or a .npz or .pt table.")
+        raise ArgumentError("path", "is needed: `source='glove'` reads a GloVe text file, or a .npz or .pt table.")
     path = Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)
@@ -164,5 +164,5 @@ def _out_of_vocabulary(unknown: list[str], pieces: dict[str, _Pieces], oov: str,
     policies = "zeros or hashed" if oov == "skip_words" else "skip_words, zeros or hashed"
     return (
         f"{len(unknown)} labels are not in {path}: {', '.join(listed)}. "
-        f"Use a file that has them, or choose embedding.oov: {policies}."
+        f"Use a file that has them, or choose another `oov`: {policies}."
     )

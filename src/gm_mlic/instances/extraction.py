@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
-from gm_mlic.errors import ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
+from gm_mlic.errors import ArgumentError, ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
 from gm_mlic.instances.reading import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.writer import State, StoreWriter, plan
@@ -93,13 +93,16 @@ def extract(
     path = Path(path)
     index, shards = shard
     check_sizes(m=m, views=views)
-    if batch_size < 1 or num_workers < 0 or view_size < 1 or view_seed < 0:
-        raise ConfigError(
-            f"instances.batch_size={batch_size} and the view size {view_size} are 1 or more; "
-            f"instances.workers={num_workers} and the view seed {view_seed} are 0 or more."
-        )
+    for argument, value, minimum in (
+        ("batch_size", batch_size, 1),
+        ("view_size", view_size, 1),
+        ("num_workers", num_workers, 0),
+        ("view_seed", view_seed, 0),
+    ):
+        if value < minimum:
+            raise ArgumentError(argument, f"must be {minimum} or more, got {value}.")
     if not 0 <= index < shards:
-        raise ConfigError(f"instances.shard={index},{shards}: give (i, n) with 0 <= i < n.")
+        raise ArgumentError("shard", f"is ({index}, {shards}): give (i, n) with 0 <= i < n.")
     check_targets(dataset.ids, dataset.labels, dataset.targets)
     job = plan(
         dataset,
@@ -199,7 +202,7 @@ def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) 
                 instances = extractor(images, job.m)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"The detector {job.detector} ran out of memory with instances.batch_size={job.batch_size}: lower it."
+                f"The detector {job.detector} ran out of memory with `batch_size={job.batch_size}`: lower it."
             ) from error
         if len(instances) != len(images):
             raise StoreError(f"The detector {job.detector} gave {len(instances)} results for {len(images)} images.")
@@ -263,7 +266,7 @@ class _Claim:
                     if not self.patient and time.monotonic() - began > PATIENCE_S:
                         raise StoreError(
                             f"Process {holders[rivals[0]]} is extracting {self.path} as {rivals[0]}: wait for it, or "
-                            "give each process its own instances.shard of the same number of shards."
+                            "give each process its own `shard` of the same number of shards."
                         )
                 if not waiting:
                     numbers = [self._number(file) for file in sorted(self.partial.glob("*.pid"))]
@@ -301,7 +304,9 @@ class _Claim:
             if (states == State.UNREADABLE).all():
                 first = next(iter(self.writer.reasons().values()))
                 self.writer.discard()
-                raise DataError(f"None of the {len(states)} images can be read: check dataset.root. The first: {first}")
+                raise DataError(
+                    f"None of the {len(states)} images can be read: check the folder of the dataset. The first: {first}"
+                )
             return self.writer.finish()
 
     def _is_made(self, waited: bool) -> bool:

@@ -37,7 +37,7 @@ import torch
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
-from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.errors import ArgumentError, StoreError
 from gm_mlic.tensor_files import map_array
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _SMALL_BYTES = 1 << 30
 FORMAT = 1
 MANIFEST = "manifest.json"
-REMEDY = "set instances.overwrite=true to replace it, or another instances.root to keep both"
+REMEDY = "set `overwrite=True` to replace it, or another `path` to keep both"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Manifest:
             StoreError: if it cannot be read, is no manifest, or is of another format version.
         """
         broken = f"The manifest {file} is damaged"
-        again = "extract again with instances.overwrite=true"
+        again = "extract again with `overwrite=True`"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
@@ -241,14 +241,11 @@ class InstanceStore:
         if not (path / MANIFEST).is_file():
             if partial_path(path).is_dir():
                 raise StoreError(
-                    f"The instance store {path} is unfinished: run the `gm-mlic extract` command that began it again "
-                    f"(with instances.path={path}); it continues where it stopped."
+                    f"The instance store {path} is unfinished: call gm_mlic.extract (or run gm-mlic extract) with the "
+                    "same arguments again; it continues where it stopped."
                 )
             what = "is not an instance store (no manifest.json)" if path.exists() else "does not exist"
-            raise StoreError(
-                f"The instance store {path} {what}: make it with `gm-mlic extract instances.path={path}` and the "
-                "dataset and detector settings of this run."
-            )
+            raise StoreError(f"The instance store {path} {what}: make it with gm_mlic.extract (or gm-mlic extract).")
         manifest = Manifest.read(path / MANIFEST)
         arrays = {name: _open_array(path / f"{name}.npy", manifest, name) for name in manifest.specs()}
         return cls(path, manifest, arrays)
@@ -330,13 +327,13 @@ class InstanceStore:
             raise StoreError(f"The store {self.path} was made for something else: {difference}; {REMEDY}.")
         if m is not None and m > have.m:
             raise StoreError(
-                f"The store {self.path} has m={have.m} instances for each image, you asked for m={m} (graph.m): "
-                f"extract again with detector.max_instances={m} instances.overwrite=true, or lower graph.m."
+                f"The store {self.path} has m={have.m} instances for each image, you asked for m={m}: extract "
+                f"again with `m={m}` and `overwrite=True`, or ask for fewer."
             )
         if views is not None and views > have.views:
             raise StoreError(
-                f"The store {self.path} has {have.views} augmented views, you asked for {views} (instances.views): "
-                f"extract again with instances.views={views} instances.overwrite=true, or lower it."
+                f"The store {self.path} has {have.views} augmented views, you asked for {views}: extract again "
+                f"with `views={views}` and `overwrite=True`, or ask for fewer."
             )
 
     def verify(self) -> None:
@@ -350,7 +347,7 @@ class InstanceStore:
             if sha256(file) != info.get("sha256"):
                 raise StoreError(
                     f"The file {file} is damaged (its SHA-256 is not the manifest's): "
-                    "extract again with instances.overwrite=true."
+                    "extract again with `overwrite=True`."
                 )
 
     def verify_once(self) -> None:
@@ -383,9 +380,9 @@ def partial_path(path: Path) -> Path:
 def check_sizes(m: int | None = None, views: int | None = None) -> None:
     """Raise ConfigError unless ``m`` is at least 1 and ``views`` is not negative."""
     if m is not None and m < 1:
-        raise ConfigError(f"m={m}: the instances kept for each image (graph.m, detector.max_instances) are 1 or more.")
+        raise ArgumentError("m", f"must be 1 or more, got {m}.")
     if views is not None and views < 0:
-        raise ConfigError(f"views={views}: the number of augmented views (instances.views) is 0 or more.")
+        raise ArgumentError("views", f"must be 0 or more, got {views}.")
 
 
 def sha256(file: Path) -> str:
@@ -399,7 +396,7 @@ def sha256(file: Path) -> str:
 
 def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
     shape, dtype = manifest.specs()[name]
-    again = "extract again with instances.overwrite=true"
+    again = "extract again with `overwrite=True`"
     recorded = manifest.arrays.get(name)
     if not isinstance(recorded, dict) or recorded.get("shape") != list(shape) or recorded.get("dtype") != dtype.str:
         raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (array {name!r} does not fit it): {again}.")

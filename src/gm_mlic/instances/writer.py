@@ -119,9 +119,7 @@ class StoreWriter:
         writer = cls(path, manifest)
         partial = writer.partial
         if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
-            raise StoreError(
-                f"{path} exists and is not an instance store: set another instances.root or instances.path."
-            )
+            raise StoreError(f"{path} exists and is not an instance store: choose another `path`.")
         found = None
         for name in (MANIFEST, _JOB):
             if (partial / name).is_file():
@@ -301,13 +299,13 @@ class StoreWriter:
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise StoreError(
-                    f"Cannot write {error.filename or self.partial}: {error.strerror}: set another instances.root."
+                    f"Cannot write {error.filename or self.partial}: {error.strerror}: choose another `path`."
                 ) from error
             need = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for s, d in self.manifest.specs().values())
             raise StoreError(
                 f"No room for the instance store {self.path} ({error.strerror}): it needs {need / 1e9:.3g} GB, "
                 f"{_free(self.path) / 1e9:.3g} GB are free: free some and run the same command again (it continues), "
-                "set another instances.root, or lower detector.max_instances or instances.views."
+                "choose another `path`, or lower `m` or `views`."
             ) from error
 
 

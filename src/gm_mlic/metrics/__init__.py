@@ -1,14 +1,23 @@
-"""Multi-label metrics under the conventions of the literature."""
+"""Multi-label metrics under the conventions of the literature.
+
+Each name is imported when it is first used: torchmetrics, on which :class:`MultiLabelMetrics` builds, imports
+torchvision and matplotlib.
+"""
 
 from __future__ import annotations
 
-from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
-from gm_mlic.metrics.conventions import PRESETS, Convention, convention
-from gm_mlic.metrics.evaluation import evaluate_files, evaluate_scores
-from gm_mlic.metrics.functional import PrecisionRecall, average_precision, precision_recall, predicted
-from gm_mlic.metrics.multilabel import MultiLabelMetrics
-from gm_mlic.metrics.score_files import ScoredImages, read_scored_images, write_scored_images
-from gm_mlic.metrics.thresholds import fit_thresholds
+from typing import TYPE_CHECKING
+
+from gm_mlic._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
+    from gm_mlic.metrics.conventions import PRESETS, Convention, convention
+    from gm_mlic.metrics.evaluation import evaluate_files, evaluate_scores
+    from gm_mlic.metrics.functional import PrecisionRecall, average_precision, precision_recall, predicted
+    from gm_mlic.metrics.multilabel import MultiLabelMetrics
+    from gm_mlic.metrics.score_files import ScoredImages, read_scored_images, write_scored_images
+    from gm_mlic.metrics.thresholds import fit_thresholds
 
 __all__ = [
     "PRESETS",
@@ -29,3 +38,30 @@ __all__ = [
     "read_scored_images",
     "write_scored_images",
 ]
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "PRESETS": "conventions",
+        "Convention": "conventions",
+        "MultiLabelMetrics": "multilabel",
+        "PrecisionRecall": "functional",
+        "ScoredImages": "score_files",
+        "average_precision": "functional",
+        "bootstrap_map": "bootstrap",
+        "convention": "conventions",
+        "evaluate_files": "evaluation",
+        "evaluate_scores": "evaluation",
+        "fit_thresholds": "thresholds",
+        "interval": "bootstrap",
+        "p_value": "bootstrap",
+        "precision_recall": "functional",
+        "predicted": "functional",
+        "read_scored_images": "score_files",
+        "write_scored_images": "score_files",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
 
 Array = np.ndarray[Any, Any]
@@ -290,7 +290,7 @@ def _thresholds(convention: Convention, scores: Array) -> Array:
     """The threshold (), or those of the labels (C,), in the precision of the scores."""
     thresholds = np.asarray(convention.threshold, dtype=scores.dtype)
     if thresholds.ndim and len(thresholds) != scores.shape[1]:
-        raise ConfigError(f"metrics.threshold has {len(thresholds)} values for {scores.shape[1]} labels.")
+        raise ArgumentError("threshold", f"has {len(thresholds)} values for {scores.shape[1]} labels.")
     return thresholds
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, ConfigError, DataError
 from gm_mlic.metrics.conventions import convention
 from gm_mlic.metrics.functional import _average_precision, _precision_recalls, check_scores, check_targets
 
@@ -56,11 +56,11 @@ class MultiLabelMetrics(Metric):
     ) -> None:
         super().__init__()
         if num_labels < 1:
-            raise ConfigError(f"num_labels is {num_labels}: at least one label is needed.")
+            raise ArgumentError("num_labels", f"is {num_labels}: at least one label is needed.")
         if labels is not None and len(labels) != num_labels:
             raise ConfigError(f"{len(labels)} label names were given for {num_labels} labels.")
         if target_format not in ("voc", "binary"):
-            raise ConfigError(f"target_format is {target_format!r}: choose voc (1, 0, -1) or binary (0, 1).")
+            raise ArgumentError("target_format", f"is {target_format!r}: choose voc (1, 0, -1) or binary (0, 1).")
         self.num_labels = num_labels
         self.preset = preset
         self.labels = tuple(labels) if labels is not None else tuple(str(c) for c in range(num_labels))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.functional import check_scores, check_targets
 from gm_mlic.tensor_files import load_arrays, load_tensors
 
@@ -70,7 +70,7 @@ def read_scored_images(
         ConfigError: for another ``target_format``.
     """
     if target_format not in ("auto", "voc", "binary"):
-        raise ConfigError(f"target_format={target_format}: choose auto, voc (1, 0, -1) or binary (0, 1).")
+        raise ArgumentError("target_format", f"is {target_format!r}: choose auto, voc (1, 0, -1) or binary (0, 1).")
     truth = read_table(targets, "targets")
     tables = [read_table(path, "scores") for path in scores]
     values, form = _voc_targets(truth, target_format)

@@ -10,13 +10,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from gm_mlic.detection.training import one_cycle
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import AssignmentBatch, without_near
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import GMMLIC, ModelOutput
 from gm_mlic.nn.structured import Prepared
+from gm_mlic.optim import one_cycle
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.interruption import position
 from gm_mlic.training.online import OnlineGraphs

@@ -27,7 +27,9 @@ from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
-from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
+from gm_mlic.device import resolve_device
+from gm_mlic.distributed import place
+from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.store import MANIFEST, sha256
@@ -40,9 +42,9 @@ from gm_mlic.training.data import GraphData
 from gm_mlic.training.interruption import position, signals_kept
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
-from gm_mlic.training.processes import place
-from gm_mlic.training.settings import changed_settings, check
 from gm_mlic.training.tracking import Tracker
+from gm_mlic.training.trainer import build_trainer, training_callbacks
+from gm_mlic.validation import changed_settings, check, section
 from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -111,8 +113,8 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
     extractor = build.build_detector(config)
     module, graph = build_module(config, datasets["train"], extractor)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
-        callbacks = build.training_callbacks(config, run_dir) + tracker.callbacks
-        trainer = build.build_trainer(config, run_dir, callbacks)
+        callbacks = training_callbacks(config, run_dir) + tracker.callbacks
+        trainer = build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.candidates is not None:
             store = data["train"].store
@@ -250,16 +252,17 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         graph=build.graph_settings(config),
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
-        detector_settings=build.section(config, "detector"),
-        embedding=build.section(config, "embedding"),
+        detector_settings=section(config, "detector"),
+        embedding=section(config, "embedding"),
     )
-    graph = description.build_graph()
+    with config_keys("graph"):
+        graph = description.build_graph()
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
         build.build_model(description, dataset.targets),
         build.build_loss(config, dataset.targets),
         build.build_metrics(config, labels),
-        build.section(config, "optimizer"),
+        section(config, "optimizer"),
         description,
         _online_graphs(config, description, graph, extractor) if config.instances.online else None,
         config.trainer.instance_graph_after or 0,
@@ -289,7 +292,7 @@ def _fit(
         log.info("continuing %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = config.trainer.num_workers
     if workers is None:
-        workers = 0 if build.device(config.trainer.accelerator) == "cpu" else 2
+        workers = 0 if resolve_device(config.trainer.accelerator) == "cpu" else 2
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
         # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
@@ -335,7 +338,7 @@ def _stopped_early(content: dict[str, Any]) -> bool:
 def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tensor, Tensor, Tensor]:
     """Rows (n,) of the readable images, their scores (n, C), and which instance won each label (n, C)."""
     module, loader = _trained(config, checkpoint, data, None)
-    batches = build.build_trainer(config, None).predict(module, loader)
+    batches = build_trainer(config, None).predict(module, loader)
     rows, scores, winners = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
     return rows, scores, winners
 
@@ -365,7 +368,7 @@ class _Tested:
 def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _Tested:
     """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
     module, loader = _trained(config, checkpoint, data, extractor)
-    build.build_trainer(config, None).test(module, loader, verbose=False)
+    build_trainer(config, None).test(module, loader, verbose=False)
     assert module.test_scores is not None
     scores, targets, rows = (part.cpu() for part in module.test_scores)
     rules = module.metrics.convention

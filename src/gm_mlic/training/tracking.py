@@ -21,9 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
+from gm_mlic.distributed import place
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import EXAMPLES, write_atomically
-from gm_mlic.training.processes import place
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from gm_mlic.datasets import Scenes
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, FixedDetector
-from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError
 from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Predictor
@@ -51,7 +51,7 @@ class MatchNetwork(nn.Module):
         if "instance_dim" not in predictor.description.model:
             raise ConfigError(
                 f"{predictor.description.model['name']} reads the detector's own labels, not features: there is no "
-                "network to export; format=pretrained shares it."
+                "network to export. Predictor.save_pretrained (format=pretrained) shares it."
             )
         self.feature_dim = int(predictor.description.model["instance_dim"])
         self.min_instances = 1 if self.neighbours is None else self.neighbours + 1
@@ -147,7 +147,9 @@ def export(
         ExportError: if the written program says something else than the model.
     """
     if part not in PARTS or form not in FORMATS:
-        raise ConfigError(f"format={form}, part={part}: formats are {', '.join(FORMATS)}, parts {', '.join(PARTS)}.")
+        raise ConfigError(
+            f"`form={form!r}`, `part={part!r}`: formats are {', '.join(FORMATS)}, parts {', '.join(PARTS)}."
+        )
     network = MatchNetwork(predictor)
     both = {"labels": predictor.description.labels, "detector_labels": predictor.extractor.labels}
     names = {key: json.dumps(value, ensure_ascii=False) for key, value in both.items()}
@@ -160,7 +162,9 @@ def export(
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)
     extractor = predictor.extractor
     if not isinstance(extractor, FasterRCNNExtractor):
-        raise ConfigError(f"part={part}: the detector {extractor.name} is none of gm-mlic's: export part=network.")
+        raise ArgumentError(
+            "part", f"is {part!r}, but the detector {extractor.name} is none of gm-mlic's: export `part='network'`."
+        )
     extractor = copy.deepcopy(extractor).cpu()
     side = int(extractor.detector.transform.min_size[-1])
     height, width = size or (side, side)
@@ -243,7 +247,7 @@ def _write_onnx(
         import onnxruntime  # type: ignore[import-untyped]  # noqa: F401 - for the check, which comes after minutes of work
         from onnxscript import opset18 as op
     except ImportError as error:
-        raise ConfigError("format=onnx needs the extra: pip install 'gm-mlic[export]'.") from error
+        raise ConfigError("`form='onnx'` needs the extra: pip install 'gm-mlic[export]'.") from error
 
     def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         # of equal values ONNX's TopK takes the one that comes first

@@ -18,7 +18,7 @@ from torch_geometric.data import Batch, HeteroData
 from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
 from gm_mlic.embeddings import embed_labels
-from gm_mlic.errors import ConfigError, UnreadableImage, WeightsError
+from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import MATCHES, dense_batch, instance_data
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, load_safely, read_pretrained, write_pretrained
@@ -239,7 +239,7 @@ class Predictor:
             UnreadableImage: for the first photo that cannot be read, unless ``skipped`` is given.
         """
         if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}: at least 1 is needed.")
+            raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
             read = [(photo, image) for photo in batch if (image := self._read(photo, skipped)) is not None]
@@ -322,6 +322,7 @@ class Predictor:
 def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor | GridExtractor:
     """The detector of a model's settings, which may come from anywhere."""
     try:
-        return build_extractor(device=device, **settings)
+        with config_keys("detector"):
+            return build_extractor(device=device, **settings)
     except TypeError as error:
         raise WeightsError(f"{source}: its detector cannot be built ({error}).") from error

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
-from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
+from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.nn import SHIPPED, pretrained_models
 from gm_mlic.zoo.trained import Description
 
@@ -142,7 +142,9 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ConfigError(f"revision={revision}: {folder} is a folder; revisions are for names on the hub.")
+            raise ArgumentError(
+                "revision", f"is {revision!r}, but {folder} is a folder: revisions are for names on the hub."
+            )
         return folder
     if revision is None and str(name) in pretrained_models():
         return SHIPPED / str(name)
@@ -174,7 +176,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
         )
     except Exception as error:
         raise WeightsError(
-            f"push={name}: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
+            f"`name={name!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
         ) from error
     return str(address)
 

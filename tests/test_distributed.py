@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from gm_mlic.training.processes import Place, place, started_by
+from gm_mlic.distributed import Place, place, started_by
 
 STARTERS = {
     None: ({"WORLD_SIZE": "4", "SLURM_NTASKS": "4"}, Place(0, 1, 0)),

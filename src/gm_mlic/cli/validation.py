@@ -1,0 +1,118 @@
+"""Which values the settings of commands may take: those of a run (:mod:`gm_mlic.validation`), and their own."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from gm_mlic import validation
+from gm_mlic.errors import ConfigError
+from gm_mlic.validation import TEXT, YES_NO, Rule, are_texts, is_text, is_whole, number, one_of, or_null, some_of, whole
+
+
+def _is_address(value: Any) -> bool:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        return False
+    return isinstance(value, str)
+
+
+RULES: Mapping[str, Rule] = {
+    **validation.RULES,
+    "accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "devices": whole(1),
+    "epochs": whole(1),
+    "batch_size": whole(1),
+    "lr": number(0, open_low=True),
+    "weight_decay": number(0),
+    "num_workers": whole(0),
+    "check": YES_NO,
+    "splits": (
+        lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),
+        "a list of train, val and test",
+    ),
+    "bench.cases": some_of("voc2007", "coco2014", "nuswide", "large"),
+    "bench.fusions": some_of("concat", "product"),
+    "bench.executions": some_of("plain", "structured", "compiled", "recomputed"),
+    "bench.batch": whole(1),
+    "bench.k": whole(1),
+    "bench.norm": one_of("none", "encoder", "all"),
+    "bench.precision": one_of("float32", "bfloat16"),
+    "bench.repeats": (
+        lambda v: isinstance(v, list) and len(v) == 2 and all(is_whole(n) and n > 0 for n in v),
+        "two whole numbers, at least 1: rounds of forward passes and of training steps",
+    ),
+    "bench.curves": (
+        lambda v: isinstance(v, list) and all(name in ("m", "C", "k", "batch") for name in v),
+        "a list of some of m, C, k and batch",
+    ),
+    "bench.growth_batch": whole(1),
+    "bench.shares": YES_NO,
+    "images": (
+        lambda v: is_text(v) or (are_texts(v) and len(v) > 0),
+        "a file, a folder, a pattern, or a list of them",
+    ),
+    "host": (_is_address, "an address, as 127.0.0.1"),
+    "port": (lambda v: is_whole(v) and 0 <= v <= 65535, "a whole number from 0 to 65535"),
+    "image": TEXT,
+    "label": or_null(TEXT),
+    "top": whole(1),
+    "threshold": number(0, 1),
+    "labels": or_null((lambda v: is_text(v) or (are_texts(v) and len(v) > 0), "names, as [cat,zebra crossing]")),
+    "pictures": YES_NO,
+    "to": TEXT,
+    "format": one_of("pretrained", "torch", "onnx"),
+    "part": one_of("network", "detector", "all"),
+    "size": or_null(
+        (lambda v: isinstance(v, list) and len(v) == 2 and all(is_whole(n) and n >= 32 for n in v), "[HEIGHT,WIDTH]")
+    ),
+    "licence": or_null(TEXT),
+    "push": or_null((lambda v: isinstance(v, str) and v.count("/") == 1, "USER/NAME")),
+    "private": YES_NO,
+    "calibrate": YES_NO,
+    "bootstrap": whole(0),
+    "target_format": one_of("auto", "voc", "binary"),
+}
+
+
+def _strategies() -> Iterable[str]:
+    from gm_mlic.training.trainer import strategies
+
+    return strategies()
+
+
+NAMES: Mapping[str, Callable[[], Iterable[str]]] = {**validation.NAMES, "trainer.strategy": _strategies}
+
+
+def check(config: DictConfig, *, complete: bool = True) -> None:
+    """:func:`gm_mlic.validation.check`, for the config of any command."""
+    validation.check(config, RULES, NAMES, complete=complete)
+    if OmegaConf.select(config, "bootstrap", default=None) is not None:
+        _check_evaluation(lambda key: OmegaConf.select(config, key, default=None))
+
+
+def check_values(config: DictConfig) -> None:
+    """:func:`gm_mlic.validation.check_values`, for the config of any command."""
+    validation.check_values(config, RULES)
+
+
+def _check_evaluation(get: Callable[[str], Any]) -> None:
+    """What ``gm-mlic eval`` is to evaluate: a checkpoint, or files."""
+    if (get("checkpoint") is None) == (get("scores") is None):
+        raise ConfigError("give either checkpoint=FILE, or scores=FILE and targets=FILE.")
+    if get("checkpoint") is not None:
+        for key in ("targets", "against", "val_scores", "val_targets"):
+            if get(key) is not None:
+                raise ConfigError(f"{key}={get(key)} goes with scores=FILE, not with checkpoint.")
+        return
+    if get("targets") is None:
+        raise ConfigError("targets has no value: set it with targets=FILE (it may be the file of scores).")
+    for key in ("val_scores", "val_targets"):
+        if get("calibrate") and get(key) is None:
+            raise ConfigError(f"calibrate=true fits thresholds on validation images: set {key}=FILE.")
+        if not get("calibrate") and get(key) is not None:
+            raise ConfigError(f"{key}={get(key)} is used with calibrate=true.")
