@@ -100,7 +100,7 @@ def extract(
         )
     if not 0 <= index < shards:
         raise ConfigError(f"instances.shard={index},{shards}: give (i, n) with 0 <= i < n.")
-    check_targets(dataset.ids, dataset.labels, dataset.targets)
+    check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
     job = plan(
         dataset,
         extractor,
@@ -255,7 +255,12 @@ class _Claim:
                     rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
                     if not rivals:
                         self.writer = StoreWriter.begin(
-                            self.path, self.job, self.dataset.targets, self.overwrite, in_use=bool(holders)
+                            self.path,
+                            self.job,
+                            self.dataset.targets,
+                            self.dataset.difficult,
+                            overwrite=self.overwrite,
+                            in_use=bool(holders),
                         )
                         self.lock.acquire(timeout=0)
                         (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")
