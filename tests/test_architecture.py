@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gm_mlic"
 #: Imported from everywhere.
-COMMON = {"errors", "tensor_files", "_version"}
+COMMON = {"errors", "targets", "tensor_files", "_version"}
 FRAMEWORKS = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "wandb"}
 MAY_IMPORT_FRAMEWORKS = {"training", "cli"}
 

@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config: Config, monkeypatch
     class Bad(torch.nn.Module):
         calls = 0
 
-        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        def forward(self, logits: torch.Tensor, *_: object) -> torch.Tensor:
             Bad.calls += 1
             return logits.sum() * (float("nan") if Bad.calls == 2 else 1.0)
 

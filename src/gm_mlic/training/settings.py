@@ -262,7 +262,8 @@ RULES: Mapping[str, Rule] = {
     "private": _YES_NO,
     "calibrate": _YES_NO,
     "bootstrap": _whole(0),
-    "target_format": _one_of("auto", "voc", "binary"),
+    "target_format": _one_of("binary", "voc"),
+    "allow_all_present": _YES_NO,
 }
 
 
