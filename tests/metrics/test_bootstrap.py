@@ -119,7 +119,7 @@ def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
 
 def test_bad_input() -> None:
     one, _, targets = tables(5, 2, 0, 10, False)
-    with pytest.raises(ConfigError, match="bootstrap=0"):
+    with pytest.raises(ConfigError, match="resamples is 0"):
         bootstrap_map([one], targets, [PRESETS["mlgcn"]], 0, **VOC)
     with pytest.raises(DataError, match="differ in shape"):
         bootstrap_map([one, one[:3]], targets, [PRESETS["mlgcn"]], 3, **VOC)

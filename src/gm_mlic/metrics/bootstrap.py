@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
 from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, in_threads, ranking, roles, tie_ends
 from gm_mlic.targets import TargetFormat, normalise_targets
@@ -73,10 +73,10 @@ def bootstrap_map(
 
     Raises:
         DataError: for tables that cannot be evaluated together.
-        ConfigError: if ``resamples`` is below 1.
+        ArgumentError: if ``resamples`` is below 1.
     """
     if resamples < 1:
-        raise ConfigError(f"bootstrap={resamples}: at least one resample is needed.")
+        raise ArgumentError("resamples", f"is {resamples}: at least one is needed.")
     if not len(targets):
         raise DataError("There is nothing to evaluate: no scores were given.")
     for table in scores:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError
 
 APRule = Literal["rank", "envelope", "voc11", "sklearn"]
 DifficultRule = Literal["ignore", "negative", "positive"]
@@ -33,7 +33,7 @@ class Convention:
         compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
 
     Raises:
-        ConfigError: for a value that is not listed here.
+        ArgumentError: for a value that is not listed here.
     """
 
     ap: APRule = "rank"
@@ -50,7 +50,7 @@ class Convention:
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
             if field.name != "threshold" and value not in allowed:
-                raise ConfigError(f"metrics.{field.name} is {value!r}: choose one of {', '.join(allowed)}.")
+                raise ArgumentError(field.name, f"is {value!r}: choose one of {', '.join(allowed)}.")
         if hasattr(self.threshold, "tolist"):  # a tensor or an array
             object.__setattr__(self, "threshold", self.threshold.tolist())
         if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
@@ -58,9 +58,9 @@ class Convention:
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         for value in each:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"metrics.threshold is {value!r}: give a number in [0, 1].")
+                raise ArgumentError("threshold", f"is {value!r}: give a number in [0, 1].")
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"metrics.threshold is {value}: scores are in [0, 1], so choose it there.")
+                raise ArgumentError("threshold", f"is {value}: scores are in [0, 1], so choose it there.")
 
 
 #: Conventions by name. Where a source does not say (ssgrl and voc11: F1 and top-3; asl: difficult and top-3), the
@@ -79,12 +79,12 @@ def convention(preset: str = "mlgcn", **options: Any) -> Convention:
     """The convention called ``preset``, with single options replaced.
 
     Raises:
-        ConfigError: for an unknown preset, option or value.
+        ArgumentError: for an unknown preset, option or value.
     """
     if preset not in PRESETS:
-        raise ConfigError(f"metrics.preset is {preset!r}: choose one of {', '.join(PRESETS)}.")
+        raise ArgumentError("preset", f"is {preset!r}: choose one of {', '.join(PRESETS)}.")
     known = [field.name for field in fields(Convention)]
     for name in options:
         if name not in known:
-            raise ConfigError(f"metrics.{name} is not an option: choose among {', '.join(known)}.")
+            raise ArgumentError(name, f"is not an option: choose among {', '.join(known)}.")
     return replace(PRESETS[preset], **options)

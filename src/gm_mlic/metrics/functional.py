@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
 from gm_mlic.targets import TargetFormat, normalise_targets
 
@@ -212,7 +212,7 @@ def predicted(scores: Tensor, convention: Convention, top: int | None = None) ->
         top: allow only the labels among the ``top`` highest scores of each image.
 
     Raises:
-        ConfigError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention has thresholds for another number of labels.
     """
     array = _array(scores)
     (chosen,) = _predicted(array, _thresholds(convention, array), convention, (top,))
@@ -271,7 +271,7 @@ def precision_recall(
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
 
     Raises:
-        ConfigError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention has thresholds for another number of labels.
     """
     present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     (numbers,) = _precision_recalls(scores, present, difficult, convention, (top,))
@@ -328,7 +328,7 @@ def _thresholds(convention: Convention, scores: Array) -> Array:
     """The threshold (), or those of the labels (C,), in the precision of the scores."""
     thresholds = np.asarray(convention.threshold, dtype=scores.dtype)
     if thresholds.ndim and len(thresholds) != scores.shape[1]:
-        raise ConfigError(f"metrics.threshold has {len(thresholds)} values for {scores.shape[1]} labels.")
+        raise ArgumentError("threshold", f"has {len(thresholds)} values for {scores.shape[1]} labels.")
     return thresholds
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import convention
 from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
 from gm_mlic.targets import TargetFormat, check_target_format
@@ -39,7 +39,7 @@ class MultiLabelMetrics(Metric):
         excluded_labels: after ``compute``, names of the labels without a positive, which no mean over labels contains.
 
     Raises:
-        ConfigError: for an unknown preset, option or value.
+        ArgumentError: for an unknown preset, option or value.
     """
 
     full_state_update = False
@@ -63,9 +63,9 @@ class MultiLabelMetrics(Metric):
     ) -> None:
         super().__init__()
         if num_labels < 1:
-            raise ConfigError(f"num_labels is {num_labels}: at least one label is needed.")
+            raise ArgumentError("num_labels", f"is {num_labels}: at least one label is needed.")
         if labels is not None and len(labels) != num_labels:
-            raise ConfigError(f"{len(labels)} label names were given for {num_labels} labels.")
+            raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
         check_target_format(target_format)
         self.num_labels = num_labels
         self.preset = preset
