@@ -95,6 +95,9 @@ def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool)
     assert torch.equal(ours.y, theirs.y)
     assert ours.difficult is not None
     assert torch.equal(ours.difficult, theirs.difficult)
+    converted = AssignmentBatch.from_data(theirs)
+    assert converted is not None
+    assert torch.equal(converted.difficult, theirs.difficult)
     for part, mask in zip(ours.split(2), ours.difficult.split(2), strict=True):
         assert torch.equal(part.difficult, mask)
     assert ours.row is not None
