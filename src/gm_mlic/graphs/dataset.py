@@ -16,6 +16,7 @@ from gm_mlic.errors import ArgumentError, StoreError
 from gm_mlic.graphs.assignment import AssignmentGraph
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
+from gm_mlic.targets import normalise_targets
 
 
 class InstanceArrays(Protocol):
@@ -27,6 +28,7 @@ class InstanceArrays(Protocol):
     detected_labels: np.ndarray
     counts: np.ndarray
     targets: np.ndarray
+    difficult: np.ndarray | None
     rows: np.ndarray
 
 
@@ -54,6 +56,7 @@ class _StoreGraphs:
             raise StoreError(
                 f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
             )
+        normalise_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
             raise ArgumentError(
                 "augment", "needs augmented views, which the store does not have: extract with views=4."
@@ -80,8 +83,8 @@ class _StoreGraphs:
 class AssignmentGraphDataset(_StoreGraphs, Dataset):
     """The assignment graphs of the readable images of an instance store, one ``HeteroData`` each.
 
-    Each graph also has ``y`` (1, C) int64 in {1, 0, -1} and ``row`` (1,), the image's row in the store. Batch them with
-    PyG's ``DataLoader``.
+    Each graph also has ``y`` (1, C) int64 in {0, 1}, ``row`` (1,), the image's row in the store, and ``difficult``
+    (1, C) bool where the store has it. Batch them with PyG's ``DataLoader``.
 
     Args:
         store: an opened instance store.
@@ -91,6 +94,7 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
 
     Raises:
         StoreError: if the store holds fewer than m instances, or other labels.
+        DataError: if its targets are not in {0, 1}.
         ArgumentError: if there are no augmented views.
     """
 
@@ -118,6 +122,8 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
             )
         )
         data.y = torch.from_numpy(self.store.targets[row].astype(np.int64))[None]
+        if self.store.difficult is not None:
+            data.difficult = torch.tensor(self.store.difficult[row])[None]
         data.row = torch.tensor([row])
         graph: HeteroData = self.graph(data)
         return graph
@@ -157,6 +163,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
             box=torch.from_numpy(store.boxes[rows, views, :M]),
             mask=torch.arange(M) < count[:, None],
             y=torch.from_numpy(store.targets[rows].astype(np.int64)),
+            difficult=None if store.difficult is None else torch.from_numpy(store.difficult[rows]),
             row=torch.from_numpy(rows.astype(np.int64)),
             score=torch.from_numpy(store.scores[rows, views, :M]),
             detected_label=torch.from_numpy(store.detected_labels[rows, views, :M].astype(np.int64)),
@@ -175,6 +182,7 @@ def collate_instances(
     device: str | torch.device = "cpu",
     y: Tensor | None = None,
     row: Tensor | None = None,
+    difficult: Tensor | None = None,
 ) -> AssignmentBatch:
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
@@ -184,6 +192,7 @@ def collate_instances(
         device: of the batch.
         y: (B, C) targets of the images.
         row: (B,) rows of the images in their store.
+        difficult: (B, C) bool.
     """
 
     def pad(parts: list[Tensor], padding: float = 0) -> Tensor:
@@ -195,6 +204,7 @@ def collate_instances(
         box=pad([found.boxes for found in instances]),
         mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
         y=y,
+        difficult=difficult,
         row=row,
         score=pad([found.scores for found in instances]),
         detected_label=pad([found.detected_labels for found in instances], -1),

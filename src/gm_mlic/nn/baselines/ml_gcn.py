@@ -120,9 +120,9 @@ class MLGCN(nn.Module):
         self.conv1.reset_parameters()
         self.conv2.reset_parameters()
 
-    def fit(self, targets: Tensor) -> None:
-        """Set the label graph from the ``targets`` (N, C) of the training images."""
-        P = conditional_probabilities(targets, self.num_labels)
+    def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Set the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
+        P = conditional_probabilities(targets, self.num_labels, difficult)
         self.adjacency.copy_(reweighted_adjacency(P, self.tau, self.p))
 
     def classifiers(self, label_vectors: Tensor) -> Tensor:

@@ -138,9 +138,9 @@ class SSGRL(nn.Module):
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def fit(self, targets: Tensor) -> None:
-        """Set the label graph from the ``targets`` (N, C) of the training images."""
-        self.adjacency.copy_(conditional_probabilities(targets, self.num_labels))
+    def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Set the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
+        self.adjacency.copy_(conditional_probabilities(targets, self.num_labels, difficult))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image."""
