@@ -5,13 +5,14 @@ from gm_mlic.graphs.batch import AssignmentBatch, drop_edges
 from gm_mlic.graphs.candidates import candidate_edges, label_candidates
 from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, collate_instances, to_hetero_data
 from gm_mlic.graphs.dense import Bipartite, DenseEdges, EdgeTensor, NeighborLists
-from gm_mlic.graphs.schema import EDGE_TYPES, INSTANCE, LABEL, MATCHES, SEMANTIC, SPATIAL, EdgeSpec
+from gm_mlic.graphs.schema import EDGE_TYPES, INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeSpec
 
 __all__ = [
     "EDGE_TYPES",
     "INSTANCE",
     "LABEL",
     "MATCHES",
+    "RELATIONS",
     "SEMANTIC",
     "SPATIAL",
     "AssignmentBatch",

@@ -116,10 +116,10 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
-        if config.graph.candidates is not None:
+        if config.graph.labels_per_class is not None:
             store = data["train"].store
             assert store is not None  # settings.check sees to it
-            candidates = build.learn_candidates(store, config.graph.m, config.graph.candidates)
+            candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.description = module.description.with_candidates(candidates)
             graph = module.description.build_graph()
         try:
@@ -230,7 +230,7 @@ def _trains_detector(config: DictConfig) -> bool:
 def _online_graphs(
     config: DictConfig, description: Description, graph: AssignmentGraph, extractor: Any
 ) -> OnlineGraphs:
-    dense = description.model.get("execution", "auto") != "explicit"
+    dense = description.graph["layout"] == "dense"
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
@@ -278,10 +278,10 @@ def _fit(
     data: dict[str, SplitData],
     run_dir: Path,
 ) -> None:
-    execution = module.description.model.get("execution", "auto")
+    layout = module.description.graph["layout"]
     augment = {"train": config.instances.views > 0, "val": False}
     splits = {
-        split: _readable(data[split], graph, execution, augment=augment[split], seed=config.seed) for split in augment
+        split: _readable(data[split], graph, layout, augment=augment[split], seed=config.seed) for split in augment
     }
     last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
@@ -324,11 +324,11 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
         return last, content
 
 
-def _readable(data: SplitData, graph: AssignmentGraph, execution: str, **settings: Any) -> Any:
+def _readable(data: SplitData, graph: AssignmentGraph, layout: str, **settings: Any) -> Any:
     """What a loader reads: the graphs of the split's store, or its images."""
     if data.store is None:
         return data.online
-    return build.build_graphs(data.store, graph, execution=execution, **settings)
+    return build.build_graphs(data.store, graph, layout=layout, **settings)
 
 
 def _stopped_early(content: dict[str, Any]) -> bool:
@@ -397,7 +397,7 @@ def _trained(
         online = _online_graphs(config, description, graph, extractor)
     metrics = build.build_metrics(config, description.labels)
     module = MLICModule(model, torch.nn.Identity(), metrics, {}, description, online)
-    graphs = _readable(data, graph, description.model.get("execution", "auto"))
+    graphs = _readable(data, graph, description.graph["layout"])
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
     return module, loaders.evaluation_loader(data.dataset.split)
 

@@ -206,8 +206,8 @@ def _container(config: DictConfig) -> dict[str, Any]:
 
 def _ablation(config: DictConfig) -> str:
     """``full``, or which relations of the model are left out, as in ``conf/ablation``: to group runs by."""
-    relations = ("label_graph", "instance_graph", "matching_edges")
-    return "+".join(f"no_{name}" for name in relations if config.model.get(name) is False) or "full"
+    present = config.model.get("edge_types", RELATIONS)
+    return "+".join(f"no_{name}" for name in RELATIONS if name not in present) or "full"
 
 
 def _metric_names() -> list[str]:
