@@ -238,7 +238,7 @@ def test_every_setting_has_a_rule():
         leaves(compose("plan")),
     )
     # Which files eval needs is checked together.
-    keys.update({"calibrate", "bootstrap", "target_format"} & set(leaves(compose("eval"))))
+    keys.update({"calibrate", "bootstrap", "target_format", "allow_all_present"} & set(leaves(compose("eval"))))
     keys.update({"images", "labels", "top", "threshold", "pictures"} & set(leaves(compose("predict"))))
     keys.update({"image", "label"} & set(leaves(compose("explain"))))
     keys.update({"host", "port"} & set(leaves(compose("serve"))))

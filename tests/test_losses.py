@@ -46,15 +46,15 @@ def case(B: int = 4, C: int = 5, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]
 )
 def test_equals_a_loop(B: int, C: int, beta: float, difficult: str, seed: int) -> None:
     logits, targets, ratio = case(B, C, seed)
-    loss = WeightedBCE(ratio, beta, difficult)(logits, targets)
+    loss = WeightedBCE(ratio, beta, difficult, "voc", allow_all_present=True)(logits, targets)
     assert loss.dtype == torch.float64
     assert float(loss) == pytest.approx(loop(logits, targets, ratio, beta, difficult), rel=1e-12, abs=1e-12)
 
 
 def test_without_beta_it_is_plain_cross_entropy() -> None:
     logits, targets, ratio = case()
-    targets = targets.where(targets != 0, -1)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, (targets > 0).double())
+    targets = targets == 1
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
     torch.testing.assert_close(WeightedBCE(ratio)(logits, targets), expected)
 
 
@@ -62,27 +62,28 @@ def test_a_rare_label_weighs_more_where_present_and_less_where_absent() -> None:
     loss, zero = WeightedBCE(torch.tensor([0.1, 0.9]), beta=1.0), torch.zeros(1, 1)
     term = {
         (y, r): float(WeightedBCE(torch.tensor([r]), beta=1.0)(zero, torch.tensor([[y]])))
-        for y in (1, -1)
+        for y in (1, 0)
         for r in (0.1, 0.9)
     }
     assert term[1, 0.1] == pytest.approx(math.log(2) * math.exp(0.9))
-    assert term[-1, 0.1] == pytest.approx(math.log(2) * math.exp(0.1))
+    assert term[0, 0.1] == pytest.approx(math.log(2) * math.exp(0.1))
     assert term[1, 0.1] > term[1, 0.9]
-    assert term[-1, 0.1] < term[-1, 0.9]
+    assert term[0, 0.1] < term[0, 0.9]
     assert float(loss(torch.zeros(1, 2), torch.tensor([[1, 1]]))) == pytest.approx((term[1, 0.1] + term[1, 0.9]) / 2)
 
 
 def test_ignored_targets_have_no_gradient() -> None:
     logits, targets, ratio = case()
     logits.requires_grad_()
-    WeightedBCE(ratio, 0.4, "ignore")(logits, targets).backward()
+    WeightedBCE(ratio, 0.4, "ignore", "voc")(logits, targets).backward()
     assert logits.grad is not None
     assert torch.equal(logits.grad == 0, targets == 0)
 
 
 def test_all_ignored_is_zero() -> None:
     logits = torch.randn(2, 3, requires_grad=True)
-    loss = WeightedBCE(torch.full((3,), 0.5), 0.4, "ignore")(logits, torch.zeros(2, 3, dtype=torch.int64))
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    loss = WeightedBCE(torch.full((3,), 0.5), 0.4, "ignore")(logits, torch.zeros(2, 3), everything)
     loss.backward()
     assert loss.item() == 0.0
     assert logits.grad is not None
@@ -90,13 +91,13 @@ def test_all_ignored_is_zero() -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("target", [1, -1])
+@pytest.mark.parametrize("target", [1, 0])
 def test_extreme_logits(sign: int, target: int) -> None:
     logits = torch.tensor([[sign * 1e4]], requires_grad=True)
     loss = WeightedBCE(torch.tensor([0.5]))(logits, torch.tensor([[target]]))
     loss.backward()
     assert logits.grad is not None
-    wrong = sign != target
+    wrong = (sign == 1) != (target == 1)
     assert loss.item() == pytest.approx(1e4 if wrong else 0.0)
     assert float(logits.grad) == pytest.approx(sign if wrong else 0.0)
 
@@ -105,7 +106,7 @@ def test_extreme_logits(sign: int, target: int) -> None:
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     logits, targets, ratio = case()
     half = logits.to(dtype)
-    loss = WeightedBCE(ratio, 0.4)(half, targets)
+    loss = WeightedBCE(ratio, 0.4, target_format="voc")(half, targets)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(loop(half.double(), targets, ratio, 0.4, "positive"), rel=1e-5)
 
@@ -113,7 +114,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("difficult", ["positive", "negative", "ignore"])
 def test_gradcheck(difficult: str) -> None:
     logits, targets, ratio = case(3, 2)
-    loss = WeightedBCE(ratio, 0.4, difficult)
+    loss = WeightedBCE(ratio, 0.4, difficult, "voc")
     assert torch.autograd.gradcheck(lambda x: loss(x, targets), (logits.requires_grad_(),))
 
 
@@ -123,10 +124,11 @@ def test_gradcheck(difficult: str) -> None:
         ([0.5, 1.1], {}, "label_ratio"),
         ([-0.1], {}, "label_ratio"),
         ([float("nan")], {}, "label_ratio"),
-        ([0.5], {"beta": -0.1}, "^beta"),
-        ([0.5], {"beta": float("inf")}, "^beta"),
-        ([0.5], {"beta": float("nan")}, "^beta"),
+        ([0.5], {"beta": -0.1}, "^beta must"),
+        ([0.5], {"beta": float("inf")}, "^beta must"),
+        ([0.5], {"beta": float("nan")}, "^beta must"),
         ([0.5], {"difficult": "maybe"}, "positive, negative, ignore; got 'maybe'"),
+        ([0.5], {"target_format": "pm1"}, "target_format is 'pm1': choose binary"),
     ],
 )
 def test_errors(ratio: list[float], options: dict[str, object], message: str) -> None:

@@ -179,7 +179,7 @@ def vectors(suffix: str) -> Callable[[Path], Case]:
 def scores(suffix: str) -> Callable[[Path], Case]:
     def make(root: Path) -> Case:
         values = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
-        targets = np.array([[1, -1], [-1, 1], [0, 1]])
+        targets = np.array([[1, 0], [0, 1], [0, 1]])
         path, truth = root / f"scores{suffix}", root / "targets.npz"
         names = {"ids": np.array(["a", "b", "c"]), "labels": np.array(["cat", "dog"])}
         np.savez(truth, targets=targets, **names)

@@ -93,7 +93,8 @@ def simulate(present: np.ndarray, world: World, prototypes: np.ndarray, rng: np.
         scores=np.ones((N, 1, M), dtype=np.float32),
         detected_labels=np.zeros((N, 1, M), dtype=np.int64),
         counts=counts,
-        targets=np.where(present, 1, -1).astype(np.int8),
+        targets=present.astype(np.int8),
+        difficult=None,
         rows=np.arange(N),
     )
 

@@ -87,13 +87,14 @@ def simulate(present: np.ndarray, prototypes: np.ndarray, rng: np.random.Generat
         features[image, 0, :count] = prototypes[classes] + rng.normal(size=(count, FEATURE)) * NOISE / np.sqrt(FEATURE)
         corner = rng.uniform(0, 0.7, size=(count, 2))
         boxes[image, 0, :count] = np.concatenate([corner, corner + rng.uniform(0.1, 0.3, size=(count, 2))], axis=1)
-    return view(features * np.sqrt(FEATURE), boxes, counts, np.where(present, 1, -1).astype(np.int8))
+    return view(features * np.sqrt(FEATURE), boxes, counts, present.astype(np.int8))
 
 
 def view(features: np.ndarray, boxes: np.ndarray, counts: np.ndarray, targets: np.ndarray) -> SimpleNamespace:
     shape = features.shape[:3]
     return SimpleNamespace(
-        features=features, boxes=boxes, counts=counts, targets=targets, rows=np.arange(len(features)),
+        features=features, boxes=boxes, counts=counts, targets=targets, difficult=None,
+        rows=np.arange(len(features)),
         scores=np.ones(shape, dtype=np.float32), detected_labels=np.zeros(shape, dtype=np.int64),
     )  # fmt: skip
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.errors import ArgumentError
+from gm_mlic.targets import TargetFormat, check_target_format, normalise_targets
 
 DIFFICULT_POLICIES = ("positive", "negative", "ignore")
 
@@ -17,27 +18,44 @@ class WeightedBCE(nn.Module):
         L = -\frac{1}{BC} \sum_{i,c} w_{ic} \left[ y_{ic} \log p_{ic} + (1 - y_{ic}) \log(1 - p_{ic}) \right], \quad
         w_{ic} = y_{ic} e^{\beta (1 - r_c)} + (1 - y_{ic}) e^{\beta r_c}
 
-    (with ``difficult="ignore"``, the mean over those that count), computed from logits in float32 (float64 stays
-    float64), so that no logarithm underflows.
+    (with ``difficult="ignore"``, the mean over the pairs that are not difficult), computed from logits in float32
+    (float64 stays float64), so that no logarithm underflows. With ``beta=0`` it equals
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Args:
         label_ratio: (C,) :math:`r_c`, the share of training images that carry label c.
         beta: :math:`\beta`, how strongly rare labels are weighted (default: 0, plain cross-entropy; the paper has 0 on
             VOC 2007 and 0.4 on COCO and NUS-WIDE).
-        difficult: what a target of 0 ("difficult" in VOC) counts as: ``positive`` (ML-GCN's habit, default),
+        difficult: what a difficult pair of image and label (VOC) counts as: ``positive`` (ML-GCN's habit, default),
             ``negative``, or ``ignore`` (no loss).
+        target_format: ``binary`` (default): targets in {0, 1}, difficult pairs are a mask. ``voc``: targets in
+            {1, 0, -1}, where 0 is difficult and -1 absent.
+        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
+        validate_args: check the values of the targets (default). The check waits for a GPU, and is skipped while
+            ``torch.compile`` traces. Turn it off for targets that were checked before.
 
     Shapes:
-        - **input:** logits (B, C), targets (B, C) in {1, 0, -1}; mind that 0 is "difficult", absent is -1
+        - **input:** logits (B, C); targets (B, C) of bool, integers or floats; difficult (B, C) bool, or None
         - **output:** scalar
 
     Raises:
-        ConfigError: if a ratio is not in [0, 1], beta is negative or not finite, or ``difficult`` is unknown.
+        ArgumentError: if a ratio is not in [0, 1], beta is negative or not finite, or an option is unknown; in
+            ``forward``, if shapes differ, or a difficult mask comes with ``voc``.
+        DataError: in ``forward``, for targets that do not fit the format.
     """
 
     label_ratio: Tensor
 
-    def __init__(self, label_ratio: Tensor, beta: float = 0.0, difficult: str = "positive") -> None:
+    def __init__(
+        self,
+        label_ratio: Tensor,
+        beta: float = 0.0,
+        difficult: str = "positive",
+        target_format: TargetFormat = "binary",
+        *,
+        allow_all_present: bool = False,
+        validate_args: bool = True,
+    ) -> None:
         super().__init__()
         ratio = torch.as_tensor(label_ratio, dtype=torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
@@ -46,23 +64,41 @@ class WeightedBCE(nn.Module):
             raise ArgumentError("beta", f"must be 0 or more, got {beta}.")
         if difficult not in DIFFICULT_POLICIES:
             raise ArgumentError("difficult", f"must be one of {', '.join(DIFFICULT_POLICIES)}; got {difficult!r}.")
+        check_target_format(target_format)
         self.beta = beta
         self.difficult = difficult
+        self.target_format = target_format
+        self.allow_all_present = allow_all_present
+        self.validate_args = validate_args
         self.register_buffer("label_ratio", ratio)
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if logits.shape[-1] != self.label_ratio.numel():
-            raise ConfigError(f"The loss was made for {self.label_ratio.numel()} labels, not {logits.shape[-1]}.")
+    def forward(self, logits: Tensor, targets: Tensor, difficult: Tensor | None = None) -> Tensor:
+        C = self.label_ratio.numel()
+        if logits.shape[-1] != C:
+            raise ArgumentError("logits", f"are of {logits.shape[-1]} labels, label_ratio of {C}.")
+        if targets.shape != logits.shape:
+            raise ArgumentError("targets", f"have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}.")
+        present, difficult = normalise_targets(
+            targets,
+            difficult,
+            self.target_format,
+            allow_all_present=self.allow_all_present,
+            validate_args=self.validate_args,
+        )
+        if difficult is not None and self.difficult == "positive":
+            present = present | difficult
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        present = targets >= 0 if self.difficult == "positive" else targets > 0
-        y = present.to(logits.dtype)
         ratio = self.label_ratio.to(logits.dtype)
         weight = torch.where(present, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
-        if self.difficult == "ignore":
-            weight = weight * (targets != 0)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
-        counted = (targets != 0).sum().clamp(min=1) if self.difficult == "ignore" else logits.numel()
+        counted: Tensor | int = logits.numel()
+        if difficult is not None and self.difficult == "ignore":
+            weight = weight * ~difficult
+            counted = (~difficult).sum().clamp(min=1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), weight, reduction="sum")
         return loss / counted
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(C={self.label_ratio.numel()}, beta={self.beta}, difficult={self.difficult!r})"
+        voc = ", target_format='voc'" if self.target_format == "voc" else ""
+        return (
+            f"{type(self).__name__}(C={self.label_ratio.numel()}, beta={self.beta}, difficult={self.difficult!r}{voc})"
+        )

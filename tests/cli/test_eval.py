@@ -19,7 +19,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Scores of two models in test.npz and other.npz (rows in another order), and of the first in val.npz."""
+    """Scores of two models in test.npz and other.npz (rows in another order), of the first in val.npz; VOC's format."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     monkeypatch.setenv("COLUMNS", "80")
@@ -49,7 +49,7 @@ def change(name: str, **entries: Any) -> None:
 
 
 def evaluate(*arguments: str) -> int:
-    return run(["eval", "scores=test.npz", "targets=test.npz", "bootstrap=50", *arguments])
+    return run(["eval", "scores=test.npz", "targets=test.npz", "bootstrap=50", "target_format=voc", *arguments])
 
 
 def test_every_preset_side_by_side(capsys: pytest.CaptureFixture[str]):
@@ -80,7 +80,7 @@ def test_against_another_model_and_with_fitted_thresholds(capsys: pytest.Capture
         assert result["difference"][preset]["interval"][0] > 0
         assert result["difference"][preset]["p"] == pytest.approx(2 / 51)
     # The other model's rows are in another order; alone, its mAP is the same.
-    assert run(["eval", "scores=other.npz", "targets=test.npz", "bootstrap=0"]) == 0
+    assert run(["eval", "scores=other.npz", "targets=test.npz", "target_format=voc", "bootstrap=0"]) == 0
     alone = json.loads(Path("runs/eval-other/other.json").read_text())
     assert alone["metrics"] == result["against"]
     assert "95 %" not in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[s
     change_to = entries()
     Path("bad.npz").write_bytes(Path("test.npz").read_bytes())
     change("bad", **change_to)
-    assert run(["eval", "scores=bad.npz", "targets=test.npz"]) == 2
+    assert run(["eval", "scores=bad.npz", "targets=test.npz", "target_format=voc"]) == 2
     assert expected in refused(capsys)
     assert evaluate("against=bad.npz") == 2
     assert expected in refused(capsys)
@@ -126,10 +126,23 @@ def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[s
 
 def test_bad_targets(capsys: pytest.CaptureFixture[str]):
     change("other", targets=spoilt("targets", 3))
-    assert run(["eval", "scores=test.npz", "targets=other.npz"]) == 2
+    assert run(["eval", "scores=test.npz", "targets=other.npz", "target_format=voc"]) == 2
     assert "other.npz: targets hold 3" in refused(capsys)
     assert evaluate("target_format=binary") == 2
-    assert "test.npz: targets hold -1" in refused(capsys)
+    assert "test.npz: targets hold -1: pass target_format='voc'" in refused(capsys)
+    change("test", targets=np.zeros((N, 3)))
+    assert evaluate() == 2
+    assert "test.npz: targets hold no -1" in refused(capsys)
+
+
+def test_both_formats_give_the_same_numbers(capsys: pytest.CaptureFixture[str]):
+    assert evaluate() == 0
+    voc = json.loads(Path("runs/eval-test/test.json").read_text())
+    targets = np.load("test.npz")["targets"]
+    change("test", targets=targets == 1, difficult=targets == 0)
+    assert run(["eval", "scores=test.npz", "targets=test.npz", "bootstrap=50"]) == 0
+    assert "Targets are read as binary." in capsys.readouterr().out
+    assert json.loads(Path("runs/eval-test/test.json").read_text()) == voc | {"target_format": "binary"}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +159,7 @@ def test_bad_targets(capsys: pytest.CaptureFixture[str]):
         (["bootstrap=-1"], "bootstrap=-1: expected a whole number"),
         (["bootstrap=many"], "bootstrap=many: expected a whole number"),
         (["calibrate=2"], "calibrate=2: expected true or false"),
-        (["target_format=pm1"], "target_format=pm1: expected one of auto, voc, binary"),
+        (["target_format=pm1"], "target_format=pm1: expected one of binary, voc"),
         (["score=x.npz"], "score: there is no such setting; did you mean scores?"),
     ],
 )

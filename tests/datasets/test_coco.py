@@ -77,7 +77,7 @@ def test_test_split_is_val2014(root: Path) -> None:
     assert data.labels == ("apple", "car", "dog")
     assert data.targets.dtype == np.int8
     # Image n carries ("dog", "car", "apple")[n % 3].
-    expected = [[1 if name == ("dog", "car", "apple")[n % 3] else -1 for name in data.labels] for n in (500, 502, 503)]
+    expected = [[int(name == ("dog", "car", "apple")[n % 3]) for name in data.labels] for n in (500, 502, 503)]
     assert data.targets.tolist() == expected
     image = data.image(1)
     assert (image.mode, image.size) == ("RGB", (40, 30))
@@ -87,7 +87,7 @@ def test_test_split_is_val2014(root: Path) -> None:
 def test_unlabelled_images_can_be_kept(root: Path) -> None:
     data = COCO2014(root, "test", unlabelled="keep")
     assert data.ids == ("500", "501", "502", "503")
-    assert data.targets[1].tolist() == [-1, -1, -1]
+    assert data.targets[1].tolist() == [0, 0, 0]
     assert data.boxes(1).boxes.shape == (0, 4)
     assert data.boxes(1).labels.shape == (0,)
 

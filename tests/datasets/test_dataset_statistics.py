@@ -19,8 +19,8 @@ from gm_mlic.errors import DataError, UnreadableImage
 class Made(MultiLabelDataset):
     name, split = "made", "train"
 
-    def __init__(self, targets: object, labels: Sequence[str] | None = None) -> None:
-        self.targets = np.asarray(targets, dtype=np.int8)
+    def __init__(self, voc: object, labels: Sequence[str] | None = None) -> None:
+        self.targets, self.difficult = (np.asarray(voc) == 1).astype(np.int8), np.asarray(voc) == 0
         self.labels = tuple(labels or (f"l{c}" for c in range(self.targets.shape[1])))
         self.ids = tuple(f"i{row}" for row in range(len(self.targets)))
 

@@ -47,7 +47,7 @@ def test_splits_and_targets(root: Path) -> None:
     assert test.labels == CONCEPTS
     assert test.ids[0] == "airport/T0000_0.jpg"
     column = (root / "TrainTestLabels" / "Labels_bear_Test.txt").read_text().split()
-    assert test.targets[:, 1].tolist() == [1 if value == "1" else -1 for value in column]
+    assert test.targets[:, 1].tolist() == [int(value) for value in column]
     assert test.image(3).size == (13, 8)
     assert test.boxes(0) is None
     assert test.missing == ()

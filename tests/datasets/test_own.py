@@ -55,9 +55,9 @@ def test_a_split_by_column(root: Path):
     assert (data.name, data.split, data.labels, data.missing) == ("own", "val", ("cat", "dog"), ())
     assert data.ids == tuple(NAMES[20:30])
     assert data.targets.dtype == np.int8
-    expected = [[1 if label in labels_of(n) else -1 for label in data.labels] for n in range(20, 30)]
+    expected = [[int(label in labels_of(n)) for label in data.labels] for n in range(20, 30)]
     assert data.targets.tolist() == expected
-    assert [-1, -1] in expected  # an image without labels is kept
+    assert [0, 0] in expected  # an image without labels is kept
     assert data.image(3).getpixel((0, 0)) == (23, 0, 0)
     assert data.boxes(0) is None
 
@@ -69,7 +69,7 @@ def test_a_file_for_each_split(root: Path):
     train, val = (OwnImages(root, split, annotations=files) for split in ("train", "val"))
     assert train.labels == val.labels == ("dog", "cat")  # the order of the first file
     assert (train.ids, val.ids) == (("00.png", "01.png"), ("02.png",))
-    assert val.targets.tolist() == [[-1, 1]]
+    assert val.targets.tolist() == [[0, 1]]
     message = refused(root, split="test", annotations=files)
     assert "no image is left for split 'test' (train 2, val 1, test 0): name a file in `annotations['test']`" in message
 
@@ -155,7 +155,7 @@ def test_boxes_of_json_lines_are_clipped(root: Path):
     assert boxes is not None
     assert boxes.boxes.tolist() == [[0, 2, 40, 20]]
     assert boxes.labels.tolist() == [data.labels.index("dog")]
-    assert data.targets.tolist() == [[1, 1], [-1, -1], [1, -1]]
+    assert data.targets.tolist() == [[1, 1], [0, 0], [1, 0]]
     assert data.boxes(1) is None
     assert data.boxes(2).boxes.shape == (0, 4)
 
@@ -192,7 +192,7 @@ def test_coco_json(root: Path):
     (root / "instances.json").write_text(json.dumps(content))
     data = train(root, annotations="instances.json")
     assert data.ids == ("01.png", "03.png")
-    assert data.targets.tolist() == [[-1, -1], [-1, 1]]
+    assert data.targets.tolist() == [[0, 0], [0, 1]]
     assert data.boxes(1).boxes.tolist() == [[1, 2, 11, 22]]
     Image.new("RGB", (30, 40)).save(root / "03.png")
     with pytest.raises(DataError, match=r"30 x 40 pixels, but .*image id 3 says 40 x 30"):
@@ -202,8 +202,8 @@ def test_coco_json(root: Path):
 def test_the_label_list_fixes_names_and_order(root: Path, caplog: pytest.LogCaptureFixture):
     data = OwnImages(root, labels=["dog", "fish", "cat"])
     assert data.labels == ("dog", "fish", "cat")
-    assert (data.targets[:, 1] == -1).all()
-    assert data.targets[0].tolist() == [1, -1, 1]
+    assert (data.targets[:, 1] == 0).all()
+    assert data.targets[0].tolist() == [1, 0, 1]
     assert "1 labels are on no image: fish" in caplog.text
     (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
     assert OwnImages(root, labels="names.txt").fingerprint == data.fingerprint

@@ -10,7 +10,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
-from gm_mlic.datasets import PRESENT, Scenes, label_ratio
+from gm_mlic.datasets import Scenes, label_ratio
 from gm_mlic.datasets import scenes as module
 from gm_mlic.errors import ConfigError
 
@@ -74,13 +74,13 @@ def test_limit_equals_enumeration(company_pairs: int) -> None:
 
 
 def test_limit_of_anchors_and_twins_is_the_truth(test_split: Scenes) -> None:
-    np.testing.assert_array_equal(test_split.limit_scores[:, 16:] == 1, test_split.targets[:, 16:] == PRESENT)
+    np.testing.assert_array_equal(test_split.limit_scores[:, 16:] == 1, test_split.targets[:, 16:] == 1)
     assert set(np.unique(test_split.limit_scores[:, 16:])) == {0.0, 1.0}
 
 
 def test_limit_is_calibrated(many: Scenes) -> None:
     # Only company pairs are uncertain; in each bin the labels come true as often as the posterior says.
-    p, y = many.limit_scores[:, :16].ravel(), (many.targets[:, :16] == PRESENT).ravel()
+    p, y = many.limit_scores[:, :16].ravel(), (many.targets[:, :16] == 1).ravel()
     np.testing.assert_array_equal(y[p == 1], True)
     np.testing.assert_array_equal(y[p == 0], False)
     bins = np.digitize(p, np.linspace(0, 1, 11))
@@ -100,7 +100,7 @@ def test_best_map_is_rank_ap(test_split: Scenes) -> None:
         ranked = sorted(range(len(test_split)), key=lambda i: -test_split.limit_scores[i, c])
         hits, precisions = 0, []
         for rank, i in enumerate(ranked, start=1):
-            if test_split.targets[i, c] == PRESENT:
+            if test_split.targets[i, c] == 1:
                 hits += 1
                 precisions.append(hits / rank)
         aps.append(sum(precisions) / len(precisions))
@@ -121,7 +121,7 @@ def test_spatial_pairs_and_hard_objects_leave_the_limit() -> None:
 
 def test_a_label_without_positives_has_no_ap() -> None:
     scenes = Scenes("val", size=2, company_pairs=0)
-    assert (scenes.targets != PRESENT).all(axis=0).any()
+    assert (scenes.targets != 1).all(axis=0).any()
     assert scenes.best_map() == 100.0
 
 
@@ -182,11 +182,11 @@ def test_objects_are_inside_and_apart(image_size: int) -> None:
 
 def test_boxes_agree_with_targets(test_split: Scenes) -> None:
     for i in range(200):
-        assert set(test_split.boxes(i).labels.tolist()) == set(np.flatnonzero(test_split.targets[i] == PRESENT))
+        assert set(test_split.boxes(i).labels.tolist()) == set(np.flatnonzero(test_split.targets[i] == 1))
 
 
 def test_shares_of_the_model(many: Scenes) -> None:
-    kinds = many.targets == PRESENT
+    kinds = many.targets == 1
     twins = kinds[:, [17, 18, 20, 21]]
     assert (twins.sum(axis=1) <= 1).all()
     assert twins.any(axis=1).mean() == pytest.approx(0.5, abs=0.015)
@@ -207,7 +207,7 @@ def test_shares_of_the_model(many: Scenes) -> None:
 def test_bytes_are_pinned() -> None:
     scenes = Scenes("test", size=8)
     pictures = hashlib.sha256(scenes.images_uint8(range(8)).tobytes()).hexdigest()
-    targets = hashlib.sha256(Scenes("test").targets.tobytes()).hexdigest()
+    targets = hashlib.sha256((2 * Scenes("test").targets - 1).tobytes()).hexdigest()
     assert pictures == "365b2efaa674bb72c86867ce2f6d1d79a593e7247b03045d3448d2c4b79900aa"
     assert targets == "9e6a02853c2e2b5368385f05816f2b3e90999c2ab377efc1dad240bc2bbbc24e"
 
@@ -369,7 +369,7 @@ def test_statistics_in_the_docstring() -> None:
     for split, *numbers in table:
         scenes = Scenes(split)
         ratio = label_ratio(scenes.targets)
-        mean = (scenes.targets == PRESENT).sum(axis=1).mean()
+        mean = (scenes.targets == 1).sum(axis=1).mean()
         made = [len(scenes), len(scenes.labels), mean, ratio.min(), ratio.max(), scenes.best_map()]
         assert [float(n) for n in numbers] == pytest.approx(made, abs=0.05)
         assert float(numbers[2]) == pytest.approx(mean, abs=0.005)

@@ -77,9 +77,14 @@ def test_splits_and_targets(root: Path) -> None:
     assert (len(train), len(val), len(test)) == (16, 4, 6)
     assert sorted(train.ids + val.ids) == [f"{n + 1:06d}" for n in range(20)]
     assert train.labels == LABELS
-    assert set(np.unique(train.targets)) == {1, 0, -1}
+    assert set(np.unique(train.targets)) == {1, 0}
     text = main_file(root, "sofa_test.txt").read_text().split()
-    assert test.targets[:, LABELS.index("sofa")].tolist() == [int(v) for v in text[1::2]]
+    sofa, values = LABELS.index("sofa"), text[1::2]
+    assert test.targets[:, sofa].tolist() == [int(v == "1") for v in values]
+    assert test.difficult is not None
+    assert test.difficult[:, sofa].tolist() == [v == "0" for v in values]
+    assert train.difficult is not None
+    assert train.difficult.any()
     assert len(VOC2007(root, "train", val_fraction=0)) == 20
     assert VOC2007(root, "val", seed=1).ids != VOC2007(root, "val", seed=2).ids
     assert train.image(0).size == (40, 30)
@@ -198,7 +203,8 @@ def test_the_real_labels_are_read_back(shared_data: Path, tmp_path: Path) -> Non
         ids, targets = sets[name]
         assert len(dataset) == count
         assert list(dataset.ids) == ids
-        assert (dataset.targets == targets).all()
+        assert (dataset.targets == (targets == 1)).all()
+        assert (dataset.difficult == (targets == 0)).all()
         present, difficult = (targets == 1).sum(), (targets == 0).sum()
         row = f"{name:12s} {count:,}     20        {present:,}             {present / count:.2f}          {difficult}"
         assert row in str(VOC2007.__doc__)

@@ -26,7 +26,7 @@ class Squares(MultiLabelDataset):
     def __init__(self, size: int = 6, split: str = "train", broken: tuple[int, ...] = (), boxes: bool = True) -> None:
         self.split, self.broken, self._boxes = split, broken, boxes
         self.ids = tuple(f"{split}-{i}" for i in range(size))
-        self.targets = np.where(np.arange(size)[:, None] % 2 == np.arange(2), 1, -1).astype(np.int8)
+        self.targets = (np.arange(size)[:, None] % 2 == np.arange(2)).astype(np.int8)
 
     def image(self, i: int) -> Image.Image:
         if i in self.broken:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from torch_geometric.data import Batch
 from torch_geometric.loader import DataLoader
 
-from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.errors import ConfigError, DataError, StoreError
 from gm_mlic.graphs import (
     INSTANCE,
     LABEL,
@@ -32,6 +33,7 @@ class Store:
     detected_labels: np.ndarray
     counts: np.ndarray
     targets: np.ndarray
+    difficult: np.ndarray | None
     rows: np.ndarray
 
 
@@ -39,6 +41,7 @@ class Store:
 def store() -> Store:
     rng = np.random.default_rng(0)
     counts = rng.integers(1, M + 1, (N, V)).astype(np.int32)
+    voc = np.random.default_rng(1).choice([1, 0, -1], (N, C))
     there = np.arange(M) < counts[..., None]
     return Store(
         features=(rng.normal(size=(N, V, M, D)) * there[..., None]).astype(np.float16),
@@ -46,7 +49,8 @@ def store() -> Store:
         scores=(rng.random((N, V, M)) * there).astype(np.float32),
         detected_labels=rng.integers(0, 9, (N, V, M)).astype(np.int32),
         counts=counts,
-        targets=rng.choice([1, 0, -1], (N, C)).astype(np.int8),
+        targets=(voc == 1).astype(np.int8),
+        difficult=voc == 0,
         rows=np.array([row for row in range(N) if row not in (0, 5)]),  # two could not be read
     )
 
@@ -65,6 +69,9 @@ def test_graphs_are_the_rows_of_the_store(store: Store) -> None:
         assert graph.y.shape == (1, C)
         assert graph.y.dtype == torch.int64
         assert graph.y[0].tolist() == store.targets[row].tolist()
+        assert store.difficult is not None
+        assert graph.difficult.dtype == torch.bool
+        assert graph.difficult[0].tolist() == store.difficult[row].tolist()
         assert graph[INSTANCE].x.dtype == torch.float32
         np.testing.assert_array_equal(graph[INSTANCE].x.numpy(), store.features[row, 0, :count])
         np.testing.assert_array_equal(graph[INSTANCE].box.numpy(), store.boxes[row, 0, :count])
@@ -86,6 +93,13 @@ def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool)
     assert torch.equal(ours.box[ours.mask], theirs[INSTANCE].box)
     assert ours.y is not None
     assert torch.equal(ours.y, theirs.y)
+    assert ours.difficult is not None
+    assert torch.equal(ours.difficult, theirs.difficult)
+    converted = AssignmentBatch.from_data(theirs)
+    assert converted is not None
+    assert torch.equal(converted.difficult, theirs.difficult)
+    for part, mask in zip(ours.split(2), ours.difficult.split(2), strict=True):
+        assert torch.equal(part.difficult, mask)
     assert ours.row is not None
     assert torch.equal(ours.row, theirs.row)
     assert torch.equal(ours.label_vectors, theirs[LABEL].x[:C])
@@ -105,7 +119,7 @@ def test_more_instances_than_the_store_has(store: Store) -> None:
 
 def test_other_labels(store: Store) -> None:
     with pytest.raises(StoreError, match="has 3 labels, the label vectors are 2"):
-        AssignmentGraphDataset(replace(store, targets=np.zeros((N, 3), np.int8)), transform())
+        AssignmentGraphDataset(replace(store, targets=np.zeros((N, 3), np.int8), difficult=None), transform())
 
 
 def test_no_augmented_views(store: Store) -> None:
@@ -165,3 +179,15 @@ def test_a_new_epoch_reaches_the_workers(store: Store, kind: type, persistent: b
     data.set_epoch(1)
     second = features()
     assert first.shape != second.shape or not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
+def test_without_a_mask_of_difficult_labels(store: Store, kind: Any) -> None:
+    data = kind(replace(store, difficult=None), transform())
+    assert getattr(data[0], "difficult", None) is None
+
+
+@pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
+def test_targets_are_checked_once(store: Store, kind: Any) -> None:
+    with pytest.raises(DataError, match="targets hold -1"):
+        kind(replace(store, targets=2 * store.targets - 1), transform())

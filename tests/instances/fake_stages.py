@@ -25,7 +25,8 @@ class Files(MultiLabelDataset):
         self.labels = tuple(labels)
         self.ids = tuple(f"{i:04d}" for i in range(n))
         rng = np.random.default_rng(seed)
-        self.targets = rng.integers(-1, 2, (n, len(labels))).astype(np.int8)
+        voc = rng.integers(-1, 2, (n, len(labels)))
+        self.targets, self.difficult = (voc == 1).astype(np.int8), voc == 0
         root.mkdir(exist_ok=True)
         for image_id in self.ids:
             size = tuple(rng.integers(24, 48, 2).tolist())

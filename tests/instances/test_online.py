@@ -19,6 +19,7 @@ def test_plain_images_for_evaluation(tmp_path):
     batch = next(iter(DataLoader(images, batch_size=5, collate_fn=images.collate)))
     assert batch.rows.tolist() == [0, 1, 2, 3, 4]
     assert np.array_equal(batch.targets.numpy(), dataset.targets)
+    assert np.array_equal(batch.difficult.numpy(), dataset.difficult)
     for i, image in enumerate(batch.images):
         assert image.dtype == torch.float32
         assert np.allclose(image.permute(1, 2, 0).numpy() * 255, np.asarray(dataset.image(i)), atol=1e-3)

@@ -53,6 +53,7 @@ def test_rows_hold_what_the_extractor_found(made):
         assert (store.detected_labels[i, 0, beyond:] == -1).all()
     assert len(ragged) > 2
     assert np.array_equal(store.targets, dataset.targets)
+    assert np.array_equal(store.difficult, dataset.difficult)
 
 
 def test_an_image_without_detections_has_the_whole_image(made):
@@ -80,7 +81,7 @@ def test_slicing_equals_extraction_with_smaller_m(made, tmp_path, m):
 
 def test_arrays_are_read_only_maps(made):
     store = made[2]
-    for name in ("features", "boxes", "scores", "detected_labels", "counts", "targets"):
+    for name in ("features", "boxes", "scores", "detected_labels", "counts", "targets", "difficult"):
         array = getattr(store, name)
         assert isinstance(array, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
@@ -176,7 +177,7 @@ def test_missing_store_names_the_command(tmp_path):
         InstanceStore.open(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["features", "boxes", "scores", "detected_labels", "counts", "targets"])
+@pytest.mark.parametrize("name", ["features", "boxes", "scores", "detected_labels", "counts", "targets", "difficult"])
 @pytest.mark.parametrize("damage", ["shorter", "empty", "longer", "missing", "header", "shape"])
 def test_damaged_array_is_named(made, tmp_path, name, damage):
     path = copy(made[2], tmp_path / "damaged")

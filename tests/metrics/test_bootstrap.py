@@ -19,6 +19,9 @@ def tables(N: int, C: int, seed: int, levels: int, difficult: bool) -> tuple[tor
     return torch.from_numpy(one), torch.from_numpy(two), torch.from_numpy(targets)
 
 
+VOC = {"target_format": "voc", "allow_all_present": True}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     N=st.integers(1, 30),
@@ -33,21 +36,23 @@ def test_each_resample_is_what_the_evaluator_gives_for_its_images(
     """Draw the same images, copy their rows, and evaluate: every rule, ties, copies, labels that drop out."""
     one, two, targets = tables(N, C, seed, levels, difficult)
     rules = [*PRESETS.values(), Convention(ap="envelope", difficult_ap="positive")]
-    result = bootstrap_map([one, two], targets, rules, resamples=4, seed=seed)
+    result = bootstrap_map([one, two], targets, rules, resamples=4, seed=seed, **VOC)
     assert result.shape == (2, len(rules), 4)
     draw = np.random.default_rng(seed)
     for b in range(4):
         rows = torch.from_numpy(np.sort(draw.integers(0, N, N)))
         for k, scores in enumerate((one, two)):
             for m, rule in enumerate(rules):
-                AP = average_precision(scores[rows], targets[rows], rule.ap, rule.difficult_ap)
+                AP = average_precision(scores[rows], targets[rows], rule.ap, rule.difficult_ap, **VOC)
                 np.testing.assert_allclose(result[k, m, b], 100 * AP.nanmean().item(), atol=1e-9)
 
 
 def test_resamples_are_seeded_and_the_first_of_more() -> None:
     one, _, targets = tables(50, 3, 0, 100, True)
     rules = [PRESETS["mlgcn"]]
-    few, more, other = (bootstrap_map([one], targets, rules, B, seed) for B, seed in ((10, 1), (150, 1), (10, 2)))
+    few, more, other = (
+        bootstrap_map([one], targets, rules, B, seed, **VOC) for B, seed in ((10, 1), (150, 1), (10, 2))
+    )
     np.testing.assert_array_equal(few, more[:, :, :10])
     assert not np.array_equal(few, other)
 
@@ -55,14 +60,14 @@ def test_resamples_are_seeded_and_the_first_of_more() -> None:
 def test_progress_counts_every_resample() -> None:
     one, _, targets = tables(10, 2, 0, 100, False)
     seen: list[int] = []
-    bootstrap_map([one], targets, [PRESETS["mlgcn"]], 150, progress=seen.append)
+    bootstrap_map([one], targets, [PRESETS["mlgcn"]], 150, progress=seen.append, **VOC)
     assert sum(seen) == 150
     assert len(seen) > 1
 
 
 def test_no_positive_gives_nan() -> None:
     scores = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-    result = bootstrap_map([scores], torch.full((6, 2), -1), list(PRESETS.values()), 5)
+    result = bootstrap_map([scores], torch.zeros(6, 2), list(PRESETS.values()), 5)
     assert np.isnan(result).all()
     assert all(math.isnan(end) for end in interval(result[0, 0]))
 
@@ -70,8 +75,8 @@ def test_no_positive_gives_nan() -> None:
 def test_an_interval_covers_the_true_map_about_as_often_as_it_says() -> None:
     """200 samples of 150 images of a known population: 90 % intervals hold its mAP in 84 to 96 % of them."""
     rng = np.random.default_rng(0)
-    targets = np.where(rng.random((40_000, 2)) < 0.3, 1, -1)
-    scores = torch.sigmoid(torch.from_numpy((rng.normal(size=targets.shape) + targets).astype(np.float32)))
+    targets = rng.random((40_000, 2)) < 0.3
+    scores = torch.sigmoid(torch.from_numpy((rng.normal(size=targets.shape) + 2 * targets - 1).astype(np.float32)))
     truth = 100 * average_precision(scores, torch.from_numpy(targets)).mean().item()
     hits = 0
     for i in range(200):
@@ -99,8 +104,10 @@ def test_p_values() -> None:
 def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
     """Models of clearly different and of equal quality."""
     rng = np.random.default_rng(3)
-    targets = torch.from_numpy(np.where(rng.random((400, 3)) < 0.3, 1, -1))
-    good, same, bad = (torch.sigmoid(torch.from_numpy(rng.normal(size=(400, 3))) + q * targets) for q in (1, 1, 0.3))
+    targets = torch.from_numpy((rng.random((400, 3)) < 0.3).astype(int))
+    good, same, bad = (
+        torch.sigmoid(torch.from_numpy(rng.normal(size=(400, 3))) + q * (2 * targets - 1)) for q in (1, 1, 0.3)
+    )
     drawn = bootstrap_map([good, same, bad], targets, [PRESETS["mlgcn"]], 300)[:, 0]
     low, high = interval(drawn[0] - drawn[2])
     assert low > 0
@@ -113,8 +120,8 @@ def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
 def test_bad_input() -> None:
     one, _, targets = tables(5, 2, 0, 10, False)
     with pytest.raises(ConfigError, match="resamples is 0"):
-        bootstrap_map([one], targets, [PRESETS["mlgcn"]], 0)
+        bootstrap_map([one], targets, [PRESETS["mlgcn"]], 0, **VOC)
     with pytest.raises(DataError, match="differ in shape"):
-        bootstrap_map([one, one[:3]], targets, [PRESETS["mlgcn"]], 3)
+        bootstrap_map([one, one[:3]], targets, [PRESETS["mlgcn"]], 3, **VOC)
     with pytest.raises(DataError, match="nothing to evaluate"):
         bootstrap_map([one[:0]], targets[:0], [PRESETS["mlgcn"]], 3)

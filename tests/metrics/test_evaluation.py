@@ -28,7 +28,8 @@ def scored(seed: int, models: int = 1, labels: tuple[str, ...] | None = LABELS, 
     targets = rng.choice([-1, -1, 0, 1], (N, 3))
     targets[:, 2] = -1
     scores = [torch.sigmoid(torch.from_numpy(rng.normal(size=(N, 3)) + targets)).float() for _ in range(models)]
-    return ScoredImages(tuple(scores), torch.from_numpy(targets).to(torch.int8), None, labels, "voc")
+    present, difficult = torch.from_numpy(targets == 1), torch.from_numpy(targets == 0)
+    return ScoredImages(tuple(scores), present, difficult, None, labels)
 
 
 def test_every_number_is_that_of_its_part() -> None:
@@ -36,16 +37,16 @@ def test_every_number_is_that_of_its_part() -> None:
     result = evaluate_scores(images, val=val, bootstrap=30, seed=5)
     assert json.loads(json.dumps(result)) == result
     assert result["excluded_labels"] == ["unicorn"]
-    drawn = bootstrap_map(images.scores, images.targets, list(PRESETS.values()), 30, seed=5)
+    drawn = bootstrap_map(images.scores, images.targets, list(PRESETS.values()), 30, seed=5, difficult=images.difficult)
     for m, preset in enumerate(PRESETS):
         for key, scores, options in (
             ("metrics", images.scores[0], {}),
             ("against", images.scores[1], {}),
             ("calibrated", images.scores[0],
-             {"threshold": fit_thresholds(val.scores[0], val.targets, PRESETS[preset])}),
+             {"threshold": fit_thresholds(val.scores[0], val.targets, PRESETS[preset], difficult=val.difficult)}),
         ):  # fmt: skip
             metric = MultiLabelMetrics(3, preset, **options)
-            metric.update(scores, images.targets)
+            metric.update(scores, images.targets, images.difficult)
             expected = metric.compute()
             got = result[key][preset]
             assert list(got["AP"]) == list(LABELS)
@@ -63,7 +64,7 @@ def test_every_number_is_that_of_its_part() -> None:
 
 def test_a_model_against_itself() -> None:
     images = scored(0)
-    twice = ScoredImages((images.scores[0],) * 2, images.targets, None, None, "voc")
+    twice = ScoredImages((images.scores[0],) * 2, images.targets, images.difficult)
     result = evaluate_scores(twice, bootstrap=20)
     for found in result["difference"].values():
         assert found == {"interval": [0.0, 0.0], "p": 1.0}
@@ -79,7 +80,7 @@ def test_without_resamples_there_are_no_intervals() -> None:
 def test_validation_images_with_other_labels_are_refused() -> None:
     with pytest.raises(DataError, match="label 0 is 'dog' and 'cat'"):
         evaluate_scores(scored(0), val=scored(1, labels=("dog", "cat", "unicorn")), bootstrap=0)
-    fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2], None, None, "voc")
+    fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2])
     with pytest.raises(DataError, match="val_scores have 2 labels, scores 3"):
         evaluate_scores(scored(0), val=fewer, bootstrap=0)
 
@@ -110,7 +111,7 @@ def test_progress_is_a_bar_on_a_terminal(
 def test_files(tmp_path: Path) -> None:
     images = scored(0)
     path = tmp_path / "mine.npz"
-    write_scored_images(path, images.scores[0], images.targets, [str(i) for i in range(60)], LABELS)
+    write_scored_images(path, images.scores[0], images.targets, [str(i) for i in range(60)], LABELS, images.difficult)
     result = evaluate_files(path, path, bootstrap=10, out=tmp_path / "out")
     assert json.loads((tmp_path / "out/mine.json").read_text()) == result
     assert {k: v for k, v in result.items() if not k.endswith("_file")} == evaluate_scores(images, bootstrap=10)
@@ -120,7 +121,8 @@ def test_files(tmp_path: Path) -> None:
 def test_perfect_scores_on_the_labels_of_voc_2007(shared_data: Path) -> None:
     content = np.load(shared_data / "labels" / "voc2007.npz")
     targets = torch.from_numpy(content["test"])
-    images = ScoredImages(((targets + 1).float() / 2,), targets, None, tuple(content["labels"].tolist()), "voc")
+    labels = tuple(content["labels"].tolist())
+    images = ScoredImages(((targets + 1).float() / 2,), targets == 1, targets == 0, None, labels)
     result = evaluate_scores(images, bootstrap=3)
     for preset, values in result["metrics"].items():
         assert values["mAP"] == pytest.approx(100), preset

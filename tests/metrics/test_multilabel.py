@@ -113,9 +113,14 @@ def score_tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(scores: np.ndarray, targets: np.ndarray, *args, **options) -> dict[str, torch.Tensor]:
-    metric = MultiLabelMetrics(scores.shape[1], *args, **options)
+    """Of targets in {1, 0, -1}."""
+    metric = voc_metrics(scores.shape[1], *args, **options)
     metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
     return metric.compute()
+
+
+def voc_metrics(*args, **options) -> MultiLabelMetrics:
+    return MultiLabelMetrics(*args, target_format="voc", allow_all_present=True, **options)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -208,7 +213,7 @@ def test_precision_recall_f1_against_scikit_learn() -> None:
 def test_the_four_ap_rules_by_hand() -> None:
     """Ranks: +, -, +, +, -: precisions 1, 1/2, 2/3, 3/4, 3/5."""
     scores = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5]])
-    targets = torch.tensor([[1], [-1], [1], [1], [-1]])
+    targets = torch.tensor([[1], [0], [1], [1], [0]])
     assert average_precision(scores, targets, "rank").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert average_precision(scores, targets, "sklearn").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert average_precision(scores, targets, "envelope").item() == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)
@@ -218,7 +223,7 @@ def test_the_four_ap_rules_by_hand() -> None:
 
 def test_eleven_point_recalls_are_exact() -> None:
     """Three positives of ten reach recall 0.3, although 3 * 0.1 > 0.3 in floating point."""
-    targets = torch.tensor([1, 1, 1] + [-1] * 10 + [1] * 7)[:, None]
+    targets = torch.tensor([1, 1, 1] + [0] * 10 + [1] * 7)[:, None]
     scores = torch.linspace(1, 0, 20)[:, None]
     late = max(k / (k + 10) for k in range(4, 11))
     assert average_precision(scores, targets, "voc11").item() == pytest.approx((4 + 7 * late) / 11)
@@ -226,7 +231,7 @@ def test_eleven_point_recalls_are_exact() -> None:
 
 def test_ties_rank_in_row_order() -> None:
     half = torch.full((4, 1), 0.5)
-    first, last = torch.tensor([[1], [-1], [-1], [-1]]), torch.tensor([[-1], [-1], [-1], [1]])
+    first, last = torch.tensor([[1], [0], [0], [0]]), torch.tensor([[0], [0], [0], [1]])
     assert average_precision(half, first).item() == 1.0
     assert average_precision(half, last).item() == 0.25
     assert average_precision(half, first, "sklearn").item() == average_precision(half, last, "sklearn").item() == 0.25
@@ -235,7 +240,7 @@ def test_ties_rank_in_row_order() -> None:
 def test_labels_without_positives_are_left_out_and_named() -> None:
     scores = np.array([[0.9, 0.9, 0.2], [0.1, 0.8, 0.9]])
     targets = np.array([[1, -1, 0], [-1, -1, 1]])
-    metric = MultiLabelMetrics(3, labels=("cat", "unicorn", "dog"))
+    metric = voc_metrics(3, labels=("cat", "unicorn", "dog"))
     metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
     result = metric.compute()
     assert metric.excluded_labels == ("unicorn",)
@@ -269,7 +274,7 @@ def test_a_score_at_the_threshold() -> None:
 
 def test_batches_add_up_and_reset_clears() -> None:
     scores, targets = random_table(53, 5)
-    metric = MultiLabelMetrics(5)
+    metric = voc_metrics(5)
     for _ in range(2):
         for rows in np.array_split(np.arange(53), 7):
             metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]))
@@ -285,7 +290,7 @@ def test_inputs_are_neither_changed_nor_kept() -> None:
     before = scores.clone(), targets.clone()
     results = {}
     for preset in PRESETS:
-        metric = MultiLabelMetrics(4, preset)
+        metric = voc_metrics(4, preset)
         metric.update(scores, targets)
         results[preset] = metric.compute()
         assert torch.equal(scores, before[0])
@@ -298,7 +303,7 @@ def test_inputs_are_neither_changed_nor_kept() -> None:
 
 def test_binary_targets() -> None:
     scores, targets = random_table(30, 3)
-    metric = MultiLabelMetrics(3, target_format="binary")
+    metric = MultiLabelMetrics(3)
     metric.update(torch.from_numpy(scores), torch.from_numpy((targets == 1).astype(np.float32)))
     assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
 
@@ -307,7 +312,7 @@ def test_binary_targets() -> None:
 def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torch.dtype) -> None:
     scores, targets = random_table(60, 4)
     low = torch.from_numpy(scores).to(dtype)
-    metric = MultiLabelMetrics(4)
+    metric = voc_metrics(4)
     metric.update(low, torch.from_numpy(targets))
     assert_same(metric.compute(), loop_metrics(low.double().numpy(), targets, PRESETS["mlgcn"]))
 
@@ -318,7 +323,7 @@ def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
     scores, targets = random_table(N, 4)
     scores = scores.round(1)
     padded = (list(range(N)) * 2)[: -(-N // 3) * 3]
-    metric = MultiLabelMetrics(4)
+    metric = voc_metrics(4)
     for process in range(3):
         rows = padded[process::3]
         metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]), ids=rows)
@@ -328,15 +333,15 @@ def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
 def _worker(process: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=3)
     scores, targets = random_table(7, 4)
-    metric = MultiLabelMetrics(4)
+    metric = voc_metrics(4)
     for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one repeated row, one process without any
         metric.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
-    presets = {preset: MultiLabelMetrics(4, preset) for preset in PRESETS}
+    presets = {preset: voc_metrics(4, preset) for preset in PRESETS}
     rows, targets[4, 2] = ([6, 0, 2, 4], [5, 3, 1, 0], [])[process], 0  # out of order, and a difficult label
     for other in presets.values():
         for row in rows:
             other.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
-    collected = [part.numpy() for part in presets["mlgcn"].collected()]
+    collected = [part.numpy() for part in presets["mlgcn"].collected() if part is not None]
     numbers = {name: {k: v.numpy() for k, v in other.compute().items()} for name, other in presets.items()}
     assert sum(map(len, presets["mlgcn"].scores)) == len(rows)  # each process has its own rows again
     result = {name: value.numpy() for name, value in metric.compute().items()}
@@ -357,7 +362,7 @@ def test_three_real_processes(tmp_path: Path) -> None:
         for preset, values in numbers.items():
             of_loops = loop_metrics(scores, targets, PRESETS[preset])
             assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in values.items()}, of_loops)
-        for part, whole in zip(collected, (scores, targets, np.arange(7)), strict=True):
+        for part, whole in zip(collected, (scores, targets == 1, targets == 0, np.arange(7)), strict=True):
             np.testing.assert_array_equal(part, whole)
 
 
@@ -431,7 +436,7 @@ def test_thresholds_of_labels_equal_single_labels() -> None:
 # ---- Bad input ----
 
 GOOD = torch.full((2, 3), 0.5)
-ABSENT = torch.full((2, 3), -1)
+ABSENT = torch.zeros(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -444,8 +449,9 @@ ABSENT = torch.full((2, 3), -1)
         (GOOD[:, :2], ABSENT, "shape"),
         (GOOD, ABSENT[:1], "shape"),
         (GOOD[0], ABSENT[0], "shape"),
-        (GOOD, ABSENT * 2, "targets hold -2"),
-        (GOOD, ABSENT * 0.5, "targets hold -0.5"),
+        (GOOD, ABSENT - 1, "targets hold -1: pass target_format='voc'"),
+        (GOOD, ABSENT - 2, "targets hold -2: use 1"),
+        (GOOD, ABSENT - 0.5, "targets hold -0.5"),
         (GOOD, ABSENT * math.nan, "targets hold nan"),
         ((GOOD > 0).int(), ABSENT, "floating"),
     ],
@@ -464,7 +470,7 @@ def test_bad_ids_are_refused() -> None:
             MultiLabelMetrics(3).update(GOOD, ABSENT, ids=ids)
     metric = MultiLabelMetrics(3)
     metric.update(GOOD, ABSENT, ids=[0, 1])
-    metric.update(GOOD, -ABSENT, ids=[2, 1])
+    metric.update(GOOD, 1 - ABSENT, ids=[2, 1])
     with pytest.raises(DataError, match="id 1 came twice"):
         metric.compute()
     metric = MultiLabelMetrics(3)
@@ -472,11 +478,6 @@ def test_bad_ids_are_refused() -> None:
     metric.update(GOOD, ABSENT)
     with pytest.raises(DataError, match="every update or to none"):
         metric.compute()
-
-
-def test_binary_targets_refuse_minus_one() -> None:
-    with pytest.raises(DataError, match="targets hold -1: use 1"):
-        MultiLabelMetrics(3, target_format="binary").update(GOOD, ABSENT)
 
 
 @pytest.mark.parametrize(

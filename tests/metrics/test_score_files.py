@@ -18,7 +18,8 @@ from gm_mlic.metrics import read_scored_images, write_scored_images
 LABELS = ("cat", "red bird", "dog, small")
 IDS = ("a.jpg", "b.jpg", "007", "d")
 SCORES = np.array([[0.9, 0.1, 0.5], [0.2, 0.3, 0.4], [0.25, 1.0, 0.0], [0.7, 0.6, 0.125]])
-TARGETS = np.array([[1, -1, 0], [-1, 1, -1], [1, 1, -1], [-1, -1, 1]])
+VOC = np.array([[1, -1, 0], [-1, 1, -1], [1, 1, -1], [-1, -1, 1]])
+TARGETS, DIFFICULT = (VOC == 1).astype(int), VOC == 0
 
 
 def write_csv(path: Path, values: np.ndarray, ids: Any = IDS, labels: Any = LABELS, id_header: str = "id") -> Path:
@@ -52,22 +53,31 @@ WRITERS: dict[str, Callable[[Path, str, np.ndarray], Path]] = {
 @pytest.mark.parametrize("of_scores", WRITERS)
 @pytest.mark.parametrize("of_targets", WRITERS)
 def test_every_kind_of_file_reads_alike(tmp_path: Path, of_scores: str, of_targets: str) -> None:
-    images = read_scored_images(
-        [WRITERS[of_scores](tmp_path, "scores", SCORES)], WRITERS[of_targets](tmp_path, "targets", TARGETS)
-    )
-    np.testing.assert_array_equal(images.scores[0], SCORES)
-    np.testing.assert_array_equal(images.targets, TARGETS)
-    assert (images.ids, images.labels, images.target_format) == (IDS, LABELS, "voc")
+    scores = [WRITERS[of_scores](tmp_path, "scores", SCORES)]
+    for form, written in (("binary", TARGETS), ("voc", VOC)):
+        images = read_scored_images(scores, WRITERS[of_targets](tmp_path, "targets", written), form)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(images.scores[0], SCORES)
+        np.testing.assert_array_equal(images.targets, TARGETS)
+        assert (images.difficult is None) == (form == "binary")
+        assert (images.ids, images.labels, images.target_format) == (IDS, LABELS, form)
+    np.testing.assert_array_equal(images.difficult, DIFFICULT)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "test.npz"
     scores = torch.from_numpy(SCORES).float()
-    write_scored_images(path, scores, torch.from_numpy(TARGETS).to(torch.int8), IDS, LABELS)
-    images = read_scored_images([path], path)
-    assert torch.equal(images.scores[0], scores)
-    assert images.scores[0].dtype == torch.float32
-    assert (images.ids, images.labels) == (IDS, LABELS)
+    for difficult in (None, torch.from_numpy(DIFFICULT)):
+        write_scored_images(path, scores, torch.from_numpy(TARGETS), IDS, LABELS, difficult)
+        images = read_scored_images([path], path)
+        assert torch.equal(images.scores[0], scores)
+        assert images.scores[0].dtype == torch.float32
+        np.testing.assert_array_equal(images.targets, TARGETS)
+        assert (images.ids, images.labels) == (IDS, LABELS)
+        assert (images.difficult is None) == (difficult is None)
+    assert images.difficult is not None
+    np.testing.assert_array_equal(images.difficult, DIFFICULT)
+    with pytest.raises(DataError, match="targets hold -1"):
+        write_scored_images(path, scores, torch.from_numpy(VOC), IDS, LABELS)
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,20 +121,27 @@ def test_the_id_column_of_a_csv(tmp_path: Path, header: str) -> None:
 
 def test_target_formats(tmp_path: Path) -> None:
     scores = write_npz(tmp_path / "s.npz", scores=SCORES)
-    binary = write_npz(tmp_path / "b.npz", targets=(TARGETS == 1).astype(np.float32))
-    voc = write_npz(tmp_path / "v.npz", targets=TARGETS)
-    boolean = write_pt(tmp_path / "c.pt", targets=TARGETS == 1)
-    for path, asked, form in (
-        (binary, "auto", "binary"), (binary, "binary", "binary"), (voc, "auto", "voc"), (boolean, "auto", "binary")
-    ):  # fmt: skip
-        images = read_scored_images([scores], path, asked)  # type: ignore[arg-type]
+    binary = write_npz(tmp_path / "b.npz", targets=TARGETS.astype(np.float32))
+    voc = write_npz(tmp_path / "v.npz", targets=VOC)
+    masked = write_pt(tmp_path / "c.pt", targets=TARGETS == 1, difficult=DIFFICULT)
+    for path, form in ((binary, "binary"), (voc, "voc"), (masked, "binary")):
+        images = read_scored_images([scores], path, form)  # type: ignore[arg-type]
         assert images.target_format == form
-        assert images.targets.dtype == torch.int8
-        expected = TARGETS if form == "voc" else np.where(TARGETS == 1, 1, -1)
-        np.testing.assert_array_equal(images.targets, expected)
-    assert read_scored_images([scores], binary, "voc").targets.min() == 0  # said so: all difficult or present
-    with pytest.raises(DataError, match=r"v\.npz: targets hold -1"):
-        read_scored_images([scores], voc, "binary")
+        assert images.targets.dtype == torch.bool
+        np.testing.assert_array_equal(images.targets, TARGETS)
+        assert images.difficult is None or np.array_equal(images.difficult, DIFFICULT)
+        assert (images.difficult is None) == (path == binary)
+    with pytest.raises(DataError, match=r"v\.npz: targets hold -1: pass target_format='voc'"):
+        read_scored_images([scores], voc)
+    with pytest.raises(DataError, match=r"b\.npz: targets hold no -1.*target_format='binary'"):
+        read_scored_images([scores], binary, "voc")
+    said_so = read_scored_images([scores], binary, "voc", allow_all_present=True)
+    np.testing.assert_array_equal(said_so.difficult, TARGETS == 0)
+    with pytest.raises(DataError, match=r"c\.pt: difficult goes with target_format='binary'"):
+        read_scored_images([scores], masked, "voc")
+    for wrong in (DIFFICULT * 2, DIFFICULT[:2], DIFFICULT[0]):
+        with pytest.raises(DataError, match=r"w\.npz: difficult must be"):
+            read_scored_images([scores], write_npz(tmp_path / "w.npz", targets=TARGETS, difficult=wrong))
     with pytest.raises(ConfigError, match="target_format"):
         read_scored_images([scores], voc, "pm1")  # type: ignore[arg-type]
 

@@ -42,7 +42,9 @@ def test_no_threshold_is_better(rows: list[tuple[float, int]], difficult: str, c
     scores, targets = [s for s, _ in rows], [t for _, t in rows]
     rule = Convention(difficult_f1=difficult, compare=compare, threshold=0.25)
     table = torch.from_numpy(np.array(scores, dtype=dtype)[:, None])
-    (fitted,) = fit_thresholds(table, torch.tensor(targets)[:, None], rule).tolist()
+    (fitted,) = fit_thresholds(
+        table, torch.tensor(targets)[:, None], rule, target_format="voc", allow_all_present=True
+    ).tolist()
     assert 0 <= fitted <= 1
     levels = sorted({0.0, 1.0, *scores})
     tried = [*levels, *((a + b) / 2 for a, b in itertools.pairwise(levels))]
@@ -55,7 +57,7 @@ def test_no_threshold_is_better(rows: list[tuple[float, int]], difficult: str, c
 
 def test_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.9, 0.4], [0.8, 0.8, 0.4], [0.3, 0.3, 0.1], [0.2, 0.2, 0.2]], dtype=torch.float64)
-    targets = torch.tensor([[1, -1, -1], [1, -1, 1], [1, -1, -1], [-1, -1, 1]])
+    targets = torch.tensor([[1, 0, 0], [1, 0, 1], [1, 0, 0], [0, 0, 1]])
     # Label 0 passes down to 0.3; label 1 has no positive; label 2: {0.4, 0.4} has F1 1/2, {0.4, 0.4, 0.2} has 4/5.
     fitted = fit_thresholds(scores, targets)
     torch.testing.assert_close(fitted, torch.tensor([0.25, 0.5, 0.15], dtype=torch.float64))
@@ -65,13 +67,13 @@ def test_by_hand() -> None:
 def test_of_equally_good_thresholds_the_highest() -> None:
     # {0.9}: 2/3 (P 1, R 1/2); all four: 2/3 (P 1/2, R 1).
     scores = torch.tensor([[0.9], [0.6], [0.5], [0.2]])
-    assert fit_thresholds(scores, torch.tensor([[1], [-1], [-1], [1]])).item() == pytest.approx(0.75)
+    assert fit_thresholds(scores, torch.tensor([[1], [0], [0], [1]])).item() == pytest.approx(0.75)
 
 
 def test_neighbouring_floats_are_told_apart() -> None:
     low = np.float32(0.5)
     scores = torch.tensor([[np.nextafter(low, np.float32(1))], [low]])
-    targets = torch.tensor([[1], [-1]])
+    targets = torch.tensor([[1], [0]])
     for compare in ("ge", "gt"):
         rule = Convention(compare=compare)
         metrics = MultiLabelMetrics(1, compare=compare, threshold=fit_thresholds(scores, targets, rule))
@@ -81,8 +83,8 @@ def test_neighbouring_floats_are_told_apart() -> None:
 
 def test_fitted_thresholds_do_not_lower_the_mean_f1_where_they_were_fitted() -> None:
     generator = torch.Generator().manual_seed(0)
-    targets = torch.where(torch.rand(300, 6, generator=generator) < 0.2, 1, -1)
-    scores = torch.sigmoid(torch.randn(300, 6, generator=generator) + 2 * targets - 1)
+    targets = (torch.rand(300, 6, generator=generator) < 0.2).int()
+    scores = torch.sigmoid(torch.randn(300, 6, generator=generator) + 4 * targets - 3)
     values = []
     for threshold in (0.5, fit_thresholds(scores, targets)):
         metrics = MultiLabelMetrics(6, f1="mean_of", threshold=threshold)

@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ssgrl": {"num_labels": C, "label_dim": D_L, "width": 12, "steps": 2},
     "query2label": {"num_labels": C, "heads": 2, "dropout": 0.0},
 }
-TARGETS = torch.tensor([[1, 1, -1, -1], [1, -1, 1, -1], [-1, 1, 1, 1], [1, 1, -1, 1]])
+TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
 every_model = pytest.mark.parametrize("name", SETTINGS)
 
 
@@ -206,16 +206,16 @@ def test_probabilities_by_hand() -> None:
 
 
 def test_targets_that_are_not_known_are_not_counted() -> None:
-    """A "difficult" object (0) is no image with the label, and no image without it."""
-    targets = TARGETS.clone()
-    targets[1, 1] = 0  # image 1 has label 0; whether it has label 1 is not known
-    P = conditional_probabilities(targets, C)
+    """A difficult label is no image with the label, and no image without it."""
+    difficult = torch.zeros_like(TARGETS, dtype=torch.bool)
+    difficult[1, 1] = True  # image 1 has label 0; whether it has label 1 is not known
+    P = conditional_probabilities(TARGETS, C, difficult)
     assert float(P[0, 1]) == 1.0  # 2 of 2
     assert float(P[2, 1]) == 1.0  # 1 of 1
     torch.testing.assert_close(P[1], conditional_probabilities(TARGETS, C)[1])
-    targets[:, 3] = 0
-    assert conditional_probabilities(targets, C)[3].tolist() == [0] * C
-    assert conditional_probabilities(targets, C)[:, 3].tolist() == [0] * C
+    difficult[:, 3] = True
+    assert conditional_probabilities(TARGETS, C, difficult)[3].tolist() == [0] * C
+    assert conditional_probabilities(TARGETS, C, difficult)[:, 3].tolist() == [0] * C
     with pytest.raises(ConfigError, match=r"shape \(4, 4\), the model has 5 labels"):
         conditional_probabilities(TARGETS, 5)
 
@@ -226,7 +226,7 @@ def test_counts_are_part_of_the_weights(name: str) -> None:
     assert not torch.equal(fresh.adjacency, counted.adjacency)
     fresh.load_state_dict(counted.state_dict())
     close(fresh(batch()).logits, counted(batch()).logits)
-    counted.count(torch.full_like(TARGETS, -1))
+    counted.count(torch.zeros_like(TARGETS))
     before = create_model(name, instance_dim=D_O, **SETTINGS[name]).double()
     torch.testing.assert_close(counted.adjacency, before.adjacency)  # nothing known is as nothing counted
 

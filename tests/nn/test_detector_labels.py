@@ -36,7 +36,8 @@ def store(seed: int = 0, images: int = 6) -> SimpleNamespace:
         scores=np.where(present, rng.uniform(0.05, 0.99, present.shape), 0).astype(np.float32),
         detected_labels=np.where(present, rng.integers(-1, len(CLASSES), present.shape), -1).astype(np.int32),
         counts=counts,
-        targets=rng.choice([-1, 1], (images, C)).astype(np.int8),
+        targets=rng.choice([0, 1], (images, C)).astype(np.int8),
+        difficult=None,
         rows=np.arange(images),
         manifest=SimpleNamespace(labels=LABELS, detector_labels=CLASSES),
     )
@@ -120,7 +121,7 @@ def test_gradients_reach_every_parameter_and_training_calibrates() -> None:
     """An unsure detector that is always right becomes a sure one."""
     of = store(images=30)
     of.scores = np.where(of.scores > 0, 0.3, 0).astype(np.float32)
-    of.targets = np.where(detector_scores(of) > 0, 1, -1).astype(np.int8)
+    of.targets = (detector_scores(of) > 0).astype(np.int8)
     net, data = model(), batch(of)
     assert data.y is not None
     y = (data.y > 0).float()

@@ -15,7 +15,7 @@ def test_labels_are_judged_and_sorted():
     found = judged_labels(
         LABELS,
         scores=np.array([0.4, 0.5, 0.9, 0.1]),
-        targets=np.array([1, 1, -1, -1]),
+        targets=np.array([1, 1, 0, 0]),
         boxes=np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]),
         winners=np.array([1, 0, 1, 0]),
     )
@@ -25,7 +25,8 @@ def test_labels_are_judged_and_sorted():
 
 def test_difficult_labels_are_not_wrong():
     zero = np.zeros(4, dtype=int)
-    found = judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([0, -1, -1, -1]), np.zeros((1, 4)), zero)
+    first = np.array([True, False, False, False])
+    found = judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.zeros(4), np.zeros((1, 4)), zero, difficult=first)
     assert [(x.name, x.kind) for x in found] == [("cat", "right")]
 
 
@@ -61,7 +62,7 @@ def test_the_picture_has_the_colours_of_what_it_shows(tmp_path: Path):
     box = np.array([[0.1, 0.1, 0.9, 0.9]])
     panel = (
         image,
-        judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([1, -1, -1, -1]), box, np.zeros(4, int)),
+        judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([1, 0, 0, 0]), box, np.zeros(4, int)),
     )
     path = tmp_path / "new" / "x.png"
     picture_grid(path, [panel, (image, [])], "two", columns=4)

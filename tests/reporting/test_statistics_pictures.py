@@ -27,8 +27,8 @@ from gm_mlic.reporting.statistics import (
 class Made(MultiLabelDataset):
     name, split = "made", "train"
 
-    def __init__(self, targets: np.ndarray, labels: list[str]) -> None:
-        self.targets, self.labels = targets, tuple(labels)
+    def __init__(self, targets: np.ndarray, labels: list[str], difficult: np.ndarray | None = None) -> None:
+        self.targets, self.labels, self.difficult = targets, tuple(labels), difficult
         self.ids = tuple(map(str, range(len(targets))))
 
     def image(self, i: int) -> Image.Image:
@@ -38,7 +38,7 @@ class Made(MultiLabelDataset):
 def made(labels: list[str], images: int = 60, share: float = 0.3, difficult: float = 0.0) -> DatasetStatistics:
     rng = np.random.default_rng(0)
     dice = rng.random((images, len(labels)))
-    return statistics(Made(np.where(dice < share, 1, np.where(dice < share + difficult, 0, -1)), labels))
+    return statistics(Made(dice < share, labels, (dice >= share) & (dice < share + difficult)))
 
 
 def text(table: object) -> str:
@@ -156,7 +156,7 @@ def test_the_most_frequent_of_many_labels(tmp_path: Path, monkeypatch: pytest.Mo
 def test_labels_that_never_occur_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     statistics_picture(tmp_path / "none.png", made(["a", "b"], 5, 0.0))
     assert (tmp_path / "none.png").read_bytes().startswith(b"\x89PNG")
-    targets = np.array([[1, -1, 1, -1, -1], [-1, -1, -1, 1, 1], [1, -1, 1, -1, -1]])
+    targets = np.array([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1], [1, 0, 1, 0, 0]])
     _, boxes = texts(tmp_path / "x.png", statistics(Made(targets, ["a", "never", "c", "d", "e"])), monkeypatch)
     places = {name: box.y0 for name, box in boxes if len(name) < 6}  # the last one of a name: beside the heat map
     assert places["never"] == min(places[name] for name in ("a", "never", "c", "d", "e"))

@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config: Config, monkeypatch
     class Bad(torch.nn.Module):
         calls = 0
 
-        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        def forward(self, logits: torch.Tensor, *_: object) -> torch.Tensor:
             Bad.calls += 1
             return logits.sum() * (float("nan") if Bad.calls == 2 else 1.0)
 
@@ -472,6 +472,55 @@ def test_labels_are_prepared_once_for_each_evaluation(run_config: Config, monkey
     run.train(run_config("trainer.batch_size=4"))
     # Two epochs are validated, then the test split is evaluated; each has three batches.
     assert len(prepared) == 3
+
+
+def with_difficult(monkeypatch: pytest.MonkeyPatch, *, marked: bool = True) -> None:
+    """Every seventh pair of image and label is difficult; without ``marked``, it is absent."""
+    made = build.build_dataset
+
+    def build_dataset(config: DictConfig, split: str) -> Any:
+        dataset = made(config, split)
+        difficult = np.arange(dataset.targets.size).reshape(dataset.targets.shape) % 7 == 0
+        dataset.targets = dataset.targets * ~difficult
+        dataset.difficult = difficult if marked else None
+        return dataset
+
+    monkeypatch.setattr(build, "build_dataset", build_dataset)
+
+
+@pytest.mark.parametrize("way", ["model.execution=auto", "model.execution=explicit", "instances.online=true"])
+def test_difficult_labels_reach_loss_and_metrics(
+    run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+):
+    results = {}
+    for name, marked in (("positive", True), ("ignore", True), ("negative", True), ("unmarked", False)):
+        policy = "negative" if name == "unmarked" else name
+        with monkeypatch.context() as patch:
+            with_difficult(patch, marked=marked)
+            config = run_config(way, f"loss.difficult={policy}", f"run_dir={tmp_path}/{name}", "trainer.max_epochs=1")
+            results[name] = run.train(config)
+            dataset = build.build_dataset(config, "test")
+        scored = read_scored_images([tmp_path / name / "test.npz"], tmp_path / name / "test.npz")
+        np.testing.assert_array_equal(scored.targets, dataset.targets == 1)
+        assert (scored.difficult is None) == (dataset.difficult is None)
+        if marked:
+            np.testing.assert_array_equal(scored.difficult, dataset.difficult)
+        metrics = MultiLabelMetrics(len(dataset.labels))
+        metrics.update(scored.scores[0], scored.targets, scored.difficult)
+        assert float(metrics.compute()["mAP"]) == pytest.approx(results[name]["test"]["mAP"])
+    weights = {name: checkpoint(tmp_path / name, "last")["state_dict"] for name in results}
+    assert_same(weights["negative"], weights["unmarked"])
+    key = next(key for key in weights["negative"] if key.endswith("weight"))
+    assert not torch.equal(weights["positive"][key], weights["negative"][key])
+    assert not torch.equal(weights["ignore"][key], weights["negative"][key])
+    assert (
+        results["negative"]["test"]["mAP"] != results["unmarked"]["test"]["mAP"]
+    )  # difficult pairs are left out of AP
+
+
+def test_training_does_not_check_targets_at_every_step(run_config: Config):
+    loss = build.build_loss(run_config(), build.build_dataset(run_config(), "train"))
+    assert not loss.validate_args
 
 
 # What a run leaves for people

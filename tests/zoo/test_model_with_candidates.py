@@ -125,7 +125,8 @@ def test_difficult_objects_speak_for_their_label_too():
         rows=np.array([0, 2, 3]),  # image 1 is unreadable
         detected_labels=np.array([[[0]], [[-1]], [[0]], [[1]]], dtype=np.int32),
         scores=np.full((4, 1, 1), 0.9, dtype=np.float32),
-        targets=np.array([[-1, 0, 1], [1, 1, 1], [-1, 0, 1], [-1, -1, 1]], dtype=np.int8),
+        targets=np.array([[0, 0, 1], [1, 1, 1], [0, 0, 1], [0, 0, 1]], dtype=np.int8),
+        difficult=np.array([[0, 1, 0], [0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=bool),
         manifest=SimpleNamespace(detector_labels=("thing", "other"), labels=("a", "b", "c")),
     )
     assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]

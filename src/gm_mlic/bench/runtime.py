@@ -104,8 +104,8 @@ class Execution:
             execution="explicit" if name == "plain" else "structured",
             recompute=name == "recomputed",
         ).to(device)
-        self.loss = WeightedBCE(torch.full((case.C,), 0.05)).to(device)
-        self.targets = torch.where(torch.rand(case.batch, case.C) < 0.05, 1, -1).to(device)
+        self.loss = WeightedBCE(torch.full((case.C,), 0.05), validate_args=False).to(device)
+        self.targets = (torch.rand(case.batch, case.C) < 0.05).long().to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
         if name == "compiled":
             self.model.compile()
@@ -345,5 +345,6 @@ class RandomStore:
         self.scores = np.ones((size, 1, m), dtype=np.float32)
         self.detected_labels = np.zeros((size, 1, m), dtype=np.int64)
         self.counts = np.full((size, 1), m)
-        self.targets = np.full((size, C), -1, dtype=np.int8)
+        self.targets = np.zeros((size, C), dtype=np.int8)
+        self.difficult: np.ndarray | None = None
         self.rows = np.arange(size)

@@ -165,7 +165,7 @@ def evaluate(config: DictConfig) -> None:
         from gm_mlic.metrics import evaluate_files
 
         val = (config.val_scores, config.val_targets) if config.calibrate else None
-        options = {"against": config.against, "val": val, "target_format": config.target_format}
+        options = {key: config[key] for key in ("against", "target_format", "allow_all_present")} | {"val": val}
         print_evaluation(evaluate_files(config.scores, config.targets, **options, **resampling, out=config.run_dir))
         return
     from gm_mlic.training import run as training

@@ -91,7 +91,7 @@ def _row_config(config: DictConfig, row: str) -> DictConfig:
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
     metrics = build.build_metrics(config, [str(c) for c in range(targets.shape[1])])
-    metrics.update(torch.from_numpy(np.asarray(scores, dtype=np.float32)), torch.from_numpy(targets.astype(np.int64)))
+    metrics.update(torch.from_numpy(np.asarray(scores, dtype=np.float32)), torch.from_numpy(targets))
     return {name: float(value) for name, value in metrics.compute().items() if name != "AP"}
 
 

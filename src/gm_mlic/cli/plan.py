@@ -226,7 +226,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     with config_keys("model"):
         model = create_model(**settings).to(device)
     with config_keys("loss"):
-        loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss")).to(device)
+        loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss"), validate_args=False).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
     options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}
     optimizer = kind(model.parameters(), lr=1e-6, **options)

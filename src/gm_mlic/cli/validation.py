@@ -75,7 +75,8 @@ RULES: Mapping[str, Rule] = {
     "private": YES_NO,
     "calibrate": YES_NO,
     "bootstrap": whole(0),
-    "target_format": one_of("auto", "voc", "binary"),
+    "target_format": one_of("binary", "voc"),
+    "allow_all_present": YES_NO,
 }
 
 

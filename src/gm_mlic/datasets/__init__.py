@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, label_ratio
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
 from gm_mlic.datasets.nuswide import NUSWIDE
 from gm_mlic.datasets.own import OwnImages
@@ -12,11 +12,8 @@ from gm_mlic.datasets.scenes import SceneObject, Scenes
 from gm_mlic.datasets.voc import VOC2007, VOC2012
 
 __all__ = [
-    "ABSENT",
     "COCO2014",
-    "DIFFICULT",
     "NUSWIDE",
-    "PRESENT",
     "VOC2007",
     "VOC2012",
     "BoxAnnotations",

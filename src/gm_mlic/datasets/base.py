@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-#: Values of a target, as in VOC's ``ImageSets/Main``.
-PRESENT, DIFFICULT, ABSENT = 1, 0, -1
+from gm_mlic.errors import DataError
+from gm_mlic.targets import first_other_value, normalise_targets
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class MultiLabelDataset(ABC):
         split: ``train``, ``val`` or ``test``.
         labels: the C label names; their order is the order of every label axis in the package.
         ids: the N image ids, unique.
-        targets: (N, C) int8 with 1 present, 0 difficult, -1 absent.
+        targets: (N, C) with 1 present, 0 absent, of bool or any number type; int8 in the datasets that are shipped.
+        difficult: (N, C) bool, the pairs of image and label that are difficult (VOC), whose target is 0; None (default)
+            for datasets that know no such thing.
     """
 
     name: str
@@ -46,6 +48,7 @@ class MultiLabelDataset(ABC):
     labels: tuple[str, ...]
     ids: tuple[str, ...]
     targets: np.ndarray
+    difficult: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,29 +67,39 @@ class MultiLabelDataset(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of name, split, labels, ids and targets: what a store or checkpoint was made for."""
+        """SHA-256 (hex) of name, split, labels, ids, targets and difficult ones: what a store was made for."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.split, list(self.labels), list(self.ids)]).encode())
         digest.update(np.ascontiguousarray(self.targets, dtype=np.int8).tobytes())
+        if self.difficult is not None:
+            digest.update(np.ascontiguousarray(self.difficult, dtype=bool).tobytes())
         return digest.hexdigest()
 
 
-def label_ratio(targets: np.ndarray) -> np.ndarray:
-    r"""The share :math:`r_c` of images that carry label c (eq. 15 of the paper); "difficult" does not count.
+def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.ndarray:
+    r"""The share :math:`r_c` of images that carry label c (eq. 15 of the paper); difficult pairs do not count.
 
     Args:
-        targets: (N, C) in {1, 0, -1}.
+        targets: (N, C) in {0, 1}.
+        difficult: (N, C) bool, or None.
 
     Returns:
         (C,) float64 in [0, 1].
+
+    Raises:
+        DataError: for other targets.
     """
-    return np.asarray((targets == PRESENT).mean(axis=0), dtype=np.float64)
+    present, _ = normalise_targets(targets, difficult)
+    return np.asarray(present.mean(axis=0), dtype=np.float64)
 
 
-def check_targets(ids: Sequence[str], labels: Sequence[str], targets: np.ndarray) -> None:
-    """Raise :class:`~gm_mlic.errors.DataError` unless ids and labels are unique, non-empty and fit ``targets``."""
-    from gm_mlic.errors import DataError
+def check_targets(
+    ids: Sequence[str], labels: Sequence[str], targets: np.ndarray, difficult: np.ndarray | None = None
+) -> None:
+    """Raise :class:`~gm_mlic.errors.DataError` unless a dataset's ids, labels, targets and difficult ones fit together.
 
+    Ids and labels are unique and non-empty, targets are in {0, 1}, and 0 where a pair is difficult.
+    """
     if len(ids) == 0:
         raise DataError("The dataset has no images: check `root` and `split`.")
     if len(labels) == 0:
@@ -97,5 +110,19 @@ def check_targets(ids: Sequence[str], labels: Sequence[str], targets: np.ndarray
             raise DataError(f"The {what} {twice!r} occurs more than once: make {what}s unique.")
     if targets.shape != (len(ids), len(labels)):
         raise DataError(f"targets have shape {targets.shape}, expected {(len(ids), len(labels))}.")
-    if not np.isin(targets, (PRESENT, DIFFICULT, ABSENT)).all():
-        raise DataError("targets may only hold 1 (present), 0 (difficult) and -1 (absent).")
+    other = first_other_value(targets, (0, 1))
+    if other is not None:
+        raise DataError(
+            f"targets hold {other:g}: a dataset's targets are 1 (present) and 0 (absent), and its attribute difficult "
+            "is a bool mask."
+        )
+    if difficult is None:
+        return
+    if difficult.dtype != bool or difficult.shape != targets.shape:
+        raise DataError(f"difficult is {difficult.dtype} {difficult.shape}, expected bool {targets.shape}.")
+    row, column = (part[:1] for part in np.nonzero(difficult & (targets == 1)))
+    if row.size:
+        raise DataError(
+            f"Image {ids[int(row[0])]!r}: the label {labels[int(column[0])]!r} is both present and difficult: set its "
+            "target to 0."
+        )

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
@@ -124,9 +124,9 @@ class COCO2014(MultiLabelDataset):
 
         self.labels = labels
         self.ids = tuple(str(photo.id) for photo in chosen)
-        self.targets = np.full((len(chosen), len(labels)), ABSENT, dtype=np.int8)
+        self.targets = np.zeros((len(chosen), len(labels)), dtype=np.int8)
         for row, photo in enumerate(chosen):
-            self.targets[row, list(photo.labels)] = PRESENT
+            self.targets[row, list(photo.labels)] = 1
         check_targets(self.ids, self.labels, self.targets)
         self._chosen = chosen
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.base import ABSENT, PRESENT, MultiLabelDataset, check_targets
+from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ArgumentError, ConfigError, DataError
@@ -115,7 +115,7 @@ class NUSWIDE(MultiLabelDataset):
             )  # fmt: skip
         self._places = [place for place in places if place is not None]
         self.ids = tuple(names[rows[n]] for n in there)
-        self.targets = np.where(present[rows[there]], PRESENT, ABSENT).astype(np.int8)
+        self.targets = present[rows[there]].astype(np.int8)
         check_targets(self.ids, self.labels, self.targets)
 
     def image(self, i: int) -> Image.Image:

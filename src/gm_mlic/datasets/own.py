@@ -24,7 +24,7 @@ from gm_mlic.datasets.annotation_files import (
     read_annotations,
     read_text,
 )
-from gm_mlic.datasets.base import ABSENT, DIFFICULT, PRESENT, BoxAnnotations, MultiLabelDataset, check_targets
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
@@ -53,8 +53,9 @@ class OwnImages(MultiLabelDataset):
     * ``.json``: COCO's instances format, as strictly as :class:`~gm_mlic.datasets.coco.COCO2014` reads it.
 
     *Targets.* A label is present or absent; an image without labels is kept, with all of them absent. Only a table with
-    a column for each label can hold difficult ones, and only with ``target_format="voc"``: 1 present, 0 difficult, -1
-    absent. (A table of 0 and 1 alone is refused there: it would turn every absent label into a difficult one.)
+    a column for each label can hold difficult ones, and only with ``target_format="voc"``: its cells are 1 present, 0
+    difficult, -1 absent. (A table of 0 and 1 alone is refused there: it would turn every absent label into a difficult
+    one.) However the file is written, ``targets`` are in {0, 1}, and ``difficult`` is a mask.
 
     *Labels* are in the order of ``labels`` if given, else of the columns, else alphabetical. They are those of all
     splits together. Two that differ only in case, spaces or underscores are refused.
@@ -145,10 +146,10 @@ class OwnImages(MultiLabelDataset):
         read = _read_all(self.root, annotations, folders or {}, form)
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
-        targets = _targets(rows, self.labels)
+        targets, difficult = (_mask(rows, self.labels, name) for name in ("present", "difficult"))
         if split == "train":  # it is the same for every split: say it once
             _warn(self.labels, targets, separator)
-        check_targets([row.file for row in rows], self.labels, targets)
+        check_targets([row.file for row in rows], self.labels, targets, difficult)
         splits = _assign([row.split for row in rows], targets, val_fraction, test_fraction, seed)
         chosen = np.flatnonzero(splits == split)
         if not chosen.size:
@@ -167,7 +168,8 @@ class OwnImages(MultiLabelDataset):
         kept = [int(i) for i, size in zip(chosen, sizes, strict=True) if size is not None]
         self._rows = [rows[i] for i in kept]
         self.ids = tuple(row.file for row in self._rows)
-        self.targets = targets[kept]
+        self.targets = targets[kept].astype(np.int8)
+        self.difficult = difficult[kept] if target_format == "voc" else None
 
     @property
     def fingerprint(self) -> str:
@@ -332,20 +334,18 @@ def _check_spelling(met: Mapping[str, str]) -> None:
         first[key] = label
 
 
-def _targets(rows: Sequence[ImageRow], labels: Sequence[str]) -> np.ndarray:
-    """(N, C) int8 in {1, 0, -1}."""
+def _mask(rows: Sequence[ImageRow], labels: Sequence[str], which: str) -> np.ndarray:
+    """(N, C) bool, the labels that each row lists as ``present`` or ``difficult``."""
     column = {label: c for c, label in enumerate(labels)}
-    targets = np.full((len(rows), len(labels)), ABSENT, dtype=np.int8)
-    for value, name in ((PRESENT, "present"), (DIFFICULT, "difficult")):
-        cells = [(i, column[label]) for i, row in enumerate(rows) for label in getattr(row, name)]
-        if cells:
-            targets[tuple(np.array(cells).T)] = value
-    return targets
+    mask = np.zeros((len(rows), len(labels)), dtype=bool)
+    for i, row in enumerate(rows):
+        mask[i, [column[label] for label in getattr(row, which)]] = True
+    return mask
 
 
 def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     """Log what is allowed, but is seldom meant."""
-    never = [label for c, label in enumerate(labels) if not (targets[:, c] == PRESENT).any()]
+    never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
     if never:
         shown = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
         log.warning("%d labels are on no image: %s", len(never), shown)

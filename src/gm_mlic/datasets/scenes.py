@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from gm_mlic.datasets.base import ABSENT, PRESENT, BoxAnnotations, MultiLabelDataset
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
 from gm_mlic.errors import ArgumentError
 
 Array = NDArray[Any]
@@ -358,7 +358,7 @@ def _mean_average_precision(scores: Array, targets: Array) -> float:
     Ties keep the order of the rows.
     """
     order = np.argsort(-scores, axis=0, kind="stable")
-    hits = np.take_along_axis(targets == PRESENT, order, axis=0)
+    hits = np.take_along_axis(targets == 1, order, axis=0)
     precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
     positives = hits.sum(axis=0)
     some = positives > 0
@@ -459,9 +459,9 @@ class Scenes(MultiLabelDataset):
         self.ids = tuple(f"{split}-{i:05d}" for i in range(size))
         self._look_of = self._looks()
         self._layout = _lay_out(split, int(size), self.seed, self.hard, self.image_size, self._look_of)
-        self.targets = np.full((size, len(LABELS)), ABSENT, dtype=np.int8)
+        self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
         row, slot = np.nonzero(self._layout.label >= 0)
-        self.targets[row, self._layout.label[row, slot]] = PRESENT
+        self.targets[row, self._layout.label[row, slot]] = 1
 
     def _looks(self) -> Array:
         """(22,) for each label the index of its look."""
@@ -534,7 +534,7 @@ class Scenes(MultiLabelDataset):
         for the theme labels; anchors and twins are decided by look and geometry, so theirs are 0 or 1.
         """
         _, theme_labels = _company(self._layout.label[:, _SINGLE_SLOTS], self._look_of)
-        spatial = (self.targets[:, 16:] == PRESENT).astype(np.float64)
+        spatial = self.targets[:, 16:].astype(np.float64)
         return np.concatenate([theme_labels, spatial], axis=1)
 
     def best_map(self) -> float:

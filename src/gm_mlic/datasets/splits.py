@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gm_mlic.datasets.base import PRESENT
 from gm_mlic.errors import ArgumentError
+from gm_mlic.targets import normalise_targets
 
 SPLITS = ("train", "val", "test")
 
@@ -59,7 +59,7 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     dealt out together, by chance, not one by one. Rows without any label come last and fill up the number wanted.
 
     Args:
-        targets: (N, C) in {1, 0, -1}; only 1 counts.
+        targets: (N, C) in {0, 1}.
         fraction: share of the rows to hold out, in [0, 1].
         seed: the same seed gives the same rows.
 
@@ -67,7 +67,7 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         (N,) bool, True for held-out rows: ``round(fraction * N)`` of them, at least one for a fraction above 0.
     """
     rng = np.random.default_rng(seed)
-    present = targets == PRESENT
+    present, _ = normalise_targets(targets)
     N = len(present)
     wanted_rows = max(1, round(fraction * N)) if fraction and N else 0
     wanted = fraction * present.sum(axis=0)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gm_mlic.datasets.base import DIFFICULT, PRESENT, MultiLabelDataset, label_ratio
+from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import DataError
+from gm_mlic.targets import normalise_targets
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ class DatasetStatistics:
 
 def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
     """Count what is in a split; no image is decoded."""
-    targets = np.asarray(dataset.targets)
-    present = targets == PRESENT
+    present, difficult = normalise_targets(np.asarray(dataset.targets), dataset.difficult)
     # float32 counts exactly up to 2^24 images, and multiplies far faster than integers do.
     ones = present.astype(np.float32 if len(present) < 2**24 else np.float64)
     return DatasetStatistics(
@@ -134,8 +134,8 @@ def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
         images=len(dataset),
         labels=tuple(dataset.labels),
         positives=present.sum(axis=0, dtype=np.int64),
-        difficult=(targets == DIFFICULT).sum(axis=0, dtype=np.int64),
-        ratio=label_ratio(targets),
+        difficult=(np.zeros_like(present) if difficult is None else difficult).sum(axis=0, dtype=np.int64),
+        ratio=present.mean(axis=0),
         together=np.rint(ones.T @ ones).astype(np.int64),
         per_image=np.bincount(present.sum(axis=1)).astype(np.int64),
         boxes=_box_counts(dataset),

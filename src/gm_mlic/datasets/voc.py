@@ -50,11 +50,12 @@ class _VOC(MultiLabelDataset):
         if download:
             fetch([archive], self.root, mirror)
         self.folder = self._folder(archive)
-        ids, targets = self._image_set(image_set)
+        ids, values = self._image_set(image_set)
         rows = rows_of(split, len(ids), val_fraction, seed)
-        self.labels, self.ids, self.targets = LABELS, tuple(ids[row] for row in rows), targets[rows]
+        self.labels, self.ids = LABELS, tuple(ids[row] for row in rows)
+        self.targets, self.difficult = (values[rows] == 1).astype(np.int8), values[rows] == 0
         self._check_files(image_set)
-        check_targets(self.ids, self.labels, self.targets)
+        check_targets(self.ids, self.labels, self.targets, self.difficult)
 
     def _folder(self, archive: Archive) -> Path:
         """The folder with ImageSets, wherever in the distributed tree ``root`` points."""
@@ -68,7 +69,7 @@ class _VOC(MultiLabelDataset):
         )
 
     def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
-        """Ids and targets (N, 20) of an official image set, from its 20 class files."""
+        """Ids and values (N, 20) in {1, 0, -1} of an official image set, from its 20 class files."""
         ids: list[str] = []
         columns: list[np.ndarray] = []
         for label in LABELS:
@@ -157,15 +158,16 @@ class VOC2007(_VOC):
     ``trainval`` by a seeded random permutation: ``round(val_fraction * N)`` images, at least one, are ``val``. With
     ``val_fraction=0`` all of ``trainval`` is ``train``.
 
-    A target is 1 if the image has an object of the class, 0 if it only has difficult ones, -1 if it has none, as in the
-    class files. What a 0 counts as is for the loss and the metrics to say.
+    A target is 1 if the image has an object of the class that is not difficult, else 0. ``difficult`` marks the pairs
+    of image and class with difficult objects only (0 in the class files). The loss and the metrics say what these count
+    as.
 
-    ============ ========= ========= ================= ============= ========
-    image set    images    labels    present (1)       a image       0
-    ============ ========= ========= ================= ============= ========
+    ============ ========= ========= ================= ============= =========
+    image set    images    labels    present           an image      difficult
+    ============ ========= ========= ================= ============= =========
     trainval     5,011     20        7,306             1.46          607
     test         4,952     20        7,013             1.42          619
-    ============ ========= ========= ================= ============= ========
+    ============ ========= ========= ================= ============= =========
 
     Args:
         root: the folder described above.

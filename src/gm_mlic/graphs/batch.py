@@ -34,7 +34,8 @@ class AssignmentBatch:
         near_attr: (B, M, K, 8), [B_j, B_i] of eq. 1.
         label_graph: whether labels hear each other.
         relates: (C, K_l) int64, neighbours of each label; None for all other labels.
-        y: (B, C) int64 targets in {1, 0, -1}, or None.
+        y: (B, C) int64 targets in {0, 1}, or None.
+        difficult: (B, C) bool, which labels are difficult (VOC), or None.
         row: (B,) int64 row of each image in its store, or None.
         score: (B, M), the detector's confidence in each instance, or None.
         detected_label: (B, M) int64, which of its own classes the detector gave each instance, -1 for none; or None.
@@ -52,6 +53,7 @@ class AssignmentBatch:
     label_graph: bool = True
     relates: Tensor | None = None
     y: Tensor | None = None
+    difficult: Tensor | None = None
     row: Tensor | None = None
     score: Tensor | None = None
     detected_label: Tensor | None = None
@@ -100,6 +102,7 @@ class AssignmentBatch:
         label_graph: bool = True,
         relates: Tensor | None = None,
         y: Tensor | None = None,
+        difficult: Tensor | None = None,
         row: Tensor | None = None,
         score: Tensor | None = None,
         detected_label: Tensor | None = None,
@@ -111,7 +114,7 @@ class AssignmentBatch:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l).
             neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
-            label_graph, relates, y, row, score, detected_label: see the class.
+            label_graph, relates, y, difficult, row, score, detected_label: see the class.
             candidates: (D, C) bool, the labels that an instance of each detected class may be; None for all.
 
         Raises:
@@ -136,8 +139,8 @@ class AssignmentBatch:
                 raise ConfigError("Candidates need the detected label of each instance.")
             matches = candidate_matches(candidates, detected_label, mask)
         return cls(
-            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, row, score,
-            detected_label, matches,
+            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, difficult, row,
+            score, detected_label, matches,
         )  # fmt: skip
 
     @classmethod
@@ -195,11 +198,12 @@ class AssignmentBatch:
                 if relates is None:
                     return None
         y = data.y if "y" in data else None
+        difficult = data.difficult if "difficult" in data else None
         row = data.row if "row" in data else None
         label_graph = RELATES in data.edge_types
         return cls(
-            dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y, row,
-            score, detected_label, matches,
+            dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y,
+            difficult, row, score, detected_label, matches,
         )  # fmt: skip
 
 

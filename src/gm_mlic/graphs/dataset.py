@@ -16,6 +16,7 @@ from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.graphs.assignment import AssignmentGraph
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
+from gm_mlic.targets import normalise_targets
 
 
 class InstanceRows(Protocol):
@@ -27,6 +28,7 @@ class InstanceRows(Protocol):
     detected_labels: np.ndarray
     counts: np.ndarray
     targets: np.ndarray
+    difficult: np.ndarray | None
     rows: np.ndarray
 
 
@@ -54,6 +56,7 @@ class _Views:
             raise StoreError(
                 f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
             )
+        normalise_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
             raise ConfigError("The store has no augmented views: extract with instances.views=4, or do not augment.")
         self.store = store
@@ -78,8 +81,8 @@ class _Views:
 class AssignmentGraphDataset(_Views, Dataset):
     """The assignment graphs of the readable images of an instance store, one ``HeteroData`` each.
 
-    Each graph also has ``y`` (1, C) int64 in {1, 0, -1} and ``row`` (1,), the image's row in the store. It batches
-    with PyG's ``DataLoader``.
+    Each graph also has ``y`` (1, C) int64 in {0, 1} and ``row`` (1,), the image's row in the store; and ``difficult``
+    (1, C) bool where the store has it. It batches with PyG's ``DataLoader``.
 
     Args:
         store: an opened instance store.
@@ -89,6 +92,7 @@ class AssignmentGraphDataset(_Views, Dataset):
 
     Raises:
         StoreError: if the store holds fewer than m instances, or other labels.
+        DataError: if its targets are not in {0, 1}.
         ConfigError: if there are no augmented views to draw from.
     """
 
@@ -116,6 +120,8 @@ class AssignmentGraphDataset(_Views, Dataset):
             )
         )
         data.y = torch.from_numpy(self.store.targets[row].astype(np.int64))[None]
+        if self.store.difficult is not None:
+            data.difficult = torch.tensor(self.store.difficult[row])[None]
         data.row = torch.tensor([row])
         graph: HeteroData = self.graph(data)
         return graph
@@ -160,6 +166,7 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
             label_graph=graph.label_graph,
             relates=graph.label_lists,
             y=torch.from_numpy(store.targets[rows].astype(np.int64)),
+            difficult=None if store.difficult is None else torch.from_numpy(store.difficult[rows]),
             row=torch.from_numpy(rows.astype(np.int64)),
             score=torch.from_numpy(store.scores[rows, views, :M]),
             detected_label=torch.from_numpy(store.detected_labels[rows, views, :M].astype(np.int64)),
@@ -178,6 +185,7 @@ def dense_batch(
     device: str | torch.device = "cpu",
     y: Tensor | None = None,
     row: Tensor | None = None,
+    difficult: Tensor | None = None,
 ) -> AssignmentBatch:
     """The assignment graphs of some images' instances, as one :class:`AssignmentBatch`.
 
@@ -185,7 +193,7 @@ def dense_batch(
         found: of B images, at most m each.
         graph: the transform with label vectors.
         device: where the batch is wanted.
-        y: (B, C) targets, row: (B,) rows, to be kept with it.
+        y: (B, C) targets, row: (B,) rows, difficult: (B, C) bool, to be kept with it.
     """
 
     def pad(parts: list[Tensor], absent: float = 0) -> Tensor:
@@ -201,6 +209,7 @@ def dense_batch(
         label_graph=graph.label_graph,
         relates=None if graph.label_lists is None else graph.label_lists.to(device),
         y=y,
+        difficult=difficult,
         row=row,
         score=pad([instances.scores for instances in found]),
         detected_label=pad([instances.detected_labels for instances in found], -1),

@@ -103,7 +103,7 @@ def extract(
             raise ArgumentError(argument, f"must be {minimum} or more, got {value}.")
     if not 0 <= index < shards:
         raise ArgumentError("shard", f"is ({index}, {shards}): give (i, n) with 0 <= i < n.")
-    check_targets(dataset.ids, dataset.labels, dataset.targets)
+    check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
     job = plan(
         dataset,
         extractor,
@@ -258,7 +258,12 @@ class _Claim:
                     rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
                     if not rivals:
                         self.writer = StoreWriter.begin(
-                            self.path, self.job, self.dataset.targets, self.overwrite, in_use=bool(holders)
+                            self.path,
+                            self.job,
+                            self.dataset.targets,
+                            self.dataset.difficult,
+                            overwrite=self.overwrite,
+                            in_use=bool(holders),
                         )
                         self.lock.acquire(timeout=0)
                         (self.partial / f"{self.name}.pid").write_text(f"{os.getpid()}\n")

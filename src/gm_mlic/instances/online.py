@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.instances.views import crop_and_flip, view_rng
@@ -25,12 +25,14 @@ class OnlineBatch:
     Attributes:
         rows: (B,) int64 rows of the dataset.
         images: B tensors (3, H, W) float32 in [0, 1].
-        targets: (B, C) int8 with 1 present, 0 difficult, -1 absent.
+        targets: (B, C) int8 in {0, 1}.
+        difficult: (B, C) bool, or None if the dataset has no such mask.
     """
 
     rows: Tensor
     images: list[Tensor]
     targets: Tensor
+    difficult: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,9 +50,13 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         train: augment.
         size: side of augmented images in pixels.
         seed: of the augmentation.
+
+    Raises:
+        DataError: if the dataset contradicts itself, or its targets are not in {0, 1}.
     """
 
     def __init__(self, dataset: MultiLabelDataset, train: bool, size: int = 448, seed: int = 0) -> None:
+        check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
         self.dataset = dataset
         self.train = train
         self.size = size
@@ -87,8 +93,10 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         """Put samples into a batch, without the unreadable ones."""
         kept = [(row, image) for row, image in samples if image is not None]
         rows = [row for row, _ in kept]
+        difficult = self.dataset.difficult
         return OnlineBatch(
             rows=torch.tensor(rows, dtype=torch.int64),
             images=[image for _, image in kept],
             targets=torch.from_numpy(np.asarray(self.dataset.targets[rows], dtype=np.int8)),
+            difficult=None if difficult is None else torch.from_numpy(difficult[rows]),
         )

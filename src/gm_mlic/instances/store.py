@@ -13,7 +13,8 @@ boxes.npy           (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by i
 scores.npy          (N, V, m)    float32 confidences in [0, 1]
 detected_labels.npy (N, V, m)    int32   index into the manifest's ``detector_labels``; -1 for none
 counts.npy          (N, V)       int32   how many slots are used; 0 only where the image is unreadable
-targets.npy         (N, C)       int8    1 present, 0 difficult, -1 absent
+targets.npy         (N, C)       int8    1 present, 0 absent
+difficult.npy       (N, C)       bool    True where a label is difficult; only if the dataset says so
 =================== ============ ======= =========================================================
 
 Because the slots are sorted, the first m' of them are what extraction with m' would have given: sweeps over m slice
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 #: Stores up to this size are checked each time: it takes a second.
 _SMALL_BYTES = 1 << 30
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 REMEDY = "set `overwrite=True` to replace it, or another `path` to keep both"
 
@@ -56,6 +57,7 @@ class Manifest:
     Attributes:
         dataset, split, dataset_fingerprint: of the :class:`~gm_mlic.datasets.MultiLabelDataset`.
         ids, labels: its N image ids and C label names, in the order of the arrays.
+        difficult: whether it has a mask of difficult labels.
         detector, detector_fingerprint, detector_labels, feature_dim: of the extractor.
         m: instance slots for each view.
         views: r, the augmented views of each image; the arrays have V = 1 + r of them.
@@ -71,6 +73,7 @@ class Manifest:
     dataset_fingerprint: str
     ids: tuple[str, ...]
     labels: tuple[str, ...]
+    difficult: bool
     detector: str
     detector_fingerprint: str
     detector_labels: tuple[str, ...]
@@ -89,14 +92,15 @@ class Manifest:
     def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and dtype (little-endian) of each array."""
         slots = (len(self.ids), 1 + self.views, self.m)
+        pairs = (len(self.ids), len(self.labels))
         return {
             "features": ((*slots, self.feature_dim), np.dtype(self.dtype).newbyteorder("<")),
             "boxes": ((*slots, 4), np.dtype("<f4")),
             "scores": (slots, np.dtype("<f4")),
             "detected_labels": (slots, np.dtype("<i4")),
             "counts": (slots[:2], np.dtype("<i4")),
-            "targets": ((len(self.ids), len(self.labels)), np.dtype("i1")),
-        }
+            "targets": (pairs, np.dtype("i1")),
+        } | ({"difficult": (pairs, np.dtype("?"))} if self.difficult else {})
 
     def to_json(self) -> str:
         """The text of ``manifest.json``; equal manifests give equal text."""
@@ -126,7 +130,9 @@ class Manifest:
             )
         for spec in dataclasses.fields(cls):
             value = values.get(spec.name)
-            kind: Any = {"int": int, "str": str, "int | None": (int, type(None))}.get(str(spec.type), dict)
+            kind: Any = {"int": int, "str": str, "bool": bool, "int | None": (int, type(None))}.get(
+                str(spec.type), dict
+            )
             if str(spec.type).startswith("tuple"):
                 kind = list
             if spec.name not in values or not isinstance(value, kind):
@@ -149,6 +155,7 @@ def dataset_fields(dataset: MultiLabelDataset) -> dict[str, Any]:
         "dataset_fingerprint": dataset.fingerprint,
         "ids": tuple(dataset.ids),
         "labels": tuple(dataset.labels),
+        "difficult": dataset.difficult is not None,
     }
 
 
@@ -209,6 +216,7 @@ class InstanceStore:
         path: the store's folder.
         manifest: what it holds and was made with.
         features, boxes, scores, detected_labels, counts, targets: read-only memory maps; see the module.
+        difficult: likewise; None if the dataset has no mask of difficult labels.
         rows: (n,) int64 indices of the readable images, ascending.
     """
 
@@ -218,6 +226,7 @@ class InstanceStore:
     detected_labels: np.ndarray
     counts: np.ndarray
     targets: np.ndarray
+    difficult: np.ndarray | None
 
     def __init__(self, path: Path, manifest: Manifest, arrays: dict[str, np.ndarray]) -> None:
         self.path = path
@@ -228,6 +237,7 @@ class InstanceStore:
         self.detected_labels = arrays["detected_labels"]
         self.counts = arrays["counts"]
         self.targets = arrays["targets"]
+        self.difficult = arrays.get("difficult")
         self.rows: np.ndarray = np.flatnonzero(self.counts[:, 0] > 0)
 
     @classmethod

@@ -95,12 +95,18 @@ class StoreWriter:
         self.path = path
         self.partial = partial_path(path)
         self.manifest = manifest
-        self._shapes = {name: spec for name, spec in manifest.specs().items() if name != "targets"}
+        self._shapes = {name: spec for name, spec in manifest.specs().items() if name not in ("targets", "difficult")}
         self._files: dict[str, tuple[io.FileIO, int]] = {}
 
     @classmethod
     def begin(
-        cls, path: Path, manifest: Manifest, targets: np.ndarray, overwrite: bool = False, in_use: bool = False
+        cls,
+        path: Path,
+        manifest: Manifest,
+        targets: np.ndarray,
+        difficult: np.ndarray | None = None,
+        overwrite: bool = False,
+        in_use: bool = False,
     ) -> StoreWriter:
         """Begin the store ``path``, or go on with the one that was begun there.
 
@@ -109,7 +115,8 @@ class StoreWriter:
         Args:
             path: folder of the store to be.
             manifest: the job, from :func:`plan`.
-            targets: (N, C).
+            targets: (N, C) in {0, 1}.
+            difficult: (N, C) bool, or None, as the manifest says.
             overwrite: discard an unfinished store of another job, and replace a finished one at the end.
             in_use: another process is writing there: discard nothing.
 
@@ -140,14 +147,14 @@ class StoreWriter:
                 shutil.rmtree(partial)
             partial.mkdir(parents=True)
             try:
-                writer._allocate(targets)
+                writer._allocate(targets, difficult)
             except BaseException:
                 # nothing is in it: give the space back
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
         return writer
 
-    def _allocate(self, targets: np.ndarray) -> None:
+    def _allocate(self, targets: np.ndarray, difficult: np.ndarray | None) -> None:
         """Create the files at their full size, so that a disk too small is found now and not after hours."""
         specs = self.manifest.specs() | {"state": ((len(self.manifest.ids),), np.dtype("u1"))}
         sizes = {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in specs.items()}
@@ -160,12 +167,15 @@ class StoreWriter:
                 np.lib.format.write_array_header_1_0(file, header)
                 file.flush()
                 _reserve(file.fileno(), file.tell() + sizes[name])
-        with (self.partial / "targets.npy").open("r+b") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            file.write(np.ascontiguousarray(targets, dtype=np.int8).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        for name, values in (("targets", targets), ("difficult", difficult)):
+            if values is None:
+                continue
+            with (self.partial / f"{name}.npy").open("r+b") as file:
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                file.write(np.ascontiguousarray(values, dtype=specs[name][1]).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
         _write_text(self.partial / _JOB, self.manifest.to_json())
 
     def states(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
 from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, in_threads, ranking, roles, tie_ends
+from gm_mlic.targets import TargetFormat, normalise_targets
 
 Array = np.ndarray[Any, Any]
 
@@ -47,6 +48,10 @@ def bootstrap_map(
     resamples: int = 1000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    *,
+    difficult: Tensor | None = None,
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
 ) -> Array:
     """Values of mAP over resampled images, exactly as the evaluator would compute it for each resample.
 
@@ -56,18 +61,19 @@ def bootstrap_map(
 
     Args:
         scores: one (N, C) table for each model.
-        targets: (N, C) in {1, 0, -1}.
+        targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         conventions: M of them; their ``ap`` and ``difficult_ap`` count.
         resamples: B.
         seed: of the draws. The first resamples of a larger B are those of a smaller.
         progress: called with the number of resamples done since the last call.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
 
     Returns:
         (models, M, B) float64 in per cent; NaN where no label has a positive.
 
     Raises:
         DataError: for tables that cannot be evaluated together.
-        ConfigError: if ``resamples`` is below 1.
+        ArgumentError: if ``resamples`` is below 1.
     """
     if resamples < 1:
         raise ArgumentError("resamples", f"is {resamples}: at least one is needed.")
@@ -75,14 +81,15 @@ def bootstrap_map(
         raise DataError("There is nothing to evaluate: no scores were given.")
     for table in scores:
         check_scores(table, targets)
+    present, difficult = normalise_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
     # Without difficult labels, all ways to count them are one.
-    any_difficult = bool((targets == 0).any())
+    any_difficult = difficult is not None and bool(difficult.any())
     wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]
     rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
     ranked = [
-        (model, difficult, _ranked_labels(table, targets, difficult, {ap for ap, d in rules if d == difficult}))
+        (model, rule, _ranked_labels(table, present, difficult, rule, {ap for ap, d in rules if d == rule}))
         for model, table in enumerate(scores)
-        for difficult in sorted({difficult for _, difficult in rules})
+        for rule in sorted({rule for _, rule in rules})
     ]
     draw = np.random.default_rng(seed)
     N, C = targets.shape
@@ -93,15 +100,13 @@ def bootstrap_map(
         drawn = [np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)]
         weights = np.ascontiguousarray(np.stack(drawn).T)
         AP: dict[tuple[int, APRule, DifficultRule], Array] = {
-            (model, ap, difficult): np.full((C, count), math.nan)
-            for model in range(len(scores))
-            for ap, difficult in rules
+            (model, ap, rule): np.full((C, count), math.nan) for model in range(len(scores)) for ap, rule in rules
         }
-        for model, difficult, labels in ranked:
+        for model, rule, labels in ranked:
             resampled = in_threads(lambda c, w=weights, r=labels: r[c].resampled(w), range(C), weights.size)  # type: ignore[misc]
             for c, values in enumerate(resampled):
                 for ap, value in values.items():
-                    AP[model, ap, difficult][c] = value
+                    AP[model, ap, rule][c] = value
         for model in range(len(scores)):
             for m, (ap, d) in enumerate(wanted):
                 result[model, m, first : first + count] = _mean(AP[model, ap, d])
@@ -174,15 +179,17 @@ class _RankedLabel:
         return [seen[np.searchsorted(stops, count)] for count in counts]
 
 
-def _ranked_labels(scores: Tensor, targets: Tensor, difficult: DifficultRule, rules: set[APRule]) -> list[_RankedLabel]:
-    def one(scores: Array, targets: Array) -> _RankedLabel:
-        order, at = ranking(scores, *roles(targets, difficult))
+def _ranked_labels(
+    scores: Tensor, present: Tensor, difficult: Tensor | None, rule: DifficultRule, rules: set[APRule]
+) -> list[_RankedLabel]:
+    def one(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
+        order, at = ranking(scores, *roles(present, difficult, rule))
         ends = tie_ends(scores[order], at) if "sklearn" in rules else None
         # Only what comes before the last positive (or ties with it) is ever looked at.
         used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
         return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
 
-    return for_each_label(one, scores, targets)
+    return for_each_label(one, scores, present, difficult)
 
 
 def _eleven(envelope: Array, hits: Array) -> Array:

@@ -21,7 +21,7 @@ class Convention:
             rank; ``envelope``: the same after replacing each precision by the best at that rank or deeper (VOC 2010
             on); ``voc11``: mean of that envelope at recalls 0, 0.1, ..., 1 (VOC 2007); ``sklearn``: rank AP with equal
             scores taken as one rank. In the other three, equal scores rank in row order.
-        difficult_ap: what a target of 0 (VOC "difficult") is in AP: left out, a negative, or a positive.
+        difficult_ap: what a difficult pair of image and label (VOC) is in AP: left out, a negative, or a positive.
         difficult_f1: the same for precision, recall and F1.
         f1: CF1 is the F1 ``of_means`` (of CP and CR) or the ``mean_of`` the labels' F1.
         topk: under ``top3/``, a label must be among the image's 3 highest and pass the threshold (``threshold``), or
@@ -33,7 +33,7 @@ class Convention:
         compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
 
     Raises:
-        ConfigError: for a value that is not listed here.
+        ArgumentError: for a value that is not listed here.
     """
 
     ap: APRule = "rank"
@@ -79,7 +79,7 @@ def convention(preset: str = "mlgcn", **options: Any) -> Convention:
     """The convention called ``preset``, with single options replaced.
 
     Raises:
-        ConfigError: for an unknown preset, option or value.
+        ArgumentError: for an unknown preset, option or value.
     """
     if preset not in PRESETS:
         raise ArgumentError("preset", f"is {preset!r}: choose one of {', '.join(PRESETS)}.")

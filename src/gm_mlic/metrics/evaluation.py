@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from gm_mlic.errors import DataError
 from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
 from gm_mlic.metrics.conventions import PRESETS, Convention
 from gm_mlic.metrics.multilabel import MultiLabelMetrics
-from gm_mlic.metrics.score_files import ScoredImages, TargetFormat, read_scored_images
+from gm_mlic.metrics.score_files import ScoredImages, read_scored_images
 from gm_mlic.metrics.thresholds import fit_thresholds
+from gm_mlic.targets import TargetFormat
 
 log = logging.getLogger(__name__)
 
@@ -61,17 +63,18 @@ def evaluate_scores(
         "metrics": {},
     }
     for name, rules in conventions.items():
-        result["metrics"][name] = metrics_of(images.scores[0], images.targets, rules, labels)
+        result["metrics"][name] = metrics_of(images.scores[0], images.targets, rules, labels, images.difficult)
     AP = next(iter(result["metrics"].values()))["AP"]
     result["excluded_labels"] = [label for label, value in AP.items() if value is None]
     if val is not None:
         result |= _calibrated(images, val, conventions, labels)
     if len(images.scores) > 1:
         result["against"] = {
-            name: metrics_of(images.scores[1], images.targets, rules, labels) for name, rules in conventions.items()
+            name: metrics_of(images.scores[1], images.targets, rules, labels, images.difficult)
+            for name, rules in conventions.items()
         }
     if bootstrap:
-        result |= bootstrapped(images.scores, images.targets, conventions, bootstrap, seed)
+        result |= bootstrapped(images.scores, images.targets, conventions, bootstrap, seed, images.difficult)
     return result
 
 
@@ -81,7 +84,8 @@ def evaluate_files(
     *,
     against: str | Path | None = None,
     val: tuple[str | Path, str | Path] | None = None,
-    target_format: TargetFormat = "auto",
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
     out: str | Path | None = None,
@@ -92,15 +96,17 @@ def evaluate_files(
         scores, targets: the files.
         against: another model's scores of the same images.
         val: scores and targets of validation images, to fit thresholds on.
-        target_format: ``voc``, ``binary`` or ``auto``.
+        target_format, allow_all_present: of the targets, see
+            :func:`~gm_mlic.metrics.score_files.read_scored_images`.
         bootstrap, seed: see :func:`evaluate_scores`.
         out: a folder; the result is written to ``STEM.json`` there, named after the file of scores.
 
     Raises:
         GMMLICError: for files that cannot be evaluated.
     """
-    images = read_scored_images([scores] if against is None else [scores, against], targets, target_format)
-    fitted_on = None if val is None else read_scored_images([val[0]], val[1], target_format)
+    read = partial(read_scored_images, target_format=target_format, allow_all_present=allow_all_present)
+    images = read([scores] if against is None else [scores, against], targets)
+    fitted_on = None if val is None else read([val[0]], val[1])
     files = {"scores": scores, "targets": targets, "against": against}
     result: dict[str, Any] = {f"{name}_file": str(path) for name, path in files.items() if path is not None}
     result |= evaluate_scores(images, val=fitted_on, bootstrap=bootstrap, seed=seed)
@@ -113,10 +119,12 @@ def evaluate_files(
     return result
 
 
-def metrics_of(scores: Tensor, targets: Tensor, rules: Convention, labels: Sequence[str]) -> dict[str, Any]:
-    """The metrics as JSON: per cent, ``AP`` by label, None where there is no value."""
+def metrics_of(
+    scores: Tensor, targets: Tensor, rules: Convention, labels: Sequence[str], difficult: Tensor | None = None
+) -> dict[str, Any]:
+    """The metrics as JSON: per cent, ``AP`` by label, None where there is no value. Targets are in {0, 1}."""
     metrics = MultiLabelMetrics(len(labels), labels=labels, **asdict(rules))
-    metrics.update(scores, targets)
+    metrics.update(scores, targets, difficult)
     return by_name(metrics.compute(), labels)
 
 
@@ -128,21 +136,31 @@ def by_name(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
 
 
 def calibrated(
-    scores: Tensor, targets: Tensor, thresholds: Tensor, rules: Convention, labels: Sequence[str]
+    scores: Tensor,
+    targets: Tensor,
+    thresholds: Tensor,
+    rules: Convention,
+    labels: Sequence[str],
+    difficult: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Metrics with fitted thresholds, and those by label."""
     fitted = asdict(rules) | {"threshold": thresholds}
-    metrics = metrics_of(scores, targets, Convention(**fitted), labels)
+    metrics = metrics_of(scores, targets, Convention(**fitted), labels, difficult)
     return metrics, dict(zip(labels, thresholds.tolist(), strict=True))
 
 
 def bootstrapped(
-    scores: Sequence[Tensor], targets: Tensor, conventions: Mapping[str, Convention], resamples: int, seed: int
+    scores: Sequence[Tensor],
+    targets: Tensor,
+    conventions: Mapping[str, Convention],
+    resamples: int,
+    seed: int,
+    difficult: Tensor | None = None,
 ) -> dict[str, Any]:
     """``bootstrap``, ``intervals`` and, for two models, ``difference``, as :func:`evaluate_scores` returns them."""
     rules = list(conventions.values())
     with _progress("bootstrap", resamples) as advance:
-        drawn = bootstrap_map(scores, targets, rules, resamples, seed, advance)
+        drawn = bootstrap_map(scores, targets, rules, resamples, seed, advance, difficult=difficult)
     result: dict[str, Any] = {"bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95}, "intervals": {}}
     if len(scores) > 1:
         result["difference"] = {}
@@ -163,8 +181,8 @@ def _calibrated(
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"calibrated": {}, "thresholds": {}, "val_images": len(val.targets)}
     for name, rules in conventions.items():
-        thresholds = fit_thresholds(val.scores[0], val.targets, rules)
-        metrics, by_label = calibrated(images.scores[0], images.targets, thresholds, rules, labels)
+        thresholds = fit_thresholds(val.scores[0], val.targets, rules, difficult=val.difficult)
+        metrics, by_label = calibrated(images.scores[0], images.targets, thresholds, rules, labels, images.difficult)
         result["calibrated"][name], result["thresholds"][name] = metrics, by_label
     return result
 

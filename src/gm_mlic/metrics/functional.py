@@ -1,4 +1,7 @@
-"""The numbers themselves, as pure functions of scores (N, C) and targets (N, C) in {1, 0, -1}.
+"""The numbers themselves, as pure functions of scores (N, C) and targets (N, C).
+
+Targets are in {0, 1}, of bool, integers or floats, with an optional mask ``difficult`` (N, C) bool; or, with
+``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalise_targets`.
 
 All are fractions in [0, 1], float64, on the scores' device; no input is changed. The counting is done by numpy on the
 CPU, a few labels (AP) or a few thousand images (precision, recall) at a time, on ``torch.get_num_threads()`` threads:
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
+from gm_mlic.targets import TargetFormat, normalise_targets
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -30,12 +34,25 @@ _IMAGES = 4096
 _MANY = 1 << 18
 
 
+def checked_targets(
+    scores: Tensor,
+    targets: Tensor,
+    difficult: Tensor | None,
+    target_format: TargetFormat,
+    allow_all_present: bool,
+    num_labels: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalise_targets`) of tables that fit each other."""
+    check_scores(scores, targets, num_labels)
+    return normalise_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
+
+
 def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None) -> None:
-    """Raise :class:`~gm_mlic.errors.DataError` unless scores and targets can be evaluated together.
+    """Raise :class:`~gm_mlic.errors.DataError` unless scores can be evaluated with targets; their values aside.
 
     Args:
         scores: (N, C) floating, finite, in [0, 1].
-        targets: (N, C) with values 1, 0 and -1.
+        targets: (N, C).
         num_labels: C, if it is known from elsewhere.
     """
     if scores.ndim != 2 or (num_labels is not None and scores.shape[1] != num_labels):
@@ -55,21 +72,17 @@ def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None)
         )
     if low < 0 or high > 1:
         raise DataError(f"scores lie in [{low:.4g}, {high:.4g}], not in [0, 1]: apply a sigmoid to logits.")
-    check_targets(targets, (1, 0, -1), "use 1 (present), 0 (difficult) and -1 (absent).")
-
-
-def check_targets(targets: Tensor, allowed: Sequence[int], advice: str) -> None:
-    """Raise :class:`~gm_mlic.errors.DataError` for the first of ``targets`` that is none of ``allowed``."""
-    (array,) = _arrays(targets)  # numpy compares small integers many times faster
-    for first in range(0, len(array), _IMAGES):
-        block = array[first : first + _IMAGES]
-        good = np.logical_or.reduce([block == value for value in allowed])
-        if not good.all():
-            raise DataError(f"targets hold {block[~good][0]}: {advice}")
 
 
 def average_precision(
-    scores: Tensor, targets: Tensor, ap: APRule = "rank", difficult: DifficultRule = "ignore"
+    scores: Tensor,
+    targets: Tensor,
+    ap: APRule = "rank",
+    difficult_ap: DifficultRule = "ignore",
+    *,
+    difficult: Tensor | None = None,
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
 ) -> Tensor:
     r"""Average precision of each label.
 
@@ -80,53 +93,62 @@ def average_precision(
 
     Args:
         scores: (N, C).
-        targets: (N, C) in {1, 0, -1}.
+        targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         ap: which rule.
-        difficult: what a target of 0 is: left out, a negative or a positive.
+        difficult_ap: what a difficult pair of image and label is: left out, a negative or a positive.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
 
     Returns:
         (C,) float64 in [0, 1]; NaN for a label without a positive.
     """
-    check_scores(scores, targets)
-    return _average_precision(scores, targets, ap, difficult)
+    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
+    return _average_precision(scores, present, difficult, ap, difficult_ap)
 
 
-def _average_precision(scores: Tensor, targets: Tensor, ap: APRule, difficult: DifficultRule) -> Tensor:
+def _average_precision(
+    scores: Tensor, present: Tensor, difficult: Tensor | None, ap: APRule, difficult_ap: DifficultRule
+) -> Tensor:
     """:func:`average_precision` of tables that were checked."""
 
-    def one(scores: Array, targets: Array) -> float:
-        order, at = ranking(scores, *roles(targets, difficult))
+    def one(scores: Array, present: Array, difficult: Array | None) -> float:
+        order, at = ranking(scores, *roles(present, difficult, difficult_ap))
         ends = tie_ends(scores[order], at) if ap == "sklearn" else None
         return area(at, ends, ap)
 
-    values = for_each_label(one, scores, targets)
+    values = for_each_label(one, scores, present, difficult)
     return torch.tensor(values, dtype=torch.float64, device=scores.device)
 
 
-def for_each_label(function: Callable[[Array, Array], T], scores: Tensor, targets: Tensor) -> list[T]:
-    """``function(scores (N,), targets (N,))`` of every label, in threads."""
-    s, t = _arrays(scores, targets)
+def for_each_label(
+    function: Callable[[Array, Array, Array | None], T], scores: Tensor, present: Tensor, difficult: Tensor | None
+) -> list[T]:
+    """``function(scores (N,), present (N,), difficult (N,) or None)`` of every label, in threads."""
+    tables = [None if table is None else _array(table) for table in (scores, present, difficult)]
 
     def some(first: int) -> list[T]:
-        columns = slice(first, first + _LABELS)
-        rows = zip(np.ascontiguousarray(s[:, columns].T), np.ascontiguousarray(t[:, columns].T), strict=True)
-        return [function(*row) for row in rows]
+        labels = range(first, min(first + _LABELS, C))
+        columns = [
+            [None] * len(labels) if table is None else np.ascontiguousarray(table[:, first : first + _LABELS].T)
+            for table in tables
+        ]
+        return [function(*row) for row in zip(*columns, strict=True)]
 
-    return [value for part in in_threads(some, range(0, s.shape[1], _LABELS), s.size) for value in part]
+    C = scores.shape[1]
+    return [value for part in in_threads(some, range(0, C, _LABELS), scores.numel()) for value in part]
 
 
-def ranking(scores: Array, positive: Array, counted: Array) -> tuple[Array, Array]:
+def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Array, Array]:
     """The counted images of one label by falling score, equal scores in row order, and the places of its positives.
 
     Args:
         scores: (N,) float32 or float64 in [0, 1].
         positive: (N,) bool.
-        counted: (N,) bool.
+        counted: (N,) bool; None for all.
 
     Returns:
         ``order`` (M,) rows, best first, and ``at`` (n,), rising: ``order[at]`` are the positives.
     """
-    rows = None if counted.all() else np.flatnonzero(counted)
+    rows = None if counted is None or counted.all() else np.flatnonzero(counted)
     order = _falling(scores if rows is None else scores[rows])
     if rows is not None:
         order = rows[order]
@@ -190,9 +212,9 @@ def predicted(scores: Tensor, convention: Convention, top: int | None = None) ->
         top: allow only the labels among the ``top`` highest scores of each image.
 
     Raises:
-        ConfigError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention has thresholds for another number of labels.
     """
-    (array,) = _arrays(scores)
+    array = _array(scores)
     (chosen,) = _predicted(array, _thresholds(convention, array), convention, (top,))
     return torch.from_numpy(chosen).to(scores.device)
 
@@ -224,7 +246,14 @@ def _among_highest(scores: Array, top: int, keep_ties: bool) -> Array:
 
 
 def precision_recall(
-    scores: Tensor, targets: Tensor, convention: Convention, top: int | None = None
+    scores: Tensor,
+    targets: Tensor,
+    convention: Convention,
+    top: int | None = None,
+    *,
+    difficult: Tensor | None = None,
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
 ) -> PrecisionRecall:
     r"""CP, CR, CF1, OP, OR and OF1.
 
@@ -234,27 +263,36 @@ def precision_recall(
     :math:`2PR / (P + R)`. A label that is never predicted has precision 0. Labels without a positive are left out of
     the means over labels (all NaN if no label has one) but their predictions count in OP. 0/0 is 0 in the O-numbers.
 
+    Args:
+        scores: (N, C).
+        targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
+        convention: its options for F1.
+        top: allow only the labels among the ``top`` highest scores of each image.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
+
     Raises:
-        ConfigError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention has thresholds for another number of labels.
     """
-    check_scores(scores, targets)
-    (numbers,) = _precision_recalls(scores, targets, convention, (top,))
+    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
+    (numbers,) = _precision_recalls(scores, present, difficult, convention, (top,))
     return numbers
 
 
 def _precision_recalls(
-    scores: Tensor, targets: Tensor, convention: Convention, tops: Sequence[int | None]
+    scores: Tensor, present: Tensor, difficult: Tensor | None, convention: Convention, tops: Sequence[int | None]
 ) -> list[PrecisionRecall]:
     """:func:`precision_recall` for each of ``tops``, of tables that were checked."""
-    s, t = _arrays(scores, targets)
+    s, p = _array(scores), _array(present)
+    d = None if difficult is None else _array(difficult)
     thresholds = _thresholds(convention, s)
 
     def some(first: int) -> list[Array]:
         rows = slice(first, first + _IMAGES)
-        positive, counted = roles(t[rows], convention.difficult_f1)
+        positive, counted = roles(p[rows], None if d is None else d[rows], convention.difficult_f1)
         counts = [positive.sum(axis=0)]
         for chosen in _predicted(s[rows], thresholds, convention, tops):
-            counts += [(chosen & counted).sum(axis=0), (chosen & positive).sum(axis=0)]
+            picked = chosen if counted is None else chosen & counted
+            counts += [picked.sum(axis=0), (chosen & positive).sum(axis=0)]
         return counts
 
     blocks = in_threads(some, range(0, len(s), _IMAGES), s.size)
@@ -279,11 +317,11 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
     return torch.where(both == 0, 0.0, 2 * precision * recall / both)
 
 
-def roles(targets: Array, difficult: DifficultRule) -> tuple[Array, Array]:
-    """Which targets are positives, and which count at all (all positives do), as two masks of the targets' shape."""
-    positive = targets >= 0 if difficult == "positive" else targets == 1
-    counted = targets != 0 if difficult == "ignore" else np.ones_like(positive)
-    return positive, counted
+def roles(present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array | None]:
+    """Which pairs are positives, and which count at all (None: all; all positives do), as masks of the same shape."""
+    if difficult is None:
+        return present, None
+    return present | difficult if rule == "positive" else present, ~difficult if rule == "ignore" else None
 
 
 def _thresholds(convention: Convention, scores: Array) -> Array:
@@ -294,10 +332,11 @@ def _thresholds(convention: Convention, scores: Array) -> Array:
     return thresholds
 
 
-def _arrays(*tensors: Tensor) -> tuple[Array, ...]:
-    """Tensors as numpy sees them; half precision, which numpy lacks or is slow at, as float32."""
-    half = (torch.float16, torch.bfloat16)
-    return tuple((t.detach().float() if t.dtype in half else t.detach()).cpu().numpy() for t in tensors)
+def _array(tensor: Tensor) -> Array:
+    """A tensor as numpy sees it; half precision, which numpy lacks or is slow at, as float32."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    array: Array = (tensor.detach().float() if half else tensor.detach()).cpu().numpy()
+    return array
 
 
 def in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:

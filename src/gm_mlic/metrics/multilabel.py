@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gm_mlic.errors import ArgumentError, ConfigError, DataError
+from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import convention
-from gm_mlic.metrics.functional import _average_precision, _precision_recalls, check_scores, check_targets
+from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
+from gm_mlic.targets import TargetFormat, check_target_format
+
+_STATES = ("scores", "targets", "difficult", "ids")
 
 
 class MultiLabelMetrics(Metric):
@@ -26,7 +29,9 @@ class MultiLabelMetrics(Metric):
         num_labels: C.
         preset: a key of :data:`~gm_mlic.metrics.conventions.PRESETS`.
         labels: the C names, used in ``excluded_labels``; the column numbers by default.
-        target_format: ``voc`` for targets in {1, 0, -1}, ``binary`` for targets in {0, 1}.
+        target_format: ``binary`` (default) for targets in {0, 1}, difficult ones being a mask; ``voc`` for targets in
+            {1, 0, -1}, where 0 is difficult.
+        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
         options: single options of :class:`~gm_mlic.metrics.conventions.Convention` that replace the preset's.
 
     Attributes:
@@ -34,7 +39,7 @@ class MultiLabelMetrics(Metric):
         excluded_labels: after ``compute``, names of the labels without a positive, which no mean over labels contains.
 
     Raises:
-        ConfigError: for an unknown preset, option or value.
+        ArgumentError: for an unknown preset, option or value.
     """
 
     full_state_update = False
@@ -43,6 +48,7 @@ class MultiLabelMetrics(Metric):
 
     scores: list[Tensor]
     targets: list[Tensor]
+    difficult: list[Tensor]
     ids: list[Tensor]
 
     def __init__(
@@ -51,44 +57,54 @@ class MultiLabelMetrics(Metric):
         preset: str = "mlgcn",
         *,
         labels: Sequence[str] | None = None,
-        target_format: Literal["voc", "binary"] = "voc",
+        target_format: TargetFormat = "binary",
+        allow_all_present: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
         if num_labels < 1:
             raise ArgumentError("num_labels", f"is {num_labels}: at least one label is needed.")
         if labels is not None and len(labels) != num_labels:
-            raise ConfigError(f"{len(labels)} label names were given for {num_labels} labels.")
-        if target_format not in ("voc", "binary"):
-            raise ArgumentError("target_format", f"is {target_format!r}: choose voc (1, 0, -1) or binary (0, 1).")
+            raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
+        check_target_format(target_format)
         self.num_labels = num_labels
         self.preset = preset
         self.labels = tuple(labels) if labels is not None else tuple(str(c) for c in range(num_labels))
         self.target_format = target_format
+        self.allow_all_present = allow_all_present
         self.convention = convention(preset, **options)
         self.excluded_labels: tuple[str, ...] = ()
-        for name in ("scores", "targets", "ids"):
+        for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, scores: Tensor, targets: Tensor, ids: Tensor | Sequence[int] | None = None) -> None:
+    def update(
+        self,
+        scores: Tensor,
+        targets: Tensor,
+        difficult: Tensor | None = None,
+        *,
+        ids: Tensor | Sequence[int] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             scores: (N, C) probabilities in [0, 1].
-            targets: (N, C) in {1, 0, -1}, or {0, 1} with ``target_format="binary"``.
+            targets: (N, C) in {0, 1}, of bool, integers or floats; in {1, 0, -1} with ``target_format="voc"``.
+            difficult: (N, C) bool, which pairs of image and label are difficult (VOC); default: none. The convention
+                says what they count as.
             ids: (N,) integers >= 0, one for each image of the dataset (its row, say).
 
         Raises:
             DataError: for NaN, scores outside [0, 1], other target values, or shapes that do not fit.
+            ArgumentError: for a ``difficult`` that is no bool mask of this shape, or comes with ``voc``.
         """
         # Half precision becomes float32 without loss (ties stay ties); float64 stays.
         kept = scores.detach().to(torch.promote_types(scores.dtype, torch.float32), copy=True)
         if not scores.is_floating_point():
             kept = scores
-        if self.target_format == "binary":
-            check_targets(targets, (0, 1), 'use 1 (present) and 0 (absent), or target_format="voc".')
-            targets = targets.to(torch.int8) * 2 - 1
-        check_scores(kept, targets, self.num_labels)
+        present, difficult = checked_targets(
+            kept, targets, difficult, self.target_format, self.allow_all_present, self.num_labels
+        )
         if ids is None:
             rows = torch.full((len(kept),), -1, dtype=torch.int64, device=kept.device)
         else:
@@ -97,14 +113,18 @@ class MultiLabelMetrics(Metric):
                 raise DataError(f"ids must be {len(kept)} integers >= 0, one for each row of scores.")
             rows = rows.to(torch.int64, copy=True)
         self.scores.append(kept)
-        self.targets.append(targets.detach().to(kept.device, torch.int8, copy=True))
+        self.targets.append(present.to(kept.device))
+        self.difficult.append(
+            torch.zeros_like(self.targets[-1]) if difficult is None else difficult.to(kept.device, copy=True)
+        )
         self.ids.append(rows)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes; one that saw no image takes part with no rows."""
         if isinstance(self.scores, list) and not self.scores:
             self.scores.append(torch.empty(0, self.num_labels, device=self.device))
-            self.targets.append(torch.empty(0, self.num_labels, dtype=torch.int8, device=self.device))
+            for masks in (self.targets, self.difficult):
+                masks.append(torch.empty(0, self.num_labels, dtype=torch.bool, device=self.device))
             self.ids.append(torch.empty(0, dtype=torch.int64, device=self.device))
         super().sync(*args, **kwargs)
 
@@ -118,27 +138,32 @@ class MultiLabelMetrics(Metric):
         Raises:
             DataError: if there was no image, or one id came with different targets.
         """
-        scores, targets, _ = self._rows()
+        scores, targets, difficult, _ = self._rows()
         rules = self.convention
-        AP = _average_precision(scores, targets, rules.ap, rules.difficult_ap)
+        AP = _average_precision(scores, targets, difficult, rules.ap, rules.difficult_ap)
         result = {"mAP": AP.nanmean()}
-        both = _precision_recalls(scores, targets, rules, (None, 3))
+        both = _precision_recalls(scores, targets, difficult, rules, (None, 3))
         for prefix, numbers in zip(("", "top3/"), both, strict=True):
             result |= {prefix + name: value for name, value in vars(numbers).items()}
         result["AP"] = AP
         self.excluded_labels = tuple(name for name, ap in zip(self.labels, AP.tolist(), strict=True) if ap != ap)
         return {name: 100 * value for name, value in result.items()}
 
-    def collected(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All processes' scores (N, C), targets (N, C) int8 and ids (N,), -1 where none were given; each row once."""
+    def collected(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What all processes were given, each row once.
+
+        Returns:
+            scores (N, C); targets (N, C) bool, False where difficult; difficult (N, C) bool, None if nothing is; ids
+            (N,), -1 where none were given.
+        """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return self._rows()
 
-    def _rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All scores, targets and ids, without the repeated rows. They replace the batches, so none is held twice."""
+    def _rows(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """See :meth:`collected`, of this process. The rows replace the batches, so none is held twice."""
         if not len(self.scores):
             raise DataError("There is nothing to evaluate: no scores were given.")
-        for name in ("scores", "targets", "ids"):
+        for name in _STATES:
             setattr(self, name, [dim_zero_cat(getattr(self, name))])
         ids = self.ids[0]
         if len(ids) == 0:
@@ -148,7 +173,8 @@ class MultiLabelMetrics(Metric):
                 raise DataError("Some rows came with ids and some without: give ids to every update or to none.")
         elif not bool((ids[1:] > ids[:-1]).all()):
             self._sort_rows()
-        return self.scores[0], self.targets[0], self.ids[0]
+        difficult = self.difficult[0] if bool(self.difficult[0].any()) else None
+        return self.scores[0], self.targets[0], difficult, self.ids[0]
 
     def _sort_rows(self) -> None:
         """Put the rows in the order of their ids, each id once."""
@@ -156,11 +182,14 @@ class MultiLabelMetrics(Metric):
         again = torch.zeros_like(ids, dtype=torch.bool)
         again[1:] = ids[1:] == ids[:-1]
         here = again.nonzero()[:, 0]
-        differs = (self.targets[0][order[here]] != self.targets[0][order[here - 1]]).any(1)
+        row, before = order[here], order[here - 1]
+        differs = (
+            (self.targets[0][row] != self.targets[0][before]) | (self.difficult[0][row] != self.difficult[0][before])
+        ).any(1)
         if differs.any():
             raise DataError(
                 f"Image id {int(ids[here[differs][0]])} came twice with different targets: ids must be unique."
             )
         keep = order[~again]
-        for name in ("scores", "targets", "ids"):
+        for name in _STATES:
             setattr(self, name, [getattr(self, name)[0][keep]])

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
-from gm_mlic.metrics.functional import check_scores, check_targets
+from gm_mlic.metrics.functional import check_scores
+from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalise_targets
 from gm_mlic.tensor_files import load_arrays, load_tensors
-
-TargetFormat = Literal["auto", "voc", "binary"]
 
 #: Headers under which the first column of a CSV file holds image ids even where they are numbers.
 _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")
@@ -24,10 +23,11 @@ _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filen
 
 @dataclass(frozen=True)
 class Table:
-    """One file: values (N, C), and the names of its rows and columns where it has them."""
+    """One file: values (N, C), the names of its rows and columns where it has them, and the mask of difficult ones."""
 
     path: Path
     values: Tensor
+    difficult: Tensor | None
     ids: tuple[str, ...] | None
     labels: tuple[str, ...] | None
 
@@ -38,21 +38,27 @@ class ScoredImages:
 
     Attributes:
         scores: (N, C) for each file of scores, rows in the order of the targets.
-        targets: (N, C) int8 in {1, 0, -1}.
+        targets: (N, C) bool, which labels are present; False where difficult.
+        difficult: (N, C) bool, or None if the file of targets says nothing about it.
         ids: the N image ids, if a file has them.
         labels: the C names, if a file has them.
-        target_format: how the targets were written: ``voc`` or ``binary``.
+        target_format: how the targets were written: ``binary`` or ``voc``.
     """
 
     scores: tuple[Tensor, ...]
     targets: Tensor
-    ids: tuple[str, ...] | None
-    labels: tuple[str, ...] | None
-    target_format: Literal["voc", "binary"]
+    difficult: Tensor | None = None
+    ids: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None
+    target_format: TargetFormat = "binary"
 
 
 def read_scored_images(
-    scores: Sequence[str | Path], targets: str | Path, target_format: TargetFormat = "auto"
+    scores: Sequence[str | Path],
+    targets: str | Path,
+    target_format: TargetFormat = "binary",
+    *,
+    allow_all_present: bool = False,
 ) -> ScoredImages:
     """Read files of scores and the file of targets they are to be held against.
 
@@ -61,33 +67,51 @@ def read_scored_images(
     Args:
         scores: one file for each model, see :func:`read_table`.
         targets: a file of targets; it may be one of the ``scores`` if that holds both.
-        target_format: ``voc`` for {1, 0, -1}; ``binary`` for {0, 1}; ``auto``: ``voc`` if a -1 occurs, else
-            ``binary``.
+        target_format: ``binary`` (default) for {0, 1}; ``voc`` for {1, 0, -1}, where 0 is difficult.
+        allow_all_present: with ``voc``, accept targets without any -1 (default: refuse them).
 
     Raises:
         DataError: for a file that cannot be read, values that cannot be evaluated, repeated ids or labels, and files
             that do not fit each other.
-        ConfigError: for another ``target_format``.
+        ArgumentError: for another ``target_format``.
     """
-    if target_format not in ("auto", "voc", "binary"):
-        raise ArgumentError("target_format", f"is {target_format!r}: choose auto, voc (1, 0, -1) or binary (0, 1).")
+    check_target_format(target_format)
     truth = read_table(targets, "targets")
     tables = [read_table(path, "scores") for path in scores]
-    values, form = _voc_targets(truth, target_format)
+    present, difficult = _masks(truth, target_format, allow_all_present)
     labels = check_label_lists([(truth.path, truth.labels), *((table.path, table.labels) for table in tables)])
-    aligned = tuple(_align(table, truth, values) for table in tables)
+    aligned = tuple(_align(table, truth) for table in tables)
     ids = next((table.ids for table in (truth, *tables) if table.ids is not None), None)
-    return ScoredImages(aligned, values, ids, labels, form)
+    return ScoredImages(aligned, present, difficult, ids, labels, target_format)
 
 
-def write_scored_images(path: Path, scores: Tensor, targets: Tensor, ids: Sequence[str], labels: Sequence[str]) -> None:
-    """Write an ``.npz`` that :func:`read_scored_images` reads as scores and as targets."""
+def write_scored_images(
+    path: Path,
+    scores: Tensor,
+    targets: Tensor,
+    ids: Sequence[str],
+    labels: Sequence[str],
+    difficult: Tensor | None = None,
+) -> None:
+    """Write an ``.npz`` that :func:`read_scored_images` reads as scores and as targets.
+
+    Args:
+        path: of the file.
+        scores: (N, C).
+        targets: (N, C) in {0, 1}; written as int8.
+        ids: of the N images.
+        labels: the C names.
+        difficult: (N, C) bool, or None.
+    """
+    present, difficult = normalise_targets(targets, difficult)
+    masks: dict[str, Any] = {} if difficult is None else {"difficult": difficult.cpu().numpy()}
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         np.savez_compressed(
             file,
             scores=scores.cpu().numpy(),
-            targets=targets.cpu().numpy(),
+            targets=present.to(torch.int8).cpu().numpy(),
+            **masks,
             ids=np.array(ids, dtype=np.str_),
             labels=np.array(labels, dtype=np.str_),
         )
@@ -97,8 +121,9 @@ def write_scored_images(path: Path, scores: Tensor, targets: Tensor, ids: Sequen
 def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
     """Read one file.
 
-    ``.npz``: the array ``key`` and, optionally, ``ids`` and ``labels``. ``.pt``: a dict with the same entries, as
-    tensors or lists; nothing in it is executed. ``.csv``: a header with the label names, then a line for each image.
+    ``.npz``: the array ``key`` and, optionally, ``ids``, ``labels`` and, beside targets in {0, 1}, the mask
+    ``difficult``. ``.pt``: a dict with the same entries, as tensors or lists; nothing in it is executed. ``.csv``: a
+    header with the label names, then a line for each image.
     Its first column holds ids if its header is empty or one of id, image, image_id, file, file_name, or if none of its
     cells is a number.
 
@@ -110,7 +135,7 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
         raise DataError(f"{path}: unknown kind of file; give {key} as {', '.join(_READERS)}.")
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the file of {key}.")
-    values, ids, labels = _READERS[path.suffix](path, key)
+    values, difficult, ids, labels = _READERS[path.suffix](path, key)
     if values.ndim != 2 or not len(values) or values.is_complex():
         raise DataError(f"{path}: {key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
     for what, names, size in (("image id", ids, len(values)), ("label", labels, values.shape[1])):
@@ -122,10 +147,10 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
             seen: set[str] = set()
             twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise DataError(f"{path}: the {what} {twice!r} occurs more than once: give each {what} once.")
-    return Table(path, values, ids, labels)
+    return Table(path, values, difficult, ids, labels)
 
 
-Content = tuple[Tensor, "tuple[str, ...] | None", "tuple[str, ...] | None"]
+Content = tuple[Tensor, "Tensor | None", "tuple[str, ...] | None", "tuple[str, ...] | None"]
 
 
 def _read_npz(path: Path, key: str) -> Content:
@@ -151,11 +176,20 @@ def _entries(path: Path, key: str, content: Mapping[str, Any], names: Any) -> Co
         raise DataError(
             f"{path}: has no {key!r} but {', '.join(map(repr, names)) or 'nothing'}; name the table {key!r}."
         )
+    difficult = None
+    if key == "targets" and content.get("difficult") is not None:
+        mask = _numbers(path, "difficult", content)
+        if first_other_value(mask, (0, 1)) is not None:
+            raise DataError(f"{path}: difficult must be a mask of True and False, or 1 and 0.")
+        difficult = mask.bool()
+    return _numbers(path, key, content), difficult, _names(path, "ids", content), _names(path, "labels", content)
+
+
+def _numbers(path: Path, key: str, content: Mapping[str, Any]) -> Tensor:
     try:
-        values = torch.as_tensor(content[key])
+        return torch.as_tensor(content[key])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: {key} are no table of numbers.") from error
-    return values, _names(path, "ids", content), _names(path, "labels", content)
 
 
 def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -191,12 +225,12 @@ def _read_csv(path: Path, key: str) -> Content:
     values = np.stack(rest) if rest else np.empty((0, len(header) - 1))
     numbers = [_is_number(first) for first in firsts]
     if header[0].lower() in _ID_HEADERS or not any(numbers):
-        return torch.from_numpy(values), tuple(firsts), tuple(header[1:])
+        return torch.from_numpy(values), None, tuple(firsts), tuple(header[1:])
     if not all(numbers):
         row_number = numbers.index(False)
         raise _no_number(path, key, firsts[row_number], f"image {row_number}", header[0])
     column = np.array(firsts, dtype=np.float64)[:, None]
-    return torch.from_numpy(np.concatenate([column, values], axis=1)), None, tuple(header)
+    return torch.from_numpy(np.concatenate([column, values], axis=1)), None, None, tuple(header)
 
 
 def _no_number(path: Path, key: str, text: str, where: str, column: str) -> DataError:
@@ -217,29 +251,26 @@ def _is_number(text: str) -> bool:
 _READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".csv": _read_csv, ".pt": _read_pt}
 
 
-def _voc_targets(table: Table, target_format: TargetFormat) -> tuple[Tensor, Literal["voc", "binary"]]:
-    """Targets in {1, 0, -1}, int8, and how they were written."""
-    values = table.values
-    form: Literal["voc", "binary"] = target_format if target_format != "auto" else "binary"
-    if target_format == "auto" and bool((values == -1).any()):
-        form = "voc"
-    if form == "voc":
-        _named(table.path, check_targets, values, (1, 0, -1), "use 1 (present), 0 (difficult) and -1 (absent).")
-        return values.to(torch.int8), form
-    advice = "use 1 (present) and 0 (absent), or 1, 0 and -1 as in VOC."
-    _named(table.path, check_targets, values, (0, 1), advice)
-    return values.to(torch.int8) * 2 - 1, form
+def _masks(table: Table, target_format: TargetFormat, allow_all_present: bool) -> tuple[Tensor, Tensor | None]:
+    """``present`` and ``difficult`` of a file of targets."""
+    try:
+        return normalise_targets(table.values, table.difficult, target_format, allow_all_present=allow_all_present)
+    except (ArgumentError, DataError) as error:
+        raise DataError(f"{table.path}: {error}") from error
 
 
-def _align(table: Table, truth: Table, targets: Tensor) -> Tensor:
+def _align(table: Table, truth: Table) -> Tensor:
     """The scores with their rows in the order of the targets."""
     scores = table.values
-    if scores.shape != targets.shape:
+    if scores.shape != truth.values.shape:
         raise DataError(
-            f"{table.path}: scores {tuple(scores.shape)} and targets {tuple(targets.shape)} ({truth.path}) differ in "
-            "shape."
+            f"{table.path}: scores {tuple(scores.shape)} and targets {tuple(truth.values.shape)} ({truth.path}) differ "
+            "in shape."
         )
-    _named(table.path, check_scores, scores, targets)
+    try:
+        check_scores(scores, truth.values)
+    except DataError as error:
+        raise DataError(f"{table.path}: {error}") from error
     if table.ids is None or truth.ids is None or table.ids == truth.ids:
         return scores
     row = {name: i for i, name in enumerate(table.ids)}
@@ -274,11 +305,3 @@ def check_label_lists(lists: Sequence[tuple[Path, tuple[str, ...] | None]]) -> t
             else f"{path}: {what} of {first} (label {c} is {labels[c]!r}, there {expected[c]!r})."
         )
     return known[0][1] if known else None
-
-
-def _named(path: Path, check: Callable[..., None], *arguments: Any) -> None:
-    """Run a check, and say in which file it failed."""
-    try:
-        check(*arguments)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error

@@ -10,12 +10,21 @@ from torch import Tensor
 
 from gm_mlic.errors import DataError
 from gm_mlic.metrics.conventions import Convention
-from gm_mlic.metrics.functional import check_scores, for_each_label, ranking, roles, tie_ends
+from gm_mlic.metrics.functional import checked_targets, for_each_label, ranking, roles, tie_ends
+from gm_mlic.targets import TargetFormat
 
 Array = np.ndarray[Any, Any]
 
 
-def fit_thresholds(scores: Tensor, targets: Tensor, convention: Convention | None = None) -> Tensor:
+def fit_thresholds(
+    scores: Tensor,
+    targets: Tensor,
+    convention: Convention | None = None,
+    *,
+    difficult: Tensor | None = None,
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
+) -> Tensor:
     r"""The thresholds that maximise each label's F1 on these images.
 
     :math:`F1 = 2 N^c / (N^p + N^g)` is tried after every group of equal scores, and the threshold stands halfway
@@ -26,8 +35,9 @@ def fit_thresholds(scores: Tensor, targets: Tensor, convention: Convention | Non
 
     Args:
         scores: (N, C) in [0, 1].
-        targets: (N, C) in {1, 0, -1}.
+        targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         convention: its ``difficult_f1``, ``compare`` and ``threshold``; by default that of ``mlgcn``.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
 
     Returns:
         (C,) float64 in [0, 1], exact in the precision of the scores.
@@ -36,19 +46,20 @@ def fit_thresholds(scores: Tensor, targets: Tensor, convention: Convention | Non
         DataError: for tables that cannot be evaluated together, or without an image.
     """
     rules = Convention() if convention is None else convention
-    check_scores(scores, targets)
+    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     if not len(scores):
         raise DataError("There is nothing to fit thresholds on: no scores were given.")
 
-    def one(scores: Array, targets: Array) -> float:
-        order, at = ranking(scores, *roles(targets, rules.difficult_f1))
+    def one(scores: Array, present: Array, difficult: Array | None) -> float:
+        positive, counted = roles(present, difficult, rules.difficult_f1)
+        order, at = ranking(scores, positive, counted)
         ranked = scores[order]
         if rules.compare == "gt":
             at = at[ranked[at] > 0]  # no threshold lets a score of 0 pass
         if not len(at):
             return float("nan")
         ends = tie_ends(ranked, at)
-        f1 = np.searchsorted(at, ends) / (ends + n_positive(targets))
+        f1 = np.searchsorted(at, ends) / (ends + positive.sum())
         best = int(np.argmax(f1))
         high = ranked[at[best]]
         low = ranked[ends[best]] if ends[best] < len(ranked) else np.zeros_like(high)
@@ -57,8 +68,5 @@ def fit_thresholds(scores: Tensor, targets: Tensor, convention: Convention | Non
             return float(high if middle == low else middle)
         return float(low if middle == high else middle)
 
-    def n_positive(targets: Array) -> int:
-        return int(roles(targets, rules.difficult_f1)[0].sum())
-
-    fitted = torch.tensor(for_each_label(one, scores, targets), dtype=torch.float64)
+    fitted = torch.tensor(for_each_label(one, scores, present, difficult), dtype=torch.float64)
     return torch.where(fitted.isnan(), torch.tensor(rules.threshold, dtype=torch.float64), fitted).to(scores.device)

@@ -119,9 +119,9 @@ class MLGCN(nn.Module):
         self.conv1.reset_parameters()
         self.conv2.reset_parameters()
 
-    def count(self, targets: Tensor) -> None:
-        """Take the label graph from ``targets`` (N, C) of the training images, in {1, 0, -1}; 0 is not counted."""
-        P = conditional_probabilities(targets, self.num_labels)
+    def count(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Take the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
+        P = conditional_probabilities(targets, self.num_labels, difficult)
         self.adjacency.copy_(reweighted_adjacency(P, self.tau, self.p))
 
     def classifiers(self, label_vectors: Tensor) -> Tensor:

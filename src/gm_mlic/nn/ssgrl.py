@@ -143,9 +143,9 @@ class SSGRL(nn.Module):
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def count(self, targets: Tensor) -> None:
-        """Take the label graph from ``targets`` (N, C) of the training images, in {1, 0, -1}; 0 is not counted."""
-        self.adjacency.copy_(conditional_probabilities(targets, self.num_labels))
+    def count(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Take the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
+        self.adjacency.copy_(conditional_probabilities(targets, self.num_labels, difficult))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image of ``data``."""

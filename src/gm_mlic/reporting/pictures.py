@@ -47,19 +47,22 @@ def judged_labels(
     boxes: NDArray[np.floating],
     winners: NDArray[np.integer],
     threshold: float | Sequence[float] = 0.5,
+    difficult: NDArray[np.bool_] | None = None,
 ) -> list[LabelBox]:
     """The labels of one image that are predicted or present, best score first.
 
     Args:
         labels: the C names.
-        scores, targets, winners: (C,): scores in [0, 1]; 1 present, 0 difficult, -1 absent; index of the winner.
+        scores, targets, winners: (C,): scores in [0, 1]; 1 present, 0 absent; index of the winner.
         boxes: (M, 4) of the image's instances.
         threshold: predicted are labels whose score reaches it, or theirs of (C,).
+        difficult: (C,), labels that count as present whatever their target; or None.
     """
     found = []
     thresholds = np.broadcast_to(threshold, len(labels))
+    there = np.asarray(targets) == 1 if difficult is None else (np.asarray(targets) == 1) | difficult
     for c in np.argsort(-np.asarray(scores), kind="stable"):
-        predicted, present = scores[c] >= thresholds[c], targets[c] >= 0
+        predicted, present = scores[c] >= thresholds[c], there[c]
         if predicted or present:
             kind = "missed" if not predicted else "right" if present else "wrong"
             box = tuple(float(v) for v in boxes[winners[c]])

@@ -72,6 +72,9 @@ def write_examples(
     folder.mkdir(exist_ok=True)
     thresholds = np.broadcast_to(threshold, len(dataset.labels))
     described = []
+    seen = np.asarray(dataset.targets) == 1
+    if dataset.difficult is not None:
+        seen = seen | dataset.difficult
     for n, (row, scores, boxes) in enumerate(zip(examples.rows, examples.scores, examples.boxes, strict=True)):
         image = dataset.image(row)
         size = {"width": image.width, "height": image.height}
@@ -79,7 +82,7 @@ def write_examples(
         image.convert("RGB").save(folder / f"{n:02d}.jpg", quality=88)
         labels = []
         for place, c in enumerate(scores.argsort(descending=True, stable=True).tolist()):
-            present = bool(dataset.targets[row, c] >= 0)
+            present = bool(seen[row, c])
             predicted = place < _TOP or bool(scores[c] >= thresholds[c])
             if not (predicted or present):
                 continue

@@ -144,10 +144,12 @@ def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list
     """
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
-    present = torch.from_numpy(store.targets[store.rows] >= 0)  # difficult objects are seen as well
+    seen = store.targets[store.rows] == 1
+    if store.difficult is not None:  # difficult objects are seen as well
+        seen |= store.difficult[store.rows]
     own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
     with config_keys("graph"):
-        table = label_candidates(detected_label, score, present, candidates, own)
+        table = label_candidates(detected_label, score, torch.from_numpy(seen), candidates, own)
     return [row.nonzero().flatten().tolist() for row in table]
 
 
@@ -179,19 +181,24 @@ def model_settings(
     return settings | {name: value for name, value in of_data.items() if name in taken}
 
 
-def build_model(description: Description, train_targets: Any) -> torch.nn.Module:
+def build_model(description: Description, train: MultiLabelDataset) -> torch.nn.Module:
     """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
     with config_keys("model"):
         model = description.build_model()
         if isinstance(model, CountsLabels):
-            model.count(torch.from_numpy(train_targets))
+            difficult = None if train.difficult is None else torch.from_numpy(train.difficult)
+            model.count(torch.from_numpy(train.targets), difficult)
     return model
 
 
-def build_loss(config: DictConfig, train_targets: Any) -> WeightedBCE:
-    """The weighted cross-entropy, with r_c from the training split."""
+def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
+    """The weighted cross-entropy, with r_c from the training split.
+
+    It does not check targets, which would wait for the GPU at every step: graphs and on-line images checked them.
+    """
+    ratio = torch.from_numpy(label_ratio(train.targets, train.difficult))
     with config_keys("loss"):
-        return WeightedBCE(torch.from_numpy(label_ratio(train_targets)), **section(config, "loss"))
+        return WeightedBCE(ratio, **section(config, "loss"), validate_args=False)
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:

@@ -46,13 +46,14 @@ class MLICModule(LightningModule):
 
     Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
     ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with
-    ``AP`` (C,), ``test_scores`` the scores (n, C), targets (n, C) and rows (n,) that they are made of, and ``examples``
-    what was predicted for some of the images.
+    ``AP`` (C,), ``test_scores`` the scores, targets and difficult (n, C) and rows (n,) that they are made of, and
+    ``examples`` what was predicted for some of the images.
 
     Args:
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
-        loss: from logits (B, C) and targets (B, C) to a scalar.
-        metrics: of scores in [0, 1] and targets, both (N, C).
+        loss: from logits (B, C), targets (B, C) in {0, 1} and difficult (B, C) bool or None to a scalar. Targets have
+            been checked.
+        metrics: of the same, with scores in [0, 1].
         optimizer: the settings of ``conf/optimizer``.
         description: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
@@ -82,7 +83,7 @@ class MLICModule(LightningModule):
         self.optimizer_settings = optimizer
         self.description = description
         self.test_values: dict[str, Any] = {}
-        self.test_scores: tuple[Tensor, Tensor, Tensor] | None = None
+        self.test_scores: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
         self.examples = Examples()
         self._bad_step: Tensor | None = None
         #: Steps and the rows of their batches, as far back as the loss has not been looked at.
@@ -112,7 +113,7 @@ class MLICModule(LightningModule):
             return None
         if self.current_epoch < self.instance_graph_after:
             batch = without_near(batch)
-        loss: Tensor = self.loss(self.model(batch).logits, batch.y)
+        loss: Tensor = self.loss(self.model(batch).logits, batch.y, _difficult(batch))
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
@@ -173,9 +174,9 @@ class MLICModule(LightningModule):
         if batch is None:
             return
         logits = self._output(batch).logits.float()
-        self.val_loss.update(self.loss(logits, batch.y), batch.num_graphs)
+        self.val_loss.update(self.loss(logits, batch.y, _difficult(batch)), batch.num_graphs)
         self.log("val/loss", self.val_loss)
-        self.metrics.update(torch.sigmoid(logits), batch.y, batch.row)
+        self.metrics.update(torch.sigmoid(logits), batch.y, _difficult(batch), ids=batch.row)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -186,7 +187,7 @@ class MLICModule(LightningModule):
             return
         output = self._output(batch)
         self.examples.collect(batch, output)
-        self.metrics.update(torch.sigmoid(output.logits.float()), batch.y, batch.row)
+        self.metrics.update(torch.sigmoid(output.logits.float()), batch.y, _difficult(batch), ids=batch.row)
 
     def on_test_epoch_end(self) -> None:
         self.test_scores = self.metrics.collected()
@@ -250,3 +251,9 @@ class MLICModule(LightningModule):
             self.train_loss.mean_value.fill_(total)
             self.train_loss.weight.fill_(weight)
             self.train_loss._update_count = int(count)
+
+
+def _difficult(batch: Any) -> Tensor | None:
+    """Which labels of a batch are difficult; None where the dataset does not say."""
+    mask: Tensor | None = getattr(batch, "difficult", None)
+    return mask

@@ -40,12 +40,15 @@ class OnlineGraphs(nn.Module):
         with torch.autocast(device.type, enabled=False):  # as extraction does it, whatever the precision of training
             found = self.extractor(batch.images, self.graph.m)
         targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
+        difficult = None if batch.difficult is None else batch.difficult.to(device)
         if self.dense:
-            return dense_batch(found, self.graph, device, y=targets, row=rows)
+            return dense_batch(found, self.graph, device, y=targets, row=rows, difficult=difficult)
         graphs = []
-        for instances, y, row in zip(found, targets, rows, strict=True):
+        for i, instances in enumerate(found):
             data = instance_data(instances)
-            data.y, data.row = y[None], row[None]
+            data.y, data.row = targets[i, None], rows[i, None]
+            if difficult is not None:
+                data.difficult = difficult[i, None]
             graphs.append(self.graph(data.to("cpu")))
         together: HeteroData = Batch.from_data_list(graphs).to(device)
         return together

@@ -191,12 +191,12 @@ def evaluate(
     if calibrate:
         val = split_data(config, build.build_dataset(config, "val"), extractor)
         fitted_on = _test(config, path, val, extractor)
-        thresholds = fit_thresholds(fitted_on.scores, fitted_on.targets, rules)
+        thresholds = fit_thresholds(fitted_on.scores, fitted_on.targets, rules, difficult=fitted_on.difficult)
         result["calibrated"], result["thresholds"] = calibrated(
-            tested.scores, tested.targets, thresholds, rules, dataset.labels
+            tested.scores, tested.targets, thresholds, rules, dataset.labels, tested.difficult
         )
     if bootstrap:
-        result |= bootstrapped([tested.scores], tested.targets, {preset: rules}, bootstrap, seed)
+        result |= bootstrapped([tested.scores], tested.targets, {preset: rules}, bootstrap, seed, tested.difficult)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         tested.write_scores(Path(out) / f"{split}.npz", dataset)
@@ -259,8 +259,8 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         graph = description.build_graph()
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
-        build.build_model(description, dataset.targets),
-        build.build_loss(config, dataset.targets),
+        build.build_model(description, dataset),
+        build.build_loss(config, dataset),
         build.build_metrics(config, labels),
         section(config, "optimizer"),
         description,
@@ -345,18 +345,19 @@ def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tens
 
 @dataclass(frozen=True)
 class _Tested:
-    """Metric values, and what they are made of: scores and targets (n, C) of the dataset's rows (n,)."""
+    """Metric values, and what they are made of: scores, targets and difficult (n, C) of the dataset's rows (n,)."""
 
     values: dict[str, Any]
     scores: Tensor
     targets: Tensor
+    difficult: Tensor | None
     rows: list[int]
     rules: Convention
     examples: Examples
 
     def write_scores(self, path: Path, dataset: MultiLabelDataset) -> None:
         ids = [dataset.ids[row] for row in self.rows]
-        write_scored_images(path, self.scores, self.targets, ids, dataset.labels)
+        write_scored_images(path, self.scores, self.targets, ids, dataset.labels, self.difficult)
 
     def write(self, run_dir: Path, dataset: MultiLabelDataset, description: Description) -> None:
         """What the run folder keeps of its test beside the metrics."""
@@ -370,9 +371,16 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
     module, loader = _trained(config, checkpoint, data, extractor)
     build_trainer(config, None).test(module, loader, verbose=False)
     assert module.test_scores is not None
-    scores, targets, rows = (part.cpu() for part in module.test_scores)
-    rules = module.metrics.convention
-    return _Tested(module.test_values, scores, targets, rows.tolist(), rules, module.examples)
+    scores, targets, difficult, rows = module.test_scores
+    return _Tested(
+        module.test_values,
+        scores.cpu(),
+        targets.cpu(),
+        None if difficult is None else difficult.cpu(),
+        rows.tolist(),
+        module.metrics.convention,
+        module.examples,
+    )
 
 
 def _trained(

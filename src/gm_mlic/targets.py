@@ -1,0 +1,97 @@
+"""Targets in one form, for losses, metrics and datasets: which labels are present, and which are difficult."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gm_mlic.errors import ArgumentError, DataError
+
+TargetFormat = Literal["binary", "voc"]
+
+Table = TypeVar("Table", Tensor, np.ndarray)
+
+
+def normalise_targets(
+    targets: Table,
+    difficult: Table | None = None,
+    target_format: TargetFormat = "binary",
+    *,
+    allow_all_present: bool = False,
+    validate_args: bool = True,
+) -> tuple[Table, Table | None]:
+    """Split targets into two masks: the labels that are present, and those that are difficult.
+
+    Args:
+        targets: (N, C) tensor or array of bool, integers or floats. ``binary``: 1 is present, 0 absent. ``voc``: 1 is
+            present, 0 difficult, -1 absent.
+        difficult: (N, C) bool, the difficult pairs of image and label, in ``binary`` only. Their targets are not read.
+        target_format: ``binary`` (default) or ``voc``.
+        allow_all_present: in ``voc``, accept targets without any -1 (default: refuse them, for they are usually
+            targets in {0, 1}, whose absent labels would be read as difficult).
+        validate_args: check the values of ``targets`` (default). This waits for a GPU. It is skipped while
+            ``torch.compile`` traces.
+
+    Returns:
+        ``present`` (N, C) bool, False where a label is difficult; ``difficult`` (N, C) bool, or None if it was not
+        given (``binary``).
+
+    Raises:
+        ArgumentError: for an unknown format, or a ``difficult`` mask that is not bool, has another shape, or comes with
+            ``voc``.
+        DataError: for values that do not fit the format.
+    """
+    check_target_format(target_format)
+    if difficult is not None:
+        _check_mask(targets, difficult, target_format)
+    if validate_args and not torch.compiler.is_compiling():
+        _check_values(targets, target_format, allow_all_present)
+    present = targets == 1
+    if target_format == "voc":
+        return present, targets == 0
+    return (present, None) if difficult is None else (present & ~difficult, difficult)
+
+
+def check_target_format(target_format: str) -> None:
+    """Raise :class:`~gm_mlic.errors.ArgumentError` unless it is ``binary`` or ``voc``."""
+    if target_format not in get_args(TargetFormat):
+        raise ArgumentError("target_format", f"is {target_format!r}: choose binary (1, 0) or voc (1, 0, -1).")
+
+
+def first_other_value(targets: Tensor | np.ndarray, allowed: Sequence[int]) -> Any:
+    """The first value of ``targets`` that is not ``allowed``; None if there is none."""
+    if targets.dtype in (torch.bool, np.dtype(bool)) and {0, 1} <= set(allowed):
+        return None
+    fits: Any = targets == allowed[0]
+    for value in allowed[1:]:
+        fits |= targets == value
+    return None if bool(fits.all()) else targets[~fits][0].item()
+
+
+def _check_mask(targets: Tensor | np.ndarray, difficult: Tensor | np.ndarray, target_format: str) -> None:
+    if target_format == "voc":
+        raise ArgumentError("difficult", "goes with target_format='binary': in 'voc', a target of 0 is difficult.")
+    if difficult.dtype not in (torch.bool, np.dtype(bool)) or difficult.shape != targets.shape:
+        raise ArgumentError(
+            "difficult",
+            f"must be a bool mask of shape {tuple(targets.shape)}, got {difficult.dtype} {tuple(difficult.shape)}.",
+        )
+
+
+def _check_values(targets: Tensor | np.ndarray, target_format: str, allow_all_present: bool) -> None:
+    voc = target_format == "voc"
+    other = first_other_value(targets, (1, 0, -1) if voc else (1, 0))
+    if other is not None:
+        advice = "use 1 (present), 0 (difficult) and -1 (absent)." if voc else "use 1 (present) and 0 (absent)."
+        if other == -1:
+            advice = "pass target_format='voc' if 0 means difficult and -1 absent, or write absent labels as 0."
+        raise DataError(f"targets hold {other:g}: {advice}")
+    if voc and not allow_all_present and 0 not in targets.shape and not bool((targets == -1).any()):
+        raise DataError(
+            "targets hold no -1, so no label would be absent: pass target_format='binary' if 0 means absent, or "
+            "allow_all_present=True."
+        )
