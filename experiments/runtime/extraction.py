@@ -21,7 +21,7 @@ import torch
 
 from gm_mlic.bench import interleaved
 from gm_mlic.cli.compose import compose
-from gm_mlic.cli.process import prepare_process
+from gm_mlic.cli.environment import prepare_process
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.instances import extract
 from gm_mlic.training import build

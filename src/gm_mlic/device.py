@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gm_mlic.distributed import place
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError
 
 
 def resolve_device(accelerator: str) -> str:
@@ -19,8 +19,10 @@ def require_device(accelerator: str) -> str:
     """:func:`resolve_device`, but a GPU that is asked for and absent is an error.
 
     Raises:
-        ConfigError: if a GPU is asked for, and there is none.
+        ArgumentError: if a GPU is asked for, and there is none.
     """
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"accelerator={accelerator}: torch finds no GPU; auto takes one where there is one.")
+        raise ArgumentError(
+            "accelerator", f"is {accelerator!r}, but torch finds no GPU: auto takes one where there is one."
+        )
     return resolve_device(accelerator)

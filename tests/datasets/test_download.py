@@ -29,7 +29,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from gm_mlic.cli.problems import explain
+from gm_mlic.cli.errors import explain
 from gm_mlic.datasets import download
 from gm_mlic.datasets.download import Archive, fetch, unpack
 from gm_mlic.errors import DataError

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from gm_mlic.reporting import fonts
-from gm_mlic.reporting.pictures import annotated
+from gm_mlic.reporting.annotated_images import annotated
 
 
 def make_font(path: Path, family: str, letters: str) -> Path:

@@ -26,8 +26,8 @@ from gm_mlic.nn import GMMLIC
 from gm_mlic.runs import read_run
 from gm_mlic.training import build, run
 from gm_mlic.training.data import EpochSampler
-from gm_mlic.training.interruption import position
 from gm_mlic.training.module import MLICModule
+from gm_mlic.training.preemption import position
 from gm_mlic.zoo import load_weights, read_checkpoint
 
 Config = Callable[..., DictConfig]

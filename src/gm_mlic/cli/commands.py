@@ -22,10 +22,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gm_mlic.cli.allowed import check_arguments
 from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
-from gm_mlic.cli.keys import check_keys
-from gm_mlic.cli.process import prepare_process
+from gm_mlic.cli.config_schema import check_keys
+from gm_mlic.cli.config_security import check_arguments
+from gm_mlic.cli.environment import prepare_process
 from gm_mlic.cli.validation import check
 from gm_mlic.distributed import place
 from gm_mlic.errors import config_keys

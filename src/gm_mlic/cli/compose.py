@@ -13,7 +13,7 @@ from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from gm_mlic.cli.keys import check_keys
+from gm_mlic.cli.config_schema import check_keys
 from gm_mlic.cli.validation import check_values
 from gm_mlic.validation import run_identity
 

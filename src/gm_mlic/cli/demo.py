@@ -18,7 +18,7 @@ from gm_mlic.cli.validation import check
 from gm_mlic.datasets import Scenes
 from gm_mlic.embeddings import labels_of
 from gm_mlic.instances import InstanceStore
-from gm_mlic.reporting.pictures import judged_labels, picture_grid
+from gm_mlic.reporting.annotated_images import judged_labels, picture_grid
 from gm_mlic.reporting.tables import comparison_markdown, comparison_table
 from gm_mlic.training import build
 from gm_mlic.training.run import SplitData, predict, split_data, train

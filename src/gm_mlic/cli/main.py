@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 from gm_mlic._version import __version__
-from gm_mlic.cli.process import prepare_process
+from gm_mlic.cli.environment import prepare_process
 from gm_mlic.distributed import place
 from gm_mlic.errors import Terminated
 
@@ -119,7 +119,7 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        from gm_mlic.cli.problems import explain
+        from gm_mlic.cli.errors import explain
 
         if verbose:
             traceback.print_exc()

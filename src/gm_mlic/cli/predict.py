@@ -20,7 +20,7 @@ from rich.table import Table
 from gm_mlic.datasets.images import read_image
 from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
-from gm_mlic.reporting.pictures import annotated
+from gm_mlic.reporting.annotated_images import annotated
 from gm_mlic.zoo import LabelFound, Prediction, Predictor
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from gm_mlic._lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, build_extractor, save_detector
-    from gm_mlic.detection.fixed import FixedDetector
     from gm_mlic.detection.grid import GridExtractor
     from gm_mlic.detection.protocol import InstanceExtractor, Instances
+    from gm_mlic.detection.static_shape import FixedDetector
 
 __all__ = [
     "ARCHITECTURES",
@@ -31,7 +31,7 @@ __getattr__ = lazy_attributes(
     {
         "ARCHITECTURES": "faster_rcnn",
         "FasterRCNNExtractor": "faster_rcnn",
-        "FixedDetector": "fixed",
+        "FixedDetector": "static_shape",
         "GridExtractor": "grid",
         "InstanceExtractor": "protocol",
         "Instances": "protocol",

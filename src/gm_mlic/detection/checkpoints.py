@@ -25,7 +25,7 @@ from torchvision.models.detection import (
 )
 
 from gm_mlic.errors import ArgumentError, WeightsError
-from gm_mlic.tensor_files import load_tensors
+from gm_mlic.safe_load import load_tensors
 
 log = logging.getLogger(__name__)
 

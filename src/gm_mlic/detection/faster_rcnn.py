@@ -129,7 +129,7 @@ class FasterRCNNExtractor(nn.Module):
             ConfigError: if ``m`` is less than 1.
         """
         if m < 1:
-            raise ConfigError(f"The number of instances m is {m}: set at least 1.")
+            raise ArgumentError("m", f"must be 1 or more, got {m}.")
         device = self._label_of_class.device
         groups: dict[torch.Size, list[tuple[int, ImageList]]] = {}
         for i, image in enumerate(images):

@@ -25,7 +25,7 @@ from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_check
 from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError
 from gm_mlic.optim import one_cycle
-from gm_mlic.tensor_files import load_tensors
+from gm_mlic.safe_load import load_tensors
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 
 from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
-from gm_mlic.tensor_files import load_arrays, load_tensors
+from gm_mlic.safe_load import load_arrays, load_tensors
 
 #: What files raise that are damaged or hold something else.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)

@@ -29,7 +29,7 @@ from torch import Tensor
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
-from gm_mlic.instances.reading import CRASHES, Rows, Views, read_batches
+from gm_mlic.instances.image_loader import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.writer import State, StoreWriter, plan
 

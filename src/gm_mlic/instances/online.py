@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import UnreadableImage
-from gm_mlic.instances.views import crop_and_flip, view_rng
+from gm_mlic.instances.augment import crop_and_flip, view_rng
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ import torch
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import ArgumentError, StoreError
-from gm_mlic.tensor_files import map_array
+from gm_mlic.safe_load import map_array
 
 log = logging.getLogger(__name__)
 

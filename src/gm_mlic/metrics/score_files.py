@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.functional import check_scores
+from gm_mlic.safe_load import load_arrays, load_tensors
 from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalise_targets
-from gm_mlic.tensor_files import load_arrays, load_tensors
 
 #: Headers under which the first column of a CSV file holds image ids even where they are numbers.
 _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")

@@ -19,12 +19,12 @@ from PIL import Image
 from gm_mlic._version import __version__
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import UnreadableImage
-from gm_mlic.reporting import figures
+from gm_mlic.reporting import plots
+from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
-from gm_mlic.reporting.pictures import LabelBox, picture_grid
 from gm_mlic.reporting.runs import shown, unusual
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
-from gm_mlic.tensor_files import load_arrays
+from gm_mlic.safe_load import load_arrays
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     best = _method(groups)
     for make in (_photos, _label_states):
         sections += make(best, out)
-    picture = figures.save(figures.draw_training(groups), out, "training")
+    picture = plots.save(plots.draw_training(groups), out, "training")
     sections.append(
         Section("Training", "One line for each run.", [Picture("Loss and val mAP by epoch", picture)], groups)
     )
@@ -250,7 +250,7 @@ def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Ite
         if not found:
             continue
         short = key.rpartition(".")[2]
-        file = figures.save(figures.draw_sweep(found, key, label), out, f"sweep_{short}")
+        file = plots.save(plots.draw_sweep(found, key, label), out, f"sweep_{short}")
         used = [group for family in found for group in family]
         text = f"The paper's Figure 4 for {label}: mean over seeds, the band is one standard deviation."
         for dataset in dict.fromkeys(group.dataset for group in used):
@@ -302,7 +302,7 @@ def _label_states(group: Group, out: Path) -> Iterator[Section]:
     if len(labels) < 4:
         return
     try:
-        file = figures.save(figures.draw_label_map(labels, states), out, "label_map")
+        file = plots.save(plots.draw_label_map(labels, states), out, "label_map")
     except ImportError:
         log.warning("No map of label states: it needs scikit-learn (pip install 'gm-mlic[report]').")
         return

@@ -24,7 +24,7 @@ from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import LabelStatistics, model_arguments
 from gm_mlic.validation import section
-from gm_mlic.zoo.trained import Description
+from gm_mlic.zoo.metadata import Description
 
 log = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import GMMLIC, LabelCache, ModelOutput
 from gm_mlic.optim import one_cycle
 from gm_mlic.training.artifacts import Examples
-from gm_mlic.training.interruption import position
 from gm_mlic.training.online import OnlineGraphs
-from gm_mlic.zoo.trained import KEY, Description
+from gm_mlic.training.preemption import position
+from gm_mlic.zoo.metadata import KEY, Description
 
 #: Where a checkpoint keeps the training loss of an unfinished epoch.
 _LOSS = "train_loss"

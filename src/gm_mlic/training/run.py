@@ -39,13 +39,13 @@ from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomi
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.data import GraphData
-from gm_mlic.training.interruption import position, signals_kept
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
+from gm_mlic.training.preemption import position, signals_kept
 from gm_mlic.training.tracking import Tracker
 from gm_mlic.training.trainer import build_trainer, training_callbacks
 from gm_mlic.validation import changed_settings, check, section
-from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
+from gm_mlic.zoo.metadata import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import place, started_by
 from gm_mlic.errors import ConfigError
+from gm_mlic.training.atomic_checkpoint_io import WholeFiles
 from gm_mlic.training.callbacks import EpochBar, EpochCSV
-from gm_mlic.training.checkpoint import WholeFiles
-from gm_mlic.training.interruption import Interruption
+from gm_mlic.training.preemption import Interruption
 
 
 def strategies() -> tuple[str, ...]:

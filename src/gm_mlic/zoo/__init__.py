@@ -1,9 +1,9 @@
 """Trained models: what they say of themselves, how they are read, and what they say of images."""
 
 from gm_mlic.zoo.explain import ExplainedModel, Explanation, Influence, explain
+from gm_mlic.zoo.metadata import Description, load_weights, read_checkpoint
 from gm_mlic.zoo.predictor import LabelFound, Prediction, Predictor
 from gm_mlic.zoo.pretrained import Card, push
-from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 __all__ = [
     "Card",

@@ -21,8 +21,8 @@ from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC
+from gm_mlic.zoo.metadata import Description, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, load_safely, read_pretrained, write_pretrained
-from gm_mlic.zoo.trained import Description, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 

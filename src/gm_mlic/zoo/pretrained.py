@@ -30,7 +30,7 @@ from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.nn import SHIPPED, pretrained_models
-from gm_mlic.zoo.trained import Description
+from gm_mlic.zoo.metadata import Description
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"

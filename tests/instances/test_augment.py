@@ -10,7 +10,7 @@ from PIL import Image
 
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.instances import crop_and_flip, extract
-from gm_mlic.instances.views import AREA, ASPECT, view_rng
+from gm_mlic.instances.augment import AREA, ASPECT, view_rng
 
 
 def gradient(width: int, height: int) -> Image.Image:

@@ -16,7 +16,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from gm_mlic.cli.keys import groups_of, options, unknown
+from gm_mlic.cli.config_schema import groups_of, options, unknown
 from gm_mlic.errors import GMMLICError
 
 _MENDABLE_OS_ERRORS = {

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import GMMLICError, UnreadableImage
+from gm_mlic.instances.augment import crop_and_flip, view_rng
 from gm_mlic.instances.store import Manifest
-from gm_mlic.instances.views import crop_and_flip, view_rng
 
 log = logging.getLogger(__name__)
 

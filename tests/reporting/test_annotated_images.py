@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gm_mlic.reporting.pictures import COLOURS, _places, annotated, judged_labels, picture_grid
+from gm_mlic.reporting.annotated_images import COLOURS, _places, annotated, judged_labels, picture_grid
 
 LABELS = ("cat", "dog", "bird", "fish")
 

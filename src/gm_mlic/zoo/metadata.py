@@ -12,7 +12,7 @@ from torch import Tensor
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.nn import create_model
-from gm_mlic.tensor_files import load_tensors
+from gm_mlic.safe_load import load_tensors
 
 #: Where a Lightning checkpoint keeps the description.
 KEY = "gm_mlic"

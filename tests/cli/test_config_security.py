@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gm_mlic.cli.allowed import LOGGING, TARGETS, check_arguments
 from gm_mlic.cli.compose import compose
+from gm_mlic.cli.config_security import LOGGING, TARGETS, check_arguments
 from gm_mlic.cli.main import run
 from gm_mlic.errors import ConfigError
 

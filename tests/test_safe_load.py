@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gm_mlic.tensor_files import load_arrays, load_tensors
+from gm_mlic.safe_load import load_arrays, load_tensors
 
 
 def test_every_flipped_bit_of_the_tensors_is_noticed(tmp_path: Path) -> None:
