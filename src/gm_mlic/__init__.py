@@ -63,10 +63,10 @@ __all__ = [
     "create_model",
     "embed_labels",
     "extract",
-    "to_hetero_data",
     "list_models",
     "pretrained_models",
     "register_model",
+    "to_hetero_data",
 ]
 
 

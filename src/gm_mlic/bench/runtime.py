@@ -129,7 +129,8 @@ class Execution:
 def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:
     """A batch of assignment graphs with random instances."""
     generator = torch.Generator().manual_seed(2)
-    transform = AssignmentGraph(label_vectors, m=case.m, num_label_neighbors=case.num_label_neighbors, edge_attr=edge_attr)
+    options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
+    transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
     made = []
     for _ in range(case.batch):
         data = HeteroData()

@@ -35,7 +35,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not torch.nn.modules.module._has_any_global_hook()
+        and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
@@ -92,7 +92,7 @@ class EdgeTensor:
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         leaves = tree_leaves((args, kwargs))
-        sizes = torch.broadcast_shapes(*(leaf.x.shape[:-1] for leaf in leaves if isinstance(leaf, EdgeTensor)))
+        sizes: Any = torch.broadcast_shapes(*(leaf.x.shape[:-1] for leaf in leaves if isinstance(leaf, EdgeTensor)))  # type: ignore[no-untyped-call]
         args, kwargs = tree_map_only(EdgeTensor, lambda e: e.tensor().expand(*sizes, -1), (args, kwargs))
         return function(*args, **(kwargs or {}))
 
@@ -100,7 +100,7 @@ class EdgeTensor:
         return f"{type(self).__name__}(x={tuple(self.x.shape)}, pending={self.weight is not None})"
 
 
-def apply_linear(lin: nn.Module, x: Tensor | EdgeTensor) -> Tensor:
+def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
     """``lin(x)``; of an :class:`EdgeTensor`, with the pending map composed and the compact shape kept."""
     if not isinstance(x, EdgeTensor):
         return lin(x)  # type: ignore[no-any-return]
@@ -108,9 +108,8 @@ def apply_linear(lin: nn.Module, x: Tensor | EdgeTensor) -> Tensor:
         return x.outputs[lin]
     if x.weight is None or not is_plain(lin):
         return lin(x.tensor())  # type: ignore[no-any-return]
-    weight, shift = x.read(lin.weight)  # type: ignore[arg-type]
-    bias: Any = shift if lin.bias is None else lin.bias + shift
-    return linear(x.x, weight, bias)
+    weight, shift = x.read(lin.weight)
+    return linear(x.x, weight, shift if lin.bias is None else lin.bias + shift)
 
 
 class DenseEdges:

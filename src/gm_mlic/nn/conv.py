@@ -18,7 +18,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError
-from gm_mlic.graphs.dense import DenseEdges, EdgeTensor
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, edge_ends
 from gm_mlic.graphs.schema import EdgeSpec, EdgeType, NodeType
 from gm_mlic.nn.mlp import ConcatMLP, EndsMLP
 
@@ -95,21 +95,19 @@ class MessageMLP(MessagePassing):
         super().reset_parameters()
         self.rho_n.reset_parameters()
 
-    def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Tensor | EdgeTensor
-    ) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Any) -> Tensor:
         x = (x, x) if isinstance(x, Tensor) else x
         if isinstance(edge_index, DenseEdges):
             if isinstance(edge_attr, EdgeTensor) and self in edge_attr.outputs:
                 return edge_attr.outputs[self]
-            x_j = edge_index.ends(*x)[self.reverse]
+            x_j: Any = edge_index.ends(*x)[self.reverse]
             return edge_index.mean(self.message(x_j, edge_attr), to_source=self.reverse)
         # Sizes are in the order of edge_index, (source, target), in both directions.
         size = (x[0].shape[0], x[1].shape[0])
         return self.propagate(edge_index, x=x[self.reverse], edge_attr=edge_attr, size=size)  # type: ignore[no-any-return]
 
     def message(self, x_j: Tensor, edge_attr: Tensor) -> Tensor:
-        return self.rho_n(edge_attr, x_j)  # type: ignore[no-any-return]
+        return self.rho_n(edge_attr, x_j)  # type: ignore[no-any-return]  # dense: EdgeTensor in and out
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.edge_dim}, {self.out_channels})"
@@ -231,12 +229,10 @@ class EdgeUpdate(MessagePassing):
         self.rho_e.reset_parameters()
         self.phi_e.reset_parameters()
 
-    def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Tensor | EdgeTensor
-    ) -> Any:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Any) -> Any:
         x = (x, x) if isinstance(x, Tensor) else x
         if isinstance(edge_index, DenseEdges):
-            x_j, x_i = edge_index.ends(*x)
+            x_j, x_i = edge_ends(edge_index, *x)
             return self.edge_update(x_i, x_j, edge_attr)
         size = (x[0].shape[0], x[1].shape[0])
         return self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=size)
@@ -306,12 +302,12 @@ class GraphNetworkBlock(nn.Module):
         edge_index_dict: Mapping[EdgeType, Any],
         edge_attr_dict: Mapping[EdgeType, Any],
     ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
-        x_dict = self.node_conv(x_dict, edge_index_dict, edge_attr_dict)
-        edge_attr_dict = {
-            t: edge_conv((x_dict[t[0]], x_dict[t[2]]), edge_index_dict[t], edge_attr_dict[t])
+        v = self.node_conv(x_dict, edge_index_dict, edge_attr_dict)
+        e = {
+            t: edge_conv((v[t[0]], v[t[2]]), edge_index_dict[t], edge_attr_dict[t])
             for t, edge_conv in self.edge_conv.items()
         }
-        return x_dict, edge_attr_dict
+        return v, e
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

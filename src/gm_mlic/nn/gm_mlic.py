@@ -292,10 +292,12 @@ class GMMLIC(nn.Module):
         first: Any = self.blocks[0]
         ends = (x_dict[LABEL], x_dict[LABEL])
         for edge_type, attr in edge_attr_dict.items():
-            readers = {first.node_conv.message[edge_type][LABEL]: lambda f, t=edge_type, e=attr: f(ends, edges[t], e)}
+            message = first.node_conv.message[edge_type][LABEL]
+            outputs = {message: message(ends, edges[edge_type], attr)}
             if edge_type in first.edge_conv:
-                readers[first.edge_conv[edge_type].phi_e.lin1.lins[0]] = lambda f, e=attr: apply_linear(f, e)
-            attr.outputs = {module: compute(module) for module, compute in readers.items()}
+                lin = first.edge_conv[edge_type].phi_e.lin1.lins[0]
+                outputs[lin] = apply_linear(lin, attr)
+            attr.outputs = outputs
         return LabelCache(x_dict, edge_attr_dict)
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
@@ -323,7 +325,7 @@ class GMMLIC(nn.Module):
         for edge_type in (*self.edge_types, MATCHES):
             if edge_type not in edge_index_dict:
                 raise ConfigError(
-                    f"The graph has no {' '.join(edge_type)} edges, which the model reads: give both the same edge_types."
+                    f"The model reads {' '.join(edge_type)} edges, and the graph has none: give both the same edge_types."
                 )
         if cache is not None and not isinstance(data, AssignmentBatch):
             raise ConfigError("A label cache goes with an AssignmentBatch, not with a HeteroData.")

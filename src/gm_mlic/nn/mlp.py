@@ -24,16 +24,22 @@ def make_linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn
     """A Linear without initial values; ``in_channels=-1`` takes the size from the first input."""
     if in_channels == -1:
         return nn.LazyLinear(out_channels, bias)
-    return nn.utils.skip_init(nn.Linear, in_channels, out_channels, bias)
+    lin = nn.Linear(in_channels, out_channels, bias, device="meta")
+    return lin.to_empty(device=torch.get_default_device())
 
 
-def draw_linear(lin: nn.Module, nonlinearity: str = "linear") -> None:
-    """He initialization for a Linear that ``nonlinearity`` follows; zeros for the bias. A lazy one is left alone."""
-    if isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params():  # type: ignore[no-untyped-call]
+def is_lazy(lin: nn.Module) -> bool:
+    """Whether the input size of a Linear is not known yet."""
+    return isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params()  # type: ignore[no-untyped-call]
+
+
+def draw_linear(lin: Any, nonlinearity: str = "linear") -> None:
+    """He initialization for a Linear that ``nonlinearity`` follows; zeros for the bias."""
+    if is_lazy(lin):
         return
-    nn.init.kaiming_normal_(lin.weight, nonlinearity=nonlinearity)  # type: ignore[arg-type]
+    nn.init.kaiming_normal_(lin.weight, nonlinearity=nonlinearity)
     if lin.bias is not None:
-        nn.init.zeros_(lin.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(lin.bias)
 
 
 class ConcatLinear(nn.Module):
@@ -59,22 +65,25 @@ class ConcatLinear(nn.Module):
     @property
     def in_channels(self) -> tuple[int, ...]:
         """The size of each part; 0 where it is not known yet."""
-        return tuple(lin.in_features for lin in self.lins)  # type: ignore[misc]
+        return tuple(int(lin.in_features) for lin in self.lins)  # type: ignore[arg-type]
 
     def reset_parameters(self) -> None:
-        if any(isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params() for lin in self.lins):  # type: ignore[no-untyped-call]
+        lins: Any = self.lins
+        if any(is_lazy(lin) for lin in lins):
             return
         # One draw for all parts: the variance depends on the size of the whole concatenation.
-        weight = torch.empty(self.out_channels, sum(self.in_channels))
+        weight = lins[0].weight.new_empty(self.out_channels, sum(self.in_channels))
         nn.init.kaiming_normal_(weight, nonlinearity="relu")
         with torch.no_grad():
-            for lin, part in zip(self.lins, weight.split(self.in_channels, dim=1), strict=True):
-                lin.weight.copy_(part)  # type: ignore[operator,union-attr]
-            nn.init.zeros_(self.lins[0].bias)  # type: ignore[arg-type]
+            for lin, part in zip(lins, torch.split(weight, self.in_channels, dim=1), strict=True):
+                lin.weight.copy_(part)
+        nn.init.zeros_(lins[0].bias)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Tensor:
-        if any(isinstance(lin, nn.LazyLinear) for lin in self.lins):
-            self._materialize(parts)
+        if any(is_lazy(lin) for lin in self.lins):
+            for lin, part in zip(self.lins, parts, strict=True):
+                apply_linear(lin, part)
+            self.reset_parameters()
         # Compact parts first, so that few sums are of full size.
         first, *rest = sorted(range(len(parts)), key=lambda k: len([size for size in _shape(parts[k]) if size != 1]))
         total = apply_linear(self.lins[first], parts[first])
@@ -83,13 +92,6 @@ class ConcatLinear(nn.Module):
             total = _add_linear(total, self.lins[k], parts[k], writable)
             writable = True
         return total
-
-    def _materialize(self, parts: Sequence[Tensor | EdgeTensor]) -> None:
-        unknown = any(isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params() for lin in self.lins)  # type: ignore[no-untyped-call]
-        for lin, part in zip(self.lins, parts, strict=True):
-            apply_linear(lin, part)
-        if unknown:
-            self.reset_parameters()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
@@ -104,22 +106,22 @@ def _owns_result(lin: nn.Module, part: Tensor | EdgeTensor) -> bool:
     return is_plain(lin) and not (isinstance(part, EdgeTensor) and lin in part.outputs)
 
 
-def _add_linear(total: Tensor, lin: nn.Module, part: Tensor | EdgeTensor, writable: bool) -> Tensor:
+def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bool) -> Tensor:
     """``total + lin(part)``, in the memory of one of the two where that is allowed and the sum fits."""
     if not _owns_result(lin, part):
         return total + apply_linear(lin, part)
     weight, bias = lin.weight, lin.bias
     if isinstance(part, EdgeTensor):
-        weight, shift = part.read(weight)  # type: ignore[arg-type]
+        weight, shift = part.read(weight)
         bias = shift if bias is None else bias if shift is None else bias + shift
     x: Tensor = part.x if isinstance(part, EdgeTensor) else part
     if writable and total.shape[:-1] == x.shape[:-1]:
         if bias is not None:
-            total.add_(bias)  # type: ignore[arg-type]
+            total.add_(bias)
         # The matrix product itself adds to what is there. Under autocast it takes the dtype of the sum.
-        total.flatten(0, -2).addmm_(x.flatten(0, -2).to(total.dtype), weight.t().to(total.dtype))  # type: ignore[operator]
+        total.flatten(0, -2).addmm_(x.flatten(0, -2).to(total.dtype), weight.t().to(total.dtype))
         return total
-    term, small = linear(x, weight), total if bias is None else total + bias  # type: ignore[arg-type,operator]
+    term, small = linear(x, weight), total if bias is None else total + bias
     fits = all(a == b or b == 1 for a, b in zip(term.shape, small.shape, strict=True))
     return term.add_(small) if fits and term.dtype == small.dtype else term + small
 
@@ -152,8 +154,8 @@ class ConcatMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.lin1 = ConcatLinear(in_channels, hidden_channels)
-        self.lin2 = make_linear(hidden_channels, out_channels)
-        self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
+        self.lin2: Any = make_linear(hidden_channels, out_channels)
+        self.norm: Any = nn.LayerNorm(out_channels) if norm else nn.Identity()
         draw_linear(self.lin2)
 
     def reset_parameters(self) -> None:
@@ -234,8 +236,9 @@ class HadamardFusion(nn.Module):
         draw_linear(self.B)
 
     def forward(self, x_j: Tensor | EdgeTensor, x_i: Tensor | EdgeTensor) -> Any:
-        if isinstance(self.A, nn.LazyLinear) or isinstance(self.B, nn.LazyLinear):
-            apply_linear(self.A, x_j), apply_linear(self.B, x_i)
+        if is_lazy(self.A) or is_lazy(self.B):
+            apply_linear(self.A, x_j)
+            apply_linear(self.B, x_i)
             self.reset_parameters()
         product = apply_linear(self.A, x_j) * apply_linear(self.B, x_i)
         return EdgeTensor(product) if isinstance(x_j, EdgeTensor) else product

@@ -132,7 +132,7 @@ def graph_settings(config: DictConfig) -> dict[str, Any]:
     """``graph`` of a :class:`Description`: ``config.graph``, and the graphs that the model has; no candidates yet."""
     settings = section(config, "graph")
     del settings["labels_per_class"]
-    edge_types = OmegaConf.to_container(config.model.edge_types) if "edge_types" in config.model else []
+    edge_types = list(config.model.edge_types) if "edge_types" in config.model else []
     return settings | {"edge_types": edge_types, "candidates": None}
 
 

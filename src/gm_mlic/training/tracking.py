@@ -23,6 +23,7 @@ from PIL import Image
 
 from gm_mlic.distributed import place
 from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import RELATIONS
 from gm_mlic.runs import EXAMPLES, write_atomically
 
 log = logging.getLogger(__name__)
