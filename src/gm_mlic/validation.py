@@ -331,8 +331,8 @@ def _check_together(config: DictConfig) -> None:
         )
     if get("trainer.compile") and get("model.gradient_checkpointing"):
         raise ConfigError(
-            "trainer.compile=true and model.gradient_checkpointing=true do not go together: the compiler decides what is "
-            "recomputed. Set one of them to false."
+            "trainer.compile=true and model.gradient_checkpointing=true do not go together: the compiler decides what "
+            "is recomputed. Set one of them to false."
         )
     if get("detector.trainable") not in (None, "none") and not get("instances.online"):
         raise ConfigError(
@@ -348,8 +348,8 @@ def _check_together(config: DictConfig) -> None:
         ):
             if wrong:
                 raise ConfigError(
-                    f"graph.labels_per_class={get('graph.labels_per_class')} does not go with {key}={_as_typed(get(key))}: "
-                    f"{why}. Set graph.labels_per_class=null."
+                    f"graph.labels_per_class={get('graph.labels_per_class')} does not go with "
+                    f"{key}={_as_typed(get(key))}: {why}. Set graph.labels_per_class=null."
                 )
     after, epochs = get("trainer.instance_graph_after"), get("trainer.max_epochs")
     if "spatial" in (get("model.edge_types") or ()) and after is not None:

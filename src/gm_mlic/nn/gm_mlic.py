@@ -325,7 +325,7 @@ class GMMLIC(nn.Module):
         for edge_type in (*self.edge_types, MATCHES):
             if edge_type not in edge_index_dict:
                 raise ConfigError(
-                    f"The model reads {' '.join(edge_type)} edges, and the graph has none: give both the same edge_types."
+                    f"The model reads {' '.join(edge_type)} edges, the graph has none: give both the same edge_types."
                 )
         if cache is not None and not isinstance(data, AssignmentBatch):
             raise ConfigError("A label cache goes with an AssignmentBatch, not with a HeteroData.")

@@ -33,11 +33,11 @@ def is_lazy(lin: nn.Module) -> bool:
     return isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params()  # type: ignore[no-untyped-call]
 
 
-def draw_linear(lin: Any, nonlinearity: str = "linear") -> None:
-    """He initialization for a Linear that ``nonlinearity`` follows; zeros for the bias."""
+def draw_linear(lin: Any) -> None:
+    """He initialization for a Linear that no ReLU follows; zeros for the bias."""
     if is_lazy(lin):
         return
-    nn.init.kaiming_normal_(lin.weight, nonlinearity=nonlinearity)
+    nn.init.kaiming_normal_(lin.weight, nonlinearity="linear")
     if lin.bias is not None:
         nn.init.zeros_(lin.bias)
 
@@ -75,7 +75,7 @@ class ConcatLinear(nn.Module):
         weight = lins[0].weight.new_empty(self.out_channels, sum(self.in_channels))
         nn.init.kaiming_normal_(weight, nonlinearity="relu")
         with torch.no_grad():
-            for lin, part in zip(lins, torch.split(weight, self.in_channels, dim=1), strict=True):
+            for lin, part in zip(lins, torch.split(weight, list(self.in_channels), dim=1), strict=True):
                 lin.weight.copy_(part)
         nn.init.zeros_(lins[0].bias)
 
