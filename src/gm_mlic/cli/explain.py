@@ -18,11 +18,11 @@ from gm_mlic.zoo import Explanation, Predictor, explain
 
 #: Influences that are printed; all are in the file.
 _SHOWN = 10
-_TOLD = {
-    "near": "neighbouring instance {} to the winning instance",
-    "relates": "label {} to this label",
-    "seen": "instance {} to this label",
-    "named": "label {} to the winning instance",
+_DESCRIPTIONS = {
+    "instance_to_instance": "neighbouring instance {} to the winning instance",
+    "label_to_label": "label {} to this label",
+    "instance_to_label": "instance {} to this label",
+    "label_to_instance": "label {} to the winning instance",
 }
 
 
@@ -47,7 +47,7 @@ def explain_photo(config: DictConfig) -> Path:
     table.add_column("edge", overflow="fold")
     table.add_column("change of the logit", justify="right")
     for influence in found.influences[:_SHOWN]:
-        table.add_row(_TOLD[influence.kind].format(influence.neighbour), f"{influence.change:+.3f}")
+        table.add_row(_DESCRIPTIONS[influence.kind].format(influence.neighbour), f"{influence.change:+.3f}")
     Console(highlight=False, markup=False).print(table)
     print(f"{picture} and {picture.with_suffix('.json').name}: the match matrix, and all {len(found.influences)} edges")
     return picture

@@ -19,8 +19,18 @@ _ROWS, _COLUMNS, _BARS = 20, 14, 14
 #: Labels that are at least this probable have a winner worth a frame.
 _PREDICTED = 0.5
 _WINNER, _FOR, _AGAINST = "#c2255c", "#1f5fa8", "#b0451b"
-_WORDS = {"near": "instance {}, a neighbour", "relates": "label {}", "seen": "instance {}", "named": "label {}"}
-_TO = {"near": "to the instance", "relates": "to the label", "seen": "to the label", "named": "to the instance"}
+_SOURCES = {
+    "instance_to_instance": "instance {}, a neighbour",
+    "label_to_label": "label {}",
+    "instance_to_label": "instance {}",
+    "label_to_instance": "label {}",
+}
+_TARGETS = {
+    "instance_to_instance": "to the instance",
+    "label_to_label": "to the label",
+    "instance_to_label": "to the label",
+    "label_to_instance": "to the instance",
+}
 
 
 def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path) -> None:
@@ -93,10 +103,10 @@ def _influences(axis: Axes, explanation: Explanation) -> None:
     shown = explanation.influences[:_BARS]
     names = []
     for influence in shown:
-        name = _WORDS[influence.kind].format(influence.neighbour)
+        name = _SOURCES[influence.kind].format(influence.neighbour)
         if isinstance(influence.neighbour, int) and detected[influence.neighbour]:
             name += f" ({detected[influence.neighbour]})"
-        names.append(f"{name}\n{_TO[influence.kind]}")
+        names.append(f"{name}\n{_TARGETS[influence.kind]}")
     changes = [influence.change for influence in shown]
     axis.barh(range(len(shown)), changes, color=[_FOR if change > 0 else _AGAINST for change in changes])
     axis.set_yticks(range(len(shown)), names, fontsize=7)

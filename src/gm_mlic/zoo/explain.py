@@ -26,10 +26,10 @@ class Influence:
     r"""What one edge of the graph contributes to one label's logit.
 
     Attributes:
-        kind: ``near`` (a neighbouring instance tells the winning instance where it is and what), ``relates`` (another
-            label tells this label), ``seen`` (another instance tells this label), ``named`` (another label tells the
-            winning instance).
-        neighbour: the number of the instance, or the name of the label, that is heard over the edge.
+        kind: ``instance_to_instance`` (from a neighbouring instance to the winning instance), ``label_to_label`` (from
+            another label to this label), ``instance_to_label`` (from another instance to this label),
+            ``label_to_instance`` (from another label to the winning instance).
+        neighbour: the number of the instance, or the name of the label, at the edge's source.
         change: :math:`s_c - s_c^{without}`: the label's logit, less that of the same graph without this edge. Above 0
             it speaks for the label. (Neighbours are averaged, so without one the others weigh more.)
     """
@@ -88,11 +88,11 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     without = _without_each(data, winner, c, names)
     influences = []
     size = max(1, _EDGES_AT_A_TIME // sum(data[t].edge_index.shape[1] for t in data.edge_types))
-    while some := list(islice(without, size)):
+    while chunk := list(islice(without, size)):
         with torch.no_grad():
-            logits = model(Batch.from_data_list([graph for _, _, graph in some])).logits[:, c].tolist()
+            logits = model(Batch.from_data_list([graph for _, _, graph in chunk])).logits[:, c].tolist()
         influences += [
-            Influence(kind, neighbour, logit - other) for (kind, neighbour, _), other in zip(some, logits, strict=True)
+            Influence(kind, neighbour, logit - other) for (kind, neighbour, _), other in zip(chunk, logits, strict=True)
         ]
     influences.sort(key=lambda influence: -abs(influence.change))
     return Explanation(prediction, names[c], winner, logit, tuple(influences))
@@ -151,20 +151,23 @@ def _explicit(predictor: Predictor) -> GMMLIC:
 def _without_each(
     data: HeteroData, winner: int, c: int, names: tuple[str, ...]
 ) -> Iterator[tuple[str, int | str, HeteroData]]:
-    """Of each edge into the winning instance or label c: its kind, who is heard over it, the graph without it."""
+    """Of each edge into the winning instance or label c: its kind, its source, and the graph without it."""
     for edge_type in data.edge_types:
         source, target = data[edge_type].edge_index.cpu()
         if edge_type == NEAR:
-            edges = [("near", e, int(source[e])) for e in (target == winner).nonzero().flatten().tolist()]
+            edges = [
+                ("instance_to_instance", e, int(source[e])) for e in (target == winner).nonzero().flatten().tolist()
+            ]
         elif edge_type == RELATES:
-            edges = [("relates", e, names[source[e]]) for e in (target == c).nonzero().flatten().tolist()]
+            into = (target == c).nonzero().flatten().tolist()
+            edges = [("label_to_label", e, names[source[e]]) for e in into]
         else:
             others = ((target == c) & (source != winner)).nonzero().flatten().tolist()
-            edges = [("seen", e, int(source[e])) for e in others]
+            edges = [("instance_to_label", e, int(source[e])) for e in others]
             others = ((source == winner) & (target != c)).nonzero().flatten().tolist()
             # a label whose only edge this is would have none left
-            heard = torch.bincount(target)
-            edges += [("named", e, names[target[e]]) for e in others if heard[target[e]] > 1]
+            degree = torch.bincount(target)
+            edges += [("label_to_instance", e, names[target[e]]) for e in others if degree[target[e]] > 1]
         for kind, edge, neighbour in edges:
             graph = copy.copy(data)
             kept = torch.arange(len(source), device=data[LABEL].x.device) != edge
