@@ -2,20 +2,20 @@ from __future__ import annotations
 
 import pytest
 
-from gm_mlic.distributed import Place, place, started_by
+from gm_mlic.distributed import RankInfo, launcher, rank_info
 
 STARTERS = {
-    None: ({"WORLD_SIZE": "4", "SLURM_NTASKS": "4"}, Place(0, 1, 0)),
+    None: ({"WORLD_SIZE": "4", "SLURM_NTASKS": "4"}, RankInfo(0, 1, 0)),
     "torchrun": (
         {"TORCHELASTIC_RUN_ID": "none", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_NTASKS": "2",
          "SLURM_PROCID": "1", "SLURM_LOCALID": "0"},
-        Place(5, 8, 1),
+        RankInfo(5, 8, 1),
     ),
     "srun": (
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "train"},
-        Place(3, 4, 1),
+        RankInfo(3, 4, 1),
     ),
-    "lightning": ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1)),
+    "lightning": ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, RankInfo(1, 2, 1)),
 }  # fmt: skip
 
 
@@ -31,13 +31,13 @@ def test_place(monkeypatch, starter):
     variables, expected = STARTERS[starter]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert started_by() == starter
-    assert place() == expected
+    assert launcher() == starter
+    assert rank_info() == expected
 
 
 def test_lightning_forgets_the_count(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert place().rank == 1
+    assert rank_info().rank == 1
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
@@ -45,4 +45,4 @@ def test_a_shell_on_a_cluster_is_a_process_of_its_own(monkeypatch, name):
     for key, value in STARTERS["srun"][0].items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SLURM_JOB_NAME", name)
-    assert place() == Place()
+    assert rank_info() == RankInfo()

@@ -30,7 +30,7 @@ def test_the_shipped_model_sees_scenes():
     assert pretrained_models() == ["gm_mlic_scenes"]
     scenes = Scenes("test", size=120, seed=77)
     predictor = Predictor.load("gm_mlic_scenes")
-    assert predictor.description.labels == tuple(scenes.labels)
+    assert predictor.metadata.labels == tuple(scenes.labels)
     found = np.stack([p.probabilities for p in predictor([scenes.image(i) for i in range(120)], 24)])
     metrics = MultiLabelMetrics(len(scenes.labels))
     metrics.update(torch.from_numpy(found), torch.from_numpy(scenes.targets))

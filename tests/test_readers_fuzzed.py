@@ -32,7 +32,7 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import read_scored_images
 from gm_mlic.nn import create_model
 from gm_mlic.runs import find_runs, read_run
-from gm_mlic.zoo import Description, Predictor, read_checkpoint
+from gm_mlic.zoo import ModelMetadata, Predictor, read_checkpoint
 
 TOKENS = [
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\xe2\x80\xa8", b'"', b"'", b",", b";", b":", b"-", b"#",
@@ -236,13 +236,13 @@ def detector(root: Path) -> Case:
 
 def pretrained(root: Path) -> Case:
     settings = {"instance_dim": 3, "label_dim": 2, "k": 1, "widths": [4], "fusion": "concat"}
-    description = Description(
+    metadata = ModelMetadata(
         labels=("cat", "dog"), label_vectors=torch.randn(2, 2), label_source="hashed",
         model={"name": "gm_mlic", **settings}, graph={"m": 3, "neighbours": 2},
         detector="own", detector_fingerprint="f", detector_settings={}, embedding={},
     )  # fmt: skip
     own = SimpleNamespace(name="own", fingerprint="f", labels=(), feature_dim=3)
-    Predictor(description.build_model(), description, own).save_pretrained(root)  # type: ignore[arg-type]
+    Predictor(metadata.build_model(), metadata, own).save_pretrained(root)  # type: ignore[arg-type]
     files = [root / name for name in ("config.json", "model.safetensors", "label_vectors.safetensors")]
 
     def read() -> None:

@@ -34,7 +34,7 @@ def test_the_example_of_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Scenes("test", size=2).image(i).save(name)
     _, code = EXAMPLES
     exec(code, {})
-    assert capsys.readouterr().out.splitlines()[-1].startswith("b.jpg [LabelFound(label=")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("b.jpg [LabelPrediction(label=")
 
 
 def test_every_command_is_named():

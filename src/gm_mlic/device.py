@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ArgumentError
 
 
@@ -12,7 +12,7 @@ def resolve_device(accelerator: str) -> str:
     """The torch device that Lightning's name of an accelerator stands for here, in this process of several."""
     if not torch.cuda.is_available() or accelerator not in ("auto", "gpu", "cuda"):
         return "cpu"
-    return f"cuda:{place().local % torch.cuda.device_count()}"
+    return f"cuda:{rank_info().local_rank % torch.cuda.device_count()}"
 
 
 def require_device(accelerator: str) -> str:

@@ -1,7 +1,7 @@
-"""Which of a run's processes this one is: one of torchrun's, of srun's, of Lightning's, or the only one.
+"""Rank and world size of this process, started by torchrun, srun or Lightning, or alone.
 
-Read from the environment alone, because it is needed before there is a trainer: to divide the extraction, and to know
-who speaks.
+They are read from the environment, because they are needed before there is a trainer: to divide the extraction, and
+because only rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Place:
-    """The place of a process among those of its run.
+class RankInfo:
+    """The rank of a process among those of its run.
 
     Attributes:
-        rank: its number, over all machines.
-        count: how many there are.
-        local: its number on this machine.
+        rank: over all machines.
+        world_size: number of processes.
+        local_rank: on this machine.
     """
 
     rank: int = 0
-    count: int = 1
-    local: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
 
-#: How torchrun and srun name rank, count and local rank.
+#: How torchrun and srun name rank, world size and local rank.
 _NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
 
 
-def started_by() -> str | None:
-    """``torchrun``, ``srun`` or ``lightning``; None if this is a process of its own."""
+def launcher() -> str | None:
+    """``torchrun``, ``srun`` or ``lightning``; None for a single process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
     # Lightning takes these two names for a shell on the cluster, and so do we.
@@ -43,14 +43,14 @@ def started_by() -> str | None:
     return "lightning" if "LOCAL_RANK" in os.environ else None
 
 
-def place() -> Place:
-    """The place of this process."""
-    starter = started_by()
-    if starter is None:
-        return Place()
-    if starter in _NAMES:
-        return Place(*(int(os.environ[name]) for name in _NAMES[starter]))
+def rank_info() -> RankInfo:
+    """The rank of this process."""
+    started_by = launcher()
+    if started_by is None:
+        return RankInfo()
+    if started_by in _NAMES:
+        return RankInfo(*(int(os.environ[name]) for name in _NAMES[started_by]))
     # Lightning starts the other processes of one machine when the first is about to train, and forgets WORLD_SIZE
     # when it has.
-    local = int(os.environ["LOCAL_RANK"])
-    return Place(local, int(os.environ.get("WORLD_SIZE", local + 1)), local)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return RankInfo(local_rank, int(os.environ.get("WORLD_SIZE", local_rank + 1)), local_rank)

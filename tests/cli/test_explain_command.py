@@ -32,7 +32,12 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = json.loads(Path("runs/explanations/a-photo-fence-post.json").read_text())
     assert found["label"] == "fence post"
     assert len(found["match_logits"]) == len(found["boxes"])
-    assert {influence["kind"] for influence in found["influences"]} <= {"near", "relates", "seen", "named"}
+    assert {influence["kind"] for influence in found["influences"]} <= {
+        "instance_to_instance",
+        "label_to_label",
+        "instance_to_label",
+        "label_to_instance",
+    }
     from gm_mlic import Predictor
     from gm_mlic.reporting.explanation import explanation_picture
     from gm_mlic.zoo import explain

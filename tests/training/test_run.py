@@ -570,10 +570,10 @@ def test_examples_are_the_same_by_both_executions(run_config: Config, execution:
     run.train(config)
     dataset = build.build_dataset(config, "test")
     store = build.build_store(config, dataset, build.build_detector(config))
-    description, content = read_checkpoint(Path(config.run_dir) / "checkpoints" / "best.ckpt")
-    model = description.build_model().eval()
+    metadata, content = read_checkpoint(Path(config.run_dir) / "checkpoints" / "best.ckpt")
+    model = metadata.build_model().eval()
     load_weights(model, content, Path("best.ckpt"))
-    graph = AssignmentGraph(description.label_vectors, edge_attr=False, **description.graph)
+    graph = AssignmentGraph(metadata.label_vectors, edge_attr=False, **metadata.graph)
     with torch.no_grad():  # one at a time, by the other execution
         model.execution = "explicit" if execution == "structured" else "structured"
         graphs = [Batch.from_data_list([data]) for data in AssignmentGraphDataset(store, graph)]

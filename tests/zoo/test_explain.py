@@ -12,7 +12,12 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import LABEL, MATCHES, NEAR, RELATES
 from gm_mlic.zoo import ExplainedModel, explain
 
-ENDS = {"near": NEAR, "relates": RELATES, "seen": MATCHES, "named": MATCHES}
+ENDS = {
+    "instance_to_instance": NEAR,
+    "label_to_label": RELATES,
+    "instance_to_label": MATCHES,
+    "label_to_instance": MATCHES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def predictor(folder: Path) -> Predictor:
 
 def test_each_edge_by_hand(predictor: Predictor, photos: list[Path]):
     """Every influence, against the graph without that edge and nothing else."""
-    names = predictor.description.labels
+    names = predictor.metadata.labels
     label = names[4]
     found = explain(predictor, photos[0], label)
     data = predictor.assignment_graph(photos[0])
@@ -35,13 +40,18 @@ def test_each_edge_by_hand(predictor: Predictor, photos: list[Path]):
         kinds = [influence.kind for influence in found.influences]
         near = int((data[NEAR].edge_index[1] == found.instance).sum())
         counts = {kind: kinds.count(kind) for kind in ENDS}
-        assert counts == {"near": near, "relates": C - 1, "seen": M - 1, "named": C - 1}
+        assert counts == {
+            "instance_to_instance": near,
+            "label_to_label": C - 1,
+            "instance_to_label": M - 1,
+            "label_to_instance": C - 1,
+        }
         for influence in found.influences:
             ends = {
-                "near": (influence.neighbour, found.instance),
-                "relates": (influence.neighbour, 4),
-                "seen": (influence.neighbour, 4),
-                "named": (found.instance, influence.neighbour),
+                "instance_to_instance": (influence.neighbour, found.instance),
+                "label_to_label": (influence.neighbour, 4),
+                "instance_to_label": (influence.neighbour, 4),
+                "label_to_instance": (found.instance, influence.neighbour),
             }[influence.kind]
             source, target = (names.index(end) if isinstance(end, str) else end for end in ends)
             graph = predictor.assignment_graph(photos[0])

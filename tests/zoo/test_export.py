@@ -67,7 +67,7 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == predictor.description.labels[0]
+    assert done.stdout.strip() == predictor.metadata.labels[0]
 
 
 @pytest.mark.parametrize("name", ["gm", "explicit", "mil"])
@@ -76,7 +76,7 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
     export(predictor, tmp_path / "network.pt2", "torch")
     extra = {"labels": "", "detector_labels": ""}
     program = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
-    assert json.loads(extra["labels"]) == list(predictor.description.labels)
+    assert json.loads(extra["labels"]) == list(predictor.metadata.labels)
     assert json.loads(extra["detector_labels"]) == list(predictor.extractor.labels)
     predictions = list(predictor(photos))
     M = max(6, max(len(p.boxes) for p in predictions))
@@ -157,7 +157,7 @@ def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ConfigError, match=r"pip install 'gm-mlic\[export\]'"):
         export(predictor, tmp_path / "x", "onnx")
-    own = Predictor(predictor.model, predictor.description, lambda images, m: [])  # type: ignore[arg-type]
+    own = Predictor(predictor.model, predictor.metadata, lambda images, m: [])  # type: ignore[arg-type]
     own.extractor.name, own.extractor.labels = "mine", ()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export `part='network'`"):
         export(own, tmp_path / "x", "torch", "all")

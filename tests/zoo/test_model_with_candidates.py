@@ -33,7 +33,7 @@ def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Pr
     (path,) = (folder / "stores/scenes").glob("train-*")
     store = InstanceStore.open(path)
     present = store.targets > 0
-    lists = predictor.description.graph["candidates"]
+    lists = predictor.metadata.graph["candidates"]
     assert len(lists) == len(predictor.extractor.labels)
     for d, candidates in enumerate(lists):
         strength = np.zeros(len(store.targets))
@@ -67,17 +67,17 @@ def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]
 
 
 def test_both_executions_say_the_same(predictor: Predictor, photos: list[Path]):
-    description = replace(predictor.description, model={**predictor.description.model, "execution": "explicit"})
-    model = description.build_model()
+    metadata = replace(predictor.metadata, model={**predictor.metadata.model, "execution": "explicit"})
+    model = metadata.build_model()
     model.load_state_dict(predictor.model.state_dict())
-    explicit = Predictor(model, description, predictor.extractor)
+    explicit = Predictor(model, metadata, predictor.extractor)
     for ours, theirs in zip(predictor(photos), explicit(photos), strict=True):
         np.testing.assert_allclose(ours.matches, theirs.matches, atol=1e-4)
         np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
 
 
 def test_other_labels_may_be_anything(predictor: Predictor, photos: list[Path]):
-    names = predictor.description.labels
+    names = predictor.metadata.labels
     other = predictor.with_labels([names[3], "zebra", names[0]])
     before, after = predictor.graph.candidates, other.graph.candidates
     assert before is not None
@@ -94,10 +94,10 @@ def test_an_explanation_takes_away_edges_that_there_are(predictor: Predictor, ph
         c = found.prediction.labels.index(found.label)
         edges = np.isfinite(found.prediction.matches)
         kinds = [influence.kind for influence in found.influences]
-        assert kinds.count("seen") == edges[:, c].sum() - 1
+        assert kinds.count("instance_to_label") == edges[:, c].sum() - 1
         others = edges[found.instance] & (edges.sum(axis=0) > 1)
         others[c] = False
-        named = [influence.neighbour for influence in found.influences if influence.kind == "named"]
+        named = [influence.neighbour for influence in found.influences if influence.kind == "label_to_instance"]
         assert sorted(named) == sorted(np.array(found.prediction.labels)[others])
 
 

@@ -65,7 +65,7 @@ def test_open_images_and_a_single_one(folder: Path, photos: list[Path]):
 def test_labels_in_another_order(folder: Path, photos: list[Path]):
     """No parameter belongs to a label: with the same names in another order come the same numbers."""
     model = predictor(folder)
-    order = model.description.labels[::-1]
+    order = model.metadata.labels[::-1]
     a, b = next(model(photos[:1])), next(model.with_labels(order)(photos[:1]))
     np.testing.assert_allclose(a.probabilities[::-1], b.probabilities, rtol=1e-4)
     assert b.labels == order

@@ -18,10 +18,12 @@ from gm_mlic.cli.compose import compose
 from gm_mlic.detection import save_detector
 from gm_mlic.errors import ConfigError, WeightsError
 from gm_mlic.training import run
-from gm_mlic.zoo import Card
+from gm_mlic.zoo import ModelCard
 from gm_mlic.zoo.pretrained import find_pretrained
 
-CARD = Card("scenes: drawn", {"train": 32, "test": 12}, {"mAP": 12.25, "top3/CF1": 50.0}, "mlgcn", "mit", {"seed": 3})
+CARD = ModelCard(
+    "scenes: drawn", {"train": 32, "test": 12}, {"mAP": 12.25, "top3/CF1": 50.0}, "mlgcn", "mit", {"seed": 3}
+)
 
 
 @pytest.fixture
@@ -44,8 +46,8 @@ def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: P
     path = before.save_pretrained(tmp_path / "new" / "model")
     after = Predictor.from_pretrained(path)
     same(probabilities(after, photos), probabilities(before, photos))
-    assert after.description.labels == before.description.labels
-    assert after.description.graph == before.description.graph
+    assert after.metadata.labels == before.metadata.labels
+    assert after.metadata.graph == before.metadata.graph
     again = after.save_pretrained(tmp_path / "again")
     for file in ("config.json", "model.safetensors", "label_vectors.safetensors"):
         assert (again / file).read_bytes() == (path / file).read_bytes()
@@ -56,9 +58,7 @@ def test_a_folder_that_was_moved_needs_nothing_else(folder: Path, photos: list[P
     weights = tmp_path / "lost" / "detector.safetensors"
     save_detector(build_extractor("scenes_tiny", weights="scenes"), weights, "scenes_tiny")
     glove = tmp_path / "lost" / "some.glove.txt"
-    words = {
-        w for label in Predictor.load(folder / "gm/checkpoints/best.ckpt").description.labels for w in label.split()
-    }
+    words = {w for label in Predictor.load(folder / "gm/checkpoints/best.ckpt").metadata.labels for w in label.split()}
     rng = np.random.default_rng(0)
     glove.write_text("".join(f"{w} {' '.join(f'{v:.3f}' for v in rng.normal(size=8))}\n" for w in sorted(words)))
     settings = [f"detector.weights={weights}", "embedding=glove", f"embedding.path={glove}", "model.widths=[8,8]"]
@@ -106,7 +106,7 @@ def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str],
 
 def test_a_detector_of_ones_own(folder: Path, photos: list[Path], tmp_path: Path):
     before = Predictor.load(folder / "gm/checkpoints/best.ckpt")
-    own = Predictor(before.model, replace(before.description, detector_settings={}), before.extractor)
+    own = Predictor(before.model, replace(before.metadata, detector_settings={}), before.extractor)
     path = own.save_pretrained(tmp_path / "model")
     with pytest.raises(WeightsError, match=r"give it as extractor="):
         Predictor.from_pretrained(path)

@@ -27,7 +27,7 @@ from gm_mlic.cli.config_schema import check_keys
 from gm_mlic.cli.config_security import check_arguments
 from gm_mlic.cli.environment import prepare_process
 from gm_mlic.cli.validation import check
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.errors import config_keys
 from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
 
@@ -62,7 +62,7 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         config = compose(name, settings, folders)
         if not flags & _SHOWS_CONFIG:
             check(config, complete=command != "plan")
-    if place().rank and flags & _MULTIRUN:  # the folder of a multirun is for the first process to write
+    if rank_info().rank and flags & _MULTIRUN:  # the folder of a multirun is for the first process to write
         arguments = [*arguments, f"hydra.sweep.dir={tempfile.mkdtemp()}"]
     sys.argv = [f"gm-mlic {command}", *arguments]
     SweepFolder.begun.clear()
@@ -88,7 +88,7 @@ class SweepFolder(Callback):
     begun: ClassVar[list[tuple[Path, str]]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if place().rank == 0:
+        if rank_info().rank == 0:
             self.begun.append((Path(config.hydra.sweep.dir), now()))
             storage = str(config.hydra.sweeper.get("storage"))
             if storage.startswith("sqlite:///"):  # it makes its file, but no folder for it
@@ -129,7 +129,7 @@ def train(config: DictConfig) -> float:
     settings = [setting for setting in HydraConfig.get().overrides.task if setting.lstrip("+") != "sweep=optuna"]
     command = shlex.join(["gm-mlic", "train", *settings])
     result = training.train(config, _sweep(config), command)
-    if place().rank == 0:
+    if rank_info().rank == 0:
         print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
         for split, skipped in result["skipped"].items():
             if skipped:
@@ -150,7 +150,7 @@ def _note_job(config: DictConfig, error: Exception | None = None) -> Path:
     """Write down a job of a multirun, in the multirun's folder, which is returned."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.cwd, hydra_config.sweep.dir)
-    if place().rank == 0:
+    if rank_info().rank == 0:
         write_job(folder, hydra_config.job.num, Path(config.run_dir), hydra_config.overrides.task, error)
     return folder
 

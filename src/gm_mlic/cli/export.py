@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from gm_mlic.cli.predict import for_labels
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import RESULT, read_run
-from gm_mlic.zoo import Card, Predictor, push
+from gm_mlic.zoo import ModelCard, Predictor, push
 from gm_mlic.zoo.export import export as write_program
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def export(config: DictConfig) -> Path:
     return path
 
 
-def card_of(checkpoint: Path, otherwise: Card) -> Card:
+def card_of(checkpoint: Path, otherwise: ModelCard) -> ModelCard:
     """What the run of ``RUN/checkpoints/NAME.ckpt`` says of data and metrics; ``otherwise`` for other places."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (run / RESULT).is_file():
@@ -62,7 +62,7 @@ def card_of(checkpoint: Path, otherwise: Card) -> Card:
     result: dict[str, Any] = dict(found.result or {})
     names = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
     training = {name: result[name] for name in ("seed", "best_epoch", "epochs", "revision") if result.get(name)}
-    return Card(
+    return ModelCard(
         dataset=result["dataset"]["name"],
         sizes=result["dataset"]["sizes"],
         metrics={name: result["test"][name] for name in names},

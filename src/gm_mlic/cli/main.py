@@ -18,7 +18,7 @@ from typing import Any
 
 from gm_mlic._version import __version__
 from gm_mlic.cli.environment import prepare_process
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.errors import Terminated
 
 #: What each command does, in one line.
@@ -99,7 +99,7 @@ def run(argv: list[str]) -> int:
     prepare_process()
     before = _handle_sigterm()
     # Of several processes of a run, the first speaks; but each has its own errors.
-    rank = place().rank
+    rank = rank_info().rank
     speaker = f"gm-mlic: process {rank}" if rank else "gm-mlic"
     try:
         from gm_mlic.cli import commands

@@ -21,7 +21,7 @@ from gm_mlic.datasets.images import read_image
 from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
 from gm_mlic.reporting.annotated_images import annotated
-from gm_mlic.zoo import LabelFound, Prediction, Predictor
+from gm_mlic.zoo import LabelPrediction, Prediction, Predictor
 
 log = logging.getLogger(__name__)
 
@@ -134,12 +134,12 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def _worth_saying(prediction: Prediction, top: int, threshold: float) -> list[LabelFound]:
+def _worth_saying(prediction: Prediction, top: int, threshold: float) -> list[LabelPrediction]:
     """The ``top`` labels, and what else is predicted."""
     return prediction.top(max(top, len(prediction.above(threshold))))
 
 
-def _as_dict(prediction: Prediction, found: Sequence[LabelFound], threshold: float) -> dict[str, Any]:
+def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold: float) -> dict[str, Any]:
     return {
         "image": str(prediction.photo),
         "width": prediction.size[0],
@@ -173,7 +173,7 @@ def _remove_pictures(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _draw(prediction: Prediction, found: Sequence[LabelFound], path: Path) -> None:
+def _draw(prediction: Prediction, found: Sequence[LabelPrediction], path: Path) -> None:
     assert prediction.photo is not None
     path.parent.mkdir(exist_ok=True)
     labels = [(one.label, one.probability, one.box) for one in found]

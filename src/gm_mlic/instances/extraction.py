@@ -124,7 +124,7 @@ def extract(
         return finished()
 
     def do(index: int, shards: int, overwrite: bool) -> InstanceStore | None:
-        claim = _Claim(path, job, dataset, overwrite, index, shards, patient=together)
+        claim = _ShardLock(path, job, dataset, overwrite, index, shards, patient=together)
         with claim:
             if claim.writer is None:
                 return finished()
@@ -216,7 +216,7 @@ def _to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
 
 
-class _Claim:
+class _ShardLock:
     """A context in which this process alone works on its shard of the unfinished store.
 
     Attributes:
@@ -245,7 +245,7 @@ class _Claim:
         self.lock = FileLock(self.partial / f"{self.name}.lock")
         self.index, self.shards = index, shards
 
-    def __enter__(self) -> _Claim:
+    def __enter__(self) -> _ShardLock:
         began = time.monotonic()
         waiting = False
         with StoreWriter(self.path, self.job).writing():

@@ -89,7 +89,7 @@ def read_batches(
         generator=torch.Generator(),  # leave the global generator alone
     )
     done = 0
-    with _Alarm() as alarm:
+    with _SigchldGuard() as alarm:
         try:
             ahead: Any = iter(loader)
             alarm.hold_back()
@@ -110,7 +110,7 @@ def read_batches(
             yield batch, [_read_apart(rows, row) for row in batch]
 
 
-class _Alarm:
+class _SigchldGuard:
     """torch's handler of SIGCHLD, which raises as soon as a DataLoader's worker died, held back where that does harm.
 
     It raises wherever this process is, in the middle of writing what the detector gave, too. While this process waits
@@ -121,7 +121,7 @@ class _Alarm:
         self._handler: Any = None
         self._open = self._rang = False
 
-    def __enter__(self) -> _Alarm:
+    def __enter__(self) -> _SigchldGuard:
         return self
 
     def hold_back(self) -> None:

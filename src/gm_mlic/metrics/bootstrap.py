@@ -12,7 +12,15 @@ from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
-from gm_mlic.metrics.functional import check_scores, eleven_points, for_each_label, in_threads, ranking, roles, tie_ends
+from gm_mlic.metrics.functional import (
+    check_scores,
+    eleven_points,
+    for_each_label,
+    in_threads,
+    positives_and_counted,
+    ranking,
+    tie_ends,
+)
 from gm_mlic.targets import TargetFormat, normalise_targets
 
 Array = np.ndarray[Any, Any]
@@ -183,7 +191,7 @@ def _ranked_labels(
     scores: Tensor, present: Tensor, difficult: Tensor | None, rule: DifficultRule, rules: set[APRule]
 ) -> list[_RankedLabel]:
     def one(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
-        order, at = ranking(scores, *roles(present, difficult, rule))
+        order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
         ends = tie_ends(scores[order], at) if "sklearn" in rules else None
         # Only what comes before the last positive (or ties with it) is ever looked at.
         used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])

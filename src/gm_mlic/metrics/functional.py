@@ -111,7 +111,7 @@ def _average_precision(
     """:func:`average_precision` of tables that were checked."""
 
     def one(scores: Array, present: Array, difficult: Array | None) -> float:
-        order, at = ranking(scores, *roles(present, difficult, difficult_ap))
+        order, at = ranking(scores, *positives_and_counted(present, difficult, difficult_ap))
         ends = tie_ends(scores[order], at) if ap == "sklearn" else None
         return area(at, ends, ap)
 
@@ -288,7 +288,7 @@ def _precision_recalls(
 
     def some(first: int) -> list[Array]:
         rows = slice(first, first + _IMAGES)
-        positive, counted = roles(p[rows], None if d is None else d[rows], convention.difficult_f1)
+        positive, counted = positives_and_counted(p[rows], None if d is None else d[rows], convention.difficult_f1)
         counts = [positive.sum(axis=0)]
         for chosen in _predicted(s[rows], thresholds, convention, tops):
             picked = chosen if counted is None else chosen & counted
@@ -317,7 +317,7 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
     return torch.where(both == 0, 0.0, 2 * precision * recall / both)
 
 
-def roles(present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array | None]:
+def positives_and_counted(present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array | None]:
     """Which pairs are positives, and which count at all (None: all; all positives do), as masks of the same shape."""
     if difficult is None:
         return present, None

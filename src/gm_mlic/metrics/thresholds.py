@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gm_mlic.errors import DataError
 from gm_mlic.metrics.conventions import Convention
-from gm_mlic.metrics.functional import checked_targets, for_each_label, ranking, roles, tie_ends
+from gm_mlic.metrics.functional import checked_targets, for_each_label, positives_and_counted, ranking, tie_ends
 from gm_mlic.targets import TargetFormat
 
 Array = np.ndarray[Any, Any]
@@ -51,7 +51,7 @@ def fit_thresholds(
         raise DataError("There is nothing to fit thresholds on: no scores were given.")
 
     def one(scores: Array, present: Array, difficult: Array | None) -> float:
-        positive, counted = roles(present, difficult, rules.difficult_f1)
+        positive, counted = positives_and_counted(present, difficult, rules.difficult_f1)
         order, at = ranking(scores, positive, counted)
         ranked = scores[order]
         if rules.compare == "gt":

@@ -77,7 +77,7 @@ class _Served:
         self._last: tuple[tuple[str, ...], Predictor] | None = None
 
     async def model(self, request: Request) -> Response:
-        about = self.own.description
+        about = self.own.metadata
         return _json({"model": about.model["name"], "detector": about.detector, "labels": list(about.labels)})
 
     async def predict(self, request: Request) -> Response:
@@ -106,7 +106,7 @@ class _Served:
         return prediction
 
     def _for(self, names: tuple[str, ...]) -> Predictor:
-        if not names or names == self.own.description.labels:
+        if not names or names == self.own.metadata.labels:
             return self.own
         if self._last is None or self._last[0] != names:
             self._last = names, self.own.with_labels(names, **self.embedding)

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 
-class WholeFiles(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Has Lightning write a checkpoint beside its place, and move it there when the disk has it.
 
     Lightning's own goes by way of the folder for temporary files. Where that is on another disk, the move is a copy:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
 from gm_mlic.device import resolve_device
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of
 from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
@@ -24,7 +24,7 @@ from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import LabelStatistics, model_arguments
 from gm_mlic.validation import section
-from gm_mlic.zoo.metadata import Description
+from gm_mlic.zoo.metadata import ModelMetadata
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         StoreError: if the store at ``instances.path`` was made for something else.
     """
     instances = config.instances
-    here = place()
-    index, shards = (here.rank, here.count) if instances.shard is None else map(int, instances.shard.split("/"))
+    here = rank_info()
+    index, shards = (here.rank, here.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
     with config_keys("instances", m="detector.max_instances", num_workers="instances.workers", path="instances.root"):
         store = extract(
@@ -129,7 +129,7 @@ def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding
 
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
-    """``graph`` of a :class:`Description`: ``config.graph``, and the graphs that the model has; no candidates yet."""
+    """``graph`` of a :class:`ModelMetadata`: ``config.graph``, and the graphs that the model has; no candidates yet."""
     settings = section(config, "graph")
     del settings["labels_per_class"]
     edge_types = list(config.model.edge_types) if "edge_types" in config.model else []
@@ -183,10 +183,10 @@ def model_settings(
     return settings | {name: value for name, value in of_data.items() if name in taken}
 
 
-def build_model(description: Description, train: MultiLabelDataset) -> torch.nn.Module:
+def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.Module:
     """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
     with config_keys("model"):
-        model = description.build_model()
+        model = metadata.build_model()
         if isinstance(model, LabelStatistics):
             difficult = None if train.difficult is None else torch.from_numpy(train.difficult)
             model.fit(torch.from_numpy(train.targets), difficult)

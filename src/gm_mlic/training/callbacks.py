@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 log = logging.getLogger(__name__)
 
 
-class EpochBar(Callback):
+class EpochProgressBar(Callback):
     """One bar for each epoch, which ends as one line with train loss, val mAP and the best so far.
 
     Where stderr is not a terminal (a log file, CI) only that line is written.

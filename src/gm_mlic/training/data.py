@@ -45,7 +45,7 @@ class EpochSampler(DistributedSampler[Any]):
             self.dataset.set_epoch(epoch)
 
 
-class _Share:
+class _DistributedEvalSampler:
     """Every ``num_replicas``-th index: an evaluation split over processes in which no image counts twice."""
 
     def __init__(self, size: int, rank: int, num_replicas: int) -> None:
@@ -95,7 +95,7 @@ class GraphData(LightningDataModule):
     def evaluation_loader(self, split: str) -> DataLoader[Any]:
         """All images of a split, in order, each once."""
         rank, world = self._place()
-        return self._loader(split, _Share(len(self.splits[split]), rank, world))  # type: ignore[arg-type]
+        return self._loader(split, _DistributedEvalSampler(len(self.splits[split]), rank, world))  # type: ignore[arg-type]
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -19,7 +19,7 @@ from gm_mlic.optim import one_cycle
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position
-from gm_mlic.zoo.metadata import KEY, Description
+from gm_mlic.zoo.metadata import KEY, ModelMetadata
 
 #: Where a checkpoint keeps the training loss of an unfinished epoch.
 _LOSS = "train_loss"
@@ -54,7 +54,7 @@ class MLICModule(LightningModule):
             been checked.
         metrics: of the same, with scores in [0, 1].
         optimizer: the settings of ``conf/optimizer``.
-        description: written into each checkpoint.
+        metadata: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
         instance_graph_after: epochs at the beginning that are trained without edges of the instance graph. What reads
             them has gradients of zero until then, not none: Adam's moments are zero when the graph joins, and its first
@@ -67,7 +67,7 @@ class MLICModule(LightningModule):
         loss: nn.Module,
         metrics: MultiLabelMetrics,
         optimizer: dict[str, Any],
-        description: Description,
+        metadata: ModelMetadata,
         online: OnlineGraphs | None = None,
         instance_graph_after: int = 0,
     ) -> None:
@@ -80,7 +80,7 @@ class MLICModule(LightningModule):
         self.online = online
         self.instance_graph_after = instance_graph_after
         self.optimizer_settings = optimizer
-        self.description = description
+        self.metadata = metadata
         self.test_values: dict[str, Any] = {}
         self.test_scores: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
         self.examples = Examples()
@@ -238,7 +238,7 @@ class MLICModule(LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = self.description.to_checkpoint()
+        checkpoint[KEY] = self.metadata.to_checkpoint()
         # Of the steps so far, for an epoch that is saved within; an equal part of it for each process.
         mean = self.train_loss
         parts = self.trainer.strategy.reduce(torch.stack([mean.mean_value, mean.weight]), reduce_op="mean")

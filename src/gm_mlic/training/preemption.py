@@ -30,7 +30,7 @@ def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def signals_kept() -> Iterator[None]:
+def restored_signal_handlers() -> Iterator[None]:
     """Whoever handled Ctrl-C and SIGTERM before handles them again afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,11 +43,11 @@ def signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Interruption(Callback):
+class PreemptionCheckpoint(Callback):
     """Ends a run after the step in which Ctrl-C or SIGTERM comes, and saves it first; saves it every so often, too.
 
     During validation, which is not saved half done, it ends after the epoch. A second signal does not wait.
-    All processes of a run stop at the same step. Train within :func:`signals_kept`.
+    All processes of a run stop at the same step. Train within :func:`restored_signal_handlers`.
 
     Args:
         path: the checkpoint to write.

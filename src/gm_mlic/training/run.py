@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.device import resolve_device
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
@@ -41,11 +41,11 @@ from gm_mlic.training.artifacts import Examples, write_examples, write_label_sta
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
-from gm_mlic.training.preemption import position, signals_kept
+from gm_mlic.training.preemption import position, restored_signal_handlers
 from gm_mlic.training.tracking import Tracker
 from gm_mlic.training.trainer import build_trainer, training_callbacks
 from gm_mlic.validation import changed_settings, check, section
-from gm_mlic.zoo.metadata import Description, load_weights, read_checkpoint
+from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +88,13 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
     check(config)
     run_dir = Path(config.run_dir)
     # Of several processes (DDP), the first speaks for the run.
-    with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=place().rank > 0) as state:
+    with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_info().rank > 0) as state:
         return _train(config, run_dir, state, sweep)
 
 
 def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None) -> dict[str, Any]:
     finished = run_dir / RESULT
-    first = place().rank == 0
+    first = rank_info().rank == 0
     if config.overwrite:
         _forget(run_dir, wait=not first)
     else:
@@ -120,8 +120,8 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
             store = data["train"].store
             assert store is not None  # settings.check sees to it
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
-            module.description = module.description.with_candidates(candidates)
-            graph = module.description.build_graph()
+            module.metadata = module.metadata.with_candidates(candidates)
+            graph = module.metadata.build_graph()
         try:
             _fit(config, trainer, module, graph, data, run_dir)
         except DivergedError as error:
@@ -134,7 +134,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         tested = _test(config, best, data["test"], extractor)
         result = _summary(config, run_dir, module, data, tested.values) | {"command": state.command}
         if first:
-            tested.write(run_dir, datasets["test"], module.description)
+            tested.write(run_dir, datasets["test"], module.metadata)
             tracker.log_result(result)
             write_atomically(finished, json.dumps(result, indent=2) + "\n")
     return result
@@ -167,16 +167,16 @@ def evaluate(
         WeightsError: if it is not such a checkpoint, or was made for other labels or another detector.
     """
     path = Path(checkpoint)
-    description, _ = read_checkpoint(path)
+    metadata, _ = read_checkpoint(path)
     config = _run_config(path, overrides)
     check(config)
     _quieten_lightning()
     dataset = build.build_dataset(config, split)
     if calibrate and split == "val":
         raise ConfigError("calibrate=true fits thresholds on val: evaluate another split with them, as split=test.")
-    description.check_labels(tuple(dataset.labels), path)
+    metadata.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
-    description.check_detector(extractor.name, extractor.fingerprint, path)
+    metadata.check_detector(extractor.name, extractor.fingerprint, path)
     data = split_data(config, dataset, extractor)
     tested = _test(config, path, data, extractor)
     preset, rules = config.metrics.preset, tested.rules
@@ -227,10 +227,8 @@ def _trains_detector(config: DictConfig) -> bool:
     return bool(config.detector.trainable != "none")
 
 
-def _online_graphs(
-    config: DictConfig, description: Description, graph: AssignmentGraph, extractor: Any
-) -> OnlineGraphs:
-    dense = description.graph["layout"] == "dense"
+def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
+    dense = metadata.graph["layout"] == "dense"
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
@@ -238,7 +236,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
     """The Lightning module for the labels of ``dataset`` and the features of ``extractor``, and the graphs it reads."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
-    description = Description(
+    metadata = ModelMetadata(
         labels=labels,
         label_vectors=embedding.vectors,
         label_source=embedding.source,
@@ -256,15 +254,15 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         embedding=section(config, "embedding"),
     )
     with config_keys("graph"):
-        graph = description.build_graph()
+        graph = metadata.build_graph()
     seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
     module = MLICModule(
-        build.build_model(description, dataset),
+        build.build_model(metadata, dataset),
         build.build_loss(config, dataset),
         build.build_metrics(config, labels),
         section(config, "optimizer"),
-        description,
-        _online_graphs(config, description, graph, extractor) if config.instances.online else None,
+        metadata,
+        _online_graphs(config, metadata, graph, extractor) if config.instances.online else None,
         config.trainer.instance_graph_after or 0,
     )
     return module, graph
@@ -278,7 +276,7 @@ def _fit(
     data: dict[str, SplitData],
     run_dir: Path,
 ) -> None:
-    layout = module.description.graph["layout"]
+    layout = module.metadata.graph["layout"]
     augment = {"train": config.instances.views > 0, "val": False}
     splits = {
         split: _readable(data[split], graph, layout, augment=augment[split], seed=config.seed) for split in augment
@@ -298,7 +296,7 @@ def _fit(
         # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
         module.model.compile(dynamic=True)
     try:
-        with signals_kept():
+        with restored_signal_handlers():
             trainer.fit(module, loaders, ckpt_path=None if content is None else str(last), weights_only=True)
     except Terminated:
         raise
@@ -344,7 +342,7 @@ def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tens
 
 
 @dataclass(frozen=True)
-class _Tested:
+class _TestResult:
     """Metric values, and what they are made of: scores, targets and difficult (n, C) of the dataset's rows (n,)."""
 
     values: dict[str, Any]
@@ -359,20 +357,20 @@ class _Tested:
         ids = [dataset.ids[row] for row in self.rows]
         write_scored_images(path, self.scores, self.targets, ids, dataset.labels, self.difficult)
 
-    def write(self, run_dir: Path, dataset: MultiLabelDataset, description: Description) -> None:
+    def write(self, run_dir: Path, dataset: MultiLabelDataset, metadata: ModelMetadata) -> None:
         """What the run folder keeps of its test beside the metrics."""
         self.write_scores(run_dir / SCORES, dataset)
         write_examples(run_dir, dataset, self.examples, self.rules.threshold)
-        write_label_states(run_dir, description.labels, self.examples, description.label_vectors)
+        write_label_states(run_dir, metadata.labels, self.examples, metadata.label_vectors)
 
 
-def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _Tested:
+def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _TestResult:
     """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
     module, loader = _trained(config, checkpoint, data, extractor)
     build_trainer(config, None).test(module, loader, verbose=False)
     assert module.test_scores is not None
     scores, targets, difficult, rows = module.test_scores
-    return _Tested(
+    return _TestResult(
         module.test_values,
         scores.cpu(),
         targets.cpu(),
@@ -387,17 +385,17 @@ def _trained(
     config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any
 ) -> tuple[MLICModule, DataLoader[Any]]:
     """The checkpoint's model, and the images of ``data`` as it reads them."""
-    description, content = read_checkpoint(checkpoint)
-    model = description.build_model()
+    metadata, content = read_checkpoint(checkpoint)
+    model = metadata.build_model()
     load_weights(model, content, checkpoint)
-    graph = description.build_graph()
+    graph = metadata.build_graph()
     online = None
     if data.store is None:
         load_weights(extractor, content, checkpoint, prefix="online.detector.")
-        online = _online_graphs(config, description, graph, extractor)
-    metrics = build.build_metrics(config, description.labels)
-    module = MLICModule(model, torch.nn.Identity(), metrics, {}, description, online)
-    graphs = _readable(data, graph, description.graph["layout"])
+        online = _online_graphs(config, metadata, graph, extractor)
+    metrics = build.build_metrics(config, metadata.labels)
+    module = MLICModule(model, torch.nn.Identity(), metrics, {}, metadata, online)
+    graphs = _readable(data, graph, metadata.graph["layout"])
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
     return module, loaders.evaluation_loader(data.dataset.split)
 
@@ -478,10 +476,10 @@ def _summary(
             for split, part in data.items()
             if part.store is not None
         },
-        "label_vectors": module.description.label_source,
+        "label_vectors": module.metadata.label_source,
         "skipped": {split: part.skipped for split, part in data.items()},
-        "model": {**module.description.model, "parameters": sum(p.numel() for p in module.model.parameters())},
-        "detector": {"name": module.description.detector, "fingerprint": module.description.detector_fingerprint},
+        "model": {**module.metadata.model, "parameters": sum(p.numel() for p in module.model.parameters())},
+        "detector": {"name": module.metadata.detector, "fingerprint": module.metadata.detector_fingerprint},
         "train_seconds": round(sum(float(row["seconds"]) for row in epochs), 3),
         "versions": {
             "gm-mlic": __version__,

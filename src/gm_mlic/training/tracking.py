@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from gm_mlic.distributed import place
+from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import RELATIONS
 from gm_mlic.runs import EXAMPLES, write_atomically
@@ -58,7 +58,7 @@ class Tracker:
         self._wandb: ModuleType | None = None
 
     def __enter__(self) -> Tracker:
-        if self.config.logger.name == "wandb" and place().rank == 0:
+        if self.config.logger.name == "wandb" and rank_info().rank == 0:
             self._wandb = _imported()
             self.run = self._begun(self._wandb)
         return self

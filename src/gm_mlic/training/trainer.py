@@ -14,11 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from gm_mlic.device import resolve_device
-from gm_mlic.distributed import place, started_by
+from gm_mlic.distributed import launcher, rank_info
 from gm_mlic.errors import ConfigError
-from gm_mlic.training.atomic_checkpoint_io import WholeFiles
-from gm_mlic.training.callbacks import EpochBar, EpochCSV
-from gm_mlic.training.preemption import Interruption
+from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
+from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
+from gm_mlic.training.preemption import PreemptionCheckpoint
 
 
 def strategies() -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
         ConfigError: if there is no such accelerator, device, strategy or precision here.
     """
     settings = config.trainer
-    if settings.num_nodes > 1 and started_by() not in ("torchrun", "srun"):
+    if settings.num_nodes > 1 and launcher() not in ("torchrun", "srun"):
         raise ConfigError(
             f"trainer.num_nodes={settings.num_nodes}: start the processes of several machines with torchrun or srun "
             "(docs/reliability.md has the commands)."
@@ -55,7 +55,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
-            plugins=[WholeFiles()],
+            plugins=[AtomicCheckpointIO()],
             default_root_dir=run_dir,
             logger=False,
             enable_progress_bar=False,
@@ -69,10 +69,10 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
             f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
         ) from error
-    count = place().count
-    if trainer.world_size != count and started_by() in ("torchrun", "srun"):
+    count = rank_info().world_size
+    if trainer.world_size != count and launcher() in ("torchrun", "srun"):
         raise ConfigError(
-            f"{started_by()} started {count} processes, but trainer.devices={settings.devices} and trainer.num_nodes="
+            f"{launcher()} started {count} processes, but trainer.devices={settings.devices} and trainer.num_nodes="
             f"{settings.num_nodes} make a run of {trainer.world_size}: set them to the processes of a machine and the "
             "number of machines, and trainer.strategy=ddp."
         )
@@ -93,7 +93,7 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
         "enable_version_counter": False,
     }
     callbacks: list[Callback] = [
-        EpochBar(),
+        EpochProgressBar(),
         EpochCSV(run_dir / "metrics.csv"),
         # Two of them, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. The best
         # comes first: last.ckpt then knows of it, and a run killed between the two repeats that epoch.
@@ -107,4 +107,4 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
             EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
         )
     # After those that change something at the end of a step.
-    return [*callbacks, Interruption(run_dir / "checkpoints" / "last.ckpt", settings.save_minutes)]
+    return [*callbacks, PreemptionCheckpoint(run_dir / "checkpoints" / "last.ckpt", settings.save_minutes)]

@@ -48,12 +48,12 @@ class MatchNetwork(nn.Module):
         graph = predictor.graph
         self.model = copy.deepcopy(predictor.model).cpu().eval()
         self.edge_types, self.num_neighbors = graph.edge_types, graph.num_neighbors
-        if "instance_dim" not in predictor.description.model:
+        if "instance_dim" not in predictor.metadata.model:
             raise ConfigError(
-                f"{predictor.description.model['name']} reads the detector's own labels, not features: there is no "
+                f"{predictor.metadata.model['name']} reads the detector's own labels, not features: there is no "
                 "network to export. Predictor.save_pretrained (format=pretrained) shares it."
             )
-        self.feature_dim = int(predictor.description.model["instance_dim"])
+        self.feature_dim = int(predictor.metadata.model["instance_dim"])
         self.min_instances = self.num_neighbors + 1 if SPATIAL in self.edge_types else 1
         self.register_buffer("label_vectors", graph.label_vectors.cpu())
         self.register_buffer("candidates", None if graph.candidates is None else graph.candidates.cpu())
@@ -152,7 +152,7 @@ def export(
             f"`form={form!r}`, `part={part!r}`: formats are {', '.join(FORMATS)}, parts {', '.join(PARTS)}."
         )
     network = MatchNetwork(predictor)
-    both = {"labels": predictor.description.labels, "detector_labels": predictor.extractor.labels}
+    both = {"labels": predictor.metadata.labels, "detector_labels": predictor.extractor.labels}
     names = {key: json.dumps(value, ensure_ascii=False) for key, value in both.items()}
     if part == "network":
         images, instances = Dim("images"), Dim("instances", min=network.min_instances)

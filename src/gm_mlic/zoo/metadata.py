@@ -14,12 +14,12 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.nn import create_model
 from gm_mlic.safe_load import load_tensors
 
-#: Where a Lightning checkpoint keeps the description.
+#: Where a Lightning checkpoint keeps the metadata.
 KEY = "gm_mlic"
 
 
 @dataclass(frozen=True)
-class Description:
+class ModelMetadata:
     """Everything besides weights that a trained model needs.
 
     Attributes:
@@ -65,11 +65,11 @@ class Description:
             settings["candidates"] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
         return AssignmentGraph(self.label_vectors, **settings)
 
-    def with_candidates(self, candidates: list[list[int]]) -> Description:
+    def with_candidates(self, candidates: list[list[int]]) -> ModelMetadata:
         """The same, with the labels that each of the detector's classes may be."""
         return replace(self, graph={**self.graph, "candidates": candidates})
 
-    def with_labels(self, labels: tuple[str, ...], label_vectors: Tensor, label_source: str) -> Description:
+    def with_labels(self, labels: tuple[str, ...], label_vectors: Tensor, label_source: str) -> ModelMetadata:
         """The same for other labels; one that it was not trained on may be an instance of any class."""
         graph = self.graph
         if (lists := graph.get("candidates")) is not None:
@@ -88,7 +88,7 @@ class Description:
         return {**asdict(self), "labels": list(self.labels)}
 
     @classmethod
-    def from_checkpoint(cls, content: dict[str, Any]) -> Description:
+    def from_checkpoint(cls, content: dict[str, Any]) -> ModelMetadata:
         return cls(**{**content, "labels": tuple(content["labels"])})
 
     def to_config(self) -> dict[str, Any]:
@@ -96,24 +96,24 @@ class Description:
         return {name: value for name, value in self.to_checkpoint().items() if name != "label_vectors"}
 
     @classmethod
-    def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> Description:
+    def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> ModelMetadata:
         """The other way.
 
         Raises:
             TypeError, ValueError: if ``content`` is not what :meth:`to_config` gives.
         """
-        description = cls.from_checkpoint({**content, "label_vectors": label_vectors})
+        metadata = cls.from_checkpoint({**content, "label_vectors": label_vectors})
         kinds: dict[str, type] = {"model": dict, "graph": dict, "detector_settings": dict, "embedding": dict}
         kinds |= {"label_source": str, "detector": str, "detector_fingerprint": str}
         for name, kind in kinds.items():
-            if not isinstance(getattr(description, name), kind):
+            if not isinstance(getattr(metadata, name), kind):
                 raise TypeError(f"{name} is no {kind.__name__}")
-        labels = description.labels
+        labels = metadata.labels
         if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
             raise ValueError("labels are not different texts")
         if label_vectors.dim() != 2 or len(label_vectors) != len(labels):
             raise ValueError(f"{len(labels)} labels, but label vectors of shape {tuple(label_vectors.shape)}")
-        return description
+        return metadata
 
     def check_labels(self, labels: tuple[str, ...], path: Path) -> None:
         """Raise :class:`WeightsError` unless the checkpoint was made for exactly these labels in this order."""
@@ -135,8 +135,8 @@ class Description:
             )
 
 
-def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
-    """The description in a checkpoint, and the whole checkpoint.
+def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
+    """The metadata in a checkpoint, and the whole checkpoint.
 
     Raises:
         WeightsError: if there is no such file, or it is not a checkpoint of ``gm-mlic train``.
@@ -145,7 +145,7 @@ def read_checkpoint(path: Path) -> tuple[Description, dict[str, Any]]:
         raise WeightsError(f"{path}: no such checkpoint; gm-mlic train writes runs/NAME/checkpoints/best.ckpt.")
     try:
         content = load_tensors(path)
-        return Description.from_checkpoint(content[KEY]), content
+        return ModelMetadata.from_checkpoint(content[KEY]), content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(

@@ -21,8 +21,8 @@ from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC
-from gm_mlic.zoo.metadata import Description, load_weights, read_checkpoint
-from gm_mlic.zoo.pretrained import DETECTOR, Card, find_pretrained, load_safely, read_pretrained, write_pretrained
+from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
+from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Photo: TypeAlias = "str | Path | Image.Image"
 
 
 @dataclass(frozen=True)
-class LabelFound:
+class LabelPrediction:
     """One label of one photo.
 
     Attributes:
@@ -72,19 +72,19 @@ class Prediction:
     scores: np.ndarray
     detected: tuple[str | None, ...]
 
-    def top(self, k: int = 3) -> list[LabelFound]:
+    def top(self, k: int = 3) -> list[LabelPrediction]:
         """The k most probable labels, best first."""
         order = np.argsort(-self.probabilities, kind="stable")[:k]
         return [self._found(int(c)) for c in order]
 
-    def above(self, threshold: float = 0.5) -> list[LabelFound]:
+    def above(self, threshold: float = 0.5) -> list[LabelPrediction]:
         """The labels whose probability reaches ``threshold``, best first."""
         return [found for found in self.top(len(self.labels)) if found.probability >= threshold]
 
-    def _found(self, c: int) -> LabelFound:
+    def _found(self, c: int) -> LabelPrediction:
         winner = int(self.matches[:, c].argmax())
         x1, y1, x2, y2 = map(float, self.boxes[winner])
-        return LabelFound(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), winner)
+        return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), winner)
 
 
 class Predictor:
@@ -92,7 +92,7 @@ class Predictor:
 
     Args:
         model: from assignment graphs to :class:`~gm_mlic.nn.ModelOutput`, with trained weights.
-        description: what it was trained on.
+        metadata: what it was trained on.
         extractor: the detector it was trained with.
         card: what its model card tells, where it has one.
 
@@ -101,14 +101,14 @@ class Predictor:
     """
 
     def __init__(
-        self, model: nn.Module, description: Description, extractor: InstanceExtractor, card: Card | None = None
+        self, model: nn.Module, metadata: ModelMetadata, extractor: InstanceExtractor, card: ModelCard | None = None
     ) -> None:
         self.model = model.eval()
-        self.description = description
+        self.metadata = metadata
         self.extractor = extractor
-        self.card = card or Card()
+        self.card = card or ModelCard()
         self.device = next(model.parameters()).device
-        self.graph = description.build_graph()
+        self.graph = metadata.build_graph()
         if (table := self.graph.candidates) is not None and len(table) != len(extractor.labels):
             raise WeightsError(
                 f"The model's candidates are for {len(table)} classes, its detector {extractor.name} has "
@@ -137,18 +137,18 @@ class Predictor:
             WeightsError: if it is not such a checkpoint, or the detector is not the one it was trained with.
         """
         path = Path(path)
-        description, content = read_checkpoint(path)
-        settings = {**description.detector_settings, **detector_settings}
+        metadata, content = read_checkpoint(path)
+        settings = {**metadata.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
         extractor = _built(settings, device, path)
         trained = any(name.startswith("online.detector.") for name in content["state_dict"])
         if trained:  # along with the model
             load_weights(extractor, content, path, prefix="online.detector.")
         else:
-            description.check_detector(extractor.name, extractor.fingerprint, path)
-        model = description.build_model()
+            metadata.check_detector(extractor.name, extractor.fingerprint, path)
+        model = metadata.build_model()
         load_weights(model, content, path)
-        return cls(model.to(device), description, extractor)
+        return cls(model.to(device), metadata, extractor)
 
     @classmethod
     def from_pretrained(
@@ -173,8 +173,8 @@ class Predictor:
             WeightsError: if there is no such model, it is damaged, or the detector is not the one it was trained with.
         """
         folder = find_pretrained(name, revision)
-        description, model, card = read_pretrained(folder)
-        settings = {**description.detector_settings, **detector_settings}
+        metadata, model, card = read_pretrained(folder)
+        settings = {**metadata.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
         of_body = None
         if settings.get("weights") == DETECTOR:
@@ -183,15 +183,15 @@ class Predictor:
         if extractor is None:
             if "arch" not in settings:
                 raise WeightsError(
-                    f"{folder}: its detector, {description.detector}, is none of gm-mlic's: give it as extractor=."
+                    f"{folder}: its detector, {metadata.detector}, is none of gm-mlic's: give it as extractor=."
                 )
             extractor = _built(settings, device, folder)
             if of_body is not None and isinstance(extractor, GridExtractor):
                 load_weights(extractor.body, {"state_dict": load_safely(of_body)}, of_body, prefix="")
-        description.check_detector(extractor.name, extractor.fingerprint, folder)
-        return cls(model.to(device), description, extractor, card)
+        metadata.check_detector(extractor.name, extractor.fingerprint, folder)
+        return cls(model.to(device), metadata, extractor, card)
 
-    def save_pretrained(self, folder: str | Path, card: Card | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, card: ModelCard | None = None) -> Path:
         """Write a folder that holds all :meth:`from_pretrained` needs, in the conventions of the Hugging Face hub.
 
         Weights as safetensors, ``config.json``, the label vectors, the detector's weights unless they have a name that
@@ -201,7 +201,7 @@ class Predictor:
             folder: where; a model that is there is replaced.
             card: what the model card is to tell of data, metrics and licence; default: what this model's own tells.
         """
-        return write_pretrained(Path(folder), self.model, self.description, self.extractor, card or self.card)
+        return write_pretrained(Path(folder), self.model, self.metadata, self.extractor, card or self.card)
 
     def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
         """The same model for other labels: no parameter of GM-MLIC belongs to a label.
@@ -221,9 +221,9 @@ class Predictor:
         """
         if not isinstance(self.model, GMMLIC):
             raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: it knows no others.")
-        found = embed_labels(labels, **{**self.description.embedding, **embedding})
-        description = self.description.with_labels(tuple(labels), found.vectors, found.source)
-        return Predictor(self.model, description, self.extractor)
+        found = embed_labels(labels, **{**self.metadata.embedding, **embedding})
+        metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source)
+        return Predictor(self.model, metadata, self.extractor)
 
     def __call__(
         self, photos: Iterable[Photo], batch_size: int = 8, skipped: dict[str, str] | None = None
@@ -284,7 +284,7 @@ class Predictor:
             yield Prediction(
                 None if isinstance(photo, Image.Image) else Path(photo),
                 image.size,
-                self.description.labels,
+                self.metadata.labels,
                 p,
                 matrix.numpy(),
                 (instances.boxes.cpu() * scale).numpy(),
@@ -295,7 +295,7 @@ class Predictor:
     def _scored(self, found: list[Instances]) -> tuple[Tensor, list[Tensor]]:
         """Label logits (B, C), and of each image the match logits (M, C)."""
         counts = [len(instances) for instances in found]
-        if self.description.graph["layout"] == "sparse":
+        if self.metadata.graph["layout"] == "sparse":
             output = self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
         else:
             batch = collate_instances(found, self.graph, self.device)

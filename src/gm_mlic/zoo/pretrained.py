@@ -2,7 +2,7 @@
 
 ::
 
-    FOLDER/config.json                  everything but weights: Description and Card
+    FOLDER/config.json                  everything but weights: ModelMetadata and ModelCard
     FOLDER/model.safetensors            the network's weights
     FOLDER/label_vectors.safetensors    (C, D_l) of the labels that it was trained on
     FOLDER/detector.safetensors         the detector's, unless they have a name that gm-mlic knows
@@ -30,7 +30,7 @@ from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.nn import SHIPPED, pretrained_models
-from gm_mlic.zoo.metadata import Description
+from gm_mlic.zoo.metadata import ModelMetadata
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
@@ -45,7 +45,7 @@ _NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a model card tells besides what the model knows of itself.
 
     Attributes:
@@ -65,7 +65,7 @@ class Card:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, content: Any) -> Card:
+    def from_config(cls, content: Any) -> ModelCard:
         """What :func:`dataclasses.asdict` made of one, from JSON.
 
         Raises:
@@ -83,49 +83,49 @@ class Card:
 
 
 def write_pretrained(
-    folder: Path, model: nn.Module, description: Description, extractor: InstanceExtractor, card: Card
+    folder: Path, model: nn.Module, metadata: ModelMetadata, extractor: InstanceExtractor, card: ModelCard
 ) -> Path:
     """Write the folder; a model that stands there is replaced file by file, ``config.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    description = _without_places(description, extractor, folder)
+    metadata = _without_places(metadata, extractor, folder)
     _save(folder / MODEL, model.state_dict())
-    _save(folder / LABEL_VECTORS, {"label_vectors": description.label_vectors})
-    _write(folder / CARD, model_card(folder.name, description, card, sum(p.numel() for p in model.parameters())))
-    content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **description.to_config()}
+    _save(folder / LABEL_VECTORS, {"label_vectors": metadata.label_vectors})
+    _write(folder / CARD, model_card(folder.name, metadata, card, sum(p.numel() for p in model.parameters())))
+    content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **metadata.to_config()}
     content["card"] = asdict(card)
     _write(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return folder
 
 
-def read_pretrained(folder: Path) -> tuple[Description, nn.Module, Card]:
-    """Description, model with its weights, and what its card tells, of a folder that :func:`write_pretrained` wrote.
+def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
+    """ModelMetadata, model with its weights, and what its card tells, of a folder that :func:`write_pretrained` wrote.
 
     Raises:
         WeightsError: if it is none, was written by a later version, or is damaged.
     """
     content = _read_config(folder)
     try:
-        card = Card.from_config(content.pop("card", {}))
+        card = ModelCard.from_config(content.pop("card", {}))
         label_vectors = load_safely(folder / LABEL_VECTORS)["label_vectors"]
-        description = Description.from_config(content, label_vectors)
+        metadata = ModelMetadata.from_config(content, label_vectors)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
     weights = load_safely(folder / MODEL)
     try:
-        if type(description.build_graph().m) is not int:
+        if type(metadata.build_graph().m) is not int:
             raise ValueError("graph.m is no number")
         with torch.device("meta"):  # a config that lies about sizes costs nothing
-            shapes = {name: tensor.shape for name, tensor in description.build_model().state_dict().items()}
+            shapes = {name: tensor.shape for name, tensor in metadata.build_model().state_dict().items()}
     except (GMMLICError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
         odd = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
         raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({odd}).")
-    model = description.build_model()
+    model = metadata.build_model()
     model.load_state_dict(weights)
-    return description, model, card
+    return metadata, model, card
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
@@ -181,7 +181,7 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     return str(address)
 
 
-def model_card(name: str, description: Description, card: Card, parameters: int) -> str:
+def model_card(name: str, metadata: ModelMetadata, card: ModelCard, parameters: int) -> str:
     """The model card, in Markdown with the hub's YAML header."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gm_mlic", "zoo"), trim_blocks=True, lstrip_blocks=True, autoescape=False
@@ -190,14 +190,14 @@ def model_card(name: str, description: Description, card: Card, parameters: int)
     # HTML tags and line ends of a label's name would become part of the page.
     environment.filters["plain"] = lambda value: " ".join(str(value).replace("<", "&lt;").split())
     template = environment.get_template("model_card.md.jinja")
-    return template.render(name=name, description=description, card=card, parameters=parameters, version=__version__)
+    return template.render(name=name, metadata=metadata, card=card, parameters=parameters, version=__version__)
 
 
-def _without_places(description: Description, extractor: InstanceExtractor, folder: Path) -> Description:
-    """The description without paths of this machine; the detector's weights go into the folder where they need to."""
-    settings = dict(description.detector_settings)
+def _without_places(metadata: ModelMetadata, extractor: InstanceExtractor, folder: Path) -> ModelMetadata:
+    """The metadata without paths of this machine; the detector's weights go into the folder where they need to."""
+    settings = dict(metadata.detector_settings)
     settings.pop("trainable", None)
-    named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == description.detector_fingerprint
+    named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == metadata.detector_fingerprint
     (folder / DETECTOR).unlink(missing_ok=True)
     if not named and settings and isinstance(extractor, FasterRCNNExtractor):
         save_detector(extractor, folder / DETECTOR, settings["arch"])
@@ -205,11 +205,11 @@ def _without_places(description: Description, extractor: InstanceExtractor, fold
     elif not named and settings and isinstance(extractor, GridExtractor):
         _save(folder / DETECTOR, extractor.body.state_dict())
         settings["weights"] = DETECTOR
-    embedding = dict(description.embedding)
+    embedding = dict(metadata.embedding)
     if embedding.get("path") is not None:
         embedding["path"] = Path(embedding["path"]).name
     return replace(
-        description,
+        metadata,
         detector_fingerprint=extractor.fingerprint,
         detector_settings=settings,
         embedding=embedding,
