@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import HeteroData
 
 from gm_mlic.bench import CASES, Case, compare, grow, ratios, shares
 from gm_mlic.bench import runtime as module
-from gm_mlic.bench.measure import peak_bytes
+from gm_mlic.bench.measure import FlopCounter, peak_bytes
 from gm_mlic.bench.runtime import Execution, expected_bytes, flops
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.graphs import AssignmentBatch
@@ -74,7 +73,7 @@ def test_operations_of_a_batch_follow_from_those_of_one_and_two_images(execution
     case = Case("small", m=4, C=3, batch=5)
     run = Execution(case, execution)
     for step, count in zip((run.forward, run.train), flops(case, execution).values(), strict=True):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             step()
         assert counter.get_total_flops() == count
 
