@@ -304,11 +304,11 @@ def _lay_out(split: str, size: int, seed: int, hard: float, image_size: int, loo
         fits = _place(origin, extent, label >= 0, dice, image_size)
         for row in np.flatnonzero(~fits):  # rare: the kit stays, the others are placed anew until they fit
             again = _streams(seed, split, 4, start + int(row))
-            one = slice(row, row + 1)
+            this_row = slice(row, row + 1)
             while not _place(
-                origin[one],
-                extent[one],
-                label[one] >= 0,
+                origin[this_row],
+                extent[this_row],
+                label[this_row] >= 0,
                 again.random((1, *dice.shape[1:]), dtype=np.float32),
                 image_size,
             ):
@@ -343,10 +343,10 @@ def _company(label: Array, look_of: Array) -> tuple[Array, Array]:
     theme = np.full((len(label), 4), 0.25)
     absent = np.ones((len(label), 4, 16))
     for slot in label.T:
-        there = slot >= 0
-        theme *= np.where(there[:, None], q_look.T[slot], 1.0)
-        seen = there[:, None] & same[slot]  # which labels have this object's look
-        absent *= np.where(seen[:, None], 1.0 - share, 1.0)
+        has_object = slot >= 0
+        theme *= np.where(has_object[:, None], q_look.T[slot], 1.0)
+        has_look = has_object[:, None] & same[slot]  # which labels have this object's look
+        absent *= np.where(has_look[:, None], 1.0 - share, 1.0)
     theme /= theme.sum(axis=1, keepdims=True)
     # Rounded, so that equal posteriors are ties, and certain ones 0 and 1, on every machine.
     return theme, np.round(np.einsum("nt,nta->na", theme, 1.0 - absent), 12)
@@ -361,8 +361,8 @@ def _mean_average_precision(scores: Array, targets: Array) -> float:
     hits = np.take_along_axis(targets == 1, order, axis=0)
     precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
     positives = hits.sum(axis=0)
-    some = positives > 0
-    return float(100 * ((precision * hits).sum(axis=0)[some] / positives[some]).mean())
+    has_positives = positives > 0
+    return float(100 * ((precision * hits).sum(axis=0)[has_positives] / positives[has_positives]).mean())
 
 
 @dataclass(frozen=True)

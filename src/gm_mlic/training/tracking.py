@@ -99,7 +99,7 @@ class Tracker:
             "settings": _settings(wandb),
         }
         try:
-            with _nobody_to_ask():
+            with _no_stdin():
                 run = wandb.init(**arguments)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
@@ -187,7 +187,7 @@ def _not_fatal(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nobody_to_ask() -> Iterator[None]:
+def _no_stdin() -> Iterator[None]:
     """No input, even on a terminal: a missing login is an error then, not a question that a batch job waits on."""
     terminal = sys.stdin
     with Path(os.devnull).open() as nothing:
@@ -229,10 +229,10 @@ def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[
     overlay = {"winners": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
     with Image.open(folder / example["file"]) as image:
         photo = wandb.Image(image.copy(), boxes=overlay)
-    return [example["id"], photo, ", ".join(example["targets"]), _said(example["top"])]
+    return [example["id"], photo, ", ".join(example["targets"]), _label_list(example["top"])]
 
 
-def _said(found: Sequence[Mapping[str, Any]]) -> str:
+def _label_list(found: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{label['label']} {label['score']:.2f}" for label in found if label["kind"] != "missed")
 
 

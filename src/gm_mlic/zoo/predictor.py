@@ -310,8 +310,8 @@ class Predictor:
             if self._prepared is None:
                 self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
             output = self.model(batch, self._prepared)
-        there = output.mask if output.mask.dim() == 3 else output.mask[..., None]
-        matrix = output.matches.float().masked_fill(~there, float("-inf")).cpu()
+        mask = output.mask if output.mask.dim() == 3 else output.mask[..., None]
+        matrix = output.matches.float().masked_fill(~mask, float("-inf")).cpu()
         return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
     def _joined(self, instances: Instances) -> HeteroData:
