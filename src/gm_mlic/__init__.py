@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gm_mlic.detection import InstanceExtractor, Instances, build_extractor
     from gm_mlic.embeddings import embed_labels
     from gm_mlic.errors import GMMLICError
-    from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, instance_data
+    from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, to_hetero_data
     from gm_mlic.instances import InstanceStore, extract
     from gm_mlic.losses import WeightedBCE
     from gm_mlic.metrics import MultiLabelMetrics
@@ -32,7 +32,7 @@ _HOME = {
     "GMMLICError": "errors",
     "AssignmentBatch": "graphs",
     "AssignmentGraph": "graphs",
-    "instance_data": "graphs",
+    "to_hetero_data": "graphs",
     "InstanceStore": "instances",
     "extract": "instances",
     "WeightedBCE": "losses",
@@ -63,10 +63,10 @@ __all__ = [
     "create_model",
     "embed_labels",
     "extract",
-    "instance_data",
     "list_models",
     "pretrained_models",
     "register_model",
+    "to_hetero_data",
 ]
 
 

@@ -50,6 +50,13 @@ class ArgumentError(ConfigError, ValueError):
         return type(self), (self.argument, self.problem)
 
 
+def check_positive(**sizes: int) -> None:
+    """Raise :class:`ArgumentError` for the first of some arguments that is below 1."""
+    for argument, size in sizes.items():
+        if size < 1:
+            raise ArgumentError(argument, f"must be 1 or more, got {size}.")
+
+
 #: An argument, perhaps with a key and a value, as messages have it: `part`, `part='all'`, `columns['file']`.
 _ARGUMENT = re.compile(r"`([a-z]\w*(?:\['\w+'\])*)(?:=([^`]*))?`")
 _LITERALS = {"True": "true", "False": "false", "None": "null"}

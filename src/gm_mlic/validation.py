@@ -140,9 +140,10 @@ RULES: Mapping[str, Rule] = {
     "embedding.dim": whole(1),
     "embedding.oov": one_of("error", "zeros", "hashed", "skip_words"),
     "graph.m": whole(1),
-    "graph.neighbours": whole(1),
-    "graph.label_neighbours": or_null(whole(1)),
-    "graph.candidates": or_null(whole(1)),
+    "graph.num_neighbors": whole(1),
+    "graph.num_label_neighbors": or_null(whole(1)),
+    "graph.labels_per_class": or_null(whole(1)),
+    "graph.layout": one_of("dense", "sparse"),
     "model.name": TEXT,
     "model.k": whole(1),
     "model.width": or_null(whole(1)),
@@ -153,11 +154,8 @@ RULES: Mapping[str, Rule] = {
     ),
     "model.fusion": one_of("concat", "product"),
     "model.norm": one_of("none", "encoder", "all"),
-    "model.execution": one_of("auto", "structured", "explicit"),
-    "model.label_graph": YES_NO,
-    "model.instance_graph": YES_NO,
-    "model.matching_edges": YES_NO,
-    "model.recompute": YES_NO,
+    "model.edge_types": some_of("spatial", "semantic", "matches"),
+    "model.gradient_checkpointing": YES_NO,
     "model.tau": number(0, 1),
     "model.p": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "model.steps": whole(1),
@@ -331,10 +329,10 @@ def _check_together(config: DictConfig) -> None:
         raise ConfigError(
             f"model.widths={list(widths)} has {len(widths)} widths, model.k={k}: give one for each block."
         )
-    if get("trainer.compile") and get("model.recompute"):
+    if get("trainer.compile") and get("model.gradient_checkpointing"):
         raise ConfigError(
-            "trainer.compile=true and model.recompute=true do not go together: the compiler chooses by itself what it "
-            "keeps. Set one of them to false."
+            "trainer.compile=true and model.gradient_checkpointing=true do not go together: the compiler decides what "
+            "is recomputed. Set one of them to false."
         )
     if get("detector.trainable") not in (None, "none") and not get("instances.online"):
         raise ConfigError(
@@ -342,7 +340,7 @@ def _check_together(config: DictConfig) -> None:
             "frozen detector saw."
         )
 
-    if get("graph.candidates") is not None:
+    if get("graph.labels_per_class") is not None:
         for key, wrong, why in (
             ("detector.grid", get("detector.grid") is not None, "a grid has no classes"),
             ("instances.online", bool(get("instances.online")), "candidates are learnt from a store"),
@@ -350,15 +348,15 @@ def _check_together(config: DictConfig) -> None:
         ):
             if wrong:
                 raise ConfigError(
-                    f"graph.candidates={get('graph.candidates')} does not go with {key}={_as_typed(get(key))}: {why}. "
-                    "Set graph.candidates=null."
+                    f"graph.labels_per_class={get('graph.labels_per_class')} does not go with "
+                    f"{key}={_as_typed(get(key))}: {why}. Set graph.labels_per_class=null."
                 )
     after, epochs = get("trainer.instance_graph_after"), get("trainer.max_epochs")
-    if get("model.instance_graph") and after is not None:
+    if "spatial" in (get("model.edge_types") or ()) and after is not None:
         if epochs is not None and after >= epochs:
             raise ConfigError(
                 f"trainer.instance_graph_after={after} with trainer.max_epochs={epochs}: the instance graph would "
-                "never be learnt. Train longer, or leave it out altogether with model.instance_graph=false."
+                "never be learnt. Train longer, or leave it out with model.edge_types=[semantic,matches]."
             )
         patience = get("trainer.early_stopping")
         if patience is not None and patience <= after:

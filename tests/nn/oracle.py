@@ -18,6 +18,10 @@ Vector = npt.NDArray[np.float64]
 States = dict[tuple[int, int], Vector]
 """The states of one edge type: (source, target) -> vector."""
 
+_SPATIAL = "<instance___spatial___instance>"
+_SEMANTIC = "<label___semantic___label>"
+_MATCHES = "<instance___matches___label>"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,13 +37,18 @@ class Settings:
     label_neighbours: int | None = None
 
     def model_options(self) -> dict[str, object]:
-        names = ("k", "fusion", "norm", "label_graph", "instance_graph", "matching_edges")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("k", "fusion", "norm")} | {"edge_types": self.edge_types()}
 
     def graph_options(self) -> dict[str, object]:
         return {
-            name: getattr(self, name) for name in ("neighbours", "label_neighbours", "label_graph", "instance_graph")
+            "num_neighbors": self.neighbours,
+            "num_label_neighbors": self.label_neighbours,
+            "edge_types": self.edge_types(),
         }
+
+    def edge_types(self) -> list[str]:
+        present = {"spatial": self.instance_graph, "semantic": self.label_graph, "matches": self.matching_edges}
+        return [name for name, there in present.items() if there]
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,8 @@ class _Weights:
 
         def apply(*parts: Vector) -> Vector:
             x = np.concatenate(parts)
-            hidden = _relu(a[f"{name}.lin1.weight"] @ x + a[f"{name}.lin1.bias"])
+            blocks = [a[key] for key in sorted(a) if key.startswith(f"{name}.lin1.lins.") and key.endswith(".weight")]
+            hidden = _relu(np.concatenate(blocks, axis=1) @ x + a[f"{name}.lin1.lins.0.bias"])
             out = a[f"{name}.lin2.weight"] @ hidden + a[f"{name}.lin2.bias"]
             return _layer_norm(out, a[f"{name}.norm.weight"], a[f"{name}.norm.bias"]) if norm else out
 
@@ -147,10 +157,10 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
 
     # Eq. 4.
     encoded = s.norm in ("encoder", "all")
-    enc_o, enc_l = w.mlp("encoder.v_o", norm=encoded), w.mlp("encoder.v_l", norm=encoded)
+    enc_o, enc_l = w.mlp("encoder.x.instance", norm=encoded), w.mlp("encoder.x.label", norm=encoded)
     e_m: States = {}
     if s.matching_edges:
-        enc_m = w.on_matches(w.mlp("encoder.e_m", norm=encoded), "encoder", s.fusion)
+        enc_m = w.on_matches(w.mlp(f"encoder.edge_attr.{_MATCHES}", norm=encoded), f"encoder.edge_attr.{_MATCHES}", s.fusion)
         for i in range(M):
             for c in range(C):
                 e_m[i, c] = enc_m(image.features[i], W[c])
@@ -159,17 +169,17 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
     if s.instance_graph:
         # The package's coordinates for eq. 1: the sender's box relative to the receiver's, sixteen times as large, then
         # the receiver's, where a coordinate uniform in [0, 1] (mean 1/2, variance 1/12) is standardised.
-        enc_eo = w.mlp("encoder.e_o", norm=encoded)
+        enc_eo = w.mlp(f"encoder.edge_attr.{_SPATIAL}", norm=encoded)
         e_o = {
             edge: enc_eo(np.concatenate([16 * (state[:4] - state[4:]), (state[4:] - 1 / 2) / math.sqrt(1 / 12)]))
             for edge, state in e_o.items()
         }
     if s.label_graph:
-        enc_el = w.mlp("encoder.e_l", norm=encoded)
+        enc_el = w.mlp(f"encoder.edge_attr.{_SEMANTIC}", norm=encoded)
         e_l = {edge: enc_el(state) for edge, state in e_l.items()}
 
     for block in range(s.k):
-        v_o, v_l = _node_conv(w, s, f"blocks.{block}.nodes", v_o, v_l, e_o, e_l, e_m)
+        v_o, v_l = _node_conv(w, s, f"blocks.{block}.node_conv", v_o, v_l, e_o, e_l, e_m)
         e_o, e_l, e_m = _edge_convs(w, s, block, v_o, v_l, e_o, e_l, e_m)
 
     # Eq. 13.
@@ -186,26 +196,27 @@ def _node_conv(
 ) -> tuple[list[Vector], list[Vector]]:
     """Eq. 5 to 8."""
 
-    def mean_message(rho: str, messages: list[tuple[Vector, Vector]]) -> list[Vector]:
-        function = w.mlp(f"{name}.{rho}.rho", norm=False)
-        return [_mean([function(e, v) for e, v in messages], w.width(f"{name}.{rho}.rho"))]
+    def mean_message(edges: str, to: str, messages: list[tuple[Vector, Vector]]) -> list[Vector]:
+        rho_n = f"{name}.message.{edges}.{to}.rho_n"
+        function = w.mlp(rho_n, norm=False)
+        return [_mean([function(e, v) for e, v in messages], w.width(rho_n))]
 
     updated = s.norm == "all"
-    phi_o, phi_l = w.mlp(f"{name}.phi_o", norm=updated), w.mlp(f"{name}.phi_l", norm=updated)
+    phi_o, phi_l = w.mlp(f"{name}.phi_n.instance", norm=updated), w.mlp(f"{name}.phi_n.label", norm=updated)
     new_o, new_l = [], []
     for i in range(len(v_o)):
         parts = [v_o[i]]
         if s.instance_graph:
-            parts += mean_message("rho_oo", [(e_o[j, t], v_o[j]) for j, t in e_o if t == i])
+            parts += mean_message(_SPATIAL, "instance", [(e_o[j, t], v_o[j]) for j, t in e_o if t == i])
         if s.matching_edges:
-            parts += mean_message("rho_ol", [(e_m[i, c], v_l[c]) for c in range(len(v_l))])
+            parts += mean_message(_MATCHES, "instance", [(e_m[i, c], v_l[c]) for c in range(len(v_l))])
         new_o.append(phi_o(*parts))
     for c in range(len(v_l)):
         parts = [v_l[c]]
         if s.label_graph:
-            parts += mean_message("rho_ll", [(e_l[j, t], v_l[j]) for j, t in e_l if t == c])
+            parts += mean_message(_SEMANTIC, "label", [(e_l[j, t], v_l[j]) for j, t in e_l if t == c])
         if s.matching_edges:
-            parts += mean_message("rho_lo", [(e_m[i, c], v_o[i]) for i in range(len(v_o))])
+            parts += mean_message(_MATCHES, "label", [(e_m[i, c], v_o[i]) for i in range(len(v_o))])
         new_l.append(phi_l(*parts))
     return new_o, new_l
 
@@ -213,21 +224,22 @@ def _node_conv(
 def _edge_convs(
     w: _Weights, s: Settings, block: int, v_o: list[Vector], v_l: list[Vector], e_o: States, e_l: States, e_m: States
 ) -> tuple[States, States, States]:
-    """Eq. 9 to 12; the last block's instance and label edges are read by nobody and have no weights."""
-    updated, name = s.norm == "all", f"blocks.{block}"
+    """Eq. 9 to 12; the last block does not update instance and label edges, and has no weights for it."""
+    updated, name = s.norm == "all", f"blocks.{block}.edge_conv"
     if block < s.k - 1:
         if s.instance_graph:
-            sigma = w.mlp(f"{name}.edges_o.sigma", norm=False)
-            psi = w.mlp(f"{name}.edges_o.psi", norm=updated)
-            e_o = {(j, i): psi(e, sigma(v_o[j], v_o[i])) for (j, i), e in e_o.items()}
+            rho_e = w.mlp(f"{name}.{_SPATIAL}.rho_e", norm=False)
+            phi_e = w.mlp(f"{name}.{_SPATIAL}.phi_e", norm=updated)
+            e_o = {(j, i): phi_e(e, rho_e(v_o[j], v_o[i])) for (j, i), e in e_o.items()}
         if s.label_graph:
-            sigma = w.mlp(f"{name}.edges_l.sigma", norm=False)
-            psi = w.mlp(f"{name}.edges_l.psi", norm=updated)
-            e_l = {(j, i): psi(e, sigma(v_l[j], v_l[i])) for (j, i), e in e_l.items()}
+            rho_e = w.mlp(f"{name}.{_SEMANTIC}.rho_e", norm=False)
+            phi_e = w.mlp(f"{name}.{_SEMANTIC}.phi_e", norm=updated)
+            e_l = {(j, i): phi_e(e, rho_e(v_l[j], v_l[i])) for (j, i), e in e_l.items()}
     if s.matching_edges:
-        fused = w.on_matches(w.mlp(f"{name}.edges_m.sigma", norm=False), f"{name}.edges_m", s.fusion)
-        psi = w.mlp(f"{name}.edges_m.psi", norm=updated)
-        e_m = {(i, c): psi(e, fused(v_o[i], v_l[c])) for (i, c), e in e_m.items()}
+        rho_e = w.mlp(f"{name}.{_MATCHES}.rho_e", norm=False)
+        fused = w.on_matches(rho_e, f"{name}.{_MATCHES}.rho_e", s.fusion)
+        phi_e = w.mlp(f"{name}.{_MATCHES}.phi_e", norm=updated)
+        e_m = {(i, c): phi_e(e, fused(v_o[i], v_l[c])) for (i, c), e in e_m.items()}
     return e_o, e_l, e_m
 
 

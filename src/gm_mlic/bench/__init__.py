@@ -1,4 +1,4 @@
-"""What the structured execution is worth on this machine, measured side by side in one run."""
+"""Time and memory of dense and sparse execution, measured side by side in one run."""
 
 from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
 from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, ratios, shares

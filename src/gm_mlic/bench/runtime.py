@@ -17,12 +17,12 @@ from gm_mlic.detection.protocol import InstanceExtractor
 from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
-from gm_mlic.nn.structured import RECOMPUTED_EDGES
+from gm_mlic.nn.gm_mlic import CHECKPOINTED_EDGES
 
-#: ``plain``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
-#: ``structured``: dense tensors, eager; ``compiled``: the same after ``torch.compile``; ``recomputed``: structured, but
-#: computed again in the backward pass instead of kept.
-EXECUTIONS = ("plain", "structured", "compiled", "recomputed")
+#: ``sparse``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
+#: ``dense``: dense tensors, eager; ``compiled``: the same after ``torch.compile``; ``checkpointed``: dense, with
+#: gradient checkpointing.
+EXECUTIONS = ("sparse", "dense", "compiled", "checkpointed")
 
 INSTANCE_DIM, LABEL_DIM = 1024, 300
 
@@ -39,7 +39,7 @@ class Case:
         batch: images.
         fusion: ``concat`` or ``product``.
         norm: LayerNorm on ``all`` states, or on ``none``.
-        label_neighbours: None for the complete label graph.
+        num_label_neighbors: None for the complete label graph.
         precision: ``float32``, or ``bfloat16`` for autocast.
     """
 
@@ -50,7 +50,7 @@ class Case:
     batch: int = 16
     fusion: str = "concat"
     norm: str = "all"
-    label_neighbours: int | None = None
+    num_label_neighbors: int | None = None
     precision: str = "float32"
 
 
@@ -61,7 +61,7 @@ CASES = {
         Case("voc2007", 10, 20),
         Case("coco2014", 35, 80),
         Case("nuswide", 35, 81),
-        Case("large", 100, 500, label_neighbours=20),
+        Case("large", 100, 500, num_label_neighbors=20),
     )
 }
 
@@ -87,12 +87,10 @@ class Execution:
         torch.manual_seed(0)
         self.case, self.device = case, device
         label_vectors = torch.randn(case.C, LABEL_DIM)
-        graphs = _graphs(case, label_vectors, edge_attr=name == "plain")
+        graphs = _graphs(case, label_vectors, edge_attr=name == "sparse")
         self.data: HeteroData | AssignmentBatch = graphs
-        if name != "plain":
-            dense = AssignmentBatch.from_data(graphs)
-            assert dense is not None
-            self.data = dense
+        if name != "sparse":
+            self.data = AssignmentBatch.from_hetero_data(graphs)
         self.data = self.data.to(device)
         torch.manual_seed(1)
         self.model = GMMLIC(
@@ -101,8 +99,7 @@ class Execution:
             k=case.k,
             fusion=case.fusion,
             norm=case.norm,
-            execution="explicit" if name == "plain" else "structured",
-            recompute=name == "recomputed",
+            gradient_checkpointing=name == "checkpointed",
         ).to(device)
         self.loss = WeightedBCE(torch.full((case.C,), 0.05), validate_args=False).to(device)
         self.targets = (torch.rand(case.batch, case.C) < 0.05).long().to(device)
@@ -132,7 +129,8 @@ class Execution:
 def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:
     """A batch of assignment graphs with random instances."""
     generator = torch.Generator().manual_seed(2)
-    transform = AssignmentGraph(label_vectors, m=case.m, label_neighbours=case.label_neighbours, edge_attr=edge_attr)
+    options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
+    transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
     made = []
     for _ in range(case.batch):
         data = HeteroData()
@@ -148,11 +146,11 @@ def flops(case: Case, execution: str) -> dict[str, int]:
     """Floating-point operations of the matrix products of a forward pass and of a training step.
 
     Images are independent of each other, so the number is counted for one and for two, and the rest follows. Compiled
-    code, which hides its operations from the counter, does those of ``structured``. What is computed again is left out.
+    code, which hides its operations from the counter, does those of ``dense``. Recomputation is left out.
     """
     counts = []
     for batch in (1, 2):
-        run = Execution(replace(case, batch=batch), "plain" if execution == "plain" else "structured")
+        run = Execution(replace(case, batch=batch), "sparse" if execution == "sparse" else "dense")
         for step in (run.forward, run.train):
             with FlopCounterMode(display=False) as counter:
                 step()
@@ -221,7 +219,7 @@ def compare(
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """Plain over the faster of the other executions, and the share of the matrix product's rate that one reaches.
+    """Sparse over the faster of the other executions, and the share of the matrix product's rate that one reaches.
 
     Returns:
         ``forward_ratio``, ``train_ratio``, ``memory_ratio``; ``arithmetic_ratio``, the same of the floating-point
@@ -229,10 +227,10 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
         product; ``roofline_fraction`` (forward) and ``train_roofline_fraction``. None for what was not measured.
     """
     rows = {name: row for name, row in result["executions"].items() if "left_out" not in row}
-    plain, fast = rows.get("plain"), [row for name, row in rows.items() if name != "plain"]
+    sparse, fast = rows.get("sparse"), [row for name, row in rows.items() if name != "sparse"]
 
     def ratio(of: Callable[[dict[str, Any]], float]) -> float | None:
-        return of(plain) / min(map(of, fast)) if plain and fast else None
+        return of(sparse) / min(map(of, fast)) if sparse and fast else None
 
     def share(mode: str) -> float | None:
         return max((row["roofline"][mode] for row in fast), default=None)
@@ -250,19 +248,19 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
 def expected_bytes(case: Case, execution: str) -> int:
     """Roughly what a training step needs, from the edge states that it keeps for the backward pass."""
     matches = case.m * case.C
-    labels = case.C * (case.label_neighbours or case.C)
+    labels = case.C * (case.num_label_neighbors or case.C)
     # Tensors of width 512 (encoder and first k - 1 blocks) and 256 (last block) kept for an edge, as measured.
-    kept = 7.0 if execution == "plain" else 3.5
+    kept = 7.0 if execution == "sparse" else 3.5
     per_edge = kept * (512 * case.k + 256)
-    inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "plain" else 0
-    images = max(1, RECOMPUTED_EDGES // (matches + labels)) if execution == "recomputed" else case.batch
+    inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "sparse" else 0
+    images = max(1, CHECKPOINTED_EDGES // (matches + labels)) if execution == "checkpointed" else case.batch
     return int(4 * images * (matches + labels) * (per_edge + inputs))
 
 
 def grow(
     start: Case,
     curves: Sequence[str] = tuple(CURVES),
-    executions: Sequence[str] = ("plain", "structured"),
+    executions: Sequence[str] = ("sparse", "dense"),
     *,
     repeats: tuple[int, int] = (2, 1),
     device: str = "cpu",
@@ -306,13 +304,13 @@ def shares(
 
     Returns:
         Median seconds for each image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the
-        network with the labels prepared once; ``train``, a training step.
+        network with a label cache; ``train``, a training step.
     """
-    network = Execution(replace(case, batch=len(images)), "structured", device)
+    network = Execution(replace(case, batch=len(images)), "dense", device)
     batch = network.data
     assert isinstance(batch, AssignmentBatch)
     with torch.no_grad():
-        labels = network.model.prepare(batch.label_vectors, batch.relates)
+        cache = network.model.precompute_labels(batch)
     store = AssignmentBatchDataset(
         RandomStore(8 * len(images), case.m, case.C), AssignmentGraph(batch.label_vectors.cpu(), m=case.m)
     )
@@ -320,7 +318,7 @@ def shares(
 
     @torch.no_grad()
     def graph() -> None:
-        network.model(batch, labels)
+        network.model(batch, cache)
 
     runs: dict[str, Callable[[], object]] = {
         "detection": lambda: detector(images, m=case.m),

@@ -1,4 +1,4 @@
-"""``gm-mlic bench``: the executions side by side, as tables, pictures and a JSON file; the last line is JSON too."""
+"""``gm-mlic bench``: sparse and dense execution side by side, as tables, pictures and JSON."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
 
 def _size(name: str) -> dict[str, Any]:
     case = CASES[name]
-    return {"m": case.m, "C": case.C, "label_neighbours": case.label_neighbours}
+    return {"m": case.m, "C": case.C, "num_label_neighbors": case.num_label_neighbors}
 
 
 def describe_machine(device: str) -> dict[str, Any]:

@@ -38,8 +38,9 @@ _OTHER_GONE = re.compile(
 )
 #: What to do where memory is full.
 _LESS_MEMORY = {
-    "train": "lower trainer.batch_size (instances.batch_size while extracting), or set model.recompute=true, which "
-    "takes less and longer; then run the same command again: it continues.",
+    "train": "lower trainer.batch_size (instances.batch_size while extracting), or set "
+    "model.gradient_checkpointing=true, which takes less memory and more time; then run the same command again: it "
+    "continues.",
     "predict": "lower batch_size, or scale the largest photos down.",
     "explain": "scale the photo down.",
     "export": "set a smaller size.",

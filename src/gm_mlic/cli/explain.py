@@ -18,12 +18,7 @@ from gm_mlic.zoo import Explanation, Predictor, explain
 
 #: Influences that are printed; all are in the file.
 _SHOWN = 10
-_DESCRIPTIONS = {
-    "instance_to_instance": "neighbouring instance {} to the winning instance",
-    "label_to_label": "label {} to this label",
-    "instance_to_label": "instance {} to this label",
-    "label_to_instance": "label {} to the winning instance",
-}
+_RECEIVER = {"instance": "the argmax instance", "label": "this label"}
 
 
 def explain_photo(config: DictConfig) -> Path:
@@ -42,12 +37,13 @@ def explain_photo(config: DictConfig) -> Path:
     numbers = json.dumps(as_dict(found, str(config.image)), indent=1, ensure_ascii=False)
     picture.with_suffix(".json").write_text(numbers, encoding="utf-8", errors="backslashreplace")
     table = Table(
-        title=f"{found.label}: won by instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
+        title=f"{found.label}: argmax instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
     )
     table.add_column("edge", overflow="fold")
     table.add_column("change of the logit", justify="right")
     for influence in found.influences[:_SHOWN]:
-        table.add_row(_DESCRIPTIONS[influence.kind].format(influence.neighbour), f"{influence.change:+.3f}")
+        edge = f"{influence.source} {influence.neighbor} to {_RECEIVER[influence.target]} ({influence.edge_type[1]})"
+        table.add_row(edge, f"{influence.change:+.3f}")
     Console(highlight=False, markup=False).print(table)
     print(f"{picture} and {picture.with_suffix('.json').name}: the match matrix, and all {len(found.influences)} edges")
     return picture
@@ -68,6 +64,13 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
             [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.matches.tolist()
         ],
         "influences": [
-            {"kind": i.kind, "neighbour": i.neighbour, "change": round(i.change, 6)} for i in found.influences
+            {
+                "edge_type": list(i.edge_type),
+                "source": i.source,
+                "target": i.target,
+                "neighbor": i.neighbor,
+                "change": round(i.change, 6),
+            }
+            for i in found.influences
         ],
     }

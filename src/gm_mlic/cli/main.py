@@ -37,7 +37,7 @@ COMMANDS = {
     "runs": "list runs with their state, what they differ in, and their mAP",
     "report": "write tables and figures of runs, beside the paper's, as one page",
     "dashboard": "make a W&B workspace for runs logged with logger=wandb",
-    "bench": "measure the structured execution against plain message passing",
+    "bench": "measure dense against sparse execution",
 }
 
 #: Where processes that this one starts find its command.

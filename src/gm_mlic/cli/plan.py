@@ -218,7 +218,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     dim = config.embedding.get("dim") or 300
     with config_keys("graph"):
         graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
-    execution = config.model.get("execution", "auto")
+    layout = config.graph.layout
     names = [str(c) for c in range(C)]
     settings = build.model_settings(
         config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names
@@ -235,7 +235,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     found: list[tuple[int, int, float, float]] = []
     size = 1
     while len(found) < 2 or (size <= full and found[-1][2] * size < _STEP_S):
-        store = build.build_graphs(RandomStore(size, m, C, feature_dim), graph, execution=execution)  # type: ignore[arg-type]
+        store = build.build_graphs(RandomStore(size, m, C, feature_dim), graph, layout=layout)  # type: ignore[arg-type]
         data = next(iter(GraphData({"test": store}, size).evaluation_loader("test"))).to(device)
 
         def autocast() -> Any:

@@ -37,7 +37,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "bench.cases": some_of("voc2007", "coco2014", "nuswide", "large"),
     "bench.fusions": some_of("concat", "product"),
-    "bench.executions": some_of("plain", "structured", "compiled", "recomputed"),
+    "bench.executions": some_of("sparse", "dense", "compiled", "checkpointed"),
     "bench.batch": whole(1),
     "bench.k": whole(1),
     "bench.norm": one_of("none", "encoder", "all"),

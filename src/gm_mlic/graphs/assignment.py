@@ -2,60 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
-from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.candidates import candidate_matches
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.graphs.candidates import candidate_edges
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, edge_table
 
 
-def nearest_neighbours(boxes: Tensor, neighbours: int) -> Tensor:
-    """Edges of the instance graph: from each of an instance's nearest neighbours to it.
+def knn_edge_index(box: Tensor, num_neighbors: int) -> Tensor:
+    """Edges of the instance graph: from each of an instance's nearest neighbors to it.
 
-    Distance is that of box centres; the instance itself is left out, equal distances go to the lower number.
+    The distance is that of box centers. An instance is no neighbor of itself. Of equal distances the lower index comes
+    first.
 
     Args:
-        boxes: (M, 4) as (x1, y1, x2, y2).
-        neighbours: how many for each instance; fewer where M is smaller.
+        box: (M, 4) as (x1, y1, x2, y2).
+        num_neighbors: neighbors of each instance; fewer where M is smaller.
 
     Returns:
-        ``edge_index`` (2, M * min(neighbours, M - 1)), sorted by receiving instance, nearest first.
+        ``edge_index`` (2, M * min(num_neighbors, M - 1)), sorted by target, the nearest source first.
     """
-    M = boxes.shape[0]
-    K = min(neighbours, M - 1)
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    difference = centres[:, None] - centres[None]
-    distance = difference.square().sum(dim=-1)
-    distance.fill_diagonal_(float("inf"))
+    M = box.shape[0]
+    K = min(num_neighbors, M - 1)
+    center = (box[:, :2] + box[:, 2:]) / 2
+    distance = (center[:, None] - center).square().sum(dim=-1).fill_diagonal_(float("inf"))
     source = distance.argsort(dim=1, stable=True)[:, :K].reshape(-1)
-    target = torch.arange(M, device=boxes.device).repeat_interleave(K)
+    target = torch.arange(M, device=box.device).repeat_interleave(K)
     return torch.stack([source, target])
 
 
-def label_relations(label_vectors: Tensor, label_neighbours: int | None) -> Tensor:
-    """Edges of the label graph: every ordered pair of different labels, or only from each label's nearest ones.
+def label_neighbors(label_vectors: Tensor, num_neighbors: int | None) -> Tensor | None:
+    """The labels from which edges of the label graph lead to each label: (C, K), the most similar by cosine first.
 
     Args:
         label_vectors: (C, D_l).
-        label_neighbours: None for all pairs (the paper); else how many neighbours, by cosine similarity.
+        num_neighbors: K; None for all other labels.
 
     Returns:
-        ``edge_index`` (2, E), sorted by receiving label.
+        (C, K) int64; None if these are all other labels.
     """
-    C = label_vectors.shape[0]
-    if label_neighbours is None or label_neighbours >= C - 1:
-        target, source = torch.cartesian_prod(torch.arange(C), torch.arange(C)).reshape(C * C, 2).t()
-        different = source != target
-        return torch.stack([source[different], target[different]])
+    if num_neighbors is None or num_neighbors >= label_vectors.shape[0] - 1:
+        return None
     unit = torch.nn.functional.normalize(label_vectors.double(), dim=1)
-    similarity = unit @ unit.t()
-    similarity.fill_diagonal_(float("-inf"))
-    source = similarity.argsort(dim=1, descending=True, stable=True)[:, :label_neighbours].reshape(-1)
-    return torch.stack([source, torch.arange(C).repeat_interleave(label_neighbours)])
+    similarity = (unit @ unit.t()).fill_diagonal_(float("-inf"))
+    return similarity.argsort(dim=1, descending=True, stable=True)[:, :num_neighbors]
+
+
+def label_edge_index(num_labels: int, neighbors: Tensor | None = None) -> Tensor:
+    """Edges of the label graph: every ordered pair of different labels, or from listed neighbors only.
+
+    Args:
+        num_labels: C.
+        neighbors: (C, K), the neighbors of each label, from :func:`label_neighbors`; None for all pairs (the paper).
+
+    Returns:
+        ``edge_index`` (2, E), sorted by target.
+    """
+    if neighbors is not None:
+        return torch.stack([neighbors.reshape(-1), torch.arange(num_labels).repeat_interleave(neighbors.shape[1])])
+    target, source = (~torch.eye(num_labels, dtype=torch.bool)).nonzero().t()
+    return torch.stack([source, target])
 
 
 @functional_transform("assignment_graph")
@@ -65,79 +77,77 @@ class AssignmentGraph(BaseTransform):
     Takes a ``HeteroData`` whose ``instance`` store holds ``x`` (M, D_o) and ``box`` (M, 4) and adds
 
     - ``label.x`` (C, D_l): :math:`v^l_i = w_i`;
-    - ``instance near instance``: from each of the nearest neighbours j to i,
-      :math:`e^o_{ij} = [B_j, B_i]`, source box first (eq. 1);
-    - ``label relates label``: between every ordered pair of different labels, :math:`e^l_{ij} = [w_j, w_i]` (eq. 2);
-    - ``instance matches label``: every pair, :math:`e^m_{ij} = [v^o_i, v^l_j]` (eq. 3). This one store serves both
-      directions.
+    - ``instance spatial instance``: from each of the nearest neighbors j to i, :math:`e^o_{ij} = [B_j, B_i]`, source
+      box first (eq. 1);
+    - ``label semantic label``: between every ordered pair of different labels, :math:`e^l_{ij} = [w_j, w_i]` (eq. 2);
+    - ``instance matches label``: every pair, :math:`e^m_{ij} = [v^o_i, v^l_j]` (eq. 3). The same edges serve the
+      messages in both directions.
+
+    Label vectors and edge attributes get the dtype of ``instance.x``.
 
     Args:
         label_vectors: (C, D_l), the word vector of each label.
         m: keep the m first (most confident) instances; None keeps all.
-        neighbours: of each instance, by distance of box centres (default: 5, where the paper is silent).
-        label_neighbours: None joins all labels (the paper); a number keeps each label's nearest by cosine.
-        instance_graph: False leaves out the instance-instance edges (ablation w/o Go).
-        label_graph: False leaves out the label-label edges (ablation w/o Gl).
-        candidates: (D, C) bool, the labels that an instance of each of the detector's classes may be (see
-            :func:`label_candidates`): only these are joined to it. None joins every pair (the paper).
-        edge_attr: also write the attributes of eq. 2 and 3 (default: no). They only repeat node attributes, the model
-            forms them by itself where they are absent, and only graphs without them can take the structured execution.
+        num_neighbors: of each instance, by distance of box centers (default: 5; the paper names no number).
+        num_label_neighbors: None joins all labels (the paper); a number keeps each label's nearest by cosine.
+        edge_types: names of the edge types to add (default: all three). ``matches`` is always added: its edges are the
+            pairs that are scored.
+        candidates: (D, C) bool, the labels to which an instance of each of the detector's classes is joined (see
+            :func:`label_candidates`). None joins every pair (the paper).
+        edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model forms
+            them where they are absent. Graphs that store them have no dense form.
 
     Raises:
-        ConfigError: for label vectors of a wrong shape or with NaN or infinite values, for a number below 1, and, when
-            called, for an image without instances or with NaN or infinite features or boxes.
+        ArgumentError: for label vectors of a wrong shape or with NaN or infinite values, for a number below 1, and for
+            an unknown edge type.
+        ConfigError: when called, for an image without instances or with NaN or infinite features or boxes.
     """
 
     def __init__(
         self,
         label_vectors: Tensor,
         m: int | None = None,
-        neighbours: int = 5,
-        label_neighbours: int | None = None,
+        num_neighbors: int = 5,
+        num_label_neighbors: int | None = None,
         *,
-        instance_graph: bool = True,
-        label_graph: bool = True,
+        edge_types: Sequence[str] = RELATIONS,
         candidates: Tensor | None = None,
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
-            raise ConfigError(f"label_vectors must be (C, D_l) with C >= 1, got {label_vectors!r:.60}.")
+            raise ArgumentError("label_vectors", f"must be (C, D_l) with C >= 1, got {label_vectors!r:.60}.")
         if not bool(torch.isfinite(label_vectors).all()):
-            bad = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
-            raise ConfigError(f"The vectors of labels {bad[:10]} hold NaN or infinite values: mend the embedding file.")
+            invalid = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
+            raise ArgumentError(
+                "label_vectors", f"of labels {invalid[:10]} hold NaN or infinite values: correct the embedding file."
+            )
         for name, value, optional in (
             ("m", m, True),
-            ("neighbours", neighbours, False),
-            ("label_neighbours", label_neighbours, True),
+            ("num_neighbors", num_neighbors, False),
+            ("num_label_neighbors", num_label_neighbors, True),
         ):
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"graph.{name} must be a whole number of 1 or more, got {value!r}.")
+                raise ArgumentError(name, f"must be a whole number of 1 or more, got {value!r}.")
         if candidates is not None and (
             candidates.dtype != torch.bool or candidates.shape[1:] != label_vectors.shape[:1]
         ):
-            raise ConfigError(
-                f"graph.candidates must be a bool table of classes and {label_vectors.shape[0]} labels, got "
-                f"{candidates.dtype} {tuple(candidates.shape)}."
+            raise ArgumentError(
+                "candidates",
+                f"must be a bool table of classes and {label_vectors.shape[0]} labels, got "
+                f"{candidates.dtype} {tuple(candidates.shape)}.",
             )
         self.label_vectors = label_vectors
         self.candidates = candidates
         self.m = m
-        self.neighbours = neighbours
-        self.label_neighbours = label_neighbours
-        self.instance_graph = instance_graph
-        self.label_graph = label_graph
+        self.num_neighbors = num_neighbors
+        self.num_label_neighbors = num_label_neighbors
+        self.edge_types = tuple(edge_table(edge_types))
         self.edge_attr = edge_attr
-        self._relates = label_relations(label_vectors, label_neighbours)
-
-    @property
-    def label_lists(self) -> Tensor | None:
-        """Each label's neighbours (C, K), or None where that is all others."""
-        C = self.label_vectors.shape[0]
-        complete = self.label_neighbours is None or self.label_neighbours >= C - 1
-        return None if complete else self._relates[0].view(C, -1)
+        self.label_neighbors = label_neighbors(label_vectors, num_label_neighbors)
+        self._semantic = label_edge_index(len(label_vectors), self.label_neighbors)
 
     def forward(self, data: HeteroData) -> HeteroData:
-        instances, W = data[INSTANCE], self.label_vectors
+        instances = data[INSTANCE]
         for name in ("x", "box"):
             if name not in instances:
                 raise ConfigError(f"AssignmentGraph needs data['{INSTANCE}'].{name}.")
@@ -147,36 +157,31 @@ class AssignmentGraph(BaseTransform):
             for name, value in list(instances.items()):
                 if isinstance(value, Tensor) and value.ndim > 0:
                     instances[name] = value[: self.m]
-        x, box = instances.x, instances.box
+        x, box, W = instances.x, instances.box, self.label_vectors.to(instances.x.dtype)
         M, C = x.shape[0], W.shape[0]
         if M == 0:
             raise ConfigError("An image without instances: give it one, the whole image (see InstanceExtractor).")
 
         data[LABEL].x = W
-        if self.instance_graph:
-            near = nearest_neighbours(box, self.neighbours)
-            data[NEAR].edge_index = near
-            data[NEAR].edge_attr = torch.cat([box[near[0]], box[near[1]]], dim=1)
-        if self.label_graph:
-            data[RELATES].edge_index = self._relates
+        if SPATIAL in self.edge_types:
+            source, target = data[SPATIAL].edge_index = knn_edge_index(box, self.num_neighbors)
+            data[SPATIAL].edge_attr = torch.cat([box[source], box[target]], dim=1).to(x.dtype)
+        if SEMANTIC in self.edge_types:
+            source, target = data[SEMANTIC].edge_index = self._semantic
             if self.edge_attr:
-                data[RELATES].edge_attr = torch.cat([W[self._relates[0]], W[self._relates[1]]], dim=1)
-        matches = torch.stack(
-            [torch.arange(M, device=x.device).repeat_interleave(C), torch.arange(C, device=x.device).repeat(M)]
-        )
+                data[SEMANTIC].edge_attr = torch.cat([W[source], W[target]], dim=1)
+        matches = torch.ones(1, M, C, dtype=torch.bool, device=x.device)
         if self.candidates is not None:
             if "detected_label" not in instances:
                 raise ConfigError(f"Candidates need data['{INSTANCE}'].detected_label.")
-            everyone = torch.ones(1, M, dtype=torch.bool, device=x.device)
-            there = candidate_matches(self.candidates, instances.detected_label[None], everyone)
-            matches = matches[:, there.flatten()]
-        data[MATCHES].edge_index = matches
+            matches = candidate_edges(self.candidates, instances.detected_label[None], matches[..., 0])
+        source, target = data[MATCHES].edge_index = matches[0].nonzero().t().contiguous()
         if self.edge_attr:
-            data[MATCHES].edge_attr = torch.cat([x[matches[0]], W[matches[1]]], dim=1)
+            data[MATCHES].edge_attr = torch.cat([x[source], W[target]], dim=1)
         return data
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(C={self.label_vectors.shape[0]}, m={self.m}, neighbours={self.neighbours}, "
-            f"label_neighbours={self.label_neighbours})"
+            f"{type(self).__name__}(C={self.label_vectors.shape[0]}, m={self.m}, num_neighbors={self.num_neighbors}, "
+            f"num_label_neighbors={self.num_label_neighbors})"
         )

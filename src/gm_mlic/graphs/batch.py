@@ -1,274 +1,294 @@
-"""A batch of assignment graphs as dense tensors: what the structured execution reads.
+"""A batch of assignment graphs as dense tensors.
 
-A tensor (B, M, C, d) holds the matching edges without any ``edge_index``; fewer instances, or fewer edges, are a mask.
-Nothing of eq. 2 and 3 is ever written out, for it only repeats node attributes.
+Matching edges are a mask over (B, M, C) and have no ``edge_index``. The attributes of eq. 2 and 3 are never stored,
+since they repeat node attributes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data import HeteroData
+from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.candidates import candidate_matches
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.graphs.candidates import candidate_edges
+from gm_mlic.graphs.dense import Bipartite, DenseEdges, NeighborLists
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, NodeType
 
 
 @dataclass(frozen=True, eq=False)
 class AssignmentBatch:
-    """B assignment graphs over the same C labels.
+    """B assignment graphs over the same C labels, padded to M instances.
+
+    It has the dictionaries of a ``HeteroData``: ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``.
 
     Attributes:
-        x: (B, M, D_o) instance features, zero where there is none.
+        x: (B, M, D_o) instance features, zero where padded.
         box: (B, M, 4), (x1, y1, x2, y2) divided by image width and height.
-        mask: (B, M) bool, which instances there are; each image's stand first.
+        mask: (B, M) bool, False where padded; the instances of each image come first.
         label_vectors: (C, D_l).
-        near: (B, M, K) int64, neighbours j of each instance i; None without an instance graph.
-        near_mask: (B, M, K) bool, which of them there are.
-        near_attr: (B, M, K, 8), [B_j, B_i] of eq. 1.
-        label_graph: whether labels hear each other.
-        relates: (C, K_l) int64, neighbours of each label; None for all other labels.
-        y: (B, C) int64 targets in {0, 1}, or None.
-        difficult: (B, C) bool, which labels are difficult (VOC), or None.
+        edge_index_dict: the edges of each type.
+        edge_attr_dict: attributes of the edge types that store them, (B or 1, N, K, D_e).
+        y: (B, C) targets in {0, 1}, or None.
+        difficult: (B, C) bool, labels that are present only in objects marked difficult (VOC), or None.
         row: (B,) int64 row of each image in its store, or None.
         score: (B, M), the detector's confidence in each instance, or None.
-        detected_label: (B, M) int64, which of its own classes the detector gave each instance, -1 for none; or None.
-        matches: (B, M, C) bool, which matching edges there are, one at least for each label; None for those of every
-            instance with every label.
+        detected_label: (B, M) int64, the detector's class of each instance, -1 for none; or None.
     """
 
     x: Tensor
     box: Tensor
     mask: Tensor
     label_vectors: Tensor
-    near: Tensor | None = None
-    near_mask: Tensor | None = None
-    near_attr: Tensor | None = None
-    label_graph: bool = True
-    relates: Tensor | None = None
+    edge_index_dict: dict[EdgeType, DenseEdges] = field(default_factory=dict)
+    edge_attr_dict: dict[EdgeType, Tensor] = field(default_factory=dict)
     y: Tensor | None = None
     difficult: Tensor | None = None
     row: Tensor | None = None
     score: Tensor | None = None
     detected_label: Tensor | None = None
-    matches: Tensor | None = None
 
     @property
     def num_graphs(self) -> int:
         """B."""
         return int(self.x.shape[0])
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> AssignmentBatch:
-        """The same batch on another device."""
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
+    @property
+    def num_labels(self) -> int:
+        """C."""
+        return int(self.label_vectors.shape[0])
+
+    @property
+    def x_dict(self) -> dict[NodeType, Tensor]:
+        """Node attributes: instances (B, M, D_o), labels (1, C, D_l)."""
+        return {INSTANCE: self.x, LABEL: self.label_vectors[None]}
+
+    @property
+    def match_mask(self) -> Tensor:
+        """(B, M, C or 1) bool, the matching edges that exist."""
+        matches = self.edge_index_dict[MATCHES]
+        assert isinstance(matches, Bipartite)
+        return matches.edge_mask
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> AssignmentBatch:
+        """The same batch, with ``function`` applied to each tensor."""
+        changed: dict[str, Any] = {
+            f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        edges = {edge_type: edges.map(function) for edge_type, edges in self.edge_index_dict.items()}
+        attrs = {edge_type: function(attr) for edge_type, attr in self.edge_attr_dict.items()}
+        return replace(self, **changed, edge_index_dict=edges, edge_attr_dict=attrs)
+
+    def to(self, target: torch.device | str | torch.dtype, *, non_blocking: bool = False) -> AssignmentBatch:
+        """The same batch on another device, or with its floating-point tensors in another dtype."""
+        if isinstance(target, torch.dtype):
+            return self.map(lambda value: value.to(target) if value.is_floating_point() else value)
+        return self.map(lambda value: value.to(target, non_blocking=non_blocking))
 
     def pin_memory(self) -> AssignmentBatch:
-        """The same batch in page-locked memory, for copies to a GPU that overlap with work."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> AssignmentBatch:
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        changed: dict[str, Any] = {name: change(value) for name, value in tensors.items()}
-        return replace(self, **changed)
+        """The same batch in page-locked memory, for copies to a GPU that overlap with computation."""
+        return self.map(Tensor.pin_memory)
 
     def split(self, size: int) -> list[AssignmentBatch]:
         """The same images in batches of up to ``size``."""
-        shared = ("label_vectors", "relates")
-        tensors = {
-            f.name: torch.split(value, size)
-            for f in fields(self)
-            if f.name not in shared and isinstance(value := getattr(self, f.name), Tensor)
-        }
-        parts: list[dict[str, Any]] = [
-            dict(zip(tensors, values, strict=True)) for values in zip(*tensors.values(), strict=True)
-        ]
-        return [replace(self, **part) for part in parts]
+        B, W = self.num_graphs, self.label_vectors
+
+        def part(start: int) -> AssignmentBatch:
+            return self.map(lambda value: value if value is W or len(value) != B else value[start : start + size])
+
+        return [part(start) for start in range(0, B, size)] if size < B else [self]
 
     @classmethod
-    def build(
+    def from_padded(
         cls,
         x: Tensor,
         box: Tensor,
         mask: Tensor,
         label_vectors: Tensor,
         *,
-        neighbours: int | None = 5,
-        label_graph: bool = True,
-        relates: Tensor | None = None,
-        y: Tensor | None = None,
-        difficult: Tensor | None = None,
-        row: Tensor | None = None,
-        score: Tensor | None = None,
-        detected_label: Tensor | None = None,
+        num_neighbors: int = 5,
+        label_neighbors: Tensor | None = None,
+        edge_types: Sequence[str] | Sequence[EdgeType] = RELATIONS,
         candidates: Tensor | None = None,
+        detected_label: Tensor | None = None,
+        **others: Tensor | None,
     ) -> AssignmentBatch:
         """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
 
         Args:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l).
-            neighbours: of each instance, by distance of box centres; None leaves the instance graph out.
-            label_graph, relates, y, difficult, row, score, detected_label: see the class.
-            candidates: (D, C) bool, the labels that an instance of each detected class may be; None for all.
+            num_neighbors: of each instance, by distance of box centers.
+            label_neighbors: (C, K), the neighbors of each label; None for all other labels.
+            edge_types: of the paper's edge types those to add; ``matches`` is always added.
+            candidates: (D, C) bool, the labels to which an instance of each detected class is joined; None for all.
+            detected_label: (B, M) int64.
+            **others: ``y``, ``difficult``, ``row`` and ``score``; see the class.
 
         Raises:
             ConfigError: for candidates without detected labels, or of other classes.
         """
+        names = {edge_type if isinstance(edge_type, str) else edge_type[1] for edge_type in edge_types}
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
-        near = near_mask = near_attr = None
-        if neighbours is not None:
+        edges: dict[EdgeType, DenseEdges] = {}
+        attrs: dict[EdgeType, Tensor] = {}
+        if SPATIAL[1] in names:
             # written so that torch.export can leave B and M open
             B, M = x.shape[:2]
-            centres = (box[..., :2] + box[..., 2:]) / 2
-            distance = (centres[:, :, None] - centres[:, None]).square().sum(dim=-1)
-            nobody = ~mask[:, None] | torch.eye(M, dtype=torch.bool, device=x.device)
-            distance, near = distance.masked_fill(nobody, float("inf")).sort(dim=2, stable=True)
-            K = neighbours if neighbours < M else M - 1
-            near, near_mask = near[..., :K], distance[..., :K].isfinite() & mask[..., None]
-            sources = torch.gather(box, 1, near.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
-            near_attr = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
-        matches = None
+            center = (box[..., :2] + box[..., 2:]) / 2
+            distance = (center[:, :, None] - center[:, None]).square().sum(dim=-1)
+            excluded = ~mask[:, None] | torch.eye(M, dtype=torch.bool, device=x.device)
+            distance, index = distance.masked_fill(excluded, float("inf")).sort(dim=2, stable=True)
+            K = num_neighbors if num_neighbors < M else M - 1
+            index, exists = index[..., :K], distance[..., :K].isfinite() & mask[..., None]
+            sources = torch.gather(box, 1, index.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
+            edges[SPATIAL] = NeighborLists(index, exists)
+            attrs[SPATIAL] = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
+        if SEMANTIC[1] in names:
+            edges[SEMANTIC] = _label_edges(label_neighbors, len(label_vectors), x.device)
+        matches = mask
         if candidates is not None:
             if detected_label is None:
                 raise ConfigError("Candidates need the detected label of each instance.")
-            matches = candidate_matches(candidates, detected_label, mask)
-        return cls(
-            x, box, mask, label_vectors, near, near_mask, near_attr, label_graph, relates, y, difficult, row,
-            score, detected_label, matches,
-        )  # fmt: skip
+            matches = candidate_edges(candidates, detected_label, mask)
+        edges[MATCHES] = Bipartite(matches)
+        return cls(x, box, mask, label_vectors, edges, attrs, detected_label=detected_label, **others)
 
     @classmethod
-    def from_data(cls, data: HeteroData) -> AssignmentBatch | None:
-        """The dense form of a ``HeteroData`` (or PyG batch of them), or None where it has none.
+    def collate(cls, graphs: Sequence[HeteroData]) -> AssignmentBatch:
+        """For ``DataLoader(collate_fn=AssignmentBatch.collate)``: the dense form of a list of graphs."""
+        return cls.from_hetero_data(Batch.from_data_list(list(graphs)))
 
-        There is none where the matching edges are not sorted by instance and label, or are fewer than a tenth of all
-        pairs (a tensor of them would be mostly empty), where images differ in their labels, where the label graph is
-        neither complete nor of equal degree, or where the graph carries edge
-        attributes for eq. 2 and 3 of its own.
+    @classmethod
+    def from_hetero_data(cls, data: HeteroData) -> AssignmentBatch:
+        """The dense form of one assignment graph or a PyG batch of them.
+
+        Edge types between instances, or between labels, may be others than the paper's, and carry attributes.
+
+        Raises:
+            ConfigError: if there is none: if images differ in their labels or label edges, if a label edge joins two
+                images, if an edge occurs twice, or if matching edges carry attributes of their own.
         """
-        if "edge_attr" in data[MATCHES] or ("edge_attr" in data[RELATES] if RELATES in data.edge_types else False):
-            return None
         B = int(getattr(data, "num_graphs", 1))
         x, W = data[INSTANCE].x, data[LABEL].x
-        if W.shape[0] % B:
-            return None
+        _require(W.shape[0] % B == 0 and torch.equal(W, W[: W.shape[0] // B].repeat(B, 1)), "images differ in labels")
         C = W.shape[0] // B
         ptr = data[INSTANCE].ptr if "ptr" in data[INSTANCE] else torch.tensor([0, x.shape[0]], device=x.device)
         counts = ptr.diff()
-        W = W.view(B, C, -1)
-        if B > 1 and not torch.equal(W, W[:1].expand_as(W)):
-            return None
-        M = int(counts.max())
-        mask = torch.arange(M, device=x.device) < counts[:, None]
-        matches: Tensor | None = None
-        if not _complete_matches(data[MATCHES].edge_index, x.shape[0], C, counts):
-            matches = _some_matches(data[MATCHES].edge_index, ptr, C, mask)
-            if matches is None:
-                return None
+        mask = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
 
-        def dense(value: Tensor, absent: int = 0) -> Tensor:
-            padded = value.new_full((B, M, *value.shape[1:]), absent)
-            padded[mask] = value
-            return padded
+        def padded(value: Tensor, padding: int = 0) -> Tensor:
+            out = value.new_full((*mask.shape, *value.shape[1:]), padding)
+            out[mask] = value
+            return out
 
-        score = dense(data[INSTANCE].score) if "score" in data[INSTANCE] else None
-        detected_label = dense(data[INSTANCE].detected_label, -1) if "detected_label" in data[INSTANCE] else None
-        near = near_mask = near_attr = relates = None
-        if NEAR in data.edge_types:
-            source, target = data[NEAR].edge_index
-            image = torch.repeat_interleave(torch.arange(B, device=x.device), counts)
-            slot, K = _slots(target, x.shape[0])
-            near = source.new_zeros(B, M, K)
-            near_mask = torch.zeros(B, M, K, dtype=torch.bool, device=x.device)
-            near_attr = x.new_zeros(B, M, K, data[NEAR].edge_attr.shape[1])
-            where = (image[target], target - ptr[image[target]], slot)
-            near[where] = source - ptr[image[source]]
-            near_mask[where] = True
-            near_attr[where] = data[NEAR].edge_attr
-        if RELATES in data.edge_types:
-            source, target = data[RELATES].edge_index
-            if not _complete_relations(source, target, B, C):
-                relates = _equal_lists(source, target, B, C)
-                if relates is None:
-                    return None
-        y = data.y if "y" in data else None
-        difficult = data.difficult if "difficult" in data else None
-        row = data.row if "row" in data else None
-        label_graph = RELATES in data.edge_types
-        return cls(
-            dense(x), dense(data[INSTANCE].box), mask, W[0], near, near_mask, near_attr, label_graph, relates, y,
-            difficult, row, score, detected_label, matches,
-        )  # fmt: skip
+        edges: dict[EdgeType, DenseEdges] = {}
+        attrs: dict[EdgeType, Tensor] = {}
+        for edge_type in data.edge_types:
+            store, ends = data[edge_type], (edge_type[0], edge_type[2])
+            attr = store.edge_attr if "edge_attr" in store else None
+            if ends == (INSTANCE, LABEL):
+                _require(attr is None, f"{' '.join(edge_type)} edges carry attributes")
+                edges[edge_type] = _bipartite(store.edge_index, ptr, C, mask)
+            elif ends == (INSTANCE, INSTANCE):
+                position = torch.arange(x.shape[0], device=x.device) - ptr[:-1].repeat_interleave(counts)
+                edges[edge_type], attr = _neighbor_lists(store.edge_index, position, attr)
+                edges[edge_type] = edges[edge_type].map(padded)
+                attr = None if attr is None else padded(attr)
+            elif ends == (LABEL, LABEL):
+                edges[edge_type], attr = _label_lists(store.edge_index, B, C, attr)
+            else:
+                _require(False, f"{' '.join(edge_type)} joins other node types than instance and label")
+            if attr is not None:
+                attrs[edge_type] = attr
+        instances = data[INSTANCE]
+        others = {name: data[name] for name in ("y", "difficult", "row") if name in data}
+        others |= {"score": padded(instances.score)} if "score" in instances else {}
+        others |= {"detected_label": padded(instances.detected_label, -1)} if "detected_label" in instances else {}
+        return cls(padded(x), padded(instances.box), mask, W[:C], edges, attrs, **others)
 
 
-def without_near(batch: AssignmentBatch | HeteroData) -> AssignmentBatch | HeteroData:
-    """The same graphs without a single edge of the instance graph; the edge type stays, for models that read it."""
-    if isinstance(batch, AssignmentBatch):
-        return batch if batch.near_mask is None else replace(batch, near_mask=torch.zeros_like(batch.near_mask))
-    if NEAR not in batch.edge_types:
+def drop_edges(batch: AssignmentBatch | HeteroData, edge_type: EdgeType) -> AssignmentBatch | HeteroData:
+    """The same graphs without any edge of one type. The edge type itself stays, for models that read it."""
+    if edge_type not in batch.edge_index_dict:
         return batch
+    if isinstance(batch, AssignmentBatch):
+        lists = batch.edge_index_dict[edge_type]
+        assert isinstance(lists, NeighborLists), "Only neighbor lists can be emptied."
+        exists: Any = lists.index if lists.mask is None else lists.mask
+        empty = NeighborLists(lists.index, torch.zeros_like(exists, dtype=torch.bool))
+        return replace(batch, edge_index_dict={**batch.edge_index_dict, edge_type: empty})
     graph = copy.copy(batch)
-    graph[NEAR].edge_index, graph[NEAR].edge_attr = batch[NEAR].edge_index[:, :0], batch[NEAR].edge_attr[:0]
+    for name, value in batch[edge_type].items():
+        graph[edge_type][name] = value[:, :0] if name == "edge_index" else value[:0]
     return graph
 
 
-def _complete_matches(matches: Tensor, num_instances: int, C: int, counts: Tensor) -> bool:
-    """Whether the matching edges are every instance with every label of its image, sorted by instance."""
-    if matches.shape[1] != num_instances * C:
-        return False
-    image = torch.repeat_interleave(torch.arange(len(counts), device=matches.device), counts)
-    source = torch.arange(num_instances, device=matches.device).repeat_interleave(C)
-    target = (image * C)[:, None] + torch.arange(C, device=matches.device)
-    return torch.equal(matches[0], source) and torch.equal(matches[1], target.reshape(-1))
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ConfigError(
+            f"These graphs have no dense form: {otherwise}. Batch them with torch_geometric.loader.DataLoader and pass "
+            "the HeteroData itself."
+        )
 
 
-def _some_matches(matches: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Tensor | None:
-    """Which instance is joined to which label (B, M, C); None for few, unsorted, or between two images."""
-    if matches.shape[1] * 10 < mask.numel() * C:
-        return None
-    source, target = matches
+def _label_edges(neighbors: Tensor | None, C: int, device: torch.device) -> NeighborLists:
+    """From listed neighbors (C, K) to each label, or from all other labels."""
+    if neighbors is not None:
+        return NeighborLists(neighbors[None])
+    return NeighborLists(mask=~torch.eye(C, dtype=torch.bool, device=device)[None])
+
+
+def _bipartite(edge_index: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Bipartite:
+    source, target = edge_index
     image = target // C
-    slot = source - ptr[image]
-    place = source * C + target % C
-    inside = bool(((slot >= 0) & (source < ptr[image + 1])).all())
-    if not inside or not bool((place.diff() > 0).all()):
-        return None
-    there = torch.zeros(*mask.shape, C, dtype=torch.bool, device=matches.device)
-    there[image, slot, target % C] = True
-    return there
+    inside = (source >= ptr[image]) & (source < ptr[image + 1])
+    _require(bool(inside.all()), "an edge joins two images")
+    exists = torch.zeros(*mask.shape, C, dtype=torch.bool, device=mask.device)
+    exists[image, source - ptr[image], target % C] = True
+    _require(int(exists.sum()) == source.numel(), "an edge occurs twice")
+    complete = source.numel() == int(mask.sum()) * C
+    return Bipartite(mask if complete else exists)
 
 
-def _complete_relations(source: Tensor, target: Tensor, B: int, C: int) -> bool:
-    """Whether the label edges are every ordered pair of different labels of each image, in any order."""
-    if source.numel() != B * C * (C - 1):
-        return False
-    if not torch.equal(source // C, target // C) or bool((source == target).any()):
-        return False
-    return bool((torch.bincount(target * C + source % C, minlength=B * C * C) <= 1).all())
-
-
-def _slots(target: Tensor, num_nodes: int) -> tuple[Tensor, int]:
-    """The rank of each edge among the edges of its target, and the largest number of edges of a target."""
-    degree = torch.bincount(target, minlength=num_nodes)
+def _neighbor_lists(edge_index: Tensor, position: Tensor, attr: Tensor | None) -> tuple[NeighborLists, Tensor | None]:
+    """Lists (N, K) of the sources of each of N targets, by their ``position`` in the image, and padded attributes."""
+    source, target = edge_index
+    N = position.shape[0]
+    degree = torch.bincount(target, minlength=N)
     order = target.argsort(stable=True)
-    start = degree.cumsum(0) - degree
     slot = torch.empty_like(target)
-    slot[order] = torch.arange(target.numel(), device=target.device) - start[target[order]]
-    return slot, int(degree.max()) if target.numel() else 0
+    slot[order] = torch.arange(target.numel(), device=target.device) - (degree.cumsum(0) - degree)[target[order]]
+    shape = (N, int(degree.max()) if target.numel() else 0)
+    index, mask = source.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=source.device)
+    index[target, slot], mask[target, slot] = position[source], True
+    if attr is not None:
+        padded = attr.new_zeros(*shape, *attr.shape[1:])
+        padded[target, slot] = attr
+        attr = padded
+    return NeighborLists(index, mask), attr
 
 
-def _equal_lists(source: Tensor, target: Tensor, B: int, C: int) -> Tensor | None:
-    """Neighbour lists (C, K) if every label of every image has the same K, else None."""
-    degree = torch.bincount(target, minlength=B * C)
-    K = int(degree[0])
-    if K == 0 or not bool((degree == K).all()) or not torch.equal(source // C, target // C):
-        return None
-    order = target.argsort(stable=True)
-    lists = torch.remainder(source[order], C).view(B, C, K)
-    return lists[0] if torch.equal(lists, lists[:1].expand_as(lists)) else None
+def _label_lists(edge_index: Tensor, B: int, C: int, attr: Tensor | None) -> tuple[NeighborLists, Tensor | None]:
+    """Label edges, which are the same in each of B images."""
+    source, target = edge_index
+    _require(torch.equal(source // C, target // C), "an edge joins two images")
+    key, order = (target * C + source % C).sort(stable=True)
+    same = key.numel() % B == 0
+    if same:
+        keys = key.view(B, -1) - torch.arange(B, device=key.device)[:, None] * C * C
+        same, key = torch.equal(keys, keys[:1].expand_as(keys)), keys[0]
+        if attr is not None:
+            attr = attr[order].view(B, -1, *attr.shape[1:])
+            same, attr = same and torch.equal(attr, attr[:1].expand_as(attr)), attr[0]
+    _require(same, "images differ in their label edges")
+    source, target = key % C, key // C
+    if attr is None and key.numel() == C * (C - 1) and bool((source != target).all()) and bool((key.diff() > 0).all()):
+        return _label_edges(None, C, key.device), None
+    lists, attr = _neighbor_lists(torch.stack([source, target]), torch.arange(C, device=key.device), attr)
+    return lists.map(lambda tensor: tensor[None]), None if attr is None else attr[None]

@@ -1,9 +1,9 @@
-"""The assignment graphs of an instance store: one ``HeteroData`` for each image, or a dense batch at once."""
+"""Assignment graphs of an instance store: a ``HeteroData`` for each image, or a dense batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch_geometric.data import Dataset, HeteroData
 
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.errors import ArgumentError, StoreError
 from gm_mlic.graphs.assignment import AssignmentGraph
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
 from gm_mlic.targets import normalise_targets
 
 
-class InstanceRows(Protocol):
-    """What graphs need of an instance store: its arrays (see :class:`gm_mlic.instances.InstanceStore`)."""
+class InstanceArrays(Protocol):
+    """The arrays of an instance store that graphs are built from (see :class:`gm_mlic.instances.InstanceStore`)."""
 
     features: np.ndarray
     boxes: np.ndarray
@@ -32,8 +32,8 @@ class InstanceRows(Protocol):
     rows: np.ndarray
 
 
-def instance_data(instances: Instances) -> HeteroData:
-    """A ``HeteroData`` with the ``instance`` store only: what :class:`AssignmentGraph` starts from."""
+def to_hetero_data(instances: Instances) -> HeteroData:
+    """A ``HeteroData`` with the ``instance`` store only, the input of :class:`AssignmentGraph`."""
     data = HeteroData()
     data[INSTANCE].x = instances.features
     data[INSTANCE].box = instances.boxes
@@ -42,15 +42,15 @@ def instance_data(instances: Instances) -> HeteroData:
     return data
 
 
-class _Views:
-    """The readable images of a store, and which view of each an epoch takes."""
+class _StoreGraphs:
+    """The readable images of a store, and the augmented view of each in an epoch."""
 
-    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool, seed: int) -> None:
+    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool, seed: int) -> None:
         _, views, stored_m, _ = store.features.shape
         if graph.m is not None and graph.m > stored_m:
             raise StoreError(
-                f"The store holds m={stored_m} instances for each image, graph.m={graph.m} asks for more: "
-                f"extract again with detector.max_instances={graph.m}, or lower graph.m."
+                f"The store holds {stored_m} instances of each image, m={graph.m} asks for more: extract again with "
+                f"m={graph.m}, or lower m."
             )
         if store.targets.shape[1] != graph.label_vectors.shape[0]:
             raise StoreError(
@@ -58,7 +58,9 @@ class _Views:
             )
         normalise_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
-            raise ConfigError("The store has no augmented views: extract with instances.views=4, or do not augment.")
+            raise ArgumentError(
+                "augment", "needs augmented views, which the store does not have: extract with views=4."
+            )
         self.store = store
         self.graph = graph
         self.augment = augment
@@ -67,38 +69,38 @@ class _Views:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other views from now on; the same epoch always draws the same."""
+        """Draw the augmented views of this epoch. They depend on seed and epoch only."""
         self._epoch.fill_(epoch)
 
     def view(self, row: int) -> int:
-        """Which view of the image at ``row`` this epoch takes: 0 is the plain one."""
+        """The view of the image at ``row`` in this epoch; 0 is the original image."""
         if not self.augment:
             return 0
         rng = np.random.Generator(np.random.Philox(key=[self.seed, (int(self._epoch) << 32) | row]))
         return int(rng.integers(1, self.store.features.shape[1]))
 
 
-class AssignmentGraphDataset(_Views, Dataset):
+class AssignmentGraphDataset(_StoreGraphs, Dataset):
     """The assignment graphs of the readable images of an instance store, one ``HeteroData`` each.
 
-    Each graph also has ``y`` (1, C) int64 in {0, 1} and ``row`` (1,), the image's row in the store; and ``difficult``
-    (1, C) bool where the store has it. It batches with PyG's ``DataLoader``.
+    Each graph also has ``y`` (1, C) int64 in {0, 1}, ``row`` (1,), the image's row in the store, and ``difficult``
+    (1, C) bool where the store has it. Batch them with PyG's ``DataLoader``.
 
     Args:
         store: an opened instance store.
-        graph: the transform that builds the graphs; m and the graphs' settings live there.
-        augment: take an augmented view instead of the plain one, drawn anew in each epoch (see :meth:`set_epoch`).
+        graph: the transform that builds the graphs.
+        augment: take an augmented view instead of the original one, drawn in each epoch (see :meth:`set_epoch`).
         seed: of that draw.
 
     Raises:
         StoreError: if the store holds fewer than m instances, or other labels.
         DataError: if its targets are not in {0, 1}.
-        ConfigError: if there are no augmented views to draw from.
+        ArgumentError: if there are no augmented views.
     """
 
-    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
         Dataset.__init__(self)
-        _Views.__init__(self, store, graph, augment=augment, seed=seed)
+        _StoreGraphs.__init__(self, store, graph, augment=augment, seed=seed)
 
     def len(self) -> int:
         return len(self.store.rows)
@@ -111,7 +113,7 @@ class AssignmentGraphDataset(_Views, Dataset):
         def take(array: np.ndarray, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(np.array(array[row, view, :count])).to(dtype)
 
-        data = instance_data(
+        data = to_hetero_data(
             Instances(
                 boxes=take(self.store.boxes, torch.float32),
                 scores=take(self.store.scores, torch.float32),
@@ -127,20 +129,19 @@ class AssignmentGraphDataset(_Views, Dataset):
         return graph
 
 
-class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
-    """The same graphs as :class:`AssignmentGraphDataset`, a whole :class:`AssignmentBatch` at once.
+class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBatch]):
+    """The same graphs as :class:`AssignmentGraphDataset`, as an :class:`AssignmentBatch` of many images.
 
-    A ``DataLoader`` asks it for all rows of a batch together, and no object is made for a single image: give the
-    loader ``collate_fn=AssignmentBatchDataset.collate``.
+    A ``DataLoader`` fetches all rows of a batch in one call. Pass ``collate_fn=AssignmentBatchDataset.collate`` to it.
 
     Args:
         store, graph, augment, seed: as for :class:`AssignmentGraphDataset`.
 
     Raises:
-        StoreError, ConfigError: likewise.
+        StoreError, ArgumentError: likewise.
     """
 
-    def __init__(self, store: InstanceRows, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
         super().__init__(store, graph, augment=augment, seed=seed)
 
     def __len__(self) -> int:
@@ -157,20 +158,16 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
         count = torch.from_numpy(np.asarray(store.counts[rows, views], dtype=np.int64)).clamp(max=M)
         if bool((count < 1).any()):
             raise StoreError(f"Row {int(rows[int(count.argmin())])} of the store has no instances: extract it again.")
-        return AssignmentBatch.build(
+        return AssignmentBatch.from_padded(
             x=torch.from_numpy(store.features[rows, views, :M]).float(),
             box=torch.from_numpy(store.boxes[rows, views, :M]),
             mask=torch.arange(M) < count[:, None],
-            label_vectors=graph.label_vectors,
-            neighbours=graph.neighbours if graph.instance_graph else None,
-            label_graph=graph.label_graph,
-            relates=graph.label_lists,
             y=torch.from_numpy(store.targets[rows].astype(np.int64)),
             difficult=None if store.difficult is None else torch.from_numpy(store.difficult[rows]),
             row=torch.from_numpy(rows.astype(np.int64)),
             score=torch.from_numpy(store.scores[rows, views, :M]),
             detected_label=torch.from_numpy(store.detected_labels[rows, views, :M].astype(np.int64)),
-            candidates=graph.candidates,
+            **_settings(graph),
         )
 
     @staticmethod
@@ -179,39 +176,49 @@ class AssignmentBatchDataset(_Views, torch.utils.data.Dataset[AssignmentBatch]):
         return batch
 
 
-def dense_batch(
-    found: Sequence[Instances],
+def collate_instances(
+    instances: Sequence[Instances],
     graph: AssignmentGraph,
     device: str | torch.device = "cpu",
     y: Tensor | None = None,
     row: Tensor | None = None,
     difficult: Tensor | None = None,
 ) -> AssignmentBatch:
-    """The assignment graphs of some images' instances, as one :class:`AssignmentBatch`.
+    """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
     Args:
-        found: of B images, at most m each.
+        instances: of each image, at most m.
         graph: the transform with label vectors.
-        device: where the batch is wanted.
-        y: (B, C) targets, row: (B,) rows, difficult: (B, C) bool, to be kept with it.
+        device: of the batch.
+        y: (B, C) targets of the images.
+        row: (B,) rows of the images in their store.
+        difficult: (B, C) bool.
     """
 
-    def pad(parts: list[Tensor], absent: float = 0) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], True, absent)
+    def pad(parts: list[Tensor], padding: float = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], True, padding)
 
-    counts = torch.tensor([len(instances) for instances in found], device=device)
-    return AssignmentBatch.build(
-        x=pad([instances.features for instances in found]),
-        box=pad([instances.boxes for instances in found]),
+    counts = torch.tensor([len(found) for found in instances], device=device)
+    return AssignmentBatch.from_padded(
+        x=pad([found.features for found in instances]),
+        box=pad([found.boxes for found in instances]),
         mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
-        label_vectors=graph.label_vectors.to(device),
-        neighbours=graph.neighbours if graph.instance_graph else None,
-        label_graph=graph.label_graph,
-        relates=None if graph.label_lists is None else graph.label_lists.to(device),
         y=y,
         difficult=difficult,
         row=row,
-        score=pad([instances.scores for instances in found]),
-        detected_label=pad([instances.detected_labels for instances in found], -1),
-        candidates=None if graph.candidates is None else graph.candidates.to(device),
+        score=pad([found.scores for found in instances]),
+        detected_label=pad([found.detected_labels for found in instances], -1),
+        **_settings(graph, device),
     )
+
+
+def _settings(graph: AssignmentGraph, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Arguments of :meth:`AssignmentBatch.from_padded` that make the same graphs as ``graph``."""
+    neighbors, candidates = (None if t is None else t.to(device) for t in (graph.label_neighbors, graph.candidates))
+    return {
+        "label_vectors": graph.label_vectors.to(device),
+        "num_neighbors": graph.num_neighbors,
+        "label_neighbors": neighbors,
+        "edge_types": graph.edge_types,
+        "candidates": candidates,
+    }

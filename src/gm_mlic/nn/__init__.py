@@ -1,14 +1,16 @@
 """Layers and models, as PyG building blocks."""
 
-from gm_mlic.nn.conv import AssignmentConv, EdgeConv, Edges, MeanMessage, NodeConv, Product, Relations, States
-from gm_mlic.nn.cooccurrence import CountsLabels
-from gm_mlic.nn.detector_labels import DetectorLabels
-from gm_mlic.nn.global_pool import GlobalPool
-from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, ModelOutput, pool_matches
-from gm_mlic.nn.mil import MILMax
-from gm_mlic.nn.ml_gcn import MLGCN
-from gm_mlic.nn.mlp import MLP, ConcatLinear, Decoder
-from gm_mlic.nn.query2label import Query2Label
+from gm_mlic.nn.baselines.cooccurrence import LabelStatistics
+from gm_mlic.nn.baselines.detector_labels import DetectorLabels
+from gm_mlic.nn.baselines.gap_linear import GAPLinear
+from gm_mlic.nn.baselines.mil import MILMax
+from gm_mlic.nn.baselines.ml_gcn import MLGCN
+from gm_mlic.nn.baselines.query2label import Query2Label
+from gm_mlic.nn.baselines.ssgrl import SSGRL
+from gm_mlic.nn.conv import EdgeUpdate, GraphNetworkBlock, MessageMLP, NodeConv
+from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, LabelCache
+from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder, EndsMLP, HadamardFusion
+from gm_mlic.nn.output import ModelOutput, max_pool_instances
 from gm_mlic.nn.registry import (
     SHIPPED,
     create_model,
@@ -17,35 +19,33 @@ from gm_mlic.nn.registry import (
     pretrained_models,
     register_model,
 )
-from gm_mlic.nn.ssgrl import SSGRL
 
 __all__ = [
     "GMMLIC",
     "MLGCN",
-    "MLP",
     "SHIPPED",
     "SSGRL",
-    "AssignmentConv",
     "ConcatLinear",
-    "CountsLabels",
+    "ConcatMLP",
     "Decoder",
     "DetectorLabels",
-    "EdgeConv",
-    "Edges",
+    "EdgeUpdate",
     "Encoder",
-    "GlobalPool",
+    "EndsMLP",
+    "GAPLinear",
+    "GraphNetworkBlock",
+    "HadamardFusion",
+    "LabelCache",
+    "LabelStatistics",
     "MILMax",
-    "MeanMessage",
+    "MessageMLP",
     "ModelOutput",
     "NodeConv",
-    "Product",
     "Query2Label",
-    "Relations",
-    "States",
     "create_model",
     "list_models",
+    "max_pool_instances",
     "model_arguments",
-    "pool_matches",
     "pretrained_models",
     "register_model",
 ]

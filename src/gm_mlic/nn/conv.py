@@ -1,283 +1,313 @@
-"""The graph convolutions of GM-MLIC on an assignment graph: messages, node convolution, edge convolution.
+r"""The graph network block of GM-MLIC: node convolution (eq. 5 to 8), then edge convolution (eq. 9 to 12).
 
-``v_o, v_l, e_o, e_l, e_m`` are the paper's states of instances, labels and the three edge types; ``near, relates,
-matches`` are their ``edge_index`` (2, E), source first. For a matching edge the source is the
-instance and the target the label; one ``edge_index`` serves both directions.
+The layers read ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``, as PyG's heterogeneous layers do, under node and
+edge types of the caller's own. An entry of ``edge_index_dict`` is an ``edge_index`` (2, E) with node features (N, d)
+and edge features (E, d), or :class:`~gm_mlic.graphs.DenseEdges` with node features (B, N, d). The two differ in how the
+ends of an edge are read and how messages are averaged; what is computed is the same, and so are the parameters.
+
+Indices follow PyG: an edge leads from source j to target i.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
+from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.nn.mlp import MLP
+from gm_mlic.errors import ArgumentError
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, edge_ends
+from gm_mlic.graphs.schema import EdgeSpec, EdgeType, NodeType
+from gm_mlic.nn.mlp import ConcatMLP, EndsMLP
 
 
-@dataclass(frozen=True)
-class Relations:
-    """Which edge types a network has; the paper's Table 4 removes one at a time.
+def pair(channels: int | tuple[int, int]) -> tuple[int, int]:
+    """Sizes of source and target nodes."""
+    return (channels, channels) if isinstance(channels, int) else channels
 
-    Args:
-        label_graph: label-label edges (w/o Gl when False).
-        instance_graph: instance-instance edges (w/o Go when False).
-        matching_edges: states on the instance-label edges, and messages across them (w/o ILM edges when False).
+
+def node_sizes(
+    in_channels: int | Mapping[NodeType, int], edge_types: Mapping[EdgeType, EdgeSpec]
+) -> dict[NodeType, int]:
+    """The size of the features of each node type; of those at the ends of ``edge_types`` if it is one for all."""
+    if isinstance(in_channels, Mapping):
+        return dict(in_channels)
+    return {end: in_channels for source, _, target in edge_types for end in (source, target)}
+
+
+def edge_dims(
+    in_channels: int | Mapping[NodeType, int],
+    edge_types: Mapping[EdgeType, EdgeSpec],
+    edge_dim: int | Mapping[EdgeType, int] | None,
+) -> dict[EdgeType, int]:
+    """The size of the features of each edge type; default: ``in_channels``.
+
+    Raises:
+        ArgumentError: if there is no default, since ``in_channels`` is a dictionary.
     """
-
-    label_graph: bool = True
-    instance_graph: bool = True
-    matching_edges: bool = True
-
-
-class States(NamedTuple):
-    """The states of an assignment graph; None for an edge type that the network does not have, or nobody reads."""
-
-    v_o: Tensor
-    v_l: Tensor
-    e_o: Tensor | None
-    e_l: Tensor | None
-    e_m: Tensor | None
+    if isinstance(edge_dim, Mapping):
+        return {edge_type: edge_dim[edge_type] for edge_type in edge_types}
+    if edge_dim is None and not isinstance(in_channels, int):
+        raise ArgumentError("edge_dim", "must be given where in_channels is a dictionary.")
+    return dict.fromkeys(edge_types, in_channels if edge_dim is None else edge_dim)  # type: ignore[arg-type]
 
 
-class Edges(NamedTuple):
-    """The ``edge_index`` of each edge type; None for one that the network does not have."""
-
-    near: Tensor | None
-    relates: Tensor | None
-    matches: Tensor
-
-
-class MeanMessage(MessagePassing):
-    r"""The mean of messages from neighbours (either half of eq. 5 or 7): :math:`\frac{1}{|N(i)|} \sum_{j \in N(i)}
-    \rho([e_{ij}, v_j])`.
-
-    A node without neighbours gets zeros.
-
-    Args:
-        edge_channels: length of an edge state.
-        node_channels: length of a source node's state.
-        out_channels: length of the result.
-        reverse: let messages run from target to source of ``edge_index`` (labels to instances along matching edges).
-
-    Shapes:
-        - **input:** states of the sending nodes (N_j, node_channels), ``edge_index`` (2, E), edge states
-          (E, edge_channels), number of receiving nodes N_i
-        - **output:** (N_i, out_channels)
-    """
-
-    def __init__(self, edge_channels: int, node_channels: int, out_channels: int, *, reverse: bool = False) -> None:
-        super().__init__(aggr="mean", flow="target_to_source" if reverse else "source_to_target")
-        self.rho = MLP([edge_channels, node_channels], out_channels, out_channels)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self.rho.reset_parameters()
-
-    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, num_receivers: int) -> Tensor:
-        # Sizes stand in the order of edge_index, (source, target), whichever way messages flow.
-        size = (x.shape[0], num_receivers) if self.flow == "source_to_target" else (num_receivers, x.shape[0])
-        out: Tensor = self.propagate(edge_index, x=x, edge_attr=edge_attr, size=size)
-        return out
-
-    def message(self, x_j: Tensor, edge_attr: Tensor) -> Tensor:
-        out: Tensor = self.rho(edge_attr, x_j)
-        return out
-
-    def __repr__(self) -> str:
-        edge, node = self.rho.lin1.in_channels
-        return f"{type(self).__name__}({edge}, {node}, {self.rho.lin2.out_features})"
-
-
-class NodeConv(nn.Module):
-    r"""Node convolution with two aggregators for each kind of node (eq. 5 to 8).
+class MessageMLP(MessagePassing):
+    r"""The mean of messages from neighbors, either half of eq. 5 or 7 of the `GM-MLIC paper
+    <https://www.ijcai.org/proceedings/2021/163>`_:
 
     .. math::
-        a_i &= \operatorname{mean}_{j \in N_o(i)} \rho_{oo}([e^o_{ij}, v^o_j]), \quad
-        b_i = \operatorname{mean}_{j \in N_l(i)} \rho_{ol}([e^m_{ij}, v^l_j]), \quad
-        v^o_i \leftarrow \phi_o([v^o_i, a_i, b_i]) \\
-        a_i &= \operatorname{mean}_{j \in N_l(i)} \rho_{ll}([e^l_{ij}, v^l_j]), \quad
-        b_i = \operatorname{mean}_{j \in N_o(i)} \rho_{lo}([e^m_{ji}, v^o_j]), \quad
-        v^l_i \leftarrow \phi_l([v^l_i, a_i, b_i])
+        \hat{v}_i = \frac{1}{|\mathcal{N}(i)|} \sum_{j \in \mathcal{N}(i)} \rho_n([e_{ij}, v_j])
 
-    An edge type that ``relations`` leaves out takes its argument of :math:`\phi` with it.
+    It is zero for a node without neighbors.
 
     Args:
-        in_channels: length of all states that come in.
-        out_channels: length of the new node states.
-        relations: which edge types there are.
-        norm: LayerNorm on the new states.
+        in_channels: size of node features; a tuple for source and target of a bipartite graph; -1 to take the size
+            from the first input.
+        edge_dim: size of edge features; -1 likewise.
+        out_channels: size of the result.
+        reverse: messages flow from target to source of ``edge_index``: eq. 6 reads the matching edges that way
+            (default: no).
+        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`.
+
+    Shapes:
+        - **input:** node features (N, in_channels) or a pair of them, ``edge_index`` (2, E), edge features
+          (E, edge_dim)
+        - **output:** (N_i, out_channels), for the receiving nodes
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, relations: Relations | None = None, *, norm: bool = False
+        self,
+        in_channels: int | tuple[int, int],
+        edge_dim: int,
+        out_channels: int,
+        *,
+        reverse: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(aggr="mean", flow="target_to_source" if reverse else "source_to_target", **kwargs)
+        self.in_channels, self.edge_dim, self.out_channels, self.reverse = in_channels, edge_dim, out_channels, reverse
+        self.rho_n = ConcatMLP([edge_dim, pair(in_channels)[reverse]], out_channels, out_channels)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.rho_n.reset_parameters()
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Any) -> Tensor:
+        x = (x, x) if isinstance(x, Tensor) else x
+        if isinstance(edge_index, DenseEdges):
+            if isinstance(edge_attr, EdgeTensor) and self in edge_attr.outputs:
+                return edge_attr.outputs[self]
+            x_j: Any = edge_index.ends(*x)[self.reverse]
+            return edge_index.mean(self.message(x_j, edge_attr), to_source=self.reverse)
+        # Sizes are in the order of edge_index, (source, target), in both directions.
+        size = (x[0].shape[0], x[1].shape[0])
+        return self.propagate(edge_index, x=x[self.reverse], edge_attr=edge_attr, size=size)  # type: ignore[no-any-return]
+
+    def message(self, x_j: Tensor, edge_attr: Tensor) -> Tensor:
+        return self.rho_n(edge_attr, x_j)  # type: ignore[no-any-return]  # dense: EdgeTensor in and out
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.in_channels}, {self.edge_dim}, {self.out_channels})"
+
+
+class NodeConv(nn.Module):
+    r"""The node convolution of the `GM-MLIC paper <https://www.ijcai.org/proceedings/2021/163>`_ (eq. 5 to 8), with one
+    aggregator for each edge type that leads to a node:
+
+    .. math::
+        \hat{v}^o_i &= \operatorname{mean}_{j \in \mathcal{N}_o(i)} \rho_n^{oo}([e^o_{ij}, v^o_j]), \quad
+        \tilde{v}^o_i = \operatorname{mean}_{j \in \mathcal{N}_l(i)} \rho_n^{lo}([e^m_{ij}, v^l_j]), \quad
+        v^o_i \leftarrow \phi_n^o([v^o_i, \hat{v}^o_i, \tilde{v}^o_i]) \\
+        \hat{v}^l_i &= \operatorname{mean}_{j \in \mathcal{N}_l(i)} \rho_n^{ll}([e^l_{ij}, v^l_j]), \quad
+        \tilde{v}^l_i = \operatorname{mean}_{j \in \mathcal{N}_o(i)} \rho_n^{ol}([e^m_{ji}, v^o_j]), \quad
+        v^l_i \leftarrow \phi_n^l([v^l_i, \hat{v}^l_i, \tilde{v}^l_i])
+
+    ``message[edge_type][node_type]`` is the :class:`MessageMLP` along ``edge_type`` to nodes of ``node_type``, with the
+    function ``rho_n``; ``phi_n[node_type]`` is the function of the update.
+
+    Args:
+        in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
+        out_channels: size of the new node features.
+        edge_types: the edge types, with what each of them has.
+        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``.
+        norm: LayerNorm on the new features (default: no).
+
+    Shapes:
+        - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``
+          (E, edge_dim) by edge type
+        - **output:** ``x_dict`` (N, out_channels)
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Mapping[NodeType, int],
+        out_channels: int,
+        edge_types: Mapping[EdgeType, EdgeSpec],
+        edge_dim: int | Mapping[EdgeType, int] | None = None,
+        *,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.relations = relations = relations or Relations()
-
-        def message(present: bool, *, reverse: bool = False) -> MeanMessage | None:
-            return MeanMessage(in_channels, in_channels, out_channels, reverse=reverse) if present else None
-
-        self.rho_oo = message(relations.instance_graph)
-        self.rho_ol = message(relations.matching_edges, reverse=True)
-        self.rho_ll = message(relations.label_graph)
-        self.rho_lo = message(relations.matching_edges)
-        messages_o = [out_channels] * (relations.instance_graph + relations.matching_edges)
-        messages_l = [out_channels] * (relations.label_graph + relations.matching_edges)
-        self.phi_o = MLP([in_channels, *messages_o], out_channels, out_channels, norm=norm)
-        self.phi_l = MLP([in_channels, *messages_l], out_channels, out_channels, norm=norm)
+        size = node_sizes(in_channels, edge_types)
+        dims = edge_dims(in_channels, edge_types, edge_dim)
+        self.message = ModuleDict({edge_type: ModuleDict() for edge_type in edge_types})
+        parts = {node_type: [size[node_type]] for node_type in size}
+        for node_type in size:
+            for t, spec in edge_types.items():
+                for reverse in (False, True)[: 1 + spec.bidirectional]:
+                    if node_type == t[0 if reverse else 2]:
+                        ends = (size[t[0]], size[t[2]])
+                        self.message[t][node_type] = MessageMLP(ends, dims[t], out_channels, reverse=reverse)
+                        parts[node_type].append(out_channels)
+        self.phi_n = ModuleDict({t: ConcatMLP(parts[t], out_channels, out_channels, norm=norm) for t in size})
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        for module in (*self.message.values(), self.phi_n):
+            for function in module.values():
+                function.reset_parameters()
 
-    def forward(self, states: States, edges: Edges) -> tuple[Tensor, Tensor]:
-        """New states of instances (N_o, out_channels) and labels (N_l, out_channels)."""
-        v_o, v_l, e_o, e_l, e_m = states
-        near, relates, matches = edges
-        N_o, N_l = v_o.shape[0], v_l.shape[0]
-        to_o = [v_o]
-        to_l = [v_l]
-        if self.rho_oo is not None:
-            to_o.append(self.rho_oo(v_o, near, e_o, N_o))
-        if self.rho_ol is not None:
-            to_o.append(self.rho_ol(v_l, matches, e_m, N_o))
-        if self.rho_ll is not None:
-            to_l.append(self.rho_ll(v_l, relates, e_l, N_l))
-        if self.rho_lo is not None:
-            to_l.append(self.rho_lo(v_o, matches, e_m, N_l))
-        return self.phi_o(*to_o), self.phi_l(*to_l)
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Any],
+        edge_attr_dict: Mapping[EdgeType, Any],
+    ) -> dict[NodeType, Tensor]:
+        parts = {node_type: [x_dict[node_type]] for node_type in self.phi_n}
+        for edge_type, by_receiver in self.message.items():
+            ends = (x_dict[edge_type[0]], x_dict[edge_type[2]])
+            for node_type, message in by_receiver.items():
+                parts[node_type].append(message(ends, edge_index_dict[edge_type], edge_attr_dict[edge_type]))
+        return {node_type: phi_n(*parts[node_type]) for node_type, phi_n in self.phi_n.items()}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
-class Product(nn.Module):
-    r"""The element-wise product :math:`(A v_i) \odot (B v_j)` of projections of both ends of an edge.
+class EdgeUpdate(MessagePassing):
+    r"""The edge convolution of one edge type of the `GM-MLIC paper <https://www.ijcai.org/proceedings/2021/163>`_
+    (eq. 9 to 12), from source j to target i:
 
-    A third argument beside :math:`[v_i, v_j]` for functions on matching edges: a multilayer perceptron over a
-    concatenation learns an inner product slowly. Not in the paper; see ``fusion`` of :class:`~gm_mlic.nn.GMMLIC`.
-
-    Args:
-        in_channels: lengths of both states.
-        out_channels: length of the product.
-    """
-
-    def __init__(self, in_channels: tuple[int, int], out_channels: int) -> None:
-        super().__init__()
-        self.A = nn.Linear(in_channels[0], out_channels, bias=False)
-        self.B = nn.Linear(in_channels[1], out_channels, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for lin in (self.A, self.B):  # keep the variance, as in MLP: a faint product is not found in time
-            nn.init.kaiming_normal_(lin.weight, nonlinearity="linear")
-
-    def forward(self, v_i: Tensor, v_j: Tensor) -> Tensor:
-        out: Tensor = self.A(v_i) * self.B(v_j)
-        return out
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({(self.A.in_features, self.B.in_features)}, {self.A.out_features})"
-
-
-class EdgeConv(MessagePassing):
-    r"""Edge convolution of one edge type (eq. 9 to 12): :math:`e_{ij} \leftarrow \psi([e_{ij},
-    \sigma([v_{source}, v_{target}])])`.
+    .. math::
+        e_{ij} \leftarrow \phi_e([e_{ij}, \rho_e([v_j, v_i])])
 
     Args:
-        edge_channels: length of the edge states that come in.
-        node_channels: length of the node states, after the node convolution.
-        out_channels: length of the new edge states.
-        product: give :math:`\sigma` the third argument :class:`Product` (fusion ``product``).
-        norm: LayerNorm on the new states.
+        in_channels: size of node features; a tuple for source and target of a bipartite graph; -1 to take the size
+            from the first input.
+        edge_dim: size of edge features; -1 likewise.
+        out_channels: size of the new edge features.
+        product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: no).
+        norm: LayerNorm on the new features (default: no).
+        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`.
 
     Shapes:
-        - **input:** source and target states (N_s, node_channels), (N_t, node_channels), ``edge_index`` (2, E), edge
-          states (E, edge_channels)
+        - **input:** node features (N, in_channels) or a pair of them, ``edge_index`` (2, E), edge features
+          (E, edge_dim)
         - **output:** (E, out_channels)
     """
 
     def __init__(
-        self, edge_channels: int, node_channels: int, out_channels: int, *, product: bool = False, norm: bool = False
+        self,
+        in_channels: int | tuple[int, int],
+        edge_dim: int,
+        out_channels: int,
+        *,
+        product: bool = False,
+        norm: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(aggr=None)
-        parts = [node_channels] * 2 + [out_channels] * product
-        self.product = Product((node_channels, node_channels), out_channels) if product else None
-        self.sigma = MLP(parts, out_channels, out_channels)
-        self.psi = MLP([edge_channels, out_channels], out_channels, out_channels, norm=norm)
+        super().__init__(aggr=None, **kwargs)
+        self.in_channels, self.edge_dim, self.out_channels = in_channels, edge_dim, out_channels
+        self.rho_e = EndsMLP(pair(in_channels), out_channels, out_channels, product=product)
+        self.phi_e = ConcatMLP([edge_dim, out_channels], out_channels, out_channels, norm=norm)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for module in (self.product, self.sigma, self.psi):
-            if module is not None:
-                module.reset_parameters()
+        self.rho_e.reset_parameters()
+        self.phi_e.reset_parameters()
 
-    def forward(self, x: tuple[Tensor, Tensor], edge_index: Tensor, edge_attr: Tensor) -> Tensor:
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], edge_index: Tensor | DenseEdges, edge_attr: Any) -> Any:
+        x = (x, x) if isinstance(x, Tensor) else x
+        if isinstance(edge_index, DenseEdges):
+            x_j, x_i = edge_ends(edge_index, *x)
+            return self.edge_update(x_i, x_j, edge_attr)
         size = (x[0].shape[0], x[1].shape[0])
-        out: Tensor = self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=size)
-        return out
+        return self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=size)
 
     def edge_update(self, x_i: Tensor, x_j: Tensor, edge_attr: Tensor) -> Tensor:
-        # PyG: j is the source, i the target.
-        ends = [x_j, x_i] if self.product is None else [x_j, x_i, self.product(x_j, x_i)]
-        out: Tensor = self.psi(edge_attr, self.sigma(*ends))
-        return out
+        return self.phi_e(edge_attr, self.rho_e(x_j, x_i))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
-        edge, out = self.psi.lin1.in_channels
-        return f"{type(self).__name__}({edge}, {self.sigma.lin1.in_channels[0]}, {out})"
+        return f"{type(self).__name__}({self.in_channels}, {self.edge_dim}, {self.out_channels})"
 
 
-class AssignmentConv(nn.Module):
-    """One graph network block: a node convolution, then an edge convolution of each edge type on its new nodes.
+class GraphNetworkBlock(nn.Module):
+    r"""One block of the `GM-MLIC paper <https://www.ijcai.org/proceedings/2021/163>`_: :class:`NodeConv` (eq. 5 to 8),
+    then :class:`EdgeUpdate` of each edge type on the new nodes (eq. 9 to 12):
+
+    .. math::
+        v_i \leftarrow \phi_n([v_i, \hat{v}_i, \tilde{v}_i]), \qquad
+        e_{ij} \leftarrow \phi_e([e_{ij}, \rho_e([v_j, v_i])])
 
     Args:
-        in_channels: length of all states that come in.
-        out_channels: length of all new states.
-        relations: which edge types there are.
-        product: fusion ``product`` on the matching edges.
-        norm: LayerNorm on updated node and edge states.
-        last: in the last block only the matching edges are read, so the other two are not updated.
+        in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
+        out_channels: size of all new features.
+        edge_types: the edge types, with what each of them has.
+        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``.
+        product: fusion ``product`` for the edge types that are ``fused`` (default: no).
+        norm: LayerNorm on new node and edge features (default: no).
+        updated: the edge types whose features are updated (default: all). After the last block only the matching edges
+            are read.
+
+    Shapes:
+        - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``
+          (E, edge_dim) by edge type
+        - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
     """
 
     def __init__(
         self,
-        in_channels: int,
+        in_channels: int | Mapping[NodeType, int],
         out_channels: int,
-        relations: Relations | None = None,
+        edge_types: Mapping[EdgeType, EdgeSpec],
+        edge_dim: int | Mapping[EdgeType, int] | None = None,
         *,
         product: bool = False,
         norm: bool = False,
-        last: bool = False,
+        updated: Collection[EdgeType] | None = None,
     ) -> None:
         super().__init__()
-        relations = relations or Relations()
         self.in_channels, self.out_channels = in_channels, out_channels
-
-        def edges(present: bool, *, product: bool = False) -> EdgeConv | None:
-            return EdgeConv(in_channels, out_channels, out_channels, product=product, norm=norm) if present else None
-
-        self.nodes = NodeConv(in_channels, out_channels, relations, norm=norm)
-        self.edges_o = edges(relations.instance_graph and not last)
-        self.edges_l = edges(relations.label_graph and not last)
-        self.edges_m = edges(relations.matching_edges, product=product)
+        dims = edge_dims(in_channels, edge_types, edge_dim)
+        self.node_conv = NodeConv(in_channels, out_channels, edge_types, dims, norm=norm)
+        self.edge_conv = ModuleDict(
+            {
+                t: EdgeUpdate(out_channels, dims[t], out_channels, product=product and spec.fused, norm=norm)
+                for t, spec in edge_types.items()
+                if updated is None or t in updated
+            }
+        )
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        self.node_conv.reset_parameters()
+        for edge_conv in self.edge_conv.values():
+            edge_conv.reset_parameters()
 
-    def forward(self, states: States, edges: Edges) -> States:
-        """New states of all nodes and edges."""
-        _, _, e_o, e_l, e_m = states
-        near, relates, matches = edges
-        v_o, v_l = self.nodes(states, edges)
-        e_o = None if self.edges_o is None else self.edges_o((v_o, v_o), near, e_o)
-        e_l = None if self.edges_l is None else self.edges_l((v_l, v_l), relates, e_l)
-        e_m = None if self.edges_m is None else self.edges_m((v_o, v_l), matches, e_m)
-        return States(v_o, v_l, e_o, e_l, e_m)
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Any],
+        edge_attr_dict: Mapping[EdgeType, Any],
+    ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
+        v = self.node_conv(x_dict, edge_index_dict, edge_attr_dict)
+        e = {
+            t: edge_conv((v[t[0]], v[t[2]]), edge_index_dict[t], edge_attr_dict[t])
+            for t, edge_conv in self.edge_conv.items()
+        }
+        return v, e
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

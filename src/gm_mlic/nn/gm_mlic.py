@@ -1,9 +1,8 @@
-"""The network: encoder, k graph network blocks, decoder, pooling (eq. 4 to 14)."""
+"""The network: encoder, k graph network blocks, decoder, max-pooling (eq. 4 to 14)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,223 +10,174 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
+from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, NEAR, RELATES
-from gm_mlic.nn import structured
-from gm_mlic.nn.conv import AssignmentConv, Edges, Product, Relations, States
-from gm_mlic.nn.mlp import MLP, Decoder
-from gm_mlic.nn.scatter import group_max
-from gm_mlic.nn.structured import Prepared
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, edge_ends
+from gm_mlic.graphs.schema import (
+    INSTANCE,
+    LABEL,
+    MATCHES,
+    RELATIONS,
+    EdgeSpec,
+    EdgeType,
+    NodeType,
+    edge_table,
+)  # fmt: skip
+from gm_mlic.nn.conv import GraphNetworkBlock, node_sizes
+from gm_mlic.nn.mlp import ConcatMLP, Decoder, EndsMLP
+from gm_mlic.nn.output import ModelOutput, max_pool_instances
 
 FUSIONS = ("concat", "product")
 NORMS = ("none", "encoder", "all")
-EXECUTIONS = ("auto", "structured", "explicit")
-LONELY = "Label nodes {} have no matching edge: join each to at least one instance."
+
+#: Edges, of images taken together, that gradient checkpointing computes at a time: enough to keep a processor busy, and
+#: at the widths of the paper about 200 MB.
+CHECKPOINTED_EDGES = 2**13
 
 
 @dataclass(frozen=True, eq=False)
-class ModelOutput:
-    """What a model says of a batch of B images.
+class LabelCache:
+    """Encoded label nodes and label edges, and what the first block computes from them: all that no image changes.
+
+    Valid as long as weights and labels stay. See :meth:`GMMLIC.precompute_labels`.
 
     Attributes:
-        logits: (B, C) label logits; ``sigmoid`` of them is p of eq. 14.
-        winners: (B, C) int64, which instance of the image (0 is the most confident) won each label.
-        matches: match logits as the execution leaves them: (E,), or (B, M, C) with the mask below. What the baselines
-            for whole images say of each location instead, each one's docstring tells.
-        mask: (B, M) bool, the instances that there are; (B, M, C), the matching edges, if not all are there; or None.
-        label_states: (B, C, d) states of the labels after the last block; None from a model without label nodes.
+        x_dict: encoded nodes (1, C, d) by node type.
+        edge_attr_dict: encoded edges (1, C, K, d) by edge type.
     """
 
-    logits: Tensor
-    winners: Tensor
-    matches: Tensor
-    mask: Tensor | None = None
-    label_states: Tensor | None = None
-
-    @property
-    def match_logits(self) -> Tensor:
-        """(E,) logit of each matching edge, sorted by image, instance, label (eq. 13)."""
-        return self.matches if self.mask is None else self.matches[self.mask].flatten()
-
-
-def pool_matches(match_logits: Tensor, data: HeteroData, v_l: Tensor | None = None) -> ModelOutput:
-    """Max-pooling over instances (eq. 14), on logits: match logits (E,) to :class:`ModelOutput`.
-
-    ``v_l`` (B * C, d), the labels' states, goes into the output.
-
-    Raises:
-        ConfigError: if images differ in their number of labels, or a label has no matching edge.
-    """
-    source, target = data[MATCHES].edge_index
-    labels = data[LABEL]
-    B = int(getattr(data, "num_graphs", 1))
-    if not torch.compiler.is_compiling():  # these checks read values, which would break a compiled graph
-        counts = labels.ptr.diff().tolist() if "ptr" in labels else []
-        if len(set(counts)) > 1:
-            raise ConfigError(f"Images of one batch have {counts} labels: batch those with the same.")
-        lonely = (torch.bincount(target, minlength=labels.x.shape[0]) == 0).nonzero().flatten().tolist()
-        if lonely:
-            raise ConfigError(LONELY.format(lonely[:5]))
-    best, edge = group_max(match_logits, target, labels.x.shape[0])
-    first = data[INSTANCE].ptr[:-1] if "ptr" in data[INSTANCE] else source.new_zeros(1)
-    winners = source[edge].view(B, -1) - first.view(B, 1)
-    states = None if v_l is None else v_l.view(B, -1, v_l.shape[-1])
-    return ModelOutput(best.view(B, -1), winners, match_logits, label_states=states)
-
-
-def pool_match_matrix(matrix: Tensor, mask: Tensor, v_l: Tensor | None = None) -> ModelOutput:
-    """The same from a dense (B, M, C), the mask of the instances (B, M) or edges (B, M, C) that there are, and labels
-    (B, C, d).
-
-    Raises:
-        ConfigError: if a label has no matching edge.
-    """
-    there = mask if mask.dim() == 3 else mask[..., None]
-    if mask.dim() == 3 and not torch.compiler.is_compiling() and not bool(there.any(dim=1).all()):
-        raise ConfigError(LONELY.format((~there.any(dim=1)).flatten().nonzero().flatten().tolist()[:5]))
-    values = matrix.detach().masked_fill(~there, float("-inf"))
-    best = values.amax(dim=1, keepdim=True)
-    position = torch.arange(matrix.shape[1], device=matrix.device)[:, None]
-    winners = torch.where((values == best) | values.isnan(), position, matrix.shape[1]).amin(dim=1)
-    logits = matrix.gather(1, winners[:, None]).squeeze(1)
-    return ModelOutput(logits, winners, matrix, mask, v_l)
-
-
-def check_lengths(data: HeteroData | AssignmentBatch, instance_dim: int | None, label_dim: int | None = None) -> None:
-    """Raise ConfigError unless features and label vectors have the lengths that a model was built for."""
-    if isinstance(data, AssignmentBatch):
-        x, W = data.x, data.label_vectors
-    else:
-        x, W = data[INSTANCE].x, data[LABEL].x
-    for what, length, expected in (
-        ("instance features", x.shape[-1], instance_dim),
-        ("label vectors", W.shape[-1], label_dim),
-    ):
-        if expected is not None and length != expected:
-            raise ConfigError(f"The graph's {what} have length {length}, the model was built for {expected}.")
-
-
-def standardise(box: Tensor) -> Tensor:
-    """Coordinates that are uniform in [0, 1] to mean 0 and variance 1."""
-    return (box - 0.5) * math.sqrt(12)
+    x_dict: dict[NodeType, Tensor]
+    edge_attr_dict: dict[EdgeType, EdgeTensor]
 
 
 class Encoder(nn.Module):
-    r"""Takes every node and edge attribute into the latent space, by one MLP for each type (eq. 4).
+    r"""The encoder of the `GM-MLIC paper <https://www.ijcai.org/proceedings/2021/163>`_ (eq. 4), one MLP for each node
+    type and each edge type:
 
-    Attributes of eq. 2 and 3 that the graph does not carry are formed from its nodes. The MLP of the instance edges
-    reads eq. 1 in other coordinates, :meth:`relative`.
+    .. math::
+        v_i \leftarrow f(v_i), \qquad e_{ij} \leftarrow f(e_{ij}), \text{ or } f(v_j, v_i)
+        \text{ where } e_{ij} = [v_j, v_i] \text{ (eq. 2 and 3)}
 
     Args:
-        instance_dim: D_o, length of an instance's feature.
-        label_dim: D_l, length of a label's vector.
-        out_channels: width of all encoded states.
-        relations: which edge types there are.
-        product: give the matching edges the third argument :class:`~gm_mlic.nn.Product`.
-        norm: LayerNorm on the encoded states.
+        in_channels: size of the attribute of each node type; -1 to take it from the first input.
+        out_channels: size of all encoded features.
+        edge_types: the edge types, with what each of them has.
+        product: fusion ``product`` for the edge types that are ``fused`` (default: no).
+        norm: LayerNorm on the encoded features (default: yes).
+
+    Shapes:
+        - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) by edge type,
+          ``edge_attr_dict`` (E, attr_dim) by edge type; attributes of eq. 2 and 3 are formed where they are absent
+        - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
     """
 
     def __init__(
         self,
-        instance_dim: int,
-        label_dim: int,
+        in_channels: Mapping[NodeType, int],
         out_channels: int,
-        relations: Relations,
+        edge_types: Mapping[EdgeType, EdgeSpec],
         *,
         product: bool = False,
         norm: bool = True,
     ) -> None:
         super().__init__()
-        self.instance_dim, self.label_dim, self.out_channels = instance_dim, label_dim, out_channels
+        self.in_channels, self.out_channels = dict(in_channels), out_channels
+        self.edge_types = dict(edge_types)
 
-        def mlp(*parts: int) -> MLP:
-            return MLP(parts, out_channels, out_channels, norm=norm)
+        def edge_mlp(edge_type: EdgeType, spec: EdgeSpec) -> nn.Module:
+            if spec.attr_dim is not None:
+                return ConcatMLP([spec.attr_dim], out_channels, out_channels, norm=norm)
+            ends = (in_channels[edge_type[0]], in_channels[edge_type[2]])
+            return EndsMLP(ends, out_channels, out_channels, product=product and spec.fused, norm=norm)
 
-        self.v_o = mlp(instance_dim)
-        self.v_l = mlp(label_dim)
-        self.e_o = mlp(4, 4) if relations.instance_graph else None
-        self.e_l = mlp(label_dim, label_dim) if relations.label_graph else None
-        self.e_m: MLP | None = None
-        self.product: Product | None = None
-        if relations.matching_edges and product:
-            self.product = Product((instance_dim, label_dim), out_channels)
-            self.e_m = mlp(instance_dim, label_dim, out_channels)
-        elif relations.matching_edges:
-            self.e_m = mlp(instance_dim, label_dim)
+        self.x = ModuleDict(
+            {t: ConcatMLP([size], out_channels, out_channels, norm=norm) for t, size in in_channels.items()}
+        )
+        self.edge_attr = ModuleDict({t: edge_mlp(t, spec) for t, spec in edge_types.items()})
 
     def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+        for mlp in (*self.x.values(), *self.edge_attr.values()):
+            mlp.reset_parameters()
 
-    def forward(self, data: HeteroData) -> States:
-        """The encoded states."""
-        x_o, x_l = data[INSTANCE].x, data[LABEL].x
-        e_o = e_l = e_m = None
-        if self.e_o is not None:
-            e_o = self.e_o(self.relative(data[NEAR].edge_attr))
-        if self.e_l is not None:
-            e_l = self.e_l(self._ends(data, RELATES, x_l, x_l))
-        if self.e_m is not None:
-            ends = self._ends(data, MATCHES, x_o, x_l)
-            if self.product is not None:
-                f, w = ends[:, : self.instance_dim], ends[:, self.instance_dim :]
-                ends = torch.cat([ends, self.product(f, w)], dim=1)
-            e_m = self.e_m(ends)
-        return States(self.v_o(x_o), self.v_l(x_l), e_o, e_l, e_m)
+    def forward(
+        self,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Any],
+        edge_attr_dict: Mapping[EdgeType, Any],
+        cache: LabelCache | None = None,
+    ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
+        """Encode the nodes and edges of a graph; node types and edge types that are not in it are left out.
 
-    @staticmethod
-    def relative(e_o: Tensor) -> Tensor:
-        r""":math:`[B_j, B_i]` as :math:`[16 (B_j - B_i), \sqrt{12} (B_i - 1/2)]`.
-
-        An invertible linear map, so what the Linear behind it can express is what it can on eq. 1 itself. But where j
-        stands relative to i is the larger part of its input from the first step on, and nothing spatial is learnt in
-        reasonable time otherwise (``experiments/recipe``).
+        Args:
+            x_dict, edge_index_dict, edge_attr_dict: the graph.
+            cache: encoded label nodes and edges, which are then not computed.
         """
-        B_j, B_i = e_o.chunk(2, dim=-1)
-        return torch.cat([16 * (B_j - B_i), standardise(B_i)], dim=-1)
+        x = {} if cache is None else dict(cache.x_dict)
+        e: dict[EdgeType, Any] = {} if cache is None else dict(cache.edge_attr_dict)
+        for node_type, mlp in self.x.items():
+            if node_type in x_dict and node_type not in x:
+                x[node_type] = mlp(x_dict[node_type])
+        for edge_type, mlp in self.edge_attr.items():
+            if edge_type in edge_index_dict and edge_type not in e:
+                e[edge_type] = mlp(*self._attributes(edge_type, x_dict, edge_index_dict, edge_attr_dict))
+        return x, e
 
-    @staticmethod
-    def _ends(data: HeteroData, edge_type: tuple[str, str, str], x_source: Tensor, x_target: Tensor) -> Tensor:
-        if "edge_attr" in data[edge_type]:
-            attr: Tensor = data[edge_type].edge_attr
-            return attr
-        source, target = data[edge_type].edge_index
-        return torch.cat([x_source[source], x_target[target]], dim=1)
+    def _attributes(
+        self,
+        edge_type: EdgeType,
+        x_dict: Mapping[NodeType, Tensor],
+        edge_index_dict: Mapping[EdgeType, Any],
+        edge_attr_dict: Mapping[EdgeType, Any],
+    ) -> tuple[Tensor | EdgeTensor, ...]:
+        """The attribute of eq. 1, or both parts of that of eq. 2 or 3."""
+        spec, edge_index = self.edge_types[edge_type], edge_index_dict[edge_type]
+        x_source, x_target = x_dict[edge_type[0]], x_dict[edge_type[2]]
+        if spec.attr_dim is not None:
+            attr = edge_attr_dict[edge_type] if spec.transform is None else spec.transform(edge_attr_dict[edge_type])
+            return (EdgeTensor(attr) if isinstance(edge_index, DenseEdges) else attr,)
+        if edge_type in edge_attr_dict:
+            return edge_attr_dict[edge_type].split([x_source.shape[-1], x_target.shape[-1]], dim=-1)  # type: ignore[no-any-return]
+        return edge_ends(edge_index, x_source, x_target)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, {self.out_channels})"
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
 class GMMLIC(nn.Module):
-    r"""Graph Matching based Multi-Label Image Classification, from the paper of that name (Wu et al., IJCAI 2021).
+    r"""The network of `"GM-MLIC: Graph Matching based Multi-Label Image Classification"
+    <https://www.ijcai.org/proceedings/2021/163>`_ (Wu et al., IJCAI 2021).
 
     .. math::
-        G_A &\leftarrow \mathrm{Enc}(G_A) \\
-        G_A &\leftarrow \mathrm{EdgeConv}(\mathrm{NodeConv}(G_A)) \quad k \text{ times} \\
-        s_{ic} &= \mathrm{Dec}(e^m_{ic}), \qquad p_c = \sigma(\max_i s_{ic})
+        G_A &\leftarrow \mathrm{Encoder}(G_A) & \text{(eq. 4)} \\
+        G_A &\leftarrow \mathrm{EdgeConv}(\mathrm{NodeConv}(G_A)) \quad k \text{ times} & \text{(eq. 5 to 12)} \\
+        s_{ic} &= \mathrm{Decoder}(e^m_{ic}) & \text{(eq. 13)} \\
+        p_c &= \sigma(\max_i s_{ic}) & \text{(eq. 14)}
 
-    No parameter belongs to a label or to a number of instances: one model takes any C and M; only C must be the same
-    for all images of a batch. Under autocast, logits and pooling stay in float32.
+    The parameters do not depend on the number of labels or instances: one model takes any C and M. C must be the same
+    for all images of a batch.
+
+    The kind of graph decides how it is computed. A ``HeteroData`` is processed by message passing over ``edge_index``,
+    an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, several times faster. Parameters
+    and results are the same. Under autocast, logits and pooling stay in float32.
 
     Args:
-        instance_dim: D_o, length of an instance's feature f.
-        label_dim: D_l, length of a label's vector w (300 for the paper's GloVe).
+        instance_dim: D_o, size of an instance's feature f.
+        label_dim: D_l, size of a label's vector w (300 for the paper's GloVe).
         k: number of blocks (default: 2, the paper's).
-        widths: width of each block; default k - 1 times 512, then 256.
-        encoder_width: width of the encoded states; default: that of the first block.
-        fusion: what functions on the matching edges see of the two ends: ``concat`` (the paper), or ``product``, which
-            adds an element-wise product of learnt projections (default; see ``experiments/recipe``).
-        norm: LayerNorm on ``none``, on the ``encoder``'s states, or on ``all`` encoded and updated states.
-        label_graph, instance_graph, matching_edges: False removes that edge type (the paper's Table 4). Without
-            matching edges the decoder reads :math:`[v^o_i, v^l_c]`.
-        execution: ``explicit`` passes messages over ``edge_index``; ``structured`` does the same sums on dense tensors,
-            several times faster, where relations are complete; ``auto`` (default) takes the structured one wherever
-            the graph allows it. Same parameters, same numbers.
-        recompute: keep next to nothing for the backward pass and compute it again there, a few images at a time: a
-            fraction of the memory for about a third more time, same numbers. The explicit execution keeps the states
-            between blocks; compiled code keeps what the compiler chooses, and this has no effect.
+        widths: size of the features after each block. Default: k - 1 times 512, then 256 (the paper's).
+        encoder_width: size of the encoded features. Default: that of the first block.
+        fusion: arguments of the functions of both ends of a matching edge: ``concat``, :math:`[v_j, v_i]` (the paper),
+            or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
+        norm: LayerNorm on ``none``, on the ``encoder``'s features, or on ``all`` encoded and updated features
+            (default).
+        edge_types: a table of edge types, :data:`~gm_mlic.graphs.EDGE_TYPES` (default) or one of your own, or the names
+            of some of its rows. The paper's ablations leave one row out. Without ``matches``, the decoder reads
+            :math:`[v^o_i, v^l_c]`.
+        gradient_checkpointing: keep next to nothing for the backward pass and recompute it there, a few images at a
+            time: a fraction of the memory for about a third more time, same results (default: no). For a
+            ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
 
     Shapes:
         - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an
@@ -235,7 +185,8 @@ class GMMLIC(nn.Module):
         - **output:** :class:`ModelOutput`
 
     Raises:
-        ConfigError: for a setting that cannot work.
+        ArgumentError: for an argument that cannot work.
+        ConfigError: when called, for a graph of other sizes or dtypes than the model, or without an edge type.
     """
 
     def __init__(
@@ -248,44 +199,47 @@ class GMMLIC(nn.Module):
         fusion: str = "product",
         norm: str = "all",
         *,
-        label_graph: bool = True,
-        instance_graph: bool = True,
-        matching_edges: bool = True,
-        execution: str = "auto",
-        recompute: bool = False,
+        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str] = RELATIONS,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if k < 1:
-            raise ConfigError(f"model.k must be 1 or more, got {k}.")
+            raise ArgumentError("k", f"must be 1 or more, got {k}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
-            raise ConfigError(f"model.widths must have k = {k} entries, got {list(widths)}.")
-        if encoder_width is None:
-            encoder_width = widths[0]
-        if min(instance_dim, label_dim, encoder_width, *widths) < 1:
-            raise ConfigError("model.widths, model.encoder_width and both input lengths must be 1 or more.")
-        for name, value, allowed in (
-            ("fusion", fusion, FUSIONS),
-            ("norm", norm, NORMS),
-            ("execution", execution, EXECUTIONS),
-        ):
+            raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
+        encoder_width = widths[0] if encoder_width is None else encoder_width
+        for name, size in (("encoder_width", encoder_width), *(("widths", width) for width in widths)):
+            if size < 1:
+                raise ArgumentError(name, f"must be 1 or more, got {size}.")
+        for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
+            if size < 1 and size != -1:
+                raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
+        for name, value, allowed in (("fusion", fusion, FUSIONS), ("norm", norm, NORMS)):
             if value not in allowed:
-                raise ConfigError(f"model.{name} must be one of {', '.join(allowed)}; got {value!r}.")
+                raise ArgumentError(name, f"must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
         self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
-        self.execution, self.recompute = execution, recompute
-        self.relations = relations = Relations(label_graph, instance_graph, matching_edges)
-        product = fusion == "product"
+        self.edge_types = edge_table(edge_types)
+        self.gradient_checkpointing = gradient_checkpointing
 
-        self.encoder = Encoder(instance_dim, label_dim, encoder_width, relations, product=product, norm=norm != "none")
-        channels = [encoder_width, *widths]
-        self.blocks = nn.ModuleList(
-            AssignmentConv(
-                channels[b], channels[b + 1], relations, product=product, norm=norm == "all", last=b == k - 1
-            )
-            for b in range(k)
+        product, norm_all, last = fusion == "product", norm == "all", widths[-1]
+        self.encoder = Encoder(
+            {INSTANCE: instance_dim, LABEL: label_dim},
+            encoder_width,
+            self.edge_types,
+            product=product,
+            norm=norm != "none",
         )
-        self.decoder = Decoder([widths[-1]] if matching_edges else [widths[-1]] * 2, widths[-1], 1)
+        self.blocks = nn.ModuleList()
+        for b, (size, width) in enumerate(zip((encoder_width, *widths), widths, strict=False)):
+            sizes = {INSTANCE: size, LABEL: size} | node_sizes(size, self.edge_types)
+            updated = (MATCHES,) if b == k - 1 else None  # the decoder reads no other edges
+            block = GraphNetworkBlock(
+                sizes, width, self.edge_types, size, product=product, norm=norm_all, updated=updated
+            )
+            self.blocks.append(block)
+        self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last)
 
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
@@ -293,94 +247,129 @@ class GMMLIC(nn.Module):
             block.reset_parameters()  # type: ignore[operator]
         self.decoder.reset_parameters()
 
-    def prepare(self, label_vectors: Tensor, relates: Tensor | None = None) -> Prepared:
-        """What the weights and the labels decide, for :meth:`forward` to take instead of computing it for each batch.
-
-        Good for as long as weights and labels stay; without gradients unless they are enabled.
-
-        Args:
-            label_vectors: (C, D_l).
-            relates: (C, K), the labels that each label hears; None for all others.
-        """
-        return structured.prepare(self, label_vectors, relates)
-
-    def forward(self, data: HeteroData | AssignmentBatch, labels: Prepared | None = None) -> ModelOutput:
-        """Score every label of every image of ``data``.
+    def forward(self, data: HeteroData | AssignmentBatch, label_cache: LabelCache | None = None) -> ModelOutput:
+        """Score every label of every image.
 
         Args:
             data: see above.
-            labels: what :meth:`prepare` made of the labels of ``data``; the structured execution then reads nothing of
-                them but their number.
+            label_cache: of the labels of ``data``, an :class:`~gm_mlic.graphs.AssignmentBatch`, from
+                :meth:`precompute_labels`.
         """
-        check_lengths(data, self.instance_dim, self.label_dim)
-        self._check_relations(data)
-        batch = self._dense(data)
-        if batch is not None:
-            self._check_prepared(batch, labels)
-            matrix, v_l = structured.match_matrix(self, batch, labels)
-            return pool_match_matrix(matrix, batch.mask if batch.matches is None else batch.matches, v_l)
-        match_logits, v_l = self._explicit(data)
-        return pool_matches(match_logits, data, v_l)
-
-    def _explicit(self, data: HeteroData) -> tuple[Tensor, Tensor]:
-        """Match logits (E,) and label states by message passing over ``edge_index``: eq. 4 to 13 as they stand."""
-        edges = Edges(
-            near=data[NEAR].edge_index if self.relations.instance_graph else None,
-            relates=data[RELATES].edge_index if self.relations.label_graph else None,
-            matches=data[MATCHES].edge_index,
-        )
-        states = self.stage(self.encoder, data)
-        for block in self.blocks:
-            states = self.stage(block, states, edges)
-        v_o, v_l, _, _, e_m = states
-        source, target = edges.matches
-        ends = (e_m,) if e_m is not None else (v_o[source], v_l[target])
-        match_logits: Tensor = self.stage(self.decoder, *ends).squeeze(-1)
-        return match_logits, v_l
-
-    def stage(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """``function(*arguments)``; with ``recompute``, computed again in the backward pass instead of kept."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
-
-    def _check_prepared(self, batch: AssignmentBatch, labels: Prepared | None) -> None:
-        if labels is not None and labels.v_l.shape[1] != batch.label_vectors.shape[0]:
-            raise ConfigError(
-                f"The graph has {batch.label_vectors.shape[0]} labels, but {labels.v_l.shape[1]} were prepared: "
-                "prepare the graph's own."
-            )
-
-    def _check_relations(self, data: HeteroData | AssignmentBatch) -> None:
-        if isinstance(data, AssignmentBatch):
-            present = {NEAR: data.near is not None, RELATES: data.label_graph, MATCHES: True}
+        self._check(data, label_cache)
+        checkpointed = self.gradient_checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if checkpointed and isinstance(data, AssignmentBatch):
+            match_logits, label_states = self._checkpointed(data, label_cache)
         else:
-            present = {edge_type: edge_type in data.edge_types for edge_type in (NEAR, RELATES, MATCHES)}
-        wanted = {NEAR: self.relations.instance_graph, RELATES: self.relations.label_graph, MATCHES: True}
-        for edge_type, is_wanted in wanted.items():
-            if is_wanted and not present[edge_type]:
-                raise ConfigError(
-                    f"The model reads {' '.join(edge_type)} edges, which the graph lacks: give both the same ablation."
-                )
+            match_logits, label_states = self._match(data, label_cache, _checkpoint if checkpointed else _call)
+        return max_pool_instances(match_logits, data, label_states)
 
-    def _dense(self, data: HeteroData | AssignmentBatch) -> AssignmentBatch | None:
-        """The dense form of ``data`` for the structured execution, or None for the explicit one."""
-        if isinstance(data, AssignmentBatch):
-            if self.execution == "explicit":
-                raise ConfigError("model.execution=explicit needs a HeteroData, not an AssignmentBatch.")
-            return data
-        if self.execution == "explicit":
-            return None
-        batch = AssignmentBatch.from_data(data)
-        if batch is None and self.execution == "structured":
+    def _match(
+        self, graph: Any, cache: LabelCache | None = None, call: Callable[..., Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
+        call = _call if call is None else call
+        x_dict, edge_index_dict, edge_attr_dict = graph.x_dict, graph.edge_index_dict, _edge_attr_dict(graph)
+        x_dict, edge_attr_dict = call(self.encoder, x_dict, edge_index_dict, edge_attr_dict, cache)
+        for block in self.blocks:
+            x_dict, edge_attr_dict = call(block, x_dict, edge_index_dict, edge_attr_dict)
+        if MATCHES in edge_attr_dict:
+            match_logits = call(self.decoder, edge_attr_dict[MATCHES])
+        else:
+            match_logits = call(self.decoder, *edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL]))
+        return match_logits.squeeze(-1), x_dict[LABEL]
+
+    def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
+        """Compute what does not depend on images, for :meth:`forward` to take instead of computing it for each batch.
+
+        Valid as long as weights and labels stay. It carries gradients if they are enabled.
+
+        Args:
+            data: any batch with these labels.
+        """
+        self._check(data, None)
+        edges = {t: edge_index for t, edge_index in data.edge_index_dict.items() if t[0] == t[2] == LABEL}
+        x_dict, edge_attr_dict = self.encoder({LABEL: data.x_dict[LABEL]}, edges, data.edge_attr_dict)
+        first: Any = self.blocks[0]
+        ends = (x_dict[LABEL], x_dict[LABEL])
+        for edge_type, attr in edge_attr_dict.items():
+            message = first.node_conv.message[edge_type][LABEL]
+            outputs = {message: message(ends, edges[edge_type], attr)}
+            if edge_type in first.edge_conv:
+                lin = first.edge_conv[edge_type].phi_e.lin1.lins[0]
+                outputs[lin] = apply_linear(lin, attr)
+            attr.outputs = outputs
+        return LabelCache(x_dict, edge_attr_dict)
+
+    def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
+        """A few images at a time, of which only the inputs are kept; what all of them share is computed once."""
+        cache = self.precompute_labels(batch) if cache is None else cache
+        M, C = batch.mask.shape[1], batch.num_labels
+        parts = batch.split(max(1, CHECKPOINTED_EDGES // (M * C + C**2)))
+        results = [_checkpoint(self._match, part, cache) for part in parts]
+        match_logits, label_states = zip(*results, strict=True)
+        sizes = [part.num_graphs for part in parts]
+        return torch.cat(match_logits), torch.cat(
+            [states.expand(size, -1, -1) for states, size in zip(label_states, sizes, strict=True)]
+        )
+
+    def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None) -> None:
+        x_dict, edge_index_dict = data.x_dict, data.edge_index_dict
+        sizes = (("instance features", INSTANCE, self.instance_dim), ("label vectors", LABEL, self.label_dim))
+        for what, node_type, size in sizes:
+            if node_type not in x_dict:
+                raise ConfigError(f"The graph has no {node_type} nodes with features x.")
+            if size not in (-1, x_dict[node_type].shape[-1]):
+                raise ConfigError(
+                    f"The graph's {what} have length {x_dict[node_type].shape[-1]}, the model was built for {size}."
+                )
+        for edge_type in (*self.edge_types, MATCHES):
+            if edge_type not in edge_index_dict:
+                raise ConfigError(
+                    f"The model reads {' '.join(edge_type)} edges, the graph has none: give both the same edge_types."
+                )
+        if cache is not None and not isinstance(data, AssignmentBatch):
+            raise ConfigError("A label cache goes with an AssignmentBatch, not with a HeteroData.")
+        if cache is not None and cache.x_dict[LABEL].shape[1] != x_dict[LABEL].shape[1]:
             raise ConfigError(
-                "model.execution=structured needs matching edges sorted by instance and label, the same labels in each "
-                "image, and no edge attributes of their own; use model.execution=auto for other graphs."
+                f"The graph has {x_dict[LABEL].shape[1]} labels, but {cache.x_dict[LABEL].shape[1]} are in the label "
+                "cache: precompute the graph's own."
             )
-        return batch
+        check_dtypes(self, data)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, k={self.k}, widths={list(self.widths)}, "
             f"fusion={self.fusion!r})"
         )
+
+
+def check_dtypes(model: nn.Module, data: HeteroData | AssignmentBatch) -> None:
+    """Raise ConfigError if a tensor of the graph has another floating-point type than the model's parameters.
+
+    Autocast converts, so there any type is accepted.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    tensors = {f"x_dict[{t!r}]": x for t, x in data.x_dict.items()}
+    tensors |= {f"edge_attr_dict[{t!r}]": attr for t, attr in _edge_attr_dict(data).items()}
+    if dtype is None or torch.is_autocast_enabled(next(iter(tensors.values())).device.type):
+        return
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ConfigError(
+                f"{name} of the graph is {tensor.dtype}, the model's parameters are {dtype}: convert one of the two, "
+                f"as in AssignmentBatch.to({dtype}) or HeteroData.apply(lambda x: x.to({dtype}), 'x', 'edge_attr')."
+            )
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def _edge_attr_dict(data: Any) -> dict[EdgeType, Tensor]:
+    if isinstance(data, AssignmentBatch):
+        return data.edge_attr_dict
+    return {edge_type: data[edge_type].edge_attr for edge_type in data.edge_types if "edge_attr" in data[edge_type]}

@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gm_mlic.errors import ConfigError, WeightsError
-from gm_mlic.nn.detector_labels import DetectorLabels
-from gm_mlic.nn.global_pool import GlobalPool
+from gm_mlic.nn.baselines.detector_labels import DetectorLabels
+from gm_mlic.nn.baselines.gap_linear import GAPLinear
+from gm_mlic.nn.baselines.mil import MILMax
+from gm_mlic.nn.baselines.ml_gcn import MLGCN
+from gm_mlic.nn.baselines.query2label import Query2Label
+from gm_mlic.nn.baselines.ssgrl import SSGRL
 from gm_mlic.nn.gm_mlic import GMMLIC
-from gm_mlic.nn.mil import MILMax
-from gm_mlic.nn.ml_gcn import MLGCN
-from gm_mlic.nn.query2label import Query2Label
-from gm_mlic.nn.ssgrl import SSGRL
 
 #: Folders of models that come with this package, as ``gm-mlic export`` writes them.
 SHIPPED = Path(__file__).parents[1] / "zoo" / "models"
@@ -196,10 +196,10 @@ def mil_max(**overrides: Any) -> nn.Module:
 
 
 @register_model
-@_makes(GlobalPool)
+@_makes(GAPLinear)
 def resnet101(**overrides: Any) -> nn.Module:
-    """Global average pooling and a linear classifier, :class:`GlobalPool`."""
-    return _build(GlobalPool, overrides)
+    """Global average pooling and a linear classifier, :class:`GAPLinear`."""
+    return _build(GAPLinear, overrides)
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""The picture of an explanation: the photo, which instance matches which label, and what spoke for it."""
+"""The picture of an explanation: the photo, the match matrix, and the influence of each edge."""
 
 from __future__ import annotations
 
@@ -19,18 +19,6 @@ _ROWS, _COLUMNS, _BARS = 20, 14, 14
 #: Labels that are at least this probable have a winner worth a frame.
 _PREDICTED = 0.5
 _WINNER, _FOR, _AGAINST = "#c2255c", "#1f5fa8", "#b0451b"
-_SOURCES = {
-    "instance_to_instance": "instance {}, a neighbour",
-    "label_to_label": "label {}",
-    "instance_to_label": "instance {}",
-    "label_to_instance": "label {}",
-}
-_TARGETS = {
-    "instance_to_instance": "to the instance",
-    "label_to_label": "to the label",
-    "instance_to_label": "to the label",
-    "label_to_instance": "to the instance",
-}
 
 
 def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path) -> None:
@@ -41,7 +29,7 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
     _matrix(axes[1], explanation)
     _influences(axes[2], explanation)
     p = explanation.prediction.probabilities[explanation.prediction.labels.index(explanation.label)]
-    figure.suptitle(f"{explanation.label}: probability {p:.3f}, won by instance {explanation.instance}")
+    figure.suptitle(f"{explanation.label}: probability {p:.3f}, argmax instance {explanation.instance}")
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +82,7 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     mark = (columns.index(chosen) - 0.5, rows.index(explanation.instance) - 0.5)
     axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=2.5, ec=_WINNER))
     grey = "; grey: no edge" if np.isnan(matrix).any() else ""
-    axis.set_title(f"match of each instance with each label; framed: the winners{grey}", fontsize=10)
+    axis.set_title(f"match of each instance with each label; framed: argmax instances{grey}", fontsize=10)
     axis.figure.colorbar(image, ax=axis, fraction=0.04, label="probability of the match")
 
 
@@ -103,15 +91,15 @@ def _influences(axis: Axes, explanation: Explanation) -> None:
     largest = explanation.influences[:_BARS]
     names = []
     for influence in largest:
-        name = _SOURCES[influence.kind].format(influence.neighbour)
-        if isinstance(influence.neighbour, int) and detected[influence.neighbour]:
-            name += f" ({detected[influence.neighbour]})"
-        names.append(f"{name}\n{_TARGETS[influence.kind]}")
+        name = f"{influence.source} {influence.neighbor}"
+        if isinstance(influence.neighbor, int) and detected[influence.neighbor]:
+            name += f" ({detected[influence.neighbor]})"
+        names.append(f"{name}\nto the {influence.target}, {influence.edge_type[1]}")
     changes = [influence.change for influence in largest]
     axis.barh(range(len(largest)), changes, color=[_FOR if change > 0 else _AGAINST for change in changes])
     axis.set_yticks(range(len(largest)), names, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="black", lw=0.8)
     axis.set_xlabel(f"change of the logit ({explanation.logit:.2f}) by this one edge")
-    axis.set_title("what spoke for it (right) and against it", fontsize=10)
+    axis.set_title("support for the label (right) and against it (left)", fontsize=10)
     axis.grid(axis="x", alpha=0.3)

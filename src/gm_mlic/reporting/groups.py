@@ -11,14 +11,21 @@ from typing import Any
 from gm_mlic.reporting.runs import FOLLOWS, as_typed
 from gm_mlic.runs import Run, flat_settings
 
-#: What the paper's ablations are called in its Table 4, by the relation that is left out.
+#: Names of the ablations in the paper's Table 4, by the edge type that is left out.
 ABLATIONS = {
     "full": "full",
-    "no_label_graph": "w/o Gl",
-    "no_instance_graph": "w/o Go",
-    "no_matching_edges": "w/o ILM edges",
+    "no_semantic": "w/o Gl",
+    "no_spatial": "w/o Go",
+    "no_matches": "w/o ILM edges",
 }
-_RELATIONS = tuple(f"model.{name.removeprefix('no_')}" for name in ABLATIONS if name != "full")
+_EDGE_TYPES = "model.edge_types"
+
+
+def _removed(edge_types: Sequence[str] | None) -> list[str]:
+    """The keys of :data:`ABLATIONS` for the edge types that are left out; none for a model without edge types."""
+    if edge_types is None:
+        return []
+    return [name for name in ABLATIONS if name != "full" and name.removeprefix("no_") not in edge_types]
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,10 @@ class Group:
 
     @property
     def ablation(self) -> str | None:
-        """A key of :data:`ABLATIONS`; None for a model without these relations, or more than one left out."""
-        present = [self.setting(key) for key in _RELATIONS]
-        if None in present or present.count(False) > 1:
-            return None
-        names = [name for name, is_present in zip(list(ABLATIONS)[1:], present, strict=True) if not is_present]
-        return names[0] if names else "full"
+        """A key of :data:`ABLATIONS`; None for a model without edge types, or more than one left out."""
+        edge_types = self.setting(_EDGE_TYPES)
+        removed = _removed(edge_types)
+        return None if edge_types is None or len(removed) > 1 else (removed or ["full"])[0]
 
 
 def _result(run: Run) -> Mapping[str, Any]:
@@ -97,16 +102,16 @@ def _names(runs: Sequence[Run]) -> list[str]:
         same = [other for other in flat if other.get("model.name") == model]
         keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
         differing = [key for key in keys if len({as_typed(other.get(key)) for other in same}) > 1]
-        silent = {*_RELATIONS, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
-        removed = [key for key in _RELATIONS if key in differing and settings.get(key) is False]
+        silent = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         parts = [str(model)] if several else []
-        parts += [ABLATIONS[f"no_{key.rpartition('.')[2]}"] for key in removed]
+        if _EDGE_TYPES in differing:
+            parts += [ABLATIONS[name] for name in _removed(settings.get(_EDGE_TYPES))]
         parts += [
             f"{key.rpartition('.')[2]}={_short(settings[key])}"
             for key in differing
             if key in settings and key not in silent and not key.startswith("dataset.")
         ]
-        names.append(", ".join(parts) or ("full" if set(_RELATIONS) & set(differing) else str(model)))
+        names.append(", ".join(parts) or ("full" if _EDGE_TYPES in differing else str(model)))
     return names
 
 
@@ -130,7 +135,7 @@ def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:
     """Full models and their ablations, in the order of :data:`ABLATIONS`."""
     order = list(ABLATIONS)
     found = []
-    for family in families(groups, *_RELATIONS):
+    for family in families(groups, _EDGE_TYPES):
         known = [group for group in family if group.ablation is not None]
         if len(known) > 1 and any(group.ablation == "full" for group in known):
             found.append(sorted(known, key=lambda group: order.index(str(group.ablation))))

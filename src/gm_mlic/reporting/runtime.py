@@ -12,13 +12,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-_COLOURS = {"plain": "#c25b00", "structured": "#3b7dd8", "compiled": "#2a8f5b", "recomputed": "#8250a0"}
+_COLOURS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
-_NOTE = "x: times better than plain; of peak: forward, share of the matrix product's FLOP/s"
+_NOTE = "x: times better than sparse; of peak: forward, share of the matrix product's FLOP/s"
 
 
 def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """For each case its name and a row for each execution: medians, and how many times better than plain.
+    """For each case its name and a row for each execution: medians, and how many times better than sparse.
 
     Args:
         results: of :func:`gm_mlic.bench.compare`.
@@ -33,18 +33,18 @@ def _case(result: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:
-    row, plain = executions[name], executions.get("plain", {})
+    row, sparse = executions[name], executions.get("sparse", {})
     if "left_out" in row:
         return (f"{name}: {row['left_out']}", *[""] * (len(_HEAD) - 1))
 
     def times(better: float, worse: float | None) -> str:
-        return f"{worse / better:.1f}" if worse is not None and name != "plain" else ""
+        return f"{worse / better:.1f}" if worse is not None and name != "sparse" else ""
 
     cells = []
     for mode in ("forward", "train"):
         seconds = row[mode]["median"]
-        cells += [f"{seconds:.3g} s", times(seconds, plain[mode]["median"] if mode in plain else None)]
-    cells += [f"{row['memory'] / 2**20:.0f} MiB", times(row["memory"], plain.get("memory"))]
+        cells += [f"{seconds:.3g} s", times(seconds, sparse[mode]["median"] if mode in sparse else None)]
+    cells += [f"{row['memory'] / 2**20:.0f} MiB", times(row["memory"], sparse.get("memory"))]
     cells.append(f"{100 * row['roofline']['forward']:.0f} %" if "roofline" in row else "")
     return (name, *cells)
 
@@ -70,7 +70,7 @@ def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Ta
         images: in a batch.
         detector: its name.
     """
-    table = Table(title=f"from a photo to its labels, structured, batches of {images}", title_justify="left")
+    table = Table(title=f"from a photo to its labels, dense, batches of {images}", title_justify="left")
     for head in ("", "ms/image", "share"):
         table.add_column(head, justify="left" if head == "" else "right")
     total = sum(seconds[part] for part in ("detection", "data", "graph"))

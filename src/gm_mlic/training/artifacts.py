@@ -54,9 +54,9 @@ class Examples:
 def _winning_boxes(batch: AssignmentBatch | HeteroData, output: ModelOutput, i: int) -> Tensor:
     """(C, 4): the boxes of the instances that won the labels of image ``i``."""
     if isinstance(batch, AssignmentBatch):
-        return batch.box[i, output.winners[i]]
+        return batch.box[i, output.argmax_instance[i]]
     first = batch[INSTANCE].ptr[i] if "ptr" in batch[INSTANCE] else 0
-    box: Tensor = batch[INSTANCE].box[first + output.winners[i]]
+    box: Tensor = batch[INSTANCE].box[first + output.argmax_instance[i]]
     return box
 
 

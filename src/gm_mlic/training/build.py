@@ -22,7 +22,7 @@ from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGr
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import CountsLabels, model_arguments
+from gm_mlic.nn import LabelStatistics, model_arguments
 from gm_mlic.validation import section
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -130,17 +130,19 @@ def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
     """``graph`` of a :class:`ModelMetadata`: ``config.graph``, and the graphs that the model has; no candidates yet."""
-    relations = {name: config.model.get(name, False) for name in ("instance_graph", "label_graph")}
-    return section(config, "graph") | relations | {"candidates": None}
+    settings = section(config, "graph")
+    del settings["labels_per_class"]
+    edge_types = list(config.model.edge_types) if "edge_types" in config.model else []
+    return settings | {"edge_types": edge_types, "candidates": None}
 
 
-def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list[int]]:
+def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> list[list[int]]:
     """The labels that each class of the detector may be (:func:`~gm_mlic.graphs.label_candidates`), from a store.
 
     Args:
         store: of the training images.
         m: how many instances of each image the graphs have.
-        candidates: how many labels for each class.
+        labels_per_class: number of candidates of each class.
     """
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
@@ -149,15 +151,15 @@ def learn_candidates(store: InstanceStore, m: int, candidates: int) -> list[list
         seen |= store.difficult[store.rows]
     own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
     with config_keys("graph"):
-        table = label_candidates(detected_label, score, torch.from_numpy(seen), candidates, own)
+        table = label_candidates(detected_label, score, torch.from_numpy(seen), labels_per_class, own)
     return [row.nonzero().flatten().tolist() for row in table]
 
 
 def build_graphs(
-    store: InstanceStore, graph: AssignmentGraph, *, execution: str, augment: bool = False, seed: int = 0
+    store: InstanceStore, graph: AssignmentGraph, *, layout: str, augment: bool = False, seed: int = 0
 ) -> AssignmentBatchDataset | AssignmentGraphDataset:
-    """The assignment graphs of a store: whole batches where the model takes them, single graphs otherwise."""
-    kind = AssignmentGraphDataset if execution == "explicit" else AssignmentBatchDataset
+    """The assignment graphs of a store, as dense batches or as single ``HeteroData`` (``layout="sparse"``)."""
+    kind = AssignmentGraphDataset if layout == "sparse" else AssignmentBatchDataset
     with config_keys("graph"):
         return kind(store, graph, augment=augment, seed=seed)
 
@@ -185,9 +187,9 @@ def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.M
     """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
     with config_keys("model"):
         model = metadata.build_model()
-        if isinstance(model, CountsLabels):
+        if isinstance(model, LabelStatistics):
             difficult = None if train.difficult is None else torch.from_numpy(train.difficult)
-            model.count(torch.from_numpy(train.targets), difficult)
+            model.fit(torch.from_numpy(train.targets), difficult)
     return model
 
 

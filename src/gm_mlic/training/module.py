@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from gm_mlic.errors import ConfigError, GMMLICError
-from gm_mlic.graphs import AssignmentBatch, without_near
+from gm_mlic.graphs import SPATIAL, AssignmentBatch, drop_edges
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import GMMLIC, ModelOutput
-from gm_mlic.nn.structured import Prepared
+from gm_mlic.nn import GMMLIC, LabelCache, ModelOutput
 from gm_mlic.optim import one_cycle
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.online import OnlineGraphs
@@ -88,7 +87,7 @@ class MLICModule(LightningModule):
         self._bad_step: Tensor | None = None
         #: Steps and the rows of their batches, as far back as the loss has not been looked at.
         self._recent: deque[tuple[int, Tensor | None]] = deque(maxlen=_CHECK_EVERY + 1)
-        self._labels: Prepared | None = None
+        self._label_cache: LabelCache | None = None
 
     def forward(self, batch: Any) -> Any:
         return self.model(batch)
@@ -112,7 +111,7 @@ class MLICModule(LightningModule):
         if batch is None:
             return None
         if self.current_epoch < self.instance_graph_after:
-            batch = without_near(batch)
+            batch = drop_edges(batch, SPATIAL)
         loss: Tensor = self.loss(self.model(batch).logits, batch.y, _difficult(batch))
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
@@ -151,12 +150,12 @@ class MLICModule(LightningModule):
     # Evaluation
 
     def on_validation_start(self) -> None:
-        self._labels = None  # the weights have changed
+        self._label_cache = None  # the weights have changed
 
     on_predict_start = on_validation_start
 
     def on_test_start(self) -> None:
-        self._labels = None
+        self._label_cache = None
         self.examples = Examples()
 
     def _output(self, batch: Any) -> ModelOutput:
@@ -164,9 +163,9 @@ class MLICModule(LightningModule):
         if not isinstance(self.model, GMMLIC) or not isinstance(batch, AssignmentBatch):
             output: ModelOutput = self.model(batch)
             return output
-        if self._labels is None:
-            self._labels = self.model.prepare(batch.label_vectors, batch.relates)
-        output = self.model(batch, self._labels)
+        if self._label_cache is None:
+            self._label_cache = self.model.precompute_labels(batch)
+        output = self.model(batch, self._label_cache)
         return output
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
@@ -202,9 +201,9 @@ class MLICModule(LightningModule):
         return values
 
     def predict_step(self, batch: Any, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (B,), scores (B, C) and winners (B, C) of a batch of graphs."""
+        """Rows (B,), scores (B, C) and argmax instances (B, C) of a batch of graphs."""
         output = self._output(batch)
-        return batch.row, torch.sigmoid(output.logits.float()), output.winners
+        return batch.row, torch.sigmoid(output.logits.float()), output.argmax_instance
 
     # Optimisation
 

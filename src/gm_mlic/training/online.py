@@ -9,7 +9,7 @@ from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.detection import InstanceExtractor
-from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, dense_batch, instance_data
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, collate_instances, to_hetero_data
 from gm_mlic.instances import OnlineBatch
 
 
@@ -42,10 +42,10 @@ class OnlineGraphs(nn.Module):
         targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
         difficult = None if batch.difficult is None else batch.difficult.to(device)
         if self.dense:
-            return dense_batch(found, self.graph, device, y=targets, row=rows, difficult=difficult)
+            return collate_instances(found, self.graph, device, y=targets, row=rows, difficult=difficult)
         graphs = []
         for i, instances in enumerate(found):
-            data = instance_data(instances)
+            data = to_hetero_data(instances)
             data.y, data.row = targets[i, None], rows[i, None]
             if difficult is not None:
                 data.difficult = difficult[i, None]

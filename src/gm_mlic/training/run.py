@@ -116,10 +116,10 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
-        if config.graph.candidates is not None:
+        if config.graph.labels_per_class is not None:
             store = data["train"].store
             assert store is not None  # settings.check sees to it
-            candidates = build.learn_candidates(store, config.graph.m, config.graph.candidates)
+            candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.metadata = module.metadata.with_candidates(candidates)
             graph = module.metadata.build_graph()
         try:
@@ -228,7 +228,7 @@ def _trains_detector(config: DictConfig) -> bool:
 
 
 def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
-    dense = metadata.model.get("execution", "auto") != "explicit"
+    dense = metadata.graph["layout"] == "dense"
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
@@ -276,10 +276,10 @@ def _fit(
     data: dict[str, SplitData],
     run_dir: Path,
 ) -> None:
-    execution = module.metadata.model.get("execution", "auto")
+    layout = module.metadata.graph["layout"]
     augment = {"train": config.instances.views > 0, "val": False}
     splits = {
-        split: _readable(data[split], graph, execution, augment=augment[split], seed=config.seed) for split in augment
+        split: _readable(data[split], graph, layout, augment=augment[split], seed=config.seed) for split in augment
     }
     last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
@@ -322,11 +322,11 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
         return last, content
 
 
-def _readable(data: SplitData, graph: AssignmentGraph, execution: str, **settings: Any) -> Any:
+def _readable(data: SplitData, graph: AssignmentGraph, layout: str, **settings: Any) -> Any:
     """What a loader reads: the graphs of the split's store, or its images."""
     if data.store is None:
         return data.online
-    return build.build_graphs(data.store, graph, execution=execution, **settings)
+    return build.build_graphs(data.store, graph, layout=layout, **settings)
 
 
 def _stopped_early(content: dict[str, Any]) -> bool:
@@ -395,7 +395,7 @@ def _trained(
         online = _online_graphs(config, metadata, graph, extractor)
     metrics = build.build_metrics(config, metadata.labels)
     module = MLICModule(model, torch.nn.Identity(), metrics, {}, metadata, online)
-    graphs = _readable(data, graph, metadata.model.get("execution", "auto"))
+    graphs = _readable(data, graph, metadata.graph["layout"])
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
     return module, loaders.evaluation_loader(data.dataset.split)
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import RELATIONS
 from gm_mlic.runs import EXAMPLES, write_atomically
 
 log = logging.getLogger(__name__)
@@ -206,8 +207,8 @@ def _container(config: DictConfig) -> dict[str, Any]:
 
 def _ablation(config: DictConfig) -> str:
     """``full``, or which relations of the model are left out, as in ``conf/ablation``: to group runs by."""
-    relations = ("label_graph", "instance_graph", "matching_edges")
-    return "+".join(f"no_{name}" for name in relations if config.model.get(name) is False) or "full"
+    present = config.model.get("edge_types", RELATIONS)
+    return "+".join(f"no_{name}" for name in RELATIONS if name not in present) or "full"
 
 
 def _metric_names() -> list[str]:

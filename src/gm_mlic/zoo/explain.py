@@ -1,9 +1,9 @@
-"""Why a label was given: what each single edge of the assignment graph contributes to it."""
+"""The contribution of each edge of the assignment graph to a label."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,30 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.errors import ArgumentError, ConfigError
-from gm_mlic.graphs import LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Photo, Prediction, Predictor
 
-#: Edges of graphs that go through the network together, at most.
-_EDGES_AT_A_TIME = 50_000
+#: Largest number of edges in a batch of graphs.
+_BATCH_EDGES = 50_000
 
 
 @dataclass(frozen=True)
 class Influence:
-    r"""What one edge of the graph contributes to one label's logit.
+    r"""The contribution of one edge of the graph to one label's logit.
 
     Attributes:
-        kind: ``instance_to_instance`` (from a neighbouring instance to the winning instance), ``label_to_label`` (from
-            another label to this label), ``instance_to_label`` (from another instance to this label),
-            ``label_to_instance`` (from another label to the winning instance).
-        neighbour: the number of the instance, or the name of the label, at the edge's source.
-        change: :math:`s_c - s_c^{without}`: the label's logit, less that of the same graph without this edge. Above 0
-            it speaks for the label. (Neighbours are averaged, so without one the others weigh more.)
+        edge_type: of the edge.
+        source: type of the node that sends the message, ``instance`` or ``label``.
+        target: type of the node that receives it: ``instance`` for the argmax instance, ``label`` for the explained
+            label.
+        neighbor: index of the sending instance, or name of the sending label.
+        change: :math:`s_c - s_c^{without}`, the label's logit minus that of the same graph without this edge. Above 0,
+            the edge supports the label. (Messages are averaged, so without one the others weigh more.)
     """
 
-    kind: str
-    neighbour: int | str
+    edge_type: tuple[str, str, str]
+    source: str
+    target: str
+    neighbor: int | str
     change: float
 
 
@@ -44,11 +47,11 @@ class Explanation:
     """One label of one photo.
 
     Attributes:
-        prediction: everything predicted of the photo, with the match logits of all instances and labels.
-        label: which label this is about.
-        instance: the instance that won it.
+        prediction: all predictions for the photo, with the match logits of all instances and labels.
+        label: the explained label.
+        instance: the argmax instance.
         logit: its logit.
-        influences: every edge into the winning instance and into the label, the largest change first.
+        influences: every edge to the argmax instance and to the label, the largest change first.
     """
 
     prediction: Prediction
@@ -59,10 +62,10 @@ class Explanation:
 
 
 def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Explanation:
-    """Take away each edge into the winning instance and into the label, one at a time, and predict again.
+    """Remove each edge to the argmax instance and to the label, one at a time, and predict again.
 
-    Exact: a forward pass for each of the up to K + (C - 1) + (M - 1) + (C - 1) edges, by message passing. Influences do
-    not add up: the network is not linear in its edges. The only edge of another label is not taken away.
+    Exact, with a forward pass for each of the up to K + (C - 1) + (M - 1) + (C - 1) edges. Influences do not add up,
+    since the network is not linear in its edges. The last edge of another label is not removed.
 
     Args:
         predictor: with a GM-MLIC model.
@@ -73,105 +76,86 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
         ConfigError: if the model has no graph, or no such label.
         UnreadableImage: if the photo cannot be read.
     """
-    model = _explicit(predictor)
+    model = predictor.model
+    if not isinstance(model, GMMLIC):
+        raise ConfigError(f"{type(model).__name__} has no assignment graph whose edges could be explained.")
     (prediction,) = predictor([photo])
     names = prediction.labels
     if label is not None and label not in names:
-        raise ArgumentError(
-            "label", f"is {label!r}: the model knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
+        raise ConfigError(
+            f"label={label}: the model knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
         )
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)
     with torch.no_grad():
         whole = model(data)
-    winner, logit = int(whole.winners[0, c]), float(whole.logits[0, c])
-    without = _without_each(data, winner, c, names)
+    instance, logit = int(whole.argmax_instance[0, c]), float(whole.logits[0, c])
+    removals = _removals(data, {INSTANCE: instance, LABEL: c}, names)
     influences = []
-    size = max(1, _EDGES_AT_A_TIME // sum(data[t].edge_index.shape[1] for t in data.edge_types))
-    while chunk := list(islice(without, size)):
+    size = max(1, _BATCH_EDGES // sum(data[t].edge_index.shape[1] for t in data.edge_types))
+    while some := list(islice(removals, size)):
         with torch.no_grad():
-            logits = model(Batch.from_data_list([graph for _, _, graph in chunk])).logits[:, c].tolist()
-        influences += [
-            Influence(kind, neighbour, logit - other) for (kind, neighbour, _), other in zip(chunk, logits, strict=True)
-        ]
+            logits = model(Batch.from_data_list([graph for _, graph in some])).logits[:, c].tolist()
+        influences += [Influence(*edge, logit - other) for (edge, _), other in zip(some, logits, strict=True)]
     influences.sort(key=lambda influence: -abs(influence.change))
-    return Explanation(prediction, names[c], winner, logit, tuple(influences))
+    return Explanation(prediction, names[c], instance, logit, tuple(influences))
 
 
 class ExplainedModel(nn.Module):
-    """A GM-MLIC model with the signature that :class:`torch_geometric.explain.Explainer` expects of heterogeneous ones.
+    """A model with the signature that :class:`torch_geometric.explain.Explainer` expects of heterogeneous ones.
 
     Node masks apply to ``x_dict``; edge masks to all messages along an edge type, in both directions of the matching
     edges.
 
     Args:
-        model: the model.
-        data: the graph that is explained; its edge attributes and boxes are used as they are.
+        model: the model, which is copied.
+        data: the explained graph; its edge attributes and boxes are used unchanged.
     """
 
     def __init__(self, model: GMMLIC, data: HeteroData) -> None:
         super().__init__()
         self.model = copy.deepcopy(model)
-        self.model.execution = "explicit"
         self._data = data
-        by_type: dict[tuple[str, str, str], list[nn.Module]] = {NEAR: [], RELATES: [], MATCHES: []}
-        for block in self.model.blocks:
-            nodes: Any = block.nodes
-            for edge_type, message in (
-                (NEAR, nodes.rho_oo),
-                (RELATES, nodes.rho_ll),
-                (MATCHES, nodes.rho_ol),
-                (MATCHES, nodes.rho_lo),
-            ):
-                if message is not None:
-                    by_type[edge_type].append(message)
-        # where PyG looks for the layers of an edge type
-        self.messages = nn.ModuleDict({"__".join(kind): nn.ModuleList(found) for kind, found in by_type.items()})
 
-    def forward(self, x_dict: dict[str, Tensor], edge_index_dict: dict[Any, Tensor]) -> Tensor:
+    def forward(self, x_dict: Mapping[str, Tensor], edge_index_dict: Mapping[Any, Tensor]) -> Tensor:
         """Label logits (1, C)."""
         data = copy.copy(self._data)
-        for kind, x in x_dict.items():
-            data[kind].x = x
+        for node_type, x in x_dict.items():
+            data[node_type].x = x
         for edge_type, edge_index in edge_index_dict.items():
             data[edge_type].edge_index = edge_index
         logits: Tensor = self.model(data).logits
         return logits
 
 
-def _explicit(predictor: Predictor) -> GMMLIC:
-    """A copy of the predictor's model that passes messages over ``edge_index``."""
-    if not isinstance(predictor.model, GMMLIC):
-        raise ConfigError(f"{type(predictor.model).__name__} has no assignment graph whose edges could be explained.")
-    model = copy.copy(predictor.model)
-    model.execution = "explicit"
-    return model
+def _removals(
+    data: HeteroData, explained: Mapping[str, int], names: tuple[str, ...]
+) -> Iterator[tuple[tuple[Any, str, str, int | str], HeteroData]]:
+    """Each edge that carries a message to one of the ``explained`` nodes, and the graph without it.
 
-
-def _without_each(
-    data: HeteroData, winner: int, c: int, names: tuple[str, ...]
-) -> Iterator[tuple[str, int | str, HeteroData]]:
-    """Of each edge into the winning instance or label c: its kind, its source, and the graph without it."""
+    Yields:
+        (edge type, type of the sender, type of the receiver, sender) and the graph.
+    """
     for edge_type in data.edge_types:
-        source, target = data[edge_type].edge_index.cpu()
-        if edge_type == NEAR:
-            edges = [
-                ("instance_to_instance", e, int(source[e])) for e in (target == winner).nonzero().flatten().tolist()
-            ]
-        elif edge_type == RELATES:
-            into = (target == c).nonzero().flatten().tolist()
-            edges = [("label_to_label", e, names[source[e]]) for e in into]
-        else:
-            others = ((target == c) & (source != winner)).nonzero().flatten().tolist()
-            edges = [("instance_to_label", e, int(source[e])) for e in others]
-            others = ((source == winner) & (target != c)).nonzero().flatten().tolist()
-            # a label whose only edge this is would have none left
-            degree = torch.bincount(target)
-            edges += [("label_to_instance", e, names[target[e]]) for e in others if degree[target[e]] > 1]
-        for kind, edge, neighbour in edges:
-            graph = copy.copy(data)
-            kept = torch.arange(len(source), device=data[LABEL].x.device) != edge
-            graph[edge_type].edge_index = data[edge_type].edge_index[:, kept]
-            if "edge_attr" in data[edge_type]:
-                graph[edge_type].edge_attr = data[edge_type].edge_attr[kept]
-            yield kind, neighbour, graph
+        edge_index = data[edge_type].edge_index.cpu()
+        degree = torch.bincount(edge_index[1])
+        for sender, receiver in ((0, 1), (1, 0)) if edge_type == MATCHES else ((0, 1),):
+            source, target = edge_type[::2][sender], edge_type[::2][receiver]
+            edges = edge_index[receiver] == explained[target]
+            if edge_type == MATCHES:  # the scored edge itself carries no evidence of its own
+                edges &= edge_index[sender] != explained[source]
+            for e in edges.nonzero().flatten().tolist():
+                if edge_type == MATCHES and degree[edge_index[1, e]] == 1:
+                    continue  # each label needs a match logit
+                node = int(edge_index[sender, e])
+                neighbor = names[node] if source == LABEL else node
+                yield (edge_type, source, target, neighbor), _without(data, edge_type, e)
+
+
+def _without(data: HeteroData, edge_type: Any, edge: int) -> HeteroData:
+    graph = copy.copy(data)
+    kept = torch.arange(data[edge_type].edge_index.shape[1], device=data[LABEL].x.device) != edge
+    graph[edge_type].edge_index = data[edge_type].edge_index[:, kept]
+    if "edge_attr" in data[edge_type]:
+        graph[edge_type].edge_attr = data[edge_type].edge_attr[kept]
+    return graph

@@ -19,13 +19,13 @@ from gm_mlic.datasets import Scenes
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, FixedDetector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError
-from gm_mlic.graphs import AssignmentBatch
+from gm_mlic.graphs import SPATIAL, AssignmentBatch
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Predictor
 
 FORMATS = ("torch", "onnx")
 PARTS = ("network", "detector", "all")
-MATCH_OUTPUTS = ["logits", "matches", "winners"]
+MATCH_OUTPUTS = ["logits", "match_logits", "argmax_instance"]
 #: Largest difference of a logit between a written program and the model, on the data of its check.
 TOLERANCE = 1e-4
 
@@ -34,62 +34,64 @@ class MatchNetwork(nn.Module):
     """The graph network of a predictor, for the labels that it has: from instances to logits.
 
     Shapes:
-        - **features:** (B, M, D_o), **boxes:** (B, M, 4) in parts of the image's width and height, **mask:** (B, M)
-          bool, which instances there are; each image's come first. B and M are free; M is larger than the number of
-          neighbours in the instance graph (``min_instances``), so pad what is shorter. Of a model whose matching edges
-          go to candidates only, also **detected_labels:** (B, M) int64, the detector's class of each, -1 for none
-        - **logits:** (B, C), **matches:** (B, M, C), -inf where candidates leave an instance no edge, anything where
-          there is no instance, **winners:** (B, C) int64
+        - **features:** (B, M, D_o), **boxes:** (B, M, 4) divided by the image's width and height, **mask:** (B, M)
+          bool, False where padded; the instances of each image come first. B and M are dynamic; M must exceed the
+          number of neighbors in the instance graph (``min_instances``), so pad smaller inputs. If the model's matching
+          edges lead to candidates only, also **detected_labels:** (B, M) int64, the detector's class of each, -1 for
+          none
+        - **logits:** (B, C), **match_logits:** (B, M, C), -inf where there is no instance or no matching edge,
+          **argmax_instance:** (B, C) int64
     """
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         graph = predictor.graph
         self.model = copy.deepcopy(predictor.model).cpu().eval()
-        self.neighbours = graph.neighbours if graph.instance_graph else None
-        self.label_graph = graph.label_graph
+        self.edge_types, self.num_neighbors = graph.edge_types, graph.num_neighbors
         if "instance_dim" not in predictor.metadata.model:
             raise ConfigError(
                 f"{predictor.metadata.model['name']} reads the detector's own labels, not features: there is no "
                 "network to export. Predictor.save_pretrained (format=pretrained) shares it."
             )
         self.feature_dim = int(predictor.metadata.model["instance_dim"])
-        self.min_instances = 1 if self.neighbours is None else self.neighbours + 1
+        self.min_instances = self.num_neighbors + 1 if SPATIAL in self.edge_types else 1
         self.register_buffer("label_vectors", graph.label_vectors.cpu())
         self.register_buffer("candidates", None if graph.candidates is None else graph.candidates.cpu())
-        self.register_buffer("relates", None if graph.label_lists is None else graph.label_lists.cpu())
+        self.register_buffer("label_neighbors", None if graph.label_neighbors is None else graph.label_neighbors.cpu())
         self.label_vectors: Tensor
-        self.relates: Tensor | None
+        self.label_neighbors: Tensor | None
         self.candidates: Tensor | None
-        self.prepared = None
+        self.label_cache = None
         if isinstance(self.model, GMMLIC):
-            self.model.execution = "auto"
             with torch.no_grad():
-                self.prepared = self.model.prepare(self.label_vectors, self.relates)
+                self.label_cache = self.model.precompute_labels(self.batch(*self.example(1, self.min_instances)))
 
     def forward(
         self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, match logits, winners."""
-        batch = AssignmentBatch.build(
+        """Logits, match logits, argmax instances."""
+        batch = self.batch(features, boxes, mask, detected_labels)
+        output = self.model(batch) if self.label_cache is None else self.model(batch, self.label_cache)
+        return output.logits, output.match_logits, output.argmax_instance
+
+    def batch(
+        self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
+    ) -> AssignmentBatch:
+        """The assignment graphs of the inputs."""
+        return AssignmentBatch.from_padded(
             features,
             boxes,
             mask,
             self.label_vectors,
-            neighbours=self.neighbours,
-            label_graph=self.label_graph,
-            relates=self.relates,
+            num_neighbors=self.num_neighbors,
+            label_neighbors=self.label_neighbors,
+            edge_types=self.edge_types,
             detected_label=detected_labels,
             candidates=self.candidates,
         )
-        output = self.model(batch) if self.prepared is None else self.model(batch, self.prepared)
-        matches = output.matches
-        if batch.matches is not None:
-            matches = matches.masked_fill(~batch.matches & mask[..., None], float("-inf"))
-        return output.logits, matches, output.winners
 
     def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Inputs of chance; the first image has all its instances, others fewer."""
+        """Random inputs; the first image has all its instances, others fewer."""
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(images, instances, self.feature_dim, generator=generator)
         corners = torch.rand(images, instances, 2, 2, generator=generator).sort(dim=2).values
@@ -105,8 +107,8 @@ class PhotoNetwork(nn.Module):
 
     Shapes:
         - **image:** (3, H, W) in [0, 1]
-        - **logits:** (1, C), **matches:** (1, m, C), **winners:** (1, C) int64, **boxes:** (m, 4) in parts of width
-          and height, **mask:** (m,) bool, which instances there are
+        - **logits:** (1, C), **match_logits:** (1, m, C), **argmax_instance:** (1, C) int64, **boxes:** (m, 4) divided
+          by width and height, **mask:** (m,) bool, False where padded
     """
 
     def __init__(self, detector: FixedDetector, network: MatchNetwork) -> None:
@@ -114,13 +116,12 @@ class PhotoNetwork(nn.Module):
         self.detector, self.network = detector, network
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Logits, match logits, winners, boxes, mask."""
+        """Logits, match logits, argmax instances, boxes, mask."""
         features, boxes, mask, _, detected_labels = self.detector(image)
         inputs = (
             (features, boxes, mask) if self.network.candidates is None else (features, boxes, mask, detected_labels)
         )
-        logits, matches, winners = self.network(*(tensor[None] for tensor in inputs))
-        return logits, matches.masked_fill(~mask[None, :, None], 0), winners, boxes, mask
+        return *self.network(*(tensor[None] for tensor in inputs)), boxes, mask
 
 
 def export(
@@ -222,7 +223,7 @@ def _export(
 def _difference(name: str, found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
-    if name == "winners":  # of two that are equally good up to rounding, either may win
+    if name == "argmax_instance":  # of two that are equal up to rounding, either may come out
         return 0.0
     difference = torch.where(found == expected, 0.0, found.float() - expected.float())  # both may be -inf
     return float(difference.abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max())

@@ -27,8 +27,8 @@ class ModelMetadata:
         label_vectors: (C, D_l) float32.
         label_source: where the vectors came from.
         model: arguments of :func:`~gm_mlic.nn.create_model`, with ``name``.
-        graph: m and the other settings of :class:`~gm_mlic.graphs.AssignmentGraph`; ``candidates`` as lists, for each
-            class of the detector the numbers of its labels.
+        graph: settings of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` as a list of label indices for
+            each class of the detector; and ``layout``, ``dense`` or ``sparse``.
         detector: name of the instance extractor.
         detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, with ``max_instances``.
         detector_fingerprint: of the extractor whose features the model was trained on.
@@ -55,7 +55,7 @@ class ModelMetadata:
         Raises:
             ConfigError, TypeError, ValueError: for settings that cannot work.
         """
-        settings = dict(self.graph)
+        settings = {name: value for name, value in self.graph.items() if name != "layout"}
         if (lists := settings.get("candidates")) is not None:
             C = len(self.labels)
             if not isinstance(lists, list) or not lists or not all(isinstance(numbers, list) for numbers in lists):
@@ -63,7 +63,7 @@ class ModelMetadata:
             if not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
                 raise ValueError(f"graph.candidates are not numbers of its {C} labels")
             settings["candidates"] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
-        return AssignmentGraph(self.label_vectors, edge_attr=False, **settings)
+        return AssignmentGraph(self.label_vectors, **settings)
 
     def with_candidates(self, candidates: list[list[int]]) -> ModelMetadata:
         """The same, with the labels that each of the detector's classes may be."""

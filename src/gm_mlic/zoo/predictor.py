@@ -19,7 +19,7 @@ from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
-from gm_mlic.graphs import MATCHES, dense_batch, instance_data
+from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
@@ -114,7 +114,7 @@ class Predictor:
                 f"The model's candidates are for {len(table)} classes, its detector {extractor.name} has "
                 f"{len(extractor.labels)}: it is damaged, or this is another detector."
             )
-        self._prepared: Any = None
+        self._label_cache: Any = None
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", **detector_settings: Any) -> Predictor:
@@ -295,27 +295,18 @@ class Predictor:
     def _scored(self, found: list[Instances]) -> tuple[Tensor, list[Tensor]]:
         """Label logits (B, C), and of each image the match logits (M, C)."""
         counts = [len(instances) for instances in found]
-        C = len(self.metadata.labels)
-        if self.metadata.model.get("execution") == "explicit":
-            graphs = Batch.from_data_list([self._joined(instances) for instances in found])
-            output = self.model(graphs)
-            source, target = graphs[MATCHES].edge_index.cpu()
-            matrix = torch.full((sum(counts), C), float("-inf"))
-            matrix[source, target % C] = output.match_logits.float().cpu()
-            return output.logits, list(torch.split(matrix, counts))
-        batch = dense_batch(found, self.graph, self.device)
-        if not isinstance(self.model, GMMLIC):
-            output = self.model(batch)
+        if self.metadata.graph["layout"] == "sparse":
+            output = self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
         else:
-            if self._prepared is None:
-                self._prepared = self.model.prepare(batch.label_vectors, batch.relates)
-            output = self.model(batch, self._prepared)
-        mask = output.mask if output.mask.dim() == 3 else output.mask[..., None]
-        matrix = output.matches.float().masked_fill(~mask, float("-inf")).cpu()
+            batch = collate_instances(found, self.graph, self.device)
+            if isinstance(self.model, GMMLIC) and self._label_cache is None:
+                self._label_cache = self.model.precompute_labels(batch)
+            output = self.model(batch) if self._label_cache is None else self.model(batch, self._label_cache)
+        matrix = output.match_logits.float().cpu()
         return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
     def _joined(self, instances: Instances) -> HeteroData:
-        graph: HeteroData = self.graph(instance_data(instances).to("cpu"))
+        graph: HeteroData = self.graph(to_hetero_data(instances).to("cpu"))
         return graph.to(self.device)
 
 

@@ -1,4 +1,4 @@
-"""ML-GCN: a graph network over the labels' word vectors makes the classifiers."""
+"""ML-GCN: a graph convolutional network over the labels' word vectors computes the classifiers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.cooccurrence import conditional_probabilities
-from gm_mlic.nn.gm_mlic import ModelOutput
-from gm_mlic.nn.whole_image import as_batch, winners
+from gm_mlic.nn.baselines._common import as_batch, location_output
+from gm_mlic.nn.baselines.cooccurrence import conditional_probabilities
+from gm_mlic.nn.output import ModelOutput
 
 _SLOPE = 0.2
 
@@ -40,7 +40,7 @@ def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
     return scale[:, None] * A * scale
 
 
-class GraphConvolution(nn.Module):
+class GCNLayer(nn.Module):
     r"""One layer of a graph convolutional network (Kipf & Welling, ICLR 2017): :math:`H' = \hat A H W` (eq. 2).
 
     Args:
@@ -75,16 +75,16 @@ class MLGCN(nn.Module):
         \mathbf{W} &= \hat A \; \mathrm{LeakyReLU}(\hat A Z W_0) \; W_1 \text{ (eq. 2 twice)} \\
         s &= \mathbf{W} x \text{ (eq. 4)}
 
-    Z are the labels' word vectors, :math:`\hat A` is :func:`reweighted_adjacency`: labels that come together get
-    classifiers that are alike. No function follows the second convolution, as in the authors' code. The matches
+    Z are the labels' word vectors, :math:`\hat A` is :func:`reweighted_adjacency`: co-occurring labels get similar
+    classifiers. No activation follows the second convolution, as in the authors' code. The match logits
     :math:`\mathbf{W} f_i` are the class activation map.
 
-    Before :meth:`count`, :math:`\hat A` is the identity, and no label hears of another; training calls it, and
-    checkpoints keep what it found.
+    :math:`\hat A` is the identity until :meth:`fit` sets it from the training targets. It is a buffer, and part of
+    checkpoints.
 
     Args:
-        instance_dim: D, length of a location's feature.
-        label_dim: D_l, length of a label's vector.
+        instance_dim: D, size of a location's feature.
+        label_dim: D_l, size of a label's vector.
         num_labels: C.
         width: between the two convolutions (default: 1024, the paper's).
         tau: see :func:`reweighted_adjacency` (default: 0.4, the paper's).
@@ -95,7 +95,7 @@ class MLGCN(nn.Module):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
-        ConfigError: for a setting that cannot work.
+        ArgumentError: for an argument that cannot work.
     """
 
     adjacency: Tensor
@@ -104,23 +104,24 @@ class MLGCN(nn.Module):
         self, instance_dim: int, label_dim: int, num_labels: int, width: int = 1024, tau: float = 0.4, p: float = 0.2
     ) -> None:
         super().__init__()
-        if min(instance_dim, label_dim, num_labels, width) < 1:
-            raise ConfigError("model.width, both input lengths and the number of labels must be 1 or more.")
-        if not (0 <= tau <= 1 and 0 <= p < 1):
-            raise ConfigError(f"model.tau must be in [0, 1] and model.p in [0, 1), got {tau} and {p}.")
+        check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width)
+        if not 0 <= tau <= 1:
+            raise ArgumentError("tau", f"must be in [0, 1], got {tau}.")
+        if not 0 <= p < 1:
+            raise ArgumentError("p", f"must be in [0, 1), got {p}.")
         self.instance_dim, self.label_dim, self.num_labels, self.tau, self.p = (
             instance_dim, label_dim, num_labels, tau, p,
         )  # fmt: skip
-        self.conv1 = GraphConvolution(label_dim, width)
-        self.conv2 = GraphConvolution(width, instance_dim)
+        self.conv1 = GCNLayer(label_dim, width)
+        self.conv2 = GCNLayer(width, instance_dim)
         self.register_buffer("adjacency", torch.eye(num_labels))
 
     def reset_parameters(self) -> None:
         self.conv1.reset_parameters()
         self.conv2.reset_parameters()
 
-    def count(self, targets: Tensor, difficult: Tensor | None = None) -> None:
-        """Take the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
+    def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Set the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
         P = conditional_probabilities(targets, self.num_labels, difficult)
         self.adjacency.copy_(reweighted_adjacency(P, self.tau, self.p))
 
@@ -131,14 +132,14 @@ class MLGCN(nn.Module):
         return W
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image of ``data``."""
-        batch = as_batch(data, self.instance_dim, self.num_labels, self.label_dim)
+        """Score every label of every image."""
+        batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
         W = self.classifiers(batch.label_vectors)
         pooled = batch.x.masked_fill(~batch.mask[..., None], float("-inf")).amax(dim=1)
-        with torch.autocast(pooled.device.type, enabled=False):  # rounded logits would tie
+        with torch.autocast(pooled.device.type, enabled=False):  # rounded logits would be equal
             W = W.to(pooled.dtype)
             logits, matches = pooled @ W.T, batch.x @ W.T
-        return ModelOutput(logits, winners(matches, batch.mask), matches, batch.mask)
+        return location_output(logits, matches, batch)
 
     def __repr__(self) -> str:
         width = self.conv1.weight.shape[1]

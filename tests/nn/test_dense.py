@@ -1,4 +1,4 @@
-"""Two executions of one set of parameters: equal in outputs and in every gradient, whatever the shapes."""
+"""Sparse and dense graphs through one network: equal outputs and gradients, whatever the shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import NEAR, AssignmentBatch, AssignmentGraph, without_near
+from gm_mlic.graphs import SEMANTIC, SPATIAL, AssignmentBatch, AssignmentGraph, drop_edges
 from gm_mlic.nn import GMMLIC, ModelOutput
 
 D_O, D_L = 5, 4
@@ -38,9 +38,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "encoder_width": draw(st.integers(1, 7)),
             "fusion": draw(st.sampled_from(["concat", "product"])),
             "norm": draw(st.sampled_from(["none", "encoder", "all"])),
-            "label_graph": draw(st.booleans()),
-            "instance_graph": draw(st.booleans()),
-            "matching_edges": draw(st.booleans()),
+            "edge_types": [name for name in ("spatial", "semantic", "matches") if draw(st.booleans())],
         },
         "seed": draw(st.integers(0, 10**6)),
     }
@@ -52,10 +50,9 @@ def graphs(case: dict[str, Any]) -> Batch:
     net = case["net"]
     transform = AssignmentGraph(
         W,
-        neighbours=case["neighbours"],
-        label_neighbours=case["label_neighbours"],
-        instance_graph=net["instance_graph"],
-        label_graph=net["label_graph"],
+        num_neighbors=case["neighbours"],
+        num_label_neighbors=case["label_neighbours"],
+        edge_types=net["edge_types"],
         candidates=None if case.get("candidates") is None else torch.tensor(case["candidates"]),
         edge_attr=False,
     )
@@ -82,8 +79,9 @@ def network(case: dict[str, Any], **options: Any) -> GMMLIC:
 def outputs_and_gradients(net: GMMLIC, data: Any, **arguments: Any) -> tuple[ModelOutput, dict[str, Tensor]]:
     net.zero_grad()
     output = net(data, **arguments)
-    weights = torch.linspace(-1, 2, output.match_logits.numel(), dtype=torch.float64)
-    (output.match_logits @ weights + output.logits.square().sum()).backward()
+    matches = output.match_logits[output.match_logits.isfinite()]
+    weights = torch.linspace(-1, 2, matches.numel(), dtype=torch.float64)
+    (matches @ weights + output.logits.square().sum()).backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in net.named_parameters()}
     return output, gradients
 
@@ -104,86 +102,84 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def dense(data: HeteroData) -> AssignmentBatch:
+    return AssignmentBatch.from_hetero_data(data)
+
+
 @given(cases())
 @settings(max_examples=60, deadline=None)
-def test_structured_equals_explicit(case: dict[str, Any]) -> None:
-    data = graphs(case)
-    explicit, structured = (network(case, execution=execution) for execution in ("explicit", "structured"))
-    structured.load_state_dict(explicit.state_dict())
-    assert_equal(outputs_and_gradients(structured, data), outputs_and_gradients(explicit, data))
-
-
-@given(cases())
-@settings(max_examples=25, deadline=None)
-def test_graphs_without_a_near_edge(case: dict[str, Any]) -> None:
-    """Both executions, and the dense form made before or after; what reads these edges has no gradient."""
-    data = graphs(case)
-    explicit, structured = (network(case, execution=execution) for execution in ("explicit", "structured"))
-    batch = AssignmentBatch.from_data(data)
-    assert batch is not None
-    expected = outputs_and_gradients(explicit, without_near(data))
-    assert_equal(outputs_and_gradients(structured, without_near(batch)), expected)
-    assert_equal(outputs_and_gradients(structured, without_near(data)), expected)
-    for name, gradient in expected[1].items():
-        assert not ("rho_oo" in name or "e_o" in name) or not gradient.any(), name
-    if NEAR in data.edge_types and data[NEAR].edge_index.numel():
-        assert batch.near_mask is not None
-        assert batch.near_mask.any()  # the batch itself is as it was
-
-
-@given(cases())
-@settings(max_examples=25, deadline=None)
-def test_recomputed_equals_kept(case: dict[str, Any]) -> None:
-    data = graphs(case)
-    for execution in ("explicit", "structured"):
-        kept, recomputed = (network(case, execution=execution, recompute=recompute) for recompute in (False, True))
-        assert_equal(outputs_and_gradients(recomputed, data), outputs_and_gradients(kept, data))
-
-
-@given(cases())
-@settings(max_examples=25, deadline=None)
-def test_prepared_labels_change_nothing(case: dict[str, Any]) -> None:
+def test_dense_equals_sparse(case: dict[str, Any]) -> None:
     data, net = graphs(case), network(case)
-    batch = AssignmentBatch.from_data(data)
-    assert batch is not None
-    prepared = net.prepare(batch.label_vectors, batch.relates)
-    assert_equal(outputs_and_gradients(net, batch, labels=prepared), outputs_and_gradients(net, batch))
+    assert_equal(outputs_and_gradients(net, dense(data)), outputs_and_gradients(net, data))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_graphs_without_a_spatial_edge(case: dict[str, Any]) -> None:
+    """Sparse and dense, with the dense form made before or after; functions of these edges get zero gradients."""
+    data, net = graphs(case), network(case)
+    batch = dense(data)
+    expected = outputs_and_gradients(net, drop_edges(data, SPATIAL))
+    assert_equal(outputs_and_gradients(net, drop_edges(batch, SPATIAL)), expected)
+    assert_equal(outputs_and_gradients(net, dense(drop_edges(data, SPATIAL))), expected)
+    for name, gradient in expected[1].items():
+        assert "spatial" not in name or not gradient.any(), name
+    if SPATIAL in data.edge_types and data[SPATIAL].edge_index.numel():
+        assert batch.edge_index_dict[SPATIAL].mask.any()  # the batch itself is unchanged
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_checkpointed_equals_kept(case: dict[str, Any]) -> None:
+    data = graphs(case)
+    for graph in (data, dense(data)):
+        kept, recomputed = (network(case, gradient_checkpointing=flag) for flag in (False, True))
+        assert_equal(outputs_and_gradients(recomputed, graph), outputs_and_gradients(kept, graph))
+
+
+@given(cases())
+@settings(max_examples=25, deadline=None)
+def test_label_cache_changes_nothing(case: dict[str, Any]) -> None:
+    batch, net = dense(graphs(case)), network(case)
+    cache = net.precompute_labels(batch)
+    assert_equal(outputs_and_gradients(net, batch, label_cache=cache), outputs_and_gradients(net, batch))
 
 
 def plain_case(**changes: Any) -> dict[str, Any]:
     net = {"k": 2, "widths": [6, 5], "encoder_width": 6, "fusion": "product", "norm": "all"}
-    net |= {"label_graph": True, "instance_graph": True, "matching_edges": True}
+    net |= {"edge_types": ["spatial", "semantic", "matches"]}
     return {"counts": [4, 2], "C": 5, "neighbours": 2, "label_neighbours": None, "net": net, "seed": 3} | changes
 
 
-def test_prepared_labels_are_not_computed_again() -> None:
+def test_cached_labels_are_not_computed_again() -> None:
     case = plain_case()
-    batch, net = AssignmentBatch.from_data(graphs(case)), network(case)
-    assert batch is not None
-    seen = []
-    for name in ("v_l", "e_l"):
-        getattr(net.encoder, name).lin2.register_forward_hook(lambda *_, n=name: seen.append(n))
-    prepared = net.prepare(batch.label_vectors)
-    assert seen == ["e_l", "v_l"] or seen == ["v_l", "e_l"]
-    net(batch, prepared)
-    assert len(seen) == 2
+    batch, net = dense(graphs(case)), network(case)
+    calls = []
+    for module in (net.encoder.x["label"], net.encoder.edge_attr[SEMANTIC]):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    cache = net.precompute_labels(batch)
+    assert len(calls) == 2
+    net(batch, cache)
+    assert len(calls) == 2
 
 
-def test_labels_prepared_for_another_set_are_refused() -> None:
+def test_a_cache_of_other_labels_is_refused() -> None:
     case = plain_case()
-    net, batch = network(case), AssignmentBatch.from_data(graphs(case))
-    assert batch is not None
-    with pytest.raises(ConfigError, match="5 labels, but 4 were prepared"):
-        net(batch, net.prepare(batch.label_vectors[:4]))
+    net, batch = network(case), dense(graphs(case))
+    cache = net.precompute_labels(dense(graphs(plain_case(C=4))))
+    with pytest.raises(ConfigError, match="5 labels, but 4 are in the label cache"):
+        net(batch, cache)
+    with pytest.raises(ConfigError, match="goes with an AssignmentBatch"):
+        net(graphs(case), cache)
 
 
-@pytest.mark.parametrize("execution", ["explicit", "structured"])
-def test_recomputing_keeps_less(execution: str) -> None:
+@pytest.mark.parametrize("layout", ["sparse", "dense"])
+def test_checkpointing_keeps_less(layout: str) -> None:
     case = plain_case(counts=[6, 6, 6], C=6)
-    data = graphs(case)
+    data: Any = graphs(case) if layout == "sparse" else dense(graphs(case))
 
-    def kept_bytes(recompute: bool) -> int:
-        net = network(case, execution=execution, recompute=recompute)
+    def kept_bytes(checkpointing: bool) -> int:
+        net = network(case, gradient_checkpointing=checkpointing)
         own = {p.untyped_storage().data_ptr() for p in net.parameters()}
         kept: dict[int, int] = {}
 
@@ -208,7 +204,7 @@ def test_one_compilation_for_batches_of_every_size() -> None:
     compiled = torch.compile(net, backend=counter, dynamic=True)
     # No two sizes of the first batch are equal: the compiler takes equal ones for the same size.
     for counts in ([6, 2, 1], [3, 8], [9, 3, 2, 2, 1, 1]):
-        batch = AssignmentBatch.from_data(graphs(plain_case(counts=counts)))
+        batch = dense(graphs(plain_case(counts=counts)))
         close(compiled(batch).logits, net(batch).logits)
     assert counter.frame_count == 1
 
@@ -220,7 +216,7 @@ def test_compiled_equals_eager(fusion: str, recompute: bool) -> None:
     """The real compiler (it needs a C++ compiler), outputs and gradients, as the trainer calls it."""
     case = plain_case(counts=[6, 2, 1])
     case["net"]["fusion"] = fusion
-    net, batch = network(case, recompute=recompute), AssignmentBatch.from_data(graphs(case))
+    net, batch = network(case, gradient_checkpointing=recompute), dense(graphs(case))
     eager = outputs_and_gradients(net, batch)
     torch._dynamo.reset()
     net.compile(fullgraph=True, dynamic=True)

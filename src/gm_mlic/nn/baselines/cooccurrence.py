@@ -1,4 +1,4 @@
-"""Which labels come together in the training images: the graph of the label graph baselines."""
+"""Co-occurrence statistics of labels in the training images, for the label graphs of baselines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gm_mlic.targets import normalise_targets
 
 
 @runtime_checkable
-class CountsLabels(Protocol):
+class LabelStatistics(Protocol):
     """A model with statistics of the training targets among its buffers."""
 
-    def count(self, targets: Tensor, difficult: Tensor | None = None) -> None:
-        """Take the statistics from targets (N, C) in {0, 1} and difficult (N, C) bool of the training images."""
+    def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
+        """Compute the statistics from targets (N, C) in {0, 1} and difficult (N, C) bool of the training images."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a detector says by itself: the label that it named each instance with, and how sure it was."""
+"""Baseline: the detector's predicted classes and confidences, calibrated per label."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch_geometric.data import HeteroData
 from gm_mlic.embeddings import labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.gm_mlic import ModelOutput, pool_match_matrix
-from gm_mlic.nn.whole_image import as_batch
+from gm_mlic.nn.baselines._common import as_batch
+from gm_mlic.nn.output import ModelOutput, max_pool_instances
 
-#: The probability of a label that the detector did not give an instance, before calibration.
+#: Confidence of a label that the detector did not predict for an instance, before calibration.
 FLOOR = 1e-3
 
 
 class DetectorLabels(nn.Module):
-    r"""The detector's own labels, calibrated: what there is before anything is learnt about images as a whole.
+    r"""The detector's own labels, calibrated.
 
     .. math::
         s_{ic} = \alpha_c \operatorname{logit}(q_{ic}) + \beta_c, \qquad p_c = \sigma(\max_i s_{ic})
 
-    with :math:`q_{ic}` the confidence of instance i where the detector (Faster R-CNN, Ren et al., NeurIPS 2015) named
-    it c, and 0.001 elsewhere. :math:`\alpha_c > 0` and :math:`\beta_c` are Platt's scaling (1999) of each label; they
-    begin as 1 and 0, the detector's own probabilities, and change no ranking within a label. Classes are labels by
-    their names (:func:`~gm_mlic.embeddings.labels_of`); a label that no class is named after is never found.
+    with :math:`q_{ic}` the confidence of instance i where the detector (Faster R-CNN, Ren et al., NeurIPS 2015)
+    predicted c, and 0.001 elsewhere. :math:`\alpha_c > 0` and :math:`\beta_c` are Platt scaling (1999) of each label.
+    They start at 1 and 0, the detector's own probabilities, and do not change the ranking within a label. Classes and
+    labels are matched by name (:func:`~gm_mlic.embeddings.labels_of`); a label without a class is never predicted.
 
     Args:
         labels: the C names.
@@ -49,8 +49,8 @@ class DetectorLabels(nn.Module):
         if not any(c >= 0 for c in columns):
             names = ", ".join(detector_labels[:3]) or "it has none"
             raise ConfigError(
-                f"model=detector: none of the {len(labels)} labels has the name of a class of the detector ({names}): "
-                "it takes a detector of these classes, and boxes (no detector.grid)."
+                f"None of the {len(labels)} labels has the name of a class of the detector ({names}): this model needs "
+                "a detector of these classes, and boxes instead of a grid."
             )
         self.num_labels = len(labels)
         self.log_scale = nn.Parameter(torch.zeros(len(labels)))
@@ -62,13 +62,13 @@ class DetectorLabels(nn.Module):
         nn.init.zeros_(self.shift)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image of ``data``."""
-        batch = as_batch(data, None, self.num_labels)
+        """Score every label of every image."""
+        batch = as_batch(data, self.num_labels)
         if batch.score is None or batch.detected_label is None:
-            raise ConfigError("model=detector reads what the detector said: the graphs lack score or detected_label.")
+            raise ConfigError("DetectorLabels needs graphs with score and detected_label.")
         named = self.column[batch.detected_label][..., None] == torch.arange(self.num_labels, device=self.column.device)
         q = torch.where(named, batch.score.to(self.shift.dtype)[..., None], FLOOR).clamp(FLOOR, 1 - 1e-6)
-        return pool_match_matrix(self.log_scale.exp() * q.logit() + self.shift, batch.mask)
+        return max_pool_instances(self.log_scale.exp() * q.logit() + self.shift, batch)
 
     def __repr__(self) -> str:
         named = len(set(self.column.tolist()) - {-1})

@@ -1,4 +1,4 @@
-"""Query2Label: labels are queries that a transformer decoder answers from the image."""
+"""Query2Label: a transformer decoder with one learnt query for each label."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.gm_mlic import ModelOutput
-from gm_mlic.nn.mlp import MLP, OutLinear
-from gm_mlic.nn.whole_image import LabelClassifiers, as_batch, winners
+from gm_mlic.nn.baselines._common import HeLinear, LabelClassifiers, as_batch, location_output
+from gm_mlic.nn.mlp import ConcatMLP
+from gm_mlic.nn.output import ModelOutput
 
 
 def position_encoding(box: Tensor, channels: int) -> Tensor:
-    r"""Sines and cosines of where a box has its centre, as DETR has them (Carion et al., ECCV 2020, appendix).
+    r"""Sines and cosines of the position of a box's center, as in DETR (Carion et al., ECCV 2020, appendix).
 
     For y and then for x in [0, 1]: :math:`\sin(2 \pi y / \omega_k), \cos(2 \pi y / \omega_k)` with
     :math:`\omega_k = 10000^{4k/d}`, k = 0, ..., d/4 - 1.
@@ -28,9 +28,9 @@ def position_encoding(box: Tensor, channels: int) -> Tensor:
     Returns:
         (..., d).
     """
-    centre = (box[..., :2] + box[..., 2:]) / 2
+    center = (box[..., :2] + box[..., 2:]) / 2
     k = torch.arange(channels // 4, device=box.device, dtype=box.dtype)
-    angle = 2 * math.pi * centre.flip(-1)[..., None] * 10000 ** (-4 * k / channels)
+    angle = 2 * math.pi * center.flip(-1)[..., None] * 10000 ** (-4 * k / channels)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
@@ -42,38 +42,38 @@ class DecoderLayer(nn.Module):
         Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
         Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
 
-    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and gives the attention away.
+    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and returns the attention.
 
     Args:
         channels: d.
         heads: of both attentions.
-        dropout: of attention weights and of what is added to Q.
+        dropout: of attention weights and of the terms added to Q.
 
     Shapes:
-        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d), mask (B, M) of the locations that there are
+        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d), mask (B, M) bool, False where padded
         - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
     """
 
     def __init__(self, channels: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.among_labels = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
-        self.to_locations = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
-        self.mlp = MLP([channels], 4 * channels, channels)
+        self.self_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.mlp = ConcatMLP([channels], 4 * channels, channels)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def reset_parameters(self) -> None:
-        for attention in (self.among_labels, self.to_locations):
+        for attention in (self.self_attention, self.cross_attention):
             attention.out_proj.reset_parameters()
             attention._reset_parameters()
         for module in (self.mlp, *self.norms):
             module.reset_parameters()  # type: ignore[operator]
 
     def forward(self, Q: Tensor, F: Tensor, pos: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        found, _ = self.among_labels(Q, Q, Q, need_weights=False)
-        Q = self.norms[0](Q + self.dropout(found))
-        found, attention = self.to_locations(Q, F + pos, F, key_padding_mask=~mask)
-        Q = self.norms[1](Q + self.dropout(found))
+        update, _ = self.self_attention(Q, Q, Q, need_weights=False)
+        Q = self.norms[0](Q + self.dropout(update))
+        update, attention = self.cross_attention(Q, F + pos, F, key_padding_mask=~mask)
+        Q = self.norms[1](Q + self.dropout(update))
         Q = self.norms[2](Q + self.dropout(self.mlp(Q)))
         return Q, attention.transpose(1, 2)
 
@@ -87,11 +87,11 @@ class Query2Label(nn.Module):
         s_c &= w_c^\top Q_{L,c} + b_c
 
     :math:`Q_0` are learnt queries, one for each label: neither word vectors nor co-occurrences are given. Positions are
-    encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The matches are the last
-    layer's attention a.
+    encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The match logits
+    are the last layer's attention a.
 
     Args:
-        instance_dim: D, length of a location's feature.
+        instance_dim: D, size of a location's feature.
         num_labels: C.
         width: d of the transformer; default D, as the paper has it (2048, of ResNet-101). A multiple of 4 and of
             ``heads``. The layers' MLPs have 4 d hidden units.
@@ -104,7 +104,7 @@ class Query2Label(nn.Module):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
 
     Raises:
-        ConfigError: for a setting that cannot work.
+        ArgumentError: for an argument that cannot work.
     """
 
     def __init__(
@@ -118,18 +118,13 @@ class Query2Label(nn.Module):
     ) -> None:
         super().__init__()
         width = instance_dim if width is None else width
-        if min(instance_dim, num_labels, width, layers, heads) < 1:
-            raise ConfigError(
-                "model.width, model.layers, model.heads, the feature length and the number of labels must be 1 or more."
-            )
+        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, layers=layers, heads=heads)
         if width % 4 or width % heads:
-            raise ConfigError(
-                f"model.width={width} must be a multiple of 4 and of model.heads={heads}: set model.width."
-            )
+            raise ArgumentError("width", f"must be a multiple of 4 and of heads={heads}, got {width}.")
         if not 0 <= dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {dropout}.")
+            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
         self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
-        self.project = OutLinear(instance_dim, width)
+        self.project = HeLinear(instance_dim, width)
         self.queries = nn.Parameter(torch.empty(num_labels, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
         self.classifiers = LabelClassifiers(num_labels, width)
@@ -141,14 +136,13 @@ class Query2Label(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image of ``data``."""
-        batch = as_batch(data, self.instance_dim, self.num_labels)
+        """Score every label of every image."""
+        batch = as_batch(data, self.num_labels, self.instance_dim)
         F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
         Q = self.queries.expand(len(F), -1, -1)
         for layer in self.layers:
             Q, attention = layer(Q, F, pos, batch.mask)
-        logits = self.classifiers(Q)
-        return ModelOutput(logits, winners(attention, batch.mask), attention, batch.mask, Q)
+        return location_output(self.classifiers(Q), attention, batch, Q)
 
     def __repr__(self) -> str:
         layers = len(self.layers)

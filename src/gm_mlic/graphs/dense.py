@@ -1,0 +1,229 @@
+r"""Edges of a batch of graphs as dense tensors, and values on them in factored form.
+
+A layer that reads ``edge_index`` (2, E) reads one of these classes as well. They implement the two primitives that
+differ between sparse and dense graphs: the values at both ends of each edge (:meth:`DenseEdges.ends`), and the mean of
+messages (:meth:`DenseEdges.mean`). Nothing is gathered or scattered, and by exact algebra far less is computed:
+
+1. a Linear over a concatenation is a sum of Linears. Each is applied where its argument lives, at N nodes and not at
+   N x C edges, and the results are added by broadcasting (:class:`EdgeTensor` holds the ends compactly);
+2. an affine map at the end of an edge value (an MLP's last Linear; the scale and shift of a LayerNorm) is not applied
+   to the edges. It is composed with the Linear that reads the value next (:meth:`EdgeTensor.read`), or it is applied
+   after the mean, with which it commutes;
+3. what does not depend on the image has batch size 1, and is computed once for a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a call of ``module`` does what ``kind.forward`` does and nothing else: no subclass, wrapper or hook.
+
+    Only then may an equal computation take the place of the call.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and not torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+    )
+
+
+class EdgeTensor:
+    r"""Values on the edges of a dense graph: :math:`A x + s`, with x of a shape that broadcasts, and A and s pending.
+
+    Any torch function or tensor method that is applied to it sees the tensor itself, :meth:`tensor`.
+
+    Args:
+        x: (B, N, K, d), where each of the first three sizes may be 1.
+        weight: A, (d', d), or (d,) if A is diagonal; None for the identity.
+        bias: s, (d',).
+        outputs: results that modules would compute from these values, known beforehand; by module.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        outputs: dict[nn.Module, Tensor] | None = None,
+    ) -> None:
+        self.x, self.weight, self.bias = x, weight, bias
+        self.outputs = {} if outputs is None else outputs
+
+    def finish(self, x: Tensor) -> Tensor:
+        """:math:`A x + s` of values (..., d)."""
+        if self.weight is None:
+            return x
+        if self.weight.dim() == 2:
+            return linear(x, self.weight, self.bias)
+        assert self.bias is not None
+        return x * self.weight + self.bias
+
+    def tensor(self) -> Tensor:
+        """The values, with sizes of 1 where they are equal along an axis."""
+        return self.finish(self.x)
+
+    def read(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        r"""The weight and bias by which a Linear with ``weight`` reads x: :math:`W (A x + s) = (W A) x + W s`."""
+        if self.weight is None:
+            return weight, None
+        assert self.bias is not None
+        composed = weight * self.weight if self.weight.dim() == 1 else weight @ self.weight
+        return composed, weight @ self.bias
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        sizes: Any = torch.broadcast_shapes(*(leaf.x.shape[:-1] for leaf in leaves if isinstance(leaf, EdgeTensor)))  # type: ignore[no-untyped-call]
+        args, kwargs = tree_map_only(EdgeTensor, lambda e: e.tensor().expand(*sizes, -1), (args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(x={tuple(self.x.shape)}, pending={self.weight is not None})"
+
+
+def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
+    """``lin(x)``; of an :class:`EdgeTensor`, with the pending map composed and the compact shape kept."""
+    if not isinstance(x, EdgeTensor):
+        return lin(x)  # type: ignore[no-any-return]
+    if lin in x.outputs:
+        return x.outputs[lin]
+    if x.weight is None or not is_plain(lin):
+        return lin(x.tensor())  # type: ignore[no-any-return]
+    weight, shift = x.read(lin.weight)
+    return linear(x.x, weight, shift if lin.bias is None else lin.bias + shift)
+
+
+class DenseEdges:
+    """Edges of one type in each graph of a batch of B. See :class:`NeighborLists` and :class:`Bipartite`."""
+
+    def ends(self, x_source: Tensor, x_target: Tensor) -> tuple[EdgeTensor, EdgeTensor]:
+        """Values at the source and at the target of each edge.
+
+        Args:
+            x_source: (B or 1, N_source, d).
+            x_target: (B or 1, N_target, d').
+        """
+        raise NotImplementedError
+
+    def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
+        """The mean over the edges of each target, or of each source; zero for a node without edges.
+
+        Args:
+            values: on the edges.
+            to_source: average over the edges of each source.
+
+        Returns:
+            (B or 1, N, d).
+        """
+        raise NotImplementedError
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> DenseEdges:
+        """The same edges, with ``function`` applied to each tensor that describes them."""
+        raise NotImplementedError
+
+
+def edge_ends(edge_index: Tensor | DenseEdges, x_source: Tensor, x_target: Tensor) -> tuple[Any, Any]:
+    """Values at the source and at the target of each edge: :meth:`DenseEdges.ends`, or (E, d) of ``edge_index``."""
+    if isinstance(edge_index, DenseEdges):
+        return edge_index.ends(x_source, x_target)
+    return x_source[edge_index[0]], x_target[edge_index[1]]
+
+
+def _finished(values: EdgeTensor | Tensor, mean: Tensor, count: Tensor | None) -> Tensor:
+    """The pending map after the mean; nothing, not even the bias, for a node without edges."""
+    mean = values.finish(mean) if isinstance(values, EdgeTensor) else mean
+    return mean if count is None else mean * (count > 0)
+
+
+@dataclass(frozen=True, eq=False)
+class NeighborLists(DenseEdges):
+    """K sources for each target. Values on the edges are (B, N_target, K, d).
+
+    Args:
+        index: (B or 1, N_target, K) int64, the sources of each target; None: all nodes in order, K = N_source.
+        mask: (B or 1, N_target, K) bool, the edges that exist; None: all.
+    """
+
+    index: Tensor | None = None
+    mask: Tensor | None = None
+
+    def ends(self, x_source: Tensor, x_target: Tensor) -> tuple[EdgeTensor, EdgeTensor]:
+        if self.index is None:
+            return EdgeTensor(x_source[:, None]), EdgeTensor(x_target[:, :, None])
+        B, _, d = x_source.shape
+        _, N, K = self.index.shape
+        flat = self.index.expand(B, N, K).reshape(B, N * K, 1).expand(-1, -1, d)
+        return EdgeTensor(torch.gather(x_source, 1, flat).view(B, N, K, d)), EdgeTensor(x_target[:, :, None])
+
+    def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
+        if to_source:
+            raise NotImplementedError("Neighbor lists aggregate at targets only.")
+        x = values.x if isinstance(values, EdgeTensor) else values
+        if self.mask is None:
+            return _finished(values, x.mean(dim=2), None)
+        # Sums as products with the mask: a masked copy of all messages would cost as much as computing them.
+        count = self.mask.sum(dim=-1, keepdim=True)
+        total = (self.mask.to(x.dtype)[:, :, None] @ x).squeeze(2)
+        return _finished(values, total / count.clamp(min=1), count)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NeighborLists:
+        index, mask = (None if tensor is None else function(tensor) for tensor in (self.index, self.mask))
+        return NeighborLists(index, mask)
+
+
+@dataclass(frozen=True, eq=False)
+class Bipartite(DenseEdges):
+    """An edge from every source to every target, but for those that are masked. Values are (B, N_source, N_target, d).
+
+    Args:
+        mask: (B, N_source) bool, the sources that exist, or (B, N_source, N_target), the edges that exist.
+    """
+
+    mask: Tensor
+
+    def ends(self, x_source: Tensor, x_target: Tensor) -> tuple[EdgeTensor, EdgeTensor]:
+        return EdgeTensor(x_source[:, :, None]), EdgeTensor(x_target[:, None])
+
+    def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
+        x = values.x if isinstance(values, EdgeTensor) else values
+        single = self.mask.dim() == 3
+        if to_source and not single:
+            return _finished(values, x.mean(dim=2), None)
+        weight = self.mask.to(x.dtype)
+        if to_source:
+            count = self.mask.sum(dim=2)[..., None]
+            total = (weight[:, :, None] @ x).squeeze(2)
+        elif single:
+            count = self.mask.sum(dim=1)[..., None]
+            total = (weight[..., None] * x).sum(dim=1)
+        else:
+            count = self.mask.sum(dim=1)[:, None, None]
+            total = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:])
+        return _finished(values, total / count.clamp(min=1), count)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Bipartite:
+        return Bipartite(function(self.mask))
+
+    @property
+    def edge_mask(self) -> Tensor:
+        """(B, N_source, N_target or 1) bool."""
+        return self.mask if self.mask.dim() == 3 else self.mask[..., None]

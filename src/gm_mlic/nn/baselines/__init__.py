@@ -1,0 +1,1 @@
+"""Models that GM-MLIC is compared with, one file each."""

@@ -1,0 +1,98 @@
+"""Input, output and classifiers that the baselines share.
+
+Whole-image baselines read a grid of locations (``detector.grid``) as instances; boxes work as well.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.mlp import draw_linear
+from gm_mlic.nn.output import ModelOutput
+
+
+def as_batch(
+    data: HeteroData | AssignmentBatch,
+    num_labels: int,
+    instance_dim: int | None = None,
+    label_dim: int | None = None,
+    *,
+    complete: bool = True,
+) -> AssignmentBatch:
+    """The dense form of ``data``.
+
+    Args:
+        data: the graphs.
+        num_labels: C of the model.
+        instance_dim, label_dim: sizes that the model was built for; None for any.
+        complete: refuse graphs whose matching edges lead to candidates only.
+
+    Raises:
+        ConfigError: if the graphs have no dense form, or other sizes.
+    """
+    batch = data if isinstance(data, AssignmentBatch) else AssignmentBatch.from_hetero_data(data)
+    for what, tensor, size in (
+        ("instance features", batch.x, instance_dim),
+        ("label vectors", batch.label_vectors, label_dim),
+    ):
+        if size is not None and tensor.shape[-1] != size:
+            raise ConfigError(f"The graph's {what} have length {tensor.shape[-1]}, the model was built for {size}.")
+    if batch.num_labels != num_labels:
+        raise ConfigError(f"The graph has {batch.num_labels} labels, the model {num_labels}.")
+    if complete and batch.match_mask.shape[2] > 1:
+        raise ConfigError("Whole-image models need complete matching edges: build the graphs without candidates.")
+    return batch
+
+
+def location_output(
+    logits: Tensor, values: Tensor, batch: AssignmentBatch, label_states: Tensor | None = None
+) -> ModelOutput:
+    """The output of a whole-image model: label logits (B, C), and a value for each location and label (B, M, C)."""
+    values = values.masked_fill(~batch.mask[..., None], float("-inf"))
+    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
+
+
+class HeLinear(nn.Linear):
+    """A Linear with He initialization that no ReLU follows."""
+
+    def reset_parameters(self) -> None:
+        draw_linear(self)
+
+
+class LabelClassifiers(nn.Module):
+    r"""A linear classifier for each label, on a vector for each label: :math:`s_c = w_c^\top x_c + b_c`.
+
+    Under autocast it keeps the dtype of the parameters, since rounded logits would be equal, and equal logits decide
+    rankings.
+
+    Args:
+        num_labels: C.
+        channels: d.
+
+    Shapes:
+        - **input:** (B, C, d)
+        - **output:** (B, C)
+    """
+
+    def __init__(self, num_labels: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_labels, channels))
+        self.bias = nn.Parameter(torch.empty(num_labels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.to(self.weight.dtype) * self.weight).sum(dim=-1) + self.bias
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"

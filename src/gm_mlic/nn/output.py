@@ -1,0 +1,108 @@
+"""The output of a model, and max-pooling over instances (eq. 14)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
+from gm_mlic.nn.scatter import scatter_max
+
+_ISOLATED = "Label nodes {} have no matching edge: join each to at least one instance."
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutput:
+    r"""The output of a model for a batch of B images with C labels and up to M instances.
+
+    Attributes:
+        logits: (B, C) label logits; their ``sigmoid`` is :math:`p_c` of eq. 14.
+        argmax_instance: (B, C) int64, the instance with the largest match logit of each label. The instances of an
+            image are counted from 0, the most confident first.
+        label_states: (B, C, d) features of the labels after the last block; None from a model without label nodes.
+    """
+
+    logits: Tensor
+    argmax_instance: Tensor
+    label_states: Tensor | None = None
+    _matches: Tensor | None = None
+    _edges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def match_logits(self) -> Tensor:
+        r"""(B, M, C) match logits :math:`s_{ic}` (eq. 13), -inf where there is no instance or no matching edge.
+
+        Whole-image baselines put something else per location and label here, which their docstrings name.
+        """
+        assert self._matches is not None
+        if self._edges is None:
+            return self._matches
+        image, instance, label, ptr = self._edges
+        B, C = self.logits.shape
+        empty = self._matches.new_full((B, int(ptr.diff().max()), C), float("-inf"))
+        return empty.index_put((image, instance, label), self._matches)
+
+
+def max_pool_instances(
+    match_logits: Tensor, data: HeteroData | AssignmentBatch, label_states: Tensor | None = None
+) -> ModelOutput:
+    """Max-pooling over instances, on logits (eq. 14).
+
+    The gradient goes to the instance of the maximum, the first one where several are equal. NaN counts as the largest
+    value, so that a diverged network shows.
+
+    Args:
+        match_logits: of each matching edge of ``data``: (E,) for a ``HeteroData``, (B, M, C) for an
+            :class:`~gm_mlic.graphs.AssignmentBatch`.
+        data: the graphs.
+        label_states: (B * C, d) or (B or 1, C, d), passed on to the output.
+
+    Raises:
+        ConfigError: if images differ in their number of labels, or a label has no matching edge.
+    """
+    if isinstance(data, AssignmentBatch):
+        return _pool_dense(match_logits, data, label_states)
+    return _pool_sparse(match_logits, data, label_states)
+
+
+def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tensor | None) -> ModelOutput:
+    mask = batch.match_mask
+    if mask.shape[2] > 1 and not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
+        raise ConfigError(_ISOLATED.format((~mask.any(dim=1)).flatten().nonzero().flatten().tolist()[:5]))
+    match_logits = match_logits.masked_fill(~mask, float("-inf"))
+    values = match_logits.detach()
+    position = torch.arange(values.shape[1], device=values.device)[:, None]
+    largest = (values == values.amax(dim=1, keepdim=True)) | values.isnan()
+    argmax = torch.where(largest, position, values.shape[1]).amin(dim=1)
+    logits = match_logits.gather(1, argmax[:, None]).squeeze(1)
+    if label_states is not None:
+        label_states = label_states.expand(len(logits), -1, -1)
+    return ModelOutput(logits, argmax, label_states, match_logits)
+
+
+def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | None) -> ModelOutput:
+    source, target = data[MATCHES].edge_index
+    labels, instances = data[LABEL], data[INSTANCE]
+    B, N = int(getattr(data, "num_graphs", 1)), labels.x.shape[0]
+    C = N // B
+    if not torch.compiler.is_compiling():  # these checks read values, which would break a compiled graph
+        counts = labels.ptr.diff().tolist() if "ptr" in labels else []
+        if len(set(counts)) > 1:
+            raise ConfigError(f"Images of one batch have {counts} labels: batch those with the same.")
+        isolated = (torch.bincount(target, minlength=N) == 0).nonzero().flatten().tolist()
+        if isolated:
+            raise ConfigError(_ISOLATED.format(isolated[:5]))
+    largest, edge = scatter_max(match_logits, target, N)
+    image = target // C
+    # Of a single graph without ptr: [0, M].
+    ptr = instances.ptr if "ptr" in instances else torch.arange(2, device=target.device) * instances.x.shape[0]
+    instance = source - ptr[image]
+    if label_states is not None:
+        label_states = label_states.view(B, C, -1)
+    edges = (image, instance, target - image * C, ptr)
+    return ModelOutput(largest.view(B, C), instance[edge].view(B, C), label_states, match_logits, edges)
