@@ -34,7 +34,7 @@ def test_one_device():
 
 
 def test_more_devices_and_views():
-    result = planned("devices=4", "instances.views=3")
+    result = planned("devices=4", "instances.num_augmentations=3")
     assert result["images"]["extract"] == 460
     assert result["seconds"]["extract"] == pytest.approx((160 + 300 * 0.5) / 4)
     assert result["seconds"]["train"] == pytest.approx(5 * 4 * 8 * 0.1)  # 25 images each: 4 steps
@@ -90,7 +90,7 @@ def test_execution_and_precision_of_the_run(tmp_path: Path, monkeypatch):
 
 def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.views=1"]
+    small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.num_augmentations=1"]
     assert run(["plan", "experiment=nuswide", *small, "devices=8", "trainer.batch_size=2"]) == 0
     out = capsys.readouterr().out
     assert "14,561,000 images in 100 epochs" in out

@@ -142,7 +142,7 @@ class Tracker:
             rows = [_photo(wandb, examples.parent, example) for example in json.loads(examples.read_text())]
             tables["test/photos"] = wandb.Table(columns=columns, data=rows)
         run.log(tables)
-        if self.config.logger.checkpoint:
+        if self.config.logger.log_model:
             artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata={"val/mAP": result["val"]["mAP"]} | test)
             artifact.add_file(str(self.run_dir / "checkpoints" / "best.ckpt"))
             run.log_artifact(artifact, aliases=["best"])
