@@ -290,7 +290,7 @@ def test_every_file_becomes_what_it_configures(
         config.embedding.path, config.embedding.oov = str(vectors), "zeros"
     if config.dataset.name != "scenes":
         config.dataset.root = str(tmp_path / "nothing")
-        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "own" else {})
+        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "custom" else {})
         with pytest.raises(GMMLICError, match="nothing"):
             build.build_dataset(config, "train")
         config.dataset = compose("train", ["dataset.sizes.train=2"]).dataset

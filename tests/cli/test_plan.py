@@ -77,7 +77,7 @@ def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path, monkeypatch)
     (tmp_path / "labels.csv").write_text(
         "file,labels,split\n" + "".join(f"{n}.jpg,cat,{s}\n" for n, s in enumerate(["train"] * 4 + ["val", "test"]))
     )
-    own = ["dataset=own", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
+    own = ["dataset=custom", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
     assert plan(compose("plan", [*own, "trainer.batch_size=2"]))["images"]["extract"] == 6
 
 
@@ -103,7 +103,7 @@ def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, caps
     ("arguments", "said"),
     [
         (["devices=0"], "devices=0: expected a whole number, at least 1"),
-        (["dataset=own", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
+        (["dataset=custom", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
         (["graph.m=500"], "graph.m=500"),
     ],
 )

@@ -33,7 +33,7 @@ from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
 log = logging.getLogger(__name__)
 
 
-class OwnImages(MultiLabelDataset):
+class CustomDataset(MultiLabelDataset):
     r"""A folder of photos and what people know about them, in one or several annotation files.
 
     The suffix of an annotation file says what it is (UTF-8, with or without a byte order mark):
@@ -98,7 +98,7 @@ class OwnImages(MultiLabelDataset):
             or no image is left for the split.
     """
 
-    name = "own"
+    name = "custom"
 
     def __init__(
         self,
