@@ -129,7 +129,9 @@ def test_baselines_take_no_candidates():
 
 
 def test_the_instance_graph_must_come_at_all():
-    with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
+    with pytest.raises(
+        ConfigError, match=r"instance_graph_warmup_epochs=5 with trainer\.max_epochs=5: .* never be learnt"
+    ):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
     for without in ("model.instance_graph=false", "ablation=no_instance_graph", "baseline=mil_max"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
@@ -193,8 +195,8 @@ def test_the_experiments_of_the_paper_have_its_settings():
     assert (config.model.fusion, config.model.widths) == ("concat", None)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
-    assert (optimizer.schedule, optimizer.step_epochs, optimizer.gamma) == ("step", 30, 0.1)
-    assert config.instances.views > 0
+    assert (optimizer.lr_scheduler, optimizer.step_size, optimizer.gamma) == ("step", 30, 0.1)
+    assert config.instances.num_augmentations > 0
 
 
 def test_run_dir_stands_for_what_changes_the_result():
@@ -203,9 +205,11 @@ def test_run_dir_stands_for_what_changes_the_result():
 
     plain = run_dir()
     assert plain.startswith("runs/scenes-gm_mlic-")
-    for same in ("overwrite=true", "trainer.num_workers=2", "instances.workers=3", "instances.root=elsewhere"):
+    for same in ("overwrite=true", "trainer.num_workers=2", "instances.num_workers=3", "instances.root=elsewhere"):
         assert run_dir(same) == plain
-    others = [run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_label_graph", "trainer.ema=0.9")]
+    others = [
+        run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_label_graph", "trainer.ema_decay=0.9")
+    ]
     assert len({plain, *others}) == 6
 
 
@@ -286,7 +290,7 @@ def test_every_file_becomes_what_it_configures(
         config.embedding.path, config.embedding.oov = str(vectors), "zeros"
     if config.dataset.name != "scenes":
         config.dataset.root = str(tmp_path / "nothing")
-        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "own" else {})
+        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "custom" else {})
         with pytest.raises(GMMLICError, match="nothing"):
             build.build_dataset(config, "train")
         config.dataset = compose("train", ["dataset.sizes.train=2"]).dataset

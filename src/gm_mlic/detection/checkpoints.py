@@ -72,10 +72,10 @@ class Checkpoint:
         """Raise :class:`~gm_mlic.errors.WeightsError` unless these are the labels of the weights, in their order."""
         if self.labels != tuple(labels):
             pairs = zip(self.labels, labels, strict=False)
-            odd = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
+            mismatch = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
             raise WeightsError(
                 f"The weights {self.source} were trained for other labels "
-                f"({odd or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
+                f"({mismatch or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
                 "these labels with gm-mlic train-detector."
             )
 

@@ -137,9 +137,9 @@ def _assemble(
 ) -> LabelEmbedding:
     found: dict[str, tuple[str, ...]] = {}
     for label in labels:
-        there = [piece for piece in pieces[label] if piece is not None]
-        complete = bool(there) and (len(there) == len(pieces[label]) or oov == "skip_words")
-        found[label] = tuple(entry for piece in there for entry in piece) if complete else ()
+        in_source = [piece for piece in pieces[label] if piece is not None]
+        complete = bool(in_source) and (len(in_source) == len(pieces[label]) or oov == "skip_words")
+        found[label] = tuple(entry for piece in in_source for entry in piece) if complete else ()
     unknown = [label for label in labels if not found[label]]
     if unknown and oov in ("error", "skip_words"):
         raise DataError(_out_of_vocabulary(unknown, pieces, oov, path))

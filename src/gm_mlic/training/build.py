@@ -91,7 +91,9 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     here = rank_info()
     index, shards = (here.rank, here.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
-    with config_keys("instances", m="detector.max_instances", num_workers="instances.workers", path="instances.root"):
+    with config_keys(
+        "instances", m="detector.max_instances", views="instances.num_augmentations", path="instances.root"
+    ):
         store = extract(
             dataset,
             extractor,
@@ -100,7 +102,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             views=_views(config, dataset.split),
             view_size=instances.view_size,
             batch_size=instances.batch_size,
-            num_workers=instances.workers,
+            num_workers=instances.num_workers,
             overwrite=instances.overwrite,
             shard=(index, shards),
             together=instances.shard is None,
@@ -116,7 +118,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
 
 def _views(config: DictConfig, split: str) -> int:
     """Only training images have augmented views."""
-    return int(config.instances.views) if split == "train" else 0
+    return int(config.instances.num_augmentations) if split == "train" else 0
 
 
 # Labels and graphs

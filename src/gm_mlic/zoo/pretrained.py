@@ -121,8 +121,8 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
-        odd = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
-        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({odd}).")
+        mismatch = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
+        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({mismatch}).")
     model = metadata.build_model()
     model.load_state_dict(weights)
     return metadata, model, card
