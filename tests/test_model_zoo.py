@@ -42,8 +42,8 @@ def test_pretrained_models_by_name():
     same = Predictor.load("gm_mlic_scenes").model
     for (name, a), (_, b) in zip(model.state_dict().items(), same.state_dict().items(), strict=True):
         assert a.equal(b), name
-    again = create_model("gm_mlic", pretrained=SHIPPED / "gm_mlic_scenes", execution="explicit")
-    assert again.execution == "explicit"
+    again = create_model("gm_mlic", pretrained=SHIPPED / "gm_mlic_scenes", gradient_checkpointing=True)
+    assert again.gradient_checkpointing
     with pytest.raises(WeightsError, match="do not fit gm_mlic_scenes with these settings"):
         create_model("gm_mlic_scenes", pretrained=True, widths=(8, 8))
     with pytest.raises(WeightsError, match=r"No weights of 'ml_gcn' come .*: there are some of gm_mlic_scenes"):

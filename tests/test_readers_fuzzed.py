@@ -238,7 +238,7 @@ def pretrained(root: Path) -> Case:
     settings = {"instance_dim": 3, "label_dim": 2, "k": 1, "widths": [4], "fusion": "concat"}
     metadata = ModelMetadata(
         labels=("cat", "dog"), label_vectors=torch.randn(2, 2), label_source="hashed",
-        model={"name": "gm_mlic", **settings}, graph={"m": 3, "neighbours": 2},
+        model={"name": "gm_mlic", **settings}, graph={"m": 3, "num_neighbors": 2},
         detector="own", detector_fingerprint="f", detector_settings={}, embedding={},
     )  # fmt: skip
     own = SimpleNamespace(name="own", fingerprint="f", labels=(), feature_dim=3)

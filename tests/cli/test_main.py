@@ -79,7 +79,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (
             ["train", "+graph.q=1"],
-            "graph.q: there is no such setting; graph has labels_per_class, layout, m, num_label_neighbors, num_neighbors.",
+            "graph.q: there is no such setting; graph has labels_per_class, layout, m, num_label_neighbors, num_neigh"
+            "bors.",
         ),
         (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: there is no such setting; optimizer (adamw) has "),
         (["train", "+extra=1"], "extra: there is no such setting; there are dataset, detector, "),

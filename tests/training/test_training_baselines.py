@@ -12,8 +12,8 @@ from gm_mlic.cli.compose import compose
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
 from gm_mlic.metrics import read_scored_images
-from gm_mlic.nn.cooccurrence import conditional_probabilities
-from gm_mlic.nn.ml_gcn import reweighted_adjacency
+from gm_mlic.nn.baselines.cooccurrence import conditional_probabilities
+from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.training import run
 from gm_mlic.zoo import read_checkpoint
 from gm_mlic.zoo.export import export

@@ -40,7 +40,7 @@ def probabilities(predictor: Predictor, photos: list[Path]) -> np.ndarray:
     return np.stack([prediction.probabilities for prediction in predictor(photos)])
 
 
-@pytest.mark.parametrize("name", ["gm", "mil", "explicit", "candidates"])
+@pytest.mark.parametrize("name", ["gm", "mil", "sparse", "candidates"])
 def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     before = Predictor.from_checkpoint(folder / name / "checkpoints/best.ckpt")
     path = before.save_pretrained(tmp_path / "new" / "model")
@@ -180,8 +180,8 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
         {"surplus": 1},
         {"m": None},
         {"m": "x"},
-        {"m": 3, "neighbours": "y"},
-        {"m": 3, "label_neighbours": -1},
+        {"m": 3, "num_neighbors": "y"},
+        {"m": 3, "num_label_neighbors": -1},
     ):
         refused("cannot be built", graph=graph)
     # sizes of a lie are refused before anything of that size is made
