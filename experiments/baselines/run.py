@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from gm_mlic.bench.measure import interleaved
+from gm_mlic.bench.measure import FlopCounter, interleaved
 from gm_mlic.cli.bench import describe_machine
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run as command
@@ -148,13 +147,13 @@ def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
     module, graph = build_module(config, build.build_dataset(config, "train"), extractor)
     generator = torch.Generator().manual_seed(0)
     corner, size = torch.rand(2, BATCH, config.graph.m, 2, generator=generator) / 2
-    batch = AssignmentBatch.build(
+    batch = AssignmentBatch.from_padded(
         x=torch.rand(BATCH, config.graph.m, extractor.feature_dim, generator=generator),
         box=torch.cat([corner, corner + size], dim=-1),
         mask=torch.ones(BATCH, config.graph.m, dtype=torch.bool),
         label_vectors=graph.label_vectors,
-        neighbours=graph.neighbours if graph.instance_graph else None,
-        label_graph=graph.label_graph,
+        num_neighbors=graph.num_neighbors,
+        edge_types=graph.edge_types,
         score=torch.rand(BATCH, config.graph.m, generator=generator),
         detected_label=torch.zeros(BATCH, config.graph.m, dtype=torch.int64),
     )
@@ -166,7 +165,7 @@ def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
     model.requires_grad_(False)  # the counter stumbles over views of parameters otherwise
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
             model(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
