@@ -176,7 +176,7 @@ class NodeConv(nn.Module):
         edge_index_dict: Mapping[EdgeType, Any],
         edge_attr_dict: Mapping[EdgeType, Any],
     ) -> dict[NodeType, Tensor]:
-        parts = {node_type: [x_dict[node_type]] for node_type in self.phi_n}
+        parts = {node_type: [x_dict[node_type]] for node_type, _ in self.phi_n.items()}
         for edge_type, by_receiver in self.message.items():
             ends = (x_dict[edge_type[0]], x_dict[edge_type[2]])
             for node_type, message in by_receiver.items():
