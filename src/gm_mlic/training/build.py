@@ -61,7 +61,7 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     settings = section(config, "detector")
     del settings["max_instances"]
     with config_keys("detector"):
-        return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
+        return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:

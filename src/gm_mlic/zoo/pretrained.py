@@ -159,7 +159,7 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
         raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
 
 
-def push(folder: Path, name: str, *, private: bool = True) -> str:
+def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a folder of :func:`write_pretrained` to the hub; returns its address.
 
     Raises:
@@ -170,13 +170,14 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     hub = _hub()
     try:
         api = hub.HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
         )
     except Exception as error:
         raise WeightsError(
-            f"`name={name!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
+            f"`repo_id={repo_id!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login "
+            "done?"
         ) from error
     return str(address)
 
@@ -200,7 +201,7 @@ def _without_places(metadata: ModelMetadata, extractor: InstanceExtractor, folde
     named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == metadata.detector_fingerprint
     (folder / DETECTOR).unlink(missing_ok=True)
     if not named and settings and isinstance(extractor, FasterRCNNExtractor):
-        save_detector(extractor, folder / DETECTOR, settings["arch"])
+        save_detector(extractor, folder / DETECTOR, settings["name"])
         settings |= {"weights": DETECTOR, "labels": None}
     elif not named and settings and isinstance(extractor, GridExtractor):
         _save(folder / DETECTOR, extractor.body.state_dict())
