@@ -219,7 +219,7 @@ def _detectors() -> Iterable[str]:
 
 
 def _models() -> Iterable[str]:
-    from gm_mlic.nn import list_models
+    from gm_mlic.registry import list_models
 
     return list_models()
 

@@ -22,7 +22,8 @@ from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGr
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import LabelStatistics, model_arguments
+from gm_mlic.nn.baselines import LabelStatistics
+from gm_mlic.registry import MODELS
 from gm_mlic.validation import section
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -181,7 +182,7 @@ def model_settings(
         "labels": list(labels),
         "detector_labels": list(detector_labels),
     }
-    taken = model_arguments(settings["name"])
+    taken = MODELS.arguments(settings["name"])
     return settings | {name: value for name, value in of_data.items() if name in taken}
 
 

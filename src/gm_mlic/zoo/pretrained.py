@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -29,13 +30,16 @@ from torch import Tensor, nn
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
-from gm_mlic.nn import SHIPPED, pretrained_models
+from gm_mlic.registry import MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
 #: What a folder holds; nothing else that lies in it is ever fetched or pushed.
 FILES = (CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD)
+
+#: Folders of the models that come with this package.
+SHIPPED = Path(__file__).parent / "models"
 
 #: Of the layout above. A reader refuses a later one.
 FORMAT = 1
@@ -126,6 +130,47 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
     model = metadata.build_model()
     model.load_state_dict(weights)
     return metadata, model, card
+
+
+def pretrained_models(pattern: str = "*") -> list[str]:
+    """Names of all models whose weights come with this package, sorted."""
+    return sorted(fnmatch.filter([folder.parent.name for folder in SHIPPED.glob(f"*/{CONFIG}")], pattern))
+
+
+def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+    """Build a registered model.
+
+    Args:
+        name: one of :func:`~gm_mlic.list_models`.
+        pretrained: True: with the weights that come with this package, for the names in :func:`pretrained_models`; a
+            folder that ``gm-mlic export`` wrote: with its settings and weights.
+        **overrides: arguments of the model's constructor, over the named preset's or the folder's.
+
+    Raises:
+        WeightsError: if there are no such weights, or they do not fit.
+        ConfigError: for an unknown name, naming the closest one, or an unknown or missing argument, naming it.
+    """
+    if pretrained is False:
+        return MODELS.build(name, **overrides)  # type: ignore[no-any-return]
+    MODELS.entry(name)
+    if pretrained is True and name not in pretrained_models():
+        raise WeightsError(
+            f"No weights of {name!r} come with this package: there are some of {', '.join(pretrained_models())}. Give "
+            "pretrained=FOLDER for others."
+        )
+    folder = SHIPPED / name if pretrained is True else Path(pretrained)
+    metadata, trained, _ = read_pretrained(folder)
+    if not overrides:
+        return trained
+    model: nn.Module = MODELS.build(**{**metadata.model, **overrides})
+    try:
+        model.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[1].strip()
+        raise WeightsError(
+            f"{folder}: its weights do not fit {name} with these settings ({mismatch[:200]})."
+        ) from error
+    return model
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
