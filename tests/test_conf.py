@@ -15,7 +15,7 @@ from gm_mlic.cli.compose import compose
 from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.losses import DIFFICULT_POLICIES
-from gm_mlic.metrics import PRESETS
+from gm_mlic.metrics import CONVENTIONS
 from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GlobalPool, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
 from gm_mlic.training import build
@@ -269,7 +269,7 @@ def test_choices_are_those_of_the_stages():
         "model.fusion": FUSIONS,
         "model.norm": NORMS,
         "model.execution": EXECUTIONS,
-        "metrics.preset": PRESETS,
+        "metrics.convention": CONVENTIONS,
         "loss.difficult": DIFFICULT_POLICIES,
     }.items():
         assert validation.RULES[key][1] == f"one of {', '.join(choices)}"

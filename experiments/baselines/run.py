@@ -136,7 +136,7 @@ def known_limit() -> dict[str, float]:
     config = compose("train", ["experiment=scenes"])
     test = build.build_dataset(config, "test")
     assert isinstance(test, Scenes)
-    metrics = MultiLabelMetrics(len(LABELS), preset=config.metrics.preset)
+    metrics = MultiLabelMetrics(len(LABELS), convention=config.metrics.convention)
     metrics.update(torch.from_numpy(test.limit_scores).float(), torch.from_numpy(test.targets))
     values = metrics.compute()
     return measured({"mAP": values["mAP"], "AP": dict(zip(LABELS, values["AP"].tolist(), strict=True))})

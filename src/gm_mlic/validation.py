@@ -164,7 +164,7 @@ RULES: Mapping[str, Rule] = {
     "model.dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "loss.beta": number(0),
     "loss.difficult": one_of("positive", "negative", "ignore"),
-    "metrics.preset": one_of("mlgcn", "ssgrl", "ctran", "asl", "mmpretrain", "voc11"),
+    "metrics.convention": one_of("mlgcn", "ssgrl", "ctran", "asl", "mmpretrain", "voc11"),
     "metrics.threshold": or_null(number(0, 1)),
     "optimizer.name": one_of("sgd", "adamw"),
     "optimizer.lr": number(0, open_low=True),

@@ -130,7 +130,7 @@ def train(config: DictConfig) -> float:
     command = shlex.join(["gm-mlic", "train", *settings])
     result = training.train(config, _sweep(config), command)
     if rank_info().rank == 0:
-        print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
+        print_metrics(result["test"], result["convention"], title=f"test split of {result['dataset']['name']}")
         for split, skipped in result["skipped"].items():
             if skipped:
                 reasons = "; ".join(list(skipped.values())[:3]) + ("; ..." if len(skipped) > 3 else "")
@@ -179,7 +179,7 @@ def evaluate(config: DictConfig) -> None:
         **resampling,
     )
     title = f"{config.split} split of {result['dataset']['name']}"
-    print_metrics(result["metrics"], result["preset"], title, result)
+    print_metrics(result["metrics"], result["convention"], title, result)
 
 
 def predict(config: DictConfig) -> None:

@@ -207,7 +207,7 @@ def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:
-    """The metrics of ``config.metrics``; options that are null are the preset's."""
+    """The metrics of ``config.metrics``; options that are null are the convention's."""
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
     with config_keys("metrics"):
         return MultiLabelMetrics(len(labels), labels=labels, **options)

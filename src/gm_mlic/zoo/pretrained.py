@@ -56,7 +56,7 @@ class ModelCard:
         dataset: name of what it was trained on.
         sizes: images of each split.
         metrics: name to per cent, on the test split.
-        convention: of the metrics: the preset's name.
+        convention: of the metrics.
         licence: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
         training: further facts, name to value: seed, epochs, revision.
     """
