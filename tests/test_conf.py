@@ -17,7 +17,7 @@ from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import RELATIONS
 from gm_mlic.losses import DIFFICULT_POLICIES
-from gm_mlic.metrics import PRESETS
+from gm_mlic.metrics import CONVENTIONS
 from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GAPLinear, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import FUSIONS, NORMS
 from gm_mlic.training import build
@@ -104,11 +104,11 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
     check_complete(config)
     on_boxes = baseline in ("detector", "mil_max")
     if not on_boxes:
-        side = 10 if config.detector.arch == "scenes_tiny" else 14
-        assert (config.detector.grid, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
+        side = 10 if config.detector.name == "scenes_tiny" else 14
+        assert (config.detector.grid_size, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
     changed = {change.partition("=")[0] for change in changed_settings(without, config)}
-    expected = set() if on_boxes else {"detector.grid", "detector.max_instances", "graph.m"}
+    expected = set() if on_boxes else {"detector.grid_size", "detector.max_instances", "graph.m"}
     if without.graph.labels_per_class is not None:  # they have no edges
         expected |= {"graph.labels_per_class"}
     assert {key for key in changed if not key.startswith("model.")} == expected
@@ -116,7 +116,7 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
 
 def test_candidates_need_classes_and_a_store():
     for override, named in (
-        ("detector.grid=5", r"graph\.labels_per_class=2 does not go with detector\.grid=5: a grid has no classes"),
+        ("detector.grid_size=5", r"graph\.labels_per_class=2 does not go with detector\.grid_size=5: a grid has no classes"),
         ("instances.online=true", r"graph\.labels_per_class=2 does not go with instances\.online=true"),
         (
             "model=detector",
@@ -145,19 +145,19 @@ def test_the_instance_graph_must_come_at_all():
 
 
 def test_the_user_has_the_last_word_on_the_grid():
-    config = compose("train", ["baseline=ssgrl", "detector.grid=5"])
+    config = compose("train", ["baseline=ssgrl", "detector.grid_size=5"])
     validation.check(config)
     assert (config.graph.m, config.detector.max_instances) == (25, 25)
-    validation.check(compose("train", ["detector.grid=5", "graph.m=25", "detector.max_instances=25"]))
+    validation.check(compose("train", ["detector.grid_size=5", "graph.m=25", "detector.max_instances=25"]))
     for overrides, named in (
-        (["detector.grid=5"], r"detector\.max_instances=15: detector\.grid=5 makes 25 instances"),
-        (["detector.grid=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
-        (["detector=resnet101"], r"graph\.m=10: detector\.grid=14 makes 196 instances"),
+        (["detector.grid_size=5"], r"detector\.max_instances=15: detector\.grid_size=5 makes 25 instances"),
+        (["detector.grid_size=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
+        (["detector=resnet101"], r"graph\.m=10: detector\.grid_size=14 makes 196 instances"),
     ):
         with pytest.raises(ConfigError, match=named):
             validation.check(compose("train", overrides))
-    with pytest.raises(ConfigError, match=r"detector\.grid=many: expected a whole number"):
-        compose("train", ["baseline=ssgrl", "detector.grid=many"])
+    with pytest.raises(ConfigError, match=r"detector\.grid_size=many: expected a whole number"):
+        compose("train", ["baseline=ssgrl", "detector.grid_size=many"])
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ def test_eval_needs_only_a_checkpoint():
 
 
 def test_a_dataset_names_its_detector_and_the_user_has_the_last_word():
-    assert compose("train").detector.arch == "scenes_tiny"
-    assert compose("train", ["dataset=coco2014"]).detector.arch == "fasterrcnn_resnet50_fpn"
-    assert compose("train_detector", ["dataset=coco2014"]).detector.arch == "fasterrcnn_resnet50_fpn"
+    assert compose("train").detector.name == "scenes_tiny"
+    assert compose("train", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
+    assert compose("train_detector", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
     both = ["dataset=coco2014", "detector=mobilenet_v3_large_fpn"]
-    assert compose("train", both).detector.arch == "fasterrcnn_mobilenet_v3_large_fpn"
+    assert compose("train", both).detector.name == "fasterrcnn_mobilenet_v3_large_fpn"
 
 
 def test_widths_follow_the_number_of_blocks():
@@ -271,7 +271,7 @@ def test_choices_are_those_of_the_stages():
     for key, choices in {
         "model.fusion": FUSIONS,
         "model.norm": NORMS,
-        "metrics.preset": PRESETS,
+        "metrics.convention": CONVENTIONS,
         "loss.difficult": DIFFICULT_POLICIES,
     }.items():
         assert validation.RULES[key][1] == f"one of {', '.join(choices)}"
@@ -288,9 +288,9 @@ def test_every_file_becomes_what_it_configures(
     vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
     small = ["dataset.sizes.train=2"] if option not in options("dataset") else []
     config = compose("train", [*small, *chosen(group, option)])
-    config.detector.weights = None if config.detector.arch != "scenes_tiny" else config.detector.weights
+    config.detector.weights = None if config.detector.name != "scenes_tiny" else config.detector.weights
     config.trainer.accelerator = "cpu"
-    if config.embedding.source == "glove":
+    if config.embedding.name == "glove":
         config.embedding.path, config.embedding.oov = str(vectors), "zeros"
     if config.dataset.name != "scenes":
         config.dataset.root = str(tmp_path / "nothing")

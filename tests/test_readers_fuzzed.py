@@ -171,7 +171,7 @@ def vectors(suffix: str) -> Callable[[Path], Case]:
             np.savez(path, labels=list(words), vectors=np.array(list(words.values()), dtype=np.float32))
         else:
             torch.save({word: torch.tensor(values) for word, values in words.items()}, path)
-        return [path], lambda: embed_labels(["dog", "hot dog"], source="glove", path=str(path))
+        return [path], lambda: embed_labels(["dog", "hot dog"], name="glove", path=str(path))
 
     return make
 

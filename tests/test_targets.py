@@ -20,12 +20,12 @@ from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.instances import OnlineImages, extract
 from gm_mlic.losses import DIFFICULT_POLICIES, WeightedBCE
 from gm_mlic.metrics import (
-    PRESETS,
+    CONVENTIONS,
     MultiLabelMetrics,
     average_precision,
     bootstrap_map,
-    convention,
     fit_thresholds,
+    get_convention,
     precision_recall,
     write_scored_images,
 )
@@ -59,8 +59,8 @@ def test_map_is_that_of_scikit_learn(dtype: torch.dtype) -> None:
     logits, targets = binary(dtype=dtype)
     expected = average_precision_score(targets.double().numpy(), logits.numpy(), average=None)
     np.testing.assert_allclose(average_precision(logits.sigmoid(), targets), expected, rtol=1e-12)
-    for preset in ("mlgcn", "ctran"):
-        metrics = MultiLabelMetrics(C, preset)
+    for convention in ("mlgcn", "ctran"):
+        metrics = MultiLabelMetrics(C, convention)
         metrics.update(logits.sigmoid(), targets)
         np.testing.assert_allclose(metrics.compute()["mAP"], 100 * expected.mean(), rtol=1e-12)
 
@@ -103,24 +103,24 @@ def test_a_mask_is_the_voc_format_in_the_loss(voc: Tensor, policy: str, beta: fl
 @settings(max_examples=60, deadline=None)
 @given(
     voc=voc_targets(),
-    preset=st.sampled_from(list(PRESETS)),
+    convention=st.sampled_from(list(CONVENTIONS)),
     in_ap=st.sampled_from(DIFFICULT_POLICIES),
     in_f1=st.sampled_from(DIFFICULT_POLICIES),
     seed=st.integers(0, 99),
 )
-def test_a_mask_is_the_voc_format_in_metrics(voc: Tensor, preset: str, in_ap: str, in_f1: str, seed: int) -> None:
+def test_a_mask_is_the_voc_format_in_metrics(voc: Tensor, convention: str, in_ap: str, in_f1: str, seed: int) -> None:
     scores = torch.rand(voc.shape, generator=torch.Generator().manual_seed(seed))
     targets, difficult = masked(voc, seed)
     as_voc = {"target_format": "voc", "allow_all_present": True}
     options = {"difficult_ap": in_ap, "difficult_f1": in_f1}
-    rules = convention(preset, **options)
+    rules = get_convention(convention, **options)
 
     def same(ours: object, theirs: object) -> None:
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
     both = [
-        MultiLabelMetrics(voc.shape[1], preset, **options),
-        MultiLabelMetrics(voc.shape[1], preset, **options, **as_voc),
+        MultiLabelMetrics(voc.shape[1], convention, **options),
+        MultiLabelMetrics(voc.shape[1], convention, **options, **as_voc),
     ]
     both[0].update(scores, targets, difficult)
     both[1].update(scores, voc)
@@ -171,8 +171,10 @@ USES = {
         torch.zeros(2, 3), targets, difficult
     ),
     "ap": lambda targets, **options: average_precision(torch.zeros(2, 3), targets, **options),
-    "f1": lambda targets, **options: precision_recall(torch.zeros(2, 3), targets, convention(), **options),
-    "bootstrap": lambda targets, **options: bootstrap_map([torch.zeros(2, 3)], targets, [convention()], 2, **options),
+    "f1": lambda targets, **options: precision_recall(torch.zeros(2, 3), targets, get_convention(), **options),
+    "bootstrap": lambda targets, **options: bootstrap_map(
+        [torch.zeros(2, 3)], targets, [get_convention()], 2, **options
+    ),
     "thresholds": lambda targets, **options: fit_thresholds(torch.zeros(2, 3), targets, **options),
 }
 

@@ -39,7 +39,7 @@ OURS = ("1e-3",)
 THEIRS = ("1e-3", "3e-3", "1e-2", "3e-2")
 #: A linear model of small features takes more.
 LINEAR = (*THEIRS, "1e-1", "3e-1", "1", "3", "10", "30")
-GRID = ["detector.grid=10", "detector.max_instances=100", "graph.m=100"]
+GRID = ["detector.grid_size=10", "detector.max_instances=100", "graph.m=100"]
 BATCH, ROUNDS = 32, 15
 
 
@@ -135,7 +135,7 @@ def known_limit() -> dict[str, float]:
     config = compose("train", ["experiment=scenes"])
     test = build.build_dataset(config, "test")
     assert isinstance(test, Scenes)
-    metrics = MultiLabelMetrics(len(LABELS), preset=config.metrics.preset)
+    metrics = MultiLabelMetrics(len(LABELS), convention=config.metrics.convention)
     metrics.update(torch.from_numpy(test.limit_scores).float(), torch.from_numpy(test.targets))
     values = metrics.compute()
     return measured({"mAP": values["mAP"], "AP": dict(zip(LABELS, values["AP"].tolist(), strict=True))})

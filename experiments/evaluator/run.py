@@ -1,6 +1,6 @@
 """The evaluator at NUS-WIDE's test size: seconds, memory, and how much faster than the usual Python loop.
 
-    python experiments/evaluator/run.py          # a process for each preset; prints the table of README.md
+    python experiments/evaluator/run.py          # a process for each convention; prints the table of README.md
 
 Labels are NUS-WIDE's own where ../shared/data (or $GM_MLIC_SHARED) has them, else drawn with the same density.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gm_mlic.metrics import PRESETS, MultiLabelMetrics, bootstrap_map
+from gm_mlic.metrics import CONVENTIONS, MultiLabelMetrics, bootstrap_map
 
 N, C = 107_859, 81
 BATCH = 128
@@ -119,16 +119,16 @@ def resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def one(preset: str) -> dict[str, Any]:
-    """Seconds and memory of one preset; runs in a process of its own."""
+def one(convention: str) -> dict[str, Any]:
+    """Seconds and memory of one convention; runs in a process of its own."""
     scores, targets, _ = data()
-    small = MultiLabelMetrics(C, preset)
+    small = MultiLabelMetrics(C, convention)
     small.update(scores[:5000], targets[:5000])
     small.compute()
     del small
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    metrics = MultiLabelMetrics(C, preset)
+    metrics = MultiLabelMetrics(C, convention)
     ids = torch.arange(N)
 
     def update() -> None:
@@ -166,20 +166,20 @@ def main() -> None:
     print(f"plain loop over tensors, as published: {tensors_s:.1f} s ({LOOPED} labels x {C // LOOPED})")
     print(f"the same over Python lists: {lists_s:.1f} s\n")
 
-    print("| preset | compute() s | of CPU | update() s | times faster: tensors | lists | peak memory / scores |")
+    print("| convention | compute() s | of CPU | update() s | times faster: tensors | lists | peak memory / scores |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for preset in PRESETS:
-        command = [sys.executable, __file__, preset]
+    for convention in CONVENTIONS:
+        command = [sys.executable, __file__, convention]
         got = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        if preset == "mlgcn":
+        if convention == "mlgcn":
             np.testing.assert_allclose(got["values"], [mAP, *numbers], atol=1e-9)
         seconds = got["compute_s"]
         print(
-            f"| {preset} | {seconds:.2f} | {got['cpu_s']:.2f} | {got['update_s']:.2f} | {tensors_s / seconds:.0f} | "
-            f"{lists_s / seconds:.1f} | {got['peak']:.2f} |"
+            f"| {convention} | {seconds:.2f} | {got['cpu_s']:.2f} | {got['update_s']:.2f} | "
+            f"{tensors_s / seconds:.0f} | {lists_s / seconds:.1f} | {got['peak']:.2f} |"
         )
-    _, seconds, cpu = clock(bootstrap_map, [scores], targets, list(PRESETS.values()), 64)
-    print(f"\n64 bootstrap resamples, all presets: {seconds:.1f} s ({cpu:.1f} s of CPU)")
+    _, seconds, cpu = clock(bootstrap_map, [scores], targets, list(CONVENTIONS.values()), 64)
+    print(f"\n64 bootstrap resamples, all conventions: {seconds:.1f} s ({cpu:.1f} s of CPU)")
 
 
 if __name__ == "__main__":

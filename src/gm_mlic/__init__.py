@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from gm_mlic.instances import InstanceStore, extract
     from gm_mlic.losses import WeightedBCE
     from gm_mlic.metrics import MultiLabelMetrics
-    from gm_mlic.nn import GMMLIC, create_model, list_models, pretrained_models, register_model
-    from gm_mlic.zoo import Predictor
+    from gm_mlic.nn import GMMLIC
+    from gm_mlic.registry import list_models, register_model
+    from gm_mlic.zoo import Predictor, create_model, pretrained_models
 
 _HOME = {
     "MultiLabelDataset": "datasets",
@@ -38,10 +39,10 @@ _HOME = {
     "WeightedBCE": "losses",
     "MultiLabelMetrics": "metrics",
     "GMMLIC": "nn",
-    "create_model": "nn",
-    "list_models": "nn",
-    "pretrained_models": "nn",
-    "register_model": "nn",
+    "create_model": "zoo",
+    "list_models": "registry",
+    "pretrained_models": "zoo",
+    "register_model": "registry",
     "Predictor": "zoo",
 }
 

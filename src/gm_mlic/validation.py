@@ -115,13 +115,13 @@ RULES: Mapping[str, Rule] = {
     "dataset.target_format": one_of("binary", "voc"),
     "dataset.missing": one_of("error", "drop"),
     "dataset.test_fraction": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
-    "detector.arch": TEXT,
+    "detector.name": TEXT,
     "detector.weights": or_null(TEXT),
     "detector.min_size": or_null(whole(32)),
     "detector.max_size": or_null(whole(32)),
     "detector.score_threshold": number(0, 1),
     "detector.nms_threshold": number(0, 1),
-    "detector.grid": or_null(whole(1)),
+    "detector.grid_size": or_null(whole(1)),
     "detector.max_instances": whole(1),
     "detector.trainable": one_of("none", "box_head", "all"),
     "instances.root": TEXT,
@@ -135,7 +135,7 @@ RULES: Mapping[str, Rule] = {
         (lambda v: isinstance(v, str) and _is_shard(v), "i/n with 0 <= i < n, as in instances.shard=0/4")
     ),
     "instances.online": YES_NO,
-    "embedding.source": one_of("hashed", "glove"),
+    "embedding.name": one_of("hashed", "glove"),
     "embedding.path": or_null(TEXT),
     "embedding.dim": whole(1),
     "embedding.oov": one_of("error", "zeros", "hashed", "skip_words"),
@@ -164,7 +164,7 @@ RULES: Mapping[str, Rule] = {
     "model.dropout": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "loss.beta": number(0),
     "loss.difficult": one_of("positive", "negative", "ignore"),
-    "metrics.preset": one_of("mlgcn", "ssgrl", "ctran", "asl", "mmpretrain", "voc11"),
+    "metrics.convention": one_of("mlgcn", "ssgrl", "ctran", "asl", "mmpretrain", "voc11"),
     "metrics.threshold": or_null(number(0, 1)),
     "optimizer.name": one_of("sgd", "adamw"),
     "optimizer.lr": number(0, open_low=True),
@@ -219,7 +219,7 @@ def _detectors() -> Iterable[str]:
 
 
 def _models() -> Iterable[str]:
-    from gm_mlic.nn import list_models
+    from gm_mlic.registry import list_models
 
     return list_models()
 
@@ -228,7 +228,7 @@ def _models() -> Iterable[str]:
 #: own (docs/add_model.md). Looked at last, for importing the stages takes seconds.
 NAMES: Mapping[str, Callable[[], Iterable[str]]] = {
     "dataset.name": _datasets,
-    "detector.arch": _detectors,
+    "detector.name": _detectors,
     "model.name": _models,
 }
 
@@ -318,11 +318,12 @@ def _check_together(config: DictConfig) -> None:
             f"graph.m={get('graph.m')} is more than the store would keep (detector.max_instances="
             f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
         )
-    cells = get("detector.grid") and get("detector.grid") ** 2
+    cells = get("detector.grid_size") and get("detector.grid_size") ** 2
     for key in ("detector.max_instances", "graph.m") if cells else ():
         if get(key) not in (None, cells):
             raise ConfigError(
-                f"{key}={get(key)}: detector.grid={get('detector.grid')} makes {cells} instances; set {key}={cells}."
+                f"{key}={get(key)}: detector.grid_size={get('detector.grid_size')} makes {cells} instances; "
+                f"set {key}={cells}."
             )
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:
@@ -342,7 +343,7 @@ def _check_together(config: DictConfig) -> None:
 
     if get("graph.labels_per_class") is not None:
         for key, wrong, why in (
-            ("detector.grid", get("detector.grid") is not None, "a grid has no classes"),
+            ("detector.grid_size", get("detector.grid_size") is not None, "a grid has no classes"),
             ("instances.online", bool(get("instances.online")), "candidates are learnt from a store"),
             ("model.name", get("model.name") in _WITHOUT_EDGES, "it reads no matching edges"),
         ):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gm_mlic.cli.main import run
-from gm_mlic.metrics import PRESETS
+from gm_mlic.metrics import CONVENTIONS
 
 LABELS = ("cat", "dog", "red bird")
 N = 40
@@ -58,14 +58,14 @@ def test_every_preset_side_by_side(capsys: pytest.CaptureFixture[str]):
     lines = shown.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].strip() == "test.npz: 40 images, 3 labels"
-    assert next(line for line in lines if "mlgcn" in line).split() == ["%", *PRESETS]
+    assert next(line for line in lines if "mlgcn" in line).split() == ["%", *CONVENTIONS]
     assert "Targets are read as voc." in shown
     result = json.loads(Path("runs/eval-test/test.json").read_text())
     for row, key in (("mAP", "mAP"), ("OF1", "OF1"), ("top-3 CF1", "top3/CF1")):
-        cells = next(line for line in lines if line.strip().startswith(row)).split()[-len(PRESETS) :]
-        assert cells == [f"{result['metrics'][preset][key]:.1f}" for preset in PRESETS]
+        cells = next(line for line in lines if line.strip().startswith(row)).split()[-len(CONVENTIONS) :]
+        assert cells == [f"{result['metrics'][convention][key]:.1f}" for convention in CONVENTIONS]
     first, last = (next(line for line in lines if end in line).split()[-6:] for end in ("95 % from", "95 % to"))
-    mAP = [result["metrics"][preset]["mAP"] for preset in PRESETS]
+    mAP = [result["metrics"][convention]["mAP"] for convention in CONVENTIONS]
     assert all(float(a) <= value <= float(b) for a, value, b in zip(first, mAP, last, strict=True))
 
 
@@ -76,9 +76,9 @@ def test_against_another_model_and_with_fitted_thresholds(capsys: pytest.Capture
     for words in ("other mAP", "gain", "p  ", "fitted", "best F1 on 40 validation images", "mAP over other.npz"):
         assert words in shown
     result = json.loads(Path("runs/eval-test/test.json").read_text())
-    for preset in PRESETS:
-        assert result["difference"][preset]["interval"][0] > 0
-        assert result["difference"][preset]["p"] == pytest.approx(2 / 51)
+    for convention in CONVENTIONS:
+        assert result["difference"][convention]["interval"][0] > 0
+        assert result["difference"][convention]["p"] == pytest.approx(2 / 51)
     # The other model's rows are in another order; alone, its mAP is the same.
     assert run(["eval", "scores=other.npz", "targets=test.npz", "target_format=voc", "bootstrap=0"]) == 0
     alone = json.loads(Path("runs/eval-other/other.json").read_text())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gm_mlic.errors import ConfigError, DataError
-from gm_mlic.metrics import PRESETS, Convention, average_precision, bootstrap_map, interval, p_value
+from gm_mlic.metrics import CONVENTIONS, Convention, average_precision, bootstrap_map, interval, p_value
 
 
 def tables(N: int, C: int, seed: int, levels: int, difficult: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def test_each_resample_is_what_the_evaluator_gives_for_its_images(
 ) -> None:
     """Draw the same images, copy their rows, and evaluate: every rule, ties, copies, labels that drop out."""
     one, two, targets = tables(N, C, seed, levels, difficult)
-    rules = [*PRESETS.values(), Convention(ap="envelope", difficult_ap="positive")]
+    rules = [*CONVENTIONS.values(), Convention(ap="envelope", difficult_ap="positive")]
     result = bootstrap_map([one, two], targets, rules, resamples=4, seed=seed, **VOC)
     assert result.shape == (2, len(rules), 4)
     draw = np.random.default_rng(seed)
@@ -49,7 +49,7 @@ def test_each_resample_is_what_the_evaluator_gives_for_its_images(
 
 def test_resamples_are_seeded_and_the_first_of_more() -> None:
     one, _, targets = tables(50, 3, 0, 100, True)
-    rules = [PRESETS["mlgcn"]]
+    rules = [CONVENTIONS["mlgcn"]]
     few, more, other = (
         bootstrap_map([one], targets, rules, B, seed, **VOC) for B, seed in ((10, 1), (150, 1), (10, 2))
     )
@@ -60,14 +60,14 @@ def test_resamples_are_seeded_and_the_first_of_more() -> None:
 def test_progress_counts_every_resample() -> None:
     one, _, targets = tables(10, 2, 0, 100, False)
     seen: list[int] = []
-    bootstrap_map([one], targets, [PRESETS["mlgcn"]], 150, progress=seen.append, **VOC)
+    bootstrap_map([one], targets, [CONVENTIONS["mlgcn"]], 150, progress=seen.append, **VOC)
     assert sum(seen) == 150
     assert len(seen) > 1
 
 
 def test_no_positive_gives_nan() -> None:
     scores = torch.rand(6, 2, generator=torch.Generator().manual_seed(0))
-    result = bootstrap_map([scores], torch.zeros(6, 2), list(PRESETS.values()), 5)
+    result = bootstrap_map([scores], torch.zeros(6, 2), list(CONVENTIONS.values()), 5)
     assert np.isnan(result).all()
     assert all(math.isnan(end) for end in interval(result[0, 0]))
 
@@ -81,7 +81,7 @@ def test_an_interval_covers_the_true_map_about_as_often_as_it_says() -> None:
     hits = 0
     for i in range(200):
         rows = rng.integers(0, 40_000, 150)
-        drawn = bootstrap_map([scores[rows]], torch.from_numpy(targets[rows]), [PRESETS["mlgcn"]], 200, seed=i)
+        drawn = bootstrap_map([scores[rows]], torch.from_numpy(targets[rows]), [CONVENTIONS["mlgcn"]], 200, seed=i)
         low, high = interval(drawn[0, 0], level=0.9)
         hits += low <= truth <= high
     assert 0.84 <= hits / 200 <= 0.96
@@ -108,7 +108,7 @@ def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
     good, same, bad = (
         torch.sigmoid(torch.from_numpy(rng.normal(size=(400, 3))) + q * (2 * targets - 1)) for q in (1, 1, 0.3)
     )
-    drawn = bootstrap_map([good, same, bad], targets, [PRESETS["mlgcn"]], 300)[:, 0]
+    drawn = bootstrap_map([good, same, bad], targets, [CONVENTIONS["mlgcn"]], 300)[:, 0]
     low, high = interval(drawn[0] - drawn[2])
     assert low > 0
     assert p_value(drawn[0] - drawn[2]) < 0.05
@@ -120,8 +120,8 @@ def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
 def test_bad_input() -> None:
     one, _, targets = tables(5, 2, 0, 10, False)
     with pytest.raises(ConfigError, match="resamples is 0"):
-        bootstrap_map([one], targets, [PRESETS["mlgcn"]], 0, **VOC)
+        bootstrap_map([one], targets, [CONVENTIONS["mlgcn"]], 0, **VOC)
     with pytest.raises(DataError, match="differ in shape"):
-        bootstrap_map([one, one[:3]], targets, [PRESETS["mlgcn"]], 3, **VOC)
+        bootstrap_map([one, one[:3]], targets, [CONVENTIONS["mlgcn"]], 3, **VOC)
     with pytest.raises(DataError, match="nothing to evaluate"):
-        bootstrap_map([one[:0]], targets[:0], [PRESETS["mlgcn"]], 3)
+        bootstrap_map([one[:0]], targets[:0], [CONVENTIONS["mlgcn"]], 3)

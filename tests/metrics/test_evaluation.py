@@ -9,7 +9,7 @@ import torch
 
 from gm_mlic.errors import DataError
 from gm_mlic.metrics import (
-    PRESETS,
+    CONVENTIONS,
     MultiLabelMetrics,
     ScoredImages,
     bootstrap_map,
@@ -37,29 +37,32 @@ def test_every_number_is_that_of_its_part() -> None:
     result = evaluate_scores(images, val=val, bootstrap=30, seed=5)
     assert json.loads(json.dumps(result)) == result
     assert result["excluded_labels"] == ["unicorn"]
-    drawn = bootstrap_map(images.scores, images.targets, list(PRESETS.values()), 30, seed=5, difficult=images.difficult)
-    for m, preset in enumerate(PRESETS):
+    drawn = bootstrap_map(
+        images.scores, images.targets, list(CONVENTIONS.values()), 30, seed=5, difficult=images.difficult
+    )
+    for m, convention in enumerate(CONVENTIONS):
         for key, scores, options in (
             ("metrics", images.scores[0], {}),
             ("against", images.scores[1], {}),
             ("calibrated", images.scores[0],
-             {"threshold": fit_thresholds(val.scores[0], val.targets, PRESETS[preset], difficult=val.difficult)}),
+             {"threshold": fit_thresholds(
+                 val.scores[0], val.targets, CONVENTIONS[convention], difficult=val.difficult)}),
         ):  # fmt: skip
-            metric = MultiLabelMetrics(3, preset, **options)
+            metric = MultiLabelMetrics(3, convention, **options)
             metric.update(scores, images.targets, images.difficult)
             expected = metric.compute()
-            got = result[key][preset]
+            got = result[key][convention]
             assert list(got["AP"]) == list(LABELS)
             assert got["AP"]["unicorn"] is None
             for name, value in expected.items():
                 if name != "AP":
                     assert got[name] == value.item()
-        assert result["calibrated"][preset]["mAP"] == result["metrics"][preset]["mAP"]
+        assert result["calibrated"][convention]["mAP"] == result["metrics"][convention]["mAP"]
         low, high = np.quantile(drawn[0, m], [0.025, 0.975])
-        assert result["intervals"][preset] == pytest.approx([low, high])
+        assert result["intervals"][convention] == pytest.approx([low, high])
         difference = drawn[0, m] - drawn[1, m]
-        assert result["difference"][preset]["interval"] == pytest.approx(np.quantile(difference, [0.025, 0.975]))
-        assert list(result["thresholds"][preset]) == list(LABELS)
+        assert result["difference"][convention]["interval"] == pytest.approx(np.quantile(difference, [0.025, 0.975]))
+        assert list(result["thresholds"][convention]) == list(LABELS)
 
 
 def test_a_model_against_itself() -> None:
@@ -124,8 +127,8 @@ def test_perfect_scores_on_the_labels_of_voc_2007(shared_data: Path) -> None:
     labels = tuple(content["labels"].tolist())
     images = ScoredImages(((targets + 1).float() / 2,), targets == 1, targets == 0, None, labels)
     result = evaluate_scores(images, bootstrap=3)
-    for preset, values in result["metrics"].items():
-        assert values["mAP"] == pytest.approx(100), preset
-        assert result["intervals"][preset] == pytest.approx([100, 100])
+    for convention, values in result["metrics"].items():
+        assert values["mAP"] == pytest.approx(100), convention
+        assert result["intervals"][convention] == pytest.approx([100, 100])
     # A difficult label scores 0.5: predicted, and wrong where it counts as a negative.
     assert result["metrics"]["mlgcn"]["OP"] < 100 == result["metrics"]["mmpretrain"]["OP"]

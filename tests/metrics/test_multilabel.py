@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from gm_mlic.errors import ConfigError, DataError
-from gm_mlic.metrics import PRESETS, Convention, MultiLabelMetrics, average_precision, convention, functional, predicted
+from gm_mlic.metrics import (
+    CONVENTIONS,
+    Convention,
+    MultiLabelMetrics,
+    average_precision,
+    functional,
+    get_convention,
+    predicted,
+)
 
 # ---- The definitions, as plain loops over one label or one image. They share no code with the package. ----
 
@@ -123,11 +131,11 @@ def voc_metrics(*args, **options) -> MultiLabelMetrics:
     return MultiLabelMetrics(*args, target_format="voc", allow_all_present=True, **options)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @settings(max_examples=60, deadline=None)
 @given(table=score_tables())
-def test_every_preset_equals_the_loops(preset: str, table: tuple[np.ndarray, np.ndarray]) -> None:
-    assert_same(evaluate(*table, preset), loop_metrics(*table, PRESETS[preset]))
+def test_every_convention_equals_the_loops(convention: str, table: tuple[np.ndarray, np.ndarray]) -> None:
+    assert_same(evaluate(*table, convention), loop_metrics(*table, CONVENTIONS[convention]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -152,7 +160,7 @@ def test_presets_are_those_of_the_literature() -> None:
     """Evaluation conventions, as in the table of public codebases: AP, difficult in AP and F1, F1, threshold, top-3."""
     facts = {
         name: (p.ap, p.difficult_ap, p.difficult_f1, p.f1, p.threshold, p.compare, p.topk, p.topk_ties)
-        for name, p in PRESETS.items()
+        for name, p in CONVENTIONS.items()
     }
     assert facts == {
         "mlgcn": ("rank", "ignore", "negative", "of_means", 0.5, "ge", "threshold", "stable"),
@@ -198,8 +206,8 @@ def test_precision_recall_f1_against_scikit_learn() -> None:
     best = np.argsort(-scores, axis=1)[:, :3]
     highest = np.zeros_like(chosen)
     np.put_along_axis(highest, best, True, axis=1)
-    for preset, top, macro in (("mlgcn", chosen & highest, False), ("mmpretrain", highest, True)):
-        result = {k: v.numpy() / 100 for k, v in evaluate(scores, targets, preset).items()}
+    for convention, top, macro in (("mlgcn", chosen & highest, False), ("mmpretrain", highest, True)):
+        result = {k: v.numpy() / 100 for k, v in evaluate(scores, targets, convention).items()}
         P, R, F, _ = precision_recall_fscore_support(truth, top, average="macro", zero_division=0)
         micro = precision_recall_fscore_support(truth, top, average="micro", zero_division=0)
         np.testing.assert_allclose([result["top3/CP"], result["top3/CR"]], [P, R])
@@ -265,8 +273,8 @@ def test_top3_ties(ties: str, expected: list[int]) -> None:
 def test_a_score_at_the_threshold() -> None:
     """float32's 0.8 is a little above 0.8; it still is the threshold."""
     scores = torch.tensor([[0.8]], dtype=torch.float32)
-    assert predicted(scores, convention(threshold=0.8)).item()
-    assert not predicted(scores, convention("asl")).item()
+    assert predicted(scores, get_convention(threshold=0.8)).item()
+    assert not predicted(scores, get_convention("asl")).item()
 
 
 # ---- As an object: batches, processes, copies ----
@@ -278,7 +286,7 @@ def test_batches_add_up_and_reset_clears() -> None:
     for _ in range(2):
         for rows in np.array_split(np.arange(53), 7):
             metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]))
-        assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+        assert_same(metric.compute(), loop_metrics(scores, targets, CONVENTIONS["mlgcn"]))
         metric.reset()
     with pytest.raises(DataError, match="nothing to evaluate"):
         metric.compute()
@@ -289,10 +297,10 @@ def test_inputs_are_neither_changed_nor_kept() -> None:
     targets[3] = 0
     before = scores.clone(), targets.clone()
     results = {}
-    for preset in PRESETS:
-        metric = voc_metrics(4, preset)
+    for convention in CONVENTIONS:
+        metric = voc_metrics(4, convention)
         metric.update(scores, targets)
-        results[preset] = metric.compute()
+        results[convention] = metric.compute()
         assert torch.equal(scores, before[0])
         assert torch.equal(targets, before[1])
     metric.reset()
@@ -305,7 +313,7 @@ def test_binary_targets() -> None:
     scores, targets = random_table(30, 3)
     metric = MultiLabelMetrics(3)
     metric.update(torch.from_numpy(scores), torch.from_numpy((targets == 1).astype(np.float32)))
-    assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+    assert_same(metric.compute(), loop_metrics(scores, targets, CONVENTIONS["mlgcn"]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -314,7 +322,7 @@ def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torc
     low = torch.from_numpy(scores).to(dtype)
     metric = voc_metrics(4)
     metric.update(low, torch.from_numpy(targets))
-    assert_same(metric.compute(), loop_metrics(low.double().numpy(), targets, PRESETS["mlgcn"]))
+    assert_same(metric.compute(), loop_metrics(low.double().numpy(), targets, CONVENTIONS["mlgcn"]))
 
 
 @pytest.mark.parametrize("N", [12, 13])
@@ -327,7 +335,7 @@ def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
     for process in range(3):
         rows = padded[process::3]
         metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]), ids=rows)
-    assert_same(metric.compute(), loop_metrics(scores, targets, PRESETS["mlgcn"]))
+    assert_same(metric.compute(), loop_metrics(scores, targets, CONVENTIONS["mlgcn"]))
 
 
 def _worker(process: int, folder: str) -> None:
@@ -336,7 +344,7 @@ def _worker(process: int, folder: str) -> None:
     metric = voc_metrics(4)
     for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one repeated row, one process without any
         metric.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
-    presets = {preset: voc_metrics(4, preset) for preset in PRESETS}
+    presets = {convention: voc_metrics(4, convention) for convention in CONVENTIONS}
     rows, targets[4, 2] = ([6, 0, 2, 4], [5, 3, 1, 0], [])[process], 0  # out of order, and a difficult label
     for other in presets.values():
         for row in rows:
@@ -355,21 +363,21 @@ def test_three_real_processes(tmp_path: Path) -> None:
     got = [pickle.loads((tmp_path / f"{process}.pickle").read_bytes()) for process in range(3)]
     scores, targets = random_table(7, 4)
     scores = scores.astype(np.float32).astype(np.float64)
-    expected = loop_metrics(scores, targets, PRESETS["mlgcn"])
+    expected = loop_metrics(scores, targets, CONVENTIONS["mlgcn"])
     targets[4, 2] = 0
     for result, numbers, collected in got:
         assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in result.items()}, expected)
-        for preset, values in numbers.items():
-            of_loops = loop_metrics(scores, targets, PRESETS[preset])
+        for convention, values in numbers.items():
+            of_loops = loop_metrics(scores, targets, CONVENTIONS[convention])
             assert_same({name: torch.from_numpy(np.asarray(value)) for name, value in values.items()}, of_loops)
         for part, whole in zip(collected, (scores, targets == 1, targets == 0, np.arange(7)), strict=True):
             np.testing.assert_array_equal(part, whole)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize(("labels", "images", "threads"), [(1, 1, 1), (3, 7, 2), (2, 64, 3), (100, 9, 2)])
 def test_blocks_and_threads_do_not_show(
-    monkeypatch: pytest.MonkeyPatch, preset: str, labels: int, images: int, threads: int
+    monkeypatch: pytest.MonkeyPatch, convention: str, labels: int, images: int, threads: int
 ) -> None:
     scores, targets = random_table(64, 7)
     scores = scores.round(1)
@@ -378,7 +386,7 @@ def test_blocks_and_threads_do_not_show(
     monkeypatch.setattr(functional, "_IMAGES", images)
     monkeypatch.setattr(functional, "_MANY", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert_same(evaluate(scores, targets, preset), loop_metrics(scores, targets, PRESETS[preset]))
+    assert_same(evaluate(scores, targets, convention), loop_metrics(scores, targets, CONVENTIONS[convention]))
 
 
 # ---- The quick sort of float32 scores ----
@@ -406,13 +414,13 @@ def test_float32_scores_rank_as_python_sorts_them(scores: list[float]) -> None:
     assert functional.ranking(array.astype(np.float64), everything, everything)[0].tolist() == expected
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("convention", CONVENTIONS)
 @settings(max_examples=40, deadline=None)
 @given(table=score_tables())
-def test_float32_and_float64_agree(preset: str, table: tuple[np.ndarray, np.ndarray]) -> None:
+def test_float32_and_float64_agree(convention: str, table: tuple[np.ndarray, np.ndarray]) -> None:
     """The two ways to sort, on values that both types have exactly."""
     scores, targets = (table[0] * 8).round() / 8, table[1]
-    single, double = evaluate(scores.astype(np.float32), targets, preset), evaluate(scores, targets, preset)
+    single, double = evaluate(scores.astype(np.float32), targets, convention), evaluate(scores, targets, convention)
     for name, value in double.items():
         assert torch.equal(single[name].nan_to_num(-1), value.nan_to_num(-1)), name
 
@@ -483,7 +491,7 @@ def test_bad_ids_are_refused() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"preset": "coco"}, {"ap": "area"}, {"difficult_ap": 0}, {"threshold": 1.5}, {"threshold": "high"},
+        {"convention": "coco"}, {"ap": "area"}, {"difficult_ap": 0}, {"threshold": 1.5}, {"threshold": "high"},
         {"thresh": 0.5}, {"target_format": "pm1"}, {"labels": ("a",)}, {"compare": ">="}, {"num_labels": 0},
     ],
 )  # fmt: skip

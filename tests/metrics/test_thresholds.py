@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gm_mlic.errors import DataError
-from gm_mlic.metrics import Convention, MultiLabelMetrics, convention, fit_thresholds
+from gm_mlic.metrics import Convention, MultiLabelMetrics, fit_thresholds, get_convention
 
 
 def f1(scores: list[float], targets: list[int], threshold: float, rule: Convention) -> float:
@@ -61,7 +61,7 @@ def test_by_hand() -> None:
     # Label 0 passes down to 0.3; label 1 has no positive; label 2: {0.4, 0.4} has F1 1/2, {0.4, 0.4, 0.2} has 4/5.
     fitted = fit_thresholds(scores, targets)
     torch.testing.assert_close(fitted, torch.tensor([0.25, 0.5, 0.15], dtype=torch.float64))
-    assert fit_thresholds(scores, targets, convention("asl"))[1] == 0.8
+    assert fit_thresholds(scores, targets, get_convention("asl"))[1] == 0.8
 
 
 def test_of_equally_good_thresholds_the_highest() -> None:

@@ -46,7 +46,7 @@ def write_run(path: Path, *, finished: bool = True, mAP: float = 80.0, seed: int
     test = {name: mAP - number for number, name in enumerate(METRICS)}
     result = {
         "test": test | {"AP": {name: mAP + c if c else None for c, name in enumerate(LABELS)}},
-        "val": {"mAP": mAP + 1}, "best_epoch": 2, "epochs": 2, "seed": seed, "preset": "mlgcn",
+        "val": {"mAP": mAP + 1}, "best_epoch": 2, "epochs": 2, "seed": seed, "convention": "mlgcn",
         "dataset": {"name": config["dataset"]["name"], "labels": 6, "sizes": {"train": 3, "val": 2, "test": 2}},
         "detector": {"name": "scenes_tiny", "fingerprint": "0"}, "versions": {"gm-mlic": "0.1.0"}, "revision": "abc",
         "command": f"gm-mlic train seed={seed} 'x=<b>'",

@@ -130,7 +130,7 @@ def train(config: DictConfig) -> float:
     command = shlex.join(["gm-mlic", "train", *settings])
     result = training.train(config, _sweep(config), command)
     if rank_info().rank == 0:
-        print_metrics(result["test"], result["preset"], title=f"test split of {result['dataset']['name']}")
+        print_metrics(result["test"], result["convention"], title=f"test split of {result['dataset']['name']}")
         for split, skipped in result["skipped"].items():
             if skipped:
                 reasons = "; ".join(list(skipped.values())[:3]) + ("; ..." if len(skipped) > 3 else "")
@@ -179,7 +179,7 @@ def evaluate(config: DictConfig) -> None:
         **resampling,
     )
     title = f"{config.split} split of {result['dataset']['name']}"
-    print_metrics(result["metrics"], result["preset"], title, result)
+    print_metrics(result["metrics"], result["convention"], title, result)
 
 
 def predict(config: DictConfig) -> None:
@@ -225,7 +225,7 @@ def train_detector(config: DictConfig) -> None:
     record = start(
         build.build_dataset(config, "train"),
         build.build_dataset(config, "val"),
-        arch=config.detector.arch,
+        name=config.detector.name,
         out=config.out,
         weights=config.detector.weights,
         min_size=config.detector.min_size,
@@ -401,14 +401,14 @@ _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}
 
-_EMBEDDING = {name: f"embedding.{name}" for name in ("source", "path", "oov", "dim")}
+_EMBEDDING = {name: f"embedding.{name}" for name in ("name", "path", "oov", "dim")}
 #: Arguments of the library that a command's config calls something else.
 _KEYS: dict[str, dict[str, str]] = {
     "eval": {"resamples": "bootstrap"},
     "predict": _EMBEDDING,
     "serve": _EMBEDDING,
-    "export": _EMBEDDING | {"form": "format", "name": "push"},
-    "train-detector": {name: f"detector.{name}" for name in ("arch", "weights", "labels", "min_size", "max_size")},
+    "export": _EMBEDDING | {"form": "format", "repo_id": "push"},
+    "train-detector": {name: f"detector.{name}" for name in ("name", "weights", "labels", "min_size", "max_size")},
     "dataset": _EMBEDDING,
 }
 

@@ -64,7 +64,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     _draw(_row_config(config, _PICTURED), test, picture)
     (run_dir / "results.md").write_text(comparison_markdown(table))
     (run_dir / "results.json").write_text(json.dumps(dict(table), indent=2) + "\n")
-    title = f"{len(readable)} test scenes, {config.metrics.preset} metrics, %"
+    title = f"{len(readable)} test scenes, {config.metrics.convention} metrics, %"
     Console().print(comparison_table(table, title))
     minutes = (time.monotonic() - begin) / 60
     print(f"run folder: {run_dir}\npicture:    {picture}\ntime:       {minutes:.1f} min")

@@ -66,6 +66,6 @@ def card_of(checkpoint: Path, otherwise: ModelCard) -> ModelCard:
         dataset=result["dataset"]["name"],
         sizes=result["dataset"]["sizes"],
         metrics={name: result["test"][name] for name in names},
-        convention=result["preset"],
+        convention=result["convention"],
         training=training | {"seed": result["seed"]},
     )

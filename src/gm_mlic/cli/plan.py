@@ -28,7 +28,7 @@ from gm_mlic.errors import DataError, UnreadableImage, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
 from gm_mlic.losses import WeightedBCE
-from gm_mlic.nn import create_model
+from gm_mlic.registry import MODELS
 from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
 from gm_mlic.validation import section
@@ -226,7 +226,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
         config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names
     )
     with config_keys("model"):
-        model = create_model(**settings).to(device)
+        model = MODELS.build(**settings).to(device)
     with config_keys("loss"):
         loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss"), validate_args=False).to(device)
     kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD

@@ -99,7 +99,7 @@ def predict(config: DictConfig) -> dict[str, str]:
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
     """``predictor`` for the ``labels`` of ``config``, a list or a text with commas."""
     names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-    read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+    read = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
     return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **read)
 
 

@@ -98,7 +98,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         checkpoint = _download_coco(arch)
     elif weights == "scenes":
         if arch != "scenes_tiny":
-            raise ArgumentError("weights", f"is 'scenes', which is for `arch='scenes_tiny'`, not for {arch}.")
+            raise ArgumentError("weights", f"is 'scenes', which is for `name='scenes_tiny'`, not for {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
         checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
@@ -155,7 +155,7 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             raise WeightsError(
-                f"The weights {checkpoint.source} do not fit `arch={arch!r}`: they {what} {keys[0]}{more}; choose "
+                f"The weights {checkpoint.source} do not fit `name={arch!r}`: they {what} {keys[0]}{more}; choose "
                 "the architecture that they were trained with."
             )
     detector.load_state_dict(tensors, strict=False)
@@ -184,7 +184,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
-        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `arch={arch!r}`.")
+        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `name={arch!r}`.")
     return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
@@ -249,7 +249,7 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
             "gm-mlic train-detector."
         ) from error
     if theirs != arch:
-        raise WeightsError(f"The weights file {path} is for `arch={theirs!r}`, not for {arch}.")
+        raise WeightsError(f"The weights file {path} is for `name={theirs!r}`, not for {arch}.")
     return found
 
 

@@ -45,7 +45,8 @@ def to_hetero_data(instances: Instances) -> HeteroData:
 class _StoreGraphs:
     """The readable images of a store, and the augmented view of each in an epoch."""
 
-    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool, seed: int) -> None:
+    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
+        super().__init__()
         _, views, stored_m, _ = store.features.shape
         if graph.m is not None and graph.m > stored_m:
             raise StoreError(
@@ -98,10 +99,6 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
         ArgumentError: if there are no augmented views.
     """
 
-    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
-        Dataset.__init__(self)
-        _StoreGraphs.__init__(self, store, graph, augment=augment, seed=seed)
-
     def len(self) -> int:
         return len(self.store.rows)
 
@@ -141,9 +138,6 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
         StoreError, ArgumentError: likewise.
     """
 
-    def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
-        super().__init__(store, graph, augment=augment, seed=seed)
-
     def __len__(self) -> int:
         return len(self.store.rows)
 
@@ -177,12 +171,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
 
 
 def collate_instances(
-    instances: Sequence[Instances],
-    graph: AssignmentGraph,
-    device: str | torch.device = "cpu",
-    y: Tensor | None = None,
-    row: Tensor | None = None,
-    difficult: Tensor | None = None,
+    instances: Sequence[Instances], graph: AssignmentGraph, device: str | torch.device = "cpu", **others: Tensor | None
 ) -> AssignmentBatch:
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
@@ -190,9 +179,7 @@ def collate_instances(
         instances: of each image, at most m.
         graph: the transform with label vectors.
         device: of the batch.
-        y: (B, C) targets of the images.
-        row: (B,) rows of the images in their store.
-        difficult: (B, C) bool.
+        **others: ``y``, ``difficult`` and ``row`` of the images.
     """
 
     def pad(parts: list[Tensor], padding: float = 0) -> Tensor:
@@ -203,12 +190,10 @@ def collate_instances(
         x=pad([found.features for found in instances]),
         box=pad([found.boxes for found in instances]),
         mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
-        y=y,
-        difficult=difficult,
-        row=row,
         score=pad([found.scores for found in instances]),
         detected_label=pad([found.detected_labels for found in instances], -1),
         **_settings(graph, device),
+        **others,
     )
 
 

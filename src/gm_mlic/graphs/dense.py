@@ -100,6 +100,15 @@ class EdgeTensor:
         return f"{type(self).__name__}(x={tuple(self.x.shape)}, pending={self.weight is not None})"
 
 
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *arguments: getattr(self.tensor(), name)(*arguments)
+
+
+# Python looks operators up on the class, not through __getattr__.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "matmul", "getitem"):
+    setattr(EdgeTensor, f"__{_name}__", _operator(f"__{_name}__"))
+
+
 def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
     """``lin(x)``; of an :class:`EdgeTensor`, with the pending map composed and the compact shape kept."""
     if not isinstance(x, EdgeTensor):

@@ -12,7 +12,7 @@ from gm_mlic._lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
-    from gm_mlic.metrics.conventions import PRESETS, Convention, convention
+    from gm_mlic.metrics.conventions import CONVENTIONS, Convention, get_convention
     from gm_mlic.metrics.evaluation import evaluate_files, evaluate_scores
     from gm_mlic.metrics.functional import PrecisionRecall, average_precision, precision_recall, predicted
     from gm_mlic.metrics.multilabel import MultiLabelMetrics
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from gm_mlic.metrics.thresholds import fit_thresholds
 
 __all__ = [
-    "PRESETS",
+    "CONVENTIONS",
     "Convention",
     "MultiLabelMetrics",
     "PrecisionRecall",
     "ScoredImages",
     "average_precision",
     "bootstrap_map",
-    "convention",
     "evaluate_files",
     "evaluate_scores",
     "fit_thresholds",
+    "get_convention",
     "interval",
     "p_value",
     "precision_recall",
@@ -42,17 +42,17 @@ __all__ = [
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "PRESETS": "conventions",
+        "CONVENTIONS": "conventions",
         "Convention": "conventions",
         "MultiLabelMetrics": "multilabel",
         "PrecisionRecall": "functional",
         "ScoredImages": "score_files",
         "average_precision": "functional",
         "bootstrap_map": "bootstrap",
-        "convention": "conventions",
         "evaluate_files": "evaluation",
         "evaluate_scores": "evaluation",
         "fit_thresholds": "thresholds",
+        "get_convention": "conventions",
         "interval": "bootstrap",
         "p_value": "bootstrap",
         "precision_recall": "functional",

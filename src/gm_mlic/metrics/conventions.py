@@ -65,7 +65,7 @@ class Convention:
 
 #: Conventions by name. Where a source does not say (ssgrl and voc11: F1 and top-3; asl: difficult and top-3), the
 #: value is mlgcn's; for asl, whose targets are {0, 1}, difficult is a negative throughout.
-PRESETS: dict[str, Convention] = {
+CONVENTIONS: dict[str, Convention] = {
     "mlgcn": Convention(),
     "ssgrl": Convention(ap="envelope", difficult_ap="negative"),
     "ctran": Convention(ap="sklearn", difficult_ap="negative", topk_ties="kept"),
@@ -75,16 +75,16 @@ PRESETS: dict[str, Convention] = {
 }
 
 
-def convention(preset: str = "mlgcn", **options: Any) -> Convention:
-    """The convention called ``preset``, with single options replaced.
+def get_convention(name: str = "mlgcn", **options: Any) -> Convention:
+    """The convention called ``name``, with single options replaced.
 
     Raises:
-        ArgumentError: for an unknown preset, option or value.
+        ArgumentError: for an unknown convention, option or value.
     """
-    if preset not in PRESETS:
-        raise ArgumentError("preset", f"is {preset!r}: choose one of {', '.join(PRESETS)}.")
+    if name not in CONVENTIONS:
+        raise ArgumentError("convention", f"is {name!r}: choose one of {', '.join(CONVENTIONS)}.")
     known = [field.name for field in fields(Convention)]
-    for name in options:
-        if name not in known:
-            raise ArgumentError(name, f"is not an option: choose among {', '.join(known)}.")
-    return replace(PRESETS[preset], **options)
+    for option in options:
+        if option not in known:
+            raise ArgumentError(option, f"is not an option: choose among {', '.join(known)}.")
+    return replace(CONVENTIONS[name], **options)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gm_mlic.errors import DataError
 from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
-from gm_mlic.metrics.conventions import PRESETS, Convention
+from gm_mlic.metrics.conventions import CONVENTIONS, Convention
 from gm_mlic.metrics.multilabel import MultiLabelMetrics
 from gm_mlic.metrics.score_files import ScoredImages, read_scored_images
 from gm_mlic.metrics.thresholds import fit_thresholds
@@ -32,7 +32,7 @@ def evaluate_scores(
     images: ScoredImages,
     *,
     val: ScoredImages | None = None,
-    conventions: Mapping[str, Convention] = PRESETS,
+    conventions: Mapping[str, Convention] = CONVENTIONS,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gm_mlic.errors import ArgumentError, DataError
-from gm_mlic.metrics.conventions import convention
+from gm_mlic.metrics.conventions import get_convention
 from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
 from gm_mlic.targets import TargetFormat, check_target_format
 
@@ -27,19 +27,19 @@ class MultiLabelMetrics(Metric):
 
     Args:
         num_labels: C.
-        preset: a key of :data:`~gm_mlic.metrics.conventions.PRESETS`.
+        convention: a key of :data:`~gm_mlic.metrics.conventions.CONVENTIONS`.
         labels: the C names, used in ``excluded_labels``; the column numbers by default.
         target_format: ``binary`` (default) for targets in {0, 1}, difficult ones being a mask; ``voc`` for targets in
             {1, 0, -1}, where 0 is difficult.
         allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
-        options: single options of :class:`~gm_mlic.metrics.conventions.Convention` that replace the preset's.
+        options: single options of :class:`~gm_mlic.metrics.conventions.Convention` that replace the convention's.
 
     Attributes:
         convention: the options in force.
         excluded_labels: after ``compute``, names of the labels without a positive, which no mean over labels contains.
 
     Raises:
-        ArgumentError: for an unknown preset, option or value.
+        ArgumentError: for an unknown convention, option or value.
     """
 
     full_state_update = False
@@ -54,7 +54,7 @@ class MultiLabelMetrics(Metric):
     def __init__(
         self,
         num_labels: int,
-        preset: str = "mlgcn",
+        convention: str = "mlgcn",
         *,
         labels: Sequence[str] | None = None,
         target_format: TargetFormat = "binary",
@@ -68,11 +68,10 @@ class MultiLabelMetrics(Metric):
             raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
         check_target_format(target_format)
         self.num_labels = num_labels
-        self.preset = preset
         self.labels = tuple(labels) if labels is not None else tuple(str(c) for c in range(num_labels))
         self.target_format = target_format
         self.allow_all_present = allow_all_present
-        self.convention = convention(preset, **options)
+        self.convention = get_convention(convention, **options)
         self.excluded_labels: tuple[str, ...] = ()
         for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx="cat")

@@ -28,6 +28,7 @@ from gm_mlic.graphs.schema import (
 from gm_mlic.nn.conv import GraphNetworkBlock, node_sizes
 from gm_mlic.nn.mlp import ConcatMLP, Decoder, EndsMLP
 from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.registry import register_model
 
 FUSIONS = ("concat", "product")
 NORMS = ("none", "encoder", "all")
@@ -145,6 +146,17 @@ class Encoder(nn.Module):
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
+@register_model(
+    "gm_mlic_scenes", "GM-MLIC for scenes and their tiny detector", instance_dim=256, label_dim=300, widths=(64, 64)
+)
+@register_model(
+    "gm_mlic_paper",
+    "GM-MLIC as in the paper: k = 2, widths 512 and 256, 1024-d features, GloVe, plain concatenation",
+    instance_dim=1024,
+    label_dim=300,
+    fusion="concat",
+)
+@register_model("gm_mlic", "GM-MLIC, all arguments to be given")
 class GMMLIC(nn.Module):
     r"""The network of `"GM-MLIC: Graph Matching based Multi-Label Image Classification"
     <https://www.ijcai.org/proceedings/2021/163>`_ (Wu et al., IJCAI 2021).

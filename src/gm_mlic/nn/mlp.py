@@ -310,4 +310,5 @@ class Decoder(ConcatMLP):
         hidden = self.hidden(*parts)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = getattr(self.lin2, "weight", None)
-            return self.lin2(hidden.to(weight.dtype) if isinstance(weight, Tensor) else hidden)  # type: ignore[no-any-return]
+            hidden = hidden.to(weight.dtype) if isinstance(weight, Tensor) else hidden
+            return self.norm(self.lin2(hidden))  # type: ignore[no-any-return]

@@ -123,7 +123,8 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
 def is_complete(result: Mapping[str, Any] | None) -> bool:
     """Whether a result has what tables need: it may be of somebody else, or of another version."""
     expected = {
-        "test": dict, "val": dict, "dataset": dict, "detector": dict, "versions": dict, "preset": str, "command": str
+        "test": dict, "val": dict, "dataset": dict, "detector": dict, "versions": dict, "convention": str,
+        "command": str,
     }  # fmt: skip
     if result is None or not all(isinstance(result.get(key), kind) for key, kind in expected.items()):
         return False
@@ -349,7 +350,7 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
     ]
     facts = [
         ("seeds", all_of(sorted({int(run.setting("seed", 0)) for run in runs}))),
-        ("metric convention", all_of([result["preset"] for result in results])),
+        ("metric convention", all_of([result["convention"] for result in results])),
         ("detector (weights)", all_of(weights)),
         ("label vectors", all_of([result.get("label_vectors", "-") for result in results])),
         (

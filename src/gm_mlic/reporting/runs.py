@@ -17,7 +17,7 @@ _NAMES = ("dataset.name", "model.name")
 #: Settings that follow from another one.
 FOLLOWS = {
     "graph.m": ("detector.max_instances",),
-    "detector.grid": ("detector.max_instances", "graph.m"),
+    "detector.grid_size": ("detector.max_instances", "graph.m"),
     "model.k": ("model.widths", "model.encoder_width"),
 }
 #: With more settings than this that differ, columns would be too narrow to read.

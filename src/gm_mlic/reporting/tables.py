@@ -50,17 +50,19 @@ def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: 
     return "\n".join(lines) + "\n"
 
 
-def metrics_table(values: Mapping[str, Any], preset: str, title: str, fitted: Mapping[str, Any] | None = None) -> Table:
+def metrics_table(
+    values: Mapping[str, Any], convention: str, title: str, fitted: Mapping[str, Any] | None = None
+) -> Table:
     """All metrics of one model: over all labels, and over each image's three best.
 
     Args:
         values: metric values in per cent.
-        preset: the convention they follow.
+        convention: that they follow.
         title: above the table.
         fitted: the values with fitted thresholds, for two more rows.
     """
     table = Table(title=f"{title}: mAP {number(values['mAP'])}", title_justify="left")
-    table.add_column(f"{preset}, %")
+    table.add_column(f"{convention}, %")
     for column in _ONE:
         table.add_column(column, justify="right")
     rows = [("all", "", values), ("top 3", "top3/", values)]
@@ -72,24 +74,24 @@ def metrics_table(values: Mapping[str, Any], preset: str, title: str, fitted: Ma
 
 
 def print_metrics(
-    values: Mapping[str, Any], preset: str, title: str, evaluation: Mapping[str, Any] | None = None
+    values: Mapping[str, Any], convention: str, title: str, evaluation: Mapping[str, Any] | None = None
 ) -> None:
     """Print :func:`metrics_table` on stdout.
 
     Args:
-        values, preset, title: see there.
+        values, convention, title: see there.
         evaluation: what ``gm-mlic eval`` found beyond the values: ``calibrated``, ``intervals``, ``bootstrap``.
     """
     found = evaluation or {}
     console = Console()
-    console.print(metrics_table(values, preset, title, found.get("calibrated")))
+    console.print(metrics_table(values, convention, title, found.get("calibrated")))
     if "intervals" in found:
-        low, high = map(number, found["intervals"][preset])
+        low, high = map(number, found["intervals"][convention])
         console.print(f"95 % interval of mAP: {low} to {high} ({_resamples(found)}).", highlight=False)
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """Every convention side by side; the six presets fit into 80 columns.
+    """Every convention side by side; the six of them fit into 80 columns.
 
     Args:
         result: of :func:`gm_mlic.metrics.evaluate_scores`.

@@ -22,7 +22,8 @@ from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGr
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import LabelStatistics, model_arguments
+from gm_mlic.nn.baselines import LabelStatistics
+from gm_mlic.registry import MODELS
 from gm_mlic.validation import section
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -61,7 +62,7 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     settings = section(config, "detector")
     del settings["max_instances"]
     with config_keys("detector"):
-        return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
+        return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -181,7 +182,7 @@ def model_settings(
         "labels": list(labels),
         "detector_labels": list(detector_labels),
     }
-    taken = model_arguments(settings["name"])
+    taken = MODELS.arguments(settings["name"])
     return settings | {name: value for name, value in of_data.items() if name in taken}
 
 
@@ -206,7 +207,7 @@ def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:
-    """The metrics of ``config.metrics``; options that are null are the preset's."""
+    """The metrics of ``config.metrics``; options that are null are the convention's."""
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
     with config_keys("metrics"):
         return MultiLabelMetrics(len(labels), labels=labels, **options)

@@ -179,12 +179,12 @@ def evaluate(
     metadata.check_detector(extractor.name, extractor.fingerprint, path)
     data = split_data(config, dataset, extractor)
     tested = _test(config, path, data, extractor)
-    preset, rules = config.metrics.preset, tested.rules
+    convention, rules = config.metrics.convention, tested.rules
     result: dict[str, Any] = {
         "checkpoint": str(path),
         "split": split,
         "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
-        "preset": preset,
+        "convention": convention,
         "skipped": {split: data.skipped},
         "metrics": by_name(tested.values, dataset.labels),
     }
@@ -196,7 +196,7 @@ def evaluate(
             tested.scores, tested.targets, thresholds, rules, dataset.labels, tested.difficult
         )
     if bootstrap:
-        result |= bootstrapped([tested.scores], tested.targets, {preset: rules}, bootstrap, seed, tested.difficult)
+        result |= bootstrapped([tested.scores], tested.targets, {convention: rules}, bootstrap, seed, tested.difficult)
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         tested.write_scores(Path(out) / f"{split}.npz", dataset)
@@ -463,7 +463,7 @@ def _summary(
         "best_epoch": int(best["epoch"]),
         "epochs": len(epochs),
         "seed": config.seed,
-        "preset": config.metrics.preset,
+        "convention": config.metrics.convention,
         "dataset": {
             "name": data["train"].dataset.name,
             "labels": len(data["train"].dataset.labels),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
-from gm_mlic.nn import create_model
+from gm_mlic.registry import MODELS
 from gm_mlic.safe_load import load_tensors
 
 #: Where a Lightning checkpoint keeps the metadata.
@@ -26,7 +26,7 @@ class ModelMetadata:
         labels: the C label names, in the order of the outputs.
         label_vectors: (C, D_l) float32.
         label_source: where the vectors came from.
-        model: arguments of :func:`~gm_mlic.nn.create_model`, with ``name``.
+        model: arguments of :func:`~gm_mlic.create_model`, with ``name``.
         graph: settings of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` as a list of label indices for
             each class of the detector; and ``layout``, ``dense`` or ``sparse``.
         detector: name of the instance extractor.
@@ -47,7 +47,7 @@ class ModelMetadata:
 
     def build_model(self) -> torch.nn.Module:
         """The model, with fresh weights."""
-        return create_model(**self.model)
+        return MODELS.build(**self.model)  # type: ignore[no-any-return]
 
     def build_graph(self) -> AssignmentGraph:
         """The transform that joins instances with these labels.

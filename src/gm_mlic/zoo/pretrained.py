@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -29,13 +30,16 @@ from torch import Tensor, nn
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
-from gm_mlic.nn import SHIPPED, pretrained_models
+from gm_mlic.registry import MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
 #: What a folder holds; nothing else that lies in it is ever fetched or pushed.
 FILES = (CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD)
+
+#: Folders of the models that come with this package.
+SHIPPED = Path(__file__).parent / "models"
 
 #: Of the layout above. A reader refuses a later one.
 FORMAT = 1
@@ -52,7 +56,7 @@ class ModelCard:
         dataset: name of what it was trained on.
         sizes: images of each split.
         metrics: name to per cent, on the test split.
-        convention: of the metrics: the preset's name.
+        convention: of the metrics.
         licence: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
         training: further facts, name to value: seed, epochs, revision.
     """
@@ -128,6 +132,47 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
     return metadata, model, card
 
 
+def pretrained_models(pattern: str = "*") -> list[str]:
+    """Names of all models whose weights come with this package, sorted."""
+    return sorted(fnmatch.filter([folder.parent.name for folder in SHIPPED.glob(f"*/{CONFIG}")], pattern))
+
+
+def create_model(name: str, pretrained: bool | str | Path = False, **overrides: Any) -> nn.Module:
+    """Build a registered model.
+
+    Args:
+        name: one of :func:`~gm_mlic.list_models`.
+        pretrained: True: with the weights that come with this package, for the names in :func:`pretrained_models`; a
+            folder that ``gm-mlic export`` wrote: with its settings and weights.
+        **overrides: arguments of the model's constructor, over the named preset's or the folder's.
+
+    Raises:
+        WeightsError: if there are no such weights, or they do not fit.
+        ConfigError: for an unknown name, naming the closest one, or an unknown or missing argument, naming it.
+    """
+    if pretrained is False:
+        return MODELS.build(name, **overrides)  # type: ignore[no-any-return]
+    MODELS.entry(name)
+    if pretrained is True and name not in pretrained_models():
+        raise WeightsError(
+            f"No weights of {name!r} come with this package: there are some of {', '.join(pretrained_models())}. Give "
+            "pretrained=FOLDER for others."
+        )
+    folder = SHIPPED / name if pretrained is True else Path(pretrained)
+    metadata, trained, _ = read_pretrained(folder)
+    if not overrides:
+        return trained
+    model: nn.Module = MODELS.build(**{**metadata.model, **overrides})
+    try:
+        model.load_state_dict(trained.state_dict())
+    except RuntimeError as error:
+        mismatch = str(error).splitlines()[1].strip()
+        raise WeightsError(
+            f"{folder}: its weights do not fit {name} with these settings ({mismatch[:200]})."
+        ) from error
+    return model
+
+
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
     """The folder of ``name``: itself, a shipped one, or what the hub has as USER/NAME, fetched once and kept.
 
@@ -159,7 +204,7 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
         raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
 
 
-def push(folder: Path, name: str, *, private: bool = True) -> str:
+def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a folder of :func:`write_pretrained` to the hub; returns its address.
 
     Raises:
@@ -170,13 +215,14 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     hub = _hub()
     try:
         api = hub.HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
         )
     except Exception as error:
         raise WeightsError(
-            f"`name={name!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
+            f"`repo_id={repo_id!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login "
+            "done?"
         ) from error
     return str(address)
 
@@ -200,7 +246,7 @@ def _without_places(metadata: ModelMetadata, extractor: InstanceExtractor, folde
     named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == metadata.detector_fingerprint
     (folder / DETECTOR).unlink(missing_ok=True)
     if not named and settings and isinstance(extractor, FasterRCNNExtractor):
-        save_detector(extractor, folder / DETECTOR, settings["arch"])
+        save_detector(extractor, folder / DETECTOR, settings["name"])
         settings |= {"weights": DETECTOR, "labels": None}
     elif not named and settings and isinstance(extractor, GridExtractor):
         _save(folder / DETECTOR, extractor.body.state_dict())

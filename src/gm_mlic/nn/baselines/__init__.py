@@ -1,1 +1,5 @@
 """Models that GM-MLIC is compared with, one file each."""
+
+from gm_mlic.nn.baselines._common import LabelStatistics
+
+__all__ = ["LabelStatistics"]

@@ -10,8 +10,10 @@ from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import HeLinear, as_batch, location_output
 from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
 
 
+@register_model("gap_linear")
 class GAPLinear(nn.Module):
     r"""Global average pooling and a linear classifier, from "Deep Residual Learning" (He et al., CVPR 2016, Table 1).
 

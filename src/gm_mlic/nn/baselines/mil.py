@@ -11,8 +11,10 @@ from gm_mlic.graphs.schema import standardize_boxes
 from gm_mlic.nn.baselines._common import as_batch
 from gm_mlic.nn.mlp import ConcatMLP, Decoder
 from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.registry import register_model
 
 
+@register_model("mil_max")
 class MILMax(nn.Module):
     r"""Max-pooled per-instance classifier.
 

@@ -8,9 +8,9 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import as_batch, location_output
-from gm_mlic.nn.baselines.cooccurrence import conditional_probabilities
+from gm_mlic.nn.baselines._common import as_batch, conditional_probabilities, location_output
 from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
 
 _SLOPE = 0.2
 
@@ -67,6 +67,7 @@ class GCNLayer(nn.Module):
         return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
 
 
+@register_model("ml_gcn")
 class MLGCN(nn.Module):
     r"""ML-GCN, from "Multi-Label Image Recognition with Graph Convolutional Networks" (Chen et al., CVPR 2019).
 

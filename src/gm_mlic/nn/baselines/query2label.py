@@ -13,6 +13,7 @@ from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import HeLinear, LabelClassifiers, as_batch, location_output
 from gm_mlic.nn.mlp import ConcatMLP
 from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
 
 
 def position_encoding(box: Tensor, channels: int) -> Tensor:
@@ -78,6 +79,7 @@ class DecoderLayer(nn.Module):
         return Q, attention.transpose(1, 2)
 
 
+@register_model("query2label")
 class Query2Label(nn.Module):
     r"""Query2Label, from "Query2Label: A Simple Transformer Way to Multi-Label Classification" (Liu et al., 2021).
 

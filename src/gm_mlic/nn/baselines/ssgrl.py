@@ -8,9 +8,15 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import HeLinear, LabelClassifiers, as_batch, location_output
-from gm_mlic.nn.baselines.cooccurrence import conditional_probabilities
+from gm_mlic.nn.baselines._common import (
+    HeLinear,
+    LabelClassifiers,
+    as_batch,
+    conditional_probabilities,
+    location_output,
+)  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
 
 
 class SemanticDecoupling(nn.Module):
@@ -93,6 +99,7 @@ class GGNNStep(nn.Module):
         return f"{type(self).__name__}({self.channels})"
 
 
+@register_model("ssgrl")
 class SSGRL(nn.Module):
     r"""SSGRL, from "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition"
     (Chen et al., ICCV 2019).
