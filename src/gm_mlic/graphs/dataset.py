@@ -171,7 +171,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
 
 
 def collate_instances(
-    instances: Sequence[Instances], graph: AssignmentGraph, device: str | torch.device = "cpu", **others: Tensor | None
+    instances: Sequence[Instances], graph: AssignmentGraph, device: str | torch.device = "cpu", **others: Any
 ) -> AssignmentBatch:
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
