@@ -102,11 +102,11 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
     check_complete(config)
     on_boxes = baseline in ("detector", "mil_max")
     if not on_boxes:
-        side = 10 if config.detector.arch == "scenes_tiny" else 14
-        assert (config.detector.grid, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
+        side = 10 if config.detector.name == "scenes_tiny" else 14
+        assert (config.detector.grid_size, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
     changed = {change.partition("=")[0] for change in changed_settings(without, config)}
-    expected = set() if on_boxes else {"detector.grid", "detector.max_instances", "graph.m"}
+    expected = set() if on_boxes else {"detector.grid_size", "detector.max_instances", "graph.m"}
     if without.graph.candidates is not None:  # they have no edges
         expected |= {"graph.candidates"}
     assert {key for key in changed if not key.startswith("model.")} == expected
@@ -114,7 +114,7 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
 
 def test_candidates_need_classes_and_a_store():
     for override, named in (
-        ("detector.grid=5", r"graph\.candidates=2 does not go with detector\.grid=5: a grid has no classes"),
+        ("detector.grid_size=5", r"graph\.candidates=2 does not go with detector\.grid_size=5: a grid has no classes"),
         ("instances.online=true", r"graph\.candidates=2 does not go with instances\.online=true"),
         ("model=detector", r"graph\.candidates=2 does not go with model\.name=detector: it reads no matching edges"),
     ):
@@ -129,7 +129,9 @@ def test_baselines_take_no_candidates():
 
 
 def test_the_instance_graph_must_come_at_all():
-    with pytest.raises(ConfigError, match=r"instance_graph_after=5 with trainer\.max_epochs=5: .* never be learnt"):
+    with pytest.raises(
+        ConfigError, match=r"instance_graph_warmup_epochs=5 with trainer\.max_epochs=5: .* never be learnt"
+    ):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
     for without in ("model.instance_graph=false", "ablation=no_instance_graph", "baseline=mil_max"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
@@ -138,19 +140,19 @@ def test_the_instance_graph_must_come_at_all():
 
 
 def test_the_user_has_the_last_word_on_the_grid():
-    config = compose("train", ["baseline=ssgrl", "detector.grid=5"])
+    config = compose("train", ["baseline=ssgrl", "detector.grid_size=5"])
     validation.check(config)
     assert (config.graph.m, config.detector.max_instances) == (25, 25)
-    validation.check(compose("train", ["detector.grid=5", "graph.m=25", "detector.max_instances=25"]))
+    validation.check(compose("train", ["detector.grid_size=5", "graph.m=25", "detector.max_instances=25"]))
     for overrides, named in (
-        (["detector.grid=5"], r"detector\.max_instances=15: detector\.grid=5 makes 25 instances"),
-        (["detector.grid=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
-        (["detector=resnet101"], r"graph\.m=10: detector\.grid=14 makes 196 instances"),
+        (["detector.grid_size=5"], r"detector\.max_instances=15: detector\.grid_size=5 makes 25 instances"),
+        (["detector.grid_size=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
+        (["detector=resnet101"], r"graph\.m=10: detector\.grid_size=14 makes 196 instances"),
     ):
         with pytest.raises(ConfigError, match=named):
             validation.check(compose("train", overrides))
-    with pytest.raises(ConfigError, match=r"detector\.grid=many: expected a whole number"):
-        compose("train", ["baseline=ssgrl", "detector.grid=many"])
+    with pytest.raises(ConfigError, match=r"detector\.grid_size=many: expected a whole number"):
+        compose("train", ["baseline=ssgrl", "detector.grid_size=many"])
 
 
 @pytest.mark.parametrize(
@@ -175,11 +177,11 @@ def test_eval_needs_only_a_checkpoint():
 
 
 def test_a_dataset_names_its_detector_and_the_user_has_the_last_word():
-    assert compose("train").detector.arch == "scenes_tiny"
-    assert compose("train", ["dataset=coco2014"]).detector.arch == "fasterrcnn_resnet50_fpn"
-    assert compose("train_detector", ["dataset=coco2014"]).detector.arch == "fasterrcnn_resnet50_fpn"
+    assert compose("train").detector.name == "scenes_tiny"
+    assert compose("train", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
+    assert compose("train_detector", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
     both = ["dataset=coco2014", "detector=mobilenet_v3_large_fpn"]
-    assert compose("train", both).detector.arch == "fasterrcnn_mobilenet_v3_large_fpn"
+    assert compose("train", both).detector.name == "fasterrcnn_mobilenet_v3_large_fpn"
 
 
 def test_widths_follow_the_number_of_blocks():
@@ -193,8 +195,8 @@ def test_the_experiments_of_the_paper_have_its_settings():
     assert (config.model.fusion, config.model.widths) == ("concat", None)
     optimizer = config.optimizer
     assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
-    assert (optimizer.schedule, optimizer.step_epochs, optimizer.gamma) == ("step", 30, 0.1)
-    assert config.instances.views > 0
+    assert (optimizer.lr_scheduler, optimizer.step_size, optimizer.gamma) == ("step", 30, 0.1)
+    assert config.instances.num_augmentations > 0
 
 
 def test_run_dir_stands_for_what_changes_the_result():
@@ -203,9 +205,11 @@ def test_run_dir_stands_for_what_changes_the_result():
 
     plain = run_dir()
     assert plain.startswith("runs/scenes-gm_mlic-")
-    for same in ("overwrite=true", "trainer.num_workers=2", "instances.workers=3", "instances.root=elsewhere"):
+    for same in ("overwrite=true", "trainer.num_workers=2", "instances.num_workers=3", "instances.root=elsewhere"):
         assert run_dir(same) == plain
-    others = [run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_label_graph", "trainer.ema=0.9")]
+    others = [
+        run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_label_graph", "trainer.ema_decay=0.9")
+    ]
     assert len({plain, *others}) == 6
 
 
@@ -280,13 +284,13 @@ def test_every_file_becomes_what_it_configures(
     vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
     small = ["dataset.sizes.train=2"] if option not in options("dataset") else []
     config = compose("train", [*small, *chosen(group, option)])
-    config.detector.weights = None if config.detector.arch != "scenes_tiny" else config.detector.weights
+    config.detector.weights = None if config.detector.name != "scenes_tiny" else config.detector.weights
     config.trainer.accelerator = "cpu"
-    if config.embedding.source == "glove":
+    if config.embedding.name == "glove":
         config.embedding.path, config.embedding.oov = str(vectors), "zeros"
     if config.dataset.name != "scenes":
         config.dataset.root = str(tmp_path / "nothing")
-        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "own" else {})
+        config.dataset.merge_with({"annotations": "labels.csv"} if config.dataset.name == "custom" else {})
         with pytest.raises(GMMLICError, match="nothing"):
             build.build_dataset(config, "train")
         config.dataset = compose("train", ["dataset.sizes.train=2"]).dataset

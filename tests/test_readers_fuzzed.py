@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from gm_mlic.datasets import COCO2014, NUSWIDE, VOC2007, OwnImages
+from gm_mlic.datasets import COCO2014, NUSWIDE, VOC2007, CustomDataset
 from gm_mlic.datasets.images import read_image
 from gm_mlic.detection import build_extractor
 from gm_mlic.embeddings import embed_labels
@@ -152,7 +152,7 @@ def own(suffix: str, text: str) -> Callable[[Path], Case]:
         path.write_text(text)
 
         def read() -> None:
-            dataset = OwnImages(root, "train", annotations=path.name, val_fraction=0.0)
+            dataset = CustomDataset(root, "train", annotations=path.name, val_fraction=0.0)
             for i in range(len(dataset)):
                 dataset.boxes(i)
 
@@ -171,7 +171,7 @@ def vectors(suffix: str) -> Callable[[Path], Case]:
             np.savez(path, labels=list(words), vectors=np.array(list(words.values()), dtype=np.float32))
         else:
             torch.save({word: torch.tensor(values) for word, values in words.items()}, path)
-        return [path], lambda: embed_labels(["dog", "hot dog"], source="glove", path=str(path))
+        return [path], lambda: embed_labels(["dog", "hot dog"], name="glove", path=str(path))
 
     return make
 
@@ -200,7 +200,7 @@ def store(root: Path) -> Case:
     for n in range(5):
         photo(root / f"{n}.jpg")
     files.write(root, "labels.csv", lines)
-    dataset = OwnImages(root, "train", val_fraction=0.0)
+    dataset = CustomDataset(root, "train", val_fraction=0.0)
     detector = build_extractor("scenes_tiny", weights=None)
     extract(dataset, detector, root / "store", m=2, progress=False)
 

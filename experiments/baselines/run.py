@@ -40,7 +40,7 @@ OURS = ("1e-3",)
 THEIRS = ("1e-3", "3e-3", "1e-2", "3e-2")
 #: A linear model of small features takes more.
 LINEAR = (*THEIRS, "1e-1", "3e-1", "1", "3", "10", "30")
-GRID = ["detector.grid=10", "detector.max_instances=100", "graph.m=100"]
+GRID = ["detector.grid_size=10", "detector.max_instances=100", "graph.m=100"]
 BATCH, ROUNDS = 32, 15
 
 

@@ -45,7 +45,7 @@ SWEEPS = {
         "model.fusion=concat,product",
         FIVE,
     ],
-    "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_after=null", BOTH, FIVE],
+    "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_warmup_epochs=null", BOTH, FIVE],
     "complete-in-turn": ["experiment=scenes_candidates", "graph.candidates=null", BOTH, FIVE],
 }
 #: Those whose variants are compared, in words.

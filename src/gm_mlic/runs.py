@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
     "": frozenset({"hydra", "run_dir", "overwrite", "out", "num_workers", "logger", "sweep"}),
     "dataset": frozenset({"download", "mirror"}),
-    "instances": frozenset({"root", "workers", "overwrite", "shard"}),
-    "trainer": frozenset({"num_workers", "save_minutes"}),
+    "instances": frozenset({"root", "num_workers", "overwrite", "shard"}),
+    "trainer": frozenset({"num_workers", "checkpoint_every_n_minutes"}),
 }
 
 CONFIG, STATE, EPOCHS, RESULT = "config.yaml", "state.json", "metrics.csv", "metrics.json"

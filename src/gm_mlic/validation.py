@@ -89,9 +89,9 @@ RULES: Mapping[str, Rule] = {
     "dataset.sizes.train": whole(1),
     "dataset.sizes.val": whole(1),
     "dataset.sizes.test": whole(1),
-    "dataset.company_pairs": whole(0, 4),
+    "dataset.context_pairs": whole(0, 4),
     "dataset.spatial_pairs": whole(0, 2),
-    "dataset.hard": number(0, 1),
+    "dataset.hard_fraction": number(0, 1),
     "dataset.image_size": whole(32),
     "dataset.val_fraction": (lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "dataset.download": YES_NO,
@@ -115,27 +115,27 @@ RULES: Mapping[str, Rule] = {
     "dataset.target_format": one_of("binary", "voc"),
     "dataset.missing": one_of("error", "drop"),
     "dataset.test_fraction": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
-    "detector.arch": TEXT,
+    "detector.name": TEXT,
     "detector.weights": or_null(TEXT),
     "detector.min_size": or_null(whole(32)),
     "detector.max_size": or_null(whole(32)),
     "detector.score_threshold": number(0, 1),
     "detector.nms_threshold": number(0, 1),
-    "detector.grid": or_null(whole(1)),
+    "detector.grid_size": or_null(whole(1)),
     "detector.max_instances": whole(1),
     "detector.trainable": one_of("none", "box_head", "all"),
     "instances.root": TEXT,
     "instances.path": or_null(TEXT),
-    "instances.views": whole(0),
+    "instances.num_augmentations": whole(0),
     "instances.view_size": whole(32),
     "instances.batch_size": whole(1),
-    "instances.workers": whole(0),
+    "instances.num_workers": whole(0),
     "instances.overwrite": YES_NO,
     "instances.shard": or_null(
         (lambda v: isinstance(v, str) and _is_shard(v), "i/n with 0 <= i < n, as in instances.shard=0/4")
     ),
     "instances.online": YES_NO,
-    "embedding.source": one_of("hashed", "glove"),
+    "embedding.name": one_of("hashed", "glove"),
     "embedding.path": or_null(TEXT),
     "embedding.dim": whole(1),
     "embedding.oov": one_of("error", "zeros", "hashed", "skip_words"),
@@ -171,10 +171,10 @@ RULES: Mapping[str, Rule] = {
     "optimizer.detector_lr": or_null(number(0, open_low=True)),
     "optimizer.momentum": number(0, 1),
     "optimizer.weight_decay": number(0),
-    "optimizer.schedule": one_of("step", "onecycle"),
-    "optimizer.step_epochs": whole(1),
+    "optimizer.lr_scheduler": one_of("step", "onecycle"),
+    "optimizer.step_size": whole(1),
     "optimizer.gamma": number(0, 1, open_low=True),
-    "optimizer.warmup": (lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
+    "optimizer.pct_start": (lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "trainer.max_epochs": whole(1),
     "trainer.batch_size": whole(1),
     "trainer.num_workers": or_null(whole(0)),
@@ -189,9 +189,9 @@ RULES: Mapping[str, Rule] = {
     "trainer.compile": YES_NO,
     "trainer.deterministic": (lambda v: isinstance(v, bool) or v == "auto", "true, false or auto"),
     "trainer.gradient_clip_val": or_null(number(0, open_low=True)),
-    "trainer.instance_graph_after": or_null(whole(0)),
-    "trainer.save_minutes": or_null(number(0)),
-    "trainer.ema": or_null((lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")),
+    "trainer.instance_graph_warmup_epochs": or_null(whole(0)),
+    "trainer.checkpoint_every_n_minutes": or_null(number(0)),
+    "trainer.ema_decay": or_null((lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")),
     "trainer.early_stopping": or_null(whole(1)),
     "logger.name": one_of("csv", "wandb"),
     "logger.project": TEXT,
@@ -199,7 +199,7 @@ RULES: Mapping[str, Rule] = {
     "logger.offline": YES_NO,
     "logger.group": or_null(TEXT),
     "logger.tags": (are_texts, "a list of texts"),
-    "logger.checkpoint": YES_NO,
+    "logger.log_model": YES_NO,
     "run_dir": TEXT,
     "overwrite": YES_NO,
 }
@@ -228,7 +228,7 @@ def _models() -> Iterable[str]:
 #: own (docs/add_model.md). Looked at last, for importing the stages takes seconds.
 NAMES: Mapping[str, Callable[[], Iterable[str]]] = {
     "dataset.name": _datasets,
-    "detector.arch": _detectors,
+    "detector.name": _detectors,
     "model.name": _models,
 }
 
@@ -318,11 +318,12 @@ def _check_together(config: DictConfig) -> None:
             f"graph.m={get('graph.m')} is more than the store would keep (detector.max_instances="
             f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
         )
-    cells = get("detector.grid") and get("detector.grid") ** 2
+    cells = get("detector.grid_size") and get("detector.grid_size") ** 2
     for key in ("detector.max_instances", "graph.m") if cells else ():
         if get(key) not in (None, cells):
             raise ConfigError(
-                f"{key}={get(key)}: detector.grid={get('detector.grid')} makes {cells} instances; set {key}={cells}."
+                f"{key}={get(key)}: detector.grid_size={get('detector.grid_size')} makes {cells} instances; "
+                f"set {key}={cells}."
             )
     widths, k = get("model.widths"), get("model.k")
     if widths is not None and k is not None and len(widths) != k:
@@ -342,7 +343,7 @@ def _check_together(config: DictConfig) -> None:
 
     if get("graph.labels_per_class") is not None:
         for key, wrong, why in (
-            ("detector.grid", get("detector.grid") is not None, "a grid has no classes"),
+            ("detector.grid_size", get("detector.grid_size") is not None, "a grid has no classes"),
             ("instances.online", bool(get("instances.online")), "candidates are learnt from a store"),
             ("model.name", get("model.name") in _WITHOUT_EDGES, "it reads no matching edges"),
         ):
@@ -351,18 +352,18 @@ def _check_together(config: DictConfig) -> None:
                     f"graph.labels_per_class={get('graph.labels_per_class')} does not go with "
                     f"{key}={_as_typed(get(key))}: {why}. Set graph.labels_per_class=null."
                 )
-    after, epochs = get("trainer.instance_graph_after"), get("trainer.max_epochs")
+    after, epochs = get("trainer.instance_graph_warmup_epochs"), get("trainer.max_epochs")
     if "spatial" in (get("model.edge_types") or ()) and after is not None:
         if epochs is not None and after >= epochs:
             raise ConfigError(
-                f"trainer.instance_graph_after={after} with trainer.max_epochs={epochs}: the instance graph would "
-                "never be learnt. Train longer, or leave it out with model.edge_types=[semantic,matches]."
+                f"trainer.instance_graph_warmup_epochs={after} with trainer.max_epochs={epochs}: the instance graph "
+                "would never be learnt. Train longer, or leave it out with model.edge_types=[semantic,matches]."
             )
         patience = get("trainer.early_stopping")
         if patience is not None and patience <= after:
             raise ConfigError(
                 f"trainer.early_stopping={patience} could stop before the instance graph is learnt, which begins after "
-                f"{after} epochs (trainer.instance_graph_after): give it more."
+                f"{after} epochs (trainer.instance_graph_warmup_epochs): give it more."
             )
 
 

@@ -244,7 +244,7 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        (["dataset=own", "dataset.root=nowhere"], "nowhere is not a folder: set dataset.root to the folder"),
+        (["dataset=custom", "dataset.root=nowhere"], "nowhere is not a folder: set dataset.root to the folder"),
         (["dataset=voc2007", "dataset.root=nowhere"], "dataset.download=true fetches it."),
         (["dataset.image_size=64"], "dataset.image_size is 64: set a whole number from 96 to 640."),
         (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: set a whole number"),
@@ -266,8 +266,8 @@ def test_errors_of_the_library_name_the_key(
 @pytest.mark.parametrize(
     ("setting", "known"),
     [
-        ("model.name=foo", "gm_mlic_voc2007"), ("dataset.name=foo", "coco2014, nuswide"),
-        ("dataset.name=null", "a text"), ("detector.arch=foo", "scenes_tiny, resnet101"),
+        ("model.name=foo", "gm_mlic_voc2007"), ("dataset.name=foo", "coco2014, custom, nuswide"),
+        ("dataset.name=null", "a text"), ("detector.name=foo", "scenes_tiny, resnet101"),
         ("trainer.strategy=fast", "one of auto, ddp"),
     ],
 )  # fmt: skip

@@ -34,7 +34,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def own(command: str, root: Path, *overrides: str) -> int:
-    return run([command, "dataset=own", f"dataset.root={root}", "run_dir=run", *overrides])
+    return run([command, "dataset=custom", f"dataset.root={root}", "run_dir=run", *overrides])
 
 
 def statistics() -> dict[str, Any]:
@@ -60,7 +60,7 @@ def cells(shown: str, name: str) -> list[str]:
 def test_what_is_in_own_photos(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert own("dataset", photos) == 0
     shown = capsys.readouterr().out
-    assert "own: 3 labels" in shown
+    assert "custom: 3 labels" in shown
     assert cells(shown, "images") == ["12", "6", "6"]
     assert cells(shown, "images without label") == ["4", "2", "2"]  # 1, 5, 7, 11; 13, 17; 19, 23
     assert cells(shown, "unreadable images") == ["check=true"] * 3
@@ -139,11 +139,11 @@ def test_training_on_own_photos(photos: Path, capsys: pytest.CaptureFixture[str]
         "model.widths=[8,8]", "trainer.max_epochs=1", "trainer.accelerator=cpu",
     ]  # fmt: skip
     assert own("train", photos, *small) == 0
-    assert "test split of own" in capsys.readouterr().out
+    assert "test split of custom" in capsys.readouterr().out
     result = json.loads(Path("run/metrics.json").read_text())
     assert list(result["test"]["AP"]) == LABELS
     assert list(result["skipped"]["train"]) == ["05.jpg"]
-    assert list(Path("data/instances/own").iterdir())
+    assert list(Path("data/instances/custom").iterdir())
 
 
 def test_a_detector_learns_from_own_boxes(photos: Path):

@@ -46,7 +46,7 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with Image.open("a photo.png") as photo:
         explanation_picture(explain(words, photo, "$x$"), photo.convert("RGB"), Path("dollars.png"))
     assert run([*arguments, "label=unicorn"]) == 2
-    assert "label=unicorn: the model knows mug" in capsys.readouterr().err
+    assert "label is 'unicorn': the model knows mug" in capsys.readouterr().err
     Path("torn.jpg").write_bytes(b"\xff\xd8")
     assert run(["explain", arguments[1], "image=torn.jpg"]) == 2
     assert "torn.jpg" in capsys.readouterr().err

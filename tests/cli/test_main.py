@@ -95,7 +95,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "graph.m=${graph.q}"], "Interpolation key 'graph.q' not found full_key: graph.m"),
         (["train", "graph.m=true"], "graph.m=true: expected a whole number, at least 1."),
         (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected a list of whole numbers"),
-        (["train", "dataset.company_pairs=9"], "dataset.company_pairs=9: expected a whole number, from 0 to 4."),
+        (["train", "dataset.context_pairs=9"], "dataset.context_pairs=9: expected a whole number, from 0 to 4."),
         (["train", "graph.m=-1"], "graph.m=-1: expected a whole number, at least 1."),
         (["train", "model.k=0"], "model.k=0: expected a whole number, at least 1."),
         (["train", "model.k=two"], "model.k=two: expected a whole number, at least 1."),

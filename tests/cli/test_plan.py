@@ -34,7 +34,7 @@ def test_one_device():
 
 
 def test_more_devices_and_views():
-    result = planned("devices=4", "instances.views=3")
+    result = planned("devices=4", "instances.num_augmentations=3")
     assert result["images"]["extract"] == 460
     assert result["seconds"]["extract"] == pytest.approx((160 + 300 * 0.5) / 4)
     assert result["seconds"]["train"] == pytest.approx(5 * 4 * 8 * 0.1)  # 25 images each: 4 steps
@@ -77,7 +77,7 @@ def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path, monkeypatch)
     (tmp_path / "labels.csv").write_text(
         "file,labels,split\n" + "".join(f"{n}.jpg,cat,{s}\n" for n, s in enumerate(["train"] * 4 + ["val", "test"]))
     )
-    own = ["dataset=own", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
+    own = ["dataset=custom", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
     assert plan(compose("plan", [*own, "trainer.batch_size=2"]))["images"]["extract"] == 6
 
 
@@ -90,7 +90,7 @@ def test_execution_and_precision_of_the_run(tmp_path: Path, monkeypatch):
 
 def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.views=1"]
+    small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.num_augmentations=1"]
     assert run(["plan", "experiment=nuswide", *small, "devices=8", "trainer.batch_size=2"]) == 0
     out = capsys.readouterr().out
     assert "14,561,000 images in 100 epochs" in out
@@ -103,7 +103,7 @@ def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, caps
     ("arguments", "said"),
     [
         (["devices=0"], "devices=0: expected a whole number, at least 1"),
-        (["dataset=own", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
+        (["dataset=custom", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
         (["graph.m=500"], "graph.m=500"),
     ],
 )

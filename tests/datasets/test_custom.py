@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gm_mlic.datasets import OwnImages
+from gm_mlic.datasets import CustomDataset
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage
 
 NAMES = [f"{n:02}.png" for n in range(40)]
@@ -33,14 +33,14 @@ def write(root: Path, name: str, lines: list[str]) -> None:
     (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def train(root: Path, **options: Any) -> OwnImages:
+def train(root: Path, **options: Any) -> CustomDataset:
     """The training split of annotations that say train for every image."""
-    return OwnImages(root, **({"val_fraction": 0.0} | options))
+    return CustomDataset(root, **({"val_fraction": 0.0} | options))
 
 
 def refused(root: Path, error: type[Exception] = DataError, **options: Any) -> str:
     with pytest.raises(error) as caught:
-        OwnImages(root, **options)
+        CustomDataset(root, **options)
     message = str(caught.value)
     assert "\n" not in message
     assert message[-1] in ".?"
@@ -51,8 +51,8 @@ def refused(root: Path, error: type[Exception] = DataError, **options: Any) -> s
 
 
 def test_a_split_by_column(root: Path):
-    data = OwnImages(root, "val")
-    assert (data.name, data.split, data.labels, data.missing) == ("own", "val", ("cat", "dog"), ())
+    data = CustomDataset(root, "val")
+    assert (data.name, data.split, data.labels, data.missing) == ("custom", "val", ("cat", "dog"), ())
     assert data.ids == tuple(NAMES[20:30])
     assert data.targets.dtype == np.int8
     expected = [[int(label in labels_of(n)) for label in data.labels] for n in range(20, 30)]
@@ -66,7 +66,7 @@ def test_a_file_for_each_split(root: Path):
     write(root, "a.csv", ["file,dog,cat", "00.png,1,1", "01.png,0,0"])
     write(root, "b.csv", ["file,cat,dog", "02.png,1,0"])
     files = {"train": "a.csv", "val": root / "b.csv"}
-    train, val = (OwnImages(root, split, annotations=files) for split in ("train", "val"))
+    train, val = (CustomDataset(root, split, annotations=files) for split in ("train", "val"))
     assert train.labels == val.labels == ("dog", "cat")  # the order of the first file
     assert (train.ids, val.ids) == (("00.png", "01.png"), ("02.png",))
     assert val.targets.tolist() == [[0, 1]]
@@ -82,7 +82,7 @@ def test_a_folder_for_each_split(root: Path):
         write(root, f"{folder}/labels.csv", ["file,labels", "a.png,cat"])
     files = {"train": "train/labels.csv", "val": "valid/labels.csv"}
     folders = {"train": "train", "val": "valid"}
-    parts = [OwnImages(root, split, annotations=files, folders=folders) for split in ("train", "val")]
+    parts = [CustomDataset(root, split, annotations=files, folders=folders) for split in ("train", "val")]
     assert [part.ids for part in parts] == [("train/a.png",), ("valid/a.png",)]
     assert [part.image(0).getpixel((0, 0))[0] for part in parts] == [5, 7]
     assert "repeats the image 'a.png'" in refused(root, annotations=files)
@@ -93,11 +93,11 @@ def test_a_folder_for_each_split(root: Path):
 
 def test_labels_are_those_of_all_splits(root: Path):
     write(root, "labels.csv", ["file,labels,split", "00.png,zebra,train", "01.png,ant,test", "02.png,,val"])
-    assert {OwnImages(root, split).labels for split in ("train", "val", "test")} == {("ant", "zebra")}
+    assert {CustomDataset(root, split).labels for split in ("train", "val", "test")} == {("ant", "zebra")}
 
 
 def test_drawn_splits_part_the_images(root: Path):
-    parts = {split: OwnImages(root, split, columns={"split": None}) for split in ("train", "val", "test")}
+    parts = {split: CustomDataset(root, split, columns={"split": None}) for split in ("train", "val", "test")}
     assert abs(len(parts["test"]) - 8) <= 1  # a fifth of 40
     assert abs(len(parts["val"]) - 3.2) <= 1  # a tenth of the rest
     ids = [key for part in parts.values() for key in part.ids]
@@ -106,8 +106,8 @@ def test_drawn_splits_part_the_images(root: Path):
         assert list(part.ids) == sorted(part.ids)  # the order of the file
         for key, target in zip(part.ids, part.targets, strict=True):
             assert {part.labels[c] for c in np.flatnonzero(target == 1)} == set(labels_of(int(key[:2])))
-    assert OwnImages(root, "test", columns={"split": None}).ids == parts["test"].ids
-    others = {OwnImages(root, "test", columns={"split": None}, seed=seed).ids for seed in range(1, 4)}
+    assert CustomDataset(root, "test", columns={"split": None}).ids == parts["test"].ids
+    others = {CustomDataset(root, "test", columns={"split": None}, seed=seed).ids for seed in range(1, 4)}
     assert others != {parts["test"].ids}
 
 
@@ -115,7 +115,7 @@ def test_drawn_splits_have_their_share_of_each_label(root: Path):
     """Eight photos with a rare label, a quarter to test: two of them."""
     write(root, "labels.csv", ["file,labels", *(f"{name},{'rare' if n < 8 else 'x'}" for n, name in enumerate(NAMES))])
     for seed in range(5):
-        test = OwnImages(root, "test", test_fraction=0.25, seed=seed)
+        test = CustomDataset(root, "test", test_fraction=0.25, seed=seed)
         assert (test.targets[:, 0] == 1).sum() == 2
         assert abs(len(test) - 10) <= 1
 
@@ -123,7 +123,7 @@ def test_drawn_splits_have_their_share_of_each_label(root: Path):
 def test_val_is_drawn_from_train_where_only_test_is_annotated(root: Path):
     text = (root / "labels.csv").read_text().replace(",val", ",train")
     (root / "labels.csv").write_text(text)
-    parts = {split: OwnImages(root, split, val_fraction=0.2) for split in ("train", "val", "test")}
+    parts = {split: CustomDataset(root, split, val_fraction=0.2) for split in ("train", "val", "test")}
     assert parts["test"].ids == tuple(NAMES[30:])
     assert abs(len(parts["val"]) - 6) <= 1
     assert sorted(parts["train"].ids + parts["val"].ids) == NAMES[:30]
@@ -132,9 +132,9 @@ def test_val_is_drawn_from_train_where_only_test_is_annotated(root: Path):
 
 def test_missing_files_do_not_change_the_splits(root: Path):
     options: dict[str, Any] = {"columns": {"split": None}, "missing": "drop"}
-    before = {split: OwnImages(root, split, **options).ids for split in ("train", "val", "test")}
+    before = {split: CustomDataset(root, split, **options).ids for split in ("train", "val", "test")}
     (root / before["test"][2]).unlink()
-    after = {split: OwnImages(root, split, **options) for split in before}
+    after = {split: CustomDataset(root, split, **options) for split in before}
     assert after["train"].ids == before["train"]
     assert after["val"].ids == before["val"]
     assert after["test"].missing == (before["test"][2],)
@@ -200,21 +200,21 @@ def test_coco_json(root: Path):
 
 
 def test_the_label_list_fixes_names_and_order(root: Path, caplog: pytest.LogCaptureFixture):
-    data = OwnImages(root, labels=["dog", "fish", "cat"])
+    data = CustomDataset(root, labels=["dog", "fish", "cat"])
     assert data.labels == ("dog", "fish", "cat")
     assert (data.targets[:, 1] == 0).all()
     assert data.targets[0].tolist() == [1, 0, 1]
     assert "1 labels are on no image: fish" in caplog.text
     (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
-    assert OwnImages(root, labels="names.txt").fingerprint == data.fingerprint
-    assert OwnImages(root).fingerprint != data.fingerprint
+    assert CustomDataset(root, labels="names.txt").fingerprint == data.fingerprint
+    assert CustomDataset(root).fingerprint != data.fingerprint
 
 
 def test_a_photo_that_was_changed_changes_the_fingerprint(root: Path):
-    before = OwnImages(root).fingerprint
-    assert OwnImages(root).fingerprint == before
+    before = CustomDataset(root).fingerprint
+    assert CustomDataset(root).fingerprint == before
     Image.new("RGB", (400, 300)).save(root / "00.png")
-    assert OwnImages(root).fingerprint != before
+    assert CustomDataset(root).fingerprint != before
 
 
 # ---- What it refuses ----
@@ -274,9 +274,9 @@ def test_files_of_splits_that_contradict(root: Path):
 
 
 def test_another_separator_is_noticed(root: Path, caplog: pytest.LogCaptureFixture):
-    assert OwnImages(root).labels == ("cat", "dog")
+    assert CustomDataset(root).labels == ("cat", "dog")
     assert caplog.text == ""
-    assert "dog; cat" in OwnImages(root, separator="|").labels
+    assert "dog; cat" in CustomDataset(root, separator="|").labels
     assert "'dog; cat' is read as one label; if these are several, set the separator (now '|')" in caplog.text
 
 
@@ -290,8 +290,8 @@ def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
         f"3 of 20 images of split 'train' are missing in {root} (00.png, 05.png, 06.png; there is '00.PNG')" in message
     )
     assert "`missing='drop'`" in message
-    assert len(OwnImages(root, "val")) == 10  # those of other splits do not matter
-    data = OwnImages(root, missing="drop")
+    assert len(CustomDataset(root, "val")) == 10  # those of other splits do not matter
+    data = CustomDataset(root, missing="drop")
     assert data.missing == ("00.png", "05.png", "06.png")
     assert len(data) == 17
     assert "3 of 20 images" in caplog.text
@@ -317,7 +317,7 @@ def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.chdir(elsewhere)
     (root / "labels.csv").rename(elsewhere / "labels.csv")
     assert f"there is one at {elsewhere / 'labels.csv'}, so set its full path" in refused(root)
-    assert len(OwnImages(root, annotations=elsewhere / "labels.csv")) == 20
+    assert len(CustomDataset(root, annotations=elsewhere / "labels.csv")) == 20
     assert "`annotations` is a path from `root`" in refused(root, annotations="none.csv")
     assert "`annotations['test']`" in refused(root, annotations={"test": "none.csv"})
     assert "set `root` to the folder with the images" in refused(root / "none")
@@ -344,7 +344,7 @@ def test_coco_mini_as_own_photos(shared_data: Path):
 
     root = shared_data / "coco-mini"
     files = {split: f"annotations/instances_{split}2014.json" for split in ("train", "val")}
-    ours = OwnImages(root / "val2014", "val", annotations={s: root / f for s, f in files.items()}, missing="drop")
+    ours = CustomDataset(root / "val2014", "val", annotations={s: root / f for s, f in files.items()}, missing="drop")
     theirs = COCO2014(root, "test", unlabelled="keep")
     assert ours.labels == theirs.labels
     np.testing.assert_array_equal(ours.targets, theirs.targets)

@@ -65,12 +65,12 @@ def brute_force(labels: list[int], shared: int) -> np.ndarray:
     return present / total
 
 
-@pytest.mark.parametrize("company_pairs", [0, 2, 4])
-def test_limit_equals_enumeration(company_pairs: int) -> None:
-    scenes = Scenes("val", size=300, company_pairs=company_pairs)
+@pytest.mark.parametrize("context_pairs", [0, 2, 4])
+def test_limit_equals_enumeration(context_pairs: int) -> None:
+    scenes = Scenes("val", size=300, context_pairs=context_pairs)
     for i in range(len(scenes)):
         singles = [a for a in scenes.boxes(i).labels.tolist() if a < 16]
-        np.testing.assert_allclose(scenes.limit_scores[i, :16], brute_force(singles, company_pairs), atol=1e-11)
+        np.testing.assert_allclose(scenes.limit_scores[i, :16], brute_force(singles, context_pairs), atol=1e-11)
 
 
 def test_limit_of_anchors_and_twins_is_the_truth(test_split: Scenes) -> None:
@@ -108,7 +108,7 @@ def test_best_map_is_rank_ap(test_split: Scenes) -> None:
 
 
 def test_more_company_pairs_lower_the_limit() -> None:
-    limits = [Scenes("test", company_pairs=pairs).best_map() for pairs in range(5)]
+    limits = [Scenes("test", context_pairs=pairs).best_map() for pairs in range(5)]
     assert limits[0] == 100.0
     assert all(a > b for a, b in itertools.pairwise(limits))
     assert 95 < limits[4] < 98
@@ -116,11 +116,11 @@ def test_more_company_pairs_lower_the_limit() -> None:
 
 def test_spatial_pairs_and_hard_objects_leave_the_limit() -> None:
     # Geometry decides twins, and the limit is that of perfect perception.
-    assert Scenes("test", spatial_pairs=0, hard=0.0).best_map() == Scenes("test").best_map()
+    assert Scenes("test", spatial_pairs=0, hard_fraction=0.0).best_map() == Scenes("test").best_map()
 
 
 def test_a_label_without_positives_has_no_ap() -> None:
-    scenes = Scenes("val", size=2, company_pairs=0)
+    scenes = Scenes("val", size=2, context_pairs=0)
     assert (scenes.targets != 1).all(axis=0).any()
     assert scenes.best_map() == 100.0
 
@@ -242,7 +242,7 @@ def test_crowded_scenes_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_glyphs_are_where_the_boxes_say() -> None:
     # The colour in the middle band of each box's glyph is nearest to that of its look: boxes and pixels agree.
-    scenes = Scenes("train", size=150, hard=0.0)
+    scenes = Scenes("train", size=150, hard_fraction=0.0)
     looks = {look.name: look for look in module._LOOKS}
     names = list(dict.fromkeys(o.look for i in range(150) for o in scenes.explain(i)))
     assert len(names) == 16
@@ -305,15 +305,15 @@ def test_explanations_agree_with_everything_else(test_split: Scenes) -> None:
                 assert o.probability == 1.0
 
 
-@pytest.mark.parametrize("company_pairs", range(5))
+@pytest.mark.parametrize("context_pairs", range(5))
 @pytest.mark.parametrize("spatial_pairs", range(3))
-def test_dials_say_which_labels_share_a_look(company_pairs: int, spatial_pairs: int) -> None:
-    scenes = Scenes("val", company_pairs=company_pairs, spatial_pairs=spatial_pairs)
+def test_dials_say_which_labels_share_a_look(context_pairs: int, spatial_pairs: int) -> None:
+    scenes = Scenes("val", context_pairs=context_pairs, spatial_pairs=spatial_pairs)
     looks: dict[str, set[str]] = {}
     for i in range(len(scenes)):
         for o in scenes.explain(i):
             looks.setdefault(o.look, set()).add(o.label)
-    together = {frozenset(pair) for pair in PAIRS[:company_pairs]}
+    together = {frozenset(pair) for pair in PAIRS[:context_pairs]}
     together |= {frozenset(pair) for pair in [("gate", "hatch"), ("comet", "satellite")][:spatial_pairs]}
     assert {frozenset(s) for s in looks.values() if len(s) > 1} == together
     assert len(scenes.labels) == len(set(scenes.labels)) == 22
@@ -324,9 +324,9 @@ def test_every_dial_changes_the_fingerprint() -> None:
     dials = [
         {},
         {"seed": 1},
-        {"company_pairs": 3},
+        {"context_pairs": 3},
         {"spatial_pairs": 1},
-        {"hard": 0.0},
+        {"hard_fraction": 0.0},
         {"image_size": 128},
         {"size": 9},
     ]
@@ -344,11 +344,11 @@ def test_every_dial_changes_the_fingerprint() -> None:
         {"size": 2.5},
         {"size": True},
         {"seed": -1},
-        {"company_pairs": 5},
+        {"context_pairs": 5},
         {"spatial_pairs": -1},
-        {"hard": 1.5},
-        {"hard": float("nan")},
-        {"hard": "much"},
+        {"hard_fraction": 1.5},
+        {"hard_fraction": float("nan")},
+        {"hard_fraction": "much"},
         {"image_size": 64},
     ],
     ids=str,

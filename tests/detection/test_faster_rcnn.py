@@ -215,7 +215,7 @@ def test_gradients_reach_what_is_trainable(images, trainable, head, backbone):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"arch": "yolo"}, "arch is 'yolo'"),
+        ({"name": "yolo"}, "name is 'yolo'"),
         ({"trainable": "rpn"}, "trainable is 'rpn'"),
         ({"min_size": 8}, "min_size is 8"),
         ({"min_size": 300, "max_size": 200}, "`max_size` 200"),
@@ -225,13 +225,13 @@ def test_gradients_reach_what_is_trainable(images, trainable, head, backbone):
 )
 def test_settings_that_cannot_work(settings, named):
     with pytest.raises(ConfigError, match=named) as caught:
-        build_extractor(**({"arch": "scenes_tiny", "labels": ("a",)} | settings))
+        build_extractor(**({"name": "scenes_tiny", "labels": ("a",)} | settings))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("m", [0, -3])
 def test_m_must_be_positive(extractor, images, m):
-    with pytest.raises(ConfigError, match=f"m is {m}"):
+    with pytest.raises(ConfigError, match=f"m must be 1 or more, got {m}"):
         extractor(images[:1], m=m)
 
 

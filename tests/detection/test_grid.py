@@ -25,7 +25,7 @@ def images() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def extractor() -> GridExtractor:
-    return build_extractor("scenes_tiny", weights="scenes", grid=10)
+    return build_extractor("scenes_tiny", weights="scenes", grid_size=10)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_it_keeps_the_protocol(extractor, images):
         assert not found.features.requires_grad
     assert extractor([], m=100) == []
     assert len(extractor(images[:1], m=150)[0]) == 100
-    assert repr(extractor) == "GridExtractor('scenes_tiny-grid10', grid=10, size=160)"
+    assert repr(extractor) == "GridExtractor('scenes_tiny-grid10', grid_size=10, size=160)"
 
 
 def test_cells_are_the_averages_of_the_map_that_the_box_head_reads(extractor, images):
@@ -63,7 +63,7 @@ def test_cells_are_the_averages_of_the_map_that_the_box_head_reads(extractor, im
 
 @pytest.mark.parametrize("arch", ["fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])
 def test_below_a_feature_pyramid_the_bodys_last_map_is_taken(arch):
-    extractor = build_extractor(arch, grid=2, min_size=64)
+    extractor = build_extractor(arch, grid_size=2, min_size=64)
     detector = build_extractor(arch, min_size=64).detector
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -85,15 +85,17 @@ def test_images_of_any_sizes_become_squares_and_share_a_batch(extractor, images)
 
 def test_fingerprint_tells_weights_size_and_cells_apart():
     def fingerprint(**changes) -> str:
-        return build_extractor("scenes_tiny", **({"labels": ("a", "b"), "seed": 1, "grid": 4} | changes)).fingerprint
+        return build_extractor(
+            "scenes_tiny", **({"labels": ("a", "b"), "seed": 1, "grid_size": 4} | changes)
+        ).fingerprint
 
     first = fingerprint()
-    changes = [{"seed": 2}, {"min_size": 192}, {"grid": 5}, {"grid": None}]
+    changes = [{"seed": 2}, {"min_size": 192}, {"grid_size": 5}, {"grid_size": None}]
     assert first == fingerprint()
     # What belongs to boxes alone has no say.
     assert first == fingerprint(score_threshold=0.2, max_size=500)
     assert len({first, *(fingerprint(**change) for change in changes)}) == len(changes) + 1
-    extractor = build_extractor("scenes_tiny", grid=4)
+    extractor = build_extractor("scenes_tiny", grid_size=4)
     before = extractor.fingerprint
     with torch.no_grad():
         next(extractor.body.parameters()).add_(1)
@@ -102,7 +104,7 @@ def test_fingerprint_tells_weights_size_and_cells_apart():
 
 @pytest.mark.parametrize("trainable", ["none", "all"])
 def test_gradients_reach_what_is_trainable(images, trainable):
-    extractor = build_extractor("scenes_tiny", weights="scenes", grid=4, trainable=trainable)
+    extractor = build_extractor("scenes_tiny", weights="scenes", grid_size=4, trainable=trainable)
     extractor.train()
     assert not extractor.body.training
     found = extractor(images[:2], m=16)
@@ -119,16 +121,16 @@ def test_gradients_reach_what_is_trainable(images, trainable):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"grid": 41}, "grid is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
-        ({"grid": 0}, "grid is 0"),
-        ({"grid": 4, "trainable": "box_head"}, "trainable is 'box_head': with a `grid`"),
-        ({"arch": "resnet101"}, "grid is needed, since resnet101 finds no boxes: set it to 14"),
-        ({"arch": "resnet18", "grid": 7}, "arch is 'resnet18'"),
+        ({"grid_size": 41}, "grid_size is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
+        ({"grid_size": 0}, "grid_size is 0"),
+        ({"grid_size": 4, "trainable": "box_head"}, "trainable is 'box_head': with a `grid_size`"),
+        ({"name": "resnet101"}, "grid_size is needed, since resnet101 finds no boxes: set it to 14"),
+        ({"name": "resnet18", "grid_size": 7}, "name is 'resnet18'"),
     ],
 )
 def test_settings_that_cannot_work(settings, named):
     with pytest.raises(ConfigError, match=named) as caught:
-        build_extractor(**({"arch": "scenes_tiny"} | settings))
+        build_extractor(**({"name": "scenes_tiny"} | settings))
     assert "\n" not in str(caught.value)
 
 
@@ -151,7 +153,7 @@ def test_resnet101_is_torchvisions_without_its_last_layers(tmp_path: Path, rando
         random_resnet(((image - mean[:, None, None]) / std[:, None, None])[None])
     hook.remove()
     for file in ("r.pth", "r.safetensors"):
-        extractor = build_extractor("resnet101", weights=tmp_path / file, grid=1, min_size=64)
+        extractor = build_extractor("resnet101", weights=tmp_path / file, grid_size=1, min_size=64)
         assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
         torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
 
@@ -160,7 +162,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    build_extractor("resnet101", grid=2, min_size=64, seed=1)
+    build_extractor("resnet101", grid_size=2, min_size=64, seed=1)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -171,13 +173,13 @@ def test_imagenets_weights_are_fetched_by_their_hash(tmp_path: Path, monkeypatch
     served.write_bytes(content)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=served.as_uri()))
-    extractor = build_extractor("resnet101", weights="imagenet", grid=2, min_size=64)
+    extractor = build_extractor("resnet101", weights="imagenet", grid_size=2, min_size=64)
     assert torch.equal(extractor.body.state_dict()["conv1.weight"], random_resnet.state_dict()["conv1.weight"])
     wrong = tmp_path / "r-00000000.pth"
     wrong.write_bytes(b"something else")
     monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=wrong.as_uri()))
     with pytest.raises(WeightsError, match=r"could not be downloaded .*invalid hash value"):
-        build_extractor("resnet101", weights="imagenet", grid=2)
+        build_extractor("resnet101", weights="imagenet", grid_size=2)
 
 
 def test_weights_that_cannot_be_used_are_named(tmp_path: Path, random_resnet: nn.Module):
@@ -191,5 +193,5 @@ def test_weights_that_cannot_be_used_are_named(tmp_path: Path, random_resnet: nn
         ("coco", "set null, imagenet, or a path"),
     ):
         with pytest.raises(WeightsError, match=named) as caught:
-            build_extractor("resnet101", weights=weights, grid=2)
+            build_extractor("resnet101", weights=weights, grid_size=2)
         assert "\n" not in str(caught.value)

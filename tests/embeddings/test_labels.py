@@ -308,7 +308,7 @@ def test_any_label_can_be_hashed(label: str, dim: int) -> None:
 
 
 def test_wrong_settings(glove: Path) -> None:
-    assert "source" in refused(("dog",), "word2vec", error=ConfigError)
+    assert "name is" in refused(("dog",), "word2vec", error=ConfigError)
     assert "oov" in refused(("dog",), "glove", glove, oov="ignore", error=ConfigError)
     assert "path" in refused(("dog",), "glove", error=ConfigError)
     assert "dim" in refused(("dog",), dim=0, error=ConfigError)

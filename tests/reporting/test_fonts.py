@@ -46,7 +46,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[st
     files = [str(tmp_path / "a torn font.ttf")]
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(files))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
-    monkeypatch.setattr(fonts, "_said", [])
+    monkeypatch.setattr(fonts, "_warned", [])
     cached = (fonts._fonts_for, fonts._installed, fonts._letters_of, fonts._family)
     for function in cached:
         function.cache_clear()

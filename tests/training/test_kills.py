@@ -85,7 +85,12 @@ def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path,
     """Every file of the store, byte for byte."""
 
     def config(name: str) -> DictConfig:
-        overrides = ("dataset.sizes.train=48", "instances.views=2", "instances.view_size=96", "instances.batch_size=4")
+        overrides = (
+            "dataset.sizes.train=48",
+            "instances.num_augmentations=2",
+            "instances.view_size=96",
+            "instances.batch_size=4",
+        )
         return run_config(*overrides, f"instances.path={tmp_path / name}")
 
     seconds = undisturbed(clean, extract, config("whole"))
@@ -98,14 +103,18 @@ def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("save_minutes", ["0", "null"], ids=["every-step-saved", "every-epoch-saved"])
+@pytest.mark.parametrize("checkpoint_every_n_minutes", ["0", "null"], ids=["every-step-saved", "every-epoch-saved"])
 def test_training_killed_at_random_moments(
-    run_config: Config, tmp_path: Path, save_minutes: str, clean: ForkServerContext
+    run_config: Config, tmp_path: Path, checkpoint_every_n_minutes: str, clean: ForkServerContext
 ):
     """The weights, to the last bit."""
 
     def config(name: str) -> DictConfig:
-        overrides = ("trainer.max_epochs=6", "trainer.batch_size=5", f"trainer.save_minutes={save_minutes}")
+        overrides = (
+            "trainer.max_epochs=6",
+            "trainer.batch_size=5",
+            f"trainer.checkpoint_every_n_minutes={checkpoint_every_n_minutes}",
+        )
         return run_config(*overrides, f"run_dir={tmp_path / name}")
 
     def weights(name: str) -> dict[str, torch.Tensor]:

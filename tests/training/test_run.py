@@ -137,7 +137,7 @@ def test_a_folder_with_another_run_is_not_touched(run_config: Config, tmp_path: 
     run.train(run_config("trainer.max_epochs=1"))
     with pytest.raises(ConfigError, match=r"holds a run with other settings \(graph.m=6 -> 4, seed=0 -> 3\)"):
         run.train(run_config("trainer.max_epochs=1", "seed=3", "graph.m=4"))
-    run.train(run_config("trainer.max_epochs=1", "instances.workers=1"))  # the same run, elsewhere or faster
+    run.train(run_config("trainer.max_epochs=1", "instances.num_workers=1"))  # the same run, elsewhere or faster
     assert run.train(run_config("trainer.max_epochs=1", "seed=3", "overwrite=true"))["seed"] == 3
 
 
@@ -145,8 +145,8 @@ def test_a_folder_with_another_run_is_not_touched(run_config: Config, tmp_path: 
     "overrides",
     [
         ["optimizer=adamw"],
-        ["optimizer=paper", "optimizer.step_epochs=1", "model=mil_max", "model.width=8"],
-        ["instances.views=3", "instances.view_size=96", "trainer.ema=0.8"],
+        ["optimizer=paper", "optimizer.step_size=1", "model=mil_max", "model.width=8"],
+        ["instances.num_augmentations=3", "instances.view_size=96", "trainer.ema_decay=0.8"],
         ["model.execution=explicit", "trainer.early_stopping=1"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -169,7 +169,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     "overrides",
     [
         ["optimizer=adamw"],
-        ["instances.views=3", "instances.view_size=96", "trainer.ema=0.8"],
+        ["instances.num_augmentations=3", "instances.view_size=96", "trainer.ema_decay=0.8"],
         ["model.execution=explicit"],
         ["trainer.num_workers=1"],
     ],
@@ -188,7 +188,9 @@ def test_a_run_killed_after_a_save_within_an_epoch_goes_on_there(
         return step(module, batch, i)
 
     monkeypatch.setattr(MLICModule, "training_step", counted)
-    stop_and_go_on(run_config(*overrides, f"run_dir={other}", "trainer.save_minutes=0"), monkeypatch, epoch=1)
+    stop_and_go_on(
+        run_config(*overrides, f"run_dir={other}", "trainer.checkpoint_every_n_minutes=0"), monkeypatch, epoch=1
+    )
     assert steps == [(epoch, i) for epoch in range(3) for i in range(5)]  # nothing twice
     a, b = checkpoint(tmp_path / "run"), checkpoint(other)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
@@ -223,7 +225,12 @@ def test_a_resumed_run_with_workers_sees_the_same_views(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Workers start to read before Lightning tells the sampler its epoch."""
-    overrides = ["instances.views=3", "instances.view_size=96", "trainer.num_workers=1", "trainer.max_epochs=4"]
+    overrides = [
+        "instances.num_augmentations=3",
+        "instances.view_size=96",
+        "trainer.num_workers=1",
+        "trainer.max_epochs=4",
+    ]
     run.train(run_config(*overrides))
     other = tmp_path / "other"
     stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
@@ -245,7 +252,7 @@ def test_seeds_differ_and_repeat(run_config: Config, tmp_path: Path):
     assert losses[0] == losses[2] != losses[1]
 
 
-@pytest.mark.parametrize("overrides", [[], ["trainer.ema=0.5"], ["model.execution=explicit"]], ids=str)
+@pytest.mark.parametrize("overrides", [[], ["trainer.ema_decay=0.5"], ["model.execution=explicit"]], ids=str)
 def test_eval_gives_the_numbers_of_the_run(run_config: Config, tmp_path: Path, overrides: list[str]):
     result = run.train(run_config(*overrides))
     again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt", out=tmp_path / "out")
@@ -423,7 +430,7 @@ def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pyte
     weights, callbacks = Weights(), run.training_callbacks
     monkeypatch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
     overrides = [f"model.execution={execution}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
-    run.train(run_config(*overrides, "trainer.instance_graph_after=2"))
+    run.train(run_config(*overrides, "trainer.instance_graph_warmup_epochs=2"))
     before, *after = weights.states
     near = {name for name in before if re.search(r"e_o|rho_oo|edges_o", name)}
     moved = [{name for name in before if not torch.equal(before[name], state[name])} for state in after]

@@ -164,7 +164,7 @@ def test_modes(
 ) -> None:
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
-    run.train(run_config("logger=wandb", f"logger.offline={setting}", "logger.checkpoint=false"))
+    run.train(run_config("logger=wandb", f"logger.offline={setting}", "logger.log_model=false"))
     assert wandb.runs[0].arguments["mode"] == mode
     assert wandb.runs[0].artifacts == []
 

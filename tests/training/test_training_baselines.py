@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from gm_mlic.nn.cooccurrence import conditional_probabilities
+from gm_mlic.nn.ml_gcn import reweighted_adjacency
 
 from gm_mlic import Predictor, Scenes
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
 from gm_mlic.metrics import read_scored_images
-from gm_mlic.nn.cooccurrence import conditional_probabilities
-from gm_mlic.nn.ml_gcn import reweighted_adjacency
 from gm_mlic.training import run
 from gm_mlic.zoo import read_checkpoint
 from gm_mlic.zoo.export import export
@@ -22,12 +22,12 @@ SMALL = [
     "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 8, test: 8}", "dataset.image_size=96",
     "detector.min_size=64", "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
 ]  # fmt: skip
-GRID = ["detector.grid=4", "detector.max_instances=16", "graph.m=16"]
+GRID = ["detector.grid_size=4", "detector.max_instances=16", "graph.m=16"]
 RUNS = {
-    "resnet101": ["baseline=resnet101", "detector.grid=4"],
-    "ml_gcn": ["baseline=ml_gcn", "detector.grid=4"],
-    "ssgrl": ["baseline=ssgrl", "detector.grid=4", "model.width=16"],
-    "query2label": ["baseline=query2label", "detector.grid=4"],
+    "resnet101": ["baseline=resnet101", "detector.grid_size=4"],
+    "ml_gcn": ["baseline=ml_gcn", "detector.grid_size=4"],
+    "ssgrl": ["baseline=ssgrl", "detector.grid_size=4", "model.width=16"],
+    "query2label": ["baseline=query2label", "detector.grid_size=4"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
@@ -94,7 +94,7 @@ def test_the_detectors_own_labels(root: Path):
 
 def test_a_backbone_that_is_trained_along(root: Path):
     overrides = [
-        *SMALL, "baseline=ml_gcn", "detector.grid=4", "detector.trainable=all", "instances.online=true",
+        *SMALL, "baseline=ml_gcn", "detector.grid_size=4", "detector.trainable=all", "instances.online=true",
         "instances.view_size=96", f"run_dir={root}/online",
     ]  # fmt: skip
     config = compose("train", overrides)

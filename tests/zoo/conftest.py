@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     for name, model in {"gm": ["model.widths=[8,8]"], "mil": ["model=mil_max"]}.items():
         run.train(compose("train", [*SMALL, *model, f"instances.root={root}/stores", f"run_dir={root}/{name}"]))
-    candidates = [*SMALL, "model.widths=[8,8]", "graph.candidates=2", "trainer.instance_graph_after=1"]
+    candidates = [*SMALL, "model.widths=[8,8]", "graph.candidates=2", "trainer.instance_graph_warmup_epochs=1"]
     run.train(compose("train", [*candidates, f"instances.root={root}/stores", f"run_dir={root}/candidates"]))
     explicit = [*SMALL, "model.widths=[8,8]", "model.execution=explicit", "graph.m=4"]
     run.train(compose("train", [*explicit, f"instances.root={root}/stores", f"run_dir={root}/explicit"]))

@@ -81,7 +81,7 @@ def test_labels_that_it_never_saw(folder: Path, photos: list[Path]):
     with pytest.raises(DataError, match="no label twice"):
         some.with_labels(["mug", "mug"])
     with pytest.raises(DataError, match="does not exist"):
-        some.with_labels(["mug"], source="glove", path="nowhere.npz")
+        some.with_labels(["mug"], name="glove", path="nowhere.npz")
 
 
 def test_photos_that_cannot_be_read(folder: Path, photos: list[Path], tmp_path: Path):

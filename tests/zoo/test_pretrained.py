@@ -92,7 +92,7 @@ def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str],
     """Of a detector that was trained elsewhere, or along with the model."""
     weights = tmp_path / "w.safetensors"
     save_detector(build_extractor("scenes_tiny", weights=None, seed=3), weights, "scenes_tiny")
-    settings = [f"detector.weights={weights}", "baseline=resnet101", "detector.grid=3", "trainer.max_epochs=1"]
+    settings = [f"detector.weights={weights}", "baseline=resnet101", "detector.grid_size=3", "trainer.max_epochs=1"]
     settings += [f"instances.root={tmp_path}/stores", f"run_dir={tmp_path}/run"]
     settings += ["instances.online=true", "detector.trainable=all"] if trained else []
     run.train(compose("train", [*small, *settings]))
@@ -187,7 +187,7 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
     # sizes of a lie are refused before anything of that size is made
     refused("do not fit", model={**config["model"], "widths": [10**7, 10**7]})
     refused("do not fit|cannot be built", model={**config["model"], "k": 1, "widths": None})
-    refused("detector", detector_settings={**config["detector_settings"], "arch": "nothing"})
+    refused("detector", detector_settings={**config["detector_settings"], "name": "nothing"})
     refused("cannot be built", detector_settings={**config["detector_settings"], "surplus": 1})
     refused("use the detector", detector_settings={**config["detector_settings"], "weights": None})
     refused("cannot be read", "model.safetensors", b"\x80\x04pickle")

@@ -225,7 +225,7 @@ def train_detector(config: DictConfig) -> None:
     record = start(
         build.build_dataset(config, "train"),
         build.build_dataset(config, "val"),
-        arch=config.detector.arch,
+        name=config.detector.name,
         out=config.out,
         weights=config.detector.weights,
         min_size=config.detector.min_size,
@@ -401,14 +401,14 @@ _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}
 
-_EMBEDDING = {name: f"embedding.{name}" for name in ("source", "path", "oov", "dim")}
+_EMBEDDING = {name: f"embedding.{name}" for name in ("name", "path", "oov", "dim")}
 #: Arguments of the library that a command's config calls something else.
 _KEYS: dict[str, dict[str, str]] = {
     "eval": {"resamples": "bootstrap"},
     "predict": _EMBEDDING,
     "serve": _EMBEDDING,
-    "export": _EMBEDDING | {"form": "format", "name": "push"},
-    "train-detector": {name: f"detector.{name}" for name in ("arch", "weights", "labels", "min_size", "max_size")},
+    "export": _EMBEDDING | {"form": "format", "repo_id": "push"},
+    "train-detector": {name: f"detector.{name}" for name in ("name", "weights", "labels", "min_size", "max_size")},
     "dataset": _EMBEDDING,
 }
 

@@ -28,7 +28,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.grid", lambda arch: _GRIDS.get(arch, 14), replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.grid", lambda name: _GRIDS.get(name, 14), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.repeat", _repeat, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.square", _square, replace=True)
 

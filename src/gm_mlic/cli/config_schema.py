@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.errors import ConfigError
 
-#: What says which kind of thing a section sets up; each kind has keys of its own. A kind that ``conf/`` does not have
-#: is somebody's own (docs/add_model.md), and so are its keys.
-_KINDS = ("name", "arch", "source")
+#: The key that says which kind of thing a section sets up; each kind has keys of its own. A kind that ``conf/`` does
+#: not have is somebody's own (docs/add_model.md), and so are its keys.
+_KIND = "name"
 
 #: The keys of a section: those of a section below, or None for a value.
 Keys = dict[str, Any]
@@ -70,7 +70,7 @@ def _check(tree: Any, keys: Keys, groups: Mapping[str, str], path: str) -> None:
         raise ConfigError(f"{path}={'null' if tree is None else tree}: expected settings: {', '.join(sorted(keys))}.")
     for key in tree:
         if key not in keys and (path or key != "hydra"):
-            kind = next((f" ({tree[kind]})" for kind in _KINDS if kind in tree and path in groups), "")
+            kind = f" ({tree[_KIND]})" if _KIND in tree and path in groups else ""
             raise ConfigError(unknown(f"{path}.{key}" if path else str(key), keys, kind))
     for key, below in keys.items():
         inside = f"{path}.{key}" if path else key
@@ -108,9 +108,8 @@ def _defaults(command: str) -> dict[str, Any]:
 def _of_its_kind(group: str, tree: Any) -> list[Keys]:
     """The keys of those options of a group that set up what this section does."""
     found = _contents(group)
-    for kind in _KINDS:
-        if isinstance(tree, dict) and kind in tree and any(kind in option for option in found):
-            found = [option for option in found if option.get(kind) == tree[kind]]
+    if isinstance(tree, dict) and _KIND in tree and any(_KIND in option for option in found):
+        found = [option for option in found if option.get(_KIND) == tree[_KIND]]
     return [_tree(option) for option in found]
 
 

@@ -38,21 +38,21 @@ def describe(config: DictConfig) -> dict[str, Any]:
     console = Console(highlight=False)
     for table in (labels_table(splits), cooccurrence_table(splits[0]), overview_table(splits, unreadable)):
         console.print(table)
-    for split, one in zip(datasets, splits, strict=True):
-        _list(f"{split}: {len(one.missing):,} images are missing", one.missing)
+    for split, stats in zip(datasets, splits, strict=True):
+        _list(f"{split}: {len(stats.missing):,} images are missing", stats.missing)
         bad = {} if unreadable is None else unreadable[split]
         _list(f"{split}: {len(bad):,} images cannot be read", list(bad.values()))
     if unknown is not None:
-        said = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({config.embedding.path or 'hashed'})"
-        _list(said, unknown, every=True)
+        title = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({config.embedding.path or 'hashed'})"
+        _list(title, unknown, every=True)
 
     folder = Path(config.run_dir)
     pictures = [folder / f"{split}.png" for split in datasets]
-    for path, one in zip(pictures, splits, strict=True):
-        statistics_picture(path, one)
+    for path, stats in zip(pictures, splits, strict=True):
+        statistics_picture(path, stats)
     content = {
         "dataset": splits[0].name,
-        "splits": {one.split: one.as_dict() for one in splits},
+        "splits": {stats.split: stats.as_dict() for stats in splits},
         "unreadable": unreadable,
         "out_of_vocabulary": unknown,
     }
@@ -79,8 +79,8 @@ def _list(what: str, names: Iterable[str], every: bool = False) -> None:
     """Print what there is too much of; ten of them, or every one. Nothing if it is none and need not be said."""
     names = list(names)
     if names:
-        shown = names if every else names[:10]
-        more = "" if len(shown) == len(names) else f"\n  ... and {len(names) - len(shown):,} more (statistics.json)"
-        print(f"{what}:\n  " + "\n  ".join(shown) + more)
+        printed = names if every else names[:10]
+        more = "" if len(printed) == len(names) else f"\n  ... and {len(names) - len(printed):,} more (statistics.json)"
+        print(f"{what}:\n  " + "\n  ".join(printed) + more)
     elif every:
         print(f"{what}.")

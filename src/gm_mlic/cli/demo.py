@@ -83,10 +83,10 @@ def detector_scores(store: InstanceStore) -> np.ndarray:
 
 def _row_config(config: DictConfig, row: str) -> DictConfig:
     """The config of one row: its model, and a run folder of its own."""
-    one = copy.deepcopy(config)
-    one.model = config.rows[row]
-    one.run_dir = str(Path(config.run_dir) / row)
-    return OmegaConf.masked_copy(one, [str(key) for key in one if key != "rows"])
+    row_config = copy.deepcopy(config)
+    row_config.model = config.rows[row]
+    row_config.run_dir = str(Path(config.run_dir) / row)
+    return OmegaConf.masked_copy(row_config, [str(key) for key in row_config if key != "rows"])
 
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:

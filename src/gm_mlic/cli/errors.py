@@ -75,8 +75,9 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return (
-            "error: a process that reads images was killed, by the system if memory was short: lower instances.workers "
-            "and trainer.num_workers (0 reads in the main process), then run the same command again: it continues.",
+            "error: a process that reads images was killed, by the system if memory was short: lower "
+            "instances.num_workers and trainer.num_workers (0 reads in the main process), then run the same command "
+            "again: it continues.",
             2,
         )
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):

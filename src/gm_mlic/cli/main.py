@@ -54,7 +54,7 @@ examples:
   gm-mlic demo
   gm-mlic train experiment=scenes_smoke
   gm-mlic train dataset=coco2014 dataset.root=DIR embedding=glove embedding.path=glove.6B.300d.txt
-  gm-mlic dataset dataset=own dataset.root=DIR dataset.annotations=labels.csv
+  gm-mlic dataset dataset=custom dataset.root=DIR dataset.annotations=labels.csv
   gm-mlic train -m graph.m=5,10,15 seed=0,1,2
   gm-mlic runs
   gm-mlic report runs/multirun/DATE

@@ -113,7 +113,7 @@ def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
         ``checkpoints``, ``memory`` (of each device, in training); ``images`` of each phase.
     """
     N, epochs, n = sizes.images, config.trainer.max_epochs, config.devices
-    views, online = config.instances.views, config.instances.online
+    views, online = config.instances.num_augmentations, config.instances.online
     trained = config.detector.trainable != "none"
     stored = [split for split in N if not (trained or (online and split == "train"))]
     again = (epochs * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
@@ -161,12 +161,13 @@ def _sizes(config: DictConfig) -> Sizes:
 
 def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int) -> int:
     """Of the arrays of a store; an image's name in its manifest is taken to need 40."""
-    images, views = sizes.images[split], config.instances.views if split == "train" else 0
+    images, views = sizes.images[split], config.instances.num_augmentations if split == "train" else 0
     names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
     manifest = Manifest(
         **names, ids=("",) * images, labels=("",) * sizes.labels, detector_labels=(), feature_dim=feature_dim,
         difficult=sizes.dataset is not None and sizes.dataset.difficult is not None,
         m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
+        difficult=False,
     )  # fmt: skip
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
 
@@ -197,7 +198,7 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
     side = config.instances.view_size
     square = drawn(side, side)
     runs: dict[str, Callable[[], object]] = {"photo": lambda: extractor(photos(), config.detector.max_instances)}
-    if config.instances.views:
+    if config.instances.num_augmentations:
         runs["view"] = lambda: extractor(square, config.detector.max_instances)
     for run in runs.values():
         run()
@@ -273,7 +274,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
 
 
 def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequence[Table]:
-    views = config.instances.views
+    views = config.instances.num_augmentations
     words = {
         "extract": "images" + (f", {views} views of those for training" if views else ""),
         "train": f"images in {config.trainer.max_epochs} epochs",

@@ -69,19 +69,21 @@ def predict(config: DictConfig) -> dict[str, str]:
         writer.writerow(COLUMNS)
         done = 0
         for prediction in _with_bar(predictor(photos, config.batch_size, skipped), len(photos)):
-            found = _worth_saying(prediction, config.top, config.threshold)
+            found = _top_or_predicted(prediction, config.top, config.threshold)
             line = _as_dict(prediction, found, config.threshold)
             if config.pictures:
                 line["picture"] = f"{_PICTURES}/{done:05d}-{Path(str(prediction.photo)).stem[:_STEM]}.jpg"
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-            for one in found:
-                box = [f"{v:.1f}" for v in one.box]
-                predicted = int(one.probability >= config.threshold)
-                writer.writerow([prediction.photo, one.label, f"{one.probability:.6f}", predicted, *box, one.instance])
+            for item in found:
+                box = [f"{v:.1f}" for v in item.box]
+                predicted = int(item.probability >= config.threshold)
+                writer.writerow(
+                    [prediction.photo, item.label, f"{item.probability:.6f}", predicted, *box, item.instance]
+                )
             if done < _SHOWN:
                 table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
             if config.pictures:
-                drawn = [one for one in found if one.probability >= min(_DRAWN, config.threshold)]
+                drawn = [item for item in found if item.probability >= min(_DRAWN, config.threshold)]
                 _draw(prediction, drawn, folder / line["picture"])
             done += 1
     for reason in skipped.values():
@@ -97,7 +99,7 @@ def predict(config: DictConfig) -> dict[str, str]:
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
     """``predictor`` for the ``labels`` of ``config``, a list or a text with commas."""
     names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-    read = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+    read = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
     return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **read)
 
 
@@ -134,7 +136,7 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def _worth_saying(prediction: Prediction, top: int, threshold: float) -> list[LabelPrediction]:
+def _top_or_predicted(prediction: Prediction, top: int, threshold: float) -> list[LabelPrediction]:
     """The ``top`` labels, and what else is predicted."""
     return prediction.top(max(top, len(prediction.above(threshold))))
 
@@ -144,15 +146,15 @@ def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold
         "image": str(prediction.photo),
         "width": prediction.size[0],
         "height": prediction.size[1],
-        "predicted": [one.label for one in found if one.probability >= threshold],
+        "predicted": [item.label for item in found if item.probability >= threshold],
         "labels": [
             {
-                "label": one.label,
-                "probability": round(one.probability, 6),
-                "box": [round(v, 1) for v in one.box],
-                "instance": one.instance,
+                "label": item.label,
+                "probability": round(item.probability, 6),
+                "box": [round(v, 1) for v in item.box],
+                "instance": item.instance,
             }
-            for one in found
+            for item in found
         ],
     }
 
@@ -176,7 +178,7 @@ def _remove_pictures(folder: Path) -> None:
 def _draw(prediction: Prediction, found: Sequence[LabelPrediction], path: Path) -> None:
     assert prediction.photo is not None
     path.parent.mkdir(exist_ok=True)
-    labels = [(one.label, one.probability, one.box) for one in found]
+    labels = [(item.label, item.probability, item.box) for item in found]
     annotated(read_image(prediction.photo), labels).save(path, quality=90)
 
 

@@ -25,7 +25,7 @@ def serve(config: DictConfig) -> None:
         from gm_mlic.serving.app import build_app
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
-    embedding = {} if config.embedding.path is None else {"source": "glove", "path": config.embedding.path}
+    embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
     predictor = Predictor.load(config.checkpoint, require_device(config.accelerator))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
-from gm_mlic.datasets.custom import OwnImages
+from gm_mlic.datasets.custom import CustomDataset
 from gm_mlic.datasets.nuswide import NUSWIDE
 from gm_mlic.datasets.scenes import SceneObject, Scenes
 from gm_mlic.datasets.voc import VOC2007, VOC2012
@@ -17,8 +17,8 @@ __all__ = [
     "VOC2007",
     "VOC2012",
     "BoxAnnotations",
+    "CustomDataset",
     "MultiLabelDataset",
-    "OwnImages",
     "SceneObject",
     "Scenes",
     "known_datasets",

@@ -217,9 +217,9 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
         fitting = fitting[:1]  # a single column, under any delimiter
     if not fitting:
         header = max(headers.values(), key=len)
-        shown = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
+        columns = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
         raise DataError(
-            f"{source} has no column {form.file!r} in its first line ({shown}): `columns['file']` says what the "
+            f"{source} has no column {form.file!r} in its first line ({columns}): `columns['file']` says what the "
             f"column with the file names is called{close_to(form.file, header)}"
         )
     if len(fitting) > 1:

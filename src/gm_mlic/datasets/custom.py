@@ -33,7 +33,7 @@ from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
 log = logging.getLogger(__name__)
 
 
-class OwnImages(MultiLabelDataset):
+class CustomDataset(MultiLabelDataset):
     r"""A folder of photos and what people know about them, in one or several annotation files.
 
     The suffix of an annotation file says what it is (UTF-8, with or without a byte order mark):
@@ -98,7 +98,7 @@ class OwnImages(MultiLabelDataset):
             or no image is left for the split.
     """
 
-    name = "own"
+    name = "custom"
 
     def __init__(
         self,
@@ -158,11 +158,11 @@ class OwnImages(MultiLabelDataset):
         sizes = [_bytes(self.root / rows[i].file) for i in chosen]
         gone = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
         if gone:
-            said = f"{len(gone)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
-            shown = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "") + _similar_file(self.root, gone[0])
+            message = f"{len(gone)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
+            examples = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "") + _similar_file(self.root, gone[0])
             if missing == "error" or len(gone) == len(chosen):
-                raise DataError(f"{said} ({shown}): restore them, or leave them out with `missing='drop'`.")
-            log.warning("%s and are left out: %s", said, shown)
+                raise DataError(f"{message} ({examples}): restore them, or leave them out with `missing='drop'`.")
+            log.warning("%s and are left out: %s", message, examples)
         self.missing = tuple(gone)
         self._bytes = [size for size in sizes if size is not None]
         kept = [int(i) for i, size in zip(chosen, sizes, strict=True) if size is not None]
@@ -347,8 +347,8 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     """Log what is allowed, but is seldom meant."""
     never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
     if never:
-        shown = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
-        log.warning("%d labels are on no image: %s", len(never), shown)
+        examples = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
+        log.warning("%d labels are on no image: %s", len(never), examples)
     joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
     if joined:
         log.warning(
@@ -362,13 +362,13 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
 
 
 def _assign(
-    said: Sequence[str | None], targets: np.ndarray, val_fraction: float, test_fraction: float, seed: int
+    annotated: Sequence[str | None], targets: np.ndarray, val_fraction: float, test_fraction: float, seed: int
 ) -> np.ndarray:
     """(N,) the split of each row: as annotated, the rest drawn."""
-    splits = np.array([split or "train" for split in said])
-    if said[0] is None:
+    splits = np.array([split or "train" for split in annotated])
+    if annotated[0] is None:
         _draw(splits, "test", targets, test_fraction, seed)
-    if "val" not in said:
+    if "val" not in annotated:
         _draw(splits, "val", targets, val_fraction, seed)
     return splits
 
@@ -385,8 +385,8 @@ def _empty(
 ) -> str:
     counts = ", ".join(f"{name} {int((splits == name).sum())}" for name in SPLITS)
     where = " and ".join(str(part.source) for part in read)
-    said = read[0].rows[0].split is not None
-    if said and split != "val":
+    has_splits = read[0].rows[0].split is not None
+    if has_splits and split != "val":
         mend = f"mark some rows as {split!r}" if len(read) == 1 else f"name a file in `annotations[{split!r}]`"
     else:
         mend = f"raise `{split}_fraction`" if split != "train" else "lower `val_fraction` and `test_fraction`"

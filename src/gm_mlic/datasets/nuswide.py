@@ -84,9 +84,9 @@ class NUSWIDE(MultiLabelDataset):
         part = "Test" if split == "test" else "Train"
         concepts = self.root / "ConceptsList" / "Concepts81.txt"
         self.labels = tuple(_lines(concepts))
-        odd = next((name for name in self.labels if len(name) > 100 or "/" in name or "\\" in name), None)
-        if odd is not None:
-            raise DataError(f"{concepts} names {odd[:100]!r}, which is not the name of a concept: unpack it again.")
+        invalid = next((name for name in self.labels if len(name) > 100 or "/" in name or "\\" in name), None)
+        if invalid is not None:
+            raise DataError(f"{concepts} names {invalid[:100]!r}, which is not the name of a concept: unpack it again.")
         source = self.root / "ImageList" / f"{part}Imagelist.txt"
         names = [line.replace("\\", "/") for line in _lines(source)]
         outside = next((name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name), None)
@@ -100,9 +100,9 @@ class NUSWIDE(MultiLabelDataset):
             if not rows.size:
                 raise DataError(f"No image of {source} in split {split!r} has a concept: set `unlabelled='keep'`.")
         places = self._find([names[row] for row in rows])
-        there = [n for n, place in enumerate(places) if place is not None]
+        present_rows = [n for n, place in enumerate(places) if place is not None]
         self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)
-        if not there:
+        if not present_rows:
             raise DataError(
                 f"None of the {len(places)} photos of {source} is in {self.root / 'Flickr'} or {self.root / 'images'} "
                 f"(the first is {names[rows[0]]}). {_BY_HAND}."
@@ -114,8 +114,8 @@ class NUSWIDE(MultiLabelDataset):
                 ", ..." if len(self.missing) > 3 else "",
             )  # fmt: skip
         self._places = [place for place in places if place is not None]
-        self.ids = tuple(names[rows[n]] for n in there)
-        self.targets = present[rows[there]].astype(np.int8)
+        self.ids = tuple(names[rows[n]] for n in present_rows)
+        self.targets = present[rows[present_rows]].astype(np.int8)
         check_targets(self.ids, self.labels, self.targets)
 
     def image(self, i: int) -> Image.Image:

@@ -283,7 +283,7 @@ def _place(origin: Array, extent: Array, wanted: Array, dice: Array, size: int) 
     return fits
 
 
-def _lay_out(split: str, size: int, seed: int, hard: float, image_size: int, look_of: Array) -> _Layout:
+def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size: int, look_of: Array) -> _Layout:
     what, how, finish, where = (_streams(seed, split, purpose) for purpose in range(4))
     d = _DISPLACEMENT * image_size // 160
     margin = (image_size - 2 * d) // 2
@@ -296,7 +296,7 @@ def _lay_out(split: str, size: int, seed: int, hard: float, image_size: int, loo
         dice = where.random((n, _SLOTS - 2, _CANDIDATES, 2), dtype=np.float32)
         theme, label, relation = _what(u)
         rolled, length = v[:, 4 : 4 + _SLOTS], v[:, 4 + _SLOTS :]
-        kind = np.where(rolled < hard / 2, _IS_SMALL, np.where(rolled < hard, _IS_OCCLUDED, _PLAIN))
+        kind = np.where(rolled < hard_fraction / 2, _IS_SMALL, np.where(rolled < hard_fraction, _IS_OCCLUDED, _PLAIN))
         length = np.where(kind == _IS_SMALL, _pick(length, *_SMALL), _pick(length, *_SIZE)) * image_size // 160
         extent = np.maximum(2, length[..., None] * shares[look_of[label]] // 100)
         origin = np.zeros_like(extent)
@@ -304,11 +304,11 @@ def _lay_out(split: str, size: int, seed: int, hard: float, image_size: int, loo
         fits = _place(origin, extent, label >= 0, dice, image_size)
         for row in np.flatnonzero(~fits):  # rare: the kit stays, the others are placed anew until they fit
             again = _streams(seed, split, 4, start + int(row))
-            one = slice(row, row + 1)
+            this_row = slice(row, row + 1)
             while not _place(
-                origin[one],
-                extent[one],
-                label[one] >= 0,
+                origin[this_row],
+                extent[this_row],
+                label[this_row] >= 0,
                 again.random((1, *dice.shape[1:]), dtype=np.float32),
                 image_size,
             ):
@@ -343,10 +343,10 @@ def _company(label: Array, look_of: Array) -> tuple[Array, Array]:
     theme = np.full((len(label), 4), 0.25)
     absent = np.ones((len(label), 4, 16))
     for slot in label.T:
-        there = slot >= 0
-        theme *= np.where(there[:, None], q_look.T[slot], 1.0)
-        seen = there[:, None] & same[slot]  # which labels have this object's look
-        absent *= np.where(seen[:, None], 1.0 - share, 1.0)
+        has_object = slot >= 0
+        theme *= np.where(has_object[:, None], q_look.T[slot], 1.0)
+        has_look = has_object[:, None] & same[slot]  # which labels have this object's look
+        absent *= np.where(has_look[:, None], 1.0 - share, 1.0)
     theme /= theme.sum(axis=1, keepdims=True)
     # Rounded, so that equal posteriors are ties, and certain ones 0 and 1, on every machine.
     return theme, np.round(np.einsum("nt,nta->na", theme, 1.0 - absent), 12)
@@ -361,8 +361,8 @@ def _mean_average_precision(scores: Array, targets: Array) -> float:
     hits = np.take_along_axis(targets == 1, order, axis=0)
     precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
     positives = hits.sum(axis=0)
-    some = positives > 0
-    return float(100 * ((precision * hits).sum(axis=0)[some] / positives[some]).mean())
+    has_positives = positives > 0
+    return float(100 * ((precision * hits).sum(axis=0)[has_positives] / positives[has_positives]).mean())
 
 
 @dataclass(frozen=True)
@@ -417,9 +417,9 @@ class Scenes(MultiLabelDataset):
         split: ``train``, ``val`` or ``test``: independent streams.
         size: number of scenes; default 2000, 500 and 1000. Scene i is the same for every size.
         seed: of all randomness, >= 0.
-        company_pairs: how many of the 4 company pairs share their look (0 to 4).
+        context_pairs: how many of the 4 company pairs share their look (0 to 4).
         spatial_pairs: how many of the 2 families have twins that share their look (0 to 2).
-        hard: share of objects that are small or occluded (half each), in [0, 1].
+        hard_fraction: share of objects that are small or occluded (half each), in [0, 1].
         image_size: width and height in pixels, 96 to 640; objects grow with it.
 
     Raises:
@@ -433,9 +433,9 @@ class Scenes(MultiLabelDataset):
         split: str = "train",
         size: int | None = None,
         seed: int = 0,
-        company_pairs: int = 4,
+        context_pairs: int = 4,
         spatial_pairs: int = 2,
-        hard: float = 0.3,
+        hard_fraction: float = 0.3,
         image_size: int = 160,
     ) -> None:
         if split not in _SPLITS:
@@ -444,21 +444,25 @@ class Scenes(MultiLabelDataset):
         for key, value, low, high in (
             ("size", size, 1, 10_000_000),
             ("seed", seed, 0, 2**63 - 1),
-            ("company_pairs", company_pairs, 0, 4),
+            ("context_pairs", context_pairs, 0, 4),
             ("spatial_pairs", spatial_pairs, 0, 2),
             ("image_size", image_size, 96, 640),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
                 raise ArgumentError(key, f"is {value!r}: set a whole number from {low} to {high}.")
-        if isinstance(hard, bool) or not isinstance(hard, (int, float)) or not 0 <= hard <= 1:
-            raise ArgumentError("hard", f"is {hard!r}: set the share of hard objects, from 0 to 1.")
+        if (
+            isinstance(hard_fraction, bool)
+            or not isinstance(hard_fraction, (int, float))
+            or not 0 <= hard_fraction <= 1
+        ):
+            raise ArgumentError("hard_fraction", f"is {hard_fraction!r}: set the share of hard objects, from 0 to 1.")
         self.split, self.seed = split, int(seed)
-        self.company_pairs, self.spatial_pairs = int(company_pairs), int(spatial_pairs)
-        self.hard, self.image_size = float(hard), int(image_size)
+        self.context_pairs, self.spatial_pairs = int(context_pairs), int(spatial_pairs)
+        self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)
         self.labels = LABELS
         self.ids = tuple(f"{split}-{i:05d}" for i in range(size))
         self._look_of = self._looks()
-        self._layout = _lay_out(split, int(size), self.seed, self.hard, self.image_size, self._look_of)
+        self._layout = _lay_out(split, int(size), self.seed, self.hard_fraction, self.image_size, self._look_of)
         self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
         row, slot = np.nonzero(self._layout.label >= 0)
         self.targets[row, self._layout.label[row, slot]] = 1
@@ -466,7 +470,7 @@ class Scenes(MultiLabelDataset):
     def _looks(self) -> Array:
         """(22,) for each label the index of its look."""
         names = {label: label for label in LABELS}
-        for p in range(self.company_pairs):
+        for p in range(self.context_pairs):
             names[LABELS[4 * ((p + 1) % 4) + 3]] = LABELS[4 * p + 2]
         for _, beside, above in _FAMILIES[: self.spatial_pairs]:
             names[above] = beside
@@ -476,7 +480,7 @@ class Scenes(MultiLabelDataset):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the base class's fingerprint and of everything that changes the pictures."""
-        dials = [RELEASE, self.seed, self.company_pairs, self.spatial_pairs, self.hard, self.image_size]
+        dials = [RELEASE, self.seed, self.context_pairs, self.spatial_pairs, self.hard_fraction, self.image_size]
         return hashlib.sha256(json.dumps([super().fingerprint, *dials]).encode()).hexdigest()
 
     # --- pictures ---

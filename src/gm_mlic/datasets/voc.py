@@ -78,12 +78,12 @@ class _VOC(MultiLabelDataset):
             if not columns:
                 ids = here
                 if len(set(ids)) != len(ids):
-                    twice = next(one for one in ids if ids.count(one) > 1)
+                    twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
                     raise DataError(f"{source} lists image {twice} twice: extract the archive again.")
             elif here != ids:
                 first = f"{LABELS[0]}_{image_set}.txt"
-                odd = sorted(set(here) ^ set(ids))
-                what = f"image {odd[0]} is in one of them only" if odd else "their order differs"
+                mismatch = sorted(set(here) ^ set(ids))
+                what = f"image {mismatch[0]} is in one of them only" if mismatch else "their order differs"
                 raise DataError(f"{source} and {first} list different images ({what}): extract the archive again.")
             columns.append(column)
         return ids, np.stack(columns, axis=1)
@@ -94,7 +94,7 @@ class _VOC(MultiLabelDataset):
             raise DataError(f"VOC {self.year}'s JPEGImages is missing in {self.folder}: extract the archive again.")
         with os.scandir(folder) as entries:
             present = {entry.name for entry in entries}
-        missing = [f"{one}.jpg" for one in self.ids if f"{one}.jpg" not in present]
+        missing = [f"{image_id}.jpg" for image_id in self.ids if f"{image_id}.jpg" not in present]
         if missing:
             first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise DataError(
@@ -116,11 +116,11 @@ class _VOC(MultiLabelDataset):
         source = self.folder / "Annotations" / f"{self.ids[i]}.xml"
         root = _parse(source)
         size = image_size(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
-        said = tuple(int(_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
-        if said != size:
+        annotated = tuple(int(_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
+        if annotated != size:
             raise DataError(
-                f"{source} says that the image has {said[0]} x {said[1]} pixels, but it has {size[0]} x {size[1]}: the "
-                "boxes would not fit; mend one of them."
+                f"{source} says that the image has {annotated[0]} x {annotated[1]} pixels, but it has {size[0]} x "
+                f"{size[1]}: the boxes would not fit; mend one of them."
             )
         boxes, labels = [], []
         for number, thing in enumerate(root.iter("object")):

@@ -72,10 +72,10 @@ class Checkpoint:
         """Raise :class:`~gm_mlic.errors.WeightsError` unless these are the labels of the weights, in their order."""
         if self.labels != tuple(labels):
             pairs = zip(self.labels, labels, strict=False)
-            odd = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
+            mismatch = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
             raise WeightsError(
                 f"The weights {self.source} were trained for other labels "
-                f"({odd or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
+                f"({mismatch or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
                 "these labels with gm-mlic train-detector."
             )
 
@@ -98,7 +98,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         checkpoint = _download_coco(arch)
     elif weights == "scenes":
         if arch != "scenes_tiny":
-            raise ArgumentError("weights", f"is 'scenes', which is for `arch='scenes_tiny'`, not for {arch}.")
+            raise ArgumentError("weights", f"is 'scenes', which is for `name='scenes_tiny'`, not for {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
         checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
@@ -155,7 +155,7 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             raise WeightsError(
-                f"The weights {checkpoint.source} do not fit `arch={arch!r}`: they {what} {keys[0]}{more}; choose "
+                f"The weights {checkpoint.source} do not fit `name={arch!r}`: they {what} {keys[0]}{more}; choose "
                 "the architecture that they were trained with."
             )
     detector.load_state_dict(tensors, strict=False)
@@ -184,7 +184,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
-        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `arch={arch!r}`.")
+        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `name={arch!r}`.")
     return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
@@ -249,7 +249,7 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
             "gm-mlic train-detector."
         ) from error
     if theirs != arch:
-        raise WeightsError(f"The weights file {path} is for `arch={theirs!r}`, not for {arch}.")
+        raise WeightsError(f"The weights file {path} is for `name={theirs!r}`, not for {arch}.")
     return found
 
 

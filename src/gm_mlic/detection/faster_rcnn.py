@@ -195,14 +195,14 @@ class FasterRCNNExtractor(nn.Module):
         return boxes[best], scores[best], labels[best]
 
 
-def check_architecture(arch: str) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``arch`` is one of :data:`ARCHITECTURES`."""
-    if arch not in _BUILDERS:
-        raise ArgumentError("arch", f"is {arch!r}: choose one of {', '.join(ARCHITECTURES)}.")
+def check_architecture(name: str) -> None:
+    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``name`` is one of :data:`ARCHITECTURES`."""
+    if name not in _BUILDERS:
+        raise ArgumentError("name", f"is {name!r}: choose one of {', '.join(ARCHITECTURES)}.")
 
 
 def build_detector(
-    arch: str,
+    name: str,
     num_classes: int,
     min_size: int | None = None,
     max_size: int | None = None,
@@ -213,7 +213,7 @@ def build_detector(
     """Build a detector with random weights; nothing is downloaded, and the global random state stays as it is.
 
     Args:
-        arch: one of :data:`ARCHITECTURES`.
+        name: one of :data:`ARCHITECTURES`.
         num_classes: with the background.
         min_size: length of the shorter image side after resizing, in pixels; default 448, for scenes_tiny 160.
         max_size: bound of the longer side; default 5/3 of ``min_size``.
@@ -224,8 +224,8 @@ def build_detector(
     Raises:
         ConfigError: for an unknown architecture or a setting out of range.
     """
-    check_architecture(arch)
-    build, default_size = _BUILDERS[arch]
+    check_architecture(name)
+    build, default_size = _BUILDERS[name]
     min_size = default_size if min_size is None else min_size
     max_size = round(min_size * 5 / 3) if max_size is None else max_size
     if not 32 <= min_size <= max_size:
@@ -248,7 +248,7 @@ def build_detector(
 
 
 def build_extractor(
-    arch: str,
+    name: str,
     labels: Sequence[str] | None = None,
     weights: str | Path | None = None,
     min_size: int | None = None,
@@ -258,12 +258,12 @@ def build_extractor(
     seed: int = 0,
     device: str | torch.device = "cpu",
     trainable: str = "none",
-    grid: int | None = None,
+    grid_size: int | None = None,
 ) -> FasterRCNNExtractor | GridExtractor:
     """Build an instance extractor.
 
     Args:
-        arch: one of :data:`ARCHITECTURES`; with ``grid`` also ``resnet101``.
+        name: one of :data:`ARCHITECTURES`; with ``grid_size`` also ``resnet101``.
         labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
             weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
         weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
@@ -277,21 +277,21 @@ def build_extractor(
         seed: see :func:`build_detector`.
         device: where the detector runs.
         trainable: see :class:`FasterRCNNExtractor`; of a grid, see :class:`~gm_mlic.detection.grid.GridExtractor`.
-        grid: G for the G x G cells of the backbone's feature map instead of boxes; what belongs to boxes alone
+        grid_size: G for the G x G cells of the backbone's feature map instead of boxes; what belongs to boxes alone
             (thresholds, ``max_size``) then has no effect.
 
     Raises:
         ConfigError: for a setting that cannot work.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
-    if arch in CLASSIFIERS:
-        return build_classifier_grid(arch, grid, weights, min_size, seed, trainable).to(device)
-    check_architecture(arch)
-    checkpoint = read_checkpoint(arch, weights, labels)
+    if name in CLASSIFIERS:
+        return build_classifier_grid(name, grid_size, weights, min_size, seed, trainable).to(device)
+    check_architecture(name)
+    checkpoint = read_checkpoint(name, weights, labels)
     if labels is not None:
         checkpoint.check_labels(labels)
     detector = build_detector(
-        arch,
+        name,
         len(checkpoint.categories),
         min_size=min_size or checkpoint.min_size,
         max_size=max_size or checkpoint.max_size,
@@ -300,17 +300,17 @@ def build_extractor(
         seed=seed,
     )
     if checkpoint.tensors is not None:
-        load_into(detector, checkpoint, arch)
-    if grid is not None:
-        return GridExtractor.of_detector(detector, grid, f"{arch}-grid{grid}", trainable).to(device)
-    used = [(i, name) for i, name in enumerate(checkpoint.categories) if i > 0 and name != UNUSED]
+        load_into(detector, checkpoint, name)
+    if grid_size is not None:
+        return GridExtractor.of_detector(detector, grid_size, f"{name}-grid{grid_size}", trainable).to(device)
+    used = [(i, label) for i, label in enumerate(checkpoint.categories) if i > 0 and label != UNUSED]
     extractor = FasterRCNNExtractor(
-        detector, [name for _, name in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
+        detector, [label for _, label in used], name=name, class_index=[i for i, _ in used], trainable=trainable
     )
     return extractor.to(device)
 
 
-def save_detector(extractor: FasterRCNNExtractor, path: Path, arch: str) -> None:
+def save_detector(extractor: FasterRCNNExtractor, path: Path, name: str) -> None:
     """Write an extractor's weights as a file that :func:`build_extractor` takes for ``weights``.
 
     Its labels and input size go along; thresholds stay settings.
@@ -318,7 +318,7 @@ def save_detector(extractor: FasterRCNNExtractor, path: Path, arch: str) -> None
     label_of_class = extractor._label_of_class.tolist()
     transform = extractor.detector.transform
     record = {
-        "arch": arch,
+        "arch": name,
         "labels": [extractor.labels[i] if i >= 0 else UNUSED for i in label_of_class[1:]],
         "min_size": transform.min_size[-1],
         "max_size": transform.max_size,

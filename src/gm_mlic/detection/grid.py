@@ -35,7 +35,7 @@ class GridExtractor(nn.Module):
 
     Args:
         body: from images (B, 3, S, S) to a map (B, D, H, W), or to several by name, of which the last is taken.
-        grid: G, the cells along each side, at most H and W.
+        grid_size: G, the cells along each side, at most H and W.
         size: S, to which images are resized, in pixels.
         name: short name, fit for a folder name.
         image_mean, image_std: of each colour, by which images are normalised.
@@ -52,7 +52,7 @@ class GridExtractor(nn.Module):
     def __init__(
         self,
         body: nn.Module,
-        grid: int,
+        grid_size: int,
         size: int,
         name: str,
         image_mean: Sequence[float] = _MEAN,
@@ -61,8 +61,8 @@ class GridExtractor(nn.Module):
     ) -> None:
         super().__init__()
         if trainable not in ("none", "all"):
-            raise ArgumentError("trainable", f"is {trainable!r}: with a `grid`, choose one of none, all.")
-        self.name, self.grid, self.size, self.trainable = name, grid, size, trainable
+            raise ArgumentError("trainable", f"is {trainable!r}: with a `grid_size`, choose one of none, all.")
+        self.name, self.grid_size, self.size, self.trainable = name, grid_size, size, trainable
         self.labels: tuple[str, ...] = ()
         self.body = body.requires_grad_(trainable == "all")
         # On the meta device nothing is computed but shapes.
@@ -70,25 +70,25 @@ class GridExtractor(nn.Module):
         example = torch.empty(1, 3, size, size, device="meta")
         body.eval()
         _, self.feature_dim, *sides = _last(torch.func.functional_call(body, shapes, (example,))).shape
-        if not 1 <= grid <= min(sides):
+        if not 1 <= grid_size <= min(sides):
             raise ArgumentError(
-                "grid",
-                f"is {grid}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} cells; set 1 to "
-                "that many, or a larger image size.",
+                "grid_size",
+                f"is {grid_size}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} cells; "
+                "set 1 to that many, or a larger image size.",
             )
         self._mean: Tensor
         self._std: Tensor
         self._boxes: Tensor
         for key, colours in (("_mean", image_mean), ("_std", image_std)):
             self.register_buffer(key, torch.tensor(colours)[:, None, None], persistent=False)
-        row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        row, column = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         corner = torch.stack([column, row], dim=-1).view(-1, 2)
-        self.register_buffer("_boxes", torch.cat([corner, corner + 1], dim=1) / grid, persistent=False)
+        self.register_buffer("_boxes", torch.cat([corner, corner + 1], dim=1) / grid_size, persistent=False)
         self._fingerprint = Fingerprint()
         self.train(False)
 
     @classmethod
-    def of_detector(cls, detector: FasterRCNN, grid: int, name: str, trainable: str = "none") -> GridExtractor:
+    def of_detector(cls, detector: FasterRCNN, grid_size: int, name: str, trainable: str = "none") -> GridExtractor:
         """The grid of a detector's backbone: same weights, same normalisation, its ``min_size`` for both sides.
 
         Of a feature pyramid, what is below it is taken: the last map of the ResNet or MobileNet. Of ``scenes_tiny``,
@@ -97,7 +97,13 @@ class GridExtractor(nn.Module):
         backbone, transform = detector.backbone, detector.transform
         body = backbone.fine if isinstance(backbone, TinyBackbone) else backbone.body
         return cls(
-            body, grid, transform.min_size[-1], name, transform.image_mean, transform.image_std, trainable=trainable
+            body,
+            grid_size,
+            transform.min_size[-1],
+            name,
+            transform.image_mean,
+            transform.image_std,
+            trainable=trainable,
         )
 
     def train(self, mode: bool = True) -> GridExtractor:
@@ -108,7 +114,7 @@ class GridExtractor(nn.Module):
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over name, G, input size, normalisation, and every tensor's name, type, shape and bytes."""
-        settings = [self.name, self.grid, self.size, self._mean.flatten().tolist(), self._std.flatten().tolist()]
+        settings = [self.name, self.grid_size, self.size, self._mean.flatten().tolist(), self._std.flatten().tolist()]
         return self._fingerprint(settings, self.body)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
@@ -120,15 +126,17 @@ class GridExtractor(nn.Module):
         Raises:
             ConfigError: if ``m`` has no room for all cells: some of them are no image.
         """
-        M = self.grid**2
+        M = self.grid_size**2
         if m < M:
-            raise ArgumentError("m", f"is {m}, but a grid of {self.grid} x {self.grid} has {M} cells: set it to {M}.")
+            raise ArgumentError(
+                "m", f"is {m}, but a grid of {self.grid_size} x {self.grid_size} has {M} cells: set it to {M}."
+            )
         if len(images) == 0:
             return []
         with torch.no_grad():
             batch = torch.stack([self._prepare(image.to(self._mean.device)) for image in images])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
-            cells = nn.functional.adaptive_avg_pool2d(_last(self.body(batch)), self.grid)
+            cells = nn.functional.adaptive_avg_pool2d(_last(self.body(batch)), self.grid_size)
             features = cells.flatten(2).transpose(1, 2).float()
         scores, labels = self._boxes.new_ones(M), torch.full((M,), -1, device=self._boxes.device)
         return [Instances(self._boxes, scores, labels, of_image) for of_image in features]
@@ -141,7 +149,7 @@ class GridExtractor(nn.Module):
         return nn.functional.interpolate(image[None], (self.size, self.size), mode="bilinear")[0]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, grid={self.grid}, size={self.size})"
+        return f"{type(self).__name__}({self.name!r}, grid_size={self.grid_size}, size={self.size})"
 
 
 def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
@@ -149,8 +157,8 @@ def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
 
 
 def build_classifier_grid(
-    arch: str,
-    grid: int | None,
+    name: str,
+    grid_size: int | None,
     weights: str | Path | None = None,
     size: int | None = None,
     seed: int = 0,
@@ -159,8 +167,8 @@ def build_classifier_grid(
     """The grid of a backbone that was trained to classify, without its pooling and last layer.
 
     Args:
-        arch: one of :data:`CLASSIFIERS`.
-        grid: see :class:`GridExtractor`.
+        name: one of :data:`CLASSIFIERS`.
+        grid_size: see :class:`GridExtractor`.
         weights: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
         size: see :class:`GridExtractor`; default 448.
         seed: of random weights; the global random state stays as it is.
@@ -170,16 +178,18 @@ def build_classifier_grid(
         ConfigError: without a grid, or for a setting that cannot work.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
-    if grid is None:
+    if grid_size is None:
         raise ArgumentError(
-            "grid", f"is needed, since {arch} finds no boxes: set it to 14, for example, and m to its square."
+            "grid_size", f"is needed, since {name} finds no boxes: set it to 14, for example, and m to its square."
         )
-    checkpoint = read_classifier(arch, weights)
+    checkpoint = read_classifier(name, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = _CLASSIFIERS[arch](weights=None)
+        whole = _CLASSIFIERS[name](weights=None)
     layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
     body = nn.Sequential(OrderedDict(layers))
     if checkpoint.tensors is not None:
-        load_into(body, checkpoint, arch)
-    return GridExtractor(body, grid, _SIZE if size is None else size, f"{arch}-grid{grid}", trainable=trainable)
+        load_into(body, checkpoint, name)
+    return GridExtractor(
+        body, grid_size, _SIZE if size is None else size, f"{name}-grid{grid_size}", trainable=trainable
+    )

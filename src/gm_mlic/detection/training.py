@@ -36,7 +36,7 @@ _MIN_SIDE = 1.0  # pixels; thinner boxes are left out, an empty one would stop t
 def train_detector(
     train: MultiLabelDataset,
     val: MultiLabelDataset | None,
-    arch: str,
+    name: str,
     out: str | Path,
     *,
     weights: str | Path | None = None,
@@ -63,7 +63,7 @@ def train_detector(
     Args:
         train: images with boxes. Images without any box, and unreadable ones, are left out and counted.
         val: where AP is measured after each epoch; None for nowhere.
-        arch: one of :data:`~gm_mlic.detection.faster_rcnn.ARCHITECTURES`.
+        name: one of :data:`~gm_mlic.detection.faster_rcnn.ARCHITECTURES`.
         out: where the weights go; must end in ``.safetensors``.
         weights: to begin with, as for :func:`~gm_mlic.detection.faster_rcnn.build_extractor`. If they know other
             labels, the last layer (class scores and box offsets) begins anew.
@@ -90,7 +90,7 @@ def train_detector(
         WeightsError: if ``weights``, or what an earlier run left, cannot be used.
     """
     out = Path(out)
-    check_architecture(arch)
+    check_architecture(name)
     if out.suffix != ".safetensors":
         raise ArgumentError("out", f"is {out}: choose a name that ends in .safetensors.")
     if val is not None and val.labels != train.labels:
@@ -99,12 +99,12 @@ def train_detector(
         if not value > 0:
             raise ArgumentError(key, f"is {value}: set a positive number.")
     rows = _rows_with_boxes(train)
-    detector = _initial_detector(arch, train.labels, weights, min_size, max_size, seed).to(device)
+    detector = _initial_detector(name, train.labels, weights, min_size, max_size, seed).to(device)
     steps = math.ceil(len(rows) / batch_size)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = one_cycle(optimizer, [lr], epochs * steps, warmup=0.15)
+    schedule = one_cycle(optimizer, [lr], epochs * steps, pct_start=0.15)
     record: dict[str, Any] = {
-        "arch": arch,
+        "arch": name,
         "labels": list(train.labels),
         "min_size": detector.transform.min_size[0],
         "max_size": detector.transform.max_size,
@@ -151,8 +151,8 @@ def train_detector(
         _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], _per_cent(history["val_ap50"][-1]))
         _save_state(state, record, parts, history)
     if history["skipped"]:
-        name, reason = next(iter(history["skipped"].items()))
-        _log.warning("%d unreadable images were left out, the first: %s: %s", len(history["skipped"]), name, reason)
+        image_id, reason = next(iter(history["skipped"].items()))
+        _log.warning("%d unreadable images were left out, the first: %s: %s", len(history["skipped"]), image_id, reason)
     record |= history
     save_checkpoint(out, detector.state_dict(), record)
     state.unlink(missing_ok=True)
@@ -247,16 +247,16 @@ def _batches(
 
 
 def _initial_detector(
-    arch: str,
+    name: str,
     labels: Sequence[str],
     weights: str | Path | None,
     min_size: int | None,
     max_size: int | None,
     seed: int,
 ) -> FasterRCNN:
-    checkpoint = read_checkpoint(arch, weights, None)
+    checkpoint = read_checkpoint(name, weights, None)
     detector = build_detector(
-        arch, len(labels) + 1, min_size or checkpoint.min_size, max_size or checkpoint.max_size, seed=seed
+        name, len(labels) + 1, min_size or checkpoint.min_size, max_size or checkpoint.max_size, seed=seed
     )
     if checkpoint.tensors is not None:
         if checkpoint.labels != tuple(labels) or len(checkpoint.categories) != len(labels) + 1:
@@ -264,7 +264,7 @@ def _initial_detector(
             kept = {key: t for key, t in checkpoint.tensors.items() if not key.startswith(_PREDICTOR)}
             checkpoint.tensors.clear()
             checkpoint.tensors.update(kept | anew)
-        load_into(detector, checkpoint, arch)
+        load_into(detector, checkpoint, name)
     return detector
 
 

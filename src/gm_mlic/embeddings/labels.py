@@ -46,7 +46,7 @@ class LabelEmbedding:
 
 def embed_labels(
     labels: Sequence[str],
-    source: Literal["hashed", "glove"] = "hashed",
+    name: Literal["hashed", "glove"] = "hashed",
     path: str | Path | None = None,
     dim: int = 300,
     oov: Literal["error", "skip_words", "zeros", "hashed"] = "error",
@@ -62,7 +62,7 @@ def embed_labels(
 
     Args:
         labels: C different names.
-        source: ``hashed`` or ``glove``.
+        name: ``hashed`` or ``glove``.
         path: the file of ``glove``.
         dim: D of hashed vectors; files bring their own.
         oov: what happens to labels with a word that is not in the file. ``error``: stop and name all of them;
@@ -71,24 +71,24 @@ def embed_labels(
         seed: of hashed vectors.
 
     Raises:
-        ConfigError: for an unknown ``source`` or ``oov``, a missing ``path`` or a ``dim`` below 1.
+        ConfigError: for an unknown ``name`` or ``oov``, a missing ``path`` or a ``dim`` below 1.
         DataError: for a missing or malformed file, NaN, or labels out of vocabulary.
     """
     labels = tuple(labels)
-    if source not in _SOURCES:
-        raise ArgumentError("source", f"is {source!r}: choose one of {', '.join(_SOURCES)}.")
+    if name not in _SOURCES:
+        raise ArgumentError("name", f"is {name!r}: choose one of {', '.join(_SOURCES)}.")
     if oov not in _POLICIES:
         raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
     if not labels or len(set(labels)) != len(labels):
         raise DataError("Label vectors need at least one label, and no label twice.")
-    if source == "hashed":
+    if name == "hashed":
         if isinstance(dim, bool) or dim < 1:
             raise ArgumentError("dim", f"is {dim}: at least 1 is needed.")
         vectors = hashed_vectors(labels, dim, seed)
         found = {label: tuple(words_of(label)) or (label,) for label in labels}
         return LabelEmbedding(labels, torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", found)
     if path is None:
-        raise ArgumentError("path", "is needed: `source='glove'` reads a GloVe text file, or a .npz or .pt table.")
+        raise ArgumentError("path", "is needed: `name='glove'` reads a GloVe text file, or a .npz or .pt table.")
     path = Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)
@@ -137,9 +137,9 @@ def _assemble(
 ) -> LabelEmbedding:
     found: dict[str, tuple[str, ...]] = {}
     for label in labels:
-        there = [piece for piece in pieces[label] if piece is not None]
-        complete = bool(there) and (len(there) == len(pieces[label]) or oov == "skip_words")
-        found[label] = tuple(entry for piece in there for entry in piece) if complete else ()
+        in_source = [piece for piece in pieces[label] if piece is not None]
+        complete = bool(in_source) and (len(in_source) == len(pieces[label]) or oov == "skip_words")
+        found[label] = tuple(entry for piece in in_source for entry in piece) if complete else ()
     unknown = [label for label in labels if not found[label]]
     if unknown and oov in ("error", "skip_words"):
         raise DataError(_out_of_vocabulary(unknown, pieces, oov, path))

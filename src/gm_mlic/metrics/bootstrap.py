@@ -190,14 +190,14 @@ class _RankedLabel:
 def _ranked_labels(
     scores: Tensor, present: Tensor, difficult: Tensor | None, rule: DifficultRule, rules: set[APRule]
 ) -> list[_RankedLabel]:
-    def one(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
+    def rank_label(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
         order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
         ends = tie_ends(scores[order], at) if "sklearn" in rules else None
         # Only what comes before the last positive (or ties with it) is ever looked at.
         used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
         return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
 
-    return for_each_label(one, scores, present, difficult)
+    return for_each_label(rank_label, scores, present, difficult)
 
 
 def _eleven(envelope: Array, hits: Array) -> Array:

@@ -110,12 +110,12 @@ def _average_precision(
 ) -> Tensor:
     """:func:`average_precision` of tables that were checked."""
 
-    def one(scores: Array, present: Array, difficult: Array | None) -> float:
+    def label_ap(scores: Array, present: Array, difficult: Array | None) -> float:
         order, at = ranking(scores, *positives_and_counted(present, difficult, difficult_ap))
         ends = tie_ends(scores[order], at) if ap == "sklearn" else None
         return area(at, ends, ap)
 
-    values = for_each_label(one, scores, present, difficult)
+    values = for_each_label(label_ap, scores, present, difficult)
     return torch.tensor(values, dtype=torch.float64, device=scores.device)
 
 
@@ -125,7 +125,7 @@ def for_each_label(
     """``function(scores (N,), present (N,), difficult (N,) or None)`` of every label, in threads."""
     tables = [None if table is None else _array(table) for table in (scores, present, difficult)]
 
-    def some(first: int) -> list[T]:
+    def label_block(first: int) -> list[T]:
         labels = range(first, min(first + _LABELS, C))
         columns = [
             [None] * len(labels) if table is None else np.ascontiguousarray(table[:, first : first + _LABELS].T)
@@ -134,7 +134,7 @@ def for_each_label(
         return [function(*row) for row in zip(*columns, strict=True)]
 
     C = scores.shape[1]
-    return [value for part in in_threads(some, range(0, C, _LABELS), scores.numel()) for value in part]
+    return [value for part in in_threads(label_block, range(0, C, _LABELS), scores.numel()) for value in part]
 
 
 def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Array, Array]:
@@ -238,8 +238,8 @@ def _among_highest(scores: Array, top: int, keep_ties: bool) -> Array:
     among: Array = scores >= last
     if not keep_ties:
         crowded = np.flatnonzero(np.count_nonzero(among, axis=1) > top)
-        some, last = scores[crowded], last[crowded]
-        above, tied = some > last, some == last
+        crowded_scores, last = scores[crowded], last[crowded]
+        above, tied = crowded_scores > last, crowded_scores == last
         free = top - np.count_nonzero(above, axis=1)[:, None]
         among[crowded] = above | (tied & (tied.cumsum(axis=1) <= free))
     return among
@@ -286,7 +286,7 @@ def _precision_recalls(
     d = None if difficult is None else _array(difficult)
     thresholds = _thresholds(convention, s)
 
-    def some(first: int) -> list[Array]:
+    def image_block(first: int) -> list[Array]:
         rows = slice(first, first + _IMAGES)
         positive, counted = positives_and_counted(p[rows], None if d is None else d[rows], convention.difficult_f1)
         counts = [positive.sum(axis=0)]
@@ -295,7 +295,7 @@ def _precision_recalls(
             counts += [picked.sum(axis=0), (chosen & positive).sum(axis=0)]
         return counts
 
-    blocks = in_threads(some, range(0, len(s), _IMAGES), s.size)
+    blocks = in_threads(image_block, range(0, len(s), _IMAGES), s.size)
     empty = np.zeros((1 + 2 * len(tops), s.shape[1]), dtype=np.int64)
     true, *rest = torch.from_numpy(sum((np.stack(block) for block in blocks), start=empty)).to(
         scores.device, torch.float64

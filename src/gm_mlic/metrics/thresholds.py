@@ -50,7 +50,7 @@ def fit_thresholds(
     if not len(scores):
         raise DataError("There is nothing to fit thresholds on: no scores were given.")
 
-    def one(scores: Array, present: Array, difficult: Array | None) -> float:
+    def fit_label(scores: Array, present: Array, difficult: Array | None) -> float:
         positive, counted = positives_and_counted(present, difficult, rules.difficult_f1)
         order, at = ranking(scores, positive, counted)
         ranked = scores[order]
@@ -68,5 +68,5 @@ def fit_thresholds(
             return float(high if middle == low else middle)
         return float(low if middle == high else middle)
 
-    fitted = torch.tensor(for_each_label(one, scores, present, difficult), dtype=torch.float64)
+    fitted = torch.tensor(for_each_label(fit_label, scores, present, difficult), dtype=torch.float64)
     return torch.where(fitted.isnan(), torch.tensor(rules.threshold, dtype=torch.float64), fitted).to(scores.device)

@@ -60,9 +60,9 @@ def judged_labels(
     """
     found = []
     thresholds = np.broadcast_to(threshold, len(labels))
-    there = np.asarray(targets) == 1 if difficult is None else (np.asarray(targets) == 1) | difficult
+    is_present = np.asarray(targets) == 1 if difficult is None else (np.asarray(targets) == 1) | difficult
     for c in np.argsort(-np.asarray(scores), kind="stable"):
-        predicted, present = scores[c] >= thresholds[c], there[c]
+        predicted, present = scores[c] >= thresholds[c], is_present[c]
         if predicted or present:
             kind = "missed" if not predicted else "right" if present else "wrong"
             box = tuple(float(v) for v in boxes[winners[c]])

@@ -88,16 +88,16 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
 
 def _influences(axis: Axes, explanation: Explanation) -> None:
     detected = explanation.prediction.detected
-    shown = explanation.influences[:_BARS]
+    largest = explanation.influences[:_BARS]
     names = []
-    for influence in shown:
+    for influence in largest:
         name = f"{influence.source} {influence.neighbor}"
         if isinstance(influence.neighbor, int) and detected[influence.neighbor]:
             name += f" ({detected[influence.neighbor]})"
         names.append(f"{name}\nto the {influence.target}, {influence.edge_type[1]}")
-    changes = [influence.change for influence in shown]
-    axis.barh(range(len(shown)), changes, color=[_FOR if change > 0 else _AGAINST for change in changes])
-    axis.set_yticks(range(len(shown)), names, fontsize=7)
+    changes = [influence.change for influence in largest]
+    axis.barh(range(len(largest)), changes, color=[_FOR if change > 0 else _AGAINST for change in changes])
+    axis.set_yticks(range(len(largest)), names, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="black", lw=0.8)
     axis.set_xlabel(f"change of the logit ({explanation.logit:.2f}) by this one edge")

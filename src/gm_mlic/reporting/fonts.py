@@ -18,7 +18,7 @@ from PIL import ImageFont
 log = logging.getLogger(__name__)
 
 #: What was said to be missing.
-_said: list[str] = []
+_warned: list[str] = []
 
 #: It has the letters of all European languages; Pillow's own has those of English and no others.
 OWN = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
@@ -69,9 +69,9 @@ def _fonts_for(wanted: frozenset[str]) -> tuple[Path, ...]:
 
 
 def _say_what_is_missing(letters: str) -> None:
-    if _said:  # once is enough: each photo may have other labels
+    if _warned:  # once is enough: each photo may have other labels
         return
-    _said.append(letters)
+    _warned.append(letters)
     log.warning(
         "No font of this machine has the letters %s: pictures show boxes instead. For Chinese, Japanese and Korean, "
         "install fonts-noto-cjk (Debian, Ubuntu), google-noto-sans-cjk-fonts (Fedora) or another font that has them.",

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gm_mlic.reporting.runs import FOLLOWS, shown
+from gm_mlic.reporting.runs import FOLLOWS, as_typed
 from gm_mlic.runs import Run, flat_settings
 
 #: Names of the ablations in the paper's Table 4, by the edge type that is left out.
@@ -73,9 +73,9 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         settings = flat_settings(run.config)
         settings.pop("seed", None)
         together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    members = [tuple(sorted(some, key=lambda run: run.setting("seed", 0))) for some in together.values()]
-    names = _names([some[0] for some in members])
-    groups = [Group(name, some) for name, some in zip(names, members, strict=True)]
+    members = [tuple(sorted(matching, key=lambda run: run.setting("seed", 0))) for matching in together.values()]
+    names = _names([matching[0] for matching in members])
+    groups = [Group(name, matching) for name, matching in zip(names, members, strict=True)]
     return sorted(
         groups, key=lambda group: (group.dataset, str(group.setting("model.name")), _numbers_first(group.name))
     )
@@ -101,7 +101,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         model = settings.get("model.name")
         same = [other for other in flat if other.get("model.name") == model]
         keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
-        differing = [key for key in keys if len({shown(other.get(key)) for other in same}) > 1]
+        differing = [key for key in keys if len({as_typed(other.get(key)) for other in same}) > 1]
         silent = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         parts = [str(model)] if several else []
         if _EDGE_TYPES in differing:
@@ -116,7 +116,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else shown(value)
+    return f"{value:.3g}" if isinstance(value, float) else as_typed(value)
 
 
 def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
@@ -128,7 +128,7 @@ def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
             continue
         settings = {key: v for key, v in flat_settings(group.runs[0].config).items() if key not in left_out}
         together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(group)
-    return [some for some in together.values() if len(some) > 1]
+    return [matching for matching in together.values() if len(matching) > 1]
 
 
 def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:

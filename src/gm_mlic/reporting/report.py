@@ -22,7 +22,7 @@ from gm_mlic.errors import UnreadableImage
 from gm_mlic.reporting import plots
 from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
-from gm_mlic.reporting.runs import shown, unusual
+from gm_mlic.reporting.runs import as_typed, unusual
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
 from gm_mlic.safe_load import load_arrays
 
@@ -344,7 +344,7 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
         return ", ".join(dict.fromkeys(str(value) for value in values))
 
     weights = [
-        f"{r['detector']['name']} ({shown(run.setting('detector.weights'))})"
+        f"{r['detector']['name']} ({as_typed(run.setting('detector.weights'))})"
         for run, r in zip(runs, results, strict=True)
     ]
     facts = [
@@ -360,7 +360,7 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
         ("revision", all_of([result["revision"] for result in results])),
     ]
     flat = [flat_settings(run.config) for run in runs]
-    shared = [f"{k}={shown(v)}" for k, v in flat[0].items() if k != "seed" and all(f.get(k, ...) == v for f in flat)]
+    shared = [f"{k}={as_typed(v)}" for k, v in flat[0].items() if k != "seed" and all(f.get(k, ...) == v for f in flat)]
     facts.append(("settings" if len(groups) == 1 else "settings of all", " ".join(shared)))
     commands = list(dict.fromkeys(result["command"] for result in results))
     shown_commands = commands[:20] + ([f"... and {len(commands) - 20} more"] if len(commands) > 20 else [])

@@ -17,7 +17,7 @@ _NAMES = ("dataset.name", "model.name")
 #: Settings that follow from another one.
 FOLLOWS = {
     "graph.m": ("detector.max_instances",),
-    "detector.grid": ("detector.max_instances", "graph.m"),
+    "detector.grid_size": ("detector.max_instances", "graph.m"),
     "model.k": ("model.widths", "model.encoder_width"),
 }
 #: With more settings than this that differ, columns would be too narrow to read.
@@ -54,13 +54,13 @@ def runs_table(runs: Sequence[Run]) -> Table:
             escape(str(run.path)),
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             f"{len(run.epochs)}/{run.setting('trainer.max_epochs', '?')}",
-            *([escape(changes[i])] if several else [escape(shown(run.setting(key))) for key in keys]),
+            *([escape(changes[i])] if several else [escape(as_typed(run.setting(key))) for key in keys]),
             *("" if value is None else f"{value:.2f}" for value in (best, test)),
         )
     return table
 
 
-def shown(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """A setting's value as it is typed."""
     if value is None:
         return "null"
@@ -70,7 +70,7 @@ def shown(value: Any) -> str:
 def _order(value: Any) -> tuple[bool, float, str]:
     """Numbers by size, then all else by name."""
     is_number = isinstance(value, (int, float))
-    return not is_number, float(value) if is_number else 0.0, "" if is_number else shown(value)
+    return not is_number, float(value) if is_number else 0.0, "" if is_number else as_typed(value)
 
 
 def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
@@ -78,8 +78,8 @@ def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     flat = [flat_settings(run.config) for run in runs]
     followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
     keys = [key for key in keys if key not in followers]
-    usual = {key: Counter(shown(f[key]) for f in flat if key in f).most_common(1)[0][0] for key in keys}
-    return [" ".join(f"{k}={shown(f[k])}" for k in keys if k in f and shown(f[k]) != usual[k]) for f in flat]
+    usual = {key: Counter(as_typed(f[key]) for f in flat if key in f).most_common(1)[0][0] for key in keys}
+    return [" ".join(f"{k}={as_typed(f[k])}" for k in keys if k in f and as_typed(f[k]) != usual[k]) for f in flat]
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
@@ -90,12 +90,12 @@ def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     kept: dict[tuple[Any, ...], str] = {}
     followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
     for key in keys:
-        values = [shown(run.setting(key)) for run in runs]
+        values = [as_typed(run.setting(key)) for run in runs]
         pattern: tuple[Any, ...] = tuple(values.index(value) for value in values)
         if key not in followers and len(set(values)) > 2 and not any(_order(run.setting(key))[0] for run in runs):
             pattern = (key, *pattern)
         if pattern not in kept or len(max(values, key=len)) < max(
-            len(shown(run.setting(kept[pattern]))) for run in runs
+            len(as_typed(run.setting(kept[pattern]))) for run in runs
         ):
             kept[pattern] = key
     return [key for key in keys if key in kept.values()]

@@ -34,17 +34,17 @@ def overview_table(
     """
     table = Table(title=Text(f"{splits[0].name}: {len(splits[0].labels)} labels"), title_justify="left")
     table.add_column("")
-    for one in splits:
-        table.add_column(one.split, justify="right")
-    table.add_row("images", *(f"{one.images:,}" for one in splits))
-    table.add_row("images without label", *(f"{one.unlabelled:,}" for one in splits))
-    table.add_row("labels per image, mean", *(f"{one.labels_per_image:.2f}" for one in splits))
-    table.add_row("labels per image, most", *(str(len(one.per_image) - 1) for one in splits))
-    table.add_row("labels that never occur", *(str(int((one.positives == 0).sum())) for one in splits))
-    table.add_row("difficult labels", *(f"{one.difficult.sum():,}" for one in splits))
-    table.add_row("boxes", *("none" if one.boxes is None else f"{one.boxes.sum():,}" for one in splits))
-    table.add_row("missing images", *(f"{len(one.missing):,}" for one in splits))
-    looked = (None if unreadable is None else len(unreadable[one.split]) for one in splits)
+    for stats in splits:
+        table.add_column(stats.split, justify="right")
+    table.add_row("images", *(f"{stats.images:,}" for stats in splits))
+    table.add_row("images without label", *(f"{stats.unlabelled:,}" for stats in splits))
+    table.add_row("labels per image, mean", *(f"{stats.labels_per_image:.2f}" for stats in splits))
+    table.add_row("labels per image, most", *(str(len(stats.per_image) - 1) for stats in splits))
+    table.add_row("labels that never occur", *(str(int((stats.positives == 0).sum())) for stats in splits))
+    table.add_row("difficult labels", *(f"{stats.difficult.sum():,}" for stats in splits))
+    table.add_row("boxes", *("none" if stats.boxes is None else f"{stats.boxes.sum():,}" for stats in splits))
+    table.add_row("missing images", *(f"{len(stats.missing):,}" for stats in splits))
+    looked = (None if unreadable is None else len(unreadable[stats.split]) for stats in splits)
     table.add_row("unreadable images", *("check=true" if bad is None else f"{bad:,}" for bad in looked))
     return table
 
@@ -54,39 +54,39 @@ def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
     first = splits[0]
     table = Table(title="Images with each label", title_justify="left")
     table.add_column("label")
-    for one in splits:
-        table.add_column(one.split, justify="right")
+    for stats in splits:
+        table.add_column(stats.split, justify="right")
     table.add_column(f"r_c ({first.split})", justify="right")
-    difficult = any(one.difficult.any() for one in splits)
+    difficult = any(stats.difficult.any() for stats in splits)
     if difficult:
         table.add_column("difficult", justify="right")
     if first.boxes is not None:
         table.add_column(f"boxes ({first.split})", justify="right")
     for c in np.argsort(-first.positives, kind="stable"):
-        cells = [f"{one.positives[c]:,}" for one in splits] + [f"{first.ratio[c]:.4f}"]
+        cells = [f"{stats.positives[c]:,}" for stats in splits] + [f"{first.ratio[c]:.4f}"]
         if difficult:
-            cells.append(" / ".join(f"{one.difficult[c]:,}" for one in splits))
+            cells.append(" / ".join(f"{stats.difficult[c]:,}" for stats in splits))
         if first.boxes is not None:
             cells.append(f"{first.boxes[c]:,}")
         table.add_row(Text(first.labels[c]), *cells)
     return table
 
 
-def cooccurrence_table(one: DatasetStatistics, count: int = 10) -> Table:
+def cooccurrence_table(stats: DatasetStatistics, count: int = 10) -> Table:
     """The strongest co-occurrences of a split (see :meth:`~DatasetStatistics.strongest`)."""
-    table = Table(title=f"Strongest co-occurrences ({one.split}; a on 5 images or more)", title_justify="left")
+    table = Table(title=f"Strongest co-occurrences ({stats.split}; a on 5 images or more)", title_justify="left")
     for name in ("a", "b"):
         table.add_column(name)
     for name in ("P(b | a)", "r_b", "images with both"):
         table.add_column(name, justify="right")
-    for pair in one.strongest(count, support=5):
+    for pair in stats.strongest(count, support=5):
         table.add_row(
             Text(pair.given), Text(pair.other), f"{pair.probability:.2f}", f"{pair.ratio:.2f}", f"{pair.together:,}"
         )
     return table
 
 
-def statistics_picture(path: Path, one: DatasetStatistics) -> None:
+def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     """Write a PNG: how often each label occurs, and how often with which others.
 
     Left, labels by frequency. Right, P(b | a) as a heat map; its labels are ordered so that those that go together are
@@ -98,13 +98,13 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
 
     from gm_mlic.reporting.fonts import save_figure
 
-    frequent = np.argsort(-one.positives, kind="stable")[:MOST_LABELS]
+    frequent = np.argsort(-stats.positives, kind="stable")[:MOST_LABELS]
     count = len(frequent)
     cell = 0.32 if count <= _NUMBERED else 0.17
     side = max(cell * count, 3.2)
     font = 9.0 if count <= _NUMBERED else 7.5
     # Inches; a letter of the default font is 0.6 of its size wide on average, wide scripts up to 1.
-    names = 0.2 + max(sum(0.6 if c.isascii() else 1.0 for c in _short(one.labels[n])) for n in frequent) * font / 72
+    names = 0.2 + max(sum(0.6 if c.isascii() else 1.0 for c in _short(stats.labels[n])) for n in frequent) * font / 72
     bars, gap, top, bottom, right = 3.6, 0.3, names + 1.2, 0.55, 1.05
     width, height = names + bars + gap + names + side + right, top + side + bottom
     figure = Figure(figsize=(width, height))
@@ -116,18 +116,18 @@ def statistics_picture(path: Path, one: DatasetStatistics) -> None:
     def write(left: float, up: float, text: str, **style: Any) -> None:
         figure.text(left / width, up / height, text, parse_math=False, **style)
 
-    shown = "" if count == len(one.labels) else f", the {count} most frequent"
-    title = f"{one.name}, {one.split}: {one.images:,} images, {len(one.labels):,} labels{shown}"
+    shown = "" if count == len(stats.labels) else f", the {count} most frequent"
+    title = f"{stats.name}, {stats.split}: {stats.images:,} images, {len(stats.labels):,} labels{shown}"
     write(0.18, height - 0.18, title, fontsize=13, fontweight="bold", va="top")
-    write(0.18, height - 0.48, _summary(one), fontsize=9.5, color="#444444", va="top")
+    write(0.18, height - 0.48, _summary(stats), fontsize=9.5, color="#444444", va="top")
     matrix = names + bars + gap + names
     explained = "P(column | row): of the images with the row's label,\nthe share that has the column's label too"
     write(matrix, bottom + side + names, explained, fontsize=10, linespacing=1.3)
-    _bars(axes(names, bars), one, frequent, font)
-    there, never = (frequent[one.positives[frequent] > 0], frequent[one.positives[frequent] == 0])
-    order = np.concatenate([there[grouped(one.together[np.ix_(there, there)], one.images)], never])
+    _bars(axes(names, bars), stats, frequent, font)
+    occurring, never = (frequent[stats.positives[frequent] > 0], frequent[stats.positives[frequent] == 0])
+    order = np.concatenate([occurring[grouped(stats.together[np.ix_(occurring, occurring)], stats.images)], never])
     scale = figure.add_axes(((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height))
-    _heat_map(axes(matrix, side), scale, one, order, font)
+    _heat_map(axes(matrix, side), scale, stats, order, font)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=110, facecolor="white")
 
@@ -162,14 +162,14 @@ def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
     return np.array(max(members, key=len, default=[]), dtype=np.int64)
 
 
-def _summary(one: DatasetStatistics) -> str:
-    parts = [f"{one.labels_per_image:.2f} labels per image"]
-    if one.unlabelled:
-        parts.append(f"{one.unlabelled:,} images without any")
-    if one.boxes is not None:
-        parts.append(f"{one.boxes.sum():,} boxes")
-    if one.missing:
-        parts.append(f"{len(one.missing):,} files missing")
+def _summary(stats: DatasetStatistics) -> str:
+    parts = [f"{stats.labels_per_image:.2f} labels per image"]
+    if stats.unlabelled:
+        parts.append(f"{stats.unlabelled:,} images without any")
+    if stats.boxes is not None:
+        parts.append(f"{stats.boxes.sum():,} boxes")
+    if stats.missing:
+        parts.append(f"{len(stats.missing):,} files missing")
     return ", ".join(parts)
 
 
@@ -178,9 +178,9 @@ def _short(name: str) -> str:
     return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
 
 
-def _bars(axes: Any, one: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
+def _bars(axes: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
     rows = np.arange(len(order))
-    positives, difficult = one.positives[order], one.difficult[order]
+    positives, difficult = stats.positives[order], stats.difficult[order]
     axes.barh(rows, positives, height=0.74, color=_DARK)
     if difficult.any():
         axes.barh(rows, difficult, left=positives, height=0.74, color=_LIGHT)
@@ -190,7 +190,7 @@ def _bars(axes: Any, one: DatasetStatistics, order: NDArray[np.int64], font: flo
         axes.text(sure + unsure + 0.015 * longest, row, text, fontsize=font - 0.5, va="center", color="#333333")
     axes.set_xlim(0, 1.22 * longest)
     axes.set_ylim(len(order) - 0.5, -0.5)
-    _names(axes.set_yticks, axes.get_yticklabels, rows, one, order, font)
+    _names(axes.set_yticks, axes.get_yticklabels, rows, stats, order, font)
     axes.set_title(
         "images with each label" + (" (light: difficult)" if difficult.any() else ""), fontsize=10, loc="left"
     )
@@ -203,10 +203,10 @@ def _bars(axes: Any, one: DatasetStatistics, order: NDArray[np.int64], font: flo
         axes.spines[edge].set_visible(False)
 
 
-def _heat_map(axes: Any, scale: Any, one: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
+def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
     from matplotlib.colors import PowerNorm
 
-    probability = one.conditional[np.ix_(order, order)]
+    probability = stats.conditional[np.ix_(order, order)]
     np.fill_diagonal(probability, np.nan)
     highest = max(0.05, float(np.nan_to_num(probability).max()))
     # The square root shows differences among small probabilities, which most are.
@@ -215,8 +215,8 @@ def _heat_map(axes: Any, scale: Any, one: DatasetStatistics, order: NDArray[np.i
     picture = axes.imshow(probability, cmap="YlGnBu", norm=colours, aspect="auto", interpolation="nearest")
     places = np.arange(len(order))
     axes.xaxis.tick_top()
-    _names(axes.set_xticks, axes.get_xticklabels, places, one, order, font, rotation=90)
-    _names(axes.set_yticks, axes.get_yticklabels, places, one, order, font)
+    _names(axes.set_xticks, axes.get_xticklabels, places, stats, order, font, rotation=90)
+    _names(axes.set_yticks, axes.get_yticklabels, places, stats, order, font)
     axes.tick_params(length=0, pad=2)
     axes.set_xticks(places[1:] - 0.5, minor=True)
     axes.set_yticks(places[1:] - 0.5, minor=True)
@@ -247,11 +247,11 @@ def _names(
     set_ticks: Any,
     get_labels: Any,
     places: NDArray[np.integer],
-    one: DatasetStatistics,
+    stats: DatasetStatistics,
     order: Any,
     font: float,
     **style: Any,
 ) -> None:
-    set_ticks(places, [_short(one.labels[c]) for c in order], fontsize=font, **style)
+    set_ticks(places, [_short(stats.labels[c]) for c in order], fontsize=font, **style)
     for text in get_labels():
         text.set_parse_math(False)  # a label may hold dollar signs

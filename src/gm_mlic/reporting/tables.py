@@ -145,8 +145,8 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         notes.append(f"Fitted: each label's threshold of best F1 on {result['val_images']:,} validation images.")
     if result["excluded_labels"]:
         names = result["excluded_labels"]
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        notes.append(f"Labels without a positive, in no mean over labels: {shown} ({len(names)}).")
+        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        notes.append(f"Labels without a positive, in no mean over labels: {listed} ({len(names)}).")
     for note in notes:
         console.print(note, highlight=False, markup=False)
 
@@ -156,8 +156,8 @@ def _resamples(result: Mapping[str, Any]) -> str:
     return f"{made['resamples']} resamples of the images, seed {made['seed']}"
 
 
-def _gap(mine: float | None, other: float | None) -> str:
-    return "-" if mine is None or other is None else f"{mine - other:+.1f}"
+def _gap(ours: float | None, other: float | None) -> str:
+    return "-" if ours is None or other is None else f"{ours - other:+.1f}"
 
 
 def _p(p: float) -> str:

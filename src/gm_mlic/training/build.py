@@ -62,7 +62,7 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     settings = section(config, "detector")
     del settings["max_instances"]
     with config_keys("detector"):
-        return build_extractor(settings.pop("arch"), device=resolve_device(config.trainer.accelerator), **settings)
+        return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -92,7 +92,9 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     here = rank_info()
     index, shards = (here.rank, here.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
-    with config_keys("instances", m="detector.max_instances", num_workers="instances.workers", path="instances.root"):
+    with config_keys(
+        "instances", m="detector.max_instances", views="instances.num_augmentations", path="instances.root"
+    ):
         store = extract(
             dataset,
             extractor,
@@ -101,7 +103,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             views=_views(config, dataset.split),
             view_size=instances.view_size,
             batch_size=instances.batch_size,
-            num_workers=instances.workers,
+            num_workers=instances.num_workers,
             overwrite=instances.overwrite,
             shard=(index, shards),
             together=instances.shard is None,
@@ -117,7 +119,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
 
 def _views(config: DictConfig, split: str) -> int:
     """Only training images have augmented views."""
-    return int(config.instances.views) if split == "train" else 0
+    return int(config.instances.num_augmentations) if split == "train" else 0
 
 
 # Labels and graphs

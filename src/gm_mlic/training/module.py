@@ -56,9 +56,9 @@ class MLICModule(LightningModule):
         optimizer: the settings of ``conf/optimizer``.
         metadata: written into each checkpoint.
         online: what turns images into graphs, for batches that are images.
-        instance_graph_after: epochs at the beginning that are trained without edges of the instance graph. What reads
-            them has gradients of zero until then, not none: Adam's moments are zero when the graph joins, and its first
-            updates there up to a few times the learning rate.
+        instance_graph_warmup_epochs: epochs at the beginning that are trained without edges of the instance graph.
+            Parameters that read these edges get zero (not None) gradients until then, so Adam's moments are zero when
+            the graph joins, and the first updates can be a few times the learning rate.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MLICModule(LightningModule):
         optimizer: dict[str, Any],
         metadata: ModelMetadata,
         online: OnlineGraphs | None = None,
-        instance_graph_after: int = 0,
+        instance_graph_warmup_epochs: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -78,7 +78,7 @@ class MLICModule(LightningModule):
         # Means over images, of all processes, however many each of them has.
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.online = online
-        self.instance_graph_after = instance_graph_after
+        self.instance_graph_warmup_epochs = instance_graph_warmup_epochs
         self.optimizer_settings = optimizer
         self.metadata = metadata
         self.test_values: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class MLICModule(LightningModule):
         batch = self._graphs(batch)
         if batch is None:
             return None
-        if self.current_epoch < self.instance_graph_after:
+        if self.current_epoch < self.instance_graph_warmup_epochs:
             batch = drop_edges(batch, SPATIAL)
         loss: Tensor = self.loss(self.model(batch).logits, batch.y, _difficult(batch))
         self._watch(loss, batch)
@@ -225,13 +225,13 @@ class MLICModule(LightningModule):
             raise ConfigError(f"optimizer.name={settings['name']}: expected one of sgd, adamw.")
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
-        if settings["schedule"] == "step":
+        if settings["lr_scheduler"] == "step":
             assert self.trainer.max_epochs is not None
             epoch = max(1, steps // self.trainer.max_epochs)
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings["step_epochs"] * epoch, settings["gamma"])
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings["step_size"] * epoch, settings["gamma"])
         else:
             rates = [group["lr"] for group in optimizer.param_groups]
-            schedule = one_cycle(optimizer, rates, steps, settings["warmup"])
+            schedule = one_cycle(optimizer, rates, steps, settings["pct_start"])
         # Both count steps: a checkpoint at the end of an epoch is written before an epoch-wise schedule would move on.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -263,7 +263,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         section(config, "optimizer"),
         metadata,
         _online_graphs(config, metadata, graph, extractor) if config.instances.online else None,
-        config.trainer.instance_graph_after or 0,
+        config.trainer.instance_graph_warmup_epochs or 0,
     )
     return module, graph
 
@@ -277,7 +277,7 @@ def _fit(
     run_dir: Path,
 ) -> None:
     layout = module.metadata.graph["layout"]
-    augment = {"train": config.instances.views > 0, "val": False}
+    augment = {"train": config.instances.num_augmentations > 0, "val": False}
     splits = {
         split: _readable(data[split], graph, layout, augment=augment[split], seed=config.seed) for split in augment
     }

@@ -100,7 +100,7 @@ class Tracker:
             "settings": _settings(wandb),
         }
         try:
-            with _nobody_to_ask():
+            with _no_stdin():
                 run = wandb.init(**arguments)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
@@ -142,7 +142,7 @@ class Tracker:
             rows = [_photo(wandb, examples.parent, example) for example in json.loads(examples.read_text())]
             tables["test/photos"] = wandb.Table(columns=columns, data=rows)
         run.log(tables)
-        if self.config.logger.checkpoint:
+        if self.config.logger.log_model:
             artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata={"val/mAP": result["val"]["mAP"]} | test)
             artifact.add_file(str(self.run_dir / "checkpoints" / "best.ckpt"))
             run.log_artifact(artifact, aliases=["best"])
@@ -188,7 +188,7 @@ def _not_fatal(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _nobody_to_ask() -> Iterator[None]:
+def _no_stdin() -> Iterator[None]:
     """No input, even on a terminal: a missing login is an error then, not a question that a batch job waits on."""
     terminal = sys.stdin
     with Path(os.devnull).open() as nothing:
@@ -230,10 +230,10 @@ def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[
     overlay = {"winners": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
     with Image.open(folder / example["file"]) as image:
         photo = wandb.Image(image.copy(), boxes=overlay)
-    return [example["id"], photo, ", ".join(example["targets"]), _said(example["top"])]
+    return [example["id"], photo, ", ".join(example["targets"]), _label_list(example["top"])]
 
 
-def _said(found: Sequence[Mapping[str, Any]]) -> str:
+def _label_list(found: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{label['label']} {label['score']:.2f}" for label in found if label["kind"] != "missed")
 
 

@@ -100,11 +100,14 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
         ModelCheckpoint(filename="best", monitor="val/mAP", mode="max", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
     ]
-    if settings.ema is not None:
-        callbacks.append(EMAWeightAveraging(decay=settings.ema))
+    if settings.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=settings.ema_decay))
     if settings.early_stopping is not None:
         callbacks.append(
             EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
         )
     # After those that change something at the end of a step.
-    return [*callbacks, PreemptionCheckpoint(run_dir / "checkpoints" / "last.ckpt", settings.save_minutes)]
+    return [
+        *callbacks,
+        PreemptionCheckpoint(run_dir / "checkpoints" / "last.ckpt", settings.checkpoint_every_n_minutes),
+    ]

@@ -178,10 +178,10 @@ class Predictor:
         settings.pop("max_instances", None)
         of_body = None
         if settings.get("weights") == DETECTOR:
-            of_body = folder / DETECTOR if settings.get("grid") is not None else None
+            of_body = folder / DETECTOR if settings.get("grid_size") is not None else None
             settings["weights"] = None if of_body else folder / DETECTOR
         if extractor is None:
-            if "arch" not in settings:
+            if "name" not in settings:
                 raise WeightsError(
                     f"{folder}: its detector, {metadata.detector}, is none of gm-mlic's: give it as extractor=."
                 )

@@ -125,8 +125,8 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
-        odd = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
-        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({odd}).")
+        mismatch = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
+        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({mismatch}).")
     model = metadata.build_model()
     model.load_state_dict(weights)
     return metadata, model, card
@@ -204,7 +204,7 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
         raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
 
 
-def push(folder: Path, name: str, *, private: bool = True) -> str:
+def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
     """Upload a folder of :func:`write_pretrained` to the hub; returns its address.
 
     Raises:
@@ -215,13 +215,14 @@ def push(folder: Path, name: str, *, private: bool = True) -> str:
     hub = _hub()
     try:
         api = hub.HfApi()
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Model of gm-mlic"
         )
     except Exception as error:
         raise WeightsError(
-            f"`name={name!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login done?"
+            f"`repo_id={repo_id!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login "
+            "done?"
         ) from error
     return str(address)
 
@@ -245,7 +246,7 @@ def _without_places(metadata: ModelMetadata, extractor: InstanceExtractor, folde
     named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == metadata.detector_fingerprint
     (folder / DETECTOR).unlink(missing_ok=True)
     if not named and settings and isinstance(extractor, FasterRCNNExtractor):
-        save_detector(extractor, folder / DETECTOR, settings["arch"])
+        save_detector(extractor, folder / DETECTOR, settings["name"])
         settings |= {"weights": DETECTOR, "labels": None}
     elif not named and settings and isinstance(extractor, GridExtractor):
         _save(folder / DETECTOR, extractor.body.state_dict())
