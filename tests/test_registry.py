@@ -71,7 +71,7 @@ def test_unknown_name_suggests_the_closest() -> None:
         ("gm_mlic", {}, "GMMLIC needs instance_dim and label_dim"),
         ("mil_max", {"instance_dim": 4, "num_labels": 3, "k": 2}, "MILMax has no argument 'k'. It takes: .*width"),
         ("mil_max", {"instance_dim": 4, "num_labels": 0}, "1 or more"),
-        ("gm_mlic_paper", {"k": 3}, "widths must have k = 3"),
+        ("gm_mlic_paper", {"widths": (8,)}, "widths must have k = 2"),
     ],
 )
 def test_bad_arguments(name: str, overrides: dict[str, object], message: str) -> None:

@@ -45,7 +45,7 @@ def test_the_label_that_a_class_is_named_after_comes_first() -> None:
 
 
 def test_without_any_class_there_are_no_candidates() -> None:
-    with pytest.raises(ConfigError, match="no instance has a class"):
+    with pytest.raises(ConfigError, match="no instance has one"):
         label_candidates(torch.tensor([[-1]]), torch.ones(1, 1), torch.ones(1, 2).bool(), 1)
 
 
@@ -109,6 +109,8 @@ def test_max_pooling_reads_edges_only() -> None:
 def test_a_label_without_an_edge_is_refused_in_a_dense_batch() -> None:
     matches = torch.tensor([[[True, False, True], [True, False, False]]])
     mask = torch.ones(1, 2, dtype=torch.bool)
-    batch = AssignmentBatch(torch.randn(1, 2, 5), torch.rand(1, 2, 4), mask, torch.randn(3, 4), {MATCHES: Bipartite(matches)})
+    batch = AssignmentBatch(
+        torch.randn(1, 2, 5), torch.rand(1, 2, 4), mask, torch.randn(3, 4), {MATCHES: Bipartite(matches)}
+    )
     with pytest.raises(ConfigError, match=r"Label nodes \[1\] have no matching edge"):
         MILMax(5, 3, width=8)(batch)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.errors import ConfigError
 from gm_mlic import create_model
+from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
 from gm_mlic.nn import MLGCN, SSGRL, GAPLinear, ModelOutput, Query2Label
 from gm_mlic.nn.baselines import LabelStatistics
@@ -180,14 +180,14 @@ def test_repr() -> None:
     ("make", "message"),
     [
         (lambda: GAPLinear(0, 3), "1 or more"),
-        (lambda: MLGCN(4, 4, 3, width=0), "model.width"),
-        (lambda: MLGCN(4, 4, 3, tau=1.5), r"model.tau must be in \[0, 1\]"),
-        (lambda: MLGCN(4, 4, 3, p=1.0), r"model.p in \[0, 1\)"),
-        (lambda: SSGRL(4, 4, 3, steps=0), "model.steps"),
-        (lambda: Query2Label(4, 3, layers=0), "model.layers"),
-        (lambda: Query2Label(6, 3, heads=2), "model.width=6 must be a multiple of 4"),
-        (lambda: Query2Label(8, 3, heads=3), "of model.heads=3"),
-        (lambda: Query2Label(8, 3, dropout=1.0), "model.dropout"),
+        (lambda: MLGCN(4, 4, 3, width=0), "^width must be 1"),
+        (lambda: MLGCN(4, 4, 3, tau=1.5), r"^tau must be in \[0, 1\]"),
+        (lambda: MLGCN(4, 4, 3, p=1.0), r"^p must be in \[0, 1\)"),
+        (lambda: SSGRL(4, 4, 3, steps=0), "^steps"),
+        (lambda: Query2Label(4, 3, layers=0), "^layers"),
+        (lambda: Query2Label(6, 3, heads=2), "^width must be a multiple of 4 and of heads=2, got 6"),
+        (lambda: Query2Label(8, 3, heads=3), "of heads=3"),
+        (lambda: Query2Label(8, 3, dropout=1.0), "^dropout"),
     ],
 )
 def test_settings_that_cannot_work(make: Any, message: str) -> None:
@@ -339,9 +339,9 @@ def test_decoder_layer_is_torchs_without_positions() -> None:
     """With positions of zero ours is the standard layer, which also tells that the mask has the right sense."""
     ours = model("query2label").layers[0]
     theirs = nn.TransformerDecoderLayer(D_O, 2, 4 * D_O, dropout=0.0, batch_first=True).double()
-    theirs.self_attn.load_state_dict(ours.among_labels.state_dict())
-    theirs.multihead_attn.load_state_dict(ours.to_locations.state_dict())
-    for lin, mine in ((theirs.linear1, ours.mlp.lin1), (theirs.linear2, ours.mlp.lin2)):
+    theirs.self_attn.load_state_dict(ours.self_attention.state_dict())
+    theirs.multihead_attn.load_state_dict(ours.cross_attention.state_dict())
+    for lin, mine in ((theirs.linear1, ours.mlp.lin1.lins[0]), (theirs.linear2, ours.mlp.lin2)):
         lin.load_state_dict(mine.state_dict())
     data, Q = batch((9, 4)), torch.randn(2, C, D_O).double()
     found, attention = ours(Q, data.x, torch.zeros_like(data.x), data.mask)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
+from gm_mlic import create_model
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
-from gm_mlic import create_model
 from gm_mlic.nn import DetectorLabels
 
 LABELS, CLASSES = ["cat", "dog", "hope", "bus"], ["bus", "table", "dog", "cat"]

@@ -113,7 +113,9 @@ def test_torch_scatter_equals_the_native_path(case: tuple[torch.Tensor, torch.Te
 
 @pytest.mark.scatter
 @pytest.mark.parametrize(("values", "positions"), UNUSUAL)
-def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(values: list[float], positions: list[int]) -> None:
+def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(
+    values: list[float], positions: list[int]
+) -> None:
     pytest.importorskip("torch_scatter")
     assert scatter.torch_scatter is not None
     check_unusual(values, positions)

@@ -218,9 +218,8 @@ def drop_edges(batch: AssignmentBatch | HeteroData, edge_type: EdgeType) -> Assi
         return batch
     if isinstance(batch, AssignmentBatch):
         lists: Any = batch.edge_index_dict[edge_type]
-        empty = replace(
-            lists, mask=torch.zeros_like(lists.mask if lists.index is None else lists.index, dtype=torch.bool)
-        )
+        like = lists.index if lists.mask is None else lists.mask
+        empty = replace(lists, mask=torch.zeros_like(like, dtype=torch.bool))
         return replace(batch, edge_index_dict={**batch.edge_index_dict, edge_type: empty})
     graph = copy.copy(batch)
     for name, value in batch[edge_type].items():

@@ -119,7 +119,8 @@ def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bo
         if bias is not None:
             total.add_(bias)
         # The matrix product itself adds to what is there. Under autocast it takes the dtype of the sum.
-        total.flatten(0, -2).addmm_(x.flatten(0, -2).to(total.dtype), weight.t().to(total.dtype))
+        rows = x.reshape(-1, x.shape[-1]).to(total.dtype)
+        total.view(-1, total.shape[-1]).addmm_(rows, weight.t().to(total.dtype))
         return total
     term, small = linear(x, weight), total if bias is None else total + bias
     fits = all(a == b or b == 1 for a, b in zip(term.shape, small.shape, strict=True))
