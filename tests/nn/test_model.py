@@ -449,9 +449,9 @@ def test_arguments_that_cannot_work(options: dict[str, Any], message: str) -> No
 
 
 def test_input_sizes_that_cannot_work() -> None:
-    with pytest.raises(ArgumentError, match="^instance_dim must be 1 or more, or -1"):
+    with pytest.raises(ArgumentError, match=r"^instance_dim must be 1 or more, or -1"):
         GMMLIC(0, 4)
-    with pytest.raises(ArgumentError, match="^label_dim must be 1 or more, or -1"):
+    with pytest.raises(ArgumentError, match=r"^label_dim must be 1 or more, or -1"):
         GMMLIC(4, -2)
 
 
