@@ -116,7 +116,10 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
 
 def test_candidates_need_classes_and_a_store():
     for override, named in (
-        ("detector.grid_size=5", r"graph\.labels_per_class=2 does not go with detector\.grid_size=5: a grid has no classes"),
+        (
+            "detector.grid_size=5",
+            r"graph\.labels_per_class=2 does not go with detector\.grid_size=5: a grid has no classes",
+        ),
         ("instances.online=true", r"graph\.labels_per_class=2 does not go with instances\.online=true"),
         (
             "model=detector",

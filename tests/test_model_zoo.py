@@ -11,7 +11,7 @@ import pytest
 from gm_mlic import Predictor, Scenes, create_model, list_models, pretrained_models
 from gm_mlic.errors import ConfigError, WeightsError
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import SHIPPED
+from gm_mlic.zoo.pretrained import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 

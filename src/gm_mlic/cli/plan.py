@@ -165,8 +165,8 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
     names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
     manifest = Manifest(
         **names, ids=("",) * images, labels=("",) * sizes.labels, detector_labels=(), feature_dim=feature_dim,
-        m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
         difficult=sizes.dataset is not None and sizes.dataset.difficult is not None,
+        m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
     )  # fmt: skip
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
 
