@@ -40,9 +40,9 @@ NEEDED = {
 WITH = {"detector=resnet101": ["graph.m=196"]}
 #: The class of a model, by its name; GMMLIC for others.
 MODELS = {
-    "detector": DetectorLabels,
+    "detector_labels": DetectorLabels,
     "mil_max": MILMax,
-    "resnet101": GAPLinear,
+    "gap_linear": GAPLinear,
     "ml_gcn": MLGCN,
     "ssgrl": SSGRL,
     "query2label": Query2Label,
@@ -102,7 +102,7 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
     config = compose("train", [f"experiment={experiment}", f"baseline={baseline}"])
     check_complete(without)
     check_complete(config)
-    on_boxes = baseline in ("detector", "mil_max")
+    on_boxes = baseline in ("detector_labels", "mil_max")
     if not on_boxes:
         side = 10 if config.detector.name == "scenes_tiny" else 14
         assert (config.detector.grid_size, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
@@ -122,8 +122,8 @@ def test_candidates_need_classes_and_a_store():
         ),
         ("instances.online=true", r"graph\.labels_per_class=2 does not go with instances\.online=true"),
         (
-            "model=detector",
-            r"graph\.labels_per_class=2 does not go with model\.name=detector: it reads no matching edges",
+            "model=detector_labels",
+            r"graph\.labels_per_class=2 does not go with model\.name=detector_labels: it reads no matching edges",
         ),
     ):
         grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []

@@ -55,5 +55,6 @@ def test_pretrained_models_by_name():
 
 
 def test_names_by_pattern():
-    assert list_models("*voc*") == ["gm_mlic_voc2007"]
+    assert list_models("*scenes*") == ["gm_mlic_scenes"]
+    assert list_models("*voc*") == []
     assert pretrained_models("*voc*") == []

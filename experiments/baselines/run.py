@@ -55,10 +55,10 @@ class Row:
 
 #: From the cheapest to the dearest. Widths are a matter of two cores: 64 is what gm_mlic_small has, too.
 ROWS = {
-    "detector": Row("detector's own labels", "boxes", ["model=detector"], OURS),
+    "detector_labels": Row("detector's own labels", "boxes", ["model=detector_labels"], OURS),
     "mil_max": Row("max-pooled MIL", "boxes", ["model=mil_max"], OURS),
     "gm_mlic": Row("GM-MLIC", "boxes", [], OURS),
-    "resnet101": Row("global pooling", "grid", ["baseline=resnet101"], LINEAR),
+    "gap_linear": Row("global pooling", "grid", ["baseline=gap_linear"], LINEAR),
     "ml_gcn": Row("ML-GCN", "grid", ["baseline=ml_gcn"], THEIRS),
     "query2label": Row("Query2Label", "grid", ["baseline=query2label", "model.width=64"], THEIRS),
     "mil_max-grid": Row("max-pooled MIL", "grid", ["model=mil_max", *GRID], OURS),
