@@ -19,10 +19,10 @@ from PIL import Image
 from torch_geometric.data import HeteroData
 from torchvision.transforms.functional import to_tensor
 
-from gm_mlic import AssignmentGraph, Scenes, build_extractor, embed_labels, instance_data
-from gm_mlic.graphs import MATCHES, NEAR, RELATES
+from gm_mlic import AssignmentGraph, Scenes, build_extractor, embed_labels, to_hetero_data
+from gm_mlic.graphs import MATCHES, SEMANTIC, SPATIAL
 
-SCENE, M, NEIGHBOURS = 6, 5, 2
+SCENE, M, NEIGHBORS = 6, 5, 2
 SHOWN_LABELS = 7
 ORANGE, BLUE, GREY = "#c8611a", "#2f6fce", "#9a9a9a"
 
@@ -35,7 +35,7 @@ def main(out: Path) -> None:
     (instances,) = detector([to_tensor(photo)], m=M)
     present = [label for label, target in zip(scenes.labels, scenes.targets[SCENE], strict=True) if target == 1]
     labels = (present + [label for label in scenes.labels if label not in present])[:SHOWN_LABELS]
-    graph = AssignmentGraph(embed_labels(labels).vectors, m=M, neighbours=NEIGHBOURS)(instance_data(instances))
+    graph = AssignmentGraph(embed_labels(labels).vectors, m=M, num_neighbors=NEIGHBORS)(to_hetero_data(instances))
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=[1, 1.7], layout="constrained")
     draw_photo(left, photo, graph)
@@ -51,29 +51,29 @@ def draw_photo(axes: Axes, photo: Image.Image, graph: HeteroData) -> None:
     for number, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=ORANGE, linewidth=2))
         axes.text(x1, y1 - 2, str(number), color="white", fontsize=9, backgroundcolor=ORANGE, va="bottom")
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    for source, target in graph[NEAR].edge_index.t().tolist():
-        arrow(axes, centres[source].tolist(), centres[target].tolist(), ORANGE, bend=0.15, width=1.8)
-    axes.set_title("photo, instances, and who is near whom (eq. 1)", fontsize=10)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    for source, target in graph[SPATIAL].edge_index.t().tolist():
+        arrow(axes, centers[source].tolist(), centers[target].tolist(), ORANGE, bend=0.15, width=1.8)
+    axes.set_title("photo, instances, and the instance graph (eq. 1)", fontsize=10)
     axes.axis("off")
 
 
 def draw_graph(axes: Axes, graph: HeteroData, photo: Image.Image, labels: list[str], num_labels: int) -> None:
-    """The same instances beside the labels, with all three kinds of edges."""
+    """The same instances beside the labels, with all three edge types."""
     M, C = graph["instance"].num_nodes, len(labels)
     place_o = [(0.0, 1 - i / (M - 1)) for i in range(M)]
     place_l = [(1.0, 1 - c / (C - 1)) for c in range(C)]
     for i, c in graph[MATCHES].edge_index.t().tolist():
         (x1, y1), (x2, y2) = place_o[i], place_l[c]
         axes.plot([x1 + 0.07, x2 - 0.02], [y1, y2], color=GREY, linewidth=0.6, zorder=0)
-    for source, target in graph[NEAR].edge_index.t().tolist():
+    for source, target in graph[SPATIAL].edge_index.t().tolist():
         arrow(
             axes,
             *((x - 0.08, y) for x, y in (place_o[source], place_o[target])),
             ORANGE,
             bend=0.5 * sign(source, target),
         )
-    for source, target in graph[RELATES].edge_index.t().tolist():
+    for source, target in graph[SEMANTIC].edge_index.t().tolist():
         arrow(
             axes, *((x + 0.22, y) for x, y in (place_l[source], place_l[target])), BLUE, bend=0.3 * sign(target, source)
         )
@@ -87,9 +87,9 @@ def draw_graph(axes: Axes, graph: HeteroData, photo: Image.Image, labels: list[s
     axes.set_ylim(-0.15, 1.2)
     axes.set_title(f"assignment graph: {M} instances, {C} of the {num_labels} labels", fontsize=10)
     for x, text, color in (
-        (-0.35, "near (eq. 1)", ORANGE),
+        (-0.35, "spatial (eq. 1)", ORANGE),
         (0.4, "matches (eq. 3)", "#666666"),
-        (1.2, "relates (eq. 2)", BLUE),
+        (1.2, "semantic (eq. 2)", BLUE),
     ):
         axes.text(x, -0.14, text, color=color, fontsize=9)
     axes.axis("off")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import yaml
 
+from gm_mlic import create_model, list_models, pretrained_models
 from gm_mlic.datasets.scenes import LABELS
-from gm_mlic.nn import create_model, list_models, model_arguments, pretrained_models
-from gm_mlic.nn.registry import SHIPPED, describe
+from gm_mlic.registry import MODELS
+from gm_mlic.zoo.pretrained import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 #: What data decide, as it is for scenes.
@@ -35,7 +36,7 @@ loads what is marked as shipped, and `Predictor.load(NAME)` has its detector and
 def parameters(name: str) -> int:
     """Of the model with the sizes of scenes, or with its own where its name decides them."""
     of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others have the sizes of their datasets
-    takes = model_arguments(name)
+    takes = MODELS.arguments(name)
     model = create_model(name, **{key: value for key, value in SCENES.items() if of_data and key in takes})
     return sum(p.numel() for p in model.parameters())
 
@@ -45,7 +46,7 @@ def zoo() -> str:
     lines = [HEAD]
     shipped = pretrained_models()
     for name in list_models():
-        what = describe(name).replace("|", "\\|")
+        what = MODELS.entry(name).summary.replace("|", "\\|")
         lines.append(f"| `{name}` | {what} | {parameters(name):,} | {'shipped' if name in shipped else '-'} |\n")
     lines.append(
         "\nParameters: with the sizes of scenes (256-d features, 300-d vectors, 22 labels), those of the paper where "

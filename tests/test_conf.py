@@ -10,14 +10,16 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from gm_mlic.bench import CASES, EXECUTIONS
 from gm_mlic.cli import validation
 from gm_mlic.cli.compose import compose
 from gm_mlic.datasets import Scenes
 from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.graphs import RELATIONS
 from gm_mlic.losses import DIFFICULT_POLICIES
 from gm_mlic.metrics import CONVENTIONS
-from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GlobalPool, MILMax, Query2Label
-from gm_mlic.nn.gm_mlic import EXECUTIONS, FUSIONS, NORMS
+from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GAPLinear, MILMax, Query2Label
+from gm_mlic.nn.gm_mlic import FUSIONS, NORMS
 from gm_mlic.training import build
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.run import build_module
@@ -38,9 +40,9 @@ NEEDED = {
 WITH = {"detector=resnet101": ["graph.m=196"]}
 #: The class of a model, by its name; GMMLIC for others.
 MODELS = {
-    "detector": DetectorLabels,
+    "detector_labels": DetectorLabels,
     "mil_max": MILMax,
-    "resnet101": GlobalPool,
+    "gap_linear": GAPLinear,
     "ml_gcn": MLGCN,
     "ssgrl": SSGRL,
     "query2label": Query2Label,
@@ -87,7 +89,7 @@ def test_every_option_of_every_group(group: str, option: str):
 def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     config = compose("train", [f"experiment={experiment}", f"ablation={ablation}"])
     check_complete(config)
-    removed = [k for k in ("label_graph", "instance_graph", "matching_edges") if not config.model[k]]
+    removed = [name for name in RELATIONS if name not in config.model.edge_types]
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
@@ -100,23 +102,29 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
     config = compose("train", [f"experiment={experiment}", f"baseline={baseline}"])
     check_complete(without)
     check_complete(config)
-    on_boxes = baseline in ("detector", "mil_max")
+    on_boxes = baseline in ("detector_labels", "mil_max")
     if not on_boxes:
         side = 10 if config.detector.name == "scenes_tiny" else 14
         assert (config.detector.grid_size, config.detector.max_instances, config.graph.m) == (side, side**2, side**2)
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
     changed = {change.partition("=")[0] for change in changed_settings(without, config)}
     expected = set() if on_boxes else {"detector.grid_size", "detector.max_instances", "graph.m"}
-    if without.graph.candidates is not None:  # they have no edges
-        expected |= {"graph.candidates"}
+    if without.graph.labels_per_class is not None:  # they have no edges
+        expected |= {"graph.labels_per_class"}
     assert {key for key in changed if not key.startswith("model.")} == expected
 
 
 def test_candidates_need_classes_and_a_store():
     for override, named in (
-        ("detector.grid_size=5", r"graph\.candidates=2 does not go with detector\.grid_size=5: a grid has no classes"),
-        ("instances.online=true", r"graph\.candidates=2 does not go with instances\.online=true"),
-        ("model=detector", r"graph\.candidates=2 does not go with model\.name=detector: it reads no matching edges"),
+        (
+            "detector.grid_size=5",
+            r"graph\.labels_per_class=2 does not go with detector\.grid_size=5: a grid has no classes",
+        ),
+        ("instances.online=true", r"graph\.labels_per_class=2 does not go with instances\.online=true"),
+        (
+            "model=detector_labels",
+            r"graph\.labels_per_class=2 does not go with model\.name=detector_labels: it reads no matching edges",
+        ),
     ):
         grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []
         with pytest.raises(ConfigError, match=named):
@@ -133,7 +141,7 @@ def test_the_instance_graph_must_come_at_all():
         ConfigError, match=r"instance_graph_warmup_epochs=5 with trainer\.max_epochs=5: .* never be learnt"
     ):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
-    for without in ("model.instance_graph=false", "ablation=no_instance_graph", "baseline=mil_max"):
+    for without in ("model.edge_types=[semantic,matches]", "ablation=no_spatial", "baseline=mil_max"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
     with pytest.raises(ConfigError, match=r"early_stopping=5 could stop before the instance graph is learnt"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.early_stopping=5"]))
@@ -207,9 +215,7 @@ def test_run_dir_stands_for_what_changes_the_result():
     assert plain.startswith("runs/scenes-gm_mlic-")
     for same in ("overwrite=true", "trainer.num_workers=2", "instances.num_workers=3", "instances.root=elsewhere"):
         assert run_dir(same) == plain
-    others = [
-        run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_label_graph", "trainer.ema_decay=0.9")
-    ]
+    others = [run_dir(o) for o in ("seed=1", "graph.m=5", "model.k=3", "ablation=no_semantic", "trainer.ema_decay=0.9")]
     assert len({plain, *others}) == 6
 
 
@@ -267,11 +273,12 @@ def test_choices_are_those_of_the_stages():
     for key, choices in {
         "model.fusion": FUSIONS,
         "model.norm": NORMS,
-        "model.execution": EXECUTIONS,
         "metrics.convention": CONVENTIONS,
         "loss.difficult": DIFFICULT_POLICIES,
     }.items():
         assert validation.RULES[key][1] == f"one of {', '.join(choices)}"
+    for key, choices in {"model.edge_types": RELATIONS, "bench.executions": EXECUTIONS, "bench.cases": CASES}.items():
+        assert validation.RULES[key][1] == validation.some_of(*choices)[1]
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g) if g not in COMMANDS])

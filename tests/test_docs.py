@@ -58,11 +58,12 @@ def commands(code: str) -> Iterator[list[str]]:
 @pytest.fixture
 def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import gm_mlic.datasets
-    from gm_mlic.nn import registry
+    from gm_mlic.registry import MODELS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    MODELS.names()  # registers those of the package
+    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
     monkeypatch.setattr(gm_mlic.datasets, "NamedPhotos", None, raising=False)
 
 

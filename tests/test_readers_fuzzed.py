@@ -30,9 +30,8 @@ from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import GMMLICError
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import read_scored_images
-from gm_mlic.nn import create_model
 from gm_mlic.runs import find_runs, read_run
-from gm_mlic.zoo import ModelMetadata, Predictor, read_checkpoint
+from gm_mlic.zoo import ModelMetadata, Predictor, create_model, read_checkpoint
 
 TOKENS = [
     b"", b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\xe2\x80\xa8", b'"', b"'", b",", b";", b":", b"-", b"#",
@@ -238,7 +237,7 @@ def pretrained(root: Path) -> Case:
     settings = {"instance_dim": 3, "label_dim": 2, "k": 1, "widths": [4], "fusion": "concat"}
     metadata = ModelMetadata(
         labels=("cat", "dog"), label_vectors=torch.randn(2, 2), label_source="hashed",
-        model={"name": "gm_mlic", **settings}, graph={"m": 3, "neighbours": 2},
+        model={"name": "gm_mlic", **settings}, graph={"m": 3, "num_neighbors": 2},
         detector="own", detector_fingerprint="f", detector_settings={}, embedding={},
     )  # fmt: skip
     own = SimpleNamespace(name="own", fingerprint="f", labels=(), feature_dim=3)

@@ -204,9 +204,10 @@ def test_what_does_not_fit_is_refused_in_one_line(use: str) -> None:
             bad(1),
             {"difficult": mask.int()},
             ArgumentError,
-            r"^difficult must be a bool mask of shape \(2, 3\), got torch.int32",
+            r"^difficult must be a bool mask \(2, 3\), got torch.int32",
         ),
         (bad(1), {"difficult": mask[:1]}, ArgumentError, "^difficult must be a bool mask"),
+        (bad(1), {"difficult": [0, 1]}, ArgumentError, r"^difficult must be a bool mask \(2, 3\), got list"),
         (bad(1), {"target_format": "pm1"}, ArgumentError, "^target_format is 'pm1': choose binary"),
     ):
         with pytest.raises(error, match=message) as caught:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from gm_mlic.bench.measure import interleaved
+from gm_mlic.bench.measure import FlopCounter, interleaved
 from gm_mlic.cli.bench import describe_machine
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run as command
@@ -56,10 +55,10 @@ class Row:
 
 #: From the cheapest to the dearest. Widths are a matter of two cores: 64 is what gm_mlic_small has, too.
 ROWS = {
-    "detector": Row("detector's own labels", "boxes", ["model=detector"], OURS),
+    "detector_labels": Row("detector's own labels", "boxes", ["model=detector_labels"], OURS),
     "mil_max": Row("max-pooled MIL", "boxes", ["model=mil_max"], OURS),
     "gm_mlic": Row("GM-MLIC", "boxes", [], OURS),
-    "resnet101": Row("global pooling", "grid", ["baseline=resnet101"], LINEAR),
+    "gap_linear": Row("global pooling", "grid", ["baseline=gap_linear"], LINEAR),
     "ml_gcn": Row("ML-GCN", "grid", ["baseline=ml_gcn"], THEIRS),
     "query2label": Row("Query2Label", "grid", ["baseline=query2label", "model.width=64"], THEIRS),
     "mil_max-grid": Row("max-pooled MIL", "grid", ["model=mil_max", *GRID], OURS),
@@ -148,13 +147,13 @@ def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
     module, graph = build_module(config, build.build_dataset(config, "train"), extractor)
     generator = torch.Generator().manual_seed(0)
     corner, size = torch.rand(2, BATCH, config.graph.m, 2, generator=generator) / 2
-    batch = AssignmentBatch.build(
+    batch = AssignmentBatch.from_padded(
         x=torch.rand(BATCH, config.graph.m, extractor.feature_dim, generator=generator),
         box=torch.cat([corner, corner + size], dim=-1),
         mask=torch.ones(BATCH, config.graph.m, dtype=torch.bool),
         label_vectors=graph.label_vectors,
-        neighbours=graph.neighbours if graph.instance_graph else None,
-        label_graph=graph.label_graph,
+        num_neighbors=graph.num_neighbors,
+        edge_types=graph.edge_types,
         score=torch.rand(BATCH, config.graph.m, generator=generator),
         detected_label=torch.zeros(BATCH, config.graph.m, dtype=torch.int64),
     )
@@ -166,7 +165,7 @@ def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
     model.requires_grad_(False)  # the counter stumbles over views of parameters otherwise
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
             model(batch)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from gm_mlic import create_model
-from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
+from gm_mlic.graphs import RELATIONS, AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import ModelOutput
 
 HERE = Path(__file__).parent
-FEATURE, M, NEIGHBOURS = 64, 12, 10
+FEATURE, M, NEIGHBORS = 64, 12, 10
 SIZES = {"train": 4000, "val": 1000, "test": 4000}
 EPOCHS, BATCH = 10, 32
 #: Learning rate of each model, the best of --tune.
@@ -111,7 +111,11 @@ class PooledLabels(nn.Module):
 
     def forward(self, data: AssignmentBatch) -> ModelOutput:
         out: ModelOutput = self.instances(data)
-        return ModelOutput(out.logits + self.labels(out.logits), out.winners, out.matches, out.mask)
+        return replace(out, logits=out.logits + self.labels(out.logits))
+
+
+def edge_types(model: str) -> tuple[str, ...]:
+    return tuple(name for name in RELATIONS if name != "semantic" or model != ABLATION)
 
 
 def build(model: str, num_labels: int, label_dim: int) -> nn.Module:
@@ -120,7 +124,7 @@ def build(model: str, num_labels: int, label_dim: int) -> nn.Module:
     if model == "mil_max+labels":
         return PooledLabels(num_labels)
     return create_model(
-        "gm_mlic", instance_dim=FEATURE, label_dim=label_dim, k=2, widths=(64, 64), label_graph=model != ABLATION
+        "gm_mlic", instance_dim=FEATURE, label_dim=label_dim, k=2, widths=(64, 64), edge_types=edge_types(model)
     )
 
 
@@ -140,7 +144,7 @@ def train(
     rng = np.random.default_rng([seed, 1])
     C = splits["train"].shape[1]
     prototypes = rng.normal(size=(C, FEATURE)) / np.sqrt(FEATURE)
-    graph = AssignmentGraph(vectors, m=M, label_neighbours=NEIGHBOURS, label_graph=model != ABLATION)
+    graph = AssignmentGraph(vectors, m=M, num_label_neighbors=NEIGHBORS, edge_types=edge_types(model))
     data = {
         split: AssignmentBatchDataset(simulate(splits[split], world, prototypes, rng), graph)
         for split in ("train", tested)

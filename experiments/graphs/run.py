@@ -22,17 +22,18 @@ import matplotlib.pyplot as plt
 import torch
 
 from gm_mlic.datasets.scenes import LABELS, Scenes
+from gm_mlic.graphs import RELATIONS
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.runs import Run, find_runs
 
 HERE = Path(__file__).parent
 FIVE, THREE = "seed=0,1,2,3,4", "seed=0,1,2"
-BOTH = "ablation=full,no_label_graph"
+BOTH = "ablation=full,no_semantic"
 #: study: what is swept
 SWEEPS = {
     "ablation": [
         "experiment=scenes",
-        "ablation=full,no_label_graph,no_instance_graph,no_matching_edges",
+        "ablation=full,no_semantic,no_spatial,no_matches",
         "model.fusion=concat,product",
         FIVE,
     ],
@@ -41,12 +42,12 @@ SWEEPS = {
     # Candidates only, and the instance graph last; then each of the two without the other.
     "candidates": [
         "experiment=scenes_candidates",
-        "ablation=full,no_label_graph,no_instance_graph,no_matching_edges",
+        "ablation=full,no_semantic,no_spatial,no_matches",
         "model.fusion=concat,product",
         FIVE,
     ],
     "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_warmup_epochs=null", BOTH, FIVE],
-    "complete-in-turn": ["experiment=scenes_candidates", "graph.candidates=null", BOTH, FIVE],
+    "complete-in-turn": ["experiment=scenes_candidates", "graph.labels_per_class=null", BOTH, FIVE],
 }
 #: Those whose variants are compared, in words.
 ABLATIONS = {
@@ -57,9 +58,9 @@ ABLATIONS = {
 }
 VARIANTS = {
     "full": "full",
-    "no_label_graph": "w/o Gl",
-    "no_instance_graph": "w/o Go",
-    "no_matching_edges": "w/o ILM edges",
+    "no_semantic": "w/o Gl",
+    "no_spatial": "w/o Go",
+    "no_matches": "w/o ILM edges",
 }
 #: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
 #: stand.
@@ -113,7 +114,7 @@ def as_numbers(r: dict[str, str]) -> dict[str, object]:
 def row(study: str, run: Run) -> dict[str, object]:
     assert run.result is not None
     test = run.result["test"]
-    removed = [r for r in ("label_graph", "instance_graph", "matching_edges") if not run.setting(f"model.{r}")]
+    removed = [name for name in RELATIONS if name not in run.setting("model.edge_types")]
     return {
         "study": study,
         "variant": "full" if not removed else f"no_{removed[0]}",

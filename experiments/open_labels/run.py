@@ -25,12 +25,12 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, RandomSampler
 
 from gm_mlic import Scenes, build_extractor, create_model, embed_labels, extract
-from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph
+from gm_mlic.graphs import RELATIONS, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import average_precision
 
 HERE = Path(__file__).parent
-FEATURE, M, NEIGHBOURS = 64, 12, 10
+FEATURE, M, NEIGHBORS = 64, 12, 10
 NOISE, MISS, FALSE = 0.5, 0.2, 2.0
 SIZES = {"train": 3000, "test": 4000}
 EPOCHS, BATCH, RATE = 4, 32, 3e-3
@@ -138,15 +138,15 @@ def train(data: str, share: float | None, model: str, seed: int, files: tuple[st
 
 def graph_scores(stores: dict[str, SimpleNamespace], vectors: Tensor, seen: Tensor, model: str) -> Tensor:
     """GM-MLIC, trained on the seen labels' vectors and targets, scores all labels."""
-    label_graph = model == "gm_mlic"
+    edge_types = [name for name in RELATIONS if name != "semantic" or model == "gm_mlic"]
     network = create_model(
         "gm_mlic", instance_dim=stores["train"].features.shape[-1], label_dim=vectors.shape[1], k=2, widths=(64, 64),
-        label_graph=label_graph,
+        edge_types=edge_types,
     )  # fmt: skip
     known = SimpleNamespace(**{**vars(stores["train"]), "targets": stores["train"].targets[:, seen.numpy()]})
     m = stores["train"].features.shape[2]
     graphs = [
-        AssignmentGraph(w, m=m, label_neighbours=NEIGHBOURS, label_graph=label_graph) for w in (vectors[seen], vectors)
+        AssignmentGraph(w, m=m, num_label_neighbors=NEIGHBORS, edge_types=edge_types) for w in (vectors[seen], vectors)
     ]
     data = AssignmentBatchDataset(known, graphs[0])
     loss_of = WeightedBCE(torch.from_numpy((known.targets == 1).mean(axis=0)))

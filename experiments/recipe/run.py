@@ -21,44 +21,45 @@ RUNS = Path("runs/recipe")
 
 
 def torch_init() -> None:
-    """torch.nn.Linear's own initialisation instead of He's, everywhere."""
+    """torch.nn.Linear's own initialization instead of He's, everywhere."""
     from torch import nn
 
-    from gm_mlic.nn.mlp import ConcatLinear, OutLinear
+    from gm_mlic.nn import mlp
 
-    def reset_parameters(self: ConcatLinear) -> None:
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+    def reset_parameters(self: mlp.ConcatLinear) -> None:
+        bound = 1 / math.sqrt(sum(self.in_channels))
+        for lin in self.lins:
+            nn.init.uniform_(lin.weight, -bound, bound)
+        nn.init.uniform_(self.lins[0].bias, -bound, bound)
 
-    ConcatLinear.reset_parameters = reset_parameters  # type: ignore[method-assign]
-    OutLinear.reset_parameters = nn.Linear.reset_parameters  # type: ignore[method-assign]
-    torch_product()
+    mlp.ConcatLinear.reset_parameters = reset_parameters  # type: ignore[method-assign]
+    mlp.draw_linear = lambda lin: lin.reset_parameters()
 
 
 def torch_product() -> None:
     """The projections A and B of the product by torch.nn.Linear's own initialisation."""
-    from gm_mlic.nn import Product
+    from gm_mlic.nn import HadamardFusion
 
-    def reset_parameters(self: Product) -> None:
+    def reset_parameters(self: HadamardFusion) -> None:
         self.A.reset_parameters()
         self.B.reset_parameters()
 
-    Product.reset_parameters = reset_parameters  # type: ignore[method-assign]
+    HadamardFusion.reset_parameters = reset_parameters  # type: ignore[method-assign]
 
 
 def raw_boxes() -> None:
     """Instance edges read eq. 1 as it is, both boxes in [0, 1]."""
-    from gm_mlic.nn import Encoder
+    from gm_mlic.graphs import EDGE_TYPES, SPATIAL, EdgeSpec
 
-    Encoder.relative = staticmethod(lambda e_o: e_o)  # type: ignore[method-assign]
+    EDGE_TYPES[SPATIAL] = EdgeSpec(attr_dim=8)
 
 
 def absolute_boxes() -> None:
     """Instance edges read both boxes standardised, none relative to the other."""
-    from gm_mlic.nn import Encoder
+    from gm_mlic.graphs import EDGE_TYPES, SPATIAL, EdgeSpec
+    from gm_mlic.graphs.schema import standardize_boxes
 
-    Encoder.relative = staticmethod(lambda e_o: (e_o - 0.5) * math.sqrt(12))  # type: ignore[method-assign]
+    EDGE_TYPES[SPATIAL] = EdgeSpec(attr_dim=8, transform=standardize_boxes)
 
 
 #: name: (seeds, overrides, what is patched)

@@ -24,7 +24,7 @@ from torchvision.ops import box_iou
 from gm_mlic import Predictor, Scenes, build_extractor, extract
 from gm_mlic.cli.main import run as command
 from gm_mlic.datasets.scenes import LABELS
-from gm_mlic.graphs import AssignmentBatchDataset
+from gm_mlic.graphs import RELATIONS, AssignmentBatchDataset
 from gm_mlic.instances import InstanceStore
 from gm_mlic.runs import find_runs
 
@@ -33,9 +33,9 @@ HERE, RUNS = Path(__file__).parent, Path("runs/winners")
 MODELS = {
     "product": [],
     "concat": ["model.fusion=concat"],
-    "w/o Gl": ["ablation=no_label_graph"],
-    "w/o Go": ["ablation=no_instance_graph"],
-    "w/o ILM edges": ["ablation=no_matching_edges"],
+    "w/o Gl": ["ablation=no_semantic"],
+    "w/o Go": ["ablation=no_spatial"],
+    "w/o ILM edges": ["ablation=no_matches"],
     "mil_max": ["model=mil_max"],
 }
 SHIPPED = "gm_mlic_scenes"
@@ -85,11 +85,8 @@ def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Itera
     for start in range(0, len(scenes), BATCH):
         batch = graphs.__getitems__(range(start, start + BATCH))
         output = predictor.model(batch)
-        match_logits = output.matches
-        if output.mask.dim() == 3:  # not every instance is joined to every label
-            match_logits = match_logits.masked_fill(~output.mask, float("-inf"))
         for row, logits, matches, boxes, mask in zip(
-            range(start, start + BATCH), output.logits, match_logits, batch.box, batch.mask, strict=True
+            range(start, start + BATCH), output.logits, output.match_logits, batch.box, batch.mask, strict=True
         ):
             objects = scenes.boxes(row)
             overlap = box_iou(boxes[mask] * scenes.image_size, objects.boxes) >= IOU
@@ -133,8 +130,8 @@ def measure_runs(folders: list[str]) -> list[dict[str, Any]]:
     scenes, store = detected(max(run.setting("graph.m") for run in runs))
     rows = []
     for run in runs:
-        removed = [r for r in ("label_graph", "instance_graph", "matching_edges") if not run.setting(f"model.{r}")]
-        model = " ".join([run.setting("model.fusion"), *(f"no_{r}" for r in removed)])
+        removed = [name for name in RELATIONS if name not in run.setting("model.edge_types")]
+        model = " ".join([run.setting("model.fusion"), *(f"no_{name}" for name in removed)])
         found = measure(Predictor.load(run.path / "checkpoints" / "best.ckpt"), store, scenes)
         rows += [{"model": model, "seed": run.setting("seed"), **row} for row in found]
     return sorted(rows, key=lambda row: (row["model"], row["seed"]))

@@ -75,11 +75,9 @@ def first_other_value(targets: Tensor | np.ndarray, allowed: Sequence[int]) -> A
 def _check_mask(targets: Tensor | np.ndarray, difficult: Tensor | np.ndarray, target_format: str) -> None:
     if target_format == "voc":
         raise ArgumentError("difficult", "goes with target_format='binary': in 'voc', a target of 0 is difficult.")
-    if difficult.dtype not in (torch.bool, np.dtype(bool)) or difficult.shape != targets.shape:
-        raise ArgumentError(
-            "difficult",
-            f"must be a bool mask of shape {tuple(targets.shape)}, got {difficult.dtype} {tuple(difficult.shape)}.",
-        )
+    dtype, shape = getattr(difficult, "dtype", type(difficult).__name__), getattr(difficult, "shape", ())
+    if dtype not in (torch.bool, np.dtype(bool)) or shape != targets.shape:
+        raise ArgumentError("difficult", f"must be a bool mask {tuple(targets.shape)}, got {dtype} {tuple(shape)}.")
 
 
 def _check_values(targets: Tensor | np.ndarray, target_format: str, allow_all_present: bool) -> None:

@@ -306,7 +306,7 @@ def _as_typed(value: Any) -> str:
 
 
 #: Models of ours that read all instances, or all locations, for every label.
-_WITHOUT_EDGES = ("detector", "resnet101", "ml_gcn", "ssgrl", "query2label")
+_WITHOUT_EDGES = ("detector_labels", "gap_linear", "ml_gcn", "ssgrl", "query2label")
 
 
 def _check_together(config: DictConfig) -> None:

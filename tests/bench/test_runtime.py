@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.data import HeteroData
 
 from gm_mlic.bench import CASES, Case, compare, grow, ratios, shares
 from gm_mlic.bench import runtime as module
-from gm_mlic.bench.measure import peak_bytes
+from gm_mlic.bench.measure import FlopCounter, peak_bytes
 from gm_mlic.bench.runtime import Execution, expected_bytes, flops
 from gm_mlic.detection.protocol import Instances
+from gm_mlic.graphs import AssignmentBatch
 
 TINY = Case("tiny", m=3, C=4, batch=2)
 
@@ -28,69 +29,70 @@ def test_the_papers_cases() -> None:
 
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-@pytest.mark.parametrize("label_neighbours", [None, 2])
-def test_all_executions_compute_the_same(fusion: str, label_neighbours: int | None) -> None:
-    case = Case("tiny", m=3, C=4, batch=2, fusion=fusion, label_neighbours=label_neighbours)
-    plain, structured = Execution(case, "plain"), Execution(case, "structured")
-    assert plain.model.execution == "explicit"
-    assert "edge_attr" in plain.data["instance", "matches", "label"]
-    torch.testing.assert_close(plain.forward(), structured.forward(), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("num_label_neighbors", [None, 2])
+def test_all_executions_compute_the_same(fusion: str, num_label_neighbors: int | None) -> None:
+    case = Case("tiny", m=3, C=4, batch=2, fusion=fusion, num_label_neighbors=num_label_neighbors)
+    sparse, dense = Execution(case, "sparse"), Execution(case, "dense")
+    assert isinstance(sparse.data, HeteroData)
+    assert isinstance(dense.data, AssignmentBatch)
+    assert "edge_attr" in sparse.data["instance", "matches", "label"]
+    torch.testing.assert_close(sparse.forward(), dense.forward(), rtol=1e-4, atol=1e-4)
     for _ in range(2):
-        plain.train()
-        structured.train()
-    torch.testing.assert_close(plain.forward(), structured.forward(), rtol=1e-3, atol=1e-3)
+        sparse.train()
+        dense.train()
+    torch.testing.assert_close(sparse.forward(), dense.forward(), rtol=1e-3, atol=1e-3)
 
 
 def test_counted_operations_are_those_of_the_formula() -> None:
-    """Plain message passing: each function of a matching edge is two products over all of them, inputs concatenated."""
-    small, large = (flops(Case("one", m=m, C=1), "plain")["forward"] for m in (40, 80))
+    """Message passing: each function of a matching edge is two products over all of them, inputs concatenated."""
+    small, large = (flops(Case("one", m=m, C=1), "sparse")["forward"] for m in (40, 80))
     edges, d, half = 16 * 40, 512, 256
     encoder = (16 + 8) * d + d * d + 16 * d + d * d  # of matching edges and instances
     instance_edges = 8 * d + d * d
     block = [
-        (2 * d * w + w * w) * 7  # rho_ol, rho_lo and five rho_oo
-        + (d + 2 * w) * w + w * w  # phi_o
-        + (2 * w * w + w * w) + ((d + w) * w + w * w)  # sigma and psi of matching edges
+        (2 * d * w + w * w) * 7  # rho_n along the matching edges, both ways, and of five neighbors
+        + (d + 2 * w) * w + w * w  # phi_n of instances
+        + (2 * w * w + w * w) + ((d + w) * w + w * w)  # rho_e and phi_e of matching edges
         for w in (d, half)
     ]  # fmt: skip
-    near = 5 * (
+    spatial = 5 * (
         instance_edges + 2 * d * d + d * d + 2 * d * d + d * d
-    )  # encoder, then sigma and psi of the first block
+    )  # encoder, then rho_e and phi_e of the first block
     decoder = half * half + half
-    assert large - small == 2 * edges * (encoder + near + sum(block) + decoder)
+    assert large - small == 2 * edges * (encoder + spatial + sum(block) + decoder)
 
 
-def test_structured_does_fewer_operations() -> None:
-    structured, plain = (flops(Case("small", m=10, C=20, batch=4), name) for name in ("structured", "plain"))
-    assert structured["forward"] < plain["forward"] / 2
-    assert 2 < structured["train"] / structured["forward"] < 4
+def test_dense_does_fewer_operations() -> None:
+    dense, sparse = (flops(Case("small", m=10, C=20, batch=4), name) for name in ("dense", "sparse"))
+    assert dense["forward"] < sparse["forward"] / 2
+    assert 2 < dense["train"] / dense["forward"] < 4
 
 
-@pytest.mark.parametrize("execution", ["plain", "structured"])
+@pytest.mark.parametrize("execution", ["sparse", "dense"])
 def test_operations_of_a_batch_follow_from_those_of_one_and_two_images(execution: str) -> None:
     case = Case("small", m=4, C=3, batch=5)
     run = Execution(case, execution)
     for step, count in zip((run.forward, run.train), flops(case, execution).values(), strict=True):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounter() as counter:
             step()
         assert counter.get_total_flops() == count
 
 
 def test_compare() -> None:
     told: list[str] = []
-    result = compare(TINY, ["plain", "structured"], repeats=(2, 1), tell=told.append)
+    result = compare(TINY, ["sparse", "dense"], repeats=(2, 1), tell=told.append)
     assert result["case"]["m"] == 3
-    for name in ("plain", "structured"):
+    for name in ("sparse", "dense"):
         row = result["executions"][name]
         assert len(row["forward"]["all"]) == 2
         assert len(row["train"]["all"]) == 1
         assert row["memory"] > 0
-    assert 0 < result["executions"]["structured"]["roofline"]["forward"] < 2
-    assert told[0] == "tiny: plain, first run"
+    assert 0 < result["executions"]["dense"]["roofline"]["forward"] < 2
+    assert told[0] == "tiny: sparse, first run"
     summary = ratios(result)
     times = {name: row["forward"]["median"] for name, row in result["executions"].items()}
-    assert summary["forward_ratio"] == times["plain"] / times["structured"]
-    counts = [flops(TINY, name)["forward"] for name in ("plain", "structured")]
+    assert summary["forward_ratio"] == times["sparse"] / times["dense"]
+    counts = [flops(TINY, name)["forward"] for name in ("sparse", "dense")]
     assert summary["arithmetic_ratio"] == counts[0] / counts[1]
     assert set(summary) == {
         "forward_ratio", "train_ratio", "memory_ratio", "arithmetic_ratio", "roofline_fraction",
@@ -98,30 +100,30 @@ def test_compare() -> None:
     }  # fmt: skip
 
 
-def test_the_structured_execution_needs_less_memory() -> None:
+def test_dense_execution_needs_less_memory() -> None:
     case = Case("small", m=10, C=20, batch=8)
-    memory = {n: r["memory"] for n, r in compare(case, ["plain", "structured"], repeats=(1, 1))["executions"].items()}
-    assert memory["structured"] < memory["plain"] / 1.5
+    memory = {n: r["memory"] for n, r in compare(case, ["sparse", "dense"], repeats=(1, 1))["executions"].items()}
+    assert memory["dense"] < memory["sparse"] / 1.5
 
 
-def test_recomputing_needs_less_memory_still() -> None:
+def test_gradient_checkpointing_needs_less_memory_still() -> None:
     case = Case("small", m=30, C=60, batch=6)
-    kept, recomputed = (peak_bytes(Execution(case, name).train) for name in ("structured", "recomputed"))
-    assert recomputed < kept / 1.5
-    assert expected_bytes(case, "recomputed") < expected_bytes(case, "structured")
+    kept, checkpointed = (peak_bytes(Execution(case, name).train) for name in ("dense", "checkpointed"))
+    assert checkpointed < kept / 1.5
+    assert expected_bytes(case, "checkpointed") < expected_bytes(case, "dense")
 
 
 def test_what_does_not_fit_is_left_out() -> None:
-    limit = expected_bytes(TINY, "structured")
-    result = compare(TINY, ["plain", "structured"], repeats=(1, 1), memory_limit=limit)
-    assert "needs about" in result["executions"]["plain"]["left_out"]
+    limit = expected_bytes(TINY, "dense")
+    result = compare(TINY, ["sparse", "dense"], repeats=(1, 1), memory_limit=limit)
+    assert "needs about" in result["executions"]["sparse"]["left_out"]
     assert ratios(result)["forward_ratio"] is None
     assert ratios(result)["roofline_fraction"] > 0
 
 
 def test_growth_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.CURVES, "m", (2, 4))
-    curves = grow(TINY, ["m"], ["structured"], repeats=(1, 1))
+    curves = grow(TINY, ["m"], ["dense"], repeats=(1, 1))
     assert [result["case"]["m"] for result in curves["m"]] == [2, 4]
     assert [result["case"]["C"] for result in curves["m"]] == [4, 4]
 

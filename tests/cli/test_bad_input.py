@@ -266,7 +266,7 @@ def test_errors_of_the_library_name_the_key(
 @pytest.mark.parametrize(
     ("setting", "known"),
     [
-        ("model.name=foo", "gm_mlic_voc2007"), ("dataset.name=foo", "coco2014, custom, nuswide"),
+        ("model.name=foo", "gm_mlic_paper"), ("dataset.name=foo", "coco2014, custom, nuswide"),
         ("dataset.name=null", "a text"), ("detector.name=foo", "scenes_tiny, resnet101"),
         ("trainer.strategy=fast", "one of auto, ddp"),
     ],

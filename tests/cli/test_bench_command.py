@@ -20,7 +20,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["cases=[voc2007]", "batch=1", "executions=[plain,structured]", "repeats=[1,1]", "curves=[k]"]
+    settings = ["cases=[voc2007]", "batch=1", "executions=[sparse,dense]", "repeats=[1,1]", "curves=[k]"]
     assert run(["bench", *(f"bench.{s}" for s in settings), "bench.growth_batch=1", "detector=scenes_tiny"]) == 0
     out = capsys.readouterr().out
     last = json.loads(out.splitlines()[-1])

@@ -63,6 +63,6 @@ def test_offline_asks_nobody(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "dashboard.json").is_file()
 
 
-@pytest.mark.parametrize("ablation", ["full", "no_label_graph", "no_instance_graph", "no_matching_edges"])
+@pytest.mark.parametrize("ablation", ["full", "no_semantic", "no_spatial", "no_matches"])
 def test_runs_are_grouped_by_the_name_of_their_ablation(ablation: str) -> None:
     assert _ablation(compose("train", [f"ablation={ablation}"])) == ablation

@@ -24,7 +24,7 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     capsys.readouterr()
     assert run([*arguments, "label=fence post"]) == 0
     out = capsys.readouterr().out
-    assert "fence post: won by instance" in out
+    assert "fence post: argmax instance" in out
     assert "runs/explanations/a-photo-fence-post.png" in out
     with Image.open("runs/explanations/a-photo-fence-post.png") as picture:
         assert picture.size == (1800, 624)
@@ -32,12 +32,16 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = json.loads(Path("runs/explanations/a-photo-fence-post.json").read_text())
     assert found["label"] == "fence post"
     assert len(found["match_logits"]) == len(found["boxes"])
-    assert {influence["kind"] for influence in found["influences"]} <= {
-        "instance_to_instance",
-        "label_to_label",
-        "instance_to_label",
-        "label_to_instance",
+    assert found["influences"]
+    assert {
+        (*influence["edge_type"], influence["source"], influence["target"]) for influence in found["influences"]
+    } <= {
+        ("instance", "spatial", "instance", "instance", "instance"),
+        ("label", "semantic", "label", "label", "label"),
+        ("instance", "matches", "label", "instance", "label"),
+        ("instance", "matches", "label", "label", "instance"),
     }
+    assert all(set(i) == {"edge_type", "source", "target", "neighbor", "change"} for i in found["influences"])
     from gm_mlic import Predictor
     from gm_mlic.reporting.explanation import explanation_picture
     from gm_mlic.zoo import explain

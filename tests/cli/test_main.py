@@ -69,7 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "dataset=voc"], f"dataset=voc: there is no such option; choose from {', '.join(DATASETS)}."),
         (
             ["train", "graph.mm=3"],
-            "graph.mm: there is no such setting; did you mean graph.m? graph has candidates, label_neighbours, m, neig",
+            "graph.mm: there is no such setting; did you mean graph.m? graph has labels_per_class, layout, m, num_l",
         ),
         (["train", "grap.m=3"], "grap: there is no such setting; did you mean graph?"),
         (["train", "seed"], "missing EQUAL"),
@@ -79,7 +79,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (
             ["train", "+graph.q=1"],
-            "graph.q: there is no such setting; graph has candidates, label_neighbours, m, neighbours.",
+            "graph.q: there is no such setting; graph has labels_per_class, layout, m, num_label_neighbors, num_neigh"
+            "bors.",
         ),
         (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: there is no such setting; optimizer (adamw) has "),
         (["train", "+extra=1"], "extra: there is no such setting; there are dataset, detector, "),
@@ -87,7 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "dataset.sizes=5"], "dataset.sizes=5: expected settings: test, train, val."),
         (["train", "dataset.sizes=null"], "dataset.sizes=null: expected settings: test, train, val."),
         (["train", "graph={q: 1}"], "graph.q: there is no such setting; graph has "),
-        (["train", "ablation=null"], "ablation=null: there is no such option; choose from full, no_instance_graph, "),
+        (["train", "ablation=null"], "ablation=null: there is no such option; choose from full, no_matches, "),
         (["train", "graph=5"], "graph=5: there is no such option; choose from default."),
         (["train", "=5"], "=5: settings are written as KEY=VALUE."),
         (["train", "graph.m=1,2"], "graph.m=1,2: add -m to run each of these, or write graph.m=[1,2] if they are one"),
@@ -105,7 +106,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (["train", "loss.beta=.nan"], "loss.beta=.nan: expected a number of at least 0."),
         (["train", "graph.m=40"], "graph.m=40 is more than the store would keep (detector.max_instances="),
-        (["train", "trainer.compile=true", "model.recompute=true"], "do not go together"),
+        (["train", "trainer.compile=true", "model.gradient_checkpointing=true"], "do not go together"),
         (["train", "graph.m=0", "--cfg", "job"], "graph.m=0: expected a whole number, at least 1"),
         (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
         (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),

@@ -81,10 +81,10 @@ def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path, monkeypatch)
     assert plan(compose("plan", [*own, "trainer.batch_size=2"]))["images"]["extract"] == 6
 
 
-def test_execution_and_precision_of_the_run(tmp_path: Path, monkeypatch):
+def test_layout_and_precision_of_the_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["dataset.sizes={train: 8, val: 4, test: 4}", "dataset.image_size=96", "model.widths=[8,8]"]
-    for change in ("model.execution=explicit", "trainer.precision=bf16-mixed", "optimizer=paper"):
+    for change in ("graph.layout=sparse", "trainer.precision=bf16-mixed", "optimizer=paper"):
         assert plan(compose("plan", [*small, "trainer.batch_size=2", change]))["seconds"]["train"] > 0
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, candidate_matches, label_candidates
+from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph, Bipartite, candidate_edges, label_candidates
 from gm_mlic.nn import MILMax
 
 
@@ -45,7 +45,7 @@ def test_the_label_that_a_class_is_named_after_comes_first() -> None:
 
 
 def test_without_any_class_there_are_no_candidates() -> None:
-    with pytest.raises(ConfigError, match="no instance has a class"):
+    with pytest.raises(ConfigError, match="no instance has one"):
         label_candidates(torch.tensor([[-1]]), torch.ones(1, 1), torch.ones(1, 2).bool(), 1)
 
 
@@ -57,7 +57,7 @@ def test_edges_lead_to_candidates_and_every_label_has_one(B: int, M: int, C: int
     detected = torch.randint(-1, 3, (B, M), generator=generator)
     counts = torch.randint(1, M + 1, (B,), generator=generator)
     mask = torch.arange(M) < counts[:, None]
-    there = candidate_matches(table, detected, mask)
+    there = candidate_edges(table, detected, mask)
     for b in range(B):
         for i in range(M):
             for c in range(C):
@@ -77,9 +77,8 @@ def test_graph_and_batch_have_the_same_edges() -> None:
     assert edges.tolist() == [[0, 0, 1], [1, 2, 0]]
     mask = torch.ones(1, 2, dtype=torch.bool)
     x, box, detected = (data["instance"][name][None] for name in ("x", "box", "detected_label"))
-    batch = AssignmentBatch.build(x, box, mask, W, detected_label=detected, candidates=table)
-    assert batch.matches is not None
-    assert batch.matches[0].nonzero().t().tolist() == edges.tolist()
+    batch = AssignmentBatch.from_padded(x, box, mask, W, detected_label=detected, candidates=table)
+    assert batch.match_mask[0].nonzero().t().tolist() == edges.tolist()
 
 
 def test_what_cannot_be() -> None:
@@ -99,32 +98,19 @@ def test_max_pooling_reads_edges_only() -> None:
     W, x, box = torch.randn(3, 4), torch.randn(1, 2, 5), torch.rand(1, 2, 4)
     mask, detected = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0, 1]])
     net = MILMax(5, 3, width=8)
-    batch = AssignmentBatch.build(x, box, mask, W, detected_label=detected, candidates=table)
-    everything = net(AssignmentBatch.build(x, box, mask, W)).matches
+    batch = AssignmentBatch.from_padded(x, box, mask, W, detected_label=detected, candidates=table)
+    everything = net(AssignmentBatch.from_padded(x, box, mask, W)).match_logits
     output = net(batch)
-    assert output.winners[0, :2].tolist() == [0, 1]
+    assert output.argmax_instance[0, :2].tolist() == [0, 1]
     torch.testing.assert_close(output.logits[0, :2], everything[0].diagonal())
-    torch.testing.assert_close(output.match_logits, everything[0, table])
+    torch.testing.assert_close(output.match_logits[0, table], everything[0, table])
 
 
 def test_a_label_without_an_edge_is_refused_in_a_dense_batch() -> None:
     matches = torch.tensor([[[True, False, True], [True, False, False]]])
     mask = torch.ones(1, 2, dtype=torch.bool)
-    batch = AssignmentBatch(torch.randn(1, 2, 5), torch.rand(1, 2, 4), mask, torch.randn(3, 4), matches=matches)
+    batch = AssignmentBatch(
+        torch.randn(1, 2, 5), torch.rand(1, 2, 4), mask, torch.randn(3, 4), {MATCHES: Bipartite(matches)}
+    )
     with pytest.raises(ConfigError, match=r"Label nodes \[1\] have no matching edge"):
         MILMax(5, 3, width=8)(batch)
-
-
-def test_a_batch_of_few_edges_stays_sparse() -> None:
-    def batch(C: int) -> AssignmentBatch | None:
-        data = HeteroData()
-        data["instance"].x, data["instance"].box = torch.randn(20, 5), torch.rand(20, 4)
-        data["instance"].detected_label = torch.zeros(20, dtype=torch.int64)
-        table = torch.zeros(1, C, dtype=torch.bool)
-        table[0, :2] = True
-        return AssignmentBatch.from_data(AssignmentGraph(torch.randn(C, 4), candidates=table)(data))
-
-    few, many = batch(40), batch(4)
-    assert few is None
-    assert many is not None
-    assert many.matches is not None

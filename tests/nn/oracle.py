@@ -160,7 +160,9 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
     enc_o, enc_l = w.mlp("encoder.x.instance", norm=encoded), w.mlp("encoder.x.label", norm=encoded)
     e_m: States = {}
     if s.matching_edges:
-        enc_m = w.on_matches(w.mlp(f"encoder.edge_attr.{_MATCHES}", norm=encoded), f"encoder.edge_attr.{_MATCHES}", s.fusion)
+        enc_m = w.on_matches(
+            w.mlp(f"encoder.edge_attr.{_MATCHES}", norm=encoded), f"encoder.edge_attr.{_MATCHES}", s.fusion
+        )
         for i in range(M):
             for c in range(C):
                 e_m[i, c] = enc_m(image.features[i], W[c])

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
+from gm_mlic import create_model
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
-from gm_mlic.nn import MLGCN, SSGRL, CountsLabels, GlobalPool, ModelOutput, Query2Label, create_model
-from gm_mlic.nn.cooccurrence import conditional_probabilities
-from gm_mlic.nn.ml_gcn import reweighted_adjacency
-from gm_mlic.nn.query2label import position_encoding
-from gm_mlic.nn.ssgrl import GatedGraphConv
+from gm_mlic.nn import MLGCN, SSGRL, GAPLinear, ModelOutput, Query2Label
+from gm_mlic.nn.baselines import LabelStatistics
+from gm_mlic.nn.baselines._common import conditional_probabilities
+from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
+from gm_mlic.nn.baselines.query2label import position_encoding
+from gm_mlic.nn.baselines.ssgrl import GGNNStep
 
 D_O, D_L, C = 8, 5, 4
 SETTINGS: dict[str, dict[str, Any]] = {
-    "resnet101": {"num_labels": C},
+    "gap_linear": {"num_labels": C},
     "ml_gcn": {"num_labels": C, "label_dim": D_L, "width": 16},
     "ssgrl": {"num_labels": C, "label_dim": D_L, "width": 12, "steps": 2},
     "query2label": {"num_labels": C, "heads": 2, "dropout": 0.0},
@@ -33,8 +35,8 @@ every_model = pytest.mark.parametrize("name", SETTINGS)
 def model(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(3)
     made = create_model(name, instance_dim=D_O, **{**SETTINGS[name], **changes})
-    if isinstance(made, CountsLabels):
-        made.count(TARGETS)
+    if isinstance(made, LabelStatistics):
+        made.fit(TARGETS)
     return made.double()
 
 
@@ -42,13 +44,12 @@ def batch(counts: tuple[int, ...] = (9, 9, 9), seed: int = 0) -> AssignmentBatch
     generator = torch.Generator().manual_seed(seed)
     M = max(counts)
     corner, size = torch.rand(2, len(counts), M, 2, generator=generator, dtype=torch.float64) / 2
-    return AssignmentBatch.build(
+    return AssignmentBatch.from_padded(
         x=torch.randn(len(counts), M, D_O, generator=generator, dtype=torch.float64),
         box=torch.cat([corner, corner + size], dim=-1),
         mask=torch.arange(M) < torch.tensor(counts)[:, None],
         label_vectors=torch.randn(C, D_L, generator=torch.Generator().manual_seed(9), dtype=torch.float64),
-        neighbours=None,
-        label_graph=False,
+        edge_types=[],
     )
 
 
@@ -57,7 +58,7 @@ def graphs(dense: AssignmentBatch) -> list[HeteroData]:
     for x, box, mask in zip(dense.x, dense.box, dense.mask, strict=True):
         data = HeteroData()
         data["instance"].x, data["instance"].box = x[mask], box[mask]
-        made.append(AssignmentGraph(dense.label_vectors, instance_graph=False, label_graph=False)(data))
+        made.append(AssignmentGraph(dense.label_vectors, edge_types=[])(data))
     return made
 
 
@@ -72,16 +73,15 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 def test_shapes(name: str) -> None:
     data = batch((9, 4, 6))
     output: ModelOutput = model(name)(data)
-    assert output.logits.shape == output.winners.shape == (3, C)
-    assert output.matches.shape == (3, 9, C)
-    assert output.match_logits.shape == ((9 + 4 + 6) * C,)
-    assert output.winners.dtype == torch.int64
+    assert output.logits.shape == output.argmax_instance.shape == (3, C)
+    assert output.match_logits.shape == (3, 9, C)
+    assert output.argmax_instance.dtype == torch.int64
     for b, count in enumerate((9, 4, 6)):
-        assert torch.equal(output.winners[b], output.matches[b, :count].argmax(dim=0))
+        assert torch.equal(output.argmax_instance[b], output.match_logits[b, :count].argmax(dim=0))
     if name in ("ssgrl", "query2label"):
         assert output.label_states is not None
         assert output.label_states.shape == (3, C, D_O)
-        close(output.matches.masked_fill(~data.mask[..., None], 0).sum(dim=1), torch.ones(3, C).double())
+        close(output.match_logits.masked_fill(~data.mask[..., None], 0).sum(dim=1), torch.ones(3, C).double())
     else:
         assert output.label_states is None
 
@@ -104,10 +104,10 @@ def test_padding_changes_nothing(name: str) -> None:
         label_vectors=data.label_vectors,
     )
     close(net(wider).logits, together.logits)
-    assert torch.equal(net(wider).winners, together.winners)
+    assert torch.equal(net(wider).argmax_instance, together.argmax_instance)
     for b, alone in enumerate(graphs(data)):
         close(net(alone).logits[0], together.logits[b])
-        assert torch.equal(net(alone).winners[0], together.winners[b])
+        assert torch.equal(net(alone).argmax_instance[0], together.argmax_instance[b])
 
 
 @every_model
@@ -115,7 +115,7 @@ def test_order_of_images_in_a_batch(name: str) -> None:
     net, made = model(name), graphs(batch((9, 4, 6)))
     forth, back = (net(Batch.from_data_list(order)) for order in (made, made[::-1]))
     close(forth.logits, back.logits.flip(0))
-    assert torch.equal(forth.winners, back.winners.flip(0))
+    assert torch.equal(forth.argmax_instance, back.argmax_instance.flip(0))
 
 
 @every_model
@@ -169,7 +169,7 @@ def test_what_does_not_fit_the_model(name: str) -> None:
 
 def test_repr() -> None:
     assert [repr(model(name)) for name in SETTINGS] == [
-        "GlobalPool(8, 4)",
+        "GAPLinear(8, 4)",
         "MLGCN(8, 5, 4, width=16)",
         "SSGRL(8, 5, 4, width=12, steps=2)",
         "Query2Label(8, 4, width=8, layers=2)",
@@ -179,15 +179,15 @@ def test_repr() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GlobalPool(0, 3), "1 or more"),
-        (lambda: MLGCN(4, 4, 3, width=0), "model.width"),
-        (lambda: MLGCN(4, 4, 3, tau=1.5), r"model.tau must be in \[0, 1\]"),
-        (lambda: MLGCN(4, 4, 3, p=1.0), r"model.p in \[0, 1\)"),
-        (lambda: SSGRL(4, 4, 3, steps=0), "model.steps"),
-        (lambda: Query2Label(4, 3, layers=0), "model.layers"),
-        (lambda: Query2Label(6, 3, heads=2), "model.width=6 must be a multiple of 4"),
-        (lambda: Query2Label(8, 3, heads=3), "of model.heads=3"),
-        (lambda: Query2Label(8, 3, dropout=1.0), "model.dropout"),
+        (lambda: GAPLinear(0, 3), "1 or more"),
+        (lambda: MLGCN(4, 4, 3, width=0), "^width must be 1"),
+        (lambda: MLGCN(4, 4, 3, tau=1.5), r"^tau must be in \[0, 1\]"),
+        (lambda: MLGCN(4, 4, 3, p=1.0), r"^p must be in \[0, 1\)"),
+        (lambda: SSGRL(4, 4, 3, steps=0), "^steps"),
+        (lambda: Query2Label(4, 3, layers=0), "^layers"),
+        (lambda: Query2Label(6, 3, heads=2), "^width must be a multiple of 4 and of heads=2, got 6"),
+        (lambda: Query2Label(8, 3, heads=3), "of heads=3"),
+        (lambda: Query2Label(8, 3, dropout=1.0), "^dropout"),
     ],
 )
 def test_settings_that_cannot_work(make: Any, message: str) -> None:
@@ -226,7 +226,7 @@ def test_counts_are_part_of_the_weights(name: str) -> None:
     assert not torch.equal(fresh.adjacency, counted.adjacency)
     fresh.load_state_dict(counted.state_dict())
     close(fresh(batch()).logits, counted(batch()).logits)
-    counted.count(torch.zeros_like(TARGETS))
+    counted.fit(torch.zeros_like(TARGETS))
     before = create_model(name, instance_dim=D_O, **SETTINGS[name]).double()
     torch.testing.assert_close(counted.adjacency, before.adjacency)  # nothing known is as nothing counted
 
@@ -266,11 +266,11 @@ def test_ml_gcn_against_a_loop() -> None:
     output = net(data)
     for b, count in enumerate((9, 4)):
         close(output.logits[b], W @ data.x[b, :count].max(dim=0).values)
-        close(output.matches[b, :count], data.x[b, :count] @ W.T)
+        close(output.match_logits[b, :count], data.x[b, :count] @ W.T)
 
 
 def test_global_pool_is_the_classifier_of_the_mean() -> None:
-    net, data = model("resnet101"), batch((9, 4))
+    net, data = model("gap_linear"), batch((9, 4))
     for b, count in enumerate((9, 4)):
         close(net(data).logits[b], net.classifier(data.x[b, :count].mean(dim=0)))
 
@@ -294,7 +294,7 @@ def test_semantic_decoupling_against_a_loop() -> None:
 def test_graph_step_against_a_loop() -> None:
     torch.manual_seed(0)
     d = 3
-    conv = GatedGraphConv(d).double()
+    conv = GGNNStep(d).double()
     with torch.no_grad():
         conv.gates.bias.normal_()
         conv.candidate.bias.normal_()
@@ -339,9 +339,9 @@ def test_decoder_layer_is_torchs_without_positions() -> None:
     """With positions of zero ours is the standard layer, which also tells that the mask has the right sense."""
     ours = model("query2label").layers[0]
     theirs = nn.TransformerDecoderLayer(D_O, 2, 4 * D_O, dropout=0.0, batch_first=True).double()
-    theirs.self_attn.load_state_dict(ours.among_labels.state_dict())
-    theirs.multihead_attn.load_state_dict(ours.to_locations.state_dict())
-    for lin, mine in ((theirs.linear1, ours.mlp.lin1), (theirs.linear2, ours.mlp.lin2)):
+    theirs.self_attn.load_state_dict(ours.self_attention.state_dict())
+    theirs.multihead_attn.load_state_dict(ours.cross_attention.state_dict())
+    for lin, mine in ((theirs.linear1, ours.mlp.lin1.lins[0]), (theirs.linear2, ours.mlp.lin2)):
         lin.load_state_dict(mine.state_dict())
     data, Q = batch((9, 4)), torch.randn(2, C, D_O).double()
     found, attention = ours(Q, data.x, torch.zeros_like(data.x), data.mask)

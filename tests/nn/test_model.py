@@ -241,7 +241,9 @@ def test_hooks_see_the_same_values_in_both_layouts(fusion: str) -> None:
     for name, module in net.named_modules():
         if "<instance___matches" in name and name.endswith(("rho_e", "phi_e", "rho_n", "lin2", "norm")):
             module.register_forward_hook(
-                lambda _, __, output, n=name: seen.setdefault(n, []).append(output.detach().reshape(-1, output.shape[-1]))
+                lambda _, __, output, n=name: seen.setdefault(n, []).append(
+                    output.detach().reshape(-1, output.shape[-1])
+                )
             )
     net(data)
     net(as_layout(data, "dense"))
@@ -447,9 +449,9 @@ def test_arguments_that_cannot_work(options: dict[str, Any], message: str) -> No
 
 
 def test_input_sizes_that_cannot_work() -> None:
-    with pytest.raises(ArgumentError, match="^instance_dim must be 1 or more, or -1"):
+    with pytest.raises(ArgumentError, match=r"^instance_dim must be 1 or more, or -1"):
         GMMLIC(0, 4)
-    with pytest.raises(ArgumentError, match="^label_dim must be 1 or more, or -1"):
+    with pytest.raises(ArgumentError, match=r"^label_dim must be 1 or more, or -1"):
         GMMLIC(4, -2)
 
 
@@ -569,7 +571,9 @@ def test_half_precision(layout: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_graph_of_another_dtype_is_refused(layout: str) -> None:
     data = graph(4, vectors())
-    with pytest.raises(ConfigError, match=r"x_dict\['instance'\] of the graph is torch.float64, the model's parameters"):
+    with pytest.raises(
+        ConfigError, match=r"x_dict\['instance'\] of the graph is torch.float64, the model's parameters"
+    ):
         model().to(torch.bfloat16)(as_layout(data, layout))
     data["label"].x = data["label"].x.float()
     with pytest.raises(ConfigError, match=r"x_dict\['label'\] of the graph is torch.float32, .* torch.float64"):

@@ -10,12 +10,11 @@ from gm_mlic.nn import scatter
 
 @pytest.fixture
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scatter, "PREFER_TORCH_SCATTER", False)
-    assert not scatter.has_torch_scatter()
+    monkeypatch.setattr(scatter, "torch_scatter", None)
 
 
 INF, NAN = float("inf"), float("nan")
-# Values of the groups 0, 1, 0, 1 and the winner of each.
+# Values of the groups 0, 1, 0, 1 and the position of each.
 UNUSUAL = [
     ([1.0, -INF, 2.0, -INF], [2, 1]),
     ([-INF, INF, -INF, 5.0], [0, 1]),
@@ -25,14 +24,14 @@ UNUSUAL = [
 ]
 
 
-def check_unusual(values: list[float], winners: list[int]) -> None:
+def check_unusual(values: list[float], expected: list[int]) -> None:
     src = torch.tensor(values, requires_grad=True)
-    maxima, positions = scatter.group_max(src, torch.tensor([0, 1, 0, 1]), 2)
-    assert positions.tolist() == winners
-    torch.testing.assert_close(maxima, src[winners], rtol=0, atol=0, equal_nan=True)
+    maxima, positions = scatter.scatter_max(src, torch.tensor([0, 1, 0, 1]), 2)
+    assert positions.tolist() == expected
+    torch.testing.assert_close(maxima, src[expected], rtol=0, atol=0, equal_nan=True)
     maxima.sum().backward()
     assert src.grad is not None
-    assert src.grad.nonzero().flatten().tolist() == sorted(winners)
+    assert src.grad.nonzero().flatten().tolist() == sorted(expected)
 
 
 @st.composite
@@ -46,79 +45,80 @@ def groups(draw: st.DrawFn, *, infinite: bool = False) -> tuple[torch.Tensor, to
 
 
 def loop_max(src: torch.Tensor, index: torch.Tensor, G: int) -> tuple[list[float], list[int]]:
-    maxima, winners = [], []
+    maxima, positions = [], []
     for g in range(G):
         members = [e for e in range(len(src)) if index[e] == g]
-        winner = max(members, key=lambda e: (float(src[e]), -e))
-        maxima.append(float(src[winner]))
-        winners.append(winner)
-    return maxima, winners
+        position = max(members, key=lambda e: (float(src[e]), -e))
+        maxima.append(float(src[position]))
+        positions.append(position)
+    return maxima, positions
 
 
 @settings(max_examples=60, deadline=None)
 @given(case=groups(infinite=True))
-def test_group_max_equals_a_loop_and_the_first_of_equals_wins(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+def test_scatter_max_equals_a_loop_and_the_first_of_equals_wins(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scatter, "PREFER_TORCH_SCATTER", False)
-        maxima, winners = scatter.group_max(*case)
+        patch.setattr(scatter, "torch_scatter", None)
+        maxima, positions = scatter.scatter_max(*case)
     expected = loop_max(*case)
     assert maxima.tolist() == expected[0]
-    assert winners.tolist() == expected[1]
+    assert positions.tolist() == expected[1]
 
 
 @pytest.mark.usefixtures("native")
-def test_gradient_goes_to_one_winner() -> None:
+def test_gradient_goes_to_one_position() -> None:
     src = torch.tensor([1.0, 2.0, 2.0, 5.0, 5.0], requires_grad=True)
-    scatter.group_max(src, torch.tensor([0, 0, 0, 1, 1]), 2)[0].backward(torch.tensor([1.0, 10.0]))
+    scatter.scatter_max(src, torch.tensor([0, 0, 0, 1, 1]), 2)[0].backward(torch.tensor([1.0, 10.0]))
     assert src.grad is not None
     assert src.grad.tolist() == [0.0, 1.0, 0.0, 10.0, 0.0]
 
 
 @pytest.mark.usefixtures("native")
-def test_group_max_gradcheck() -> None:
+def test_scatter_max_gradcheck() -> None:
     src = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     index = torch.tensor([2, 0, 1, 1, 2, 0, 2])
-    assert torch.autograd.gradcheck(lambda x: scatter.group_max(x, index, 3)[0], (src,))
+    assert torch.autograd.gradcheck(lambda x: scatter.scatter_max(x, index, 3)[0], (src,))
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_group_max_keeps_the_type(dtype: torch.dtype) -> None:
-    maxima, winners = scatter.group_max(torch.tensor([1, 3, 2], dtype=dtype), torch.tensor([0, 0, 0]), 1)
+def test_scatter_max_keeps_the_type(dtype: torch.dtype) -> None:
+    maxima, positions = scatter.scatter_max(torch.tensor([1, 3, 2], dtype=dtype), torch.tensor([0, 0, 0]), 1)
     assert maxima.dtype == dtype
-    assert winners.tolist() == [1]
+    assert positions.tolist() == [1]
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(("values", "winners"), UNUSUAL)
-def test_nan_wins_and_infinities_are_values(values: list[float], winners: list[int]) -> None:
-    check_unusual(values, winners)
+@pytest.mark.parametrize(("values", "positions"), UNUSUAL)
+def test_nan_wins_and_infinities_are_values(values: list[float], positions: list[int]) -> None:
+    check_unusual(values, positions)
 
 
 @pytest.mark.scatter
 @settings(max_examples=60, deadline=None)
 @given(case=groups(infinite=True))
 def test_torch_scatter_equals_the_native_path(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
-    pytest.importorskip("torch_scatter")
+    torch_scatter = pytest.importorskip("torch_scatter")
     results = []
-    for prefer in (True, False):
+    for library in (torch_scatter, None):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scatter, "PREFER_TORCH_SCATTER", prefer)
-            assert scatter.has_torch_scatter() == prefer
+            patch.setattr(scatter, "torch_scatter", library)
             src = case[0].clone().requires_grad_()
-            maxima, winners = scatter.group_max(src, *case[1:])
+            maxima, positions = scatter.scatter_max(src, *case[1:])
             maxima.backward(torch.arange(1.0, case[2] + 1))
             assert src.grad is not None
-            results.append((maxima.tolist(), winners.tolist(), src.grad.tolist()))
+            results.append((maxima.tolist(), positions.tolist(), src.grad.tolist()))
     assert results[0] == results[1]
 
 
 @pytest.mark.scatter
-@pytest.mark.parametrize(("values", "winners"), UNUSUAL)
-def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(values: list[float], winners: list[int]) -> None:
+@pytest.mark.parametrize(("values", "positions"), UNUSUAL)
+def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(
+    values: list[float], positions: list[int]
+) -> None:
     pytest.importorskip("torch_scatter")
-    assert scatter.has_torch_scatter()
-    check_unusual(values, winners)
+    assert scatter.torch_scatter is not None
+    check_unusual(values, positions)
 
 
 @pytest.mark.scatter
@@ -127,6 +127,6 @@ def test_compiled_code_does_without_torch_scatter() -> None:
     pytest.importorskip("torch_scatter")
     src, index = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1])
     torch._dynamo.reset()
-    compiled = torch.compile(scatter.group_max, backend="eager", fullgraph=True)
-    for a, b in zip(compiled(src, index, 2), scatter.group_max(src, index, 2), strict=True):
+    compiled = torch.compile(scatter.scatter_max, backend="eager", fullgraph=True)
+    for a, b in zip(compiled(src, index, 2), scatter.scatter_max(src, index, 2), strict=True):
         assert torch.equal(a, b)

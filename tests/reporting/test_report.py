@@ -30,8 +30,8 @@ def write_run(path: Path, *, finished: bool = True, mAP: float = 80.0, seed: int
     config: dict[str, Any] = {
         "seed": seed, "run_dir": str(path), "dataset": {"name": "scenes"}, "detector": {"weights": None},
         "graph": {"m": 10}, "trainer": {"max_epochs": 2},
-        "model": {"name": "gm_mlic", "k": 2, "widths": [64, 64], "fusion": "product", "label_graph": True,
-                  "instance_graph": True, "matching_edges": True},
+        "model": {"name": "gm_mlic", "k": 2, "widths": [64, 64], "fusion": "product",
+                  "edge_types": ["spatial", "semantic", "matches"]},
     }  # fmt: skip
     for key, value in changes.items():
         section, _, name = key.partition("__")
@@ -69,9 +69,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("study")
     for seed in range(3):
         write_run(root / f"full-{seed}", seed=seed, mAP=90 + seed)
-        write_run(root / f"gl-{seed}", seed=seed, mAP=85 + seed, model__label_graph=False)
-        write_run(root / f"go-{seed}", seed=seed, mAP=80 + 2 * seed, model__instance_graph=False)
-        write_run(root / f"ilm-{seed}", seed=seed, mAP=70, model__matching_edges=False)
+        write_run(root / f"gl-{seed}", seed=seed, mAP=85 + seed, model__edge_types=["spatial", "matches"])
+        write_run(root / f"go-{seed}", seed=seed, mAP=80 + 2 * seed, model__edge_types=["semantic", "matches"])
+        write_run(root / f"ilm-{seed}", seed=seed, mAP=70, model__edge_types=["spatial", "semantic"])
         write_run(root / f"m5-{seed}", seed=seed, mAP=60 + seed, graph__m=5)
     mil = write_run(root / "mil", mAP=50)
     config = yaml.safe_load((mil / "config.yaml").read_text())
@@ -105,7 +105,7 @@ def test_runs_that_differ_in_the_seed_are_one_group(study: Path) -> None:
 def test_ablations_stand_beside_their_own_full_model(study: Path) -> None:
     (family,) = ablation_families(group_runs(runs(study)))
     assert [group.ablation for group in family] == [
-        "full", "no_label_graph", "no_instance_graph", "no_matching_edges"
+        "full", "no_semantic", "no_spatial", "no_matches"
     ]  # fmt: skip
     assert {group.setting("graph.m") for group in family} == {10}
     assert paired(family[2], family[0], "mAP") == [10, 9, 8]
@@ -216,7 +216,7 @@ def test_how_it_was_made_stands_below_each_table_and_picture(page: Path) -> None
     shared = re.search(r"<dt>settings of all</dt><dd><pre>(.*?)</pre>", ablation)
     assert shared is not None
     assert {"graph.m=10", "model.fusion=product", "trainer.max_epochs=2"} <= set(shared[1].split())
-    assert "model.label_graph" not in shared[1]  # what they differ in
+    assert "model.edge_types" not in shared[1]  # what they differ in
     assert "seed" not in shared[1]
     assert text.count("model.label_graph=true") > 0  # of one group
 
@@ -236,12 +236,12 @@ def test_markdown_tables_are_whole(page: Path) -> None:
 
 
 def test_beside_the_paper(tmp_path: Path) -> None:
-    for name, removed in (("full", None), ("no_label_graph", "model__label_graph")):
+    for name, removed in (("full", None), ("no_semantic", ["spatial", "matches"])):
         for seed in (0, 1):
-            changes = {"dataset__name": "voc2007"} | ({removed: False} if removed else {})
+            changes = {"dataset__name": "voc2007"} | ({"model__edge_types": removed} if removed else {})
             write_run(tmp_path / f"{name}-{seed}", seed=seed, mAP=94.0 + seed, **changes)
     # Its numbers are of the whole method, so an ablation that happens to be better does not stand beside them.
-    write_run(tmp_path / "better", dataset__name="voc2007", mAP=99.0, model__instance_graph=False)
+    write_run(tmp_path / "better", dataset__name="voc2007", mAP=99.0, model__edge_types=["semantic", "matches"])
     cells = [cell for cell in read(write_report(runs(tmp_path), tmp_path / "out")).text if cell]
     assert "Ours beside the paper's Table 1: full" in cells
     start = cells.index("ours - paper")
@@ -252,7 +252,7 @@ def test_beside_the_paper(tmp_path: Path) -> None:
 
 
 def test_beside_the_paper_are_all_its_numbers(tmp_path: Path) -> None:
-    for name, changes in (("full", {}), ("w/o Gl", {"model__label_graph": False})):
+    for name, changes in (("full", {}), ("w/o Gl", {"model__edge_types": ["spatial", "matches"]})):
         write_run(tmp_path / name.replace("/", ""), dataset__name="coco2014", **changes)
     text = read(write_report(runs(tmp_path), tmp_path / "out")).text
     table = [cell for cell in text[text.index("Ablation, %") :] if cell]

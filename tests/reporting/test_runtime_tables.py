@@ -25,46 +25,46 @@ def row(forward: float, train: float, memory: int, **more: Any) -> dict[str, Any
     return {"forward": {"median": forward}, "train": {"median": train}, "memory": memory, **more}
 
 
-PLAIN = row(8.0, 30.0, 6 * 2**30, roofline={"forward": 0.7, "train": 0.7})
-FAST = row(1.0, 5.0, 2**30, roofline={"forward": 0.55, "train": 0.6})
+SPARSE = row(8.0, 30.0, 6 * 2**30, roofline={"forward": 0.7, "train": 0.7})
+DENSE = row(1.0, 5.0, 2**30, roofline={"forward": 0.55, "train": 0.6})
 
 
 def test_rows_say_how_many_times_better() -> None:
-    ((case, rows),) = runtime_rows([result(plain=PLAIN, structured=FAST)])
+    ((case, rows),) = runtime_rows([result(sparse=SPARSE, dense=DENSE)])
     assert case == "voc2007, concat (m=10, C=20, k=2, batch 16, norm all, float32)"
-    assert rows[0] == ("plain", "8 s", "", "30 s", "", "6144 MiB", "", "70 %")
-    assert rows[1] == ("structured", "1 s", "8.0", "5 s", "6.0", "1024 MiB", "6.0", "55 %")
+    assert rows[0] == ("sparse", "8 s", "", "30 s", "", "6144 MiB", "", "70 %")
+    assert rows[1] == ("dense", "1 s", "8.0", "5 s", "6.0", "1024 MiB", "6.0", "55 %")
 
 
 def test_left_out_and_alone() -> None:
-    ((_, rows),) = runtime_rows([result(plain={"left_out": "needs about 90 GiB to train"}, structured=FAST)])
-    assert rows[0][0] == "plain: needs about 90 GiB to train"
+    ((_, rows),) = runtime_rows([result(sparse={"left_out": "needs about 90 GiB to train"}, dense=DENSE)])
+    assert rows[0][0] == "sparse: needs about 90 GiB to train"
     assert rows[1][2] == ""
 
 
 def test_tables_fit_in_80_columns() -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    for table in runtime_tables([result(plain=PLAIN, structured=FAST, compiled=FAST)]):
+    for table in runtime_tables([result(sparse=SPARSE, dense=DENSE, compiled=DENSE)]):
         console.print(table)
     console.print(shares_table({"detection": 0.6, "data": 0.001, "graph": 0.2, "train": 0.9}, 4, "resnet50_fpn"))
     text = console.export_text()
     assert "…" not in text
-    assert "structured" in text
+    assert "dense" in text
     assert "600.0" in text
     assert "74.9 %" in text
 
 
 def test_markdown() -> None:
-    text = runtime_markdown([result(plain=PLAIN, structured=FAST)])
+    text = runtime_markdown([result(sparse=SPARSE, dense=DENSE)])
     lines = text.splitlines()
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == lines[3].count("|")
-    assert "| structured | 1 s | 8.0 |" in text
+    assert "| dense | 1 s | 8.0 |" in text
 
 
 def test_pictures(tmp_path: Path) -> None:
-    results = [result(plain=PLAIN, structured=FAST), result(plain={"left_out": "x"}, structured=FAST)]
+    results = [result(sparse=SPARSE, dense=DENSE), result(sparse={"left_out": "x"}, dense=DENSE)]
     draw_comparison(tmp_path / "bars.png", results)
-    curves = {"m": [result(5, plain=PLAIN, structured=FAST), result(50, plain={"left_out": "x"}, structured=FAST)]}
+    curves = {"m": [result(5, sparse=SPARSE, dense=DENSE), result(50, sparse={"left_out": "x"}, dense=DENSE)]}
     draw_growth(tmp_path / "curves.png", curves)
     for name in ("bars.png", "curves.png"):
         with Image.open(tmp_path / name) as picture:

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from torch_geometric.data import Batch
 
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
-from gm_mlic.graphs import AssignmentGraph, AssignmentGraphDataset
+from gm_mlic.graphs import AssignmentBatch, AssignmentGraphDataset
 from gm_mlic.instances import InstanceStore
 from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
@@ -147,7 +146,7 @@ def test_a_folder_with_another_run_is_not_touched(run_config: Config, tmp_path: 
         ["optimizer=adamw"],
         ["optimizer=paper", "optimizer.step_size=1", "model=mil_max", "model.width=8"],
         ["instances.num_augmentations=3", "instances.view_size=96", "trainer.ema_decay=0.8"],
-        ["model.execution=explicit", "trainer.early_stopping=1"],
+        ["graph.layout=sparse", "trainer.early_stopping=1"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -170,7 +169,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     [
         ["optimizer=adamw"],
         ["instances.num_augmentations=3", "instances.view_size=96", "trainer.ema_decay=0.8"],
-        ["model.execution=explicit"],
+        ["graph.layout=sparse"],
         ["trainer.num_workers=1"],
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -252,7 +251,7 @@ def test_seeds_differ_and_repeat(run_config: Config, tmp_path: Path):
     assert losses[0] == losses[2] != losses[1]
 
 
-@pytest.mark.parametrize("overrides", [[], ["trainer.ema_decay=0.5"], ["model.execution=explicit"]], ids=str)
+@pytest.mark.parametrize("overrides", [[], ["trainer.ema_decay=0.5"], ["graph.layout=sparse"]], ids=str)
 def test_eval_gives_the_numbers_of_the_run(run_config: Config, tmp_path: Path, overrides: list[str]):
     result = run.train(run_config(*overrides))
     again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt", out=tmp_path / "out")
@@ -389,12 +388,12 @@ def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Pa
 
 
 @pytest.mark.parametrize("trainable", ["none", "box_head"])
-@pytest.mark.parametrize("execution", ["auto", "explicit"])
-def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, execution: str):
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, layout: str):
     monkeypatch.undo()  # the real detector
     overrides = [
         "instances.online=true", "instances.view_size=96", "detector.min_size=96", "optimizer.detector_lr=0.01",
-        f"detector.trainable={trainable}", f"model.execution={execution}",
+        f"detector.trainable={trainable}", f"graph.layout={layout}",
         "dataset.sizes={train: 6, val: 3, test: 3}", "trainer.batch_size=3",
     ]  # fmt: skip
     whole = run.train(run_config(*overrides))
@@ -424,18 +423,18 @@ class Weights(Callback):
         self.states.append({name: value.detach().clone() for name, value in module.model.state_dict().items()})
 
 
-@pytest.mark.parametrize("execution", ["auto", "explicit"])
-def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pytest.MonkeyPatch, execution: str):
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pytest.MonkeyPatch, layout: str):
     """Until then what reads its edges does not learn, and the rest does."""
     weights, callbacks = Weights(), run.training_callbacks
     monkeypatch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
-    overrides = [f"model.execution={execution}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
+    overrides = [f"graph.layout={layout}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
     run.train(run_config(*overrides, "trainer.instance_graph_warmup_epochs=2"))
     before, *after = weights.states
-    near = {name for name in before if re.search(r"e_o|rho_oo|edges_o", name)}
+    spatial = {name for name in before if "spatial" in name}
     moved = [{name for name in before if not torch.equal(before[name], state[name])} for state in after]
-    assert [bool(names & near) for names in moved] == [False, False, True]
-    assert all(names - near for names in moved)
+    assert [bool(names & spatial) for names in moved] == [False, False, True]
+    assert all(names - spatial for names in moved)
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")
@@ -466,19 +465,19 @@ def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monk
     assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(tmp_path / "plain")["state_dict"])
 
 
-def test_recomputing_changes_no_number(run_config: Config, tmp_path: Path):
+def test_gradient_checkpointing_changes_no_number(run_config: Config, tmp_path: Path):
     plain = run.train(run_config(f"run_dir={tmp_path}/plain"))
-    result = run.train(run_config("model.recompute=true"))
+    result = run.train(run_config("model.gradient_checkpointing=true"))
     assert_same(result["test"], plain["test"])
 
 
-def test_labels_are_prepared_once_for_each_evaluation(run_config: Config, monkeypatch: pytest.MonkeyPatch):
-    prepared = []
-    prepare = GMMLIC.prepare
-    monkeypatch.setattr(GMMLIC, "prepare", lambda *arguments: prepared.append(1) or prepare(*arguments))
+def test_labels_are_precomputed_once_for_each_evaluation(run_config: Config, monkeypatch: pytest.MonkeyPatch):
+    computed = []
+    precompute = GMMLIC.precompute_labels
+    monkeypatch.setattr(GMMLIC, "precompute_labels", lambda *given: computed.append(1) or precompute(*given))
     run.train(run_config("trainer.batch_size=4"))
     # Two epochs are validated, then the test split is evaluated; each has three batches.
-    assert len(prepared) == 3
+    assert len(computed) == 3
 
 
 def with_difficult(monkeypatch: pytest.MonkeyPatch, *, marked: bool = True) -> None:
@@ -495,7 +494,7 @@ def with_difficult(monkeypatch: pytest.MonkeyPatch, *, marked: bool = True) -> N
     monkeypatch.setattr(build, "build_dataset", build_dataset)
 
 
-@pytest.mark.parametrize("way", ["model.execution=auto", "model.execution=explicit", "instances.online=true"])
+@pytest.mark.parametrize("way", ["graph.layout=dense", "graph.layout=sparse", "instances.online=true"])
 def test_difficult_labels_reach_loss_and_metrics(
     run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
 ):
@@ -571,26 +570,27 @@ def test_a_run_keeps_its_state_scores_examples_and_label_states(run_config: Conf
         assert np.isfinite(states["states"]).all()
 
 
-@pytest.mark.parametrize("execution", ["explicit", "structured"])
-def test_examples_are_the_same_by_both_executions(run_config: Config, execution: str, tmp_path: Path):
-    config = run_config(f"model.execution={execution}")
+@pytest.mark.parametrize("layout", ["sparse", "dense"])
+def test_examples_are_the_same_in_both_layouts(run_config: Config, layout: str, tmp_path: Path):
+    config = run_config(f"graph.layout={layout}")
     run.train(config)
     dataset = build.build_dataset(config, "test")
     store = build.build_store(config, dataset, build.build_detector(config))
     metadata, content = read_checkpoint(Path(config.run_dir) / "checkpoints" / "best.ckpt")
     model = metadata.build_model().eval()
     load_weights(model, content, Path("best.ckpt"))
-    graph = AssignmentGraph(metadata.label_vectors, edge_attr=False, **metadata.graph)
-    with torch.no_grad():  # one at a time, by the other execution
-        model.execution = "explicit" if execution == "structured" else "structured"
+    graph = metadata.build_graph()
+    with torch.no_grad():  # one at a time, in the other layout
         graphs = [Batch.from_data_list([data]) for data in AssignmentGraphDataset(store, graph)]
+        if layout == "sparse":
+            graphs = [AssignmentBatch.from_hetero_data(data) for data in graphs]
         outputs = [model(data) for data in graphs]
     examples = json.loads((Path(config.run_dir) / "examples" / "examples.json").read_text())
     for row, example in enumerate(examples):
         for label in example["top"]:
             c = dataset.labels.index(label["label"])
             assert label["score"] == pytest.approx(float(outputs[row].logits.sigmoid()[0, c]), abs=2e-4)
-            box = store.boxes[row, 0, outputs[row].winners[0, c]]
+            box = store.boxes[row, 0, outputs[row].argmax_instance[0, c]]
             assert label["box"] == pytest.approx(box.tolist(), abs=1e-3)
     states = torch.cat([output.label_states for output in outputs]).mean(dim=0)
     with np.load(Path(config.run_dir) / "label_states.npz") as kept:

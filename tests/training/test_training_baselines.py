@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gm_mlic.nn.cooccurrence import conditional_probabilities
-from gm_mlic.nn.ml_gcn import reweighted_adjacency
 
 from gm_mlic import Predictor, Scenes
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
 from gm_mlic.metrics import read_scored_images
+from gm_mlic.nn.baselines._common import conditional_probabilities
+from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.training import run
 from gm_mlic.zoo import read_checkpoint
 from gm_mlic.zoo.export import export
@@ -24,14 +24,14 @@ SMALL = [
 ]  # fmt: skip
 GRID = ["detector.grid_size=4", "detector.max_instances=16", "graph.m=16"]
 RUNS = {
-    "resnet101": ["baseline=resnet101", "detector.grid_size=4"],
+    "gap_linear": ["baseline=gap_linear", "detector.grid_size=4"],
     "ml_gcn": ["baseline=ml_gcn", "detector.grid_size=4"],
     "ssgrl": ["baseline=ssgrl", "detector.grid_size=4", "model.width=16"],
     "query2label": ["baseline=query2label", "detector.grid_size=4"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
-BOXES = ["model=detector", "graph.m=6"]
+BOXES = ["model=detector_labels", "graph.m=6"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_the_detectors_own_labels(root: Path):
     with pytest.raises(ConfigError, match="no network to export; format=pretrained"):
         export(predictor, root / "network.onnx", "onnx")
     with pytest.raises(ConfigError, match=r"none of the 22 labels .* \(it has none\)"):
-        run.train(compose("train", [*SMALL, "model=detector", *GRID, f"run_dir={root}/grid"]))
+        run.train(compose("train", [*SMALL, "model=detector_labels", *GRID, f"run_dir={root}/grid"]))
 
 
 def test_a_backbone_that_is_trained_along(root: Path):

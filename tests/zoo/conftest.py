@@ -16,14 +16,14 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short runs on scenes: GM-MLIC, the same explicit, with candidates, and the baseline without graphs."""
+    """Short runs on scenes: GM-MLIC, the same sparse, with candidates, and the baseline without graphs."""
     root = tmp_path_factory.mktemp("runs")
     for name, model in {"gm": ["model.widths=[8,8]"], "mil": ["model=mil_max"]}.items():
         run.train(compose("train", [*SMALL, *model, f"instances.root={root}/stores", f"run_dir={root}/{name}"]))
-    candidates = [*SMALL, "model.widths=[8,8]", "graph.candidates=2", "trainer.instance_graph_warmup_epochs=1"]
+    candidates = [*SMALL, "model.widths=[8,8]", "graph.labels_per_class=2", "trainer.instance_graph_warmup_epochs=1"]
     run.train(compose("train", [*candidates, f"instances.root={root}/stores", f"run_dir={root}/candidates"]))
-    explicit = [*SMALL, "model.widths=[8,8]", "model.execution=explicit", "graph.m=4"]
-    run.train(compose("train", [*explicit, f"instances.root={root}/stores", f"run_dir={root}/explicit"]))
+    sparse = [*SMALL, "model.widths=[8,8]", "graph.layout=sparse", "graph.m=4"]
+    run.train(compose("train", [*sparse, f"instances.root={root}/stores", f"run_dir={root}/sparse"]))
     return root
 
 

@@ -9,15 +9,16 @@ from torch_geometric.explain import Explainer, GNNExplainer
 
 from gm_mlic import Predictor
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import LABEL, MATCHES, NEAR, RELATES
+from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, SEMANTIC, SPATIAL
 from gm_mlic.zoo import ExplainedModel, explain
 
-ENDS = {
-    "instance_to_instance": NEAR,
-    "label_to_label": RELATES,
-    "instance_to_label": MATCHES,
-    "label_to_instance": MATCHES,
-}
+#: Edge type, sender and receiver of every message to the argmax instance or to the label.
+MESSAGES = [
+    (SPATIAL, INSTANCE, INSTANCE),
+    (SEMANTIC, LABEL, LABEL),
+    (MATCHES, INSTANCE, LABEL),
+    (MATCHES, LABEL, INSTANCE),
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +37,27 @@ def test_each_edge_by_hand(predictor: Predictor, photos: list[Path]):
     with torch.no_grad():
         whole = model(data)
         assert found.logit == pytest.approx(float(whole.logits[0, 4]), abs=1e-4)
-        assert found.instance == int(whole.winners[0, 4])
-        kinds = [influence.kind for influence in found.influences]
-        near = int((data[NEAR].edge_index[1] == found.instance).sum())
-        counts = {kind: kinds.count(kind) for kind in ENDS}
-        assert counts == {
-            "instance_to_instance": near,
-            "label_to_label": C - 1,
-            "instance_to_label": M - 1,
-            "label_to_instance": C - 1,
-        }
+        assert found.instance == int(whole.argmax_instance[0, 4])
+        messages = [(influence.edge_type, influence.source, influence.target) for influence in found.influences]
+        spatial = int((data[SPATIAL].edge_index[1] == found.instance).sum())
+        counts = [messages.count(message) for message in MESSAGES]
+        assert counts == [spatial, C - 1, M - 1, C - 1]
+        assert sum(counts) == len(messages)
         for influence in found.influences:
-            ends = {
-                "instance_to_instance": (influence.neighbour, found.instance),
-                "label_to_label": (influence.neighbour, 4),
-                "instance_to_label": (influence.neighbour, 4),
-                "label_to_instance": (found.instance, influence.neighbour),
-            }[influence.kind]
-            source, target = (names.index(end) if isinstance(end, str) else end for end in ends)
+            assert isinstance(influence.neighbor, str if influence.source == LABEL else int)
+            sender = names.index(influence.neighbor) if isinstance(influence.neighbor, str) else influence.neighbor
+            receiver = {INSTANCE: found.instance, LABEL: 4}[influence.target]
             graph = predictor.assignment_graph(photos[0])
-            index = graph[ENDS[influence.kind]].edge_index
-            keep = ~((index[0] == source) & (index[1] == target))
+            store = graph[influence.edge_type]
+            reverse = (influence.source, influence.target) != influence.edge_type[
+                ::2
+            ]  # the message runs against the edge
+            source, target = (receiver, sender) if reverse else (sender, receiver)
+            keep = ~((store.edge_index[0] == source) & (store.edge_index[1] == target))
             assert int((~keep).sum()) == 1
-            graph[ENDS[influence.kind]].edge_index = index[:, keep]
-            if "edge_attr" in graph[ENDS[influence.kind]]:
-                graph[ENDS[influence.kind]].edge_attr = graph[ENDS[influence.kind]].edge_attr[keep]
+            store.edge_index = store.edge_index[:, keep]
+            if "edge_attr" in store:
+                store.edge_attr = store.edge_attr[keep]
             change = float(whole.logits[0, 4] - model(graph).logits[0, 4])
             assert influence.change == pytest.approx(change, abs=1e-4)
     sizes = [abs(influence.change) for influence in found.influences]
@@ -82,9 +79,13 @@ def test_what_cannot_be_explained(folder: Path, photos: list[Path], predictor: P
 
 
 def test_the_model_stays_as_it_was(predictor: Predictor, photos: list[Path]):
-    before = predictor.model.execution
+    before = {name: value.clone() for name, value in predictor.model.state_dict().items()}
+    (prediction,) = predictor(photos[:1])
     explain(predictor, photos[0])
-    assert predictor.model.execution == before
+    assert not predictor.model.training
+    assert all(torch.equal(value, before[name]) for name, value in predictor.model.state_dict().items())
+    (again,) = predictor(photos[:1])
+    np.testing.assert_array_equal(again.matches, prediction.matches)
 
 
 def test_pygs_explainer(predictor: Predictor, photos: list[Path]):
@@ -97,7 +98,7 @@ def test_pygs_explainer(predictor: Predictor, photos: list[Path]):
         model_config={"mode": "regression", "task_level": "graph", "return_type": "raw"},
     )  # fmt: skip
     found = explainer(data.x_dict, data.edge_index_dict)
-    for edge_type in (NEAR, RELATES, MATCHES):
+    for edge_type in (SPATIAL, SEMANTIC, MATCHES):
         assert found[edge_type].edge_mask.shape == (data[edge_type].edge_index.shape[1],)
         assert found[edge_type].edge_mask.std() > 0
     assert found[LABEL].node_mask.shape == data[LABEL].x.shape

@@ -14,7 +14,7 @@ from PIL import Image
 
 from gm_mlic import Predictor
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import dense_batch
+from gm_mlic.graphs import collate_instances
 from gm_mlic.zoo import export as module
 from gm_mlic.zoo.export import ExportError, export
 
@@ -29,11 +29,12 @@ def arrays(predictor: Predictor, photos: list[Path]) -> dict[str, np.ndarray]:
     images = [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) / 255 for p in photos]
     with torch.no_grad():
         found = predictor.extractor(images, 10)
-        batch = dense_batch(found, predictor.graph)
+        batch = collate_instances(found, predictor.graph)
         output = predictor.model(batch)
     return {
         "features": batch.x.numpy(), "boxes": batch.box.numpy(), "mask": batch.mask.numpy(),
-        "logits": output.logits.numpy(), "matches": output.matches.numpy(), "winners": output.winners.numpy(),
+        "logits": output.logits.numpy(), "match_logits": output.match_logits.numpy(),
+        "argmax_instance": output.argmax_instance.numpy(),
     }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
     assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
     for name, some in {"one": photos[:1], "many": photos}.items():
         values = arrays(predictor, some)
-        short = 6 - values["mask"].shape[1]  # the instance graph has 5 neighbours
+        short = 6 - values["mask"].shape[1]  # the instance graph has 5 neighbors
         if short > 0:
             for key in ("features", "boxes", "mask"):
                 pad = [(0, 0), (0, short)] + [(0, 0)] * (values[key].ndim - 2)
@@ -56,12 +57,12 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
         f"s = ort.InferenceSession({str(path)!r}, providers=['CPUExecutionProvider'])\n"
         "for name in ('one', 'many'):\n"
         f"    d = dict(np.load({str(tmp_path)!r} + '/' + name + '.npz'))\n"
-        "    logits, matches, winners = s.run(None, {k: d[k] for k in ('features', 'boxes', 'mask')})\n"
+        "    logits, match_logits, argmax = s.run(None, {k: d[k] for k in ('features', 'boxes', 'mask')})\n"
         "    m = d['mask']\n    n = m.shape[1]\n"
         "    assert abs(logits - d['logits']).max() < 1e-4\n"
-        "    real = m[:, :d['matches'].shape[1]]\n"
-        "    assert abs(matches[:, :d['matches'].shape[1]] - d['matches'])[real].max() < 1e-4\n"
-        "    assert (winners == d['winners']).mean() > 0.99\n"
+        "    real = m[:, :d['match_logits'].shape[1]]\n"
+        "    assert abs(match_logits[:, :d['match_logits'].shape[1]] - d['match_logits'])[real].max() < 1e-4\n"
+        "    assert (argmax == d['argmax_instance']).mean() > 0.99\n"
         "assert not any(name in sys.modules for name in ('torch', 'gm_mlic'))\n"
         "print(json.loads(s.get_modelmeta().custom_metadata_map['labels'])[0])\n"
     )
@@ -70,7 +71,7 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
     assert done.stdout.strip() == predictor.metadata.labels[0]
 
 
-@pytest.mark.parametrize("name", ["gm", "explicit", "mil"])
+@pytest.mark.parametrize("name", ["gm", "sparse", "mil"])
 def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
     export(predictor, tmp_path / "network.pt2", "torch")
@@ -88,9 +89,9 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
             pad = M - len(instances)
             features = torch.nn.functional.pad(instances.features, (0, 0, 0, pad))[None]
             boxes = torch.nn.functional.pad(instances.boxes, (0, 0, 0, pad))[None]
-            logits, matches, _ = program(features, boxes, (torch.arange(M) < len(instances))[None])
+            logits, match_logits, _ = program(features, boxes, (torch.arange(M) < len(instances))[None])
             np.testing.assert_allclose(logits.sigmoid()[0].numpy(), prediction.probabilities, atol=1e-5)
-            np.testing.assert_allclose(matches[0, : len(instances)].numpy(), prediction.matches, atol=1e-4)
+            np.testing.assert_allclose(match_logits[0, : len(instances)].numpy(), prediction.matches, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gm", "candidates"])
@@ -108,7 +109,7 @@ def test_photos_in_labels_out(folder: Path, photos: list[Path], tmp_path: Path, 
         assert out["mask"].tolist() == [True] * n + [False] * (len(out["mask"]) - n)
         np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
         np.testing.assert_allclose(out["boxes"][:n] * 96, prediction.boxes, atol=1e-2)
-        np.testing.assert_allclose(out["matches"][0, :n], prediction.matches, atol=1e-3)
+        np.testing.assert_allclose(out["match_logits"][0, :n], prediction.matches, atol=1e-3)
 
 
 def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path):
@@ -144,9 +145,9 @@ def test_a_program_that_differs_is_not_kept(predictor: Predictor, tmp_path: Path
 
 def test_nan_is_a_difference():
     some, other = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
-    assert module._difference("matches", some, other) == 0.5
-    assert module._difference("matches", some, torch.tensor([1.0, torch.nan])) == torch.inf
-    assert module._difference("matches", some, torch.tensor([1.0, 3.0])) == torch.inf
+    assert module._difference("match_logits", some, other) == 0.5
+    assert module._difference("match_logits", some, torch.tensor([1.0, torch.nan])) == torch.inf
+    assert module._difference("match_logits", some, torch.tensor([1.0, 3.0])) == torch.inf
 
 
 def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -15,6 +15,7 @@ from PIL import Image
 from gm_mlic import Predictor
 from gm_mlic.cli import explain as cli_explain
 from gm_mlic.errors import WeightsError
+from gm_mlic.graphs import MATCHES
 from gm_mlic.instances import InstanceStore
 from gm_mlic.reporting.explanation import explanation_picture
 from gm_mlic.serving import app
@@ -66,12 +67,12 @@ def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]
         np.testing.assert_allclose(1 / (1 + np.exp(-best)), prediction.probabilities, rtol=1e-5)
 
 
-def test_both_executions_say_the_same(predictor: Predictor, photos: list[Path]):
-    metadata = replace(predictor.metadata, model={**predictor.metadata.model, "execution": "explicit"})
+def test_sparse_and_dense_graphs_give_the_same(predictor: Predictor, photos: list[Path]):
+    metadata = replace(predictor.metadata, graph={**predictor.metadata.graph, "layout": "sparse"})
     model = metadata.build_model()
     model.load_state_dict(predictor.model.state_dict())
-    explicit = Predictor(model, metadata, predictor.extractor)
-    for ours, theirs in zip(predictor(photos), explicit(photos), strict=True):
+    sparse = Predictor(model, metadata, predictor.extractor)
+    for ours, theirs in zip(predictor(photos), sparse(photos), strict=True):
         np.testing.assert_allclose(ours.matches, theirs.matches, atol=1e-4)
         np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
 
@@ -93,11 +94,11 @@ def test_an_explanation_takes_away_edges_that_there_are(predictor: Predictor, ph
         found = explain(predictor, photo)
         c = found.prediction.labels.index(found.label)
         edges = np.isfinite(found.prediction.matches)
-        kinds = [influence.kind for influence in found.influences]
-        assert kinds.count("instance_to_label") == edges[:, c].sum() - 1
+        matching = [influence for influence in found.influences if influence.edge_type == MATCHES]
+        assert [influence.target for influence in matching].count("label") == edges[:, c].sum() - 1
         others = edges[found.instance] & (edges.sum(axis=0) > 1)
         others[c] = False
-        named = [influence.neighbour for influence in found.influences if influence.kind == "label_to_instance"]
+        named = [influence.neighbor for influence in matching if influence.target == "instance"]
         assert sorted(named) == sorted(np.array(found.prediction.labels)[others])
 
 

@@ -19,7 +19,7 @@ def predictor(folder: Path, name: str = "gm") -> Predictor:
     return Predictor.from_checkpoint(folder / name / "checkpoints" / "best.ckpt")
 
 
-@pytest.mark.parametrize("name", ["gm", "mil", "explicit", "candidates"])
+@pytest.mark.parametrize("name", ["gm", "mil", "sparse", "candidates"])
 def test_probabilities_are_those_of_the_runs_own_test(folder: Path, photos: list[Path], name: str):
     """From the files, in one go and one by one, as the run had them from its store (features of 16 bits)."""
     expected = read_scored_images([folder / name / "test.npz"], folder / name / "test.npz").scores[0].numpy()

@@ -40,7 +40,7 @@ def probabilities(predictor: Predictor, photos: list[Path]) -> np.ndarray:
     return np.stack([prediction.probabilities for prediction in predictor(photos)])
 
 
-@pytest.mark.parametrize("name", ["gm", "mil", "explicit", "candidates"])
+@pytest.mark.parametrize("name", ["gm", "mil", "sparse", "candidates"])
 def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     before = Predictor.from_checkpoint(folder / name / "checkpoints/best.ckpt")
     path = before.save_pretrained(tmp_path / "new" / "model")
@@ -92,7 +92,7 @@ def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str],
     """Of a detector that was trained elsewhere, or along with the model."""
     weights = tmp_path / "w.safetensors"
     save_detector(build_extractor("scenes_tiny", weights=None, seed=3), weights, "scenes_tiny")
-    settings = [f"detector.weights={weights}", "baseline=resnet101", "detector.grid_size=3", "trainer.max_epochs=1"]
+    settings = [f"detector.weights={weights}", "baseline=gap_linear", "detector.grid_size=3", "trainer.max_epochs=1"]
     settings += [f"instances.root={tmp_path}/stores", f"run_dir={tmp_path}/run"]
     settings += ["instances.online=true", "detector.trainable=all"] if trained else []
     run.train(compose("train", [*small, *settings]))
@@ -180,8 +180,8 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
         {"surplus": 1},
         {"m": None},
         {"m": "x"},
-        {"m": 3, "neighbours": "y"},
-        {"m": 3, "label_neighbours": -1},
+        {"m": 3, "num_neighbors": "y"},
+        {"m": 3, "num_label_neighbors": -1},
     ):
         refused("cannot be built", graph=graph)
     # sizes of a lie are refused before anything of that size is made

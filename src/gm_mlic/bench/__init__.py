@@ -1,12 +1,13 @@
 """Time and memory of dense and sparse execution, measured side by side in one run."""
 
-from gm_mlic.bench.measure import Timings, interleaved, matrix_rate, peak_bytes
+from gm_mlic.bench.measure import FlopCounter, Timings, interleaved, matrix_rate, peak_bytes
 from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, ratios, shares
 
 __all__ = [
     "CASES",
     "EXECUTIONS",
     "Case",
+    "FlopCounter",
     "Timings",
     "compare",
     "grow",

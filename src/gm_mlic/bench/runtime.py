@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.bench.measure import interleaved, matrix_rate, peak_bytes
+from gm_mlic.bench.measure import FlopCounter, interleaved, matrix_rate, peak_bytes
 from gm_mlic.detection.protocol import InstanceExtractor
 from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
@@ -152,7 +151,7 @@ def flops(case: Case, execution: str) -> dict[str, int]:
     for batch in (1, 2):
         run = Execution(replace(case, batch=batch), "sparse" if execution == "sparse" else "dense")
         for step in (run.forward, run.train):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounter() as counter:
                 step()
             counts.append(counter.get_total_flops())
     forward, train, forward_2, train_2 = counts

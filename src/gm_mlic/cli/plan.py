@@ -165,8 +165,8 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
     names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
     manifest = Manifest(
         **names, ids=("",) * images, labels=("",) * sizes.labels, detector_labels=(), feature_dim=feature_dim,
+        difficult=sizes.dataset is not None and sizes.dataset.difficult is not None,
         m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
-        difficult=False,
     )  # fmt: skip
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
 
@@ -217,9 +217,10 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     """Seconds of a step and of a forward pass, each for an image; bytes: fixed, for each image, of a checkpoint."""
     C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
+    graph_settings = build.graph_settings(config)
+    layout = graph_settings.pop("layout")
     with config_keys("graph"):
-        graph = AssignmentGraph(torch.randn(C, dim), edge_attr=False, **build.graph_settings(config))
-    layout = config.graph.layout
+        graph = AssignmentGraph(torch.randn(C, dim), **graph_settings)
     names = [str(c) for c in range(C)]
     settings = build.model_settings(
         config, instance_dim=feature_dim, label_dim=dim, labels=names, detector_labels=names

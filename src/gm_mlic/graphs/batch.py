@@ -71,9 +71,8 @@ class AssignmentBatch:
     @property
     def match_mask(self) -> Tensor:
         """(B, M, C or 1) bool, the matching edges that exist."""
-        matches = self.edge_index_dict[MATCHES]
-        assert isinstance(matches, Bipartite)
-        return matches.edge_mask
+        mask: Tensor = getattr(self.edge_index_dict.get(MATCHES), "mask", self.mask)
+        return mask if mask.dim() == 3 else mask[..., None]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> AssignmentBatch:
         """The same batch, with ``function`` applied to each tensor."""
@@ -218,10 +217,9 @@ def drop_edges(batch: AssignmentBatch | HeteroData, edge_type: EdgeType) -> Assi
     if edge_type not in batch.edge_index_dict:
         return batch
     if isinstance(batch, AssignmentBatch):
-        lists = batch.edge_index_dict[edge_type]
-        assert isinstance(lists, NeighborLists), "Only neighbor lists can be emptied."
-        exists: Any = lists.index if lists.mask is None else lists.mask
-        empty = NeighborLists(lists.index, torch.zeros_like(exists, dtype=torch.bool))
+        lists: Any = batch.edge_index_dict[edge_type]
+        like = lists.index if lists.mask is None else lists.mask
+        empty = replace(lists, mask=torch.zeros_like(like, dtype=torch.bool))
         return replace(batch, edge_index_dict={**batch.edge_index_dict, edge_type: empty})
     graph = copy.copy(batch)
     for name, value in batch[edge_type].items():

@@ -50,8 +50,8 @@ class _StoreGraphs:
         _, views, stored_m, _ = store.features.shape
         if graph.m is not None and graph.m > stored_m:
             raise StoreError(
-                f"The store holds {stored_m} instances of each image, m={graph.m} asks for more: extract again with "
-                f"m={graph.m}, or lower m."
+                f"`m={graph.m}` is more than the {stored_m} instances of each image in the store: extract again with "
+                "more, or lower `m`."
             )
         if store.targets.shape[1] != graph.label_vectors.shape[0]:
             raise StoreError(
@@ -59,9 +59,7 @@ class _StoreGraphs:
             )
         normalize_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
-            raise ArgumentError(
-                "augment", "needs augmented views, which the store does not have: extract with views=4."
-            )
+            raise ArgumentError("augment", "needs a store with augmented views: extract again with some.")
         self.store = store
         self.graph = graph
         self.augment = augment
@@ -171,7 +169,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
 
 
 def collate_instances(
-    instances: Sequence[Instances], graph: AssignmentGraph, device: str | torch.device = "cpu", **others: Tensor | None
+    instances: Sequence[Instances], graph: AssignmentGraph, device: str | torch.device = "cpu", **others: Any
 ) -> AssignmentBatch:
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 

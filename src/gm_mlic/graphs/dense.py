@@ -122,26 +122,16 @@ def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
 
 
 class DenseEdges:
-    """Edges of one type in each graph of a batch of B. See :class:`NeighborLists` and :class:`Bipartite`."""
+    """Edges of one type in each graph of a batch of B: :class:`NeighborLists` or :class:`Bipartite`."""
 
     def ends(self, x_source: Tensor, x_target: Tensor) -> tuple[EdgeTensor, EdgeTensor]:
-        """Values at the source and at the target of each edge.
-
-        Args:
-            x_source: (B or 1, N_source, d).
-            x_target: (B or 1, N_target, d').
-        """
+        """Values at the source and at the target of each edge, from (B or 1, N, d) of both node types."""
         raise NotImplementedError
 
     def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
-        """The mean over the edges of each target, or of each source; zero for a node without edges.
+        """The mean of values over the edges of each target, or of each source, (B or 1, N, d).
 
-        Args:
-            values: on the edges.
-            to_source: average over the edges of each source.
-
-        Returns:
-            (B or 1, N, d).
+        It is zero for a node without edges.
         """
         raise NotImplementedError
 
@@ -231,8 +221,3 @@ class Bipartite(DenseEdges):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Bipartite:
         return Bipartite(function(self.mask))
-
-    @property
-    def edge_mask(self) -> Tensor:
-        """(B, N_source, N_target or 1) bool."""
-        return self.mask if self.mask.dim() == 3 else self.mask[..., None]

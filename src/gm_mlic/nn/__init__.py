@@ -8,7 +8,7 @@ from gm_mlic.nn.baselines.query2label import Query2Label
 from gm_mlic.nn.baselines.ssgrl import SSGRL
 from gm_mlic.nn.conv import EdgeUpdate, GraphNetworkBlock, MessageMLP, NodeConv
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, LabelCache
-from gm_mlic.nn.mlp import ConcatMLP, Decoder, EndsMLP, HadamardFusion
+from gm_mlic.nn.mlp import ConcatMLP, Decoder, HadamardFusion
 from gm_mlic.nn.output import ModelOutput, max_pool_instances
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "DetectorLabels",
     "EdgeUpdate",
     "Encoder",
-    "EndsMLP",
     "GAPLinear",
     "GraphNetworkBlock",
     "HadamardFusion",

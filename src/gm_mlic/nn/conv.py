@@ -10,17 +10,16 @@ Indices follow PyG: an edge leads from source j to target i.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.errors import ArgumentError
 from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, edge_ends
 from gm_mlic.graphs.schema import EdgeSpec, EdgeType, NodeType
-from gm_mlic.nn.mlp import ConcatMLP, EndsMLP
+from gm_mlic.nn.mlp import ConcatMLP
 
 
 def pair(channels: int | tuple[int, int]) -> tuple[int, int]:
@@ -28,30 +27,14 @@ def pair(channels: int | tuple[int, int]) -> tuple[int, int]:
     return (channels, channels) if isinstance(channels, int) else channels
 
 
-def node_sizes(
-    in_channels: int | Mapping[NodeType, int], edge_types: Mapping[EdgeType, EdgeSpec]
-) -> dict[NodeType, int]:
-    """The size of the features of each node type; of those at the ends of ``edge_types`` if it is one for all."""
-    if isinstance(in_channels, Mapping):
-        return dict(in_channels)
-    return {end: in_channels for source, _, target in edge_types for end in (source, target)}
+def by_type(channels: Any, types: Iterable[Any]) -> dict[Any, int]:
+    """A size for each node or edge type: a dictionary, or one size for all."""
+    return dict(channels) if isinstance(channels, Mapping) else dict.fromkeys(types, channels)
 
 
-def edge_dims(
-    in_channels: int | Mapping[NodeType, int],
-    edge_types: Mapping[EdgeType, EdgeSpec],
-    edge_dim: int | Mapping[EdgeType, int] | None,
-) -> dict[EdgeType, int]:
-    """The size of the features of each edge type; default: ``in_channels``.
-
-    Raises:
-        ArgumentError: if there is no default, since ``in_channels`` is a dictionary.
-    """
-    if isinstance(edge_dim, Mapping):
-        return {edge_type: edge_dim[edge_type] for edge_type in edge_types}
-    if edge_dim is None and not isinstance(in_channels, int):
-        raise ArgumentError("edge_dim", "must be given where in_channels is a dictionary.")
-    return dict.fromkeys(edge_types, in_channels if edge_dim is None else edge_dim)  # type: ignore[arg-type]
+def node_types(edge_types: Iterable[EdgeType]) -> list[NodeType]:
+    """The node types at the ends of edge types, in order of appearance."""
+    return list(dict.fromkeys(end for source, _, target in edge_types for end in (source, target)))
 
 
 class MessageMLP(MessagePassing):
@@ -132,7 +115,7 @@ class NodeConv(nn.Module):
         in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
         out_channels: size of the new node features.
         edge_types: the edge types, with what each of them has.
-        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``.
+        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``, a number.
         norm: LayerNorm on the new features (default: no).
 
     Shapes:
@@ -152,8 +135,8 @@ class NodeConv(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        size = node_sizes(in_channels, edge_types)
-        dims = edge_dims(in_channels, edge_types, edge_dim)
+        size = by_type(in_channels, node_types(edge_types))
+        dims = by_type(in_channels if edge_dim is None else edge_dim, edge_types)
         self.message = ModuleDict({edge_type: ModuleDict() for edge_type in edge_types})
         parts = {node_type: [size[node_type]] for node_type in size}
         for node_type in size:
@@ -176,7 +159,7 @@ class NodeConv(nn.Module):
         edge_index_dict: Mapping[EdgeType, Any],
         edge_attr_dict: Mapping[EdgeType, Any],
     ) -> dict[NodeType, Tensor]:
-        parts = {node_type: [x_dict[node_type]] for node_type in self.phi_n}
+        parts = {node_type: [x_dict[node_type]] for node_type, _ in self.phi_n.items()}
         for edge_type, by_receiver in self.message.items():
             ends = (x_dict[edge_type[0]], x_dict[edge_type[2]])
             for node_type, message in by_receiver.items():
@@ -221,7 +204,7 @@ class EdgeUpdate(MessagePassing):
     ) -> None:
         super().__init__(aggr=None, **kwargs)
         self.in_channels, self.edge_dim, self.out_channels = in_channels, edge_dim, out_channels
-        self.rho_e = EndsMLP(pair(in_channels), out_channels, out_channels, product=product)
+        self.rho_e = ConcatMLP(pair(in_channels), out_channels, out_channels, product=product)
         self.phi_e = ConcatMLP([edge_dim, out_channels], out_channels, out_channels, norm=norm)
 
     def reset_parameters(self) -> None:
@@ -256,7 +239,7 @@ class GraphNetworkBlock(nn.Module):
         in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
         out_channels: size of all new features.
         edge_types: the edge types, with what each of them has.
-        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``.
+        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``, a number.
         product: fusion ``product`` for the edge types that are ``fused`` (default: no).
         norm: LayerNorm on new node and edge features (default: no).
         updated: the edge types whose features are updated (default: all). After the last block only the matching edges
@@ -281,7 +264,7 @@ class GraphNetworkBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        dims = edge_dims(in_channels, edge_types, edge_dim)
+        dims = by_type(in_channels if edge_dim is None else edge_dim, edge_types)
         self.node_conv = NodeConv(in_channels, out_channels, edge_types, dims, norm=norm)
         self.edge_conv = ModuleDict(
             {

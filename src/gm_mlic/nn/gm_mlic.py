@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
 from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, edge_ends
 from gm_mlic.graphs.schema import (
@@ -25,8 +24,8 @@ from gm_mlic.graphs.schema import (
     NodeType,
     edge_table,
 )  # fmt: skip
-from gm_mlic.nn.conv import GraphNetworkBlock, node_sizes
-from gm_mlic.nn.mlp import ConcatMLP, Decoder, EndsMLP
+from gm_mlic.nn.conv import GraphNetworkBlock, node_types
+from gm_mlic.nn.mlp import ConcatMLP, Decoder
 from gm_mlic.nn.output import ModelOutput, max_pool_instances
 from gm_mlic.registry import register_model
 
@@ -38,16 +37,8 @@ NORMS = ("none", "encoder", "all")
 CHECKPOINTED_EDGES = 2**13
 
 
-@dataclass(frozen=True, eq=False)
-class LabelCache:
-    """Encoded label nodes and label edges, and what the first block computes from them: all that no image changes.
-
-    Valid as long as weights and labels stay. See :meth:`GMMLIC.precompute_labels`.
-
-    Attributes:
-        x_dict: encoded nodes (1, C, d) by node type.
-        edge_attr_dict: encoded edges (1, C, K, d) by edge type.
-    """
+class LabelCache(NamedTuple):
+    """Encoded label nodes (1, C, d) and label edges (1, C, K, d), from :meth:`GMMLIC.precompute_labels`."""
 
     x_dict: dict[NodeType, Tensor]
     edge_attr_dict: dict[EdgeType, EdgeTensor]
@@ -87,16 +78,13 @@ class Encoder(nn.Module):
         self.in_channels, self.out_channels = dict(in_channels), out_channels
         self.edge_types = dict(edge_types)
 
-        def edge_mlp(edge_type: EdgeType, spec: EdgeSpec) -> nn.Module:
-            if spec.attr_dim is not None:
-                return ConcatMLP([spec.attr_dim], out_channels, out_channels, norm=norm)
-            ends = (in_channels[edge_type[0]], in_channels[edge_type[2]])
-            return EndsMLP(ends, out_channels, out_channels, product=product and spec.fused, norm=norm)
-
-        self.x = ModuleDict(
-            {t: ConcatMLP([size], out_channels, out_channels, norm=norm) for t, size in in_channels.items()}
-        )
-        self.edge_attr = ModuleDict({t: edge_mlp(t, spec) for t, spec in edge_types.items()})
+        self.x, self.edge_attr = ModuleDict(), ModuleDict()
+        for node_type, size in in_channels.items():
+            self.x[node_type] = ConcatMLP([size], out_channels, out_channels, norm=norm)
+        for t, spec in edge_types.items():
+            parts = [in_channels[t[0]], in_channels[t[2]]] if spec.attr_dim is None else [spec.attr_dim]
+            fused = product and spec.fused
+            self.edge_attr[t] = ConcatMLP(parts, out_channels, out_channels, product=fused, norm=norm)
 
     def reset_parameters(self) -> None:
         for mlp in (*self.x.values(), *self.edge_attr.values()):
@@ -215,15 +203,12 @@ class GMMLIC(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if k < 1:
-            raise ArgumentError("k", f"must be 1 or more, got {k}.")
+        check_positive(k=k)
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
         encoder_width = widths[0] if encoder_width is None else encoder_width
-        for name, size in (("encoder_width", encoder_width), *(("widths", width) for width in widths)):
-            if size < 1:
-                raise ArgumentError(name, f"must be 1 or more, got {size}.")
+        check_positive(encoder_width=encoder_width, widths=min(widths))
         for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
             if size < 1 and size != -1:
                 raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
@@ -245,7 +230,7 @@ class GMMLIC(nn.Module):
         )
         self.blocks = nn.ModuleList()
         for b, (size, width) in enumerate(zip((encoder_width, *widths), widths, strict=False)):
-            sizes = {INSTANCE: size, LABEL: size} | node_sizes(size, self.edge_types)
+            sizes = dict.fromkeys([INSTANCE, LABEL, *node_types(self.edge_types)], size)
             updated = (MATCHES,) if b == k - 1 else None  # the decoder reads no other edges
             block = GraphNetworkBlock(
                 sizes, width, self.edge_types, size, product=product, norm=norm_all, updated=updated
@@ -275,20 +260,15 @@ class GMMLIC(nn.Module):
             match_logits, label_states = self._match(data, label_cache, _checkpoint if checkpointed else _call)
         return max_pool_instances(match_logits, data, label_states)
 
-    def _match(
-        self, graph: Any, cache: LabelCache | None = None, call: Callable[..., Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _match(self, graph: Any, cache: LabelCache | None, call: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
-        call = _call if call is None else call
-        x_dict, edge_index_dict, edge_attr_dict = graph.x_dict, graph.edge_index_dict, _edge_attr_dict(graph)
-        x_dict, edge_attr_dict = call(self.encoder, x_dict, edge_index_dict, edge_attr_dict, cache)
+        edge_index_dict = graph.edge_index_dict
+        x_dict, edge_attr_dict = call(self.encoder, graph.x_dict, edge_index_dict, _edge_attr_dict(graph), cache)
         for block in self.blocks:
             x_dict, edge_attr_dict = call(block, x_dict, edge_index_dict, edge_attr_dict)
-        if MATCHES in edge_attr_dict:
-            match_logits = call(self.decoder, edge_attr_dict[MATCHES])
-        else:
-            match_logits = call(self.decoder, *edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL]))
-        return match_logits.squeeze(-1), x_dict[LABEL]
+        ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
+        parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
+        return call(self.decoder, *parts).squeeze(-1), x_dict[LABEL]
 
     def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
         """Compute what does not depend on images, for :meth:`forward` to take instead of computing it for each batch.
@@ -306,10 +286,11 @@ class GMMLIC(nn.Module):
         for edge_type, attr in edge_attr_dict.items():
             message = first.node_conv.message[edge_type][LABEL]
             outputs = {message: message(ends, edges[edge_type], attr)}
-            if edge_type in first.edge_conv:
-                lin = first.edge_conv[edge_type].phi_e.lin1.lins[0]
-                outputs[lin] = apply_linear(lin, attr)
-            attr.outputs = outputs
+            phi_e = first.edge_conv[edge_type].phi_e if edge_type in first.edge_conv else None
+            if isinstance(phi_e, ConcatMLP):
+                outputs[phi_e.lin1.lins[0]] = apply_linear(phi_e.lin1.lins[0], attr)
+            if isinstance(attr, EdgeTensor):
+                attr.outputs = outputs
         return LabelCache(x_dict, edge_attr_dict)
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
@@ -317,12 +298,11 @@ class GMMLIC(nn.Module):
         cache = self.precompute_labels(batch) if cache is None else cache
         M, C = batch.mask.shape[1], batch.num_labels
         parts = batch.split(max(1, CHECKPOINTED_EDGES // (M * C + C**2)))
-        results = [_checkpoint(self._match, part, cache) for part in parts]
+        results = [_checkpoint(self._match, part, cache, _call) for part in parts]
         match_logits, label_states = zip(*results, strict=True)
         sizes = [part.num_graphs for part in parts]
-        return torch.cat(match_logits), torch.cat(
-            [states.expand(size, -1, -1) for states, size in zip(label_states, sizes, strict=True)]
-        )
+        states = [states.expand(size, -1, -1) for states, size in zip(label_states, sizes, strict=True)]
+        return torch.cat(match_logits), torch.cat(states)
 
     def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None) -> None:
         x_dict, edge_index_dict = data.x_dict, data.edge_index_dict
@@ -346,31 +326,22 @@ class GMMLIC(nn.Module):
                 f"The graph has {x_dict[LABEL].shape[1]} labels, but {cache.x_dict[LABEL].shape[1]} are in the label "
                 "cache: precompute the graph's own."
             )
-        check_dtypes(self, data)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        if dtype is None or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
+            return
+        tensors = {f"x_dict[{t!r}]": x for t, x in x_dict.items()}
+        for name, tensor in (tensors | {f"edge_attr_dict[{t!r}]": e for t, e in _edge_attr_dict(data).items()}).items():
+            if tensor.dtype != dtype:
+                raise ConfigError(
+                    f"{name} of the graph is {tensor.dtype}, the model's parameters are {dtype}: convert one of them, "
+                    f"as in AssignmentBatch.to({dtype}) or HeteroData.apply(lambda x: x.to({dtype}), 'x', 'edge_attr')."
+                )
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, k={self.k}, widths={list(self.widths)}, "
             f"fusion={self.fusion!r})"
         )
-
-
-def check_dtypes(model: nn.Module, data: HeteroData | AssignmentBatch) -> None:
-    """Raise ConfigError if a tensor of the graph has another floating-point type than the model's parameters.
-
-    Autocast converts, so there any type is accepted.
-    """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    tensors = {f"x_dict[{t!r}]": x for t, x in data.x_dict.items()}
-    tensors |= {f"edge_attr_dict[{t!r}]": attr for t, attr in _edge_attr_dict(data).items()}
-    if dtype is None or torch.is_autocast_enabled(next(iter(tensors.values())).device.type):
-        return
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise ConfigError(
-                f"{name} of the graph is {tensor.dtype}, the model's parameters are {dtype}: convert one of the two, "
-                f"as in AssignmentBatch.to({dtype}) or HeteroData.apply(lambda x: x.to({dtype}), 'x', 'edge_attr')."
-            )
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -119,94 +119,12 @@ def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bo
         if bias is not None:
             total.add_(bias)
         # The matrix product itself adds to what is there. Under autocast it takes the dtype of the sum.
-        total.flatten(0, -2).addmm_(x.flatten(0, -2).to(total.dtype), weight.t().to(total.dtype))
+        rows = x.reshape(-1, x.shape[-1]).to(total.dtype)
+        total.view(-1, total.shape[-1]).addmm_(rows, weight.t().to(total.dtype))
         return total
     term, small = linear(x, weight), total if bias is None else total + bias
     fits = all(a == b or b == 1 for a, b in zip(term.shape, small.shape, strict=True))
     return term.add_(small) if fits and term.dtype == small.dtype else term + small
-
-
-class ConcatMLP(nn.Module):
-    r"""``Linear, ReLU, Linear`` over a concatenation, followed by LayerNorm if asked for.
-
-    .. math::
-        f(x_1, \ldots, x_n) = \mathrm{Norm}(W' \, \mathrm{ReLU}(W [x_1, \ldots, x_n] + b) + b')
-
-    Every function of the paper's equations (:math:`\rho_n, \phi_n, \rho_e, \phi_e`, encoder, decoder) is one of these,
-    with its own parameters.
-
-    If a part is an :class:`~gm_mlic.graphs.EdgeTensor`, so is the result: its last affine map (the scale and shift of
-    the LayerNorm, or else :math:`W', b'`) is pending.
-
-    Args:
-        in_channels: the size of each part; -1 to take it from the first input.
-        hidden_channels: the size between the two Linears.
-        out_channels: the size of the result.
-        norm: LayerNorm on the result (default: no).
-
-    Shapes:
-        - **input:** parts :math:`x_k` (..., in_channels[k])
-        - **output:** (..., out_channels)
-    """
-
-    def __init__(
-        self, in_channels: Sequence[int], hidden_channels: int, out_channels: int, *, norm: bool = False
-    ) -> None:
-        super().__init__()
-        self.lin1 = ConcatLinear(in_channels, hidden_channels)
-        self.lin2: Any = make_linear(hidden_channels, out_channels)
-        self.norm: Any = nn.LayerNorm(out_channels) if norm else nn.Identity()
-        draw_linear(self.lin2)
-
-    def reset_parameters(self) -> None:
-        self.lin1.reset_parameters()
-        draw_linear(self.lin2)
-        if isinstance(self.norm, nn.LayerNorm):
-            self.norm.reset_parameters()
-
-    def forward(self, *parts: Tensor | EdgeTensor) -> Any:
-        hidden = self.hidden(*parts)
-        if not any(isinstance(part, EdgeTensor) for part in parts):
-            return self.norm(self.lin2(hidden))
-        if is_plain(self.norm, nn.Identity) and is_plain(self.lin2):
-            return EdgeTensor(hidden, self.lin2.weight, self.lin2.bias)
-        if is_plain(self.norm, nn.LayerNorm):
-            x = Normalize.apply(self.lin2(hidden), self.norm.eps)  # type: ignore[no-untyped-call]
-            return EdgeTensor(x, self.norm.weight, self.norm.bias)
-        return EdgeTensor(self.norm(self.lin2(hidden)))
-
-    def hidden(self, *parts: Tensor | EdgeTensor) -> Tensor:
-        r""":math:`\mathrm{ReLU}(W [x_1, \ldots, x_n] + b)`."""
-        total = self.lin1(*parts)
-        writable = is_plain(self.lin1, ConcatLinear) and all(is_plain(lin) for lin in self.lin1.lins)
-        return relu(total, inplace=writable)
-
-    def __repr__(self) -> str:
-        norm = ", norm" if isinstance(self.norm, nn.LayerNorm) else ""
-        return (
-            f"{type(self).__name__}({list(self.lin1.in_channels)}, {self.lin1.out_channels}, "
-            f"{self.lin2.out_features}{norm})"
-        )
-
-
-class Normalize(torch.autograd.Function):
-    """LayerNorm without scale and shift. It saves its result for the backward pass, which is in memory in any case."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        out, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(out, rstd)
-        return out
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out, rstd = ctx.saved_tensors
-        # The result has mean 0 and deviation 1 already; the deviation of the input is a factor.
-        grad_out, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, out, out.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
-        )
-        return grad_out.mul_(rstd), None
 
 
 class HadamardFusion(nn.Module):
@@ -247,44 +165,97 @@ class HadamardFusion(nn.Module):
         return f"{type(self).__name__}({(self.A.in_features, self.B.in_features)}, {self.A.out_features})"
 
 
-class EndsMLP(ConcatMLP):
-    r"""A :class:`ConcatMLP` over both ends of an edge: :math:`f(x_j, x_i)`, or :math:`f(x_j, x_i, A x_j \odot B x_i)`.
+class ConcatMLP(nn.Module):
+    r"""``Linear, ReLU, Linear`` over a concatenation, followed by LayerNorm if asked for.
+
+    .. math::
+        f(x_1, \ldots, x_n) = \mathrm{Norm}(W' \, \mathrm{ReLU}(W [x_1, \ldots, x_n] + b) + b')
+
+    With ``product``, the function of both ends of an edge becomes :math:`f(x_j, x_i, A x_j \odot B x_i)`.
+
+    Every function of the paper's equations (:math:`\rho_n, \phi_n, \rho_e, \phi_e`, encoder, decoder) is one of these,
+    with its own parameters.
+
+    If a part is an :class:`~gm_mlic.graphs.EdgeTensor`, so is the result: its last affine map (the scale and shift of
+    the LayerNorm, or else :math:`W', b'`) is pending.
 
     Args:
-        in_channels: sizes of source and target; -1 to take them from the first input.
-        hidden_channels: the size between the two Linears, and of the product.
+        in_channels: the size of each part; -1 to take it from the first input.
+        hidden_channels: the size between the two Linears.
         out_channels: the size of the result.
-        product: add the third argument, :class:`HadamardFusion` (default: no).
+        product: add :class:`HadamardFusion` of the two parts as a third one (default: no).
         norm: LayerNorm on the result (default: no).
 
     Shapes:
-        - **input:** :math:`x_j` (..., in_channels[0]) at the source, :math:`x_i` (..., in_channels[1]) at the target
+        - **input:** parts :math:`x_k` (..., in_channels[k])
         - **output:** (..., out_channels)
     """
 
     def __init__(
         self,
-        in_channels: tuple[int, int],
+        in_channels: Sequence[int],
         hidden_channels: int,
         out_channels: int,
         *,
         product: bool = False,
         norm: bool = False,
     ) -> None:
-        fusion = HadamardFusion(in_channels, hidden_channels) if product else None
-        super().__init__([*in_channels, *[hidden_channels] * product], hidden_channels, out_channels, norm=norm)
-        self.product = fusion
+        super().__init__()
+        self.product = HadamardFusion(tuple(in_channels), hidden_channels) if product else None  # type: ignore[arg-type]
+        self.lin1 = ConcatLinear([*in_channels, *[hidden_channels] * product], hidden_channels)
+        self.lin2: Any = make_linear(hidden_channels, out_channels)
+        self.norm: Any = nn.LayerNorm(out_channels) if norm else nn.Identity()
+        draw_linear(self.lin2)
 
     def reset_parameters(self) -> None:
-        if self.product is not None:
-            self.product.reset_parameters()
-        super().reset_parameters()
+        for module in (self.product, self.lin1, self.norm):
+            if isinstance(module, (HadamardFusion, ConcatLinear, nn.LayerNorm)):
+                module.reset_parameters()
+        draw_linear(self.lin2)
 
-    def forward(self, x_j: Tensor | EdgeTensor, x_i: Tensor | EdgeTensor) -> Any:  # type: ignore[override]
-        return super().forward(x_j, x_i) if self.product is None else super().forward(x_j, x_i, self.product(x_j, x_i))
+    def forward(self, *parts: Tensor | EdgeTensor) -> Any:
+        hidden = self.hidden(*parts)
+        if not any(isinstance(part, EdgeTensor) for part in parts):
+            return self.norm(self.lin2(hidden))
+        if is_plain(self.norm, nn.Identity) and is_plain(self.lin2):
+            return EdgeTensor(hidden, self.lin2.weight, self.lin2.bias)
+        if is_plain(self.norm, nn.LayerNorm):
+            x = Normalize.apply(self.lin2(hidden), self.norm.eps)  # type: ignore[no-untyped-call]
+            return EdgeTensor(x, self.norm.weight, self.norm.bias)
+        return EdgeTensor(self.norm(self.lin2(hidden)))
+
+    def hidden(self, *parts: Tensor | EdgeTensor) -> Tensor:
+        r""":math:`\mathrm{ReLU}(W [x_1, \ldots, x_n] + b)`."""
+        total = self.lin1(*parts) if self.product is None else self.lin1(*parts, self.product(*parts))
+        writable = is_plain(self.lin1, ConcatLinear) and all(is_plain(lin) for lin in self.lin1.lins)
+        return relu(total, inplace=writable)
 
     def __repr__(self) -> str:
-        return super().__repr__().replace(")", ", product)") if self.product is not None else super().__repr__()
+        norm = ", norm" if isinstance(self.norm, nn.LayerNorm) else ""
+        return (
+            f"{type(self).__name__}({list(self.lin1.in_channels)}, {self.lin1.out_channels}, "
+            f"{self.lin2.out_features}{norm})"
+        )
+
+
+class Normalize(torch.autograd.Function):
+    """LayerNorm without scale and shift. It saves its result for the backward pass, which is in memory in any case."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        out, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        ctx.save_for_backward(out, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, rstd = ctx.saved_tensors
+        # The result has mean 0 and deviation 1 already; the deviation of the input is a factor.
+        grad_out, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, out, out.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
+        )
+        return grad_out.mul_(rstd), None
 
 
 class Decoder(ConcatMLP):

@@ -1,6 +1,6 @@
 """Reductions over ragged groups: torch-scatter where it is installed, native torch otherwise, with equal results.
 
-This is the only module that uses torch-scatter. ``PREFER_TORCH_SCATTER = False`` forces the native path.
+This is the only module that uses torch-scatter.
 """
 
 from __future__ import annotations
@@ -12,14 +12,6 @@ try:
     import torch_scatter
 except ImportError:
     torch_scatter = None
-
-#: Use torch-scatter if it can be imported.
-PREFER_TORCH_SCATTER = True
-
-
-def has_torch_scatter() -> bool:
-    """Whether reductions go through torch-scatter, which ``torch.compile`` cannot look into."""
-    return PREFER_TORCH_SCATTER and torch_scatter is not None and not torch.compiler.is_compiling()
 
 
 def scatter_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +31,7 @@ def scatter_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Te
     values = src.detach()
     nan = values.isnan()
     largest = values.new_full((num_groups,), float("-inf"))
-    if has_torch_scatter():
+    if torch_scatter is not None and not torch.compiler.is_compiling():  # it cannot be compiled
         # Without `out` a maximum of -inf would become 0. NaN is ignored, so it is added afterwards.
         largest = torch_scatter.scatter_max(values, index, out=largest)[0]
         largest = largest.index_add(0, index, torch.where(nan, values, 0))

@@ -5,14 +5,16 @@ from typing import Any
 import pytest
 from torch import nn
 
+from gm_mlic import create_model, list_models, register_model
 from gm_mlic.errors import ConfigError
-from gm_mlic.nn import GMMLIC, MILMax, create_model, list_models, model_arguments, register_model, registry
+from gm_mlic.nn import GMMLIC, MILMax
+from gm_mlic.registry import MODELS
 
 IMAGE, WORDS = {"instance_dim": 4, "num_labels": 3}, {"label_dim": 3}
 INPUTS: dict[str, dict[str, Any]] = {
-    "detector": {"labels": ["cat", "dog"], "detector_labels": ["dog"]},
+    "detector_labels": {"labels": ["cat", "dog"], "detector_labels": ["dog"]},
     "mil_max": IMAGE,
-    "resnet101": IMAGE,
+    "gap_linear": IMAGE,
     "query2label": IMAGE,
     "ml_gcn": IMAGE | WORDS,
     "ssgrl": IMAGE | WORDS,
@@ -32,13 +34,13 @@ def test_every_model_is_built_by_its_name(name: str) -> None:
 
 
 def test_arguments_are_those_of_what_is_built() -> None:
-    assert model_arguments("mil_max") == ["instance_dim", "num_labels", "width"]
-    assert model_arguments("gm_mlic_paper") == model_arguments("gm_mlic")
+    assert MODELS.arguments("mil_max") == ["instance_dim", "num_labels", "width"]
+    assert MODELS.arguments("gm_mlic_paper") == MODELS.arguments("gm_mlic")
     for name in list_models():
-        assert INPUTS.get(name, {"instance_dim": 4, "label_dim": 3}).keys() <= set(model_arguments(name))
-        assert ("num_labels" in model_arguments(name)) == ("num_labels" in INPUTS.get(name, {}))
+        assert INPUTS.get(name, {"instance_dim": 4, "label_dim": 3}).keys() <= set(MODELS.arguments(name))
+        assert ("num_labels" in MODELS.arguments(name)) == ("num_labels" in INPUTS.get(name, {}))
     with pytest.raises(ConfigError, match="Did you mean 'mil_max'"):
-        model_arguments("mil_mx")
+        MODELS.arguments("mil_mx")
 
 
 def test_presets_and_overrides() -> None:
@@ -69,7 +71,7 @@ def test_unknown_name_suggests_the_closest() -> None:
         ("gm_mlic", {}, "GMMLIC needs instance_dim and label_dim"),
         ("mil_max", {"instance_dim": 4, "num_labels": 3, "k": 2}, "MILMax has no argument 'k'. It takes: .*width"),
         ("mil_max", {"instance_dim": 4, "num_labels": 0}, "1 or more"),
-        ("gm_mlic_paper", {"k": 3}, "model.widths must have k = 3"),
+        ("gm_mlic_paper", {"widths": (8,)}, "widths must have k = 2"),
     ],
 )
 def test_bad_arguments(name: str, overrides: dict[str, object], message: str) -> None:
@@ -79,20 +81,30 @@ def test_bad_arguments(name: str, overrides: dict[str, object], message: str) ->
 
 
 def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
 
-    @register_model
-    def my_model(width: int = 2) -> nn.Module:
+    @register_model("my_model")
+    @register_model("my_wide_model", "A preset", width=7)
+    def build(width: int = 2) -> nn.Module:
+        """A Linear.
+
+        And more.
+        """
         return nn.Linear(width, 1)
 
-    assert "my_model" in list_models()
-    layer = create_model("my_model", width=5)
-    assert isinstance(layer, nn.Linear)
-    assert layer.in_features == 5
-    with pytest.raises(ConfigError, match=r"my_model has no argument 'depth'\. It takes: width"):
+    assert {"my_model", "my_wide_model"} <= set(list_models("my*"))
+    assert MODELS.entry("my_model").summary == "A Linear"
+    assert MODELS.entry("my_wide_model").summary == "A preset"
+    for name, overrides, width in (
+        ("my_model", {"width": 5}, 5), ("my_wide_model", {}, 7), ("my_wide_model", {"width": 3}, 3),
+    ):  # fmt: skip
+        layer = create_model(name, **overrides)
+        assert isinstance(layer, nn.Linear)
+        assert layer.in_features == width
+    with pytest.raises(ConfigError, match=r"build has no argument 'depth'\. It takes: width"):
         create_model("my_model", depth=5)
-    # What goes wrong inside a constructor is no matter of arguments, and shows as it is.
+    # An error inside a constructor is not about its arguments.
     with pytest.raises(TypeError):
         create_model("my_model", width="wide")
     with pytest.raises(ValueError, match="registered already"):
-        register_model(my_model)
+        register_model("my_model")(build)
