@@ -143,9 +143,9 @@ def test_help_loads_neither_torch_nor_lightning(command: str):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["predict", "images=photo.png", "accelerator=cpu"],
-        ["explain", "image=photo.png", "accelerator=cpu"],
-        ["export", "to=model"],
+        ["predict", "images=photo.png", "device=cpu"],
+        ["explain", "image=photo.png", "device=cpu"],
+        ["export", "out=model"],
     ],
     ids=lambda arguments: arguments[0],
 )

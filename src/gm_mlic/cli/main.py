@@ -60,7 +60,7 @@ examples:
   gm-mlic report runs/multirun/DATE
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
   gm-mlic predict checkpoint=runs/NAME/checkpoints/best.ckpt images=PHOTOS
-  gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt to=my-model
+  gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt out=my-model
   gm-mlic eval scores=scores.csv targets=targets.csv
 
 gm-mlic COMMAND --help tells what a command does and which settings it has.
