@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 #: Modules that all stages may use.
-COMMON = ("errors", "targets", "safe_load", "device", "distributed", "optim", "_lazy")
+COMMON = ("errors", "targets", "safe_load", "registry", "device", "distributed", "optim", "_lazy")
 
 
 def write_pages(root: Path, out: Path) -> None:

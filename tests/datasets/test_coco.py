@@ -84,7 +84,7 @@ def test_test_split_is_val2014(root: Path) -> None:
     assert abs(image.getpixel((20, 15))[0] - 502 % 256) < 4
 
 
-def test_unlabelled_images_can_be_kept(root: Path) -> None:
+def test_unlabeled_images_can_be_kept(root: Path) -> None:
     data = COCO2014(root, "test", unlabeled="keep")
     assert data.ids == ("500", "501", "502", "503")
     assert data.targets[1].tolist() == [0, 0, 0]

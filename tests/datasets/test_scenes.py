@@ -107,7 +107,7 @@ def test_best_map_is_rank_ap(test_split: Scenes) -> None:
     assert test_split.best_map() == pytest.approx(100 * sum(aps) / len(aps), abs=1e-9)
 
 
-def test_more_company_pairs_lower_the_limit() -> None:
+def test_more_context_pairs_lower_the_limit() -> None:
     limits = [Scenes("test", context_pairs=pairs).best_map() for pairs in range(5)]
     assert limits[0] == 100.0
     assert all(a > b for a, b in itertools.pairwise(limits))

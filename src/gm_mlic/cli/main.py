@@ -98,7 +98,7 @@ def run(argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     prepare_process()
     before = _handle_sigterm()
-    # Of several processes of a run, the first speaks; but each has its own errors.
+    # Only rank 0 prints; but each process reports its own errors.
     rank = rank_info().rank
     speaker = f"gm-mlic: process {rank}" if rank else "gm-mlic"
     try:

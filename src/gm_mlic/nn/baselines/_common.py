@@ -1,6 +1,6 @@
 """Input, output, label statistics and classifiers that the baselines share.
 
-Whole-image baselines read a grid of locations (``detector.grid``) as instances; boxes work as well.
+Whole-image baselines read a grid of locations (``detector.grid_size``) as instances; boxes work as well.
 """
 
 from __future__ import annotations
