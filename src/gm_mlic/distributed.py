@@ -45,11 +45,11 @@ def launcher() -> str | None:
 
 def rank_info() -> RankInfo:
     """Rank, world size and local rank of this process."""
-    started_by = launcher()
-    if started_by is None:
+    kind = launcher()
+    if kind is None:
         return RankInfo()
-    if started_by in _NAMES:
-        return RankInfo(*(int(os.environ[name]) for name in _NAMES[started_by]))
+    if kind in _NAMES:
+        return RankInfo(*(int(os.environ[name]) for name in _NAMES[kind]))
     # Lightning starts the other local processes just before training and unsets WORLD_SIZE afterwards.
     local_rank = int(os.environ["LOCAL_RANK"])
     return RankInfo(local_rank, int(os.environ.get("WORLD_SIZE", local_rank + 1)), local_rank)

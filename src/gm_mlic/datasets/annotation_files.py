@@ -341,7 +341,7 @@ def _object_row(entry: dict[str, Any], form: TableFormat, where: str) -> ImageRo
 def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
     if not isinstance(boxes, list):
         raise DataError(f"{where} has boxes {boxes!r}: expected a list of [x1, y1, x2, y2, label].")
-    found = []
+    parsed = []
     for box in boxes:
         *corners, label = box if isinstance(box, list) and box else [None]
         if len(corners) != 4 or not all(map(_is_finite, corners)) or not isinstance(label, str):
@@ -351,8 +351,8 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
             raise DataError(f"{where} has the box {box!r}: x2 and y2 must not be less than x1 and y1.")
         if 0 < x2 <= 1 and 0 < y2 <= 1:
             raise DataError(f"{where} has the box {box!r} within one pixel: expected pixels, not relative coordinates.")
-        found.append(((x1, y1, x2, y2), label))
-    return tuple(found)
+        parsed.append(((x1, y1, x2, y2), label))
+    return tuple(parsed)
 
 
 def _is_finite(value: Any) -> bool:

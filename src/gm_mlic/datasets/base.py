@@ -109,8 +109,8 @@ def check_targets(
         raise DataError("The dataset has no labels: check its annotation file.")
     for what, names in (("image id", ids), ("label", labels)):
         if len(set(names)) != len(names):
-            twice = next(n for n in names if list(names).count(n) > 1)
-            raise DataError(f"The {what} {twice!r} occurs more than once: {what}s must be unique.")
+            duplicate = next(n for n in names if list(names).count(n) > 1)
+            raise DataError(f"The {what} {duplicate!r} occurs more than once: {what}s must be unique.")
     if targets.shape != (len(ids), len(labels)):
         raise DataError(f"targets have shape {targets.shape}, expected {(len(ids), len(labels))}.")
     other = first_other_value(targets, (0, 1))

@@ -410,9 +410,9 @@ def _similar_file(root: Path, file: str) -> str:
         names = [entry.name for entry in (root / path.parent).iterdir()]
     except (OSError, ValueError):
         return f"; the folder {root / path.parent} does not exist"
-    alike = [name for name in names if name.casefold() in (path.name.casefold(), path.stem.casefold())]
-    alike += [
+    similar = [name for name in names if name.casefold() in (path.name.casefold(), path.stem.casefold())]
+    similar += [
         name for name in names if PurePosixPath(name).stem.casefold() in (path.name.casefold(), path.stem.casefold())
     ]
-    alike += difflib.get_close_matches(path.name, names[:5000], n=1, cutoff=0.8)
-    return f"; similar: {alike[0]!r}" if alike else ""
+    similar += difflib.get_close_matches(path.name, names[:5000], n=1, cutoff=0.8)
+    return f"; similar: {similar[0]!r}" if similar else ""

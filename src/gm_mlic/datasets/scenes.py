@@ -303,13 +303,13 @@ def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size:
         origin[:, _KIT_SLOTS] = margin + _kit_centers(v[:, :4], relation, d) - extent[:, _KIT_SLOTS] // 2
         fits = _place(origin, extent, label >= 0, dice, image_size)
         for row in np.flatnonzero(~fits):  # rare: keep the kit, redraw the others until they fit
-            again = _streams(seed, split, 4, start + int(row))
+            rng = _streams(seed, split, 4, start + int(row))
             this_row = slice(row, row + 1)
             while not _place(
                 origin[this_row],
                 extent[this_row],
                 label[this_row] >= 0,
-                again.random((1, *dice.shape[1:]), dtype=np.float32),
+                rng.random((1, *dice.shape[1:]), dtype=np.float32),
                 image_size,
             ):
                 pass

@@ -146,8 +146,8 @@ def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
 def _box_counts(dataset: MultiLabelDataset) -> NDArray[np.int64] | None:
     if type(dataset).boxes is MultiLabelDataset.boxes:
         return None
-    found = [boxes.labels.numpy() for boxes in map(dataset.boxes, range(len(dataset))) if boxes is not None]
-    return np.bincount(np.concatenate(found), minlength=len(dataset.labels)).astype(np.int64) if found else None
+    labels = [boxes.labels.numpy() for boxes in map(dataset.boxes, range(len(dataset))) if boxes is not None]
+    return np.bincount(np.concatenate(labels), minlength=len(dataset.labels)).astype(np.int64) if labels else None
 
 
 def unreadable_images(

@@ -74,15 +74,15 @@ class _VOC(MultiLabelDataset):
         columns: list[np.ndarray] = []
         for label in LABELS:
             source = self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt"
-            here, column = _class_file(source)
+            listed, column = _class_file(source)
             if not columns:
-                ids = here
+                ids = listed
                 if len(set(ids)) != len(ids):
-                    twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
-                    raise DataError(f"{source} lists image {twice} twice: extract the archive again.")
-            elif here != ids:
+                    duplicate = next(image_id for image_id in ids if ids.count(image_id) > 1)
+                    raise DataError(f"{source} lists image {duplicate} twice: extract the archive again.")
+            elif listed != ids:
                 first = f"{LABELS[0]}_{image_set}.txt"
-                mismatch = sorted(set(here) ^ set(ids))
+                mismatch = sorted(set(listed) ^ set(ids))
                 what = f"image {mismatch[0]} is only in one of them" if mismatch else "their order differs"
                 raise DataError(f"{source} and {first} list different images ({what}): extract the archive again.")
             columns.append(column)
@@ -123,20 +123,18 @@ class _VOC(MultiLabelDataset):
                 "pixels: correct the annotation or replace the image."
             )
         boxes, labels = [], []
-        for number, thing in enumerate(root.iter("object")):
+        for number, item in enumerate(root.iter("object")):
             where = f"{source}: object number {number}"
-            label = (thing.findtext("name") or "").strip()
+            label = (item.findtext("name") or "").strip()
             if label not in LABELS:
                 raise DataError(f"{where} has name {label!r}, not one of VOC's 20 classes: correct the file.")
-            xmin, ymin, xmax, ymax = (
-                _number(thing, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax")
-            )
+            xmin, ymin, xmax, ymax = (_number(item, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax"))
             if xmax < xmin or ymax < ymin:
                 raise DataError(
                     f"{where} has an invalid box, max < min ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}): correct the file."
                 )
             box = clip_box((xmin - 1, ymin - 1, xmax, ymax), size, f"{where} has a box")
-            if box is not None and (thing.findtext("difficult") or "0").strip() != "1":
+            if box is not None and (item.findtext("difficult") or "0").strip() != "1":
                 boxes.append(box)
                 labels.append(LABELS.index(label))
         return BoxAnnotations(

@@ -143,8 +143,8 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
             raise DataError(f"{path}: {len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
         if len(set(names)) != size:
             seen: set[str] = set()
-            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"{path}: the {what} {twice!r} occurs more than once: {what}s must be unique.")
+            duplicate = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"{path}: the {what} {duplicate!r} occurs more than once: {what}s must be unique.")
     return Table(path, values, difficult, ids, labels)
 
 
