@@ -71,5 +71,5 @@ def test_valid_arrays_are_loaded(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros(1_000_000))
     assert load_arrays(tmp_path / "x.npz")["a"].sum() == 0
     np.save(tmp_path / "x.npy", np.zeros(3))
-    with pytest.raises(ValueError, match=r"numpy\.savez"):
+    with pytest.raises(ValueError, match=r"not an \.npz archive"):
         load_arrays(tmp_path / "x.npy")

@@ -214,7 +214,7 @@ def _existing(path: Path, names: str) -> Path:
             f"`weights` is {str(path)!r}: expected {names}, or a path that ends in .safetensors, .pt or .pth."
         )
     if not path.is_file():
-        raise WeightsError(f"The weights file {path} does not exist: correct `weights`.")
+        raise WeightsError(f"The weights file {path} does not exist: check `weights`.")
     return path
 
 

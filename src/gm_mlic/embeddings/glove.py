@@ -69,7 +69,7 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                 else:
                     other_case.setdefault(word, vector)
     except FileNotFoundError as error:
-        raise DataError(f"The word vectors {path} do not exist: correct `path`.") from error
+        raise DataError(f"The word vectors {path} do not exist: check `path`.") from error
     except (OSError, EOFError) as error:
         raise DataError(f"The word vectors {path} cannot be read ({error}): check the file.") from error
     if not dim:

@@ -36,7 +36,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"The table of label vectors {path} does not exist: correct `path`.")
+        raise DataError(f"The table of label vectors {path} does not exist: check `path`.")
     try:
         names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
     except _UNREADABLE as error:
