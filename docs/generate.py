@@ -143,7 +143,8 @@ def modules(package: Path, name: str) -> list[str]:
 
 
 def _defines(file: Path) -> bool:
-    return any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.parse(file.read_text()).body)
+    defined = [n.name for n in ast.parse(file.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return any(not name.startswith("__") for name in defined)
 
 
 def _dotted(package: Path, file: Path) -> str:
