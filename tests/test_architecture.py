@@ -19,7 +19,7 @@ import gm_mlic.metrics
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gm_mlic"
 #: Modules of no stage; they may be imported from anywhere.
-COMMON = {"_lazy", "_version", "device", "distributed", "errors", "optim", "targets", "safe_load"}
+COMMON = {"_lazy", "_version", "device", "distributed", "errors", "optim", "registry", "safe_load", "targets"}
 #: Packages that every stage may import.
 EVERYWHERE = {"numpy", "torch"}
 FRAMEWORKS = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "wandb"}
