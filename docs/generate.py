@@ -92,8 +92,8 @@ def configuration(root: Path) -> str:
         "# Configuration",
         "Settings are changed on the command line: `gm-mlic train graph.m=8`. They are organized in groups, one per "
         "stage. `gm-mlic train model=mil_max` selects another file of a group. `experiment=`, `ablation=` and `sweep=` "
-        "select files that override keys of several groups. `--config-dir DIR` adds a folder of custom files. All files "
-        "follow.",
+        "select files that override keys of several groups. `--config-dir DIR` adds a folder of custom files. All "
+        "files follow.",
         "## Commands\n\nThe groups and the other settings of each command.",
     ]
     for file in sorted(conf.glob("*.yaml")):
