@@ -86,12 +86,12 @@ def draw_graph(axes: Axes, graph: HeteroData, photo: Image.Image, labels: list[s
     axes.set_xlim(-0.45, 1.6)
     axes.set_ylim(-0.15, 1.2)
     axes.set_title(f"assignment graph: {M} instances, {C} of the {num_labels} labels", fontsize=10)
-    for x, text, colour in (
+    for x, text, color in (
         (-0.35, "spatial (eq. 1)", ORANGE),
         (0.4, "matches (eq. 3)", "#666666"),
         (1.2, "semantic (eq. 2)", BLUE),
     ):
-        axes.text(x, -0.14, text, color=colour, fontsize=9)
+        axes.text(x, -0.14, text, color=color, fontsize=9)
     axes.axis("off")
 
 
@@ -101,10 +101,10 @@ def sign(source: int, target: int) -> int:
 
 
 def arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, bend: float, width: float = 0.8
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, bend: float, width: float = 0.8
 ) -> None:
     """A bent arrow between two points."""
-    style = {"arrowstyle": "-|>", "mutation_scale": 6 + 3 * width, "linewidth": width, "color": colour}
+    style = {"arrowstyle": "-|>", "mutation_scale": 6 + 3 * width, "linewidth": width, "color": color}
     axes.add_patch(FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", shrinkA=3, shrinkB=3, **style))
 
 

@@ -48,7 +48,7 @@ def test_pretrained_models_by_name():
         create_model("gm_mlic_scenes", pretrained=True, widths=(8, 8))
     with pytest.raises(WeightsError, match=r"No weights of 'ml_gcn' come .*: there are some of gm_mlic_scenes"):
         create_model("ml_gcn", pretrained=True, instance_dim=4, num_labels=2, label_dim=3)
-    with pytest.raises(WeightsError, match="no model that gm-mlic export wrote"):
+    with pytest.raises(WeightsError, match="nowhere: no model of gm-mlic to share"):
         create_model("gm_mlic", pretrained="nowhere")
     with pytest.raises(ConfigError, match="Did you mean"):
         create_model("gm_mlic_scene", pretrained=True)

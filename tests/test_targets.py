@@ -29,7 +29,7 @@ from gm_mlic.metrics import (
     precision_recall,
     write_scored_images,
 )
-from gm_mlic.targets import normalise_targets
+from gm_mlic.targets import normalize_targets
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
@@ -149,12 +149,12 @@ def test_the_two_masks(kind: str) -> None:
     targets, mask = np.array([[1, 1, 0], [1, 1, 0]]), voc == 0
     if kind == "tensor":
         voc, targets, mask = (torch.from_numpy(table) for table in (voc, targets, mask))  # type: ignore[assignment]
-    for present, difficult in (normalise_targets(voc, target_format="voc"), normalise_targets(targets, mask)):
+    for present, difficult in (normalize_targets(voc, target_format="voc"), normalize_targets(targets, mask)):
         assert present.tolist() == [[True, False, False], [True, True, False]]
         assert difficult is not None
         assert difficult.tolist() == [[False, True, False], [False, False, True]]
         assert isinstance(present, type(voc))
-    assert normalise_targets(targets)[1] is None
+    assert normalize_targets(targets)[1] is None
 
 
 def bad(value: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -234,11 +234,11 @@ def tell(rows: list[dict]) -> None:
     """The table of README.md, and its picture."""
     figure, axes = plt.subplots(1, len(DIALS), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, (dial, values) in zip(axes, DIALS.items(), strict=True):
-        for model, colour in zip(MODELS, ("#777777", "#c25b00", "#3b7dd8"), strict=True):
+        for model, color in zip(MODELS, ("#777777", "#c25b00", "#3b7dd8"), strict=True):
             points = [of(rows, model, replace(World(), **{dial: value})) for value in values]
             mean = [statistics.mean(p.values()) for p in points]
             spread = [statistics.stdev(p.values()) if len(p) > 1 else 0.0 for p in points]
-            axis.errorbar(values, mean, spread, fmt="o-", capsize=3, color=colour, label=model)
+            axis.errorbar(values, mean, spread, fmt="o-", capsize=3, color=color, label=model)
         axis.set_xlabel(dial)
         axis.set_xticks(values)
         axis.grid(alpha=0.3)

@@ -69,7 +69,7 @@ KINDS = {
     "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
     "spatial": ["gate", "hatch", "comet", "satellite"],
 }
-COLOURS = {"concat": "#c25b00", "product": "#3b7dd8"}
+COLORS = {"concat": "#c25b00", "product": "#3b7dd8"}
 
 
 def main(studies: list[str]) -> None:
@@ -143,7 +143,7 @@ def print_limit() -> None:
 
 def print_ablation(rows: list[dict]) -> None:
     """Mean and spread of each variant, and of its difference from full with the same seed."""
-    for fusion in COLOURS:
+    for fusion in COLORS:
         full = {r["seed"]: r["mAP"] for r in rows if (r["fusion"], r["variant"]) == (fusion, "full")}
         for variant, name in VARIANTS.items():
             group = [r for r in rows if (r["fusion"], r["variant"]) == (fusion, variant)]
@@ -175,13 +175,13 @@ def draw(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
     axes[0, 1].sharey(axes[0, 0])
     for axis, study in zip(axes[0], ("ablation", "candidates"), strict=True):
-        for (number, fusion), (place, variant) in itertools.product(enumerate(COLOURS), enumerate(VARIANTS)):
+        for (number, fusion), (place, variant) in itertools.product(enumerate(COLORS), enumerate(VARIANTS)):
             values = [r["mAP"] for r in rows if (r["study"], r["fusion"], r["variant"]) == (study, fusion, variant)]
             x = place + 0.24 * (number - 0.5)
             label = fusion if place == 0 else None
-            axis.plot([x] * len(values), values, "o", color=COLOURS[fusion], alpha=0.5, label=label)
+            axis.plot([x] * len(values), values, "o", color=COLORS[fusion], alpha=0.5, label=label)
             if values:
-                axis.hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLOURS[fusion])
+                axis.hlines(statistics.mean(values), x - 0.1, x + 0.1, color=COLORS[fusion])
         axis.set_xticks(range(len(VARIANTS)), list(VARIANTS.values()))
         axis.set_title(ABLATIONS[study], fontsize=10)
     axes[0, 0].legend()
@@ -190,7 +190,7 @@ def draw(rows: list[dict], path: Path) -> None:
         x = [value for value, _ in groups]
         mean = [statistics.mean([r["mAP"] for r in group]) for _, group in groups]
         error = [statistics.stdev([r["mAP"] for r in group]) if len(group) > 1 else 0 for _, group in groups]
-        axis.errorbar(x, mean, error, fmt="o-", color=COLOURS["product"], capsize=3)
+        axis.errorbar(x, mean, error, fmt="o-", color=COLORS["product"], capsize=3)
         axis.set_xlabel({"m": "m, instances per image", "k": "k, blocks"}[study])
         axis.set_xticks(x)
     for axis in axes.flat:

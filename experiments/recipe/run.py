@@ -147,14 +147,14 @@ def plot(rows: list[dict]) -> None:
 
     names = [name for name in VARIANTS if any(row["variant"] == name for row in rows)]
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(names) + 1.4), layout="constrained")
-    for key, marker, colour in (
+    for key, marker, color in (
         ("AP_spatial", "^", "#c25b00"),
         ("AP_company", "s", "#3b7dd8"),
         ("mAP", "o", "#111111"),
     ):
         for y, name in enumerate(names):
             values = [row[key] for row in rows if row["variant"] == name]
-            axes.plot(values, [y] * len(values), marker, color=colour, alpha=0.8, label=key if y == 0 else None)
+            axes.plot(values, [y] * len(values), marker, color=color, alpha=0.8, label=key if y == 0 else None)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("test, % (one mark for each seed)")

@@ -8,21 +8,19 @@ from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ArgumentError
 
 
-def resolve_device(accelerator: str) -> str:
-    """The torch device that Lightning's name of an accelerator stands for here, in this process of several."""
-    if not torch.cuda.is_available() or accelerator not in ("auto", "gpu", "cuda"):
+def resolve_device(device: str) -> str:
+    """The torch device that ``auto``, ``cpu``, ``cuda`` or a name of Lightning's accelerators means in this process."""
+    if not torch.cuda.is_available() or device not in ("auto", "gpu", "cuda"):
         return "cpu"
     return f"cuda:{rank_info().local_rank % torch.cuda.device_count()}"
 
 
-def require_device(accelerator: str) -> str:
+def require_device(device: str) -> str:
     """:func:`resolve_device`, but a GPU that is asked for and absent is an error.
 
     Raises:
-        ArgumentError: if a GPU is asked for, and there is none.
+        ArgumentError: if there is no GPU and ``device`` is ``cuda``.
     """
-    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise ArgumentError(
-            "accelerator", f"is {accelerator!r}, but torch finds no GPU: auto takes one where there is one."
-        )
-    return resolve_device(accelerator)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device", "is cuda, but torch finds no GPU: auto uses one where there is one.")
+    return resolve_device(device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
-from gm_mlic.targets import TargetFormat, check_target_format, normalise_targets
+from gm_mlic.targets import TargetFormat, check_target_format, normalize_targets
 
 DIFFICULT_POLICIES = ("positive", "negative", "ignore")
 
@@ -78,7 +78,7 @@ class WeightedBCE(nn.Module):
             raise ArgumentError("logits", f"are of {logits.shape[-1]} labels, label_ratio of {C}.")
         if targets.shape != logits.shape:
             raise ArgumentError("targets", f"have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}.")
-        present, difficult = normalise_targets(
+        present, difficult = normalize_targets(
             targets,
             difficult,
             self.target_format,

@@ -16,7 +16,7 @@ TargetFormat = Literal["binary", "voc"]
 Table = TypeVar("Table", Tensor, np.ndarray)
 
 
-def normalise_targets(
+def normalize_targets(
     targets: Table,
     difficult: Table | None = None,
     target_format: TargetFormat = "binary",

@@ -98,7 +98,7 @@ RULES: Mapping[str, Rule] = {
     "dataset.mirror": or_null(
         (lambda v: is_text(v) and v.startswith(("http://", "https://")), "an address, as http://HOST/FOLDER")
     ),
-    "dataset.unlabelled": one_of("drop", "keep"),
+    "dataset.unlabeled": one_of("drop", "keep"),
     "dataset.label_order": one_of("name", "id"),
     "dataset.annotations": (
         lambda v: is_text(v) or _are_named_texts(v),

@@ -226,7 +226,7 @@ def test_weights_of_the_detector_that_are_none(photos: Path, capsys: pytest.Capt
 
 def test_a_detector_trained_on_photos_is_used_by_train(photos: Path):
     small = ["dataset=coco2014", f"dataset.root={photos}", "dataset.val_fraction=0.3", "detector=scenes_tiny"]
-    out = ["detector.min_size=32", "epochs=1", "accelerator=cpu", "out=mine.safetensors", "run_dir=detector"]
+    out = ["detector.min_size=32", "epochs=1", "device=cpu", "out=mine.safetensors", "run_dir=detector"]
     assert run(["train-detector", *small, *out]) == 0
     assert train(photos, "detector.weights=mine.safetensors") == 0
     assert result()["detector"]["name"] == "scenes_tiny"

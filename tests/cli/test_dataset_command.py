@@ -154,7 +154,7 @@ def test_a_detector_learns_from_own_boxes(photos: Path):
     ]
     (photos / "labels.jsonl").write_text("\n".join(lines))
     small = ["dataset.annotations=labels.jsonl", "detector=scenes_tiny", "detector.min_size=32", "epochs=1",
-             "accelerator=cpu", "out=mine.safetensors"]  # fmt: skip
+             "device=cpu", "out=mine.safetensors"]  # fmt: skip
     assert own("train-detector", photos, *small) == 0
     assert json.loads(Path("mine.json").read_text())["labels"] == LABELS
 

@@ -51,7 +51,7 @@ def test_cfg(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([command, "--cfg", "job"]) == 0
     own = {
         "runs": "folders:", "report": "folders:", "plan": "devices:", "dashboard": "project:", "serve": "port:",
-        "export": "licence:",
+        "export": "license:",
     }  # fmt: skip
     assert own.get(command, "run_dir:") in capsys.readouterr().out
 

@@ -172,7 +172,7 @@ def test_files_patterns_and_lists(photos: Path):
         (["images=photos/a.png", "run_dir=photos/a.png"], "photos/a.png: there is a file of this name"),
         (["images=photos", "top=0"], "top=0: expected a whole number"),
         pytest.param(
-            ["images=photos", "accelerator=gpu"], "accelerator is 'gpu', but torch finds no GPU",
+            ["images=photos", "device=cuda"], "device is cuda, but torch finds no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
         (["images=photos", "threshold=2"], "threshold=2: expected a number"),

@@ -84,8 +84,8 @@ def test_test_split_is_val2014(root: Path) -> None:
     assert abs(image.getpixel((20, 15))[0] - 502 % 256) < 4
 
 
-def test_unlabelled_images_can_be_kept(root: Path) -> None:
-    data = COCO2014(root, "test", unlabelled="keep")
+def test_unlabeled_images_can_be_kept(root: Path) -> None:
+    data = COCO2014(root, "test", unlabeled="keep")
     assert data.ids == ("500", "501", "502", "503")
     assert data.targets[1].tolist() == [0, 0, 0]
     assert data.boxes(1).boxes.shape == (0, 4)
@@ -187,7 +187,7 @@ def twice(kind: str, **change: object) -> Callable[[Content], None]:
         (lambda content: content.update(images={}), "no list 'images'"),
         (lambda content: content["images"].append(3), "no object"),
         (lambda content: content.update(images=[], annotations=[]), "no images"),
-        (lambda content: content.update(annotations=[]), "no images"),  # none is left with unlabelled="drop"
+        (lambda content: content.update(annotations=[]), "no images"),  # none is left with unlabeled="drop"
         (lambda content: content.update(categories=[], annotations=[]), "no images"),
     ],
 )
@@ -240,7 +240,7 @@ def test_photos_that_cannot_be_used(root: Path) -> None:
 
 
 def test_unknown_settings(root: Path) -> None:
-    for key, value in (("split", "trainval"), ("unlabelled", "yes"), ("label_order", "random"), ("val_fraction", 1.0)):
+    for key, value in (("split", "trainval"), ("unlabeled", "yes"), ("label_order", "random"), ("val_fraction", 1.0)):
         assert refused(root, ConfigError, **{key: value}).startswith(f"{key} is ")
 
 
@@ -250,7 +250,7 @@ def test_unknown_settings(root: Path) -> None:
 @pytest.mark.shared
 def test_coco_mini(shared_data: Path) -> None:
     root = shared_data / "coco-mini"
-    kept = [COCO2014(root, split, unlabelled="keep") for split in ("train", "val", "test")]
+    kept = [COCO2014(root, split, unlabeled="keep") for split in ("train", "val", "test")]
     assert [len(data) for data in kept] == [232, 26, 82]
     labelled = COCO2014(root, "train", val_fraction=0)
     assert len(labelled) == 255
@@ -277,7 +277,7 @@ def test_coco_mini_against_pycocotools(shared_data: Path, capsys: pytest.Capture
     coco = pytest.importorskip("pycocotools.coco").COCO(
         str(shared_data / "coco-mini" / "annotations" / "instances_val2014.json")
     )
-    data = COCO2014(shared_data / "coco-mini", "test", unlabelled="keep")
+    data = COCO2014(shared_data / "coco-mini", "test", unlabeled="keep")
     assert [int(key) for key in data.ids] == sorted(coco.getImgIds())
     names = {entry["id"]: entry["name"] for entry in coco.loadCats(coco.getCatIds())}
     for row, key in enumerate(data.ids):

@@ -345,7 +345,7 @@ def test_coco_mini_as_own_photos(shared_data: Path):
     root = shared_data / "coco-mini"
     files = {split: f"annotations/instances_{split}2014.json" for split in ("train", "val")}
     ours = CustomDataset(root / "val2014", "val", annotations={s: root / f for s, f in files.items()}, missing="drop")
-    theirs = COCO2014(root, "test", unlabelled="keep")
+    theirs = COCO2014(root, "test", unlabeled="keep")
     assert ours.labels == theirs.labels
     np.testing.assert_array_equal(ours.targets, theirs.targets)
     assert ours.image(5).tobytes() == theirs.image(5).tobytes()

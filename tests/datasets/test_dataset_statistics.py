@@ -61,7 +61,7 @@ def test_against_loops(rows: list[list[int]]):
                 assert np.isnan(found.conditional[a, b])
     counts = [sum(value == 1 for value in row) for row in rows]
     assert found.per_image.tolist() == [counts.count(k) for k in range(max(counts) + 1)]
-    assert found.unlabelled == counts.count(0)
+    assert found.unlabeled == counts.count(0)
     assert found.labels_per_image == pytest.approx(sum(counts) / n)
 
     pairs = found.strongest(count=100, support=2)
@@ -119,7 +119,7 @@ def test_the_full_label_files(shared_data: Path):
         targets = np.where(np.unpackbits(coco["train"], axis=1)[:, :80] == 1, 1, -1)
         found = statistics(Made(targets, coco["labels"].tolist()))
     assert found.positives[found.labels.index("person")] == 45174
-    assert found.unlabelled == 0
+    assert found.unlabeled == 0
     assert round(found.labels_per_image, 2) == 2.94
 
 

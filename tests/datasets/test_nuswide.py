@@ -79,7 +79,7 @@ def test_photos_that_left_flickr_are_left_out_by_name(root: Path, caplog: pytest
 
 
 def test_images_without_any_concept(root: Path) -> None:
-    everything, labelled = (NUSWIDE(root, "train", unlabelled=policy) for policy in ("keep", "drop"))
+    everything, labelled = (NUSWIDE(root, "train", unlabeled=policy) for policy in ("keep", "drop"))
     empty = ~(everything.targets == 1).any(axis=1)
     assert empty.any()
     assert len(labelled) == len(everything) - empty.sum()
@@ -87,8 +87,8 @@ def test_images_without_any_concept(root: Path) -> None:
     for label in CONCEPTS:
         spoil(root, f"TrainTestLabels/Labels_{label}_Test.txt", "0\n" * 6)
     assert len(NUSWIDE(root, "test")) == 6
-    with pytest.raises(DataError, match=r"`unlabelled=\'keep\'`"):
-        NUSWIDE(root, "test", unlabelled="drop")
+    with pytest.raises(DataError, match=r"`unlabeled=\'keep\'`"):
+        NUSWIDE(root, "test", unlabeled="drop")
 
 
 def spoil(root: Path, file: str, text: str) -> None:
@@ -125,7 +125,7 @@ def test_missing_lists_say_what_to_get(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"split": "dev"}, "train, val, test"),
-        ({"unlabelled": "maybe"}, "keep, drop"),
+        ({"unlabeled": "maybe"}, "keep, drop"),
         ({"val_fraction": -0.1}, "share in"),
         ({"split": "val", "val_fraction": 0}, "leaves none"),
         ({"download": True}, "put the photos, which their authors hand out on request, in Flickr/"),

@@ -107,7 +107,7 @@ def test_best_map_is_rank_ap(test_split: Scenes) -> None:
     assert test_split.best_map() == pytest.approx(100 * sum(aps) / len(aps), abs=1e-9)
 
 
-def test_more_company_pairs_lower_the_limit() -> None:
+def test_more_context_pairs_lower_the_limit() -> None:
     limits = [Scenes("test", context_pairs=pairs).best_map() for pairs in range(5)]
     assert limits[0] == 100.0
     assert all(a > b for a, b in itertools.pairwise(limits))
@@ -241,7 +241,7 @@ def test_crowded_scenes_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_glyphs_are_where_the_boxes_say() -> None:
-    # The colour in the middle band of each box's glyph is nearest to that of its look: boxes and pixels agree.
+    # The color in the middle band of each box's glyph is nearest to that of its look: boxes and pixels agree.
     scenes = Scenes("train", size=150, hard_fraction=0.0)
     looks = {look.name: look for look in module._LOOKS}
     names = list(dict.fromkeys(o.look for i in range(150) for o in scenes.explain(i)))
@@ -253,8 +253,8 @@ def test_glyphs_are_where_the_boxes_say() -> None:
         for o in scenes.explain(i):
             x1, y1, x2, y2 = o.box
             fill = module._stencil(module._LOOKS.index(looks[o.look]), x2 - x1, y2 - y1)[1] == 16
-            colour = picture[y1:y2, x1:x2][fill].mean(axis=0)
-            right.append(min(names, key=lambda n: np.abs(colour - looks[n].colour).sum()) == o.look)
+            color = picture[y1:y2, x1:x2][fill].mean(axis=0)
+            right.append(min(names, key=lambda n: np.abs(color - looks[n].color).sum()) == o.look)
     assert np.mean(right) > 0.9
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gm_mlic.reporting.annotated_images import COLOURS, _places, annotated, judged_labels, picture_grid
+from gm_mlic.reporting.annotated_images import COLORS, _places, annotated, judged_labels, picture_grid
 
 LABELS = ("cat", "dog", "bird", "fish")
 
@@ -57,7 +57,7 @@ def test_dollar_signs_are_no_formula(tmp_path: Path):
     picture_grid(tmp_path / "x.png", [(Image.new("RGB", (60, 40)), found)], "one")
 
 
-def test_the_picture_has_the_colours_of_what_it_shows(tmp_path: Path):
+def test_the_picture_has_the_colors_of_what_it_shows(tmp_path: Path):
     image = Image.new("RGB", (60, 40), (128, 128, 128))
     box = np.array([[0.1, 0.1, 0.9, 0.9]])
     panel = (
@@ -67,5 +67,5 @@ def test_the_picture_has_the_colours_of_what_it_shows(tmp_path: Path):
     path = tmp_path / "new" / "x.png"
     picture_grid(path, [panel, (image, [])], "two", columns=4)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
-    green = tuple(int(COLOURS["right"][i : i + 2], 16) for i in (1, 3, 5))
+    green = tuple(int(COLORS["right"][i : i + 2], 16) for i in (1, 3, 5))
     assert (pixels == green).all(axis=1).any()

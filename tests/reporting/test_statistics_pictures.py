@@ -69,7 +69,7 @@ def test_the_overview_says_what_was_not_looked_at():
     one = made(["cat", "dog"])
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in text(overview_table([one])).splitlines() if "│" in line}  # noqa: E501  # fmt: skip
     assert rows["images"] == "60"
-    assert rows["images without label"] == str(one.unlabelled)
+    assert rows["images without label"] == str(one.unlabeled)
     assert rows["boxes"] == "none"
     assert rows["unreadable images"] == "check=true"
     assert "unreadable images       │     1" in text(overview_table([one], {"train": {"7": "empty"}}))

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-W", "ignore", "-m", "gm_mlic", "serve", "port=0"]
-    command += [f"checkpoint={folder}/run/checkpoints/best.ckpt", "accelerator=cpu"]
+    command += [f"checkpoint={folder}/run/checkpoints/best.ckpt", "device=cpu"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
     assert server.stdout is not None
     line = server.stdout.readline()

@@ -1,4 +1,4 @@
-"""A detector that is quick: cells of a grid, and their colours."""
+"""A detector that is quick: cells of a grid, and their colors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gm_mlic.detection import Instances
 
 
 class GridExtractor:
-    """Cuts an image into a 3 x 3 grid; a cell's feature is its mean and extreme colours."""
+    """Cuts an image into a 3 x 3 grid; a cell's feature is its mean and extreme colors."""
 
     name = "grid"
     labels = ("cell",)

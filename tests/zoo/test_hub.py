@@ -60,7 +60,7 @@ def export(python: Command, checkpoint: Path, tmp_path: Path) -> Command:
     """Runs ``gm-mlic export`` of a checkpoint with settings and environment."""
 
     def run(*settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["export", f"checkpoint={checkpoint}", f"to={tmp_path}/out", *settings]
+        arguments = ["export", f"checkpoint={checkpoint}", f"out={tmp_path}/out", *settings]
         return python("-m", "gm_mlic", *arguments, **environment)
 
     return run
@@ -95,7 +95,7 @@ def test_to_the_hub_and_back(
     assert "no such folder, and the hub gave none" in stranger.stdout  # private
 
     (tmp_path / "out" / "notes.txt").write_text("mine")  # what else lies there is nobody's business
-    again = export("push=me/pushed", "licence=mit", HF_TOKEN=TOKEN)
+    again = export("push=me/pushed", "license=mit", HF_TOKEN=TOKEN)
     assert again.returncode == 0, again.stderr
     assert pushed.commits == 2
     assert b"license: mit" in pushed.files["README.md"].replace(b'"', b"")

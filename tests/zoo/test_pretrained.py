@@ -131,7 +131,7 @@ def test_the_model_card(saved: Path):
 
 
 def test_the_card_stays_with_the_model(saved: Path, tmp_path: Path):
-    """Who fetched a model and passes it on, passes on whose data it saw and under what licence."""
+    """Who fetched a model and passes it on, passes on whose data it saw and under what license."""
     again = Predictor.from_pretrained(saved).save_pretrained(tmp_path / "again" / "model")
     assert (again / "README.md").read_text() == (saved / "README.md").read_text()
     assert (again / "config.json").read_text() == (saved / "config.json").read_text()
@@ -172,7 +172,7 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
     refused("not the config", labels=config["labels"][:-1])
     refused("not the config", model="gm_mlic")
     refused("not the config", surplus=1)
-    for card in ("x", {"surplus": 1}, {"sizes": {"train": "many"}}, {"metrics": [1]}, {"licence": 3}):
+    for card in ("x", {"surplus": 1}, {"sizes": {"train": "many"}}, {"metrics": [1]}, {"license": 3}):
         refused("not the config", card=card)
     refused("cannot be built", model={**config["model"], "name": "os.system"})
     refused("cannot be built", model={**config["model"], "widths": "x"})

@@ -30,7 +30,7 @@ _MEMORY_SHARE = 0.7
 def bench(config: DictConfig) -> dict[str, Any]:
     """Measure as ``config.bench`` says; returns what ``results.json`` holds."""
     settings = section(config, "bench")
-    device = resolve_device(config.accelerator)
+    device = resolve_device(config.device)
     machine = describe_machine(device)
     limit = int(_MEMORY_SHARE * machine["memory"])
     start = replace(
@@ -74,7 +74,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     if settings["shares"]:
         log.info("from a photo to its labels")
         detector = build.build_detector(
-            OmegaConf.create({"detector": config.detector, "trainer": {"accelerator": config.accelerator}})
+            OmegaConf.create({"detector": config.detector, "trainer": {"accelerator": config.device}})
         )
         images = [torch.rand(3, 375, 500) for _ in range(4)]
         content["shares"] = shares(detector, images, start, device)

@@ -230,7 +230,7 @@ def train_detector(config: DictConfig) -> None:
         weights=config.detector.weights,
         min_size=config.detector.min_size,
         max_size=config.detector.get("max_size"),
-        device=resolve_device(config.accelerator),
+        device=resolve_device(config.device),
         command=" ".join(sys.argv),
         **settings,
     )
@@ -396,7 +396,7 @@ _EXPLAINS = {"--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion
 _MULTIRUN = {"-m", "--multirun"}
 
 #: Settings that name files, folders or labels.
-_NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", "run_dir", "to"}
+_NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", "run_dir", "out"}
 
 #: Commands whose nameless arguments are folders.
 _FOLDERS = {"runs", "report"}

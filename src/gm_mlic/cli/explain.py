@@ -28,7 +28,7 @@ def explain_photo(config: DictConfig) -> Path:
         UnreadableImage: if the photo cannot be read.
         ConfigError: if there is no such label, or the model has no graph.
     """
-    predictor = Predictor.load(config.checkpoint, require_device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, require_device(config.device))
     photo = read_image(config.image)
     found = explain(predictor, photo, config.label)
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")

@@ -36,14 +36,14 @@ def export(config: DictConfig) -> Path:
         predictor = for_labels(predictor, config)
     if config.format == "pretrained":
         card = card_of(Path(config.checkpoint), predictor.card)
-        card = card if config.licence is None else replace(card, licence=config.licence)
-        folder = predictor.save_pretrained(Path(config.to), card)
+        card = card if config.license is None else replace(card, license=config.license)
+        folder = predictor.save_pretrained(Path(config.out), card)
         names = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file()))
         print(f"{folder}: {names}")
         if config.push is not None:
             print(f"on the hub: {push(folder, config.push, private=config.private)}")
         return folder
-    path = Path(config.to)
+    path = Path(config.out)
     if path.suffix != SUFFIXES[config.format]:
         path = path.with_name(path.name + SUFFIXES[config.format])
     log.info("Writing %s and comparing it with the model; this can take a minute.", path)

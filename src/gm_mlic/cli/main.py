@@ -60,7 +60,7 @@ examples:
   gm-mlic report runs/multirun/DATE
   gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
   gm-mlic predict checkpoint=runs/NAME/checkpoints/best.ckpt images=PHOTOS
-  gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt to=my-model
+  gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt out=my-model
   gm-mlic eval scores=scores.csv targets=targets.csv
 
 gm-mlic COMMAND --help tells what a command does and which settings it has.
@@ -98,7 +98,7 @@ def run(argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     prepare_process()
     before = _handle_sigterm()
-    # Of several processes of a run, the first speaks; but each has its own errors.
+    # Only rank 0 prints; but each process reports its own errors.
     rank = rank_info().rank
     speaker = f"gm-mlic: process {rank}" if rank else "gm-mlic"
     try:

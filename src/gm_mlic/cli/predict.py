@@ -49,7 +49,7 @@ def predict(config: DictConfig) -> dict[str, str]:
         WeightsError: for a checkpoint that cannot be used.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
-    device = require_device(config.accelerator)
+    device = require_device(config.device)
     moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
     predictor = Predictor.load(config.checkpoint, device, **moved)
     if config.labels is not None:

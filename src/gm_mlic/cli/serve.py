@@ -26,7 +26,7 @@ def serve(config: DictConfig) -> None:
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
     embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
-    predictor = Predictor.load(config.checkpoint, require_device(config.accelerator))
+    predictor = Predictor.load(config.checkpoint, require_device(config.device))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

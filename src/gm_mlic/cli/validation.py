@@ -23,7 +23,7 @@ def _is_address(value: Any) -> bool:
 
 RULES: Mapping[str, Rule] = {
     **validation.RULES,
-    "accelerator": one_of("auto", "cpu", "gpu", "cuda", "mps"),
+    "device": one_of("auto", "cpu", "cuda"),
     "devices": whole(1),
     "epochs": whole(1),
     "batch_size": whole(1),
@@ -64,13 +64,13 @@ RULES: Mapping[str, Rule] = {
     "threshold": number(0, 1),
     "labels": or_null((lambda v: is_text(v) or (are_texts(v) and len(v) > 0), "names, as [cat,zebra crossing]")),
     "pictures": YES_NO,
-    "to": TEXT,
+    "out": or_null(TEXT),
     "format": one_of("pretrained", "torch", "onnx"),
     "part": one_of("network", "detector", "all"),
     "size": or_null(
         (lambda v: isinstance(v, list) and len(v) == 2 and all(is_whole(n) and n >= 32 for n in v), "[HEIGHT,WIDTH]")
     ),
-    "licence": or_null(TEXT),
+    "license": or_null(TEXT),
     "push": or_null((lambda v: isinstance(v, str) and v.count("/") == 1, "USER/NAME")),
     "private": YES_NO,
     "calibrate": YES_NO,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from gm_mlic.errors import DataError
-from gm_mlic.targets import first_other_value, normalise_targets
+from gm_mlic.targets import first_other_value, normalize_targets
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.
     Raises:
         DataError: for other targets.
     """
-    present, _ = normalise_targets(targets, difficult)
+    present, _ = normalize_targets(targets, difficult)
     return np.asarray(present.mean(axis=0), dtype=np.float64)
 
 

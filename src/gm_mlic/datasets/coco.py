@@ -59,7 +59,7 @@ class COCO2014(MultiLabelDataset):
     val2014      40,137                    40,504         80
     ============ ========================= ============== ==========
 
-    The default ``unlabelled="drop"`` gives the literature's 82,081 and 40,137.
+    The default ``unlabeled="drop"`` gives the literature's 82,081 and 40,137.
 
     A label is present if any annotation of the image has its category, crowd regions (``iscrowd=1``) included, as in
     ML-GCN's label files. :meth:`boxes` leaves out crowd regions, which do not outline one object, and boxes without
@@ -71,7 +71,7 @@ class COCO2014(MultiLabelDataset):
         split: ``train``, ``val`` or ``test``.
         val_fraction: share of ``train2014`` held out as ``val``, in [0, 1).
         seed: of the permutation that holds it out.
-        unlabelled: ``drop`` or ``keep`` images without any annotation.
+        unlabeled: ``drop`` or ``keep`` images without any annotation.
         label_order: columns by ``name`` (alphabetical, as label embeddings are distributed) or by category ``id``.
         download: fetch what is missing for this split from the official server (13 GB for train2014, 6 GB for val2014,
             0.25 GB of annotations), and check it.
@@ -91,13 +91,13 @@ class COCO2014(MultiLabelDataset):
         split: str = "train",
         val_fraction: float = 0.1,
         seed: int = 0,
-        unlabelled: Literal["drop", "keep"] = "drop",
+        unlabeled: Literal["drop", "keep"] = "drop",
         label_order: Literal["name", "id"] = "name",
         download: bool = False,
         mirror: str | None = None,
     ) -> None:
         for key, value, allowed in (
-            ("unlabelled", unlabelled, ("drop", "keep")),
+            ("unlabeled", unlabeled, ("drop", "keep")),
             ("label_order", label_order, ("name", "id")),
         ):
             if value not in allowed:
@@ -118,7 +118,7 @@ class COCO2014(MultiLabelDataset):
                 )
 
         labels, photos = parse(load(source), source, label_order)
-        chosen = [photos[i] for i in sorted(photos) if unlabelled == "keep" or photos[i].labels]
+        chosen = [photos[i] for i in sorted(photos) if unlabeled == "keep" or photos[i].labels]
         chosen = [chosen[row] for row in rows_of(split, len(chosen), val_fraction, seed)]
         _check_files(chosen, self.folder, source)
 

@@ -52,7 +52,7 @@ class NUSWIDE(MultiLabelDataset):
         split: ``train``, ``val`` or ``test``.
         val_fraction: share of the training list held out as ``val``, in [0, 1).
         seed: of the permutation that holds it out.
-        unlabelled: ``keep`` (the literature's 161,789 and 107,859) or ``drop`` images with none of the 81 concepts.
+        unlabeled: ``keep`` (the literature's 161,789 and 107,859) or ``drop`` images with none of the 81 concepts.
         download: only says what to get by hand; NUS-WIDE cannot be fetched by a program.
 
     Attributes:
@@ -72,12 +72,12 @@ class NUSWIDE(MultiLabelDataset):
         split: str = "train",
         val_fraction: float = 0.1,
         seed: int = 0,
-        unlabelled: Literal["keep", "drop"] = "keep",
+        unlabeled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:
         check_split(split, val_fraction)
-        if unlabelled not in ("keep", "drop"):
-            raise ArgumentError("unlabelled", f"is {unlabelled!r}: choose one of keep, drop.")
+        if unlabeled not in ("keep", "drop"):
+            raise ArgumentError("unlabeled", f"is {unlabeled!r}: choose one of keep, drop.")
         if download:
             raise ConfigError(f"`download=True`: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
@@ -95,10 +95,10 @@ class NUSWIDE(MultiLabelDataset):
         present = np.stack([self._label_file(label, part, len(names), source) for label in self.labels], axis=1)
 
         rows = rows_of(split, len(names), val_fraction, seed)
-        if unlabelled == "drop":
+        if unlabeled == "drop":
             rows = rows[present[rows].any(axis=1)]
             if not rows.size:
-                raise DataError(f"No image of {source} in split {split!r} has a concept: set `unlabelled='keep'`.")
+                raise DataError(f"No image of {source} in split {split!r} has a concept: set `unlabeled='keep'`.")
         places = self._find([names[row] for row in rows])
         present_rows = [n for n, place in enumerate(places) if place is not None]
         self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)

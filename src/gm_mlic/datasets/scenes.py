@@ -106,11 +106,11 @@ _hexagon = _polygon((-500, -1000), (500, -1000), (1000, 0), (500, 1000), (-500, 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a glyph looks like: its name, shape, colour, and width and height in per cent of its size."""
+    """What a glyph looks like: its name, shape, color, and width and height in per cent of its size."""
 
     name: str
     shape: Callable[[Array, Array], Array]
-    colour: tuple[int, int, int]
+    color: tuple[int, int, int]
     width: int = 100
     height: int = 100
 
@@ -199,7 +199,7 @@ class _Layout:
     """N scenes of up to 8 objects: slots 0 and 1 the kit (anchor, twin), 2 to 6 the singles, 7 the lone anchor.
 
     ``label`` (N, 8) int8, -1 where a slot is empty; ``origin`` and ``extent`` (N, 8, 2) int16 as (x, y) and
-    (width, height); ``kind`` (N, 8): plain, small or occluded; ``style`` (N, 8, 6) uint8: dice for colour and patch.
+    (width, height); ``kind`` (N, 8): plain, small or occluded; ``style`` (N, 8, 6) uint8: dice for color and patch.
     """
 
     theme: Array
@@ -496,7 +496,7 @@ class Scenes(MultiLabelDataset):
     def _draw(self, i: int) -> NDArray[np.uint8]:
         size, scene = self.image_size, self._layout
         rng = _streams(self.seed, self.split, 5, i)
-        # A calm ground: one tone, slow colour drifts, a finer grey grain; then pixel noise over everything.
+        # A calm ground: one tone, slow color drifts, a finer grey grain; then pixel noise over everything.
         tone = rng.integers(105, 176)
         canvas = (
             _smooth(tone + rng.integers(-26, 27, (3, 4, 4)), size) + _smooth(rng.integers(0, 29, (21, 21)), size) - 14
@@ -505,10 +505,10 @@ class Scenes(MultiLabelDataset):
             (x, y), (w, h) = scene.origin[i, slot].tolist(), scene.extent[i, slot].tolist()
             look, style = int(self._look_of[scene.label[i, slot]]), scene.style[i, slot].astype(np.int32)
             covered, fill = _stencil(look, w, h)
-            colour = (np.array(_LOOKS[look].colour) + style[:3] % 37 - 18)[:, None, None]
+            color = (np.array(_LOOKS[look].color) + style[:3] % 37 - 18)[:, None, None]
             patch = canvas[:, y : y + h, x : x + w]
-            # The outline is the same colour at 45 % of its brightness.
-            patch[:] = (patch * (16 - covered) + colour * fill + colour * 45 // 100 * (covered - fill)) // 16
+            # The outline is the same color at 45 % of its brightness.
+            patch[:] = (patch * (16 - covered) + color * fill + color * 45 // 100 * (covered - fill)) // 16
             if scene.kind[i, slot] == _IS_OCCLUDED:
                 _occlude(canvas, (x, y, w, h), covered, style)
         canvas += rng.integers(0, 27, canvas.shape, dtype=np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gm_mlic.errors import ArgumentError
-from gm_mlic.targets import normalise_targets
+from gm_mlic.targets import normalize_targets
 
 SPLITS = ("train", "val", "test")
 
@@ -67,7 +67,7 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         (N,) bool, True for held-out rows: ``round(fraction * N)`` of them, at least one for a fraction above 0.
     """
     rng = np.random.default_rng(seed)
-    present, _ = normalise_targets(targets)
+    present, _ = normalize_targets(targets)
     N = len(present)
     wanted_rows = max(1, round(fraction * N)) if fraction and N else 0
     wanted = fraction * present.sum(axis=0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.errors import DataError
-from gm_mlic.targets import normalise_targets
+from gm_mlic.targets import normalize_targets
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class DatasetStatistics:
         return float(self.positives.sum() / self.images)
 
     @property
-    def unlabelled(self) -> int:
+    def unlabeled(self) -> int:
         """Images without any label."""
         return int(self.per_image[0])
 
@@ -106,7 +106,7 @@ class DatasetStatistics:
             "name": self.name,
             "split": self.split,
             "images": self.images,
-            "unlabelled": self.unlabelled,
+            "unlabeled": self.unlabeled,
             "labels_per_image": self.labels_per_image,
             "images_with_n_labels": self.per_image.tolist(),
             "missing": list(self.missing),
@@ -125,7 +125,7 @@ class DatasetStatistics:
 
 def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
     """Count what is in a split; no image is decoded."""
-    present, difficult = normalise_targets(np.asarray(dataset.targets), dataset.difficult)
+    present, difficult = normalize_targets(np.asarray(dataset.targets), dataset.difficult)
     # float32 counts exactly up to 2^24 images, and multiplies far faster than integers do.
     ones = present.astype(np.float32 if len(present) < 2**24 else np.float64)
     return DatasetStatistics(

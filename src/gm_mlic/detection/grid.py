@@ -38,7 +38,7 @@ class GridExtractor(nn.Module):
         grid_size: G, the cells along each side, at most H and W.
         size: S, to which images are resized, in pixels.
         name: short name, fit for a folder name.
-        image_mean, image_std: of each colour, by which images are normalised.
+        image_mean, image_std: of each color, by which images are normalised.
         trainable: what receives gradients when called with gradients enabled: ``none``, or ``all`` of the body.
 
     Shape:
@@ -79,8 +79,8 @@ class GridExtractor(nn.Module):
         self._mean: Tensor
         self._std: Tensor
         self._boxes: Tensor
-        for key, colours in (("_mean", image_mean), ("_std", image_std)):
-            self.register_buffer(key, torch.tensor(colours)[:, None, None], persistent=False)
+        for key, colors in (("_mean", image_mean), ("_std", image_std)):
+            self.register_buffer(key, torch.tensor(colors)[:, None, None], persistent=False)
         row, column = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         corner = torch.stack([column, row], dim=-1).view(-1, 2)
         self.register_buffer("_boxes", torch.cat([corner, corner + 1], dim=1) / grid_size, persistent=False)

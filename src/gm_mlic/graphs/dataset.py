@@ -16,7 +16,7 @@ from gm_mlic.errors import ArgumentError, StoreError
 from gm_mlic.graphs.assignment import AssignmentGraph
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
-from gm_mlic.targets import normalise_targets
+from gm_mlic.targets import normalize_targets
 
 
 class InstanceArrays(Protocol):
@@ -57,7 +57,7 @@ class _StoreGraphs:
             raise StoreError(
                 f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
             )
-        normalise_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
+        normalize_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
             raise ArgumentError("augment", "needs a store with augmented views: extract again with some.")
         self.store = store

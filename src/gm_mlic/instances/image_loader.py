@@ -1,4 +1,4 @@
-"""Decode images ahead of the detector; also those that take the process that decodes them down with it."""
+"""Prefetch and decode images, and survive images that crash the process that decodes them."""
 
 from __future__ import annotations
 

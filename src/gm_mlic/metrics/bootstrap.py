@@ -21,7 +21,7 @@ from gm_mlic.metrics.functional import (
     ranking,
     tie_ends,
 )
-from gm_mlic.targets import TargetFormat, normalise_targets
+from gm_mlic.targets import TargetFormat, normalize_targets
 
 Array = np.ndarray[Any, Any]
 
@@ -74,7 +74,7 @@ def bootstrap_map(
         resamples: B.
         seed: of the draws. The first resamples of a larger B are those of a smaller.
         progress: called with the number of resamples done since the last call.
-        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (models, M, B) float64 in per cent; NaN where no label has a positive.
@@ -89,7 +89,7 @@ def bootstrap_map(
         raise DataError("There is nothing to evaluate: no scores were given.")
     for table in scores:
         check_scores(table, targets)
-    present, difficult = normalise_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
+    present, difficult = normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
     # Without difficult labels, all ways to count them are one.
     any_difficult = difficult is not None and bool(difficult.any())
     wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]

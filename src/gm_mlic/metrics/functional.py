@@ -1,7 +1,7 @@
 """The numbers themselves, as pure functions of scores (N, C) and targets (N, C).
 
 Targets are in {0, 1}, of bool, integers or floats, with an optional mask ``difficult`` (N, C) bool; or, with
-``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalise_targets`.
+``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalize_targets`.
 
 All are fractions in [0, 1], float64, on the scores' device; no input is changed. The counting is done by numpy on the
 CPU, a few labels (AP) or a few thousand images (precision, recall) at a time, on ``torch.get_num_threads()`` threads:
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
-from gm_mlic.targets import TargetFormat, normalise_targets
+from gm_mlic.targets import TargetFormat, normalize_targets
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -42,9 +42,9 @@ def checked_targets(
     allow_all_present: bool,
     num_labels: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalise_targets`) of tables that fit each other."""
+    """``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalize_targets`) of tables that fit each other."""
     check_scores(scores, targets, num_labels)
-    return normalise_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
+    return normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
 
 
 def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None) -> None:
@@ -96,7 +96,7 @@ def average_precision(
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         ap: which rule.
         difficult_ap: what a difficult pair of image and label is: left out, a negative or a positive.
-        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (C,) float64 in [0, 1]; NaN for a label without a positive.
@@ -268,7 +268,7 @@ def precision_recall(
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         convention: its options for F1.
         top: allow only the labels among the ``top`` highest scores of each image.
-        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Raises:
         ArgumentError: if the convention has thresholds for another number of labels.

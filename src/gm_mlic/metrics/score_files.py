@@ -15,7 +15,7 @@ from torch import Tensor
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.functional import check_scores
 from gm_mlic.safe_load import load_arrays, load_tensors
-from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalise_targets
+from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalize_targets
 
 #: Headers under which the first column of a CSV file holds image ids even where they are numbers.
 _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")
@@ -103,7 +103,7 @@ def write_scored_images(
         labels: the C names.
         difficult: (N, C) bool, or None.
     """
-    present, difficult = normalise_targets(targets, difficult)
+    present, difficult = normalize_targets(targets, difficult)
     masks: dict[str, Any] = {} if difficult is None else {"difficult": difficult.cpu().numpy()}
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
@@ -254,7 +254,7 @@ _READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".c
 def _masks(table: Table, target_format: TargetFormat, allow_all_present: bool) -> tuple[Tensor, Tensor | None]:
     """``present`` and ``difficult`` of a file of targets."""
     try:
-        return normalise_targets(table.values, table.difficult, target_format, allow_all_present=allow_all_present)
+        return normalize_targets(table.values, table.difficult, target_format, allow_all_present=allow_all_present)
     except (ArgumentError, DataError) as error:
         raise DataError(f"{table.path}: {error}") from error
 

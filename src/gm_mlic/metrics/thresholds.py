@@ -37,7 +37,7 @@ def fit_thresholds(
         scores: (N, C) in [0, 1].
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         convention: its ``difficult_f1``, ``compare`` and ``threshold``; by default that of ``mlgcn``.
-        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalise_targets`.
+        difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (C,) float64 in [0, 1], exact in the precision of the scores.

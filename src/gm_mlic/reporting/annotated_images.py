@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-#: Colours of what a prediction turned out to be; they differ in brightness too, for the colour-blind.
-COLOURS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
+#: Colors of what a prediction turned out to be; they differ in brightness too, for the color-blind.
+COLORS = {"right": "#1a7f37", "wrong": "#d1242f", "missed": "#9a6700"}
 _MARKS = {"right": "✓", "wrong": "✗", "missed": "–"}
 
 #: Of an annotated photo, in pixels; JPEG ends at 65,535.
@@ -102,7 +102,7 @@ def picture_grid(
         (0.24, "wrong", "predicted, but not there"),
         (0.49, "missed", "there, but not predicted (dashed: its best box)"),
     ):
-        figure.text(x, legend_y, f"{_MARKS[kind]} {words}", color=COLOURS[kind], fontsize=10)
+        figure.text(x, legend_y, f"{_MARKS[kind]} {words}", color=COLORS[kind], fontsize=10)
     grid = figure.add_gridspec(
         2 * rows, columns, height_ratios=heights, hspace=0.03, wspace=0.05,
         left=0.01, right=0.99, bottom=0.005, top=1 - 0.68 / figure.get_figheight(),
@@ -116,29 +116,29 @@ def picture_grid(
         for n in sorted(set(places)):
             here = [label for label, place in zip(found, places, strict=True) if place == n]
             box = here[0].box
-            # A box that several labels share has the colour of the worst of them.
+            # A box that several labels share has the color of the worst of them.
             kind = max((label.kind for label in here), key=("right", "missed", "wrong").index)
             x1, x2 = (v * image.width - 0.5 for v in box[0::2])
             y1, y2 = (v * image.height - 0.5 for v in box[1::2])
-            colour, dashed = COLOURS[kind], kind == "missed"
+            color, dashed = COLORS[kind], kind == "missed"
             frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2)
             axes.add_patch(frame)
             axes.add_patch(
                 Rectangle(
-                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8,
+                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8,
                     linestyle="--" if dashed else "-",
                 )
             )  # fmt: skip
             axes.text(
                 x1, y1, str(n), color="white", fontsize=8, fontweight="bold", ha="left", va="bottom", clip_on=False,
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.2},
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1.2},
             )  # fmt: skip
         below = figure.add_subplot(grid[2 * row + 1, column])
         below.set_axis_off()
         below.set_ylim(max(1, lines[row]), 0)
         for line, label in enumerate(found):
             text = f"{places[line]}  {_MARKS[label.kind]} {label.name}"
-            style: dict[str, Any] = {"color": COLOURS[label.kind], "fontsize": 10, "va": "center", "parse_math": False}
+            style: dict[str, Any] = {"color": COLORS[label.kind], "fontsize": 10, "va": "center", "parse_math": False}
             below.text(0.02, line + 0.5, text, **style)
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,10 +166,10 @@ def annotated(
     places = _places([box for _, _, box in labels])
     boxes = [labels[places.index(place)][2] for place in sorted(set(places))]
     for number, box in enumerate(boxes):
-        colour = _PALETTE[number % len(_PALETTE)]
+        color = _PALETTE[number % len(_PALETTE)]
         x1, y1, x2, y2 = (v * factor for v in box)
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="white", width=line + 1)
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
     for number, box in enumerate(boxes):  # texts above all boxes
         here = [label for label, place in zip(labels, places, strict=True) if place == number + 1]
         text = "\n".join(f"{name} {p:.2f}" for name, p, _ in here)

@@ -44,9 +44,9 @@ def _photo(axis: Axes, explanation: Explanation, photo: Image.Image) -> None:
     for i in order:
         x1, y1, x2, y2 = prediction.boxes[i]
         won = i == explanation.instance
-        colour = _WINNER if won else "white"
+        color = _WINNER if won else "white"
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=3.5, ec="black", alpha=0.6))
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2.2 if won else 1.2, ec=colour))
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2.2 if won else 1.2, ec=color))
         place = next((at for at in plates if max(abs(at[0] - x1), abs(at[1] - y1)) < 0.03 * photo.width), (x1, y1))
         plates.setdefault(place, []).append(i)
     for (x, y), numbers in plates.items():

@@ -34,13 +34,13 @@ def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Fig
     """Test mAP against a setting: the mean over seeds, and a band of one standard deviation."""
     figure: Figure
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for family, colour in zip(families, _colours(len(families)), strict=True):
+    for family, color in zip(families, _colors(len(families)), strict=True):
         points = sorted((float(group.setting(key)), list(group.values("mAP").values())) for group in family)
         x = [value for value, _ in points]
         mean = np.array([statistics.mean(values) for _, values in points])
         deviation = np.array([statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points])
-        axis.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
-        axis.plot(x, mean, "o-", color=colour, label=_family_name(family, key))
+        axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
+        axis.plot(x, mean, "o-", color=color, label=_family_name(family, key))
     axis.set_xticks(sorted({float(group.setting(key)) for family in families for group in family}))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel(label)
@@ -52,16 +52,16 @@ def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Fig
 
 
 def draw_training(groups: Sequence[Group]) -> Figure:
-    """Training loss and val mAP over epochs, a line for each run, a colour for each group."""
+    """Training loss and val mAP over epochs, a line for each run, a color for each group."""
     figure: Figure
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
-    for group, colour in zip(groups, _colours(len(groups)), strict=True):
+    for group, color in zip(groups, _colors(len(groups)), strict=True):
         for number, run in enumerate(group.runs):
             for axis, name in zip(axes, ("train/loss", "val/mAP"), strict=True):
                 points = [(row["epoch"], row[name]) for row in run.epochs if name in row and "epoch" in row]
                 if points:
                     label = group.name if number == 0 else None
-                    axis.plot(*zip(*points, strict=True), color=colour, alpha=0.75, linewidth=1.2, label=label)
+                    axis.plot(*zip(*points, strict=True), color=color, alpha=0.75, linewidth=1.2, label=label)
     for axis, label in zip(axes, ("training loss", "val mAP, %"), strict=True):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -101,7 +101,7 @@ def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floati
     return figure
 
 
-def _colours(number: int) -> list[str]:
+def _colors(number: int) -> list[str]:
     return [PALETTE[n % len(PALETTE)] for n in range(number)]
 
 

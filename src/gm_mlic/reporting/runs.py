@@ -22,7 +22,7 @@ FOLLOWS = {
 }
 #: With more settings than this that differ, columns would be too narrow to read.
 _MOST_COLUMNS = 6
-_COLOURS = {
+_COLORS = {
     "finished": "green", "running": "blue", "failed": "red", "damaged": "red", "interrupted": "yellow",
     "stopped": "yellow",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
         test = run.result["test"]["mAP"] if run.result is not None else None
         table.add_row(
             escape(str(run.path)),
-            f"[{_COLOURS[run.state]}]{run.state}[/]",
+            f"[{_COLORS[run.state]}]{run.state}[/]",
             f"{len(run.epochs)}/{run.setting('trainer.max_epochs', '?')}",
             *([escape(changes[i])] if several else [escape(as_typed(run.setting(key))) for key in keys]),
             *("" if value is None else f"{value:.2f}" for value in (best, test)),

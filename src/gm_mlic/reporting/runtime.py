@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-_COLOURS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
+_COLORS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
 _NOTE = "x: times better than sparse; of peak: forward, share of the matrix product's FLOP/s"
 
@@ -95,7 +95,7 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     many = len(results) > 3
     figure, axes = plt.subplots(1, 3, figsize=(13 if many else 11, 3.8), layout="constrained")
     for axis, (key, label) in zip(axes, measures, strict=True):
-        measured = [name for name in _COLOURS if any(name in result["executions"] for result in results)]
+        measured = [name for name in _COLORS if any(name in result["executions"] for result in results)]
         width = 0.8 / len(measured)
         for number, name in enumerate(measured):
             rows = [result["executions"].get(name, {}) for result in results]
@@ -104,7 +104,7 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
                 for row in rows
             ]
             places = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
-            bars = axis.bar(places, values, 0.92 * width, color=_COLOURS[name], label=name)
+            bars = axis.bar(places, values, 0.92 * width, color=_COLORS[name], label=name)
             axis.bar_label(
                 bars,
                 [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values],
@@ -129,14 +129,14 @@ def draw_growth(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
     )
     for column, (curve, results) in enumerate(curves.items()):
         for axis, (key, label) in zip(axes[:, column], measures, strict=True):
-            for name, colour in _COLOURS.items():
+            for name, color in _COLORS.items():
                 points = [
                     (result["case"][curve], row[key] / 2**20 if key == "memory" else row[key]["median"])
                     for result in results
                     if key in (row := result["executions"].get(name, {}))
                 ]
                 if points:
-                    axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
+                    axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
             axis.set_xscale("log")
             axis.set_yscale("log")
             values = [result["case"][curve] for result in results]

@@ -37,7 +37,7 @@ def overview_table(
     for stats in splits:
         table.add_column(stats.split, justify="right")
     table.add_row("images", *(f"{stats.images:,}" for stats in splits))
-    table.add_row("images without label", *(f"{stats.unlabelled:,}" for stats in splits))
+    table.add_row("images without label", *(f"{stats.unlabeled:,}" for stats in splits))
     table.add_row("labels per image, mean", *(f"{stats.labels_per_image:.2f}" for stats in splits))
     table.add_row("labels per image, most", *(str(len(stats.per_image) - 1) for stats in splits))
     table.add_row("labels that never occur", *(str(int((stats.positives == 0).sum())) for stats in splits))
@@ -164,8 +164,8 @@ def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
 
 def _summary(stats: DatasetStatistics) -> str:
     parts = [f"{stats.labels_per_image:.2f} labels per image"]
-    if stats.unlabelled:
-        parts.append(f"{stats.unlabelled:,} images without any")
+    if stats.unlabeled:
+        parts.append(f"{stats.unlabeled:,} images without any")
     if stats.boxes is not None:
         parts.append(f"{stats.boxes.sum():,} boxes")
     if stats.missing:
@@ -210,9 +210,9 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
     np.fill_diagonal(probability, np.nan)
     highest = max(0.05, float(np.nan_to_num(probability).max()))
     # The square root shows differences among small probabilities, which most are.
-    colours = PowerNorm(0.5, vmin=0.0, vmax=highest)
+    colors = PowerNorm(0.5, vmin=0.0, vmax=highest)
     axes.set_facecolor("#e6e6e6")
-    picture = axes.imshow(probability, cmap="YlGnBu", norm=colours, aspect="auto", interpolation="nearest")
+    picture = axes.imshow(probability, cmap="YlGnBu", norm=colors, aspect="auto", interpolation="nearest")
     places = np.arange(len(order))
     axes.xaxis.tick_top()
     _names(axes.set_xticks, axes.get_xticklabels, places, stats, order, font, rotation=90)
@@ -227,7 +227,7 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
     if len(order) <= _NUMBERED:
         for a, b in zip(*np.nonzero(np.rint(100 * np.nan_to_num(probability))), strict=True):
             value = probability[a, b]
-            light = float(colours(value)) > 0.5
+            light = float(colors(value)) > 0.5
             axes.text(
                 b,
                 a,

@@ -87,7 +87,7 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
     """
     check(config)
     run_dir = Path(config.run_dir)
-    # Of several processes (DDP), the first speaks for the run.
+    # Only rank 0 writes the state of the run.
     with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_info().rank > 0) as state:
         return _train(config, run_dir, state, sweep)
 
@@ -484,10 +484,7 @@ def _summary(
         "versions": {
             "gm-mlic": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{
-                name: importlib.metadata.version(name)
-                for name in ("torch", "torchvision", "torch-geometric", "lightning")
-            },
+            **{name: importlib.metadata.version(name) for name in _VERSIONS},
         },
         "revision": _revision(),
     }

@@ -33,7 +33,7 @@ ID_FILE = "wandb_id"
 #: server that is gone by then must not keep the next job from its turn; WANDB_FINISH_TIMEOUT says otherwise).
 _TIMEOUT_S, _FINISH_TIMEOUT_S = 20, 1800
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-#: W&B's colours of boxes are by class; these are what a prediction turned out to be.
+#: W&B's colors of boxes are by class; these are what a prediction turned out to be.
 _KINDS = {"right": 1, "wrong": 2, "missed": 3}
 
 

@@ -1,4 +1,4 @@
-"""What a trained model says of itself, so that it can be used, or refused, without the run that made it."""
+"""Metadata stored with a trained model: enough to use it, or to refuse it, without the run that made it."""
 
 from __future__ import annotations
 

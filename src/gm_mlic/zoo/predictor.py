@@ -199,7 +199,7 @@ class Predictor:
 
         Args:
             folder: where; a model that is there is replaced.
-            card: what the model card is to tell of data, metrics and licence; default: what this model's own tells.
+            card: what the model card is to tell of data, metrics and license; default: what this model's own tells.
         """
         return write_pretrained(Path(folder), self.model, self.metadata, self.extractor, card or self.card)
 

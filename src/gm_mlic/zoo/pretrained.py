@@ -57,7 +57,7 @@ class ModelCard:
         sizes: images of each split.
         metrics: name to per cent, on the test split.
         convention: of the metrics.
-        licence: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
+        license: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
         training: further facts, name to value: seed, epochs, revision.
     """
 
@@ -65,7 +65,7 @@ class ModelCard:
     sizes: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     convention: str | None = None
-    licence: str | None = None
+    license: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -76,7 +76,7 @@ class ModelCard:
             TypeError, ValueError: if it is none.
         """
         card = cls(**content)
-        for name in ("dataset", "convention", "licence"):
+        for name in ("dataset", "convention", "license"):
             if not isinstance(getattr(card, name), (str, NoneType)):
                 raise TypeError(f"card.{name} is no text")
         for name, kinds in (("sizes", int), ("metrics", (int, float)), ("training", object)):

@@ -1,6 +1,6 @@
 """Input, output, label statistics and classifiers that the baselines share.
 
-Whole-image baselines read a grid of locations (``detector.grid``) as instances; boxes work as well.
+Whole-image baselines read a grid of locations (``detector.grid_size``) as instances; boxes work as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.mlp import draw_linear
 from gm_mlic.nn.output import ModelOutput
-from gm_mlic.targets import normalise_targets
+from gm_mlic.targets import normalize_targets
 
 
 def as_batch(
@@ -129,7 +129,7 @@ def conditional_probabilities(targets: Tensor, num_labels: int, difficult: Tenso
     """
     if targets.ndim != 2 or targets.shape[1] != num_labels:
         raise ConfigError(f"The targets have shape {tuple(targets.shape)}, the model has {num_labels} labels.")
-    mask, difficult = normalise_targets(targets, difficult)
+    mask, difficult = normalize_targets(targets, difficult)
     present = mask.double()
     both = present.T @ present
     known = present.T @ (torch.ones_like(mask) if difficult is None else ~difficult).double()
