@@ -18,6 +18,7 @@ from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
 from gm_mlic.cli.validation import check
+from gm_mlic.registry import MODELS
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 
@@ -283,9 +284,7 @@ def test_a_name_that_nothing_has_is_refused_before_there_is_a_run_folder(
 
 
 def test_names_that_a_program_registers_are_known(monkeypatch: pytest.MonkeyPatch):
-    from gm_mlic.nn import registry
-
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
     monkeypatch.setattr(gm_mlic.datasets, "Mine", type("Mine", (Scenes,), {"name": "mine"}), raising=False)
-    register_model(type("my_model", (torch.nn.Module,), {}))
+    register_model("my_model")(type("my_model", (torch.nn.Module,), {"__doc__": "A model."}))
     check(compose("train", ["model=mil_max", "model.name=my_model", "dataset.name=mine"]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Photo, Prediction, Predictor
@@ -82,8 +82,8 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     (prediction,) = predictor([photo])
     names = prediction.labels
     if label is not None and label not in names:
-        raise ConfigError(
-            f"label={label}: the model knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
+        raise ArgumentError(
+            "label", f"is {label!r}: the model knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
         )
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)
