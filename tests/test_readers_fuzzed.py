@@ -194,7 +194,7 @@ def scores(suffix: str) -> Callable[[Path], Case]:
 
 
 def store(root: Path) -> Case:
-    files = sibling("test_own")
+    files = sibling("test_custom")
     lines = ["file,labels,split", *(f"{n}.jpg,cat,train" for n in range(5))]
     for n in range(5):
         photo(root / f"{n}.jpg")
