@@ -11,17 +11,17 @@ import yaml
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real photos and vectors beside the repository (or ``$GM_MLIC_SHARED``); skips where absent."""
+    """Folder of real photos and vectors next to the repository (or ``$GM_MLIC_SHARED``); skips if missing."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     root = Path(os.environ.get("GM_MLIC_SHARED", default))
     if not root.is_dir():
-        pytest.skip("needs the shared data (../shared/data, or the folder named by GM_MLIC_SHARED)")
+        pytest.skip("requires the shared data (../shared/data, or the folder in GM_MLIC_SHARED)")
     return root
 
 
 @pytest.fixture
 def make_run() -> Callable[..., Path]:
-    """A function that makes a run folder by hand: two epochs, test mAP 31 if it is finished."""
+    """Factory of run folders with two epochs, and test mAP 31 if finished."""
 
     def make(path: Path, *, finished: bool = True, **settings: object) -> Path:
         path.mkdir(parents=True)

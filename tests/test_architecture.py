@@ -1,4 +1,4 @@
-"""docs/architecture.md says which stage may import which; here the code is held to it."""
+"""Imports comply with docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import gm_mlic.metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "gm_mlic"
-#: Modules of no stage; they may be imported from anywhere.
+#: Modules outside the stages; they may be imported from anywhere.
 COMMON = {"_lazy", "_version", "device", "distributed", "errors", "optim", "registry", "safe_load", "targets"}
 #: Packages that every stage may import.
 EVERYWHERE = {"numpy", "torch"}
@@ -27,7 +27,7 @@ FRAMEWORKS = {"hydra", "omegaconf", "lightning", "pytorch_lightning", "wandb"}
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table in docs/architecture.md: the stage's number, and the stages and packages it may import."""
+    """Row of the table in docs/architecture.md: stage number, allowed stages and packages."""
 
     number: int
     stages: frozenset[str]
@@ -35,7 +35,7 @@ class Stage:
 
 
 def stages() -> dict[str, Stage]:
-    """Folder (or module) to its row."""
+    """Stage by folder (or module)."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \w+ \| `(\w+)(?:/|\.py)` \| .*? \| ([^|]*) \|$", page, flags=re.MULTILINE)
     found = {}
@@ -52,7 +52,7 @@ def modules(stage: str) -> list[Path]:
 
 
 def imported(module: Path) -> set[str]:
-    """Every module that a file imports, at its head or within a function."""
+    """All modules that a file imports, including imports in functions."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Import):
@@ -67,7 +67,7 @@ def imported(module: Path) -> set[str]:
 
 
 def imports_of(name: str) -> tuple[set[str], set[str]]:
-    """The stages (or common modules) and the third-party packages that a stage imports."""
+    """Stages (or common modules) and third-party packages that a stage imports."""
     names = {imported_name for module in modules(name) for imported_name in imported(module)}
     ours = {imported_name.split(".")[1] for imported_name in names if imported_name.startswith("gm_mlic.")}
     tops = {imported_name.split(".")[0] for imported_name in names}
@@ -75,21 +75,21 @@ def imports_of(name: str) -> tuple[set[str], set[str]]:
 
 
 def loaded_by(code: str, *names: str) -> list[str]:
-    """Those of some modules that are loaded once ``code`` has run in a fresh process."""
+    """Those of ``names`` that are loaded after ``code`` ran in a new process."""
     code += f"\nimport sys\nprint('loaded:', *sorted(set({names!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.splitlines()[-1].split()[1:]
 
 
-def test_the_page_names_every_folder():
+def test_page_lists_every_folder():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     files = {p.stem for p in PACKAGE.glob("*.py")} - COMMON - {"__init__", "__main__"}
     assert folders | files == set(stages())
 
 
 @pytest.mark.parametrize("name", stages())
-def test_a_stage_imports_what_the_page_says(name: str):
-    """No other stage or package, and no name on the page that is not imported."""
+def test_stage_imports_match_the_page(name: str):
+    """No other stage or package is imported, and every listed one is."""
     row = stages()[name]
     ours, packages = imports_of(name)
     assert ours - COMMON == row.stages
@@ -98,13 +98,13 @@ def test_a_stage_imports_what_the_page_says(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(COMMON))
-def test_common_modules_import_only_one_another(name: str):
+def test_common_modules_import_only_common_modules(name: str):
     ours, packages = imports_of(name)
     assert ours <= COMMON
     assert packages == set()
 
 
-def test_frameworks_stay_where_they_are():
+def test_frameworks_are_imported_only_in_their_stages():
     users = {package: {name for name in stages() if package in stages()[name].packages} for package in FRAMEWORKS}
     assert users == {
         "hydra": {"cli"},
@@ -116,13 +116,13 @@ def test_frameworks_stay_where_they_are():
 
 
 @pytest.mark.parametrize("name", ["nn", "graphs", "losses", "metrics"])
-def test_the_core_loads_neither_frameworks_nor_torchvision(name: str):
-    """Not even by way of another package."""
+def test_core_loads_neither_frameworks_nor_torchvision(name: str):
+    """Including indirect imports."""
     heavy = {"torchvision", "PIL", "matplotlib", "rich", "gm_mlic.datasets", "gm_mlic.detection.faster_rcnn"}
     assert loaded_by(f"import gm_mlic.{name}", *FRAMEWORKS, *heavy) == []
 
 
-def test_lazy_packages_have_what_they_list():
+def test_lazy_packages_provide_listed_names():
     for package in (gm_mlic, gm_mlic.detection, gm_mlic.metrics):
         assert all(hasattr(package, name) for name in package.__all__)
         assert set(dir(package)) == set(package.__all__)
@@ -130,7 +130,7 @@ def test_lazy_packages_have_what_they_list():
             _ = package.nothing
 
 
-def test_the_command_line_starts_without_heavy_imports():
+def test_command_line_starts_without_heavy_imports():
     assert loaded_by("import gm_mlic.cli.main", "torch", "hydra", "lightning", "matplotlib") == []
 
 
@@ -157,12 +157,12 @@ def test_commands_of_a_trained_model_load_no_lightning(arguments: list[str], tmp
 
 
 @pytest.mark.parametrize("module", ["cli.serve", "cli.bench", "cli.dataset", "training.build"])
-def test_what_other_commands_import_loads_no_lightning(module: str):
-    """``gm-mlic extract`` needs :mod:`gm_mlic.training.build` alone."""
+def test_dataset_and_extract_load_no_lightning(module: str):
+    """``gm-mlic extract`` imports only :mod:`gm_mlic.training.build`."""
     assert loaded_by(f"import gm_mlic.{module}", "lightning", "pytorch_lightning") == []
 
 
-#: An option of a config group, but no call.
+#: Config key, not a call.
 _CONFIG_KEY = re.compile(
     r"\b(dataset|detector|instances|embedding|graph|model|loss|metrics|optimizer|trainer|logger)\.[a-z]\w*(?!\w*\()"
 )
@@ -170,7 +170,7 @@ _ERRORS = ("ConfigError", "ArgumentError", "DataError", "StoreError", "WeightsEr
 
 
 @pytest.mark.parametrize("name", [name for name in stages() if name not in {"validation", "training", "cli"}])
-def test_the_library_names_arguments_not_config_keys(name: str):
+def test_library_messages_name_arguments_not_config_keys(name: str):
     for module in modules(name):
         for node in ast.walk(ast.parse(module.read_text())):
             if not (isinstance(node, ast.Call) and ast.unparse(node.func) in _ERRORS):
@@ -180,13 +180,13 @@ def test_the_library_names_arguments_not_config_keys(name: str):
                     assert not _CONFIG_KEY.search(part.value), f"{module}:{node.lineno}: {part.value}"
 
 
-#: Calls that would run what a file says, or start a shell.
+#: Calls that execute file content or start a shell.
 _FORBIDDEN = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "eval", "exec", "pickle.load",
     "pickle.loads", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load", "shutil.unpack_archive",
     "torch.hub.load", "torch.hub.load_state_dict_from_url", "load_state_dict_from_url",
 }  # fmt: skip
-#: Calls that need an argument to be harmless.
+#: Calls that are safe only with an argument.
 _GUARDED = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
 
 
@@ -199,7 +199,7 @@ def test_no_shell_and_no_pickle(module: Path):
         given = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
         where = f"line {call.lineno}: {name}"
         assert name not in _FORBIDDEN, where
-        assert not name.endswith(".get_state_dict"), where  # torchvision's, which unpickles what it fetched
+        assert not name.endswith(".get_state_dict"), where  # torchvision's, which unpickles downloads
         assert given.get("shell") in (None, False), where
         if name in _GUARDED:
             argument, value = _GUARDED[name]

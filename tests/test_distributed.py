@@ -27,7 +27,7 @@ def _alone(monkeypatch):
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_place(monkeypatch, starter):
+def test_rank_info(monkeypatch, starter):
     variables, expected = STARTERS[starter]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -35,13 +35,13 @@ def test_place(monkeypatch, starter):
     assert rank_info() == expected
 
 
-def test_lightning_forgets_the_count(monkeypatch):
+def test_lightning_without_world_size(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert rank_info().rank == 1
 
 
 @pytest.mark.parametrize("name", ["bash", "interactive"])
-def test_a_shell_on_a_cluster_is_a_process_of_its_own(monkeypatch, name):
+def test_interactive_slurm_shell_is_a_single_process(monkeypatch, name):
     for key, value in STARTERS["srun"][0].items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("SLURM_JOB_NAME", name)

@@ -1,8 +1,7 @@
-"""The site keeps its word: its examples run, its commands compose, its pages build without a warning.
+"""Documentation: examples run, commands compose, pages build without warnings.
 
-Python blocks of a page run in one namespace, in their order, in an empty folder. A shell block after a comment
-`<!-- run -->` runs in between, with the settings that the comment adds to make it small (`<!-- run: seed=1 -->`); the
-commands of all other shell blocks are composed.
+Python blocks of a page run in order in one namespace, in an empty folder. A shell block after a comment `<!-- run -->`
+runs too, with the overrides in the comment (`<!-- run: seed=1 -->`); the commands of other shell blocks are composed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _BLOCK = re.compile(r"(?:^<!-- (run)(?:: (.*?))? -->\n)?^```(python|sh)\n(.*?)^`
 
 @dataclass(frozen=True)
 class Block:
-    """One block of code: its language, whether a shell block runs, and what is added to its commands then."""
+    """Code block: language, whether a shell block runs, and the overrides added to its commands."""
 
     language: str
     code: str
@@ -47,7 +46,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The arguments of every gm-mlic command in a shell block, also behind torchrun or srun."""
+    """Arguments of every gm-mlic command in a shell block, including commands of torchrun or srun."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for start in ("gm-mlic", "gm_mlic"):
@@ -56,13 +55,13 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import gm_mlic.datasets
     from gm_mlic.registry import MODELS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
-    MODELS.names()  # registers those of the package
+    MODELS.names()  # registers the built-in models
     monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
     monkeypatch.setattr(gm_mlic.datasets, "NamedPhotos", None, raising=False)
 
@@ -71,7 +70,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.runs or b.language == "python" for b in blocks(p))], ids=lambda p: p.stem
 )
-def test_the_examples_of_a_page_run(page: Path):
+def test_page_examples_run(page: Path):
     names: dict = {"__name__": page.stem}
     for block in blocks(page):
         if block.language == "python":
@@ -86,7 +85,7 @@ def shown_commands() -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("page", "command"), shown_commands(), ids=lambda value: " ".join(value)[:60])
-def test_a_command_that_is_shown_composes(page: str, command: list[str]):
+def test_documented_commands_compose(page: str, command: list[str]):
     name, *arguments = command
     assert name in COMMANDS
     settings = [argument for argument in arguments if "=" in argument]
@@ -101,8 +100,8 @@ def test_a_command_that_is_shown_composes(page: str, command: list[str]):
     compose(name.replace("-", "_"), settings)
 
 
-def test_each_way_to_write_an_example_is_found():
-    """A page may not have examples that this file overlooks."""
+def test_all_code_blocks_are_found():
+    """Every fenced block is parsed by this module."""
     for page in PAGES:
         fences = re.findall(r"^ *```+ *(\S*)$", page.read_text(), flags=re.MULTILINE)
         opened = [fence for fence in fences if fence]
@@ -110,17 +109,17 @@ def test_each_way_to_write_an_example_is_found():
         assert [fence for fence in opened if not known.fullmatch(fence)] == [], page.name
         assert sum(fence in ("python", "sh") for fence in opened) == len(blocks(page)), page.name
         comments = re.findall(r"<!-- .*? -->", page.read_text())
-        assert len(comments) == sum(b.runs for b in blocks(page)), f"{page.name}: a comment without its block"
+        assert len(comments) == sum(b.runs for b in blocks(page)), f"{page.name}: a comment without a block"
 
 
-def test_make_targets_that_are_named_exist():
+def test_documented_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"`make ([\w-]+)`", page.read_text())) <= targets, page.name
 
 
-def test_what_is_shown_is_in_the_source():
-    """Sphinx warns about an object that is gone; the lines that begin and end an excerpt are looked for here."""
+def test_literal_includes_exist_in_the_source():
+    """Sphinx warns about missing objects; start and end lines of excerpts are checked here."""
     page = (DOCS / "concepts.md").read_text()
     shown = re.findall(r"^```\{literalinclude\} \.\./(\S+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     assert len(shown) >= 10
@@ -133,7 +132,7 @@ def test_what_is_shown_is_in_the_source():
 
 
 @pytest.mark.usefixtures("in_a_folder_of_its_own")
-def test_the_picture_of_the_concepts_page(monkeypatch: pytest.MonkeyPatch):
+def test_concepts_figure(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(DOCS))
     import figures
 
@@ -141,12 +140,12 @@ def test_the_picture_of_the_concepts_page(monkeypatch: pytest.MonkeyPatch):
     assert Path("graph.png").stat().st_size > 10_000
 
 
-def test_generated_pages_hold_what_the_code_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_generated_pages_match_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(DOCS))
     import generate
 
     assert generate.help_of("runs").startswith("gm-mlic runs: ")
-    monkeypatch.setattr(generate, "help_of", lambda *command: f"help of {command}")  # all of them take seconds
+    monkeypatch.setattr(generate, "help_of", lambda *command: f"help of {command}")  # all of them would take seconds
     generate.write_pages(ROOT, tmp_path)
     commands_page = (tmp_path / "commands.md").read_text()
     assert all(f"## gm-mlic {command}\n" in commands_page for command in COMMANDS)
@@ -175,7 +174,7 @@ def test_public_names_are_listed():
     assert set(re.findall(r"^   (\w+)$", page, flags=re.MULTILINE)) == set(gm_mlic.__all__) - {"__version__"}
 
 
-def test_the_notebook_is_small_and_names_no_machine():
+def test_notebook_is_small_and_has_no_local_paths():
     import nbformat
 
     assert NOTEBOOK.stat().st_size < 300_000
@@ -186,7 +185,7 @@ def test_the_notebook_is_small_and_names_no_machine():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path: Path):
+def test_notebook_runs(tmp_path: Path):
     import nbformat
     from nbclient import NotebookClient
 
@@ -195,11 +194,11 @@ def test_the_notebook_runs(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path):
+def test_site_builds_without_warnings(tmp_path: Path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-E", "-d", tmp_path / "trees", DOCS]
     done = subprocess.run([*command, tmp_path / "html"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, textwrap.shorten(done.stderr, 5000)
     concepts = (tmp_path / "html" / "concepts.html").read_text()
     equations = re.findall(r"^## Eq", (DOCS / "concepts.md").read_text(), flags=re.MULTILINE)
     assert concepts.count('<div class="formula"><math') == len(equations) == 10
-    assert not re.search(r"<script[^>]*mathjax", concepts, flags=re.IGNORECASE)  # nothing to fetch
+    assert not re.search(r"<script[^>]*mathjax", concepts, flags=re.IGNORECASE)  # no external resources

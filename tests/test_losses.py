@@ -13,7 +13,7 @@ from gm_mlic.losses import WeightedBCE
 
 
 def loop(logits: Tensor, targets: Tensor, ratio: Tensor, beta: float, difficult: str) -> float:
-    """Eq. 15 term by term, from probabilities."""
+    """Eq. 15 as a loop over probabilities."""
     total, count = 0.0, 0
     for b in range(logits.shape[0]):
         for c in range(logits.shape[1]):
@@ -51,14 +51,14 @@ def test_equals_a_loop(B: int, C: int, beta: float, difficult: str, seed: int) -
     assert float(loss) == pytest.approx(loop(logits, targets, ratio, beta, difficult), rel=1e-12, abs=1e-12)
 
 
-def test_without_beta_it_is_plain_cross_entropy() -> None:
+def test_beta_zero_equals_binary_cross_entropy() -> None:
     logits, targets, ratio = case()
     targets = targets == 1
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
     torch.testing.assert_close(WeightedBCE(ratio)(logits, targets), expected)
 
 
-def test_a_rare_label_weighs_more_where_present_and_less_where_absent() -> None:
+def test_weights_of_rare_labels() -> None:
     loss, zero = WeightedBCE(torch.tensor([0.1, 0.9]), beta=1.0), torch.zeros(1, 1)
     term = {
         (y, r): float(WeightedBCE(torch.tensor([r]), beta=1.0)(zero, torch.tensor([[y]])))
@@ -131,7 +131,7 @@ def test_gradcheck(difficult: str) -> None:
         ([0.5], {"target_format": "pm1"}, "target_format is 'pm1': choose binary"),
     ],
 )
-def test_errors(ratio: list[float], options: dict[str, object], message: str) -> None:
+def test_invalid_arguments(ratio: list[float], options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         WeightedBCE(torch.tensor(ratio), **options)  # type: ignore[arg-type]
 

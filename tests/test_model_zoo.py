@@ -1,4 +1,4 @@
-"""MODEL_ZOO.md is what its command makes, and what it calls shipped can be used."""
+"""MODEL_ZOO.md is up to date, and built-in models can be used."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gm_mlic.zoo.pretrained import SHIPPED
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_page_is_what_its_command_makes():
+def test_page_is_up_to_date():
     made = runpy.run_path(str(ROOT / "docs" / "model_zoo.py"))["zoo"]()
     assert (ROOT / "MODEL_ZOO.md").read_text() == made, "run make model-zoo"
     for name in list_models():
         assert f"| `{name}` |" in made
 
 
-def test_the_shipped_model_sees_scenes():
-    """On other scenes than those of its training and its test: what its card says, up to chance."""
+def test_built_in_model_on_scenes():
+    """On new scenes, mAP equals the model card, up to sampling error."""
     import torch
 
     assert pretrained_models() == ["gm_mlic_scenes"]

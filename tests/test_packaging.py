@@ -1,4 +1,4 @@
-"""What setup.cfg says is what the tree has: the wheel ships every module, config and weights file."""
+"""The wheel contains every module, config and weights file, and setup.cfg is consistent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGE = ROOT / "src" / "gm_mlic"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """A wheel of a copy of the tree (building writes into the tree it builds)."""
+    """Wheel built from a copy of the tree (building writes into the source tree)."""
     import os
     import shutil
 
@@ -43,21 +43,21 @@ def in_tree() -> set[str]:
     return names | {str(Path("gm_mlic/conf") / p.relative_to(ROOT / "conf")) for p in confs}
 
 
-def test_the_wheel_has_what_the_tree_has(wheel: zipfile.ZipFile):
+def test_wheel_contains_all_files(wheel: zipfile.ZipFile):
     shipped = {name for name in wheel.namelist() if not re.match(r"[^/]+\.dist-info/", name)}
     assert shipped == in_tree()
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
 
-def test_the_wheel_has_the_console_script(wheel: zipfile.ZipFile):
+def test_wheel_has_the_console_script(wheel: zipfile.ZipFile):
     entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     parsed = configparser.ConfigParser()
     parsed.read_string(wheel.read(entry).decode())
     assert dict(parsed["console_scripts"]) == {"gm-mlic": "gm_mlic.cli.main:main"}
 
 
-def test_configs_are_found_from_here_too():
-    """The editable install serves the same files as the wheel."""
+def test_configs_are_found_in_the_editable_install():
+    """The editable install has the same files as the wheel."""
     from importlib import resources
 
     assert (resources.files("gm_mlic.conf") / "train.yaml").is_file()
@@ -83,7 +83,7 @@ def test_tested_versions_are_within_the_stated_ranges():
 
 
 @pytest.mark.parametrize("name", ["torch==2.11.0", "torchvision==0.26.0", "torch-geometric==2.8.0", "lightning==2.6.4"])
-def test_the_ranges_admit_what_was_promised(name: str):
+def test_version_ranges_include_supported_versions(name: str):
     from packaging.requirements import Requirement
 
     setup = configparser.ConfigParser()
@@ -96,6 +96,6 @@ def test_the_ranges_admit_what_was_promised(name: str):
     assert found.specifier.contains(version)
 
 
-def test_compromised_releases_of_lightning_are_out():
+def test_compromised_lightning_releases_are_excluded():
     text = (ROOT / "setup.cfg").read_text()
     assert "lightning>=2.6.4" in text

@@ -1,7 +1,7 @@
-"""Readers of files that come from anywhere: whatever is in the file, only our own error type comes out.
+"""Fuzzing of file readers: malformed files raise only GMMLICError.
 
-Each reader gets files of its own true format, changed by hypothesis: bytes flipped, cut out, doubled, replaced by the
-tokens that parsers trip over. ``GM_MLIC_FUZZ=N`` tries N files for each reader (default 100).
+Each reader gets valid files modified by hypothesis: bytes are flipped, removed, duplicated, or replaced by tokens that
+are difficult for parsers. ``GM_MLIC_FUZZ=N`` tries N files per reader (default 100).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ EXAMPLES = int(os.environ.get("GM_MLIC_FUZZ", "100"))
 
 @st.composite
 def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """A function that damages a file's content."""
+    """Function that damages file content."""
     steps = draw(
         st.lists(
             st.tuples(
@@ -82,7 +82,7 @@ def changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
 
 
 def sibling(name: str) -> ModuleType:
-    """Another test module, for the files of true format that it makes."""
+    """Import another test module for its valid files."""
     path = Path(__file__).parent / "datasets" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"files_of_{name}", path)
     assert spec is not None
@@ -98,7 +98,7 @@ def photo(path: Path) -> None:
     Image.new("RGB", (40, 30), "teal").save(path)
 
 
-# ---- The readers: each makes its files, and says which to damage and what reads them ----
+# ---- Readers: each creates files and returns those to damage and a function that reads them ----
 
 Case = tuple[list[Path], Callable[[], object]]
 
@@ -291,9 +291,9 @@ READERS: dict[str, Callable[[Path], Case]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_only_our_own_errors_come_out(reader: str, tmp_path: Path) -> None:
+def test_malformed_files_raise_only_package_errors(reader: str, tmp_path: Path) -> None:
     files, read = READERS[reader](tmp_path)
-    if reader not in ("checkpoint", "detector weights"):  # these are too small to be the real thing
+    if reader not in ("checkpoint", "detector weights"):  # their test files are too small to be valid
         read()
     contents = [file.read_bytes() for file in files]
 
@@ -304,11 +304,11 @@ def test_only_our_own_errors_come_out(reader: str, tmp_path: Path) -> None:
         try:
             read()
         except GMMLICError as error:
-            said.append(str(error).strip())
+            messages.append(str(error).strip())
         finally:
             files[number].write_bytes(contents[number])
 
-    said: list[str] = []
+    messages: list[str] = []
     attack()
-    assert said  # some of it was too much for the reader
-    assert all(message and "\n" not in message for message in said)
+    assert messages  # some files were refused
+    assert all(message and "\n" not in message for message in messages)

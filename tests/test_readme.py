@@ -1,4 +1,4 @@
-"""What the README shows works as it stands."""
+"""README examples and links."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_python_example():
+def test_python_example():
     code, _ = EXAMPLES
     names: dict = {}
     exec(code, names)
@@ -26,7 +26,7 @@ def test_the_python_example():
     assert all(p.grad is None or p.grad.isfinite().all() for p in names["model"].parameters())
 
 
-def test_the_example_of_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_prediction_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     small = ["dataset.sizes={train: 16, val: 8, test: 8}", "trainer.max_epochs=1", "trainer.accelerator=cpu"]
     train(compose("train", ["experiment=scenes_smoke", *small, "run_dir=runs/NAME"]))
@@ -37,12 +37,12 @@ def test_the_example_of_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().out.splitlines()[-1].startswith("b.jpg [LabelPrediction(label=")
 
 
-def test_every_command_is_named():
+def test_every_command_is_listed():
     for command in COMMANDS:
         assert f"`gm-mlic {command}" in README
 
 
-def test_links_lead_somewhere():
+def test_links_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         if not link.startswith("http"):
             assert (Path(__file__).resolve().parents[1] / link).exists(), link

@@ -29,11 +29,11 @@ def test_list_is_sorted_and_filtered() -> None:
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_is_built_by_its_name(name: str) -> None:
+def test_every_model_is_built_by_name(name: str) -> None:
     assert isinstance(create_model(name, **INPUTS.get(name, {"instance_dim": 4, "label_dim": 3})), nn.Module)
 
 
-def test_arguments_are_those_of_what_is_built() -> None:
+def test_arguments_equal_the_constructor() -> None:
     assert MODELS.arguments("mil_max") == ["instance_dim", "num_labels", "width"]
     assert MODELS.arguments("gm_mlic_paper") == MODELS.arguments("gm_mlic")
     for name in list_models():
@@ -57,10 +57,10 @@ def test_presets_and_overrides() -> None:
 
 
 def test_unknown_name_suggests_the_closest() -> None:
-    with pytest.raises(ConfigError, match=r"There is no model 'gm_mlic_papr'. Did you mean 'gm_mlic_paper'\?") as error:
+    with pytest.raises(ConfigError, match=r"Unknown model 'gm_mlic_papr'. Did you mean 'gm_mlic_paper'\?") as error:
         create_model("gm_mlic_papr")
     assert "mil_max" in str(error.value)
-    with pytest.raises(ConfigError, match=r"There is no model 'zzz'\. Known: "):
+    with pytest.raises(ConfigError, match=r"Unknown model 'zzz'\. Choose from "):
         create_model("zzz")
 
 
@@ -74,7 +74,7 @@ def test_unknown_name_suggests_the_closest() -> None:
         ("gm_mlic_paper", {"widths": (8,)}, "widths must have k = 2"),
     ],
 )
-def test_bad_arguments(name: str, overrides: dict[str, object], message: str) -> None:
+def test_invalid_arguments(name: str, overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         create_model(name, **overrides)
     assert "\n" not in str(error.value)
@@ -103,8 +103,8 @@ def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
         assert layer.in_features == width
     with pytest.raises(ConfigError, match=r"build has no argument 'depth'\. It takes: width"):
         create_model("my_model", depth=5)
-    # An error inside a constructor is not about its arguments.
+    # Errors inside a constructor are passed on.
     with pytest.raises(TypeError):
         create_model("my_model", width="wide")
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_model("my_model")(build)

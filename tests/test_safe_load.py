@@ -1,4 +1,4 @@
-"""Files that may come from anywhere."""
+"""Safe loading of untrusted files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from gm_mlic.safe_load import load_arrays, load_tensors
 
 
-def test_every_flipped_bit_of_the_tensors_is_noticed(tmp_path: Path) -> None:
-    """Those that change nothing (padding, times) may pass; none may change a value."""
+def test_flipped_bits_of_tensors_are_detected(tmp_path: Path) -> None:
+    """Flipped bits in padding and timestamps may pass, but no value may change."""
     good = {"a": torch.arange(2000.0), "b": ["x", 1.5]}
     torch.save(good, tmp_path / "good.pt")
     content = (tmp_path / "good.pt").read_bytes()
@@ -34,13 +34,13 @@ def test_every_flipped_bit_of_the_tensors_is_noticed(tmp_path: Path) -> None:
     assert refused > 200
 
 
-def test_what_is_not_tensors_is_not_unpickled(tmp_path: Path) -> None:
+def test_other_objects_are_not_unpickled(tmp_path: Path) -> None:
     class Hostile:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return eval, ("open('pwned', 'w')",)
 
     torch.save({"x": Hostile()}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+    with pytest.raises(ValueError, match="contains more than tensors and plain values"):
         load_tensors(tmp_path / "x.pt")
 
 
@@ -54,20 +54,20 @@ def bomb(path: Path, name: str, size: int) -> None:
             out.write(block)
 
 
-def test_an_archive_that_unpacks_to_an_absurd_size_is_refused(tmp_path: Path) -> None:
+def test_decompression_bombs_are_refused(tmp_path: Path) -> None:
     bomb(tmp_path / "x.npz", "scores.npy", 5 << 28)
     assert (tmp_path / "x.npz").stat().st_size < 2_000_000
     with pytest.raises(ValueError, match=r"would unpack to 1\.3 GB"):
         load_arrays(tmp_path / "x.npz")
 
 
-def test_a_compressed_file_of_tensors_is_refused(tmp_path: Path) -> None:
+def test_compressed_tensor_files_are_refused(tmp_path: Path) -> None:
     bomb(tmp_path / "x.pt", "archive/data.pkl", 1 << 22)
     with pytest.raises(ValueError, match="compressed"):
         load_tensors(tmp_path / "x.pt")
 
 
-def test_arrays_pass(tmp_path: Path) -> None:
+def test_valid_arrays_are_loaded(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", a=np.zeros(1_000_000))
     assert load_arrays(tmp_path / "x.npz")["a"].sum() == 0
     np.save(tmp_path / "x.npy", np.zeros(3))

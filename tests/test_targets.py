@@ -1,4 +1,4 @@
-"""Targets are {0, 1} of any type, with a mask of difficult labels; VOC's {1, 0, -1} must be asked for."""
+"""Target formats: {0, 1} of any dtype with a difficult mask (default), and VOC's {1, 0, -1}."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ N, C = 40, 5
 
 
 def binary(seed: int = 0, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-    """Logits and targets."""
+    """Random logits and binary targets."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(N, C, generator=generator, dtype=torch.float64)
     return logits, (torch.rand(N, C, generator=generator) < 0.3).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_loss_is_that_of_torch(dtype: torch.dtype) -> None:
+def test_loss_equals_torch(dtype: torch.dtype) -> None:
     logits, targets = binary(dtype=dtype)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.double())
     for checked in (True, False):
@@ -55,7 +55,7 @@ def test_the_loss_is_that_of_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_map_is_that_of_scikit_learn(dtype: torch.dtype) -> None:
+def test_map_equals_scikit_learn(dtype: torch.dtype) -> None:
     logits, targets = binary(dtype=dtype)
     expected = average_precision_score(targets.double().numpy(), logits.numpy(), average=None)
     np.testing.assert_allclose(average_precision(logits.sigmoid(), targets), expected, rtol=1e-12)
@@ -66,7 +66,7 @@ def test_map_is_that_of_scikit_learn(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_label_ratios_are_means(dtype: torch.dtype) -> None:
+def test_label_ratio_equals_the_mean(dtype: torch.dtype) -> None:
     targets = binary(dtype=dtype)[1]
     if dtype != torch.bfloat16:
         np.testing.assert_allclose(label_ratio(targets.numpy()), targets.double().mean(0))
@@ -81,7 +81,7 @@ def voc_targets(draw: st.DrawFn) -> Tensor:
 
 
 def masked(voc: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The same in binary; what stands at a difficult pair does not matter."""
+    """Convert to binary with random values for difficult pairs."""
     anything = torch.randint(0, 2, voc.shape, generator=torch.Generator().manual_seed(seed))
     return torch.where(voc == 0, anything, (voc == 1).long()), voc == 0
 
@@ -93,7 +93,7 @@ def masked(voc: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     beta=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 99),
 )
-def test_a_mask_is_the_voc_format_in_the_loss(voc: Tensor, policy: str, beta: float, seed: int) -> None:
+def test_mask_equals_voc_format_in_the_loss(voc: Tensor, policy: str, beta: float, seed: int) -> None:
     logits = torch.randn(voc.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ratio = torch.full(voc.shape[1:], 0.3)
     expected = WeightedBCE(ratio, beta, policy, "voc", allow_all_present=True)(logits, voc)
@@ -108,7 +108,7 @@ def test_a_mask_is_the_voc_format_in_the_loss(voc: Tensor, policy: str, beta: fl
     in_f1=st.sampled_from(DIFFICULT_POLICIES),
     seed=st.integers(0, 99),
 )
-def test_a_mask_is_the_voc_format_in_metrics(voc: Tensor, convention: str, in_ap: str, in_f1: str, seed: int) -> None:
+def test_mask_equals_voc_format_in_metrics(voc: Tensor, convention: str, in_ap: str, in_f1: str, seed: int) -> None:
     scores = torch.rand(voc.shape, generator=torch.Generator().manual_seed(seed))
     targets, difficult = masked(voc, seed)
     as_voc = {"target_format": "voc", "allow_all_present": True}
@@ -144,7 +144,7 @@ def test_a_mask_is_the_voc_format_in_metrics(voc: Tensor, convention: str, in_ap
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array"])
-def test_the_two_masks(kind: str) -> None:
+def test_normalize_targets(kind: str) -> None:
     voc = np.array([[1, 0, -1], [1, 1, 0]])
     targets, mask = np.array([[1, 1, 0], [1, 1, 0]]), voc == 0
     if kind == "tensor":
@@ -180,26 +180,26 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_what_does_not_fit_is_refused_in_one_line(use: str) -> None:
+def test_invalid_targets_are_refused(use: str) -> None:
     run = USES[use]
     mask = torch.zeros(2, 3, dtype=torch.bool)
     for targets, options, error, message in (
-        (bad(-1), {}, DataError, "^targets hold -1: pass target_format='voc'"),
-        (bad(-1, torch.int8), {}, DataError, "^targets hold -1: pass target_format='voc'"),
-        (bad(0.5), {}, DataError, "^targets hold 0.5: use 1"),
-        (bad(float("nan")), {}, DataError, "^targets hold nan: use 1"),
-        (bad(2, torch.uint8), {}, DataError, "^targets hold 2: use 1"),
-        (bad(-1), {"difficult": mask}, DataError, "^targets hold -1"),
-        (bad(0.5), {"target_format": "voc"}, DataError, "^targets hold 0.5: use 1"),
-        (bad(float("nan")), {"target_format": "voc"}, DataError, "^targets hold nan: use 1"),
+        (bad(-1), {}, DataError, "^targets contain -1: pass target_format='voc'"),
+        (bad(-1, torch.int8), {}, DataError, "^targets contain -1: pass target_format='voc'"),
+        (bad(0.5), {}, DataError, "^targets contain 0.5: use 1"),
+        (bad(float("nan")), {}, DataError, "^targets contain nan: use 1"),
+        (bad(2, torch.uint8), {}, DataError, "^targets contain 2: use 1"),
+        (bad(-1), {"difficult": mask}, DataError, "^targets contain -1"),
+        (bad(0.5), {"target_format": "voc"}, DataError, "^targets contain 0.5: use 1"),
+        (bad(float("nan")), {"target_format": "voc"}, DataError, "^targets contain nan: use 1"),
         (
             bad(1),
             {"target_format": "voc"},
             DataError,
-            "^targets hold no -1.*target_format='binary'.*allow_all_present=True",
+            "^targets contain no -1.*target_format='binary'.*allow_all_present=True",
         ),
-        (bad(1).bool(), {"target_format": "voc"}, DataError, "^targets hold no -1"),
-        (bad(-1), {"target_format": "voc", "difficult": mask}, ArgumentError, "^difficult goes with target_format"),
+        (bad(1).bool(), {"target_format": "voc"}, DataError, "^targets contain no -1"),
+        (bad(-1), {"target_format": "voc", "difficult": mask}, ArgumentError, "^difficult requires target_format"),
         (
             bad(1),
             {"difficult": mask.int()},
@@ -221,12 +221,12 @@ def test_shapes_of_the_loss() -> None:
     loss = WeightedBCE(torch.rand(3))
     with pytest.raises(ArgumentError, match=r"^targets have shape \(3,\), logits \(2, 3\)"):
         loss(torch.zeros(2, 3), torch.zeros(3))
-    with pytest.raises(ArgumentError, match=r"^logits are of 4 labels, label_ratio of 3\."):
+    with pytest.raises(ArgumentError, match=r"^logits have 4 labels, label_ratio has 3\."):
         loss(torch.zeros(2, 4), torch.zeros(2, 4))
 
 
 @pytest.mark.parametrize("policy", DIFFICULT_POLICIES)
-def test_the_loss_compiles_to_one_graph(policy: str) -> None:
+def test_loss_compiles_to_one_graph(policy: str) -> None:
     logits, targets = binary()
     difficult = torch.rand(N, C, generator=torch.Generator().manual_seed(1)) < 0.2
     voc = targets.where(targets == 1, -1).masked_fill(difficult, 0)
@@ -238,7 +238,7 @@ def test_the_loss_compiles_to_one_graph(policy: str) -> None:
 
 
 class Reader(torch.utils._python_dispatch.TorchDispatchMode):
-    """Fails where a tensor becomes a number: on a GPU, that waits."""
+    """Dispatch mode that fails if a tensor is converted to a number, which synchronizes with a GPU."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         assert "_local_scalar_dense" not in str(func), "a tensor was read"
@@ -246,8 +246,8 @@ class Reader(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("policy", DIFFICULT_POLICIES)
-def test_without_checks_the_loss_reads_no_tensor(policy: str) -> None:
-    """So no training step waits for the GPU."""
+def test_loss_without_validation_does_not_synchronize(policy: str) -> None:
+    """Training steps do not wait for the GPU."""
     logits, targets = binary()
     mask = torch.zeros(N, C, dtype=torch.bool)
     unchecked, loss = (WeightedBCE(torch.rand(C), 0.4, policy, validate_args=checked) for checked in (False, True))
@@ -257,8 +257,8 @@ def test_without_checks_the_loss_reads_no_tensor(policy: str) -> None:
         loss(logits, targets, mask)
 
 
-class Written(MultiLabelDataset):
-    """As somebody writes one."""
+class UserDataset(MultiLabelDataset):
+    """Minimal user-defined dataset."""
 
     name, split, labels, ids = "written", "train", ("cat", "dog"), ("a", "b")
 
@@ -273,18 +273,16 @@ class Written(MultiLabelDataset):
 @pytest.mark.parametrize(
     ("targets", "difficult", "message"),
     [
-        ([[1, -1], [-1, 1]], None, "targets hold -1: a dataset's targets are 1 \\(present\\) and 0 \\(absent\\)"),
-        ([[1, 0.5], [0, 1]], None, "targets hold 0.5"),
-        ([[1, float("nan")], [0, 1]], None, "targets hold nan"),
+        ([[1, -1], [-1, 1]], None, "targets contain -1: use 1 \\(present\\) and 0 \\(absent\\)"),
+        ([[1, 0.5], [0, 1]], None, "targets contain 0.5"),
+        ([[1, float("nan")], [0, 1]], None, "targets contain nan"),
         ([[1, 0], [0, 1]], [[0, 1], [0, 0]], "difficult is int64 .*expected bool"),
         ([[1, 0], [0, 1]], [[False, True]], "difficult is bool \\(1, 2\\), expected bool \\(2, 2\\)"),
         ([[1, 0], [0, 1]], [[False, True], [False, True]], "Image 'b': the label 'dog' is both present and difficult"),
     ],
 )
-def test_datasets_are_checked_where_they_come_in(
-    targets: object, difficult: object, message: str, tmp_path: Path
-) -> None:
-    dataset = Written(targets, difficult)
+def test_dataset_targets_are_checked(targets: object, difficult: object, message: str, tmp_path: Path) -> None:
+    dataset = UserDataset(targets, difficult)
     for use in (
         lambda: check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult),
         lambda: extract(dataset, None, tmp_path / "store", m=1),  # type: ignore[arg-type]
@@ -294,25 +292,25 @@ def test_datasets_are_checked_where_they_come_in(
             use()
 
 
-def test_other_ways_in_refuse_minus_one(tmp_path: Path) -> None:
+def test_writers_refuse_minus_one(tmp_path: Path) -> None:
     voc = np.array([[1, -1], [-1, 1]])
     for use in (
         lambda: label_ratio(voc),
         lambda: stratified(voc, 0.5, 0),
         lambda: write_scored_images(tmp_path / "x.npz", torch.rand(2, 2), torch.from_numpy(voc), "ab", "cd"),
     ):
-        with pytest.raises(DataError, match="targets hold -1"):
+        with pytest.raises(DataError, match="targets contain -1"):
             use()
 
 
-def test_fingerprints_tell_difficult_labels_apart() -> None:
-    plain, mask = Written([[1, 0], [0, 1]]), Written([[1, 0], [0, 1]], [[False, False], [False, False]])
-    other = Written([[1, 0], [0, 1]], [[False, True], [False, False]])
+def test_fingerprint_depends_on_difficult_labels() -> None:
+    plain, mask = UserDataset([[1, 0], [0, 1]]), UserDataset([[1, 0], [0, 1]], [[False, False], [False, False]])
+    other = UserDataset([[1, 0], [0, 1]], [[False, True], [False, False]])
     assert len({plain.fingerprint, mask.fingerprint, other.fingerprint}) == 3
-    assert Written([[True, False], [False, True]]).fingerprint == plain.fingerprint
+    assert UserDataset([[True, False], [False, True]]).fingerprint == plain.fingerprint
 
 
-def test_difficult_labels_do_not_count_in_ratios() -> None:
+def test_label_ratio_ignores_difficult_labels() -> None:
     targets, difficult = np.array([[1, 0], [1, 1], [0, 0], [0, 1]]), np.zeros((4, 2), dtype=bool)
     difficult[1, 0] = True
     np.testing.assert_array_equal(label_ratio(targets, difficult), [0.25, 0.5])

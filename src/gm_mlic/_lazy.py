@@ -1,4 +1,4 @@
-"""Module attributes that are imported on first use (PEP 562), so that a package can be imported without all of it."""
+"""Lazy module attributes (PEP 562), imported on first use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's ``__getattr__``.
+    """Create a module-level ``__getattr__``.
 
     Args:
         package: ``__name__`` of the module.
-        homes: the module of each name, relative to ``package``.
+        homes: maps each attribute to its module, relative to ``package``.
     """
 
     def getattribute(name: str) -> Any:

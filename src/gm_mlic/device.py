@@ -1,4 +1,4 @@
-"""Which torch device a process uses."""
+"""Torch device selection."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gm_mlic.errors import ArgumentError
 
 
 def resolve_device(device: str) -> str:
-    """The torch device that ``auto``, ``cpu``, ``cuda`` or a name of Lightning's accelerators means in this process."""
+    """Torch device of this process for ``auto``, ``cpu``, ``cuda`` or a Lightning accelerator name."""
     if not torch.cuda.is_available() or device not in ("auto", "gpu", "cuda"):
         return "cpu"
     return f"cuda:{rank_info().local_rank % torch.cuda.device_count()}"
 
 
 def require_device(device: str) -> str:
-    """:func:`resolve_device`, but a GPU that is asked for and absent is an error.
+    """Resolve a device as :func:`resolve_device`, but fail if ``cuda`` is unavailable.
 
     Raises:
-        ArgumentError: if there is no GPU and ``device`` is ``cuda``.
+        ArgumentError: if ``device`` is ``cuda`` and there is no GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", "is cuda, but torch finds no GPU: auto uses one where there is one.")
+        raise ArgumentError("device", "is cuda, but torch finds no GPU: use cpu or auto.")
     return resolve_device(device)

@@ -1,7 +1,7 @@
-"""Rank and world size of this process, started by torchrun, srun or Lightning, or alone.
+"""Rank and world size of this process under torchrun, srun or Lightning.
 
-They are read from the environment, because they are needed before there is a trainer: to divide the extraction, and
-because only rank 0 prints and writes.
+They are read from the environment, because they are needed before a trainer exists: to divide the extraction, and to
+print and write only on rank 0.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RankInfo:
-    """The rank of a process among those of its run.
+    """Rank of a process.
 
     Attributes:
-        rank: over all machines.
+        rank: global rank.
         world_size: number of processes.
-        local_rank: on this machine.
+        local_rank: rank on this machine.
     """
 
     rank: int = 0
@@ -25,7 +25,7 @@ class RankInfo:
     local_rank: int = 0
 
 
-#: How torchrun and srun name rank, world size and local rank.
+#: Environment variables of rank, world size and local rank.
 _NAMES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
@@ -33,10 +33,10 @@ _NAMES = {
 
 
 def launcher() -> str | None:
-    """``torchrun``, ``srun`` or ``lightning``; None for a single process."""
+    """Launcher of this process: ``torchrun``, ``srun`` or ``lightning``; None for a single process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun"
-    # Lightning takes these two names for a shell on the cluster, and so do we.
+    # These job names mean an interactive shell, as in Lightning.
     is_shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
     if not is_shell and all(name in os.environ for name in _NAMES["srun"]):
         return "srun"
@@ -44,13 +44,12 @@ def launcher() -> str | None:
 
 
 def rank_info() -> RankInfo:
-    """The rank of this process."""
-    started_by = launcher()
-    if started_by is None:
+    """Rank, world size and local rank of this process."""
+    kind = launcher()
+    if kind is None:
         return RankInfo()
-    if started_by in _NAMES:
-        return RankInfo(*(int(os.environ[name]) for name in _NAMES[started_by]))
-    # Lightning starts the other processes of one machine when the first is about to train, and forgets WORLD_SIZE
-    # when it has.
+    if kind in _NAMES:
+        return RankInfo(*(int(os.environ[name]) for name in _NAMES[kind]))
+    # Lightning starts the other local processes just before training and unsets WORLD_SIZE afterwards.
     local_rank = int(os.environ["LOCAL_RANK"])
     return RankInfo(local_rank, int(os.environ.get("WORLD_SIZE", local_rank + 1)), local_rank)

@@ -1,10 +1,10 @@
-"""Errors that a user can mend. The command line prints their message as one line and exits with their code.
+"""User errors. The command line prints their message as one line and exits with their code.
 
-Every message says what is wrong, where, and what to do next. Anything that is not a :class:`GMMLICError` is a
-defect of this package, and is reported as one.
+A message is one line: what is wrong, where, and what to do next. Exceptions other than :class:`GMMLICError` are
+reported as internal errors.
 
-The library names its arguments, between backticks where a message mentions them (```download=True```).
-:func:`config_keys` puts config keys in their place (``dataset.download=true``).
+Messages refer to library arguments, between backticks (```download=True```). :func:`config_keys` replaces them by
+config keys (``dataset.download=true``).
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from collections.abc import Iterator
 
 
 class GMMLICError(Exception):
-    """Base of all errors that the user can mend; ``str(error)`` is one line: what is wrong and what to do next."""
+    """Base class of errors that the user can fix; ``str(error)`` is one line."""
 
     exit_code: int = 2
 
 
 class Terminated(SystemExit):
-    """The process was asked to end (SIGTERM), as clusters do before they take a machine back."""
+    """Termination by SIGTERM, for example on preemption by a cluster."""
 
     def __init__(self) -> None:
-        super().__init__(143)  # 128 + SIGTERM, as shells have it
+        super().__init__(143)  # 128 + SIGTERM, as in shells
 
 
 class ConfigError(GMMLICError):
-    """A setting, or a combination of settings, that cannot work."""
+    """Invalid setting or combination of settings."""
 
 
 class ArgumentError(ConfigError, ValueError):
-    """An argument of a function or class has a value that cannot work.
+    """Invalid argument of a function or class.
 
-    The library names the argument; the command line adds the config group, so that ``k must be 1 or more`` becomes
+    The message names the argument; the command line adds the config group, so that ``k must be 1 or more`` becomes
     ``model.k must be 1 or more``.
 
     Args:
         argument: name of the argument.
-        problem: what is wrong with its value, the rest of the sentence: ``"must be 1 or more, got 0."``.
+        problem: rest of the sentence, for example ``"must be 1 or more, got 0."``.
     """
 
     def __init__(self, argument: str, problem: str) -> None:
@@ -51,24 +51,24 @@ class ArgumentError(ConfigError, ValueError):
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise :class:`ArgumentError` for the first of some arguments that is below 1."""
+    """Raise :class:`ArgumentError` for the first argument below 1."""
     for argument, size in sizes.items():
         if size < 1:
             raise ArgumentError(argument, f"must be 1 or more, got {size}.")
 
 
-#: An argument, perhaps with a key and a value, as messages have it: `part`, `part='all'`, `columns['file']`.
+#: Argument in a message, optionally with a key or value: `part`, `part='all'`, `columns['file']`.
 _ARGUMENT = re.compile(r"`([a-z]\w*(?:\['\w+'\])*)(?:=([^`]*))?`")
 _LITERALS = {"True": "true", "False": "false", "None": "null"}
 
 
 @contextlib.contextmanager
 def config_keys(section: str = "", **keys: str) -> Iterator[None]:
-    """Let errors that are raised within this context name config keys instead of arguments.
+    """Context manager that replaces argument names by config keys in error messages.
 
     Args:
-        section: that the arguments come from, as ``dataset``; empty for the top of the config.
-        **keys: full keys of arguments that the config calls something else.
+        section: config section of the arguments, for example ``dataset``; empty for the top level.
+        **keys: full config keys of arguments with another name in the config.
 
     Example:
         >>> with config_keys("model"):
@@ -97,16 +97,16 @@ def config_keys(section: str = "", **keys: str) -> Iterator[None]:
 
 
 class DataError(GMMLICError):
-    """Something in a dataset's files is missing, malformed or inconsistent."""
+    """Missing, malformed or inconsistent dataset file."""
 
 
-class UnreadableImage(DataError):  # noqa: N818 - named for what it is about
-    """One image cannot be decoded. Extraction records it and goes on; everything else stops."""
+class UnreadableImage(DataError):  # noqa: N818 - describes the image
+    """Image that cannot be decoded. Extraction records it and continues; other callers stop."""
 
 
 class StoreError(GMMLICError):
-    """An instance store is missing, unfinished, damaged, or was made for something else."""
+    """Instance store that is missing, incomplete, damaged, or made for other data."""
 
 
 class WeightsError(GMMLICError):
-    """A weights file or checkpoint is missing, malformed, or does not fit the model or the labels."""
+    """Weights file or checkpoint that is missing, malformed, or does not match the model or labels."""

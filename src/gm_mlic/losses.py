@@ -1,4 +1,4 @@
-"""The weighted cross-entropy that trains the network (eq. 15)."""
+"""Weighted binary cross-entropy loss (eq. 15)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class WeightedBCE(nn.Module):
     :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
 
     Args:
-        label_ratio: (C,) :math:`r_c`, the share of training images that carry label c.
-        beta: :math:`\beta`, how strongly rare labels are weighted (default: 0, plain cross-entropy; the paper has 0 on
-            VOC 2007 and 0.4 on COCO and NUS-WIDE).
-        difficult: what a difficult pair of image and label (VOC) counts as: ``positive`` (ML-GCN's habit, default),
-            ``negative``, or ``ignore`` (no loss).
-        target_format: ``binary`` (default): targets in {0, 1}, difficult pairs are a mask. ``voc``: targets in
+        label_ratio: (C,) :math:`r_c`, the fraction of training images with label c.
+        beta: :math:`\beta`, the weight of rare labels (default: 0, unweighted; the paper uses 0 on VOC 2007 and 0.4 on
+            COCO and NUS-WIDE).
+        difficult: treatment of difficult image-label pairs (VOC): ``positive`` (default, as in ML-GCN), ``negative``,
+            or ``ignore`` (no loss).
+        target_format: ``binary`` (default): targets in {0, 1}, difficult pairs as a mask. ``voc``: targets in
             {1, 0, -1}, where 0 is difficult and -1 absent.
         allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
-        validate_args: check the values of the targets (default). The check waits for a GPU, and is skipped while
-            ``torch.compile`` traces. Turn it off for targets that were checked before.
+        validate_args: check the values of the targets (default: True). The check synchronizes with the GPU and is
+            skipped under ``torch.compile``. Disable it for targets that are known to be valid.
 
     Shapes:
         - **input:** logits (B, C); targets (B, C) of bool, integers or floats; difficult (B, C) bool, or None
@@ -40,8 +40,8 @@ class WeightedBCE(nn.Module):
 
     Raises:
         ArgumentError: if a ratio is not in [0, 1], beta is negative or not finite, or an option is unknown; in
-            ``forward``, if shapes differ, or a difficult mask comes with ``voc``.
-        DataError: in ``forward``, for targets that do not fit the format.
+            ``forward``, if shapes differ, or a difficult mask is given with ``voc``.
+        DataError: in ``forward``, if targets do not match the format.
     """
 
     label_ratio: Tensor
@@ -59,7 +59,7 @@ class WeightedBCE(nn.Module):
         super().__init__()
         ratio = torch.as_tensor(label_ratio, dtype=torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
-            raise ArgumentError("label_ratio", "must hold shares in [0, 1].")
+            raise ArgumentError("label_ratio", "must be in [0, 1].")
         if not 0 <= beta < float("inf"):
             raise ArgumentError("beta", f"must be 0 or more, got {beta}.")
         if difficult not in DIFFICULT_POLICIES:
@@ -75,7 +75,7 @@ class WeightedBCE(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor, difficult: Tensor | None = None) -> Tensor:
         C = self.label_ratio.numel()
         if logits.shape[-1] != C:
-            raise ArgumentError("logits", f"are of {logits.shape[-1]} labels, label_ratio of {C}.")
+            raise ArgumentError("logits", f"have {logits.shape[-1]} labels, label_ratio has {C}.")
         if targets.shape != logits.shape:
             raise ArgumentError("targets", f"have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}.")
         present, difficult = normalize_targets(

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, of the detector's training and the model's."""
+"""Learning-rate schedules for detector and model training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 def one_cycle(
     optimizer: torch.optim.Optimizer, rates: list[float], steps: int, pct_start: float
 ) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Torch's one-cycle schedule, which divides by zero where a phase has a single step: in runs of few steps.
+    """One-cycle schedule of torch, adjusted for short runs, where a phase of one step would divide by zero.
 
     Args:
-        optimizer: its groups' learning rates are scheduled.
-        rates: the highest learning rate of each group.
-        steps: in all.
-        pct_start: share of them in which the learning rate rises; at least two steps.
+        optimizer: optimizer to schedule.
+        rates: maximum learning rate per parameter group.
+        steps: total number of steps.
+        pct_start: fraction of steps with increasing learning rate; at least two steps.
     """
     steps = max(steps, 4)
     pct_start = min(max(pct_start, 2 / steps), 1 - 1 / steps)

@@ -1,6 +1,6 @@
-"""Registries of models by name, as in timm: ``list_models("gm*")``, ``create_model("gm_mlic", ...)``.
+"""Model registry, as in timm: ``list_models("gm*")``, ``create_model("gm_mlic", ...)``.
 
-A class or function is registered where it is defined, by a decorator::
+Classes and functions are registered by a decorator::
 
     @register_model("my_model")
     class MyModel(nn.Module): ...
@@ -24,7 +24,7 @@ Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered class or function, with the arguments that its name stands for."""
+    """Registered class or function with preset arguments."""
 
     build: Callable[..., Any]
     preset: dict[str, Any]
@@ -32,11 +32,11 @@ class Entry:
 
 
 class Registry:
-    """Classes or functions by name.
+    """Registry of classes or functions by name.
 
     Args:
-        kind: what they make, for messages.
-        home: the module that registers those of this package, imported on first use.
+        kind: noun for error messages, for example ``"model"``.
+        home: module that registers the built-in entries, imported on first use.
     """
 
     def __init__(self, kind: str, home: str) -> None:
@@ -44,17 +44,17 @@ class Registry:
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
-        """Decorator: make a class or function known under ``name``.
+        """Decorator that registers a class or function.
 
         Args:
-            name: a new name.
-            summary: one line for lists; default: the first line of the docstring.
-            **preset: arguments that the name stands for; a caller may override them.
+            name: unique name.
+            summary: one-line description; default: the first line of the docstring.
+            **preset: default arguments of this name; callers can override them.
         """
 
         def decorate(build: Builder) -> Builder:
             if name in self._entries:
-                raise ValueError(f"A {self.kind} named {name!r} is registered already.")
+                raise ValueError(f"A {self.kind} named {name!r} is already registered.")
             first = (inspect.getdoc(build) or "").partition("\n")[0].rstrip(".")
             self._entries[name] = Entry(build, preset, summary or re.sub(r":class:`(\w+)`", r"`\1`", first))
             return build
@@ -62,25 +62,25 @@ class Registry:
         return decorate
 
     def names(self, pattern: str = "*") -> list[str]:
-        """All names that match a shell pattern, sorted."""
+        """Sorted names that match a shell-style pattern."""
         importlib.import_module(self.home)
         return sorted(fnmatch.filter(self._entries, pattern))
 
     def entry(self, name: str) -> Entry:
-        """The entry of a name.
+        """Entry of ``name``.
 
         Raises:
-            ConfigError: for an unknown name, naming the closest one.
+            ConfigError: if the name is unknown; the message suggests the closest one.
         """
         names = self.names()
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"There is no {self.kind} {name!r}.{hint} Known: {', '.join(names)}.")
+            raise ConfigError(f"Unknown {self.kind} {name!r}.{hint} Choose from {', '.join(names)}.")
         return self._entries[name]
 
     def arguments(self, name: str) -> list[str]:
-        """Names of the arguments of a registered class or function."""
+        """Argument names of a registered class or function."""
         return list(inspect.signature(self.entry(name).build).parameters)
 
     def build(self, name: str, **overrides: Any) -> Any:
@@ -88,11 +88,11 @@ class Registry:
 
         Args:
             name: one of :meth:`names`.
-            **overrides: its arguments, over those of the preset.
+            **overrides: arguments; they take precedence over the preset.
 
         Raises:
-            ConfigError: for an unknown name, or an unknown or missing argument. A TypeError from inside the
-                constructor stays one.
+            ConfigError: if the name or an argument is unknown, or an argument is missing. A TypeError raised inside the
+                constructor is passed on.
         """
         entry = self.entry(name)
         arguments = {**entry.preset, **overrides}
@@ -123,5 +123,5 @@ def register_model(name: str, summary: str | None = None, **preset: Any) -> Call
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of all registered models that match a shell pattern, sorted."""
+    """Sorted names of registered models that match a shell-style pattern."""
     return MODELS.names(pattern)

@@ -1,18 +1,18 @@
-"""Run folders: what training leaves behind, written and read as plain files.
+"""Run folders: outputs of training as plain files.
 
 ::
 
-    RUN/config.yaml           every setting, resolved
-    RUN/state.json            running, finished, failed or interrupted; by which process; with which error
+    RUN/config.yaml           resolved settings
+    RUN/state.json            running, finished, failed or interrupted; process; error
     RUN/metrics.csv           one row per epoch
-    RUN/metrics.json          the result; there once the run is finished
+    RUN/metrics.json          test result; exists once the run is finished
     RUN/checkpoints/          best.ckpt and last.ckpt
     RUN/test.npz              scores and targets of the test split
-    RUN/examples/             some test photos, and what was predicted for them (examples.json)
-    RUN/diverged.json         the images of the batch at which the loss was no longer finite, if it was so
-    RUN/label_states.npz      what the network made of the label vectors
+    RUN/examples/             some test photos with their predictions (examples.json)
+    RUN/diverged.json         images of the batch with a non-finite loss, if any
+    RUN/label_states.npz      label states after the last block
 
-Who lists, compares or reports runs needs nothing but these files.
+Commands that list, compare or report runs read only these files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gm_mlic.errors import GMMLICError
 
 log = logging.getLogger(__name__)
 
-#: Settings that say where and how fast, not what: runs that differ only in these are the same run. By section.
+#: Settings, by section, that affect paths and speed but not results; they are not part of a run's identity.
 NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
     "": frozenset({"hydra", "run_dir", "overwrite", "out", "num_workers", "logger", "sweep"}),
     "dataset": frozenset({"download", "mirror"}),
@@ -50,25 +50,25 @@ SCORES, EXAMPLES, LABEL_STATES = "test.npz", "examples", "label_states.npz"
 DIVERGED = "diverged.json"
 _LOCK = ".lock"
 
-#: How long to try for a lock that somebody may hold for a moment, to see whether the run is alive.
+#: Lock timeout; other processes hold the lock briefly to check whether the run is alive.
 _PATIENCE_S = 2.0
 
 
 class RunFolderError(GMMLICError):
-    """A folder that is not a run, or a run that another process is working on."""
+    """Folder that is not a run, is damaged, or is in use by another process."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read from its files alone.
+    """Content of a run folder.
 
     Attributes:
         path: the folder.
-        config: every setting, nested.
-        state: ``finished``, ``running``, ``failed``, ``interrupted``, ``stopped`` if its process is gone without having
-            said so, or ``damaged`` if its files cannot be read.
-        error: of a failed or damaged run, in one line.
-        epochs: the rows of ``metrics.csv``.
+        config: nested settings.
+        state: ``finished``, ``running``, ``failed``, ``interrupted``, ``stopped`` (the process ended without recording
+            a state) or ``damaged`` (files cannot be read).
+        error: one-line error of a failed or damaged run.
+        epochs: rows of ``metrics.csv``.
         result: ``metrics.json`` of a finished run.
     """
 
@@ -80,7 +80,7 @@ class Run:
     result: Mapping[str, Any] | None
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """The value of a dotted key, as ``graph.m``."""
+        """Value of a dotted key such as ``graph.m``."""
         value: Any = self.config
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -93,11 +93,11 @@ def read_run(path: str | Path) -> Run:
     """Read one run folder.
 
     Raises:
-        RunFolderError: if it is none, or one of its files is damaged.
+        RunFolderError: if it is not a run folder, or a file is damaged.
     """
     path = Path(path)
     if not (path / CONFIG).is_file():
-        raise RunFolderError(f"{path}: no run folder (it has no {CONFIG}).")
+        raise RunFolderError(f"{path} is not a run folder (it has no {CONFIG}).")
     config = _parsed(path / CONFIG, yaml.safe_load)
     state = _parsed(path / STATE, json.loads) if (path / STATE).is_file() else {}
     result = _parsed(path / RESULT, json.loads) if (path / RESULT).is_file() else None
@@ -142,25 +142,25 @@ def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs in some folders: each a run, a folder with runs anywhere in it, or that of a multirun.
+    """Find runs in folders. Each folder is a run, a multirun, or contains runs at any depth.
 
-    A damaged run is one of them, and says so: it must not hide the others.
+    Damaged runs are included, with the state ``damaged``.
 
     Raises:
-        RunFolderError: for a path that does not exist, or has no run in it.
+        RunFolderError: if a path does not exist or contains no runs.
     """
-    found: dict[Path, Run] = {}
+    runs: dict[Path, Run] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise RunFolderError(f"{path}: no such folder.")
+            raise RunFolderError(f"{path} is not a folder.")
         folders = {file.parent.resolve() for file in path.rglob(CONFIG) if not _is_inside_hydra(file)}
         folders |= {Path(job["run_dir"]).resolve() for job in read_jobs(path)}
         if not folders:
-            raise RunFolderError(f"{path}: there is no run in it (gm-mlic train makes them).")
+            raise RunFolderError(f"{path} contains no runs: create one with gm-mlic train.")
         for folder in sorted(folders):
-            if os.path.isfile(folder / CONFIG):  # noqa: PTH113 - no error for a name that no file can have
-                found[folder] = _read_or_damaged(_shorter(folder))
-    return list(found.values())
+            if os.path.isfile(folder / CONFIG):  # noqa: PTH113 - no error for invalid names
+                runs[folder] = _read_or_damaged(_relative_to_cwd(folder))
+    return list(runs.values())
 
 
 def _read_or_damaged(path: Path) -> Run:
@@ -174,15 +174,15 @@ def _is_inside_hydra(file: Path) -> bool:
     return file.parent.name == ".hydra"
 
 
-def _shorter(folder: Path) -> Path:
-    """The folder relative to where we are, if it is below."""
+def _relative_to_cwd(folder: Path) -> Path:
+    """Folder relative to the working directory, if it is below it."""
     with contextlib.suppress(ValueError):
         return folder.relative_to(Path.cwd())
     return folder
 
 
 def varying(runs: Sequence[Run]) -> list[str]:
-    """The dotted settings in which runs differ, but for those that say where and how fast; the seed comes last."""
+    """Dotted settings that affect results and differ between runs; the seed is last."""
     flat = [flat_settings(run.config) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     differ = [key for key in keys if len({json.dumps(s.get(key), default=str) for s in flat}) > 1]
@@ -190,7 +190,7 @@ def varying(runs: Sequence[Run]) -> list[str]:
 
 
 def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide the outcome of a run."""
+    """Settings that affect the result of a run."""
     kept = {key: value for key, value in config.items() if key not in NOT_PART_OF_A_RUN[""]}
     for key, left_out in NOT_PART_OF_A_RUN.items():
         if isinstance(kept.get(key), Mapping):
@@ -199,7 +199,7 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys and values of what decides the outcome of a run."""
+    """Dotted keys and values of the settings that affect the result of a run."""
     leaves: dict[str, Any] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
@@ -217,16 +217,16 @@ def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunState:
-    """A context in which this process alone works on a run folder; once begun, ``state.json`` says how it went.
+    """Context manager that locks a run folder and writes ``state.json``.
 
     Args:
-        path: the run folder; it is made.
-        command: that started this.
-        sweep: the folder of the multirun that it belongs to.
-        silent: do nothing; for processes that work on a run together with the one that speaks for it.
+        path: run folder; created if missing.
+        command: name of the running command.
+        sweep: folder of the multirun, if any.
+        silent: do nothing; for DDP ranks other than 0.
 
     Raises:
-        RunFolderError: on entering, if another process works on it.
+        RunFolderError: on entering, if another process holds the lock.
     """
 
     def __init__(self, path: Path, command: str, sweep: str | None = None, *, silent: bool = False) -> None:
@@ -251,13 +251,11 @@ class RunState:
         except Timeout:
             state = json.loads((self.path / STATE).read_text()) if (self.path / STATE).is_file() else {}
             who = f"process {state.get('pid', '?')} on {state.get('host', '?')}"
-            raise RunFolderError(
-                f"{self.path}: {who} is working on this run: wait for it, or choose another run_dir."
-            ) from None
+            raise RunFolderError(f"{self.path} is in use by {who}: wait for it, or choose another run_dir.") from None
         return self
 
     def begin(self) -> None:
-        """Say that the run is running: from here on, leaving the context says what became of it."""
+        """Set the state to ``running``. The final state is written on exit."""
         if not self.silent:
             self._begun = True
             self._write("running")
@@ -274,7 +272,7 @@ class RunState:
                 self._write("interrupted")
             else:
                 self._content["error"] = _first_line(error)
-                with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                with contextlib.suppress(OSError):  # a full disk must not hide the error
                     self._write("failed")
         finally:
             self._lock.release()
@@ -285,7 +283,7 @@ class RunState:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock of a run folder."""
+    """Whether a running process holds the lock of a run folder."""
     if not (path / _LOCK).is_file():
         return False
     try:
@@ -293,14 +291,14 @@ def _is_locked(path: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a folder that is not ours to lock: believe what it says
+    except OSError:  # no permission to lock: trust state.json
         return True
 
 
 def write_job(
     sweep: Path, number: int, run_dir: Path, overrides: Sequence[str], error: BaseException | None = None
 ) -> None:
-    """Note one job of a multirun, and with which error it ended: ``SWEEP/jobs/NUMBER.json``."""
+    """Record a multirun job and its error in ``SWEEP/jobs/NUMBER.json``."""
     (sweep / "jobs").mkdir(parents=True, exist_ok=True)
     job = {
         "run_dir": str(run_dir.absolute()),
@@ -312,7 +310,7 @@ def write_job(
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The jobs of all multiruns in a folder, in order, but for those whose file is damaged."""
+    """Jobs of all multiruns in a folder, in order. Damaged job files are skipped."""
     jobs = []
     for file in sorted(
         (file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()),
@@ -323,7 +321,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
             if not isinstance(job.get("run_dir"), str) or "\0" in job["run_dir"]:
                 raise _damaged(file)
         except RunFolderError:
-            log.warning("%s is damaged; its run is left out.", file)
+            log.warning("%s is damaged; its run is skipped.", file)
             continue
         jobs.append(job)
     return jobs
@@ -335,12 +333,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing: readers and crashes never meet half a file."""
+    """Atomic write: replace ``path`` only after the whole text is written."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
 
 
 def now() -> str:
-    """The time, as run folders have it; later times sort after earlier ones."""
+    """Current UTC time in ISO format, which sorts chronologically."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

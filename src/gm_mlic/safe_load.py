@@ -1,4 +1,4 @@
-"""Files of tensors and arrays that may come from anywhere: checked before they are read, never unpickled."""
+"""Safe loading of tensor and array files from untrusted sources, without unpickling."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-#: An archive that grows by more than this factor, to more than this many bytes, is taken for a decompression bomb.
+#: Limit against decompression bombs: growth factor, applied above ``ALWAYS_FINE`` bytes.
 MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
-    """What ``torch.save`` wrote, read with ``weights_only=True`` and every checksum compared.
+    """Load a file of ``torch.save`` with ``weights_only=True``, after verifying its checksums.
 
-    torch itself writes a checksum for each tensor and reads without looking at them.
+    torch writes a checksum per tensor but does not verify them.
 
     Raises:
-        ValueError: if it is no such file, or damaged: a checksum differs, it is compressed (torch's are not), or holds
-            more than tensors, texts, numbers and collections of them. The message is a line.
+        ValueError: if it is not such a file, a checksum is wrong, it is compressed, or it contains other objects than
+            tensors, strings, numbers and collections. The message is one line.
         OSError: if it cannot be opened.
     """
     with _opened(path):
@@ -33,25 +33,25 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz``, without pickles; numpy compares checksums as it reads.
+    """Load the arrays of an ``.npz`` file without pickles; numpy verifies checksums.
 
     Raises:
-        ValueError: if it is no such file, is damaged, or would unpack to an absurd size. The message is a line.
+        ValueError: if it is not such a file, is damaged, or is a decompression bomb. The message is one line.
         OSError: if it cannot be opened.
     """
     with _opened(path):
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no archive of named arrays, as numpy.savez writes them")
+            raise ValueError("not an .npz archive")
         _check_archive(path)
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
 
 
 def map_array(path: str | Path) -> np.memmap[Any, Any]:
-    """An ``.npy`` in place, read-only.
+    """Memory-map an ``.npy`` file, read-only.
 
     Raises:
-        ValueError: if it is none, or shorter than it says. The message is a line.
+        ValueError: if it is not such a file or is truncated. The message is one line.
         OSError: if it cannot be opened.
     """
     with _opened(path):
@@ -61,13 +61,13 @@ def map_array(path: str | Path) -> np.memmap[Any, Any]:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[None]:
-    """Makes one error of the many that parsers raise on what they do not expect (numpy's tokenizer, zipfile, torch)."""
+    """Context manager that converts parser errors (numpy, zipfile, torch) to ValueError."""
     with Path(path).open("rb"):
         pass
     try:
         yield
-    except pickle.UnpicklingError as error:  # torch advises at length to read it unsafely
-        raise ValueError("it is no file of torch.save, or holds more than tensors and plain values") from error
+    except pickle.UnpicklingError as error:  # torch's message recommends unsafe loading
+        raise ValueError("not a torch.save file, or it contains more than tensors and plain values") from error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(reason[:200]) from error
@@ -78,10 +78,10 @@ def _check_archive(path: str | Path, *, stored: bool = False) -> None:
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
         if stored and any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-            raise ValueError("it is compressed, which files of torch.save never are")
+            raise ValueError("compressed, unlike files of torch.save")
         size = sum(info.file_size for info in infos)
         if size > max(ALWAYS_FINE, MAX_GROWTH * Path(path).stat().st_size):
-            raise ValueError(f"it would unpack to {size / 1e9:.1f} GB")
+            raise ValueError(f"would unpack to {size / 1e9:.1f} GB")
         damaged = archive.testzip() if stored else None
     if damaged is not None:
-        raise ValueError(f"it is damaged (the checksum of {damaged} is wrong)")
+        raise ValueError(f"damaged, wrong checksum of {damaged}")

@@ -1,4 +1,4 @@
-"""Targets in one form, for losses, metrics and datasets: which labels are present, and which are difficult."""
+"""Target formats: conversion to masks of present and difficult labels."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def normalize_targets(
     allow_all_present: bool = False,
     validate_args: bool = True,
 ) -> tuple[Table, Table | None]:
-    """Split targets into two masks: the labels that are present, and those that are difficult.
+    """Convert targets to a mask of present labels and a mask of difficult labels.
 
     Args:
         targets: (N, C) tensor or array of bool, integers or floats. ``binary``: 1 is present, 0 absent. ``voc``: 1 is
             present, 0 difficult, -1 absent.
-        difficult: (N, C) bool, the difficult pairs of image and label, in ``binary`` only. Their targets are not read.
+        difficult: (N, C) bool mask of difficult pairs, with ``binary`` only; their targets are ignored.
         target_format: ``binary`` (default) or ``voc``.
-        allow_all_present: in ``voc``, accept targets without any -1 (default: refuse them, for they are usually
-            targets in {0, 1}, whose absent labels would be read as difficult).
-        validate_args: check the values of ``targets`` (default). This waits for a GPU. It is skipped while
-            ``torch.compile`` traces.
+        allow_all_present: with ``voc``, accept targets without any -1 (default: refuse them, since they are usually in
+            {0, 1} and absent labels would be read as difficult).
+        validate_args: check the values of ``targets`` (default: True). The check synchronizes with the GPU and is
+            skipped under ``torch.compile``.
 
     Returns:
-        ``present`` (N, C) bool, False where a label is difficult; ``difficult`` (N, C) bool, or None if it was not
-        given (``binary``).
+        ``present`` (N, C) bool, False for difficult pairs; ``difficult`` (N, C) bool, or None if not given
+        (``binary``).
 
     Raises:
-        ArgumentError: for an unknown format, or a ``difficult`` mask that is not bool, has another shape, or comes with
+        ArgumentError: if the format is unknown, or ``difficult`` is not bool, has another shape, or is given with
             ``voc``.
-        DataError: for values that do not fit the format.
+        DataError: if values do not match the format.
     """
     check_target_format(target_format)
     if difficult is not None:
@@ -63,7 +63,7 @@ def check_target_format(target_format: str) -> None:
 
 
 def first_other_value(targets: Tensor | np.ndarray, allowed: Sequence[int]) -> Any:
-    """The first value of ``targets`` that is not ``allowed``; None if there is none."""
+    """First value of ``targets`` that is not ``allowed``, or None."""
     if targets.dtype in (torch.bool, np.dtype(bool)) and {0, 1} <= set(allowed):
         return None
     fits: Any = targets == allowed[0]
@@ -74,7 +74,7 @@ def first_other_value(targets: Tensor | np.ndarray, allowed: Sequence[int]) -> A
 
 def _check_mask(targets: Tensor | np.ndarray, difficult: Tensor | np.ndarray, target_format: str) -> None:
     if target_format == "voc":
-        raise ArgumentError("difficult", "goes with target_format='binary': in 'voc', a target of 0 is difficult.")
+        raise ArgumentError("difficult", "requires target_format='binary': in 'voc', a target of 0 is difficult.")
     dtype, shape = getattr(difficult, "dtype", type(difficult).__name__), getattr(difficult, "shape", ())
     if dtype not in (torch.bool, np.dtype(bool)) or shape != targets.shape:
         raise ArgumentError("difficult", f"must be a bool mask {tuple(targets.shape)}, got {dtype} {tuple(shape)}.")
@@ -87,9 +87,9 @@ def _check_values(targets: Tensor | np.ndarray, target_format: str, allow_all_pr
         advice = "use 1 (present), 0 (difficult) and -1 (absent)." if voc else "use 1 (present) and 0 (absent)."
         if other == -1:
             advice = "pass target_format='voc' if 0 means difficult and -1 absent, or write absent labels as 0."
-        raise DataError(f"targets hold {other:g}: {advice}")
+        raise DataError(f"targets contain {other:g}: {advice}")
     if voc and not allow_all_present and 0 not in targets.shape and not bool((targets == -1).any()):
         raise DataError(
-            "targets hold no -1, so no label would be absent: pass target_format='binary' if 0 means absent, or "
+            "targets contain no -1, so no label is absent: pass target_format='binary' if 0 means absent, or "
             "allow_all_present=True."
         )

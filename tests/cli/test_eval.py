@@ -103,7 +103,7 @@ def spoilt(name: str, value: float) -> Any:
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        (lambda: {"scores": spoilt("scores", np.nan)}, "bad.npz: scores hold NaN (first at row 5, label 2)"),
+        (lambda: {"scores": spoilt("scores", np.nan)}, "bad.npz: scores contain NaN (first at row 5, label 2)"),
         (lambda: {"scores": spoilt("scores", 1.25)}, "1.25], not in [0, 1]: apply a sigmoid"),
         (lambda: {"scores": spoilt("scores", -1)}, "[-1, "),
         (lambda: {"scores": np.ones((N - 1, 3), np.float32), "ids": None}, "differ in shape"),
@@ -127,12 +127,12 @@ def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[s
 def test_bad_targets(capsys: pytest.CaptureFixture[str]):
     change("other", targets=spoilt("targets", 3))
     assert run(["eval", "scores=test.npz", "targets=other.npz", "target_format=voc"]) == 2
-    assert "other.npz: targets hold 3" in refused(capsys)
+    assert "other.npz: targets contain 3" in refused(capsys)
     assert evaluate("target_format=binary") == 2
-    assert "test.npz: targets hold -1: pass target_format='voc'" in refused(capsys)
+    assert "test.npz: targets contain -1: pass target_format='voc'" in refused(capsys)
     change("test", targets=np.zeros((N, 3)))
     assert evaluate() == 2
-    assert "test.npz: targets hold no -1" in refused(capsys)
+    assert "test.npz: targets contain no -1" in refused(capsys)
 
 
 def test_both_formats_give_the_same_numbers(capsys: pytest.CaptureFixture[str]):

@@ -79,7 +79,7 @@ def test_runs_lists_them(tmp_path: Path):
         (tmp_path / "nothing").mkdir(exist_ok=True)
         listed = subprocess.run(command("runs", folder), cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert listed.returncode == (2 if folder == "nothing" else 0)
-    assert listed.stderr == "gm-mlic: error: nothing: there is no run in it (gm-mlic train makes them).\n"
+    assert listed.stderr == "gm-mlic: error: nothing contains no runs: create one with gm-mlic train.\n"
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_files_patterns_and_lists(photos: Path):
         ),
         (["images=photos", "threshold=2"], "threshold=2: expected a number"),
         (["images=photos", "labels=[]"], "labels=[]: expected names"),
-        (["images=photos", "labels=[mug,mug]"], "no label twice"),
+        (["images=photos", "labels=[mug,mug]"], "labels must be unique"),
         (["images=photos", "labels=[mug]", "embedding.path=nowhere.npz"], "nowhere.npz does not exist"),
         (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: there is no such setting"),
         (["images=photos", "detector.weights=nowhere.safetensors"], "nowhere.safetensors"),

@@ -31,8 +31,8 @@ def refused(tmp_path: Path, content: str | bytes, name: str = "labels.csv", **fo
     return message
 
 
-def present(found: Annotations) -> dict[str, set[str]]:
-    return {row.file: set(row.present) for row in found.rows}
+def present(annotations: Annotations) -> dict[str, set[str]]:
+    return {row.file: set(row.present) for row in annotations.rows}
 
 
 EXPECTED = {"a.jpg": {"cat", "dog"}, "b.jpg": set(), "sub/c.jpg": {"red bird"}}
@@ -57,25 +57,25 @@ EXPECTED = {"a.jpg": {"cat", "dog"}, "b.jpg": set(), "sub/c.jpg": {"red bird"}}
         "file,cat,dog,red bird\na.jpg,True,true,False\nb.jpg,0,FALSE,0\nsub/c.jpg,false,0,TRUE\n",
     ],
 )
-def test_tables_as_people_write_them(tmp_path: Path, content: str):
+def test_table_dialects(tmp_path: Path, content: str):
     assert present(read(tmp_path, content)) == EXPECTED
 
 
-def test_a_column_for_each_label_declares_labels_in_its_order(tmp_path: Path):
+def test_label_columns_define_label_order(tmp_path: Path):
     found = read(tmp_path, "dog,file,note,cat,split\n1,a.jpg,x,0,train\n0,b.jpg,y,0,test\n", ignore=("note",))
     assert found.labels == ("dog", "cat")
     assert [row.split for row in found.rows] == ["train", "test"]
     assert [row.where.rsplit(" ", 1)[1] for row in found.rows] == ["2", "3"]
 
 
-def test_other_names_of_columns_a_separator_and_a_suffix(tmp_path: Path):
+def test_custom_column_names_separator_and_suffix(tmp_path: Path):
     form = {"file": "image_name", "labels": "tags", "split": "part", "separator": " ", "suffix": ".jpg"}
     found = read(tmp_path, "image_name,tags,part\ntrain_0,haze primary,val\ntrain_1,,val\n", **form)
     assert present(found) == {"train_0.jpg": {"haze", "primary"}, "train_1.jpg": set()}
     assert [row.split for row in found.rows] == ["val", "val"]
 
 
-def test_difficult_labels_need_the_voc_format(tmp_path: Path):
+def test_difficult_labels_require_voc_format(tmp_path: Path):
     table = "file,cat,dog\na.jpg,1,-1\nb.jpg,0,1\nc.jpg,-1,-1.0\n"
     rows = read(tmp_path, table, target_format="voc").rows
     assert [row.present for row in rows] == [("cat",), ("dog",), ()]
@@ -96,11 +96,11 @@ def test_difficult_labels_need_the_voc_format(tmp_path: Path):
         ("file,labels\n,\n", "has no rows"),
         ("photo.jpg,cat\n", "has no column 'file' in its first line (photo.jpg, cat)"),
         ("File,labels\na.jpg,cat\n", "did you mean 'File'?"),
-        ("file\na.jpg\n", "neither a column 'labels' nor one for each label"),
-        ("file,split\na.jpg,train\n", "neither a column 'labels' nor one for each label"),
+        ("file\na.jpg\n", "neither a column 'labels' nor label columns"),
+        ("file,split\na.jpg,train\n", "neither a column 'labels' nor label columns"),
         ("file,labels,file\na.jpg,cat,b.jpg\n", "two columns 'file'"),
         ("file,cat,dog,cat\na.jpg,1,0,1\n", "two columns 'cat'"),
-        ("file,a;file\na,b\n", "is the delimiter comma or semicolon?"),
+        ("file,a;file\na,b\n", "the delimiter is ambiguous (comma or semicolon)"),
         ("file;labels\na.jpg;cat;dog\n", "line 2 has 3 fields, but the first line has 2"),
         ("file,labels\na.jpg\n", "line 2 has 1 fields"),
         ('file,labels\na.jpg,"cat\n', "is malformed"),
@@ -114,7 +114,7 @@ def test_difficult_labels_need_the_voc_format(tmp_path: Path):
         (",file,cat\n0,a.jpg,1\n", "column 1 has no name: remove it (pandas"),
         ("file,labels\na.jpg,cat\n\nb.jpg,cat\na.jpg,dog\n", "line 5 repeats the image 'a.jpg'"),
         ("file,labels\na.jpg,cat\n./a.jpg,cat\n", "line 3 repeats the image 'a.jpg'"),
-        ("file,labels\n,cat\n", "line 2 has file '': a file name is needed"),
+        ("file,labels\n,cat\n", "line 2 has file '': expected a file name"),
         ("file,labels\n../a.jpg,cat\n", "must stay inside"),
         ("file,labels\nsub/../../a.jpg,cat\n", "must stay inside"),
         ("file,labels\n/etc/passwd,cat\n", "must stay inside"),
@@ -124,15 +124,15 @@ def test_difficult_labels_need_the_voc_format(tmp_path: Path):
         ("file,labels,split\na.jpg,cat,\n", "line 2 has split ''"),
         ("file,labels\na.jpg,cat\0\n", "line 2 has a NUL character"),
         ("file,labels\na.jpg,café\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
-        ("file,labels\na.jpg,cat\n".encode("utf-16"), "is in UTF-16"),
+        ("file,labels\na.jpg,cat\n".encode("utf-16"), "is UTF-16"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "is not UTF-8"),
     ],
 )
-def test_spoilt_tables_are_refused(tmp_path: Path, content: str | bytes, message: str):
+def test_malformed_tables_are_refused(tmp_path: Path, content: str | bytes, message: str):
     assert message in refused(tmp_path, content)
 
 
-def test_a_file_of_another_kind(tmp_path: Path):
+def test_unknown_suffix_and_unreadable_file(tmp_path: Path):
     assert "has the suffix '.xlsx': expected one of .csv" in refused(tmp_path, "x", "labels.xlsx")
     with pytest.raises(DataError, match="cannot be read"):
         read_annotations(tmp_path / "none.csv", TableFormat())
@@ -140,7 +140,7 @@ def test_a_file_of_another_kind(tmp_path: Path):
 
 def test_ignored_columns_must_exist(tmp_path: Path):
     message = refused(tmp_path, "file,cat,Notes\na.jpg,1,x\n", ignore=("notes",))
-    assert "no column 'notes', which `ignore_columns` names; did you mean 'Notes'?" in message
+    assert "no column 'notes', listed in `ignore_columns`; did you mean 'Notes'?" in message
 
 
 NAMES = st.text(
@@ -157,8 +157,8 @@ NAMES = st.text(
     ending=st.sampled_from(["\n", "\r\n"]),
     bom=st.booleans(),
 )
-def test_what_python_writes_is_read_back(tmp_path_factory, rows, delimiter, quoting, ending, bom):
-    """Any labels and any file names, in the delimiters, quotes and line ends that programs write."""
+def test_csv_round_trip(tmp_path_factory, rows, delimiter, quoting, ending, bom):
+    """Arbitrary labels and file names with common delimiters, quotes and line ends."""
     text = io.StringIO()
     writer = csv.writer(text, delimiter=delimiter, quoting=quoting, lineterminator=ending)
     writer.writerow(["file", "labels"])
@@ -173,7 +173,7 @@ def test_what_python_writes_is_read_back(tmp_path_factory, rows, delimiter, quot
 
 @settings(max_examples=60)
 @given(content=st.binary(max_size=60), suffix=st.sampled_from([".csv", ".jsonl", ".json"]), start=st.booleans())
-def test_no_bytes_end_in_another_error(tmp_path_factory, content: bytes, suffix: str, start: bool):
+def test_random_bytes_raise_only_data_errors(tmp_path_factory, content: bytes, suffix: str, start: bool):
     path = tmp_path_factory.getbasetemp() / f"bytes{suffix}"
     beginning = {".csv": b"file,labels\n", ".jsonl": b'{"file":"a","labels":[', ".json": b'{"images":['}[suffix]
     path.write_bytes((beginning if start else b"") + content)
@@ -204,7 +204,7 @@ def test_json_lines(tmp_path: Path):
     assert [row.where.rsplit(" ", 1)[1] for row in found.rows] == ["1", "4", "5"]
 
 
-def test_json_lines_may_hold_separators_of_lines_in_a_text(tmp_path: Path):
+def test_json_lines_with_unicode_line_separators_in_strings(tmp_path: Path):
     found = read(tmp_path, '{"file": "a\u2028.jpg", "labels": ["x\u0085y"]}\n', "labels.ndjson")
     assert present(found) == {"a\u2028.jpg": {"x\u0085y"}}
 
@@ -215,23 +215,23 @@ def test_json_lines_may_hold_separators_of_lines_in_a_text(tmp_path: Path):
         ("", "has no rows"),
         ('{"file": "a.jpg"', "line 1 is not valid JSON"),
         ("[" * 100_000, "line 1 is not valid JSON"),
-        ("[1]\n", "line 1 is no JSON object"),
+        ("[1]\n", "line 1 is not a JSON object with 'file' and 'labels'"),
         ('{"name": "a.jpg", "labels": []}', "line 1 has no key 'file'"),
         (
             '{"file": "a.jpg", "label": []}',
-            "has no key 'labels' (an image without labels needs an empty list); did you",
+            "has no key 'labels' (use an empty list for an image without labels); did you",
         ),
-        (line(labels="cat"), "has labels 'cat': expected a list of texts"),
-        (line(labels=[1]), "has labels [1]: expected a list of texts"),
+        (line(labels="cat"), "has labels 'cat': expected a list of strings"),
+        (line(labels=[1]), "has labels [1]: expected a list of strings"),
         (line(labels=None), "has labels None"),
-        (line(file=3), "has file 3: a file name is needed"),
-        (line(file="a\0.jpg"), "a file name is needed"),
+        (line(file=3), "has file 3: expected a file name"),
+        (line(file="a\0.jpg"), "expected a file name"),
         (line(file="../a.jpg"), "must stay inside"),
         (line() + line(), "line 2 repeats the image 'a.jpg'"),
         (line(split="dev"), "has split 'dev'"),
         (line(split=None), "has split None"),
         (line(split=["train"]), "has split ['train']"),
-        (line(split="train") + line(file="b.jpg"), "line 2 has no 'split', but other images have"),
+        (line(split="train") + line(file="b.jpg"), "line 2 has no 'split', but other images do"),
         (line(boxes={}), "has boxes {}"),
         (line(boxes=[[1, 2, 3, 4]]), "has the box [1, 2, 3, 4]: expected [x1, y1, x2, y2, label]"),
         (line(boxes=[[]]), "has the box []"),
@@ -240,15 +240,15 @@ def test_json_lines_may_hold_separators_of_lines_in_a_text(tmp_path: Path):
         (line(boxes=[[1, 2, True, 4, "cat"]]), "has the box [1, 2, True, 4, 'cat']"),
         (line(boxes=[[1, 2, float("nan"), 4, "cat"]]), "has the box [1, 2, nan, 4, 'cat']"),
         (line(boxes=[[5, 2, 3, 4, "cat"]]), "x2 and y2 must not be less"),
-        (line(boxes=[[0.1, 0.1, 0.8, 0.9, "cat"]]), "expected pixels, not shares of the image"),
-        (line(boxes=[[1, 2, 3, 4, "cats"]]), "a box of 'cats', which is not among its labels; did you mean 'cat'?"),
+        (line(boxes=[[0.1, 0.1, 0.8, 0.9, "cat"]]), "expected pixels, not relative coordinates"),
+        (line(boxes=[[1, 2, 3, 4, "cats"]]), "a box with label 'cats', not in its labels; did you mean 'cat'?"),
     ],
 )
-def test_spoilt_lines_are_refused(tmp_path: Path, content: str, message: str):
+def test_malformed_json_lines_are_refused(tmp_path: Path, content: str, message: str):
     assert message in refused(tmp_path, content, "labels.jsonl")
 
 
-# ---- COCO's JSON ----
+# ---- COCO JSON ----
 
 
 def coco(**change: Any) -> dict[str, Any]:
@@ -284,7 +284,7 @@ def test_coco_with_splits(tmp_path: Path):
     assert "image id 9 has no 'split'" in refused(tmp_path, json.dumps(content), "instances.json")
 
 
-def test_coco_is_read_as_strictly_as_ms_coco(tmp_path: Path):
+def test_coco_json_is_validated(tmp_path: Path):
     content = coco()
     content["annotations"][0]["bbox"] = [30, 2, 20, 20]
     assert "outside the image of 40 x 30" in refused(tmp_path, json.dumps(content), "instances.json")

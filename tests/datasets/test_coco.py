@@ -22,7 +22,7 @@ def annotation(key: int, image: int, category: int, bbox: object, **more: object
 
 
 def instances(archive: str, count: int, first: int = 1) -> Content:
-    """A file in COCO's instances format: image n has label n % 3, image ``first + 1`` has none."""
+    """COCO instances file: image n has label n % 3, image ``first + 1`` has none."""
     names = {18: "dog", 3: "car", 90: "apple"}
     images = [
         {"id": n, "file_name": f"COCO_{archive}_{n:012d}.jpg", "width": 40, "height": 30, "license": 1}
@@ -67,7 +67,7 @@ def refused(root: Path, error: type[Exception] = DataError, **options: Any) -> s
     return str(caught.value)
 
 
-# ---- What it reads ----
+# ---- Reading ----
 
 
 def test_test_split_is_val2014(root: Path) -> None:
@@ -76,7 +76,7 @@ def test_test_split_is_val2014(root: Path) -> None:
     assert data.ids == ("500", "502", "503")
     assert data.labels == ("apple", "car", "dog")
     assert data.targets.dtype == np.int8
-    # Image n carries ("dog", "car", "apple")[n % 3].
+    # Image n has label ("dog", "car", "apple")[n % 3].
     expected = [[int(name == ("dog", "car", "apple")[n % 3]) for name in data.labels] for n in (500, 502, 503)]
     assert data.targets.tolist() == expected
     image = data.image(1)
@@ -101,7 +101,7 @@ def test_label_order(root: Path) -> None:
     assert by_name.fingerprint != by_id.fingerprint
 
 
-def test_train_and_val_part_train2014(root: Path) -> None:
+def test_train_and_val_split_train2014(root: Path) -> None:
     train, val = COCO2014(root, "train"), COCO2014(root, "val")
     assert len(val) == 2
     assert len(train) == 18
@@ -113,8 +113,8 @@ def test_train_and_val_part_train2014(root: Path) -> None:
     assert len(COCO2014(root, "val", val_fraction=0.5)) == 10
     assert len(COCO2014(root, "val", val_fraction=0.001)) == 1
     assert len(COCO2014(root, "train", val_fraction=0)) == 20
-    assert "leaves none" in refused(root, ConfigError, split="val", val_fraction=0)
-    assert "leaves none" in refused(root, ConfigError, split="train", val_fraction=0.99)
+    assert "leaves no image" in refused(root, ConfigError, split="val", val_fraction=0)
+    assert "leaves no image" in refused(root, ConfigError, split="train", val_fraction=0.99)
 
 
 def test_boxes_and_crowds(root: Path) -> None:
@@ -123,17 +123,17 @@ def test_boxes_and_crowds(root: Path) -> None:
         annotation(1, 1, 18, [1.0, 2.0, 10.5, 20.0]),
         annotation(2, 1, 3, [0, 0, 40, 30], iscrowd=1, segmentation={"counts": [0, 1200], "size": [30, 40]}),
         annotation(3, 1, 90, [5, 5, 0, 7]),  # no area
-        annotation(4, 1, 18, [-0.5, 10, 41.9, 21.5]),  # a little over the border
-        annotation(5, 1, 18, [40.5, 0, 1, 5]),  # nothing of it is left within the image
+        annotation(4, 1, 18, [-0.5, 10, 41.9, 21.5]),  # slightly beyond the border
+        annotation(5, 1, 18, [40.5, 0, 1, 5]),  # entirely outside the image
     ]
     write(root, "val2014", content)
     data = COCO2014(root, "test")
-    assert data.targets.tolist() == [[1, 1, 1]]  # crowds and boxes without area do show their label
+    assert data.targets.tolist() == [[1, 1, 1]]  # crowds and boxes without area count as present labels
     assert data.boxes(0).boxes.tolist() == [[1, 2, 11.5, 22], [0, 10, 40, 30]]
     assert [data.labels[c] for c in data.boxes(0).labels] == ["dog", "dog"]
 
 
-def test_only_the_images_of_the_split_need_to_exist(root: Path) -> None:
+def test_only_images_of_the_split_must_exist(root: Path) -> None:
     val = COCO2014(root, "val")
     for row in range(len(val)):
         (val.folder / f"COCO_train2014_{int(val.ids[row]):012d}.jpg").unlink()
@@ -141,7 +141,7 @@ def test_only_the_images_of_the_split_need_to_exist(root: Path) -> None:
     assert "2 of 2 images" in refused(root, split="val")
 
 
-# ---- What it refuses ----
+# ---- Errors ----
 
 
 def first(kind: str, **change: object) -> Callable[[Content], None]:
@@ -153,11 +153,11 @@ def twice(kind: str, **change: object) -> Callable[[Content], None]:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("corrupt", "message"),
     [
-        (first("annotations", category_id=77), "annotation 600 (image id 500) has category_id 77"),
+        (first("annotations", category_id=77), "annotation 600 (image id 500) has unknown category_id 77"),
         (first("annotations", category_id="dog"), "annotation 600 has category_id 'dog'"),
-        (first("annotations", image_id=9), "annotation 600 is for image id 9"),
+        (first("annotations", image_id=9), "annotation 600 has unknown image_id 9"),
         (first("annotations", image_id=None), "annotation 600 has image_id None"),
         (first("annotations", bbox=[50, 40, 5, 5]), "annotation 600 (image id 500"),
         (first("annotations", bbox=[0, 0, 43, 5]), "outside the image of 40 x 30"),
@@ -178,23 +178,23 @@ def twice(kind: str, **change: object) -> Callable[[Content], None]:
         (first("images", file_name="/etc/passwd"), "must stay inside"),
         (first("images", file_name="..\\secret.jpg"), "must stay inside"),
         (first("images", file_name="C:secret.jpg"), "must stay inside"),
-        (first("images", file_name=""), "file name is needed"),
-        (first("images", file_name=7), "file name is needed"),
+        (first("images", file_name=""), "expected a file name"),
+        (first("images", file_name=7), "expected a file name"),
         (first("categories", name=None), "category 18 has name None"),
         (twice("categories"), "category 18 ('dog') occurs twice"),
         (twice("categories", id=19), "category 19 ('dog') occurs twice"),
         (lambda content: content.pop("categories"), "no list 'categories'"),
         (lambda content: content.update(images={}), "no list 'images'"),
-        (lambda content: content["images"].append(3), "no object"),
+        (lambda content: content["images"].append(3), "not an object"),
         (lambda content: content.update(images=[], annotations=[]), "no images"),
         (lambda content: content.update(annotations=[]), "no images"),  # none is left with unlabeled="drop"
         (lambda content: content.update(categories=[], annotations=[]), "no images"),
     ],
 )
-def test_a_spoilt_file_is_refused_by_name(root: Path, spoil: Callable[[Content], None], message: str) -> None:
+def test_malformed_file_is_named_in_the_error(root: Path, corrupt: Callable[[Content], None], message: str) -> None:
     content = instances("val2014", 4, first=500)
     path = write(root, "val2014", content)
-    spoil(content)
+    corrupt(content)
     path.write_text(json.dumps(content))
     text = refused(root)
     assert message in text
@@ -202,13 +202,13 @@ def test_a_spoilt_file_is_refused_by_name(root: Path, spoil: Callable[[Content],
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff\xfe", '{"images": 1}', "[" * 100_000])
-def test_what_is_no_coco_file(root: Path, text: str) -> None:
+def test_invalid_json_and_other_formats_are_refused(root: Path, text: str) -> None:
     path = root / "annotations" / "instances_val2014.json"
     path.write_bytes(text.encode("latin-1"))
     assert str(path) in refused(root)
 
 
-def test_missing_files_say_what_was_expected_where(root: Path) -> None:
+def test_missing_files_error_names_the_expected_path(root: Path) -> None:
     assert "expected" in refused(root / "elsewhere")
     (root / "val2014" / "COCO_val2014_000000000502.jpg").unlink()
     message = refused(root)
@@ -220,7 +220,7 @@ def test_missing_files_say_what_was_expected_where(root: Path) -> None:
     assert f"expected {root / 'val2014'} under `root`" in refused(root)
 
 
-def test_many_missing_images_are_counted_not_listed(root: Path) -> None:
+def test_many_missing_images_are_counted(root: Path) -> None:
     for path in (root / "train2014").glob("*.jpg"):
         path.unlink()
     message = refused(root, split="train", val_fraction=0)
@@ -228,7 +228,7 @@ def test_many_missing_images_are_counted_not_listed(root: Path) -> None:
     assert message.count("COCO_train2014_") == 3
 
 
-def test_photos_that_cannot_be_used(root: Path) -> None:
+def test_unreadable_photo_and_wrong_size(root: Path) -> None:
     data = COCO2014(root, "test")
     path = root / "val2014" / "COCO_val2014_000000000500.jpg"
     path.write_bytes(path.read_bytes()[:300])
@@ -239,7 +239,7 @@ def test_photos_that_cannot_be_used(root: Path) -> None:
         data.image(0)
 
 
-def test_unknown_settings(root: Path) -> None:
+def test_invalid_arguments(root: Path) -> None:
     for key, value in (("split", "trainval"), ("unlabeled", "yes"), ("label_order", "random"), ("val_fraction", 1.0)):
         assert refused(root, ConfigError, **{key: value}).startswith(f"{key} is ")
 
@@ -252,10 +252,10 @@ def test_coco_mini(shared_data: Path) -> None:
     root = shared_data / "coco-mini"
     kept = [COCO2014(root, split, unlabeled="keep") for split in ("train", "val", "test")]
     assert [len(data) for data in kept] == [232, 26, 82]
-    labelled = COCO2014(root, "train", val_fraction=0)
-    assert len(labelled) == 255
+    labeled = COCO2014(root, "train", val_fraction=0)
+    assert len(labeled) == 255
     with np.load(shared_data / "glove" / "coco2014.npz") as table:
-        assert labelled.labels == tuple(table["labels"].tolist())
+        assert labeled.labels == tuple(table["labels"].tolist())
     assert COCO2014(root, "test", label_order="id").labels[:3] == ("person", "bicycle", "car")
     for data in kept:
         for row in range(len(data)):
@@ -268,12 +268,12 @@ def test_coco_mini(shared_data: Path) -> None:
             assert (boxes.boxes[:, 3] <= height).all()
             assert (boxes.boxes[:, 2:] > boxes.boxes[:, :2]).all()
             assert all(data.targets[row, c] == 1 for c in boxes.labels)
-    assert label_ratio(labelled.targets)[labelled.labels.index("person")] > 0.3
+    assert label_ratio(labeled.targets)[labeled.labels.index("person")] > 0.3
 
 
 @pytest.mark.shared
 def test_coco_mini_against_pycocotools(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An independent reader finds the same labels and boxes."""
+    """Labels and boxes equal those of pycocotools."""
     coco = pytest.importorskip("pycocotools.coco").COCO(
         str(shared_data / "coco-mini" / "annotations" / "instances_val2014.json")
     )

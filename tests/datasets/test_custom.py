@@ -16,7 +16,7 @@ NAMES = [f"{n:02}.png" for n in range(40)]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """40 photos; number n has cat if n is even, dog if 3 divides n; the first 20 train, 10 val, 10 test."""
+    """40 photos: photo n has cat if n is even, dog if 3 divides n; 20 train, 10 val, 10 test."""
     lines = ["file,labels,split"]
     for n, name in enumerate(NAMES):
         Image.new("RGB", (40, 30), (n, 0, 0)).save(tmp_path / name)
@@ -34,7 +34,7 @@ def write(root: Path, name: str, lines: list[str]) -> None:
 
 
 def train(root: Path, **options: Any) -> CustomDataset:
-    """The training split of annotations that say train for every image."""
+    """Training split of annotations with split train for every image."""
     return CustomDataset(root, **({"val_fraction": 0.0} | options))
 
 
@@ -47,10 +47,10 @@ def refused(root: Path, error: type[Exception] = DataError, **options: Any) -> s
     return message
 
 
-# ---- What it reads ----
+# ---- Reading ----
 
 
-def test_a_split_by_column(root: Path):
+def test_split_column(root: Path):
     data = CustomDataset(root, "val")
     assert (data.name, data.split, data.labels, data.missing) == ("custom", "val", ("cat", "dog"), ())
     assert data.ids == tuple(NAMES[20:30])
@@ -62,7 +62,7 @@ def test_a_split_by_column(root: Path):
     assert data.boxes(0) is None
 
 
-def test_a_file_for_each_split(root: Path):
+def test_one_file_per_split(root: Path):
     write(root, "a.csv", ["file,dog,cat", "00.png,1,1", "01.png,0,0"])
     write(root, "b.csv", ["file,cat,dog", "02.png,1,0"])
     files = {"train": "a.csv", "val": root / "b.csv"}
@@ -71,11 +71,11 @@ def test_a_file_for_each_split(root: Path):
     assert (train.ids, val.ids) == (("00.png", "01.png"), ("02.png",))
     assert val.targets.tolist() == [[0, 1]]
     message = refused(root, split="test", annotations=files)
-    assert "no image is left for split 'test' (train 2, val 1, test 0): name a file in `annotations['test']`" in message
+    assert "split 'test' has no images (train 2, val 1, test 0): set a file in `annotations['test']`" in message
 
 
-def test_a_folder_for_each_split(root: Path):
-    """As annotation tools export: the same file name in two folders is two images."""
+def test_one_folder_per_split(root: Path):
+    """The same file name in two folders is two images, as exported by annotation tools."""
     for folder, pixel in (("train", 5), ("valid", 7)):
         (root / folder).mkdir()
         Image.new("RGB", (40, 30), (pixel, 0, 0)).save(root / folder / "a.png")
@@ -86,24 +86,24 @@ def test_a_folder_for_each_split(root: Path):
     assert [part.ids for part in parts] == [("train/a.png",), ("valid/a.png",)]
     assert [part.image(0).getpixel((0, 0))[0] for part in parts] == [5, 7]
     assert "repeats the image 'a.png'" in refused(root, annotations=files)
-    for wrong, message in (({"test": "x"}, "folders has 'test'"), ({"train": "../x"}, "folders['train']")):
+    for wrong, message in (({"test": "x"}, "folders has the key 'test'"), ({"train": "../x"}, "folders['train']")):
         assert message in refused(root, ConfigError, annotations=files, folders=wrong)
     assert "folders needs" in refused(root, ConfigError, folders=folders)
 
 
-def test_labels_are_those_of_all_splits(root: Path):
+def test_labels_are_collected_over_all_splits(root: Path):
     write(root, "labels.csv", ["file,labels,split", "00.png,zebra,train", "01.png,ant,test", "02.png,,val"])
     assert {CustomDataset(root, split).labels for split in ("train", "val", "test")} == {("ant", "zebra")}
 
 
-def test_drawn_splits_part_the_images(root: Path):
+def test_drawn_splits_partition_the_images(root: Path):
     parts = {split: CustomDataset(root, split, columns={"split": None}) for split in ("train", "val", "test")}
     assert abs(len(parts["test"]) - 8) <= 1  # a fifth of 40
     assert abs(len(parts["val"]) - 3.2) <= 1  # a tenth of the rest
     ids = [key for part in parts.values() for key in part.ids]
     assert sorted(ids) == NAMES
     for part in parts.values():
-        assert list(part.ids) == sorted(part.ids)  # the order of the file
+        assert list(part.ids) == sorted(part.ids)  # file order
         for key, target in zip(part.ids, part.targets, strict=True):
             assert {part.labels[c] for c in np.flatnonzero(target == 1)} == set(labels_of(int(key[:2])))
     assert CustomDataset(root, "test", columns={"split": None}).ids == parts["test"].ids
@@ -111,8 +111,8 @@ def test_drawn_splits_part_the_images(root: Path):
     assert others != {parts["test"].ids}
 
 
-def test_drawn_splits_have_their_share_of_each_label(root: Path):
-    """Eight photos with a rare label, a quarter to test: two of them."""
+def test_drawn_splits_are_stratified(root: Path):
+    """With test fraction 1/4, two of eight photos with a rare label are in test."""
     write(root, "labels.csv", ["file,labels", *(f"{name},{'rare' if n < 8 else 'x'}" for n, name in enumerate(NAMES))])
     for seed in range(5):
         test = CustomDataset(root, "test", test_fraction=0.25, seed=seed)
@@ -120,7 +120,7 @@ def test_drawn_splits_have_their_share_of_each_label(root: Path):
         assert abs(len(test) - 10) <= 1
 
 
-def test_val_is_drawn_from_train_where_only_test_is_annotated(root: Path):
+def test_val_is_drawn_from_train_if_not_annotated(root: Path):
     text = (root / "labels.csv").read_text().replace(",val", ",train")
     (root / "labels.csv").write_text(text)
     parts = {split: CustomDataset(root, split, val_fraction=0.2) for split in ("train", "val", "test")}
@@ -164,7 +164,7 @@ def test_boxes_of_json_lines_are_clipped(root: Path):
         train(root, annotations="labels.jsonl").boxes(0)
 
 
-def test_boxes_fit_photos_that_lie_on_their_side(root: Path):
+def test_boxes_of_photos_with_exif_rotation(root: Path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(root / "side.jpg", exif=exif)  # upright: 30 x 40
@@ -174,7 +174,7 @@ def test_boxes_fit_photos_that_lie_on_their_side(root: Path):
     assert data.boxes(0).boxes.tolist() == [[0, 0, 30, 40]]
 
 
-def test_photos_that_cannot_be_read(root: Path):
+def test_unreadable_photos(root: Path):
     (root / "00.png").write_bytes(b"")
     write(root, "x.jsonl", [json.dumps({"file": "00.png", "boxes": [[0, 0, 30, 40, "cat"]], "split": "train"})])
     data = train(root, annotations="x.jsonl")
@@ -195,37 +195,37 @@ def test_coco_json(root: Path):
     assert data.targets.tolist() == [[0, 0], [0, 1]]
     assert data.boxes(1).boxes.tolist() == [[1, 2, 11, 22]]
     Image.new("RGB", (30, 40)).save(root / "03.png")
-    with pytest.raises(DataError, match=r"30 x 40 pixels, but .*image id 3 says 40 x 30"):
+    with pytest.raises(DataError, match=r"30 x 40 pixels, but .*image id 3 has 40 x 30"):
         data.image(1)
 
 
-def test_the_label_list_fixes_names_and_order(root: Path, caplog: pytest.LogCaptureFixture):
+def test_label_list_defines_names_and_order(root: Path, caplog: pytest.LogCaptureFixture):
     data = CustomDataset(root, labels=["dog", "fish", "cat"])
     assert data.labels == ("dog", "fish", "cat")
     assert (data.targets[:, 1] == 0).all()
     assert data.targets[0].tolist() == [1, 0, 1]
-    assert "1 labels are on no image: fish" in caplog.text
+    assert "1 labels occur in no image: fish" in caplog.text
     (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
     assert CustomDataset(root, labels="names.txt").fingerprint == data.fingerprint
     assert CustomDataset(root).fingerprint != data.fingerprint
 
 
-def test_a_photo_that_was_changed_changes_the_fingerprint(root: Path):
+def test_fingerprint_depends_on_file_sizes(root: Path):
     before = CustomDataset(root).fingerprint
     assert CustomDataset(root).fingerprint == before
     Image.new("RGB", (400, 300)).save(root / "00.png")
     assert CustomDataset(root).fingerprint != before
 
 
-# ---- What it refuses ----
+# ---- Errors ----
 
 
-def test_labels_that_are_not_in_the_list(root: Path):
+def test_invalid_label_lists(root: Path):
     message = refused(root, labels=["cat", "dogs"])
     assert f"{root / 'labels.csv'}: line 2: the label 'dog' is not in `labels`; did you mean 'dogs'?" in message
-    assert "names the label 'cat' twice" in refused(root, labels=["cat", "cat"])
-    assert "names no label" in refused(root, labels=[])
-    assert "'Cat' and the label 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
+    assert "lists the label 'cat' twice" in refused(root, labels=["cat", "cat"])
+    assert "is empty: list at least one label" in refused(root, labels=[])
+    assert "'Cat' and 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
     assert "`labels` has the label 3" in refused(root, labels=["cat", 3])
     assert "none.txt is not a file" in refused(root, labels="none.txt")
 
@@ -233,18 +233,18 @@ def test_labels_that_are_not_in_the_list(root: Path):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["Cat", "cat"], "'cat' and the label 'Cat' ("),
-        (["traffic light", "traffic_light"], "differ only in case, spaces or the like"),
-        (["traffic light", "Traffic  Light"], "differ only in case, spaces or the like"),
-        (["caf\u00e9", "cafe\u0301"], "differ only in case, spaces or the like"),
-        (["x", "cat "], "the label 'cat ' has spaces around it"),
-        (["x", ""], "the label '' has spaces around it or nothing in it"),
+        (["Cat", "cat"], "'cat' and 'Cat' ("),
+        (["traffic light", "traffic_light"], "differ only in case, spaces or underscores"),
+        (["traffic light", "Traffic  Light"], "differ only in case, spaces or underscores"),
+        (["caf\u00e9", "cafe\u0301"], "differ only in case, spaces or underscores"),
+        (["x", "cat "], "the label 'cat ' is blank or has surrounding spaces"),
+        (["x", ""], "the label '' is blank or has surrounding spaces"),
         (["x", "a\nb"], "the label 'a\\nb' has an unprintable character"),
         (["x", "a\u00a0b"], "has an unprintable character"),
         (["x", "a\u200bb"], "has an unprintable character"),
     ],
 )
-def test_labels_that_look_alike(root: Path, labels: list[str], message: str):
+def test_near_duplicate_labels_are_refused(root: Path, labels: list[str], message: str):
     entries = [{"file": NAMES[n], "labels": [label]} for n, label in enumerate(labels)]
     write(root, "x.jsonl", [json.dumps(entry) for entry in entries])
     found = refused(root, annotations="x.jsonl")
@@ -257,7 +257,7 @@ def test_no_labels_at_all(root: Path):
     assert "has no labels" in refused(root)
 
 
-def test_files_of_splits_that_contradict(root: Path):
+def test_inconsistent_split_files_are_refused(root: Path):
     write(root, "a.csv", ["file,labels", "00.png,cat"])
     write(root, "b.csv", ["file,labels", "01.png,cat", "./00.png,dog"])
     both = {"train": "a.csv", "test": "b.csv"}
@@ -265,19 +265,19 @@ def test_files_of_splits_that_contradict(root: Path):
     assert "an image belongs to one split" in refused(root, annotations=both)
     write(root, "d.csv", ["file,labels,split", "03.png,cat,val"])
     message = refused(root, annotations={"train": "a.csv", "test": "d.csv"})
-    assert "d.csv: line 2 says split 'val', but `annotations` says 'test'" in message
+    assert "d.csv: line 2 has split 'val', but `annotations` lists its file as 'test'" in message
     write(root, "c.csv", ["file,cat,dog", "02.png,1,0"])
     message = refused(root, annotations={"train": "a.csv", "test": "c.csv"})
-    assert "do not declare the same labels (only one has 'cat')" in message
-    assert "expected a file for each of train, val and test" in refused(root, ConfigError, annotations={"dev": "a.csv"})
+    assert "declare different labels (only one has 'cat')" in message
+    assert "has the key 'dev': expected train, val or test" in refused(root, ConfigError, annotations={"dev": "a.csv"})
     assert "name an annotation file" in refused(root, ConfigError, annotations={})
 
 
-def test_another_separator_is_noticed(root: Path, caplog: pytest.LogCaptureFixture):
+def test_unusual_separator_is_logged(root: Path, caplog: pytest.LogCaptureFixture):
     assert CustomDataset(root).labels == ("cat", "dog")
     assert caplog.text == ""
     assert "dog; cat" in CustomDataset(root, separator="|").labels
-    assert "'dog; cat' is read as one label; if these are several, set the separator (now '|')" in caplog.text
+    assert "'dog; cat' is read as one label; if these are several labels, change the separator (now '|')" in caplog.text
 
 
 def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
@@ -287,10 +287,10 @@ def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
     (root / "06.png").mkdir()
     message = refused(root)
     assert (
-        f"3 of 20 images of split 'train' are missing in {root} (00.png, 05.png, 06.png; there is '00.PNG')" in message
+        f"3 of 20 images of split 'train' are missing in {root} (00.png, 05.png, 06.png; similar: '00.PNG')" in message
     )
     assert "`missing='drop'`" in message
-    assert len(CustomDataset(root, "val")) == 10  # those of other splits do not matter
+    assert len(CustomDataset(root, "val")) == 10  # missing files of other splits are ignored
     data = CustomDataset(root, missing="drop")
     assert data.missing == ("00.png", "05.png", "06.png")
     assert len(data) == 17
@@ -298,27 +298,27 @@ def test_missing_images(root: Path, caplog: pytest.LogCaptureFixture):
     assert "05.png" in caplog.text
 
 
-def test_names_without_their_suffix(root: Path):
+def test_file_names_without_suffix(root: Path):
     write(root, "labels.csv", ["file,labels,split", "00,cat,train", "01,,train"])
-    for missing in ("error", "drop"):  # where all are missing, something else is wrong
+    for missing in ("error", "drop"):  # raise even with "drop" if all are missing
         assert "2 of 2 images" in (message := refused(root, missing=missing, val_fraction=0.0))
-        assert "there is '00.png'" in message
+        assert "similar: '00.png'" in message
     assert train(root, suffix=".png").ids == ("00.png", "01.png")
 
 
-def test_a_path_that_is_hostile_or_absurd(root: Path):
+def test_invalid_file_names_count_as_missing(root: Path):
     for name in ("x" * 300 + ".jpg", "no/such/folder/a.jpg"):
         write(root, "labels.csv", ["file,labels,split", f"{name},cat,train", "00.png,cat,train"])
         assert "1 of 2 images" in refused(root, val_fraction=0.0)
 
 
-def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any):
+def test_annotation_path_errors(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
     (root / "labels.csv").rename(elsewhere / "labels.csv")
-    assert f"there is one at {elsewhere / 'labels.csv'}, so set its full path" in refused(root)
+    assert f"{elsewhere / 'labels.csv'} exists, so set this absolute path" in refused(root)
     assert len(CustomDataset(root, annotations=elsewhere / "labels.csv")) == 20
-    assert "`annotations` is a path from `root`" in refused(root, annotations="none.csv")
+    assert "`annotations` must be relative to `root` or absolute" in refused(root, annotations="none.csv")
     assert "`annotations['test']`" in refused(root, annotations={"test": "none.csv"})
     assert "set `root` to the folder with the images" in refused(root / "none")
 
@@ -330,7 +330,7 @@ def test_where_the_annotations_are(root: Path, monkeypatch: pytest.MonkeyPatch, 
         {"separator": ""}, {"columns": {"boxes": "b"}},
     ],
 )  # fmt: skip
-def test_settings(root: Path, options: dict[str, Any]):
+def test_invalid_arguments(root: Path, options: dict[str, Any]):
     assert refused(root, ConfigError, **options).startswith(f"{next(iter(options))} ")
 
 
@@ -338,8 +338,8 @@ def test_settings(root: Path, options: dict[str, Any]):
 
 
 @pytest.mark.shared
-def test_coco_mini_as_own_photos(shared_data: Path):
-    """The same labels and boxes as the reader of MS-COCO."""
+def test_coco_mini_as_custom_dataset(shared_data: Path):
+    """Labels and boxes equal those of COCO2014."""
     from gm_mlic.datasets import COCO2014
 
     root = shared_data / "coco-mini"

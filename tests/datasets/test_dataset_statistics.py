@@ -16,7 +16,7 @@ from gm_mlic.datasets.statistics import statistics, unreadable_images
 from gm_mlic.errors import DataError, UnreadableImage
 
 
-class Made(MultiLabelDataset):
+class FakeDataset(MultiLabelDataset):
     name, split = "made", "train"
 
     def __init__(self, voc: object, labels: Sequence[str] | None = None) -> None:
@@ -32,7 +32,7 @@ class Made(MultiLabelDataset):
         return Image.new("RGB", (4, 4))
 
 
-class Boxed(Made):
+class Boxed(FakeDataset):
     missing = ("gone.jpg",)
 
     def boxes(self, i: int) -> BoxAnnotations | None:
@@ -44,8 +44,8 @@ class Boxed(Made):
 
 @settings(max_examples=60)
 @given(st.integers(1, 6).flatmap(lambda c: st.lists(st.lists(st.sampled_from([1, 0, -1]), min_size=c, max_size=c), min_size=1, max_size=12)))  # fmt: skip  # noqa: E501
-def test_against_loops(rows: list[list[int]]):
-    found = statistics(Made(rows))
+def test_statistics_equal_loops(rows: list[list[int]]):
+    found = statistics(FakeDataset(rows))
     n, c = len(rows), len(rows[0])
     assert (found.images, found.boxes, found.missing) == (n, None, ())
     for a in range(c):
@@ -93,7 +93,7 @@ def test_json():
     assert content["images_with_n_labels"] == [0, 1, 1]
 
 
-def test_images_that_cannot_be_used_are_named():
+def test_unreadable_images_are_reported():
     seen: list[str | None] = []
 
     def progress(reasons):
@@ -101,23 +101,23 @@ def test_images_that_cannot_be_used_are_named():
             seen.append(reason)
             yield reason
 
-    found = unreadable_images(Made(np.ones((5, 1))), progress)
+    found = unreadable_images(FakeDataset(np.ones((5, 1))), progress)
     assert found == {"i1": "Image i1 is empty.", "i3": "Image i3 has another size."}
     assert len(seen) == 5
 
 
 @pytest.mark.shared
-def test_the_full_label_files(shared_data: Path):
-    """Known numbers of the datasets that the paper uses."""
+def test_statistics_of_real_datasets(shared_data: Path):
+    """Published numbers of the paper's datasets."""
     with np.load(shared_data / "labels" / "voc2007.npz") as voc:
-        found = statistics(Made(voc["trainval"], voc["labels"].tolist()))
+        found = statistics(FakeDataset(voc["trainval"], voc["labels"].tolist()))
     assert found.images == 5011
-    # The published table of VOC 2007: images of trainval with a person, and with a cat.
+    # Published VOC 2007 trainval counts of images with person and cat.
     person, cat = (found.labels.index(name) for name in ("person", "cat"))
     assert (found.positives[person], found.positives[cat]) == (2008, 337)
     with np.load(shared_data / "labels" / "coco2014.npz") as coco:
         targets = np.where(np.unpackbits(coco["train"], axis=1)[:, :80] == 1, 1, -1)
-        found = statistics(Made(targets, coco["labels"].tolist()))
+        found = statistics(FakeDataset(targets, coco["labels"].tolist()))
     assert found.positives[found.labels.index("person")] == 45174
     assert found.unlabeled == 0
     assert round(found.labels_per_image, 2) == 2.94

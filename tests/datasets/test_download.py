@@ -34,7 +34,7 @@ from gm_mlic.datasets import download
 from gm_mlic.datasets.download import Archive, fetch, unpack
 from gm_mlic.errors import DataError
 
-#: The test archive's content; random bytes, which no compression makes shorter than the server's breaks.
+#: Content of the test archive; random bytes, which do not compress.
 CONTENT = {
     "VOCdevkit/VOC2007/ImageSets/Main/cat_train.txt": b"000001  1\n",
     "VOCdevkit/VOC2007/JPEGImages/000001.jpg": np.random.default_rng(0).bytes(300_000),
@@ -65,14 +65,14 @@ TAR = tar_bytes(CONTENT)
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file under the root but the downloads, by its path; hidden ones, links and all."""
+    """Content of every file under the root except downloads, including hidden files and links."""
     files = {str(p.relative_to(root)): p for p in root.rglob("*") if p.is_symlink() or not p.is_dir()}
     return {name: p.read_bytes() for name, p in files.items() if not name.startswith("downloads/")}
 
 
 @dataclass
 class Server:
-    """A real HTTP server, as well or as badly behaved as a test wants."""
+    """Configurable HTTP server."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     #: Validators; None sends none.
@@ -82,14 +82,14 @@ class Server:
     minds_if_range: bool = True
     tells_size: bool = True
     chunked: bool = False
-    #: For each request in turn: after how many bytes of the body the connection breaks. Then no longer.
+    #: Number of body bytes after which the connection breaks, per request; later requests succeed.
     breaks: list[int] = field(default_factory=list)
-    #: For each request in turn: a status to answer instead. Then no longer.
+    #: Error status, per request; later requests succeed.
     statuses: list[int] = field(default_factory=list)
-    #: Bytes after which a body pauses until ``go`` is set.
+    #: Number of body bytes after which a response pauses until ``go`` is set.
     pause_after: int | None = None
     go: threading.Event = field(default_factory=threading.Event)
-    #: What was asked and answered: (Range header, status, bytes of body), written before the client can know.
+    #: Requests and responses: (Range header, status, bytes of body), recorded before sending.
     served: list[tuple[str | None, int, int]] = field(default_factory=list)
     port: int = 0
 
@@ -98,7 +98,7 @@ class Server:
         return sum(count for _, _, count in self.served)
 
     def archive(self, name: str, data: bytes, **changes: Any) -> Archive:
-        """Put a file up, and describe it."""
+        """Serve a file and return its archive."""
         self.files[f"/pub/{name}"] = data
         return self.describe(name, data, **changes)
 
@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         if state.chunked:
             self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        with contextlib.suppress(OSError):  # the client may die
+        with contextlib.suppress(OSError):  # the client may be killed
             for piece in self.pieces(body[:stop]):
                 self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece) if state.chunked else piece)
             if state.chunked and stop == len(body):
@@ -191,7 +191,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def has_no_traces(root: Path) -> bool:
-    """Nothing unfinished is left."""
+    """Whether no partial files are left."""
     return not [p for p in root.rglob("*") if p.suffix in (".part", ".json", ".unpacking", ".moving")]
 
 
@@ -208,7 +208,7 @@ class TestFetch:
         ],
     )
     @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-    def test_downloads_checks_and_unpacks(
+    def test_downloads_verifies_and_unpacks(
         self, server: Server, tmp_path: Path, name: str, data: bytes, algorithm: str
     ) -> None:
         archive = server.archive(name, data, hash=f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}")
@@ -217,7 +217,7 @@ class TestFetch:
         assert server.served == [(None, 200, len(data))]
         assert has_no_traces(tmp_path)
 
-    def test_second_call_asks_nothing(self, server: Server, tmp_path: Path) -> None:
+    def test_second_call_sends_no_request(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         fetch([archive], tmp_path)
         server.served.clear()
@@ -226,7 +226,7 @@ class TestFetch:
         assert server.served == []
         assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
-    def test_dataset_unpacked_by_hand_is_left_alone(self, server: Server, tmp_path: Path) -> None:
+    def test_manually_unpacked_dataset_is_unchanged(self, server: Server, tmp_path: Path) -> None:
         for name, data in CONTENT.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
@@ -234,8 +234,8 @@ class TestFetch:
         assert server.served == []
         assert not (tmp_path / "downloads").exists()
 
-    def test_archives_share_a_tree(self, server: Server, tmp_path: Path) -> None:
-        # as VOC's trainval and test do
+    def test_archives_with_common_folders(self, server: Server, tmp_path: Path) -> None:
+        # as VOC trainval and test
         other = {
             "VOCdevkit/VOC2007/JPEGImages/000003.jpg": b"three",
             "VOCdevkit/VOC2007/ImageSets/Main/cat_test.txt": b"000003 -1\n",
@@ -248,7 +248,7 @@ class TestFetch:
         fetch([server.archive("a.zip", zip_bytes({"x.json": b"{}"}), into="notes", holds=("notes/x.json",))], tmp_path)
         assert tree(tmp_path) == {"notes/x.json": b"{}"}
 
-    def test_deleted_files_come_back_without_a_download(self, server: Server, tmp_path: Path) -> None:
+    def test_deleted_files_are_restored_without_download(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         fetch([archive], tmp_path)
         (tmp_path / LAST).unlink()
@@ -258,18 +258,18 @@ class TestFetch:
         assert server.served == []
 
     @pytest.mark.parametrize("folder", [".", "downloads"])
-    def test_archive_put_there_by_hand_is_used(self, server: Server, tmp_path: Path, folder: str) -> None:
+    def test_manually_downloaded_archive_is_used(self, server: Server, tmp_path: Path, folder: str) -> None:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "a.tar").write_bytes(TAR)
         fetch([server.describe("a.tar", TAR)], tmp_path)
         assert server.served == []
         assert (tmp_path / LAST).read_bytes() == CONTENT[LAST]
 
-    def test_wrong_archive_put_there_by_hand_is_refused_not_deleted(self, server: Server, tmp_path: Path) -> None:
+    def test_wrong_manual_archive_is_refused_and_kept(self, server: Server, tmp_path: Path) -> None:
         wrong = b"half a download"
         (tmp_path / "a.tar").write_bytes(wrong)
         archive = server.archive("a.tar", TAR)
-        with pytest.raises(DataError, match=r"a\.tar is not the right file") as raised:
+        with pytest.raises(DataError, match=r"a\.tar has the wrong hash") as raised:
             fetch([archive], tmp_path)
         assert archive.hash in str(raised.value)
         assert hashlib.md5(wrong).hexdigest() in str(raised.value)
@@ -291,8 +291,8 @@ class TestFetch:
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
 
-    def test_archive_without_what_it_should_hold(self, server: Server, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"VOC2012 is still missing"):
+    def test_archive_without_expected_file(self, server: Server, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"VOC2012 is missing: it is the wrong archive"):
             fetch([server.archive("a.tar", TAR, holds=("VOCdevkit/VOC2012",))], tmp_path)
 
     def test_root_is_a_file(self, server: Server, tmp_path: Path) -> None:
@@ -303,13 +303,13 @@ class TestFetch:
     @pytest.mark.parametrize(
         "changes", [{"hash": "d41d8cd9"}, {"hash": "md5:xyz"}, {"holds": ()}, {"url": "http://a/"}]
     )
-    def test_description_that_cannot_work(self, server: Server, changes: dict[str, Any]) -> None:
+    def test_invalid_archive_description(self, server: Server, changes: dict[str, Any]) -> None:
         with pytest.raises(ValueError):
             server.describe("a.tar", TAR, **changes)
 
 
 class TestBrokenTransfers:
-    def test_resumes_without_a_byte_twice(self, server: Server, tmp_path: Path) -> None:
+    def test_resumes_without_repeating_bytes(self, server: Server, tmp_path: Path) -> None:
         server.breaks = [100_000, 150_000]
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
@@ -321,7 +321,7 @@ class TestBrokenTransfers:
         assert server.bytes_served == len(TAR)
 
     def test_resumes_by_last_modified(self, server: Server, tmp_path: Path) -> None:
-        server.etag, server.modified = 'W/"weak"', "Tue, 06 Nov 2007 10:00:00 GMT"  # a weak ETag may not be in If-Range
+        server.etag, server.modified = 'W/"weak"', "Tue, 06 Nov 2007 10:00:00 GMT"  # weak ETags are invalid in If-Range
         server.breaks = [100_000]
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
@@ -334,10 +334,10 @@ class TestBrokenTransfers:
         assert tree(tmp_path) == CONTENT
         assert server.bytes_served == len(TAR)
 
-    def test_gives_up_then_continues_in_another_call(self, server: Server, tmp_path: Path) -> None:
+    def test_fails_after_retries_then_resumes(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         server.breaks = [100_000, 0, 0, 0]  # the first attempt and three more
-        with pytest.raises(DataError, match=r"100\.0 kB are kept, and the same command continues"):
+        with pytest.raises(DataError, match=r"100\.0 kB are kept; run the same command again to resume"):
             fetch([archive], tmp_path)
         assert len(server.served) == 4
         assert (tmp_path / "downloads" / "a.tar.part").read_bytes() == TAR[:100_000]
@@ -345,7 +345,7 @@ class TestBrokenTransfers:
         assert tree(tmp_path) == CONTENT
         assert server.bytes_served == len(TAR)
 
-    def test_attempts_that_get_further_do_not_count(
+    def test_progress_resets_the_retry_count(
         self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(download, "GAIN", 10_000)
@@ -354,19 +354,19 @@ class TestBrokenTransfers:
         assert tree(tmp_path) == CONTENT
         assert server.bytes_served == len(TAR)
 
-    def test_attempts_that_get_hardly_further_count(self, server: Server, tmp_path: Path) -> None:
+    def test_small_progress_does_not_reset_the_retry_count(self, server: Server, tmp_path: Path) -> None:
         server.breaks = [1000] * 100
         with pytest.raises(DataError, match=r"closed after 4,000 of .* 4\.0 kB are kept"):
             fetch([server.archive("a.tar", TAR)], tmp_path)
 
-    def test_server_without_ranges_starts_over(self, server: Server, tmp_path: Path) -> None:
+    def test_server_without_ranges_restarts(self, server: Server, tmp_path: Path) -> None:
         server.ranges = False
         server.breaks = [100_000]
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert [(status, count) for _, status, count in server.served] == [(200, 100_000), (200, len(TAR))]
 
-    def test_server_without_ranges_that_always_breaks_is_given_up(self, server: Server, tmp_path: Path) -> None:
+    def test_server_without_ranges_fails_after_retries(self, server: Server, tmp_path: Path) -> None:
         server.ranges = False
         server.breaks = [100_000] * 100
         with pytest.raises(DataError, match="closed after 100,000 of"):
@@ -375,9 +375,7 @@ class TestBrokenTransfers:
 
     @pytest.mark.parametrize("minds_if_range", [True, False])
     @pytest.mark.parametrize("validator", ["etag", "modified", "size"])
-    def test_file_that_changes_on_the_server(
-        self, server: Server, tmp_path: Path, minds_if_range: bool, validator: str
-    ) -> None:
+    def test_remote_file_changes(self, server: Server, tmp_path: Path, minds_if_range: bool, validator: str) -> None:
         old = tar_bytes(CONTENT | {"more.txt": b"x" * 20_000})
         server.etag = '"one"' if validator == "etag" else None
         server.modified = "Tue, 06 Nov 2007 10:00:00 GMT" if validator == "modified" else None
@@ -385,29 +383,29 @@ class TestBrokenTransfers:
         server.archive("a.tar", old)
         server.breaks = [100_000, 0, 0, 0]
         archive = server.describe("a.tar", TAR)
-        with pytest.raises(DataError, match="continues"):
+        with pytest.raises(DataError, match="to resume"):
             fetch([archive], tmp_path)
         server.files["/pub/a.tar"] = TAR
         server.etag = '"two"' if validator == "etag" else None
         server.modified = "Wed, 07 Nov 2007 10:00:00 GMT" if validator == "modified" else None
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
-        # without a validator to send, or with a server that ignores it, the answer tells
+        # without a validator, or if the server ignores it, the response headers are compared
         told_at_once = minds_if_range and validator != "size"
         assert [status for _, status, _ in server.served[4:]] == ([200] if told_at_once else [206, 200])
 
-    def test_part_that_is_longer_than_the_servers_file(self, server: Server, tmp_path: Path) -> None:
+    def test_part_longer_than_remote_file(self, server: Server, tmp_path: Path) -> None:
         server.etag = None
         archive = server.archive("a.tar", TAR + b"\0" * 10_240)
         server.breaks = [len(TAR) + 5000, 0, 0, 0]
-        with pytest.raises(DataError, match="continues"):
+        with pytest.raises(DataError, match="to resume"):
             fetch([archive], tmp_path)
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert [status for _, status, _ in server.served[-2:]] == [416, 200]
 
     @pytest.mark.parametrize("tells_size", [True, False])
-    def test_part_that_is_complete(self, server: Server, tmp_path: Path, tells_size: bool) -> None:
+    def test_complete_part(self, server: Server, tmp_path: Path, tells_size: bool) -> None:
         # killed between the last byte and the rename
         archive = server.archive("a.tar", TAR)
         folder = tmp_path / "downloads"
@@ -431,7 +429,7 @@ class TestBrokenTransfers:
             '{"url": "http://elsewhere/a.tar", "etag": null, "modified": null, "size": null}',
         ],
     )
-    def test_part_of_unknown_origin_is_not_continued(self, server: Server, tmp_path: Path, note: str | None) -> None:
+    def test_part_of_unknown_origin_is_not_resumed(self, server: Server, tmp_path: Path, note: str | None) -> None:
         folder = tmp_path / "downloads"
         folder.mkdir()
         (folder / "a.tar.part").write_bytes(b"?" * 1000)
@@ -441,7 +439,7 @@ class TestBrokenTransfers:
         assert server.served == [(None, 200, len(TAR))]
         assert tree(tmp_path) == CONTENT
 
-    def test_server_that_does_not_tell_the_size(self, server: Server, tmp_path: Path) -> None:
+    def test_server_without_content_length(self, server: Server, tmp_path: Path) -> None:
         server.tells_size = False
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
@@ -453,34 +451,34 @@ class TestBrokenTransfers:
         assert tree(tmp_path) == CONTENT
         assert server.bytes_served == len(TAR)
 
-    def test_passing_failure_of_the_server(self, server: Server, tmp_path: Path) -> None:
+    def test_temporary_server_errors_are_retried(self, server: Server, tmp_path: Path) -> None:
         server.statuses = [503, 500, 429]
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert [status for _, status, _ in server.served] == [503, 500, 429, 200]
 
-    def test_lasting_failure_of_the_server(self, server: Server, tmp_path: Path) -> None:
+    def test_persistent_server_error(self, server: Server, tmp_path: Path) -> None:
         server.statuses = [500] * 100
-        with pytest.raises(DataError, match="the server answers 500"):
+        with pytest.raises(DataError, match="HTTP 500"):
             fetch([server.archive("a.tar", TAR)], tmp_path)
         assert len(server.served) == 1 + 3
 
     @pytest.mark.parametrize("status", [401, 403, 404, 410])
-    def test_refusal_is_not_repeated(self, server: Server, tmp_path: Path, status: int) -> None:
+    def test_client_errors_are_not_retried(self, server: Server, tmp_path: Path, status: int) -> None:
         server.statuses = [status]
-        with pytest.raises(DataError, match=rf"answers {status} .* put it in .*downloads") as raised:
+        with pytest.raises(DataError, match=rf"HTTP {status} .* download it manually to .*downloads") as raised:
             fetch([server.archive("a.tar", TAR)], tmp_path)
         assert "\n" not in str(raised.value)
         assert len(server.served) == 1
 
-    def test_no_server(self, server: Server, tmp_path: Path) -> None:
+    def test_connection_refused(self, server: Server, tmp_path: Path) -> None:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             url = f"http://127.0.0.1:{closed.getsockname()[1]}/a.tar"
             with pytest.raises(DataError, match=r"a\.tar could not be downloaded \(.*refused"):
                 fetch([server.describe("a.tar", TAR, url=url)], tmp_path)
 
-    def test_silent_server(self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_server_timeout(self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
         monkeypatch.setattr(download, "WAITS_S", (0.0,))
         server.pause_after = 1000
@@ -491,7 +489,7 @@ class TestBrokenTransfers:
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
 
-    def test_waits_grow(self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_retry_delays_increase(self, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         waited: list[float] = []
         monkeypatch.setattr(download, "WAITS_S", (1.0, 2.0, 4.0))
         monkeypatch.setattr(download, "GAIN", 50_000)
@@ -509,7 +507,7 @@ class TestBrokenTransfers:
             fetch([server.archive("a.tar", TAR)], tmp_path)
         lines = [r.getMessage() for r in caplog.records if re.match(r"a\.tar: .* of .*/s, \d+ s left$", r.getMessage())]
         assert lines[-1].startswith(f"a.tar: {len(TAR) / 1000:.1f} kB of {len(TAR) / 1000:.1f} kB, ")
-        assert any("a.tar: continuing at 100.0 kB" in r.getMessage() for r in caplog.records)
+        assert any("a.tar: resuming at 100.0 kB" in r.getMessage() for r in caplog.records)
 
 
 class TestFullDisk:
@@ -547,7 +545,7 @@ class TestFullDisk:
         with monkeypatch.context() as patched:
             patched.setattr(Path, "open", open_full)
             self.check(server, tmp_path, "the disk is full")
-        assert len(server.served) == 1, "a full disk is no reason to ask the server again"
+        assert len(server.served) == 1, "a full disk is not retried"
         server.served.clear()
         fetch([server.describe("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
@@ -564,7 +562,7 @@ class TestFullDisk:
         with monkeypatch.context() as patched:
             patched.setattr(tarfile, "copyfileobj", full)
             self.check(server, tmp_path, "the disk is full")
-        assert tree(tmp_path) == {}, "what takes space was removed"
+        assert tree(tmp_path) == {}, "partial files were removed"
         fetch([server.describe("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert len(server.served) == 1
@@ -629,7 +627,7 @@ def write_tar(file: Path, members: list[Any]) -> None:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A target with a file in it, in a folder in which something could be overwritten."""
+    """Target folder with a file, and a parent folder with a file that must not be overwritten."""
     (tmp_path / "evil.txt").write_text("mine")
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "mine.txt").write_text("mine")
@@ -650,14 +648,14 @@ class TestUnpack:
     @pytest.mark.parametrize("name", EVIL_NAMES)
     def test_tar_names(self, place: Path, name: str) -> None:
         write_tar(place.parent / "evil.tar", [plain("good.txt"), plain(name)])
-        check_refused(place.parent / "evil.tar", place, "not safe .* leads out of the folder")
+        check_refused(place.parent / "evil.tar", place, "not safe .* points outside the folder")
 
     @pytest.mark.parametrize("name", EVIL_NAMES)
     def test_zip_names(self, place: Path, name: str) -> None:
         with zipfile.ZipFile(place.parent / "evil.zip", "w") as archive:
             archive.writestr("good.txt", b"good")
             archive.writestr(name, b"evil")
-        check_refused(place.parent / "evil.zip", place, "not safe .* leads out of the folder")
+        check_refused(place.parent / "evil.zip", place, "not safe .* points outside the folder")
 
     @pytest.mark.parametrize("what", EVIL_MEMBERS)
     def test_tar_members(self, place: Path, what: str) -> None:
@@ -675,7 +673,7 @@ class TestUnpack:
 
     @pytest.mark.parametrize("suffix", ["tar.gz", "zip"])
     def test_bombs(self, place: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Zeros, which shrink to a thousandth: refused before all of them are on the disk."""
+        """Zeros compress by a factor of 1000; the archive is refused before all are written."""
         monkeypatch.setattr(download, "ALWAYS_FINE", 1 << 20)
         file = place.parent / f"bomb.{suffix}"
         block, count = bytes(1 << 22), 8
@@ -690,7 +688,7 @@ class TestUnpack:
                     member.size = len(block)
                     tar.addfile(member, io.BytesIO(block))
         assert file.stat().st_size < 100_000
-        check_refused(file, place, "would unpack to more than .* which no dataset does")
+        check_refused(file, place, "would unpack to more than .* decompression bomb")
 
     @pytest.mark.parametrize("suffix", ["tar", "zip"])
     def test_too_many_files(self, place: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -698,11 +696,11 @@ class TestUnpack:
         file.write_bytes(TAR if suffix == "tar" else zip_bytes(CONTENT))
         monkeypatch.setattr(download, "MAX_MEMBERS", len(CONTENT) - 1)
         check_refused(file, place, f"would unpack to more than {len(CONTENT) - 1} files")
-        monkeypatch.setattr(download, "MAX_MEMBERS", 2 * len(CONTENT))  # folders count, too
+        monkeypatch.setattr(download, "MAX_MEMBERS", 2 * len(CONTENT))  # folders are counted too
         unpack(file, place)
 
     @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "zip"])
-    def test_cut_short(self, place: Path, suffix: str) -> None:
+    def test_truncated_archive(self, place: Path, suffix: str) -> None:
         data = {"tar": TAR, "tar.gz": tar_bytes(CONTENT, "w:gz"), "zip": zip_bytes(CONTENT)}[suffix]
         file = place.parent / f"a.{suffix}"
         file.write_bytes(data[:200_000])
@@ -718,21 +716,21 @@ class TestUnpack:
 
     @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "zip"])
     @pytest.mark.parametrize("data", [b"", b"<html>not found</html>"])
-    def test_no_archive(self, place: Path, suffix: str, data: bytes) -> None:
+    def test_not_an_archive(self, place: Path, suffix: str, data: bytes) -> None:
         file = place.parent / f"a.{suffix}"
         file.write_bytes(data)
         check_refused(file, place, "cannot be unpacked")
 
     @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("x" * 300, "y")])
     @pytest.mark.parametrize("suffix", ["tar", "zip"])
-    def test_names_that_cannot_be(self, place: Path, suffix: str, names: tuple[str, str]) -> None:
+    def test_invalid_member_names(self, place: Path, suffix: str, names: tuple[str, str]) -> None:
         file = place.parent / f"a.{suffix}"
         content = dict.fromkeys(names, b"data")
         file.write_bytes(tar_bytes(content) if suffix == "tar" else zip_bytes(content))
         check_refused(file, place, "cannot be unpacked")
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="there is no such file"):
+        with pytest.raises(DataError, match="no such file"):
             unpack(tmp_path / "a.tar", tmp_path / "target")
 
     def test_python_without_the_data_filter(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -764,7 +762,7 @@ class TestUnpack:
         assert (place / "a" / "d").is_dir()
         assert has_no_traces(place)
 
-    def test_modes_do_not_come_along(self, place: Path) -> None:
+    def test_file_modes_are_not_restored(self, place: Path) -> None:
         member, data = plain("run.sh")
         member.mode, member.uid = 0o6777, 0
         folder = special("shut", tarfile.DIRTYPE)
@@ -774,7 +772,7 @@ class TestUnpack:
         assert not (place / "run.sh").stat().st_mode & 0o6022
         assert (place / "shut" / "x.txt").read_bytes() == b"evil"
 
-    def test_folders_that_the_user_linked_elsewhere(self, place: Path) -> None:
+    def test_target_folders_may_be_links(self, place: Path) -> None:
         # images on a larger disk
         disk = place.parent / "disk"
         disk.mkdir()
@@ -785,7 +783,7 @@ class TestUnpack:
         assert (place / "VOCdevkit").is_symlink()
 
     @pytest.mark.parametrize("blocked", ["VOCdevkit", LAST])
-    def test_something_is_in_the_way(self, place: Path, blocked: str) -> None:
+    def test_existing_file_blocks_folder(self, place: Path, blocked: str) -> None:
         (place.parent / "a.tar").write_bytes(TAR)
         obstacle = place / blocked
         if blocked == LAST:
@@ -827,14 +825,14 @@ class TestUnpack:
 
 
 class Child:
-    """A real process that fetches."""
+    """Process that calls fetch."""
 
     def __init__(self, archive: Archive, root: Path, before: str = "") -> None:
         code = f"""
             import os, shutil, signal, sys, types
             from pathlib import Path
             import gm_mlic
-            # without what the package imports, torch among it: seconds for each process
+            # skip the package's imports (torch), which take seconds
             package = sys.modules["gm_mlic.datasets"] = types.ModuleType("gm_mlic.datasets")
             package.__path__ = [str(Path(gm_mlic.__path__[0], "datasets"))]
             from gm_mlic.datasets import download
@@ -879,7 +877,7 @@ class TestProcesses:
         server.pause_after = 200_000
         child = Child(archive, tmp_path).start()
         part = tmp_path / "downloads" / "a.tar.part"
-        # the last bytes may be in the process's buffer
+        # the last bytes may be buffered in the process
         wait_until(lambda: part.is_file() and part.stat().st_size > 100_000)
         child.process.kill()
         assert child.end()[0] == -signal.SIGKILL
@@ -895,9 +893,9 @@ class TestProcesses:
     @pytest.mark.parametrize(
         ("before", "left"),
         [
-            # between two members, when nothing is in place
+            # between two members, before any file is in place
             ("download._Meter.at = lambda self, done: os.kill(os.getpid(), signal.SIGKILL)", ".a.tar.unpacking"),
-            # between two moves, when some of it is in place: the last file is not the last to be moved
+            # between two moves, with some files in place
             (
                 "rest, move = [1, 2], shutil.move\n"
                 "            download.shutil.move = lambda a, b: "
@@ -908,7 +906,7 @@ class TestProcesses:
         ids=["unpacking", "moving"],
     )
     def test_killed_while_unpacking(self, server: Server, tmp_path: Path, before: str, left: str) -> None:
-        # folders that exist, so that files are moved one by one; the file that says "unpacked" is moved before others
+        # existing folders, so that files are moved individually; the ``holds`` file is moved before others
         for folder in ("ImageSets/Main", "JPEGImages"):
             (tmp_path / "VOCdevkit/VOC2007" / folder).mkdir(parents=True)
         archive = server.archive("a.tar", TAR, holds=("VOCdevkit/VOC2007/ImageSets/Main/cat_train.txt",))
@@ -918,14 +916,14 @@ class TestProcesses:
         assert (tmp_path / left).is_dir()
         assert (tmp_path / archive.holds[0]).exists() == (left == ".a.tar.moving")
         assert not (tmp_path / LAST).exists()
-        if left == ".a.tar.moving":  # which has all that is needed
+        if left == ".a.tar.moving":  # complete, needs no archive
             (tmp_path / "downloads" / "a.tar").unlink()
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert has_no_traces(tmp_path)
         assert len(server.served) == 1
 
-    def test_two_at_once(self, server: Server, tmp_path: Path) -> None:
+    def test_concurrent_calls(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         server.pause_after = 200_000
         first, second = Child(archive, tmp_path), Child(archive, tmp_path)
@@ -942,7 +940,7 @@ class TestProcesses:
         assert server.served == [(None, 200, len(TAR))]
         assert has_no_traces(tmp_path)
 
-    def test_one_waits_for_a_process_that_is_killed(self, server: Server, tmp_path: Path) -> None:
+    def test_waits_for_a_process_that_is_killed(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         server.pause_after = 200_000
         first, second = Child(archive, tmp_path), Child(archive, tmp_path)

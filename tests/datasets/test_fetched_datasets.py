@@ -1,4 +1,4 @@
-"""dataset.download=true: archives in the official layout, from a local server, through the real command line."""
+"""dataset.download=true on the command line, with archives in the official layout from a local server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gm_mlic.validation import changed_settings
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder, and counts what was asked for."""
+    """Request handler that serves a folder and records requests."""
 
     asked: list[str]
 
@@ -39,7 +39,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """A folder, the address that it is served at, and the paths asked for."""
+    """Served folder, its address, and the requested paths."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = type("Handler", (Quiet,), {"asked": []})
@@ -55,7 +55,7 @@ def md5(file: Path) -> str:
 
 
 def voc_archives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two tar files of VOC 2007, with 8 and 4 photos."""
+    """VOC 2007 archives with 8 and 4 photos."""
     rng = np.random.default_rng(0)
     for name, image_set, first, count in (("train_set", "trainval", 1, 8), ("test_set", "test", 9, 4)):
         official, archive = getattr(VOC2007, name)
@@ -82,7 +82,7 @@ def voc_archives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def coco_archives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """COCO's three zip files, with 6 and 3 photos."""
+    """COCO archives with 6 and 3 photos."""
     annotations = folder / coco._ANNOTATIONS.name
     with zipfile.ZipFile(annotations, "w") as out:
         for archive, first, count in (("train2014", 9, 6), ("val2014", 42, 3)):
@@ -105,7 +105,7 @@ def coco_archives(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco, "_ANNOTATIONS", replace(coco._ANNOTATIONS, hash=md5(annotations)))
 
 
-def test_voc_is_fetched_once_and_only_what_the_split_needs(
+def test_voc_downloads_only_archives_of_the_split_once(
     served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, address, asked = served
@@ -122,7 +122,9 @@ def test_voc_is_fetched_once_and_only_what_the_split_needs(
     assert len(asked) == 2
 
 
-def test_coco_is_fetched(served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coco_is_downloaded(
+    served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, address, asked = served
     coco_archives(folder, monkeypatch)
     test = COCO2014(tmp_path / "coco", "test", download=True, mirror=address)
@@ -131,7 +133,7 @@ def test_coco_is_fetched(served: tuple[Path, str, list[str]], tmp_path: Path, mo
     assert len(COCO2014(tmp_path / "coco", "train", val_fraction=0, download=True, mirror=address)) == 6
 
 
-def test_the_command_line_fetches_and_refuses(
+def test_command_line_downloads_and_verifies(
     served: tuple[Path, str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     folder, address, asked = served
@@ -146,7 +148,7 @@ def test_the_command_line_fetches_and_refuses(
     good.write_bytes(whole[:-1] + b"x")
     assert run(fetching) == 2
     error = capsys.readouterr().err
-    assert "is not the right file" in error
+    assert "has the wrong hash" in error
     assert "Traceback" not in error
     assert not (tmp_path / "voc" / "VOCdevkit").exists()
     good.write_bytes(whole)
@@ -157,15 +159,13 @@ def test_the_command_line_fetches_and_refuses(
     assert len(asked) == server_asked
 
 
-def test_a_mirror_that_is_no_address(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_mirror(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["dataset", "dataset=coco2014", "dataset.download=true", "dataset.mirror=example.org/coco"]) == 2
     assert "dataset.mirror=example.org/coco: expected an address" in capsys.readouterr().err
 
 
-def test_how_it_got_there_is_no_part_of_a_run() -> None:
+def test_download_settings_do_not_change_the_run() -> None:
     plain = compose("train", ["dataset=voc2007"])
     fetched = compose("train", ["dataset=voc2007", "dataset.download=true", "dataset.mirror=http://localhost"])
     assert fetched.run_dir == plain.run_dir

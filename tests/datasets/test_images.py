@@ -18,7 +18,7 @@ from gm_mlic.errors import UnreadableImage
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
-    """A smooth picture whose four corners differ, so that any turn or swapped channel shows."""
+    """Smooth image with four different corners, to detect rotations and swapped channels."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * y / (height - 1), 255 * x / (width - 1), 128 + 0 * x], axis=-1).astype(np.uint8)
 
@@ -31,7 +31,7 @@ def assert_rgb(image: Image.Image, expected: np.ndarray, tolerance: int = 0) -> 
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [("png", 0), ("bmp", 0), ("tiff", 0), ("jpg", 12)])
-def test_rgb_of_every_format_is_read_as_it_is(tmp_path: Path, suffix: str, tolerance: int) -> None:
+def test_rgb_formats_are_read_unchanged(tmp_path: Path, suffix: str, tolerance: int) -> None:
     path = tmp_path / f"photo.{suffix}"
     Image.fromarray(gradient()).save(path, **({"quality": 95} if suffix == "jpg" else {}))
     assert_rgb(read_image(path), gradient(), tolerance)
@@ -44,7 +44,7 @@ def test_rgb_of_every_format_is_read_as_it_is(tmp_path: Path, suffix: str, toler
     (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)), (8, lambda a: np.rot90(a, -1)),
 ])  # fmt: skip
 def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, undo) -> None:
-    """The file stores the picture turned as a camera would; reading turns it back (EXIF 2.3, tag 0x0112)."""
+    """Rotated images with an orientation tag (EXIF 2.3, 0x0112) are read upright."""
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -53,18 +53,18 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, undo) -> 
     assert_rgb(read_image(path), gradient(), 14)
 
 
-def test_damaged_exif_does_not_lose_the_photo(tmp_path: Path) -> None:
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "exif.jpg"
     Image.fromarray(gradient()).save(path, quality=95, exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
     assert_rgb(read_image(path), gradient(), 12)
 
 
-def test_grey_has_equal_channels(tmp_path: Path) -> None:
-    grey = gradient()[..., 0]
+def test_gray_has_equal_channels(tmp_path: Path) -> None:
+    gray = gradient()[..., 0]
     for suffix, tolerance in (("png", 0), ("jpg", 8)):
-        path = tmp_path / f"grey.{suffix}"
-        Image.fromarray(grey).save(path)
-        assert_rgb(read_image(path), np.repeat(grey[..., None], 3, -1), tolerance)
+        path = tmp_path / f"gray.{suffix}"
+        Image.fromarray(gray).save(path)
+        assert_rgb(read_image(path), np.repeat(gray[..., None], 3, -1), tolerance)
 
 
 def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
@@ -74,19 +74,19 @@ def test_one_bit_images_are_black_and_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     values = (gradient()[..., 1].astype(np.uint16)) * 257  # 0 .. 65,535, exactly 0 .. 255 after division by 257
     Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
     assert_rgb(read_image(tmp_path / f"deep.{suffix}"), np.repeat(gradient()[..., 1:2], 3, -1))
 
 
-def test_dark_sixteen_bit_grey_stays_dark(tmp_path: Path) -> None:
-    """The scale is that of the format, not of the picture: 200 of 65,535 is nearly black."""
+def test_dark_sixteen_bit_gray_stays_dark(tmp_path: Path) -> None:
+    """Scaling depends on the format, not on the image's maximum: 200 of 65,535 is nearly black."""
     Image.fromarray(np.full((5, 6), 200, dtype=np.uint16)).save(tmp_path / "dark.png")
     assert_rgb(read_image(tmp_path / "dark.png"), np.full((5, 6, 3), 1))
 
 
-def test_transparency_goes_over_white(tmp_path: Path) -> None:
+def test_transparency_is_blended_with_white(tmp_path: Path) -> None:
     color, alpha = gradient(), np.zeros((24, 32), np.uint8)
     alpha[:, 16:], alpha[0, 0] = 255, 128
     Image.fromarray(np.dstack([color, alpha])).save(tmp_path / "rgba.png")
@@ -96,7 +96,7 @@ def test_transparency_goes_over_white(tmp_path: Path) -> None:
     assert_rgb(read_image(tmp_path / "la.png"), color[..., [0, 0, 0]] * share + 255 * (1 - share), 1)
 
 
-def test_palette_with_a_transparent_entry(tmp_path: Path) -> None:
+def test_palette_with_transparent_entry(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat([[0, 1, 2]], 4, axis=0).astype(np.uint8), mode=None)
     paletted = Image.new("P", image.size)
     paletted.putdata(list(image.tobytes()))
@@ -135,7 +135,7 @@ def refused(path: Path) -> str:
     return message
 
 
-def test_each_refusal_names_file_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_name_file_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not exist" in refused(tmp_path / "none.jpg")
     assert "folder" in refused(tmp_path)
     (tmp_path / "empty.jpg").touch()
@@ -150,8 +150,8 @@ def test_each_refusal_names_file_and_reason(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("side", [11_000, 13_000, 60_000])  # under, at and over Pillow's own limits
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path, side: int) -> None:
-    """A true PNG header that claims side x side pixels, with next to nothing behind it."""
+def test_large_images_are_refused_before_decoding(tmp_path: Path, side: int) -> None:
+    """PNG with a valid header of side x side pixels and almost no data."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -185,7 +185,7 @@ ENCODED = {kind: encoded(kind) for kind in ("jpeg", "progressive", "png", "gif",
 
 
 def read_or_refused(path: Path) -> Image.Image | None:
-    """The two outcomes a file may have; anything else raised fails the test."""
+    """Read an image, or None if it is refused; other errors fail the test."""
     try:
         image = read_image(path)
     except UnreadableImage as error:
@@ -200,7 +200,7 @@ def read_or_refused(path: Path) -> Image.Image | None:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(sorted(ENCODED)), share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_reads_or_is_refused_by_name(tmp_path: Path, kind: str, share: float) -> None:
+def test_truncated_file_is_read_or_refused(tmp_path: Path, kind: str, share: float) -> None:
     whole = ENCODED[kind]
     path = tmp_path / "cut.img"
     path.write_bytes(whole[: int(share * len(whole))])
@@ -210,7 +210,7 @@ def test_a_truncated_file_reads_or_is_refused_by_name(tmp_path: Path, kind: str,
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_a_file_cut_in_half_is_never_read_as_half_a_picture(tmp_path: Path, kind: str) -> None:
+def test_half_of_a_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "half.img"
     path.write_bytes(ENCODED[kind][: len(ENCODED[kind]) // 2])
     assert "decoded" in refused(path)
@@ -218,9 +218,9 @@ def test_a_file_cut_in_half_is_never_read_as_half_a_picture(tmp_path: Path, kind
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(sorted(ENCODED)), data=st.data())
-def test_flipped_bytes_read_or_are_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
+def test_flipped_bytes_are_read_or_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     damaged = bytearray(ENCODED[kind])
-    # Headers hold the fields that decoders trust.
+    # Mutate headers, whose fields decoders trust.
     for _ in range(data.draw(st.integers(1, 5))):
         damaged[data.draw(st.integers(0, min(len(damaged), 200) - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.img"
@@ -229,7 +229,7 @@ def test_flipped_bytes_read_or_are_refused(tmp_path: Path, kind: str, data: st.D
 
 
 @pytest.mark.shared
-def test_every_real_photo_reads(shared_data: Path) -> None:
+def test_real_photos_are_read(shared_data: Path) -> None:
     photos = sorted((shared_data / "coco-mini" / "val2014").glob("*.jpg"))
     assert len(photos) == 82
     assert all(read_image(photo).mode == "RGB" for photo in photos)

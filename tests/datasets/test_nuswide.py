@@ -1,4 +1,4 @@
-"""NUS-WIDE in its own file syntax, with made-up photos; and at its full size, with the real labels."""
+"""NUS-WIDE reader with synthetic photos, and at full size with the real labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONCEPTS = ("airport", "bear", "sky")
 
 
 def write_lists(root: Path, part: str, names: list[str], present: np.ndarray, concepts: tuple[str, ...]) -> None:
-    """The list of a part and its label files, as NUS-WIDE has them."""
+    """Write an image list and label files in NUS-WIDE's format."""
     for folder in ("ImageList", "TrainTestLabels", "ConceptsList"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "ConceptsList" / "Concepts81.txt").write_text("".join(f"{name}\n" for name in concepts))
@@ -65,7 +65,7 @@ def test_labels_under_groundtruth_and_flat_photos(root: Path) -> None:
     assert after.image(3).size == (13, 8)
 
 
-def test_photos_that_left_flickr_are_left_out_by_name(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_photos_are_dropped_and_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = NUSWIDE(root, "train")
     gone = whole.ids[2]
     (root / "Flickr" / gone).unlink()
@@ -74,31 +74,31 @@ def test_photos_that_left_flickr_are_left_out_by_name(root: Path, caplog: pytest
     assert rest.missing == (gone,)
     assert rest.ids == whole.ids[:2] + whole.ids[3:]
     assert (rest.targets == np.delete(whole.targets, 2, axis=0)).all()
-    assert f"1 of 18 photos are not in {root} and are left out: {gone}" in caplog.text
+    assert f"1 of 18 photos are missing in {root} and are dropped: {gone}" in caplog.text
     assert NUSWIDE(root, "val").ids == tuple(i for i in NUSWIDE(root, "val").ids if i != gone)
 
 
-def test_images_without_any_concept(root: Path) -> None:
-    everything, labelled = (NUSWIDE(root, "train", unlabeled=policy) for policy in ("keep", "drop"))
+def test_unlabeled_images(root: Path) -> None:
+    everything, labeled = (NUSWIDE(root, "train", unlabeled=policy) for policy in ("keep", "drop"))
     empty = ~(everything.targets == 1).any(axis=1)
     assert empty.any()
-    assert len(labelled) == len(everything) - empty.sum()
-    assert (labelled.targets == 1).any(axis=1).all()
+    assert len(labeled) == len(everything) - empty.sum()
+    assert (labeled.targets == 1).any(axis=1).all()
     for label in CONCEPTS:
-        spoil(root, f"TrainTestLabels/Labels_{label}_Test.txt", "0\n" * 6)
+        corrupt(root, f"TrainTestLabels/Labels_{label}_Test.txt", "0\n" * 6)
     assert len(NUSWIDE(root, "test")) == 6
     with pytest.raises(DataError, match=r"`unlabeled=\'keep\'`"):
         NUSWIDE(root, "test", unlabeled="drop")
 
 
-def spoil(root: Path, file: str, text: str) -> None:
+def corrupt(root: Path, file: str, text: str) -> None:
     (root / file).write_text(text)
 
 
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("TrainTestLabels/Labels_sky_Test.txt", "1\n0\n", ["2 values", "TestImagelist.txt names 6 images"]),
+        ("TrainTestLabels/Labels_sky_Test.txt", "1\n0\n", ["2 values", "TestImagelist.txt has 6 images"]),
         ("TrainTestLabels/Labels_sky_Test.txt", "1\n0\n2\n0\n0\n0\n", ["'2' (value number 2)", "expected 0 or 1"]),
         ("ImageList/TestImagelist.txt", "..\\..\\etc\\passwd\n" * 6, ["must stay inside the image folder"]),
         ("ImageList/TestImagelist.txt", "\n", ["TestImagelist.txt is empty"]),
@@ -107,8 +107,8 @@ def spoil(root: Path, file: str, text: str) -> None:
         ("ConceptsList/Concepts81.txt", "sky\nsea\n", ["Labels_sea_Test.txt is missing", "Groundtruth.zip"]),
     ],
 )
-def test_spoilt_files(root: Path, file: str, text: str, words: list[str]) -> None:
-    spoil(root, file, text)
+def test_malformed_files(root: Path, file: str, text: str, words: list[str]) -> None:
+    corrupt(root, file, text)
     with pytest.raises(DataError) as error:
         NUSWIDE(root, "test")
     for word in words:
@@ -116,7 +116,7 @@ def test_spoilt_files(root: Path, file: str, text: str, words: list[str]) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_missing_lists_say_what_to_get(tmp_path: Path) -> None:
+def test_missing_lists_error_names_the_downloads(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Concepts81\.txt is missing.*Groundtruth\.zip.*ImageList\.zip.*Flickr/"):
         NUSWIDE(tmp_path, "train")
 
@@ -126,19 +126,19 @@ def test_missing_lists_say_what_to_get(tmp_path: Path) -> None:
     [
         ({"split": "dev"}, "train, val, test"),
         ({"unlabeled": "maybe"}, "keep, drop"),
-        ({"val_fraction": -0.1}, "share in"),
-        ({"split": "val", "val_fraction": 0}, "leaves none"),
-        ({"download": True}, "put the photos, which their authors hand out on request, in Flickr/"),
+        ({"val_fraction": -0.1}, "expected a fraction in"),
+        ({"split": "val", "val_fraction": 0}, "leaves no image"),
+        ({"download": True}, "copy the photos, available from the authors on request, to Flickr/"),
     ],
 )
-def test_settings_that_cannot_work(root: Path, settings: dict, message: str) -> None:
+def test_invalid_arguments(root: Path, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NUSWIDE(root, **settings)
 
 
 @pytest.mark.shared
-def test_all_of_it(shared_data: Path, tmp_path: Path) -> None:
-    """269,648 images with their real labels are read back, and the table of statistics in the docstring holds."""
+def test_full_size(shared_data: Path, tmp_path: Path) -> None:
+    """Reads 269,648 images with their real labels, and checks the statistics in the docstring."""
     with np.load(shared_data / "labels" / "nuswide81.npz") as file:
         concepts = tuple(map(str, file["labels"]))
         present = np.unpackbits(file["rows"], axis=1)[:, : len(concepts)].astype(bool)
@@ -147,7 +147,7 @@ def test_all_of_it(shared_data: Path, tmp_path: Path) -> None:
         count = len(present[rows])
         write_lists(tmp_path, part, [f"a\\{part}{n}.jpg" for n in range(count)], present[rows], concepts)
     (tmp_path / "Flickr" / "a").mkdir(parents=True)
-    for n in range(0, 107_859, 1000):  # most photos have left Flickr
+    for n in range(0, 107_859, 1000):  # most photos are missing
         (tmp_path / "Flickr" / "a" / f"Test{n}.jpg").touch()
     test = NUSWIDE(tmp_path, "test")
     assert (len(test), len(test.missing)) == (108, 107_859 - 108)

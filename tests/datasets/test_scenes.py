@@ -15,7 +15,7 @@ from gm_mlic.datasets import scenes as module
 from gm_mlic.errors import ConfigError
 
 THEME_OF = {a: a // 4 for a in range(16)}
-#: The label pairs that share a look, spelled out again rather than read from the package.
+#: Label pairs that share a look, independent of the package.
 PAIRS = [("lemon", "tennis ball"), ("cricket bat", "fence post"), ("marigold", "starfish"), ("life ring", "doughnut")]
 
 
@@ -30,25 +30,25 @@ def many() -> Scenes:
 
 
 def kits(scenes: Scenes) -> dict[str, np.ndarray]:
-    """Centres of twin and anchor, (kits, 4) as twin x, y, anchor x, y, for both relations."""
-    found: dict[str, list[list[float]]] = {"beside": [], "over or under": []}
+    """Centers (kits, 4) of twin and anchor, as twin x, y, anchor x, y, by relation."""
+    found: dict[str, list[list[float]]] = {"beside": [], "above or below": []}
     for i in range(len(scenes)):
         boxes = scenes.boxes(i)
         for family in (16, 19):
             labels = boxes.labels.tolist()
-            for relation, twin in (("beside", family + 1), ("over or under", family + 2)):
+            for relation, twin in (("beside", family + 1), ("above or below", family + 2)):
                 if twin in labels:
                     b = boxes.boxes.numpy()[[labels.index(twin), labels.index(family)]]
-                    centre = b[:, :2] + (b[:, 2:] - b[:, :2]) // 2
-                    found[relation].append(centre.ravel().tolist())
+                    center = b[:, :2] + (b[:, 2:] - b[:, :2]) // 2
+                    found[relation].append(center.ravel().tolist())
     return {relation: np.array(rows) for relation, rows in found.items()}
 
 
-# --- the limit ---
+# --- Upper bound ---
 
 
 def brute_force(labels: list[int], shared: int) -> np.ndarray:
-    """P(label present | looks of the singles) by enumeration of every theme and every label assignment."""
+    """P(label present | looks of the singles) by enumeration of all themes and label assignments."""
     twin = {}
     for first, second in PAIRS[:shared]:
         a, b = module.LABELS.index(first), module.LABELS.index(second)
@@ -66,20 +66,20 @@ def brute_force(labels: list[int], shared: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("context_pairs", [0, 2, 4])
-def test_limit_equals_enumeration(context_pairs: int) -> None:
+def test_limit_scores_equal_enumeration(context_pairs: int) -> None:
     scenes = Scenes("val", size=300, context_pairs=context_pairs)
     for i in range(len(scenes)):
         singles = [a for a in scenes.boxes(i).labels.tolist() if a < 16]
         np.testing.assert_allclose(scenes.limit_scores[i, :16], brute_force(singles, context_pairs), atol=1e-11)
 
 
-def test_limit_of_anchors_and_twins_is_the_truth(test_split: Scenes) -> None:
+def test_limit_scores_of_anchors_and_twins_are_the_targets(test_split: Scenes) -> None:
     np.testing.assert_array_equal(test_split.limit_scores[:, 16:] == 1, test_split.targets[:, 16:] == 1)
     assert set(np.unique(test_split.limit_scores[:, 16:])) == {0.0, 1.0}
 
 
-def test_limit_is_calibrated(many: Scenes) -> None:
-    # Only company pairs are uncertain; in each bin the labels come true as often as the posterior says.
+def test_limit_scores_are_calibrated(many: Scenes) -> None:
+    # Only context pairs are uncertain; in each bin the label frequency equals the posterior.
     p, y = many.limit_scores[:, :16].ravel(), (many.targets[:, :16] == 1).ravel()
     np.testing.assert_array_equal(y[p == 1], True)
     np.testing.assert_array_equal(y[p == 0], False)
@@ -107,30 +107,30 @@ def test_best_map_is_rank_ap(test_split: Scenes) -> None:
     assert test_split.best_map() == pytest.approx(100 * sum(aps) / len(aps), abs=1e-9)
 
 
-def test_more_context_pairs_lower_the_limit() -> None:
+def test_context_pairs_lower_the_upper_bound() -> None:
     limits = [Scenes("test", context_pairs=pairs).best_map() for pairs in range(5)]
     assert limits[0] == 100.0
     assert all(a > b for a, b in itertools.pairwise(limits))
     assert 95 < limits[4] < 98
 
 
-def test_spatial_pairs_and_hard_objects_leave_the_limit() -> None:
-    # Geometry decides twins, and the limit is that of perfect perception.
+def test_spatial_pairs_and_hard_objects_do_not_change_the_upper_bound() -> None:
+    # Geometry determines twins, and the upper bound assumes perfect perception.
     assert Scenes("test", spatial_pairs=0, hard_fraction=0.0).best_map() == Scenes("test").best_map()
 
 
-def test_a_label_without_positives_has_no_ap() -> None:
+def test_label_without_positives_has_no_ap() -> None:
     scenes = Scenes("val", size=2, context_pairs=0)
     assert (scenes.targets != 1).all(axis=0).any()
     assert scenes.best_map() == 100.0
 
 
-# --- the twins: only where they stand relative to their anchor tells them apart ---
+# --- Twins: only the position relative to the anchor distinguishes them ---
 
 
-def test_absolute_places_say_nothing_about_twins(many: Scenes) -> None:
+def test_absolute_positions_do_not_predict_twins(many: Scenes) -> None:
     found = kits(many)
-    beside, above = found["beside"], found["over or under"]
+    beside, above = found["beside"], found["above or below"]
     assert min(len(beside), len(above)) > 4500
     for column in range(4):
         assert stats.ks_2samp(beside[:, column], above[:, column]).pvalue > 1e-3
@@ -140,29 +140,29 @@ def test_absolute_places_say_nothing_about_twins(many: Scenes) -> None:
             assert stats.chisquare(counts).pvalue > 1e-3
 
     x, y = np.concatenate([beside, above]), np.repeat([0, 1], [len(beside), len(above)])
-    # By AUC: tx - ax is 0 for all of one kind and 60 or -60 for the other, so a slope that is mere noise puts half of
-    # the latter on either side, and accuracy at one threshold strays far from 0.5, up or down, with nothing known.
+    # AUC, not accuracy: tx - ax is 0 for one relation and 60 or -60 for the other, so accuracy at one threshold can be
+    # far from 0.5 by noise.
     chance = 4 * np.sqrt(1 / (12 * len(beside)) + 1 / (12 * len(above)))
     auc = cross_val_score(LogisticRegression(), x / 160, y, cv=5, scoring="roc_auc").mean()
     assert abs(auc - 0.5) < chance
-    # Neither can a rule that sees all of the place of one of the two: compare the cells of a 6 x 6 grid.
+    # The full position of one object does not predict the relation either: compare the cells of a 6 x 6 grid.
     for columns in ((0, 1), (2, 3)):
         tables = [np.histogram2d(*s[:, columns].T, bins=6, range=[[20, 140]] * 2)[0].ravel() for s in (beside, above)]
         assert stats.chi2_contingency(np.stack(tables)).pvalue > 1e-3
 
 
-def test_relative_places_decide_twins(many: Scenes) -> None:
+def test_relative_positions_determine_twins(many: Scenes) -> None:
     for relation, places in kits(many).items():
         along, across = np.abs(places[:, 2:] - places[:, :2]).T[:: 1 if relation == "beside" else -1]
         np.testing.assert_array_equal(along, 60)
         assert across.max() <= 4
 
 
-# --- layout ---
+# --- Layout ---
 
 
 @pytest.mark.parametrize("image_size", [96, 160, 224])
-def test_objects_are_inside_and_apart(image_size: int) -> None:
+def test_objects_are_inside_and_do_not_overlap(image_size: int) -> None:
     scenes = Scenes("train", size=1500, seed=3, image_size=image_size)
     gaps = []
     for i in range(len(scenes)):
@@ -185,7 +185,7 @@ def test_boxes_agree_with_targets(test_split: Scenes) -> None:
         assert set(test_split.boxes(i).labels.tolist()) == set(np.flatnonzero(test_split.targets[i] == 1))
 
 
-def test_shares_of_the_model(many: Scenes) -> None:
+def test_sampling_frequencies(many: Scenes) -> None:
     kinds = many.targets == 1
     twins = kinds[:, [17, 18, 20, 21]]
     assert (twins.sum(axis=1) <= 1).all()
@@ -201,7 +201,7 @@ def test_shares_of_the_model(many: Scenes) -> None:
         assert 10 <= length <= 13 if o.small else 18 <= length <= 34
 
 
-# --- pictures ---
+# --- Images ---
 
 
 def test_bytes_are_pinned() -> None:
@@ -224,15 +224,15 @@ def test_a_scene_depends_on_neither_size_nor_order() -> None:
 def test_splits_and_seeds_are_independent() -> None:
     targets = [Scenes(s, size=400, seed=k).targets for s, k in (("train", 0), ("val", 0), ("test", 0), ("train", 1))]
     for a, b in itertools.combinations(targets, 2):
-        assert (a == b).all(axis=1).mean() < 0.05  # a few equal label sets may occur by chance
+        assert (a == b).all(axis=1).mean() < 0.05  # a few label sets may be equal at random
 
 
-def test_crowded_scenes_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crowded_scenes_are_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     before = Scenes("train", size=300)
     monkeypatch.setattr(module, "_CANDIDATES", 2)
     scenes = Scenes("train", size=300)
     np.testing.assert_array_equal(scenes.targets, before.targets)
-    for relation, places in kits(scenes).items():  # the kit stays where it was
+    for relation, places in kits(scenes).items():  # the kit keeps its position
         np.testing.assert_array_equal(places, kits(before)[relation])
     for i in range(300):
         b = scenes.boxes(i).boxes.numpy()
@@ -240,8 +240,8 @@ def test_crowded_scenes_are_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> No
         assert (gap[~np.eye(len(b), dtype=bool)] >= 2).all()
 
 
-def test_glyphs_are_where_the_boxes_say() -> None:
-    # The color in the middle band of each box's glyph is nearest to that of its look: boxes and pixels agree.
+def test_glyphs_match_their_boxes() -> None:
+    # The color in the middle band of each box is closest to the color of its look.
     scenes = Scenes("train", size=150, hard_fraction=0.0)
     looks = {look.name: look for look in module._LOOKS}
     names = list(dict.fromkeys(o.look for i in range(150) for o in scenes.explain(i)))
@@ -259,7 +259,7 @@ def test_glyphs_are_where_the_boxes_say() -> None:
 
 
 @pytest.mark.parametrize("look", range(len(module._LOOKS)), ids=lambda k: module._LOOKS[k].name)
-def test_boxes_are_tight_and_patches_hide_half(look: int) -> None:
+def test_boxes_are_tight_and_patches_cover_about_half(look: int) -> None:
     for size in (10, 13, 18, 25, 34):
         w, h = (max(2, size * share // 100) for share in (module._LOOKS[look].width, module._LOOKS[look].height))
         covered, fill = module._stencil(look, w, h)
@@ -283,10 +283,10 @@ def test_rows_out_of_range_are_refused(test_split: Scenes) -> None:
     assert test_split.image(-1).tobytes() == test_split.image(999).tobytes()
 
 
-# --- explanations, dials, words ---
+# --- Explanations, parameters, errors ---
 
 
-def test_explanations_agree_with_everything_else(test_split: Scenes) -> None:
+def test_explanations_are_consistent(test_split: Scenes) -> None:
     scores = test_split.limit_scores
     for i in range(300):
         objects, boxes = test_split.explain(i), test_split.boxes(i)
@@ -295,19 +295,19 @@ def test_explanations_agree_with_everything_else(test_split: Scenes) -> None:
         for o in objects:
             assert o.probability == scores[i, test_split.labels.index(o.label)]
             if any(o.label in pair for pair in PAIRS):
-                assert re.fullmatch(r"company: seen with .+ -> theme (kitchen|sport|garden|harbour) [01]\.\d\d", o.rule)
+                assert re.fullmatch(r"context: seen with .+ -> theme (kitchen|sport|garden|harbor) [01]\.\d\d", o.rule)
             elif o.label in ("gate", "comet"):
                 assert o.rule == f"spatial: beside the {'house' if o.label == 'gate' else 'moon'}"
             elif o.label in ("hatch", "satellite"):
-                assert o.rule == f"spatial: over or under the {'house' if o.label == 'hatch' else 'moon'}"
+                assert o.rule == f"spatial: above or below the {'house' if o.label == 'hatch' else 'moon'}"
             else:
-                assert o.rule == "own look"
+                assert o.rule == "unique look"
                 assert o.probability == 1.0
 
 
 @pytest.mark.parametrize("context_pairs", range(5))
 @pytest.mark.parametrize("spatial_pairs", range(3))
-def test_dials_say_which_labels_share_a_look(context_pairs: int, spatial_pairs: int) -> None:
+def test_number_of_labels_that_share_a_look(context_pairs: int, spatial_pairs: int) -> None:
     scenes = Scenes("val", context_pairs=context_pairs, spatial_pairs=spatial_pairs)
     looks: dict[str, set[str]] = {}
     for i in range(len(scenes)):
@@ -320,8 +320,8 @@ def test_dials_say_which_labels_share_a_look(context_pairs: int, spatial_pairs: 
     assert set().union(*looks.values()) == set(scenes.labels)
 
 
-def test_every_dial_changes_the_fingerprint() -> None:
-    dials = [
+def test_every_parameter_changes_the_fingerprint() -> None:
+    changes = [
         {},
         {"seed": 1},
         {"context_pairs": 3},
@@ -330,14 +330,14 @@ def test_every_dial_changes_the_fingerprint() -> None:
         {"image_size": 128},
         {"size": 9},
     ]
-    prints = [Scenes("val", **{"size": 10, **dial}).fingerprint for dial in dials]
-    assert len(set(prints)) == len(dials)
+    prints = [Scenes("val", **{"size": 10, **change}).fingerprint for change in changes]
+    assert len(set(prints)) == len(changes)
     assert Scenes("val", size=10).fingerprint == prints[0]
     assert Scenes("test", size=10).fingerprint not in prints
 
 
 @pytest.mark.parametrize(
-    "dial",
+    "argument",
     [
         {"split": "trainval"},
         {"size": 0},
@@ -353,10 +353,10 @@ def test_every_dial_changes_the_fingerprint() -> None:
     ],
     ids=str,
 )
-def test_impossible_dials_are_one_line(dial: dict[str, object]) -> None:
+def test_invalid_arguments(argument: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
-        Scenes(**dial)  # type: ignore[arg-type]
-    (key, value), message = *dial.items(), str(caught.value)
+        Scenes(**argument)  # type: ignore[arg-type]
+    (key, value), message = *argument.items(), str(caught.value)
     assert "\n" not in message
     assert f"{key} is {value!r}" in message
 

@@ -11,7 +11,7 @@ from gm_mlic.datasets.splits import holdout, stratified
 
 
 @given(st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 9))
-def test_holdout_parts_the_rows(count: int, fraction: float, seed: int) -> None:
+def test_holdout_partitions_the_rows(count: int, fraction: float, seed: int) -> None:
     val, train = (holdout(count, fraction, seed, side) for side in (True, False))
     assert sorted([*val, *train]) == list(range(count))
     assert len(val) == (max(1, round(fraction * count)) if fraction else 0)
@@ -20,13 +20,13 @@ def test_holdout_parts_the_rows(count: int, fraction: float, seed: int) -> None:
     assert (holdout(count, fraction, seed, True) == val).all()
 
 
-def test_another_seed_holds_out_other_rows() -> None:
+def test_holdout_depends_on_the_seed() -> None:
     assert holdout(1000, 0.1, 0, True).tolist() != holdout(1000, 0.1, 1, True).tolist()
 
 
 @given(st.integers(0, 60), st.integers(1, 6), st.floats(0, 1), st.integers(0, 99))
 @settings(max_examples=200)
-def test_stratified_holds_out_as_many_as_wanted(N: int, C: int, fraction: float, seed: int) -> None:
+def test_stratified_holds_out_the_requested_number(N: int, C: int, fraction: float, seed: int) -> None:
     targets = np.random.default_rng(seed).choice([1, 0], (N, C), p=[0.3, 0.7])
     before = targets.copy()
     out = stratified(targets, fraction, seed)
@@ -38,7 +38,7 @@ def test_stratified_holds_out_as_many_as_wanted(N: int, C: int, fraction: float,
     assert out.sum() == wanted
 
 
-def test_every_label_keeps_its_share() -> None:
+def test_stratified_keeps_label_frequencies() -> None:
     rng = np.random.default_rng(3)
     ratio = np.array([0.002, 0.01, 0.05, 0.2, 0.5])
     targets = (rng.random((5000, 5)) < ratio).astype(np.int8)
@@ -48,7 +48,7 @@ def test_every_label_keeps_its_share() -> None:
     assert (np.abs(held - 0.2 * count) <= 1 + 0.02 * count).all()
 
 
-def test_a_rare_label_is_on_both_sides_where_chance_often_fails() -> None:
+def test_stratified_keeps_rare_labels_in_both_parts() -> None:
     targets = np.zeros((400, 2))
     targets[:, 0] = 1
     targets[:4, 1] = 1
@@ -58,10 +58,10 @@ def test_a_rare_label_is_on_both_sides_where_chance_often_fails() -> None:
 
 @pytest.mark.shared
 def test_nuswide_in_seconds(shared_data: Path) -> None:
-    """161,789 rows and 81 labels, as many as NUS-WIDE trains on."""
+    """161,789 rows and 81 labels, as in NUS-WIDE's training list."""
     with np.load(shared_data / "labels" / "nuswide81.npz") as file:
         targets = np.unpackbits(file["rows"][:161_789], axis=1)[:, :81].astype(np.int8)
     out = stratified(targets, 0.1, 0)
     assert abs(out.sum() - 16_179) <= 1
     ratio = (targets[out] == 1).mean(axis=0) / (targets == 1).mean(axis=0)
-    assert (np.abs(ratio - 1) < 0.12).all()  # the rarest has 45 positives: 5 of them instead of 4.5
+    assert (np.abs(ratio - 1) < 0.12).all()  # the rarest label has 45 positives: 5 instead of 4.5

@@ -1,4 +1,4 @@
-"""VOC 2007 and 2012 in their own file syntax, with made-up photos; and with the full, real label matrices."""
+"""VOC 2007 and 2012 readers with synthetic photos, and with the full, real label matrices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OBJECT = """  <object>
 
 
 def annotation(objects: list[tuple[str, int, tuple[int, ...]]], size: tuple[int, int] = (40, 30)) -> str:
-    """An XML file as VOC has them."""
+    """XML annotation in VOC's format."""
     inside = "".join(OBJECT.format(name=name, difficult=difficult, box=box) for name, difficult, box in objects)
     return (
         "<annotation>\n  <folder>VOC2007</folder>\n"
@@ -31,7 +31,7 @@ def annotation(objects: list[tuple[str, int, tuple[int, ...]]], size: tuple[int,
 
 
 def write_set(folder: Path, image_set: str, ids: list[str], targets: np.ndarray) -> None:
-    """The 20 class files of an image set, as VOC aligns them."""
+    """Write the 20 class files of an image set in VOC's format."""
     main = folder / "ImageSets" / "Main"
     main.mkdir(parents=True, exist_ok=True)
     for c, label in enumerate(LABELS):
@@ -41,7 +41,7 @@ def write_set(folder: Path, image_set: str, ids: list[str], targets: np.ndarray)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A VOCdevkit with 20 trainval and 6 test images of 2007, and 10 train and 5 val images of 2012."""
+    """VOCdevkit with 20 trainval and 6 test images of 2007, and 10 train and 5 val images of 2012."""
     rng = np.random.default_rng(0)
     for year, sets in {2007: {"trainval": 20, "test": 6}, 2012: {"train": 10, "val": 5}}.items():
         folder = tmp_path / "VOCdevkit" / f"VOC{year}"
@@ -90,7 +90,7 @@ def test_splits_and_targets(root: Path) -> None:
     assert train.image(0).size == (40, 30)
 
 
-def test_2012_is_tested_on_its_val_set(root: Path) -> None:
+def test_2012_uses_val_as_test(root: Path) -> None:
     assert len(VOC2012(root, "test")) == 5
     assert len(VOC2012(root, "train")) + len(VOC2012(root, "val")) == 10
     assert VOC2012(root, "train").fingerprint != VOC2007(root, "train").fingerprint
@@ -101,7 +101,7 @@ def test_root_may_be_any_of_three_folders(root: Path, inner: str) -> None:
     assert VOC2007(root / inner, "test").ids == VOC2007(root, "test").ids
 
 
-def test_boxes_count_from_one_and_leave_difficult_objects_out(root: Path) -> None:
+def test_boxes_are_one_based_without_difficult_objects(root: Path) -> None:
     boxes = VOC2007(root, "test").boxes(0)
     assert boxes.boxes.tolist() == [[0, 0, 40, 30], [4, 5, 9, 8]]
     assert [LABELS[label] for label in boxes.labels] == ["dog", "cat"]
@@ -115,15 +115,15 @@ def test_boxes_count_from_one_and_leave_difficult_objects_out(root: Path) -> Non
     [
         (annotation([("unicorn", 0, (1, 1, 5, 5))]), ["'unicorn'", "object number 0"]),
         (annotation([("dog", 0, (1, 1, 50, 30))]), ["outside the image of 40 x 30"]),
-        (annotation([("dog", 0, (9, 1, 5, 5))]), ["ends before it begins"]),
+        (annotation([("dog", 0, (9, 1, 5, 5))]), ["invalid box, max < min"]),
         (annotation([("dog", 0, (1, 1, 5, 5))]).replace("<xmin>1", "<xmin>one"), ["bndbox/xmin", "'one'"]),
-        (annotation([], (41, 30)), ["41 x 30 pixels, but it has 40 x 30"]),
+        (annotation([], (41, 30)), ["41 x 30, but the image has 40 x 30"]),
         ("<annotation>", ["not valid XML"]),
-        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', ["declares entities"]),
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', ["declares XML entities"]),
         ("", ["not valid XML"]),
     ],
 )
-def test_spoilt_annotations(root: Path, text: str, words: list[str]) -> None:
+def test_malformed_annotations(root: Path, text: str, words: list[str]) -> None:
     (root / "VOCdevkit/VOC2007/Annotations/000021.xml").write_text(text)
     dataset = VOC2007(root, "test")
     with pytest.raises(DataError) as error:
@@ -139,15 +139,15 @@ def test_missing_annotation(root: Path) -> None:
         VOC2007(root, "test").boxes(0)
 
 
-def test_spoilt_class_files(root: Path) -> None:
+def test_malformed_class_files(root: Path) -> None:
     cow = main_file(root, "cow_test.txt")
     whole = cow.read_text()
     cow.write_text(whole.replace("000023", "000099"))
-    refused(root, "cow_test.txt", "image 000023 is in one of them only")
+    refused(root, "cow_test.txt", "image 000023 is only in one of them")
     cow.write_text("".join(reversed(whole.splitlines(keepends=True))))
     refused(root, "their order differs")
     cow.write_text(whole.rstrip()[:-2])
-    refused(root, "cow_test.txt is cut off")
+    refused(root, "cow_test.txt is truncated")
     cow.write_text(whole.replace(" -1", "  2", 1))
     refused(root, "cow_test.txt", "has value '2', expected 1, 0 or -1")
     cow.write_text("")
@@ -156,7 +156,7 @@ def test_spoilt_class_files(root: Path) -> None:
     refused(root, "cow_test.txt is missing", "`download=True`")
 
 
-def test_an_image_listed_twice(root: Path) -> None:
+def test_duplicate_image(root: Path) -> None:
     for path in main_file(root, "x").parent.glob("*_test.txt"):
         path.write_text(path.read_text().replace("000022", "000021"))
     refused(root, "lists image 000021 twice")
@@ -173,20 +173,20 @@ def test_missing_photos_and_folders(root: Path) -> None:
 @pytest.mark.parametrize(
     "settings", [{"split": "trainval"}, {"val_fraction": 1.0}, {"split": "val", "val_fraction": 0}]
 )
-def test_settings_that_cannot_work(root: Path, settings: dict) -> None:
+def test_invalid_arguments(root: Path, settings: dict) -> None:
     with pytest.raises(ConfigError):
         VOC2007(root, **settings)
 
 
-def test_an_unreadable_photo_is_for_the_reader_to_say(root: Path) -> None:
+def test_unreadable_photo(root: Path) -> None:
     (root / "VOCdevkit/VOC2007/JPEGImages/000021.jpg").write_bytes(b"")
     with pytest.raises(GMMLICError, match=r"000021\.jpg is empty"):
         VOC2007(root, "test").image(0)
 
 
 @pytest.mark.shared
-def test_the_real_labels_are_read_back(shared_data: Path, tmp_path: Path) -> None:
-    """All of VOC 2007, and the table of statistics in the docstring."""
+def test_real_labels(shared_data: Path, tmp_path: Path) -> None:
+    """Reads all of VOC 2007, and checks the statistics in the docstring."""
     folder = tmp_path / "VOC2007"
     (folder / "JPEGImages").mkdir(parents=True)
     photo = tmp_path / "photo.jpg"

@@ -1,4 +1,4 @@
-"""Weights files: what is read, and the one line that says why one is not."""
+"""Reading of detector weights, and error messages."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tiny() -> dict[str, torch.Tensor]:
     return build_detector("scenes_tiny", 3, seed=4).state_dict()
 
 
-def test_saved_weights_come_back_with_labels_and_input_size(tmp_path, tiny):
+def test_save_and_load_weights_labels_and_input_size(tmp_path, tiny):
     path = tmp_path / "folder" / "w.safetensors"
     save_checkpoint(path, tiny, _record(note="ünïcode"))
     extractor = build_extractor("scenes_tiny", weights=path)
@@ -59,14 +59,14 @@ def test_saved_weights_come_back_with_labels_and_input_size(tmp_path, tiny):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(path.with_suffix(".json").stat().st_mode)
 
 
-def test_input_size_may_differ_from_that_of_the_weights(tmp_path, tiny):
+def test_input_size_can_be_overridden(tmp_path, tiny):
     save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
     extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors", min_size=192, max_size=256)
     assert (extractor.detector.transform.min_size, extractor.detector.transform.max_size) == ((192,), 256)
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"model": t, "epoch": 3}])
-def test_torch_files_of_a_state_dict(tmp_path, tiny, wrap):
+def test_torch_state_dict_files(tmp_path, tiny, wrap):
     torch.save(wrap(tiny), tmp_path / "w.pth")
     extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.pth", labels=LABELS)
     assert extractor.labels == LABELS
@@ -75,19 +75,19 @@ def test_torch_files_of_a_state_dict(tmp_path, tiny, wrap):
     )
 
 
-def test_torch_files_without_labels_have_numbered_ones(tmp_path, tiny):
+def test_torch_files_without_labels_get_numbered_labels(tmp_path, tiny):
     torch.save(tiny, tmp_path / "w.pt")
     assert build_extractor("scenes_tiny", weights=tmp_path / "w.pt").labels == ("class 1", "class 2")
 
 
-def test_91_classes_are_those_of_coco(tmp_path):
+def test_91_classes_are_coco_classes(tmp_path):
     torch.save(build_detector("scenes_tiny", 91).state_dict(), tmp_path / "w.pt")
     labels = build_extractor("scenes_tiny", weights=tmp_path / "w.pt").labels
     assert len(labels) == 80
     assert (labels[0], labels[11], labels[79]) == ("person", "stop sign", "toothbrush")
 
 
-def test_shipped_weights_are_small_and_say_how_they_were_made():
+def test_built_in_weights_are_small_and_have_a_record():
     assert SCENES_WEIGHTS.stat().st_size < 5_000_000
     record = json.loads(SCENES_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     with safe_open(SCENES_WEIGHTS, framework="pt") as file:
@@ -132,7 +132,7 @@ def test_pickled_code_is_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "trap-was-sprung").exists()
 
 
-def test_other_tensors(tmp_path):
+def test_unknown_model(tmp_path):
     torch.save({"linear.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     _refused(tmp_path / "other.pt", "other.pt", "Faster R-CNN")
     torch.save([1, 2], tmp_path / "list.pt")
@@ -142,7 +142,7 @@ def test_other_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["{", "[]", '{"arch": "scenes_tiny"}'])
-def test_header_that_is_no_record(tmp_path, tiny, header):
+def test_invalid_header(tmp_path, tiny, header):
     save_file(tiny, tmp_path / "odd.safetensors", metadata={"gm_mlic": header})
     _refused(tmp_path / "odd.safetensors", "odd.safetensors", "header")
 
@@ -152,18 +152,18 @@ def test_weights_for_another_architecture(tmp_path, tiny):
     _refused(tmp_path / "w.safetensors", "w.safetensors", "fasterrcnn_resnet50_fpn", "scenes_tiny")
     torch.save(tiny, tmp_path / "w.pt")
     arch = "fasterrcnn_mobilenet_v3_large_fpn"
-    _refused(tmp_path / "w.pt", "w.pt", arch, "lack", arch=arch, min_size=64)
+    _refused(tmp_path / "w.pt", "w.pt", arch, "missing", arch=arch, min_size=64)
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: t.pop("backbone.fine.0.0.weight"), "lack backbone.fine.0.0.weight"),
+        (lambda t: t.pop("backbone.fine.0.0.weight"), "missing backbone.fine.0.0.weight"),
         (lambda t: t.update({"extra.weight": torch.zeros(1)}), "unknown extra.weight"),
         (lambda t: t.update({"roi_heads.box_head.fc7.bias": torch.zeros(7)}), "shape of roi_heads.box_head.fc7.bias"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tmp_path, tiny, change, named):
+def test_mismatching_tensors_are_named(tmp_path, tiny, change, named):
     change(tiny)
     save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
     _refused(tmp_path / "w.safetensors", "w.safetensors", named)
@@ -172,23 +172,23 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, tiny, change, named):
 def test_other_labels(tmp_path, tiny):
     save_checkpoint(tmp_path / "w.safetensors", tiny, _record())
     _refused(tmp_path / "w.safetensors", "'dog'", "'cow'", labels=("cat", "cow"))
-    _refused(tmp_path / "w.safetensors", "2 of them, not 3", labels=(*LABELS, "cow"))
+    _refused(tmp_path / "w.safetensors", "2 instead of 3", labels=(*LABELS, "cow"))
     build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors", labels=LABELS)
 
 
-def test_names_that_do_not_suit_the_architecture():
+def test_weight_names_of_other_architectures():
     _refused("coco", "coco", "scenes_tiny", error=ConfigError)
     _refused("scenes", "scenes", arch="fasterrcnn_resnet50_fpn", error=ConfigError)
 
 
 class Offer:
-    """Serves a file as torchvision's servers do, as the ResNet-50's COCO weights."""
+    """Server of a file as torchvision's COCO weights of ResNet-50."""
 
     def __init__(self, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.port, self.monkeypatch = folder, port, monkeypatch
 
     def __call__(self, content: bytes, prefix: str | None = None) -> Path:
-        """Offer ``content``; where torch keeps it."""
+        """Serve ``content``; returns torch's cache path."""
         name = f"rcnn-{prefix or hashlib.sha256(content).hexdigest()[:8]}.pth"
         (self.folder / name).write_bytes(content)
         url = f"http://127.0.0.1:{self.port}/{name}"
@@ -212,11 +212,11 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Offer]:
 
 def saved(content: object) -> bytes:
     file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=False)  # as torchvision's older files are
+    torch.save(content, file, _use_new_zipfile_serialization=False)  # as in older torchvision files
     return file.getvalue()
 
 
-def test_torchvisions_weights_are_fetched_once(offer: Offer):
+def test_torchvision_weights_are_downloaded_once(offer: Offer):
     theirs = build_detector("fasterrcnn_resnet50_fpn", 91, seed=3).state_dict()
     kept = offer(saved(theirs))
     ours = build_extractor("fasterrcnn_resnet50_fpn", weights="coco")
@@ -227,13 +227,13 @@ def test_torchvisions_weights_are_fetched_once(offer: Offer):
     build_extractor("fasterrcnn_resnet50_fpn", weights="coco")
 
 
-def test_a_download_with_another_hash_is_refused(offer: Offer):
+def test_download_with_wrong_hash_is_refused(offer: Offer):
     kept = offer(saved({}), prefix="00000000")
     _refused("coco", "could not be downloaded", "invalid hash value", arch="fasterrcnn_resnet50_fpn")
     assert not kept.exists()
 
 
-def test_what_was_fetched_is_not_unpickled(offer: Offer, tmp_path: Path):
+def test_downloads_are_not_unpickled(offer: Offer, tmp_path: Path):
     class Hostile:
         def __reduce__(self) -> tuple[object, tuple[str, ...]]:
             return os.mkdir, (str(tmp_path / "pwned"),)
@@ -243,7 +243,7 @@ def test_what_was_fetched_is_not_unpickled(offer: Offer, tmp_path: Path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_failed_download_says_which_file_to_fetch(offer: Offer):
+def test_failed_download_names_the_url(offer: Offer):
     offer(b"")
     next(offer.folder.iterdir()).unlink()
     named = (

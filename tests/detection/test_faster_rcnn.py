@@ -1,4 +1,4 @@
-"""The extractor against torchvision's output, an independent pooling of features, and itself in other batches."""
+"""Extractor compared with torchvision, with independent feature pooling, and with itself in other batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _same(one, other, atol: float = 1e-4) -> None:
     torch.testing.assert_close(one.features, other.features, atol=atol, rtol=1e-4)
 
 
-def test_shipped_detector_keeps_the_protocol(extractor, scenes, images):
+def test_built_in_detector_implements_the_protocol(extractor, scenes, images):
     assert isinstance(extractor, InstanceExtractor)
     assert extractor.labels == scenes.labels
     for found in extractor(images, m=10):
@@ -66,7 +66,7 @@ def test_shipped_detector_keeps_the_protocol(extractor, scenes, images):
         assert not found.features.requires_grad
 
 
-def test_instances_are_the_best_of_torchvisions_own_detections(extractor, images):
+def test_instances_are_the_top_torchvision_detections(extractor, images):
     for image, found in zip(images, extractor(images, m=6), strict=True):
         theirs = _bare(extractor, image)
         order = theirs["scores"].argsort(descending=True, stable=True)[:6]
@@ -75,7 +75,7 @@ def test_instances_are_the_best_of_torchvisions_own_detections(extractor, images
         assert torch.equal(found.detected_labels, theirs["labels"][order] - 1)
 
 
-def test_boxes_and_features_of_a_rescaled_oblong_image(extractor):
+def test_boxes_and_features_of_a_resized_image(extractor):
     image = torch.rand(3, 90, 120, generator=torch.Generator().manual_seed(0))
     detector = build_extractor("scenes_tiny", weights="scenes", score_threshold=0.0).detector
     extractor = FasterRCNNExtractor(detector, extractor.labels, "oblong")
@@ -84,7 +84,7 @@ def test_boxes_and_features_of_a_rescaled_oblong_image(extractor):
     torch.testing.assert_close(found.boxes, theirs, atol=1e-5, rtol=0)
 
 
-def test_features_equal_an_independent_pooling_at_the_final_boxes(extractor, images):
+def test_features_equal_independent_pooling_at_final_boxes(extractor, images):
     head = extractor.detector.roi_heads.box_head
     for image, found in zip(images[:3], extractor(images[:3], m=8), strict=True):
         fine = extractor.detector.backbone(((image - 0.5) / 0.25)[None])["fine"]
@@ -93,18 +93,18 @@ def test_features_equal_an_independent_pooling_at_the_final_boxes(extractor, ima
         torch.testing.assert_close(found.features, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_fewer_instances_are_the_first_of_more(extractor, images):
+def test_smaller_m_gives_the_first_instances(extractor, images):
     for few, many in zip(extractor(images, m=3), extractor(images, m=9), strict=True):
         _same(few, many.top(3))
 
 
-def test_images_of_any_sizes_give_in_a_batch_what_they_give_alone(extractor, images):
+def test_batch_equals_single_images(extractor, images):
     mixed = [images[0], images[1][:, :100], images[2][:, :, 30:150], images[3], images[4][:, :100]]
     for image, found in zip(mixed, extractor(mixed, m=10), strict=True):
         _same(extractor([image], m=10)[0], found)
 
 
-def test_repeating_gives_the_same_bytes_in_training_mode_too(extractor, images):
+def test_output_is_deterministic_even_in_training_mode(extractor, images):
     first = extractor(images[:4], m=5)
     extractor.train()
     torch.manual_seed(99)
@@ -113,7 +113,7 @@ def test_repeating_gives_the_same_bytes_in_training_mode_too(extractor, images):
         assert torch.equal(a.features, b.features)
 
 
-def test_nothing_found_gives_the_whole_image(images):
+def test_no_detections_give_the_whole_image(images):
     strict = build_extractor("scenes_tiny", weights="scenes", score_threshold=1.0)
     found = strict(images[:2], m=5)
     for image, instances in zip(images[:2], found, strict=True):
@@ -127,19 +127,19 @@ def test_nothing_found_gives_the_whole_image(images):
 
 
 @pytest.mark.parametrize("size", [(2, 3000), (2000, 1), (1, 1), (1, 267)])
-def test_a_strip_is_an_image_too(extractor, size):
-    """Scaled down as it should be, it would have no pixels across."""
+def test_narrow_strip(extractor, size):
+    """Without special handling, resizing would remove the shorter side."""
     (found,) = extractor([torch.full((3, *size), 0.4)], m=5)
     assert 1 <= len(found) <= 5
     assert ((found.boxes >= 0) & (found.boxes <= 1)).all()
     assert found.features.isfinite().all()
 
 
-def test_no_images_give_no_instances(extractor):
+def test_empty_batch(extractor):
     assert extractor([], m=3) == []
 
 
-def test_shipped_weights_find_objects_and_their_looks(extractor, scenes, images):
+def test_built_in_weights_detect_objects_and_looks(extractor, scenes, images):
     looks = [{o.look for o in scenes.explain(i)} for i in range(SCENES)]
     look_of = {o.label: o.look for i in range(SCENES) for o in scenes.explain(i)}
     objects = hits = right = 0
@@ -156,7 +156,7 @@ def test_shipped_weights_find_objects_and_their_looks(extractor, scenes, images)
     assert right / objects > 0.95
 
 
-def test_fingerprint_tells_weights_and_settings_apart():
+def test_fingerprint_depends_on_weights_and_settings():
     def fingerprint(**changes) -> str:
         return build_extractor("scenes_tiny", **({"labels": ("a", "b"), "seed": 1} | changes)).fingerprint
 
@@ -173,7 +173,7 @@ def test_fingerprint_tells_weights_and_settings_apart():
     assert len({first, *(fingerprint(**change) for change in changes)}) == len(changes) + 1
 
 
-def test_fingerprint_follows_weights_that_change_in_place():
+def test_fingerprint_follows_in_place_changes():
     extractor = build_extractor("scenes_tiny", labels=("a",))
     before = extractor.fingerprint
     state = {key: tensor.clone() for key, tensor in extractor.state_dict().items()}
@@ -184,7 +184,7 @@ def test_fingerprint_follows_weights_that_change_in_place():
     assert extractor.fingerprint == before
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
+def test_random_weights_use_only_the_seed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -195,7 +195,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
 @pytest.mark.parametrize(
     ("trainable", "head", "backbone"), [("none", False, False), ("box_head", True, False), ("all", True, True)]
 )
-def test_gradients_reach_what_is_trainable(images, trainable, head, backbone):
+def test_gradients_reach_trainable_parts(images, trainable, head, backbone):
     extractor = build_extractor("scenes_tiny", weights="scenes", trainable=trainable)
     found = extractor(images[:2], m=4)
     assert found[0].features.requires_grad == head
@@ -223,7 +223,7 @@ def test_gradients_reach_what_is_trainable(images, trainable, head, backbone):
         ({"nms_threshold": -0.1}, "nms_threshold is -0.1"),
     ],
 )
-def test_settings_that_cannot_work(settings, named):
+def test_invalid_arguments(settings, named):
     with pytest.raises(ConfigError, match=named) as caught:
         build_extractor(**({"name": "scenes_tiny", "labels": ("a",)} | settings))
     assert "\n" not in str(caught.value)
@@ -250,8 +250,8 @@ def test_torchvisions_detectors(arch):
         _same(extractor([image], m=5)[0], found, atol=1e-3)
 
 
-def test_torchvisions_coco_weights_are_loaded_as_torchvision_does(monkeypatch, tmp_path):
-    """Its model has frozen batch norm with eps = 0, and classes that are no labels."""
+def test_coco_weights_equal_torchvisions_model(monkeypatch, tmp_path):
+    """Torchvision's model has frozen batch norm with eps = 0, and classes that are not labels."""
     torch.manual_seed(0)
     backbone = _resnet_fpn_extractor(resnet50(norm_layer=FrozenBatchNorm2d), 3)
     theirs = FasterRCNN(backbone, num_classes=91, min_size=64, max_size=107).eval()

@@ -1,4 +1,4 @@
-"""A grid against the backbone's own map, itself in other batches, and the files its weights come from."""
+"""Grid extractor compared with the backbone's map and with itself in other batches; weights files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_resnet() -> nn.Module:
     return resnet101().eval()
 
 
-def test_it_keeps_the_protocol(extractor, images):
+def test_grid_implements_the_protocol(extractor, images):
     assert isinstance(extractor, InstanceExtractor)
     assert (extractor.name, extractor.labels, extractor.feature_dim) == ("scenes_tiny-grid10", (), 48)
     for found in extractor(images, m=100):
@@ -48,7 +48,7 @@ def test_it_keeps_the_protocol(extractor, images):
     assert repr(extractor) == "GridExtractor('scenes_tiny-grid10', grid_size=10, size=160)"
 
 
-def test_cells_are_the_averages_of_the_map_that_the_box_head_reads(extractor, images):
+def test_cells_are_averages_of_the_box_heads_map(extractor, images):
     detector = build_extractor("scenes_tiny", weights="scenes").detector
     for image, found in zip(images, extractor(images, m=100), strict=True):
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_cells_are_the_averages_of_the_map_that_the_box_head_reads(extractor, im
 
 
 @pytest.mark.parametrize("arch", ["fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])
-def test_below_a_feature_pyramid_the_bodys_last_map_is_taken(arch):
+def test_feature_pyramid_uses_the_last_map_of_the_body(arch):
     extractor = build_extractor(arch, grid_size=2, min_size=64)
     detector = build_extractor(arch, min_size=64).detector
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_below_a_feature_pyramid_the_bodys_last_map_is_taken(arch):
     torch.testing.assert_close(extractor([image], m=4)[0].features, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_images_of_any_sizes_become_squares_and_share_a_batch(extractor, images):
+def test_images_are_resized_to_squares(extractor, images):
     mixed = [images[0], images[1][:, :100], images[2][:, :, 30:150]]
     together = extractor(mixed, m=100)
     for image, found in zip(mixed, together, strict=True):
@@ -83,7 +83,7 @@ def test_images_of_any_sizes_become_squares_and_share_a_batch(extractor, images)
         torch.testing.assert_close(extractor([square], m=100)[0].features, found.features, atol=1e-4, rtol=1e-4)
 
 
-def test_fingerprint_tells_weights_size_and_cells_apart():
+def test_fingerprint_depends_on_weights_size_and_cells():
     def fingerprint(**changes) -> str:
         return build_extractor(
             "scenes_tiny", **({"labels": ("a", "b"), "seed": 1, "grid_size": 4} | changes)
@@ -92,7 +92,7 @@ def test_fingerprint_tells_weights_size_and_cells_apart():
     first = fingerprint()
     changes = [{"seed": 2}, {"min_size": 192}, {"grid_size": 5}, {"grid_size": None}]
     assert first == fingerprint()
-    # What belongs to boxes alone has no say.
+    # Box settings have no effect.
     assert first == fingerprint(score_threshold=0.2, max_size=500)
     assert len({first, *(fingerprint(**change) for change in changes)}) == len(changes) + 1
     extractor = build_extractor("scenes_tiny", grid_size=4)
@@ -103,7 +103,7 @@ def test_fingerprint_tells_weights_size_and_cells_apart():
 
 
 @pytest.mark.parametrize("trainable", ["none", "all"])
-def test_gradients_reach_what_is_trainable(images, trainable):
+def test_gradients_reach_trainable_parts(images, trainable):
     extractor = build_extractor("scenes_tiny", weights="scenes", grid_size=4, trainable=trainable)
     extractor.train()
     assert not extractor.body.training
@@ -123,18 +123,18 @@ def test_gradients_reach_what_is_trainable(images, trainable):
     [
         ({"grid_size": 41}, "grid_size is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
         ({"grid_size": 0}, "grid_size is 0"),
-        ({"grid_size": 4, "trainable": "box_head"}, "trainable is 'box_head': with a `grid_size`"),
-        ({"name": "resnet101"}, "grid_size is needed, since resnet101 finds no boxes: set it to 14"),
+        ({"grid_size": 4, "trainable": "box_head"}, "trainable is 'box_head': with `grid_size`"),
+        ({"name": "resnet101"}, "grid_size is required, since resnet101 detects no boxes: set it, for example, to 14"),
         ({"name": "resnet18", "grid_size": 7}, "name is 'resnet18'"),
     ],
 )
-def test_settings_that_cannot_work(settings, named):
+def test_invalid_arguments(settings, named):
     with pytest.raises(ConfigError, match=named) as caught:
         build_extractor(**({"name": "scenes_tiny"} | settings))
     assert "\n" not in str(caught.value)
 
 
-def test_there_must_be_room_for_all_cells(extractor, images):
+def test_m_less_than_number_of_cells_is_refused(extractor, images):
     with pytest.raises(ConfigError, match=r"^m is 99, .* has 100 cells: set it to 100"):
         extractor(images, m=99)
 
@@ -142,7 +142,7 @@ def test_there_must_be_room_for_all_cells(extractor, images):
 # ResNet-101
 
 
-def test_resnet101_is_torchvisions_without_its_last_layers(tmp_path: Path, random_resnet: nn.Module):
+def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path, random_resnet: nn.Module):
     torch.save(random_resnet.state_dict(), tmp_path / "r.pth")
     save_file(random_resnet.state_dict(), tmp_path / "r.safetensors")
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -158,7 +158,7 @@ def test_resnet101_is_torchvisions_without_its_last_layers(tmp_path: Path, rando
         torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
 
 
-def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
+def test_random_weights_use_only_the_seed():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -166,7 +166,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_state_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_imagenets_weights_are_fetched_by_their_hash(tmp_path: Path, monkeypatch, random_resnet: nn.Module):
+def test_imagenet_weights_are_verified_by_hash(tmp_path: Path, monkeypatch, random_resnet: nn.Module):
     torch.save(random_resnet.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "w.pth").read_bytes()
     served = tmp_path / f"r-{hashlib.sha256(content).hexdigest()[:8]}.pth"
@@ -182,15 +182,15 @@ def test_imagenets_weights_are_fetched_by_their_hash(tmp_path: Path, monkeypatch
         build_extractor("resnet101", weights="imagenet", grid_size=2)
 
 
-def test_weights_that_cannot_be_used_are_named(tmp_path: Path, random_resnet: nn.Module):
+def test_invalid_weights(tmp_path: Path, random_resnet: nn.Module):
     tensors = {key: t for key, t in random_resnet.state_dict().items() if key != "layer3.0.bn1.bias"}
     torch.save(tensors, tmp_path / "short.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     for weights, named in (
-        (tmp_path / "short.pt", "lack layer3.0.bn1.bias"),
+        (tmp_path / "short.pt", "missing layer3.0.bn1.bias"),
         (tmp_path / "broken.safetensors", "cannot be read"),
         (tmp_path / "none.pt", "does not exist"),
-        ("coco", "set null, imagenet, or a path"),
+        ("coco", "expected null, imagenet, or a path"),
     ):
         with pytest.raises(WeightsError, match=named) as caught:
             build_extractor("resnet101", weights=weights, grid_size=2)

@@ -13,7 +13,7 @@ SCENES = Scenes("test", size=12)
 
 
 def compare(extractor, images: list[Tensor], m: int) -> list[int]:
-    """Checks every image; returns how many instances each had."""
+    """Compare every image; returns the number of instances of each."""
     fixed = FixedDetector(extractor, tuple(images[0].shape[1:]), m).eval()
     counts = []
     with torch.no_grad():
@@ -35,21 +35,21 @@ def compare(extractor, images: list[Tensor], m: int) -> list[int]:
 
 @pytest.mark.parametrize("m", [3, 12])
 @pytest.mark.parametrize("size", [(160, 160), (96, 200), (300, 250)])
-def test_what_the_extractor_finds(size: tuple[int, int], m: int):
-    """Images that it enlarges, shrinks, pads, and takes as they are."""
+def test_equals_the_extractor(size: tuple[int, int], m: int):
+    """Images that are enlarged, reduced, padded, or unchanged."""
     extractor = build_extractor("scenes_tiny", weights="scenes", score_threshold=0.1)
     images = [to_tensor(SCENES.image(i).resize(size[::-1])) for i in range(12)]
     counts = compare(extractor, images, m)
     assert len(set(counts)) > 1 or m == 3
 
 
-def test_an_image_in_which_nothing_is_found():
+def test_image_without_detections():
     extractor = build_extractor("scenes_tiny", weights="scenes")
     assert compare(extractor, [torch.zeros(3, 160, 160)], 5) == [1]
 
 
-def test_boxes_of_several_levels():
-    """Feature pyramids: each box is pooled from the map of its size."""
+def test_feature_pyramid_levels():
+    """Each box is pooled from the level for its size."""
     extractor = build_extractor("fasterrcnn_resnet50_fpn", labels=["a", "b"], min_size=256, max_size=320, seed=1)
     rng = np.random.default_rng(0)
     images = [torch.from_numpy(rng.random((3, 256, 320), dtype=np.float32)) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The tiny detector must not see what stands far from a box: the scenes' twins would give themselves away."""
+"""Receptive field of the tiny detector; a large one would reveal the twins in `scenes`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gm_mlic.detection.tiny import FEATURE_DIM, TinyBackbone, scenes_tiny
 
 
 def _receptive_field(map_name: str, stride: int) -> int:
-    """Width in pixels of what one cell of a map depends on, by its gradient."""
+    """Receptive field of one cell in pixels, from gradients."""
     torch.manual_seed(0)
     backbone = TinyBackbone().double().eval()
     image = torch.randn(1, 3, 160, 160, dtype=torch.float64, requires_grad=True)
@@ -18,12 +18,12 @@ def _receptive_field(map_name: str, stride: int) -> int:
     return int(columns.max() - columns.min()) + 1
 
 
-def test_receptive_fields_are_what_the_docstring_says():
+def test_receptive_fields_match_the_docstring():
     assert _receptive_field("fine", 4) <= 27
     assert 27 < _receptive_field("coarse", 8) <= 51
 
 
-def test_box_features_do_not_see_what_stands_20_pixels_away():
+def test_box_features_ignore_pixels_at_distance_20():
     torch.manual_seed(0)
     detector = scenes_tiny(3, 160, 160).eval()
     image = torch.rand(3, 160, 160)

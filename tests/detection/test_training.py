@@ -1,4 +1,4 @@
-"""Detector training: learns, resumes to the same weights, and says what is wrong with a dataset."""
+"""Detector training: convergence, exact resumption, and error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gm_mlic.optim import one_cycle
 
 
 class Squares(MultiLabelDataset):
-    """Grey images with one white or black square each; rows named in ``broken`` cannot be read."""
+    """Gray images with one white or black square each; rows in ``broken`` are unreadable."""
 
     name, labels = "squares", ("white", "black")
 
@@ -38,7 +38,7 @@ class Squares(MultiLabelDataset):
     def boxes(self, i: int) -> BoxAnnotations | None:
         if not self._boxes:
             return None
-        # The second box has no area, as some of COCO's; it must not stop anything.
+        # The second box has no area, as some in COCO.
         boxes = torch.tensor([self._place(i), (3, 5, 3, 30)], dtype=torch.float32)
         return BoxAnnotations(boxes, torch.tensor([i % 2, 0]))
 
@@ -56,7 +56,7 @@ def _tensors(path) -> dict[str, torch.Tensor]:
     return build_extractor("scenes_tiny", weights=path).detector.state_dict()
 
 
-def test_training_lowers_the_loss_and_records_what_it_did(tmp_path):
+def test_training_lowers_the_loss_and_writes_the_record(tmp_path):
     out = tmp_path / "new" / "w.safetensors"
     record = train_detector(
         Scenes("train", size=16, seed=1),
@@ -77,7 +77,7 @@ def test_training_lowers_the_loss_and_records_what_it_did(tmp_path):
     assert build_extractor("scenes_tiny", weights=out).labels == Scenes("train", size=1).labels
 
 
-def test_training_in_progress_bars_finds_the_squares(tmp_path, capsys):
+def test_trained_detector_finds_squares_and_shows_progress(tmp_path, capsys):
     _train(tmp_path / "w.safetensors", epochs=20, lr=4e-3, progress=True)
     assert "images/s" in capsys.readouterr().out
     extractor = build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors")
@@ -85,7 +85,7 @@ def test_training_in_progress_bars_finds_the_squares(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, workers):
+def test_resumed_run_gives_the_same_weights(tmp_path, monkeypatch, workers):
     _train(tmp_path / "whole.safetensors", epochs=3)
     step, taken = training._step, []
 
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, workers
     assert (tmp_path / "cut.resume.pt").exists()
     assert not (tmp_path / "cut.safetensors").exists()
     monkeypatch.setattr(training, "_step", step)
-    torch.manual_seed(1234)  # the global state has no say
+    torch.manual_seed(1234)  # the global random state has no effect
     record = _train(tmp_path / "cut.safetensors", epochs=3, num_workers=workers)
     assert len(record["loss"]) == 3
     assert not (tmp_path / "cut.resume.pt").exists()
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, workers
         assert torch.equal(tensor, cut[key]), key
 
 
-def test_what_another_run_left_is_not_taken_up(tmp_path, monkeypatch):
+def test_state_of_another_run_is_refused(tmp_path, monkeypatch):
     out = tmp_path / "w.safetensors"
     monkeypatch.setattr(training, "save_checkpoint", _interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -126,7 +126,7 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_training_leaves_the_global_random_state_alone(tmp_path):
+def test_training_does_not_change_the_global_random_state(tmp_path):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -134,19 +134,19 @@ def test_training_leaves_the_global_random_state_alone(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_unreadable_images_are_left_out_and_reported(tmp_path, caplog):
+def test_unreadable_images_are_skipped_and_reported(tmp_path, caplog):
     train, val = Squares(broken=(1, 4)), Squares(split="val", broken=(0,))
     record = _train(tmp_path / "w.safetensors", train=train, val=val, batch_size=1)
     assert record["skipped"] == {"train-1": "train-1 is truncated.", "train-4": "train-4 is truncated."}
     assert "2 unreadable images" in caplog.text
 
 
-def test_flips_take_the_boxes_along():
-    plain = training._LabelledImages(Squares(), range(6), None)
-    flipped = training._LabelledImages(Squares(), range(6), [True] * 6)
+def test_flips_apply_to_boxes():
+    plain = training._LabeledImages(Squares(), range(6), None)
+    flipped = training._LabeledImages(Squares(), range(6), [True] * 6)
     for i in range(6):
         (image, target), (mirror, mirrored) = plain[i], flipped[i]
-        assert len(target["boxes"]) == 1  # the box without area is gone
+        assert len(target["boxes"]) == 1  # the box without area is dropped
         assert target["labels"].tolist() == [i % 2 + 1]
         for picture, boxes in ((image, target["boxes"]), (mirror, mirrored["boxes"])):
             x1, y1, x2, y2 = boxes[0].int().tolist()
@@ -154,7 +154,7 @@ def test_flips_take_the_boxes_along():
             assert (picture != 0.5019608).sum() == 3 * 20 * 22
 
 
-def test_other_labels_begin_the_last_layer_anew(tmp_path):
+def test_other_labels_reinitialize_the_last_layer(tmp_path):
     start = build_detector("scenes_tiny", 4, seed=3)
     record = {"arch": "scenes_tiny", "labels": ["a", "b", "c"], "min_size": 64, "max_size": 100}
     save_checkpoint(tmp_path / "start.safetensors", start.state_dict(), record)
@@ -163,7 +163,7 @@ def test_other_labels_begin_the_last_layer_anew(tmp_path):
     assert after["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3
     for key, tensor in before.items():
         if not key.startswith("roi_heads.box_predictor"):
-            # With given weights batch norm keeps its statistics.
+            # Given weights freeze batch norm statistics.
             torch.testing.assert_close(after[key], tensor, atol=1e-6, rtol=1e-6, msg=key)
     assert build_extractor("scenes_tiny", weights=tmp_path / "w.safetensors").detector.transform.min_size == (64,)
 
@@ -179,13 +179,13 @@ def test_other_labels_begin_the_last_layer_anew(tmp_path):
         ({"lr": 1e12, "epochs": 9}, ConfigError, "lower the learning rate"),
     ],
 )
-def test_what_cannot_work(tmp_path, settings, error, named):
+def test_invalid_datasets_and_settings(tmp_path, settings, error, named):
     with pytest.raises(error, match=named) as caught:
         _train(tmp_path / "w.safetensors", **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_the_name_of_the_weights_file_must_be_right(tmp_path):
+def test_weights_file_must_be_safetensors(tmp_path):
     with pytest.raises(ConfigError, match=r"\.safetensors"):
         _train(tmp_path / "w.pt")
 

@@ -65,11 +65,11 @@ def test_words_of(label: str, words: list[str]) -> None:
         (["Wine glass", "Bus"], ["bus", "wine_glass"], [1, 0]),
         (["car", "boats", "ski"], ["cars", "boat", "skis"], [0, 1, 2]),
         (["tv", "potted plant", "airplane"], ["aeroplane", "pottedplant", "tvmonitor"], [2, 1, 0]),
-        # what fits better is not lost to what fits worse
+        # better matches take precedence
         (["plane", "airplane"], ["airplane", "plane"], [1, 0]),
         (["couch", "sofa"], ["sofa"], [-1, 0]),
         (["bird", "Birds"], ["birds"], [-1, 0]),
-        # several classes may be one label
+        # a matched label is not available in later steps
         (["bird", "birds"], ["Bird", "cat"], [0, -1]),
         ([], ["cat"], []),
         (["cat", "...", ""], [], [-1, -1, -1]),
@@ -80,18 +80,18 @@ def test_labels_of(classes: list[str], labels: list[str], expected: list[int]):
 
 
 @given(st.lists(st.sampled_from(["cat", "Cat", "cats", "tv", "television", "tvmonitor", "sofa", "-"]), unique=True))
-def test_labels_of_itself(names: list[str]):
+def test_labels_of_equal_names(names: list[str]):
     assert labels_of(names, names) == list(range(len(names)))
 
 
-def test_every_label_of_voc_is_a_class_of_the_coco_detector():
+def test_voc_labels_are_matched_by_coco_classes():
     categories = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     found = labels_of(categories, voc.LABELS)
     assert set(found) == {-1, *range(20)}
     assert voc.LABELS[found[categories.index("tv")]] == "tvmonitor"
 
 
-def test_aliases_are_in_normal_form_and_lead_elsewhere() -> None:
+def test_aliases_are_normalized_and_differ_from_their_key() -> None:
     for word, others in ALIASES.items():
         assert words_of(word) == [word]
         assert word not in others
@@ -101,29 +101,29 @@ def test_aliases_are_in_normal_form_and_lead_elsewhere() -> None:
 # ---- GloVe text ----
 
 
-def test_text_vectors_in_the_order_of_the_labels(glove: Path) -> None:
+def test_text_vectors_are_in_label_order(glove: Path) -> None:
     result = embed_labels(("tv", "Dog", "hot dog"), "glove", glove)
     assert result.vectors.dtype == torch.float32
     assert result.vectors.tolist() == [WORDS["tv"], WORDS["dog"], [2.0, 1.0, 2.0, 2.0]]
     assert result.labels == ("tv", "Dog", "hot dog")
-    assert result.found == {"tv": ("tv",), "Dog": ("dog",), "hot dog": ("hot", "dog")}
+    assert result.entries == {"tv": ("tv",), "Dog": ("dog",), "hot dog": ("hot", "dog")}
     assert "vectors.txt" in result.source
 
 
-def test_aliases_only_where_the_word_is_missing(glove: Path) -> None:
+def test_aliases_are_used_only_for_missing_words(glove: Path) -> None:
     result = embed_labels(("aeroplane", "tvmonitor", "pottedplant"), "glove", glove)
     assert result.vectors.tolist() == [WORDS["aeroplane"], WORDS["tv"], [0.5, 0.5, 0.5, 0.5]]
     glove.write_text(text_of({word: vector for word, vector in WORDS.items() if word != "aeroplane"}))
     result = embed_labels(("aeroplane",), "glove", glove)
     assert result.vectors.tolist() == [WORDS["airplane"]]
-    assert result.found["aeroplane"] == ("airplane",)
+    assert result.entries["aeroplane"] == ("airplane",)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda text: "7 4\n" + text,  # word2vec's header
-        lambda text: text.replace("\n", " \n"),  # word2vec's blank at the end of each line
+        lambda text: "7 4\n" + text,  # word2vec header
+        lambda text: text.replace("\n", " \n"),  # trailing blanks of word2vec
         lambda text: text.replace("\n", "\r\n"),
         lambda text: text + "\n",
         lambda text: "dog days 9 9 9 9\n. . . 1 1 1 1\n" + text,  # words with spaces, as in glove.840B
@@ -131,13 +131,13 @@ def test_aliases_only_where_the_word_is_missing(glove: Path) -> None:
         lambda text: text + "dog 9 9 9 9\n",
     ],
 )
-def test_the_text_format_as_it_occurs(glove: Path, change: Callable[[str], str]) -> None:
+def test_text_format_variants(glove: Path, change: Callable[[str], str]) -> None:
     glove.write_bytes(change(text_of(WORDS)).encode())
     result = embed_labels(("dog", "tv"), "glove", glove)
     assert result.vectors.tolist() == [WORDS["dog"], WORDS["tv"]]
 
 
-def test_a_word_only_in_another_case_is_found(glove: Path) -> None:
+def test_word_in_another_case(glove: Path) -> None:
     glove.write_text(text_of(WORDS).replace("tv", "TV"))
     assert embed_labels(("tv",), "glove", glove).vectors.tolist() == [WORDS["tv"]]
 
@@ -158,12 +158,12 @@ def test_gzip_and_another_dimension(tmp_path: Path) -> None:
         ("dog 1 2 3 x\n", "line 3 is malformed"),
         ("dog 1 2 3 4 5\n", "line 3 is malformed"),
         ("unneeded\n", "line 3 is malformed"),
-        ("dog 1 2 nan 4\n", "line 3: the vector of 'dog' holds NaN"),
-        ("dog 1 2 inf 4\n", "line 3: the vector of 'dog' holds NaN or inf"),
-        ("dog 1 2 1e39 4\n", "line 3: the vector of 'dog' holds NaN or inf"),  # infinite as float32
+        ("dog 1 2 nan 4\n", "line 3: the vector of 'dog' contains NaN"),
+        ("dog 1 2 inf 4\n", "line 3: the vector of 'dog' contains NaN or inf"),
+        ("dog 1 2 1e39 4\n", "line 3: the vector of 'dog' contains NaN or inf"),  # infinite as float32
     ],
 )
-def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "vectors.txt"
     path.write_text("tv 1 2 3 4\nhot 1 2 3 4\n" + line)
     text = refused(("dog",), "glove", path)
@@ -171,7 +171,7 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
     assert str(path) in text
 
 
-def test_files_that_are_no_vectors(tmp_path: Path) -> None:
+def test_files_without_vectors(tmp_path: Path) -> None:
     assert "do not exist" in refused(("dog",), "glove", tmp_path / "none.txt")
     assert "cannot be read" in refused(("dog",), "glove", tmp_path)
     (tmp_path / "empty.txt").touch()
@@ -183,7 +183,7 @@ def test_files_that_are_no_vectors(tmp_path: Path) -> None:
 # ---- out of vocabulary ----
 
 
-def test_out_of_vocabulary_stops_with_the_full_list_and_the_policies(glove: Path) -> None:
+def test_out_of_vocabulary_error_lists_labels_and_policies(glove: Path) -> None:
     message = refused(("dog", "unicorn", "hot griffin", "yeti"), "glove", glove)
     assert "3 labels" in message
     assert "'unicorn', 'hot griffin' (no griffin), 'yeti'" in message
@@ -198,7 +198,7 @@ def test_policies(glove: Path) -> None:
     assert zeros.out_of_vocabulary == ("hot griffin", "yeti")
     skipped = embed_labels(labels[:2], "glove", glove, oov="skip_words")
     assert skipped.vectors.tolist() == [WORDS["dog"], WORDS["hot"]]
-    assert skipped.found["hot griffin"] == ("hot",)
+    assert skipped.entries["hot griffin"] == ("hot",)
     message = refused(labels, "glove", glove, oov="skip_words")
     assert "1 labels" in message
     assert "'yeti'" in message
@@ -217,7 +217,7 @@ def save_npz(path: Path, labels: list[str], vectors: object) -> Path:
     return path
 
 
-def test_tables_are_looked_up_by_name_whatever_their_order(tmp_path: Path) -> None:
+def test_tables_are_searched_by_name(tmp_path: Path) -> None:
     names, vectors = ["Hot Dog", "pottedplant", "airplane"], np.arange(6.0).reshape(3, 2)
     files = [
         save_npz(tmp_path / "a.npz", names, vectors),
@@ -235,13 +235,13 @@ def test_tables_are_looked_up_by_name_whatever_their_order(tmp_path: Path) -> No
         assert result.vectors.dtype == torch.float32
 
 
-def test_a_whole_name_comes_before_its_words(tmp_path: Path) -> None:
+def test_full_name_takes_precedence_over_words(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "t.npz", ["hot", "dog", "hot dog", "wine", "glass"], np.eye(5))
     result = embed_labels(("hot dog", "wine glass"), "glove", path)
     assert result.vectors.tolist() == [[0, 0, 1, 0, 0], [0, 0, 0, 0.5, 0.5]]
 
 
-def test_a_table_without_a_label_stops(tmp_path: Path) -> None:
+def test_label_missing_in_table(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "t.npz", ["dog"], [[1, 2]])
     assert "'yeti'" in refused(("dog", "yeti"), "glove", path)
 
@@ -276,8 +276,8 @@ def test_damaged_tables(tmp_path: Path) -> None:
 # ---- hashed ----
 
 
-def test_hashed_vectors_are_the_same_everywhere() -> None:
-    """Fixed numbers: another platform, Python or numpy must not change them, since checkpoints depend on them."""
+def test_hashed_vectors_are_reproducible() -> None:
+    """Fixed values on every platform, Python and numpy, since checkpoints depend on them."""
     np.testing.assert_array_equal(
         hashed_vectors(["dog"], 4), np.array([[-1.87174, 1.11382, -1.76151, -0.29379]], dtype=np.float32)
     )
@@ -293,35 +293,35 @@ def test_hashed_vectors_are_standard_normal_for_any_number_of_words() -> None:
         assert abs(vectors.mean()) < 0.02
         assert abs(vectors.std() - 1) < 0.02
     fourth = (single.astype(np.float64) ** 4).mean()
-    assert abs(fourth - 3) < 0.1  # a normal's fourth moment
+    assert abs(fourth - 3) < 0.1  # fourth moment of a normal distribution
     cosines = single @ single.T / 300
     np.fill_diagonal(cosines, 0)
     assert np.abs(cosines).max() < 0.4
 
 
 @given(st.text(min_size=1), st.integers(1, 9))
-def test_any_label_can_be_hashed(label: str, dim: int) -> None:
+def test_arbitrary_labels_can_be_hashed(label: str, dim: int) -> None:
     result = embed_labels((label,), "hashed", dim=dim)
     assert result.vectors.shape == (1, dim)
     assert torch.isfinite(result.vectors).all()
     assert result.out_of_vocabulary == ()
 
 
-def test_wrong_settings(glove: Path) -> None:
+def test_invalid_arguments(glove: Path) -> None:
     assert "name is" in refused(("dog",), "word2vec", error=ConfigError)
     assert "oov" in refused(("dog",), "glove", glove, oov="ignore", error=ConfigError)
     assert "path" in refused(("dog",), "glove", error=ConfigError)
     assert "dim" in refused(("dog",), dim=0, error=ConfigError)
-    assert "twice" in refused(("dog", "dog"))
-    assert "at least one" in refused(())
+    assert "must be unique and not empty" in refused(("dog", "dog"))
+    assert "must be unique and not empty" in refused(())
 
 
-# ---- the real files ----
+# ---- Real files ----
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize(("name", "count"), [("coco2014", 80), ("voc2007", 20), ("nuswide81", 81)])
-def test_the_tables_of_the_literature(shared_data: Path, name: str, count: int) -> None:
+def test_published_tables(shared_data: Path, name: str, count: int) -> None:
     path = shared_data / "glove" / f"{name}.npz"
     with np.load(path) as table:
         labels, vectors = table["labels"].tolist(), table["vectors"]
@@ -331,32 +331,32 @@ def test_the_tables_of_the_literature(shared_data: Path, name: str, count: int) 
 
 
 @pytest.mark.shared
-def test_voc_labels_by_the_coco_table(shared_data: Path) -> None:
+def test_voc_labels_from_the_coco_table(shared_data: Path) -> None:
     with np.load(shared_data / "glove" / "voc2007.npz") as table:
         labels = table["labels"].tolist()
     result = embed_labels(labels, "glove", shared_data / "glove" / "coco2014.npz")
     assert result.out_of_vocabulary == ()
-    assert result.found["tvmonitor"] == ("tv",)
-    assert result.found["sofa"] == ("couch",)
+    assert result.entries["tvmonitor"] == ("tv",)
+    assert result.entries["sofa"] == ("couch",)
 
 
 @pytest.mark.shared
-def test_the_real_text_file_equals_the_tables(shared_data: Path) -> None:
+def test_real_text_file_equals_the_tables(shared_data: Path) -> None:
     text = shared_data / "glove" / "glove.6B.300d.subset.txt"
     differing: dict[str, set[str]] = {}
     for name in ("coco2014", "voc2007", "nuswide81"):
         with np.load(shared_data / "glove" / f"{name}.npz") as table:
             labels, vectors = table["labels"].tolist(), table["vectors"]
         result = embed_labels(labels, "glove", text, oov="zeros")
-        known = [row for row, label in enumerate(labels) if result.found[label]]
+        known = [row for row, label in enumerate(labels) if result.entries[label]]
         close = np.abs(result.vectors.numpy()[known] - vectors[known]).max(axis=1) < 1e-4
         differing[name] = {labels[row] for row, same in zip(known, close, strict=True) if not same}
-    # The distributed "hot dog" is neither of its two words nor their mean.
+    # The published vector of "hot dog" is neither of its words nor their mean.
     assert differing == {"coco2014": {"hot dog"}, "voc2007": set(), "nuswide81": set()}
 
 
 @pytest.mark.shared
-def test_the_real_out_of_vocabulary_case(shared_data: Path) -> None:
+def test_real_out_of_vocabulary_labels(shared_data: Path) -> None:
     message = refused(("stop sign", "wine glass", "dog"), "glove", shared_data / "glove" / "glove.6B.300d.subset.txt")
     assert "2 labels" in message
     assert "'stop sign' (no stop), 'wine glass' (no wine)" in message

@@ -26,14 +26,14 @@ from gm_mlic.graphs import (
 )
 
 
-def brute_force(boxes: Tensor, neighbours: int) -> list[tuple[int, int]]:
+def brute_force(boxes: Tensor, neighbors: int) -> list[tuple[int, int]]:
     edges = []
     for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
         ranked = []
         for j, (a1, b1, a2, b2) in enumerate(boxes.tolist()):
             if i != j:
                 ranked.append((((a1 + a2) / 2 - (x1 + x2) / 2) ** 2 + ((b1 + b2) / 2 - (y1 + y2) / 2) ** 2, j))
-        edges += [(j, i) for _, j in sorted(ranked)[:neighbours]]
+        edges += [(j, i) for _, j in sorted(ranked)[:neighbors]]
     return edges
 
 
@@ -57,21 +57,21 @@ some_boxes = st.lists(st.tuples(eighths, eighths, eighths, eighths), min_size=1,
 
 
 @settings(max_examples=60, deadline=None)
-@given(boxes=some_boxes, neighbours=st.integers(1, 9))
-def test_nearest_neighbours_equal_brute_force(boxes: Tensor, neighbours: int) -> None:
-    edges = knn_edge_index(boxes, neighbours)
-    assert edges.shape == (2, len(boxes) * min(neighbours, len(boxes) - 1))
-    assert [tuple(edge) for edge in edges.t().tolist()] == brute_force(boxes, neighbours)
+@given(boxes=some_boxes, neighbors=st.integers(1, 9))
+def test_nearest_neighbors_equal_brute_force(boxes: Tensor, neighbors: int) -> None:
+    edges = knn_edge_index(boxes, neighbors)
+    assert edges.shape == (2, len(boxes) * min(neighbors, len(boxes) - 1))
+    assert [tuple(edge) for edge in edges.t().tolist()] == brute_force(boxes, neighbors)
 
 
 @settings(max_examples=40, deadline=None)
-@given(images=st.lists(some_boxes, min_size=1, max_size=3), neighbours=st.integers(1, 4))
-def test_a_dense_batch_has_the_same_neighbours(images: list[Tensor], neighbours: int) -> None:
+@given(images=st.lists(some_boxes, min_size=1, max_size=3), neighbors=st.integers(1, 4))
+def test_dense_batch_has_the_same_neighbors(images: list[Tensor], neighbors: int) -> None:
     M = max(map(len, images))
     box, mask = torch.zeros(len(images), M, 4).double(), torch.zeros(len(images), M, dtype=torch.bool)
     for b, boxes in enumerate(images):
         box[b, : len(boxes)], mask[b, : len(boxes)] = boxes, True
-    batch = AssignmentBatch.from_padded(torch.zeros(len(images), M, 1), box, mask, W, num_neighbors=neighbours)
+    batch = AssignmentBatch.from_padded(torch.zeros(len(images), M, 1), box, mask, W, num_neighbors=neighbors)
     lists, attr = batch.edge_index_dict[SPATIAL], batch.edge_attr_dict[SPATIAL]
     for b, boxes in enumerate(images):
         edges = [
@@ -80,18 +80,18 @@ def test_a_dense_batch_has_the_same_neighbours(images: list[Tensor], neighbours:
             for s in range(lists.index.shape[2])
             if bool(lists.mask[b, i, s])
         ]
-        assert edges == brute_force(boxes, neighbours)
+        assert edges == brute_force(boxes, neighbors)
         for j, i in edges:
             slot = lists.index[b, i].tolist().index(j)
             assert torch.equal(attr[b, i, slot], torch.cat([boxes[j], boxes[i]]))
 
 
-def test_identical_boxes_go_by_number() -> None:
+def test_identical_boxes_are_ordered_by_index() -> None:
     edges = knn_edge_index(torch.full((4, 4), 0.5), 2)
     assert edges.tolist() == [[1, 2, 0, 2, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2, 3, 3]]
 
 
-def test_one_instance_has_no_neighbour() -> None:
+def test_single_instance_has_no_neighbor() -> None:
     assert knn_edge_index(torch.rand(1, 4), 5).shape == (2, 0)
 
 
@@ -112,7 +112,7 @@ def test_label_edges() -> None:
             assert source[target == i].tolist() == neighbors[i].tolist() == expected
 
 
-def test_the_graph_of_equations_1_to_3() -> None:
+def test_graph_of_equations_1_to_3() -> None:
     data = instances(3)
     x, box = data[INSTANCE].x, data[INSTANCE].box
     graph = AssignmentGraph(W, num_neighbors=1, edge_attr=True)(data)
@@ -137,7 +137,7 @@ def test_m_keeps_the_most_confident() -> None:
     assert AssignmentGraph(W, m=9)(instances(5))[INSTANCE].x.shape[0] == 5
 
 
-def test_label_vectors_and_attributes_get_the_dtype_of_the_features() -> None:
+def test_label_vectors_and_attributes_have_the_dtype_of_the_features() -> None:
     data = instances(3)
     data[INSTANCE].x = data[INSTANCE].x.to(torch.bfloat16)
     graph = AssignmentGraph(W, edge_attr=True)(data)
@@ -145,7 +145,7 @@ def test_label_vectors_and_attributes_get_the_dtype_of_the_features() -> None:
     assert all(graph[edge_type].edge_attr.dtype == torch.bfloat16 for edge_type in graph.edge_types)
 
 
-def test_the_input_is_left_as_it_was() -> None:
+def test_input_is_not_modified() -> None:
     data = instances(5)
     before = copy.deepcopy(data.to_dict())
     AssignmentGraph(W, m=2)(data)
@@ -154,7 +154,7 @@ def test_the_input_is_left_as_it_was() -> None:
     assert all(torch.equal(after[INSTANCE][name], value) for name, value in before[INSTANCE].items())
 
 
-def test_ablations_leave_edge_types_out() -> None:
+def test_ablations_omit_edge_types() -> None:
     assert AssignmentGraph(W, edge_types=["spatial", "matches"])(instances(3)).edge_types == [SPATIAL, MATCHES]
     assert AssignmentGraph(W, edge_types=["semantic"])(instances(3)).edge_types == [SEMANTIC, MATCHES]
     assert AssignmentGraph(W, edge_types=[])(instances(3)).edge_types == [MATCHES]
@@ -182,19 +182,19 @@ def test_works_in_a_pipeline() -> None:
         (W, {"num_label_neighbors": 0}, "^num_label_neighbors"),
     ],
 )
-def test_errors(vectors: Any, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(vectors: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AssignmentGraph(vectors, **options)
 
 
-def test_an_image_without_instances() -> None:
+def test_image_without_instances() -> None:
     with pytest.raises(ConfigError, match="without instances"):
         AssignmentGraph(W)(instances(0))
 
 
 @pytest.mark.parametrize("name", ["x", "box"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite(name: str, value: float) -> None:
+def test_non_finite_values(name: str, value: float) -> None:
     data = instances(3)
     data[INSTANCE][name][1, 0] = value
     with pytest.raises(ConfigError, match=rf"data\['instance'\]\.{name} holds NaN or infinite"):
@@ -202,7 +202,7 @@ def test_values_that_are_not_finite(name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["x", "box"])
-def test_an_instance_store_that_lacks_something(name: str) -> None:
+def test_missing_instance_attributes(name: str) -> None:
     data = instances(3)
     del data[INSTANCE][name]
     with pytest.raises(ConfigError, match=rf"needs data\['instance'\]\.{name}"):
@@ -210,7 +210,7 @@ def test_an_instance_store_that_lacks_something(name: str) -> None:
 
 
 @pytest.mark.parametrize("neighbors", [None, torch.tensor([[1], [0], [0]])])
-def test_a_split_batch_has_the_same_images(neighbors: Tensor | None) -> None:
+def test_split_batch_has_the_same_images(neighbors: Tensor | None) -> None:
     mask = torch.tensor([[True, True], [True, False], [True, True], [True, True], [True, False]])
     batch = AssignmentBatch.from_padded(
         torch.randn(5, 2, 4),
@@ -234,7 +234,7 @@ def test_a_split_batch_has_the_same_images(neighbors: Tensor | None) -> None:
         assert part.y is None
 
 
-def test_as_many_images_as_labels_are_split_by_image() -> None:
+def test_equal_numbers_of_images_and_labels_are_split_by_image() -> None:
     mask, neighbors = torch.ones(3, 2, dtype=torch.bool), torch.tensor([[1], [0], [0]])
     batch = AssignmentBatch.from_padded(
         torch.randn(3, 2, 4), torch.rand(3, 2, 4), mask, torch.randn(3, 6), label_neighbors=neighbors
@@ -262,7 +262,7 @@ def joined(*graphs: HeteroData) -> HeteroData:
 
 
 def test_graphs_without_a_dense_form() -> None:
-    """Each is refused with the reason, and the way to go on without it."""
+    """The error has the reason and the alternative."""
     graph = AssignmentGraph(W)
     cases = [
         (joined(graph(instances(2)), AssignmentGraph(W + 1)(instances(2))), "images differ in labels"),

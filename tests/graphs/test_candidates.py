@@ -1,4 +1,4 @@
-"""Matching edges to candidates only."""
+"""Matching edges restricted to candidate labels."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph, Bipartite,
 from gm_mlic.nn import MILMax
 
 
-def test_a_class_speaks_for_what_it_is_seen_with() -> None:
-    # class 0 stands where labels 0 and 1 do, class 1 for label 2; label 3 is everywhere
+def test_candidates_are_labels_with_high_lift() -> None:
+    # class 0 co-occurs with labels 0 and 1, class 1 with label 2; label 3 is in all images
     detected = torch.tensor([[0, -1], [0, -1], [1, -1], [1, -1]] * 5)
     score = torch.tensor([[0.9, 0.9]] * 20)
     present = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1]] * 5).bool()
@@ -24,15 +24,15 @@ def test_a_class_speaks_for_what_it_is_seen_with() -> None:
     ]
 
 
-def test_doubtful_detections_count_less() -> None:
+def test_detections_are_weighted_by_confidence() -> None:
     detected = torch.tensor([[0], [0], [1]])
     score = torch.tensor([[0.9], [0.1], [0.9]])
     present = torch.tensor([[1, 0], [0, 1], [0, 1]]).bool()
     assert label_candidates(detected, score, present, 1)[0].tolist() == [True, False]
 
 
-def test_the_label_that_a_class_is_named_after_comes_first() -> None:
-    """A label of nearly all images can hardly be raised: it would be nobody's candidate."""
+def test_label_with_the_class_name_is_always_a_candidate() -> None:
+    """A label in nearly all images has a low lift, and would not be a candidate of any class."""
     detected = torch.tensor([[0], [0], [0], [0], [1]])
     score = torch.tensor([[0.9], [0.9], [0.9], [1.0], [0.9]])
     present = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
@@ -40,18 +40,22 @@ def test_the_label_that_a_class_is_named_after_comes_first() -> None:
     assert without.tolist() == [[False, True, False], [False, False, True]]
     own = torch.tensor([0, -1, 1])
     table = label_candidates(detected, score, present, 1, own)
-    assert table.tolist() == [[True, False, False], [False, False, True], [True, True, True]]  # the last is never seen
+    assert table.tolist() == [
+        [True, False, False],
+        [False, False, True],
+        [True, True, True],
+    ]  # the last class is never detected
     assert label_candidates(detected, score, present, 2, own)[0].tolist() == [True, True, False]
 
 
-def test_without_any_class_there_are_no_candidates() -> None:
+def test_candidates_require_detected_classes() -> None:
     with pytest.raises(ConfigError, match="no instance has one"):
         label_candidates(torch.tensor([[-1]]), torch.ones(1, 1), torch.ones(1, 2).bool(), 1)
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
 @settings(max_examples=50, deadline=None)
-def test_edges_lead_to_candidates_and_every_label_has_one(B: int, M: int, C: int, seed: int) -> None:
+def test_edges_connect_candidates_and_every_label_has_an_edge(B: int, M: int, C: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     table = torch.rand(3, C, generator=generator) < 0.4
     detected = torch.randint(-1, 3, (B, M), generator=generator)
@@ -81,7 +85,7 @@ def test_graph_and_batch_have_the_same_edges() -> None:
     assert batch.match_mask[0].nonzero().t().tolist() == edges.tolist()
 
 
-def test_what_cannot_be() -> None:
+def test_invalid_candidates() -> None:
     W, data = torch.randn(3, 4), HeteroData()
     data["instance"].x, data["instance"].box = torch.randn(1, 5), torch.rand(1, 4)
     with pytest.raises(ConfigError, match="candidates must be"):
@@ -106,7 +110,7 @@ def test_max_pooling_reads_edges_only() -> None:
     torch.testing.assert_close(output.match_logits[0, table], everything[0, table])
 
 
-def test_a_label_without_an_edge_is_refused_in_a_dense_batch() -> None:
+def test_label_without_matching_edge_is_refused_in_a_dense_batch() -> None:
     matches = torch.tensor([[[True, False, True], [True, False, False]]])
     mask = torch.ones(1, 2, dtype=torch.bool)
     batch = AssignmentBatch(

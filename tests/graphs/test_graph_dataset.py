@@ -25,7 +25,7 @@ N, V, M, D, C = 12, 4, 3, 5, 2
 
 @dataclass
 class Store:
-    """The arrays of an instance store, in memory."""
+    """Instance store in memory."""
 
     features: np.ndarray
     boxes: np.ndarray
@@ -51,7 +51,7 @@ def store() -> Store:
         counts=counts,
         targets=(voc == 1).astype(np.int8),
         difficult=voc == 0,
-        rows=np.array([row for row in range(N) if row not in (0, 5)]),  # two could not be read
+        rows=np.array([row for row in range(N) if row not in (0, 5)]),  # two unreadable images
     )
 
 
@@ -60,7 +60,7 @@ def transform(m: int | None = None) -> AssignmentGraph:
     return AssignmentGraph(vectors, m=m, num_neighbors=1)
 
 
-def test_graphs_are_the_rows_of_the_store(store: Store) -> None:
+def test_graphs_equal_the_rows_of_the_store(store: Store) -> None:
     data = AssignmentGraphDataset(store, transform())
     assert len(data) == len(store.rows)
     for graph, row in zip(data, store.rows, strict=True):
@@ -81,7 +81,7 @@ def test_graphs_are_the_rows_of_the_store(store: Store) -> None:
 
 @pytest.mark.parametrize("m", [None, 1, 2, M])
 @pytest.mark.parametrize("augment", [False, True])
-def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool) -> None:
+def test_both_datasets_are_equal(store: Store, m: int | None, augment: bool) -> None:
     one = AssignmentGraphDataset(store, transform(m), augment=augment, seed=3)
     all_at_once = AssignmentBatchDataset(store, transform(m), augment=augment, seed=3)
     assert len(one) == len(all_at_once)
@@ -104,7 +104,7 @@ def test_both_datasets_hold_the_same(store: Store, m: int | None, augment: bool)
     assert torch.equal(ours.label_vectors, theirs[LABEL].x[:C])
 
 
-def test_a_row_without_instances_is_refused(store: Store) -> None:
+def test_row_without_instances_is_refused(store: Store) -> None:
     store.counts[3, 0] = 0
     with pytest.raises(StoreError, match="Row 3 of the store has no instances"):
         AssignmentBatchDataset(store, transform()).__getitems__([0, 1, 2])
@@ -116,7 +116,7 @@ def test_more_instances_than_the_store_has(store: Store) -> None:
             kind(store, transform(4))
 
 
-def test_other_labels(store: Store) -> None:
+def test_different_number_of_labels(store: Store) -> None:
     with pytest.raises(StoreError, match="has 3 labels, the label vectors are 2"):
         AssignmentGraphDataset(replace(store, targets=np.zeros((N, 3), np.int8), difficult=None), transform())
 
@@ -142,14 +142,14 @@ def test_views_are_drawn_by_seed_and_epoch(store: Store) -> None:
     assert drawn == {1, 2, 3}
 
 
-def test_the_plain_view_is_no_augmented_one(store: Store) -> None:
+def test_original_view_is_not_drawn(store: Store) -> None:
     data = AssignmentGraphDataset(store, transform())
     data.set_epoch(3)
     assert {data.view(int(row)) for row in store.rows} == {0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_agree_whatever_their_workers(store: Store, workers: int) -> None:
+def test_batches_do_not_depend_on_workers(store: Store, workers: int) -> None:
     data = AssignmentGraphDataset(store, transform(), augment=True)
     data.set_epoch(2)
     batches = list(DataLoader(data, batch_size=4, num_workers=workers))
@@ -160,7 +160,7 @@ def test_loaders_agree_whatever_their_workers(store: Store, workers: int) -> Non
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
-def test_a_new_epoch_reaches_the_workers(store: Store, kind: type, persistent: bool) -> None:
+def test_set_epoch_reaches_workers(store: Store, kind: type, persistent: bool) -> None:
     data = kind(store, transform(), augment=True)
     loader = (DataLoader if kind is AssignmentGraphDataset else TorchLoader)(
         data,
@@ -188,5 +188,5 @@ def test_without_a_mask_of_difficult_labels(store: Store, kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
 def test_targets_are_checked_once(store: Store, kind: Any) -> None:
-    with pytest.raises(DataError, match="targets hold -1"):
+    with pytest.raises(DataError, match="targets contain -1"):
         kind(replace(store, targets=2 * store.targets - 1), transform())

@@ -1,4 +1,4 @@
-"""A dataset of small JPEG files and an extractor that computes its instances from pixels, both deterministic."""
+"""Deterministic test doubles: a dataset of small JPEG files, and an extractor based on pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gm_mlic.errors import UnreadableImage
 
 
 class Files(MultiLabelDataset):
-    """``n`` JPEG files in ``root``, drawn when they are not there yet."""
+    """Dataset of ``n`` JPEG files in ``root``, created if missing."""
 
     def __init__(self, root: Path, n: int = 21, labels: Sequence[str] = ("cat", "dog", "sofa"), seed: int = 0) -> None:
         self.name, self.split, self.root = "files", "train", root
@@ -45,7 +45,7 @@ class Files(MultiLabelDataset):
 
 
 class PixelExtractor:
-    """Grid cells as detections, the brightest first; black images have none. Each call is one line in ``calls``."""
+    """Extractor with grid cells as detections, sorted by brightness; none in black images. Logs calls to ``calls``."""
 
     name = "pixels"
     labels = ("dark", "bright")

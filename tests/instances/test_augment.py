@@ -14,7 +14,7 @@ from gm_mlic.instances.augment import AREA, ASPECT, view_rng
 
 
 def gradient(width: int, height: int) -> Image.Image:
-    """Red is the column, green the row: a view then says where it was cut."""
+    """Image with the column as red and the row as green, which shows the position of a crop."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0] = np.linspace(0, 255, width).round()
     pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
@@ -22,18 +22,18 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 @given(st.integers(1, 80), st.integers(1, 80), st.integers(1, 40), st.integers(0, 2**32))
-def test_any_image_gives_a_view_of_the_size(width, height, size, seed):
+def test_view_has_the_requested_size(width, height, size, seed):
     view = crop_and_flip(gradient(width, height), size, np.random.default_rng(seed))
     assert view.size == (size, size)
     assert view.mode == "RGB"
 
 
-def test_crops_have_the_documented_area_and_aspect_and_half_are_mirrored():
+def test_crops_have_documented_area_aspect_and_flips():
     image, size = gradient(1000, 1000), 64
     mirrored, areas, aspects = 0, [], []
     for seed in range(300):
         pixels = np.asarray(crop_and_flip(image, size, np.random.default_rng(seed))).astype(float)
-        # the step between two of the view's pixels, in pixels of the image
+        # distance of adjacent view pixels, in image pixels
         across = (pixels[32, -1, 0] - pixels[32, 0, 0]) / (size - 1) * 1000 / 255
         down = (pixels[-1, 32, 1] - pixels[0, 32, 1]) / (size - 1) * 1000 / 255
         mirrored += across < 0
@@ -47,7 +47,7 @@ def test_crops_have_the_documented_area_and_aspect_and_half_are_mirrored():
     assert 1.2 < max(aspects) < ASPECT[1] + 0.03
 
 
-def test_a_view_is_a_function_of_seed_id_and_number():
+def test_views_depend_only_on_seed_id_and_number():
     def draws(*key):
         return tuple(view_rng(*key).random(5))
 
@@ -57,7 +57,7 @@ def test_a_view_is_a_function_of_seed_id_and_number():
 
 
 @pytest.mark.parametrize("view", [1, 2])
-def test_store_holds_the_instances_of_these_views(tmp_path, view):
+def test_store_contains_the_instances_of_the_views(tmp_path, view):
     dataset, extractor = Files(tmp_path / "photos", n=5), PixelExtractor()
     store = extract(dataset, extractor, tmp_path / "s", m=12, views=2, view_size=40, view_seed=3, progress=False)
     for i, image_id in enumerate(dataset.ids):

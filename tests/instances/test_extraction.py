@@ -49,14 +49,14 @@ def calls(file: Path) -> list[str]:
 
 @pytest.fixture
 def undisturbed(dataset, tmp_path):
-    """The files of an undisturbed store, and the calls that made it."""
+    """Files and extractor calls of an uninterrupted extraction."""
     log = tmp_path / "undisturbed.txt"
     extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS)
     return files_of(tmp_path / "undisturbed"), calls(log)
 
 
 def start(work) -> int:
-    """Begin ``work`` in a forked process; its number."""
+    """Start ``work`` in a forked process; returns its id."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -71,7 +71,7 @@ def start(work) -> int:
 
 
 def end(pid: int) -> int:
-    """Wait for a forked process; its exit status, or minus the signal that ended it."""
+    """Wait for a forked process; returns its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -90,37 +90,37 @@ def test_unreadable_images_are_recorded_and_reported(dataset, tmp_path, caplog):
     assert not store.features[[2, 13]].any()
     with pytest.raises(StoreError, match=r"'0002'.*cannot be decoded"):
         store.instances(2)
-    assert "2 of 21 images could not be read" in caplog.text
+    assert "2 of 21 images are unreadable" in caplog.text
     assert "0002.jpg" in caplog.text
 
 
-def test_all_unreadable_is_a_data_error_and_leaves_nothing(dataset, tmp_path):
+def test_no_readable_image_is_a_data_error(dataset, tmp_path):
     for image_id in dataset.ids:
         dataset.file(image_id).unlink()
-    with pytest.raises(DataError, match=r"None of the 21 images.*folder of the dataset.*0000.jpg"):
+    with pytest.raises(DataError, match=r"None of the 21 images.*dataset folder.*0000.jpg"):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
     assert not (tmp_path / "store").exists()
     assert not (tmp_path / "store.partial").exists()
 
 
-def test_finished_store_is_opened_without_a_call(dataset, tmp_path, undisturbed):
+def test_finished_store_is_opened_without_extraction(dataset, tmp_path, undisturbed):
     log = tmp_path / "calls.txt"
     store = extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS)
     assert calls(log) == []
     assert files_of(store.path) == undisturbed[0]
-    # one with more instances and views serves too
+    # a store with more instances and views is sliced
     extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS | {"m": 2, "views": 0, "batch_size": 3})
     assert calls(log) == []
 
 
-def test_only_the_store_is_left(dataset, tmp_path, undisturbed):
+def test_temporary_files_are_removed(dataset, tmp_path, undisturbed):
     names = {"manifest.json", *(f"{n}.npy" for n in InstanceStore.open(tmp_path / "undisturbed").manifest.arrays)}
     assert set(undisturbed[0]) == names
     assert not (tmp_path / "undisturbed.partial").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_and_repetition_give_the_same_bytes(dataset, tmp_path, undisturbed, num_workers):
+def test_store_is_deterministic(dataset, tmp_path, undisturbed, num_workers):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     store = extract(dataset, PixelExtractor(), tmp_path / "again", num_workers=num_workers, **SETTINGS)
@@ -130,8 +130,8 @@ def test_workers_and_repetition_give_the_same_bytes(dataset, tmp_path, undisturb
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed, monkeypatch):
-    """Kill -9 after half of the k-th write, again and again: every byte and every call as if undisturbed."""
+def test_killed_during_any_write(dataset, tmp_path, undisturbed, seed, monkeypatch):
+    """SIGKILL after half of the k-th write, repeatedly: bytes and calls equal an uninterrupted extraction."""
     rng = np.random.default_rng(seed)
     path, log = tmp_path / "store", tmp_path / "calls.txt"
     write_all = writer._write_all
@@ -154,7 +154,7 @@ def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed,
     while (status := in_child(work)) != 0:
         assert status == -signal.SIGKILL
         killed, moment = killed + 1, int(rng.integers(1, 40))
-        with pytest.raises(StoreError, match=r"unfinished.*gm-mlic extract"):
+        with pytest.raises(StoreError, match=r"incomplete.*gm-mlic extract"):
             InstanceStore.open(path)
         if killed > 30:
             pytest.fail("no progress")
@@ -162,11 +162,11 @@ def test_killed_in_the_middle_of_any_write(dataset, tmp_path, undisturbed, seed,
     assert files_of(path) == undisturbed[0]
     made = Counter(calls(log))
     assert set(made) == set(undisturbed[1])
-    assert sum(made.values()) <= len(undisturbed[1]) + 2 * killed  # one batch, plain and view, for each death
+    assert sum(made.values()) <= len(undisturbed[1]) + 2 * killed  # one batch, original and view, per kill
 
 
 class Crashing(Files):
-    """Image 9 kills the process that decodes it, as a defect of a decoder does."""
+    """Dataset whose image 9 crashes the decoder process."""
 
     def image(self, i: int) -> Image.Image:
         if i == 9:
@@ -175,22 +175,22 @@ class Crashing(Files):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_crashes_its_decoder_is_left_out(tmp_path, workers):
+def test_image_that_crashes_the_decoder_is_skipped(tmp_path, workers):
     files, path = Crashing(tmp_path / "photos"), tmp_path / "store"
     settings = SETTINGS | {"num_workers": workers}
     if workers == 0:
         assert in_child(lambda: extract(files, PixelExtractor(), path, **settings)) == -signal.SIGSEGV
     store = extract(files, PixelExtractor(), path, **settings)
     assert store.manifest.skipped == {
-        "0009": "Image 0009 crashes the process that decodes it (exit code -11): save it anew or remove it."
+        "0009": "Image 0009 crashes the decoder process (exit code -11): save it again or remove it."
     }
     assert store.rows.tolist() == [i for i in range(21) if i != 9]
     whole = extract(Files(tmp_path / "photos"), PixelExtractor(), tmp_path / "whole", **SETTINGS)
     assert np.array_equal(store.features[store.rows], whole.features[store.rows])
 
 
-def test_a_decoder_that_crashes_during_a_write_does_not_interrupt_it(tmp_path, monkeypatch):
-    """The signal of a worker's death arrives while the first batch is written."""
+def test_decoder_crash_does_not_interrupt_a_write(tmp_path, monkeypatch):
+    """SIGCHLD of a dead worker arrives while the first batch is written."""
 
     class Announced(Crashing):
         def image(self, i: int) -> Image.Image:
@@ -205,18 +205,18 @@ def test_a_decoder_that_crashes_during_a_write_does_not_interrupt_it(tmp_path, m
             deadline = time.monotonic() + 60
             while not (tmp_path / "dies").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            time.sleep(0.5)  # the worker is gone, and its parent knows
+            time.sleep(0.5)  # the worker has died and SIGCHLD was sent
             died.append(True)
         write_all(file, data)
 
     monkeypatch.setattr(writer, "_write_all", slow)
     store = extract(Announced(tmp_path / "photos"), PixelExtractor(), tmp_path / "store", num_workers=2, **SETTINGS)
     assert list(store.manifest.skipped) == ["0009"]
-    assert callable(signal.getsignal(signal.SIGCHLD))  # torch's own is there again
+    assert callable(signal.getsignal(signal.SIGCHLD))  # torch's handler is restored
 
 
-def test_an_unfinished_store_with_a_crashing_image_is_taken_up(tmp_path):
-    """The second look at what was unreadable spares it."""
+def test_partial_store_with_a_crashing_image_is_resumed(tmp_path):
+    """Images that crash the decoder are not retried in this process."""
     files, path = Crashing(tmp_path / "photos"), tmp_path / "store"
     dead = PixelExtractor(tmp_path / "calls.txt")
     assert in_child(lambda: extract(files, dead, path, **SETTINGS)) == -signal.SIGSEGV
@@ -241,7 +241,7 @@ def test_an_unfinished_store_with_a_crashing_image_is_taken_up(tmp_path):
 
 @pytest.mark.parametrize("name", ["_write_text", "sha256"])
 @pytest.mark.parametrize("after", [False, True])
-def test_killed_while_beginning_or_finishing(dataset, tmp_path, undisturbed, monkeypatch, name, after):
+def test_killed_while_creating_or_completing(dataset, tmp_path, undisturbed, monkeypatch, name, after):
     path, log = tmp_path / "store", tmp_path / "calls.txt"
     done = getattr(writer, name)
     for nth in (1, 2):
@@ -265,8 +265,8 @@ def test_killed_while_beginning_or_finishing(dataset, tmp_path, undisturbed, mon
 
 
 @pytest.mark.parametrize("step", ["unlink", "replace"])
-def test_killed_between_the_last_steps(dataset, tmp_path, undisturbed, monkeypatch, step):
-    """While the journal is removed, and between the two renames that replace an old store."""
+def test_killed_while_replacing_a_store(dataset, tmp_path, undisturbed, monkeypatch, step):
+    """Killed while the journal is removed, and between the renames that replace an old store."""
     path, log = tmp_path / "store", tmp_path / "calls.txt"
     extract(dataset, PixelExtractor(scale=3.0), path, **SETTINGS)
 
@@ -312,22 +312,22 @@ def wait_until(condition) -> None:
         if condition():
             return
         time.sleep(0.05)
-    pytest.fail("it never happened")
+    pytest.fail("timeout")
 
 
-def test_second_process_waits_and_kill_from_outside_is_survived(dataset, tmp_path, undisturbed):
-    """A process with workers is killed from outside; of two that then run the same command, one waits."""
+def test_second_process_waits_and_killed_process_is_resumed(dataset, tmp_path, undisturbed):
+    """A process with workers is killed; of two processes that resume, one waits."""
     path, log, gate = tmp_path / "store", tmp_path / "calls.txt", tmp_path / "gate"
 
     def start(name: str, free_calls: int) -> tuple[subprocess.Popen, Path]:
-        """The command in a process that stops after some calls of the extractor, until the gate is open."""
+        """Start a process that pauses after ``free_calls`` extractor calls until the gate file exists."""
         code = COMMAND.format(
             tests=str(Path(__file__).parent),
             photos=str(dataset.root),
             log=str(log),
             path=str(path),
             gate=str(gate),
-            settings=SETTINGS | {"overwrite": True},  # continues, too, and is not done again after waiting
+            settings=SETTINGS | {"overwrite": True},  # also resumes, and does not extract again after waiting
             free_calls=free_calls,
         )
         messages = tmp_path / f"{name}.txt"
@@ -338,27 +338,27 @@ def test_second_process_waits_and_kill_from_outside_is_survived(dataset, tmp_pat
     wait_until(lambda: len(calls(log)) == 5)
     first.kill()
     first.wait()
-    assert (writer._states(tmp_path / "store.partial") > 0).sum() == 8  # the third batch has its plain view only
-    second, said = start("second", 4)
+    assert (writer._states(tmp_path / "store.partial") > 0).sum() == 8  # the third batch has only its original view
+    second, second_log = start("second", 4)
     wait_until(lambda: len(calls(log)) == 9)
-    third, heard = start("third", 0)
-    wait_until(lambda: "Waiting for" in heard.read_text())
+    third, third_log = start("third", 0)
+    wait_until(lambda: "Waiting for" in third_log.read_text())
     gate.touch()
     assert second.wait(100) == third.wait(100) == 0
-    assert "8 of 21 images are done" in said.read_text()
-    assert f"(process {second.pid})" in heard.read_text()
+    assert "8 of 21 images are done" in second_log.read_text()
+    assert f"another process ({second.pid})" in third_log.read_text()
     assert files_of(path) == undisturbed[0]
     assert sorted(calls(log)) == sorted(undisturbed[1] + undisturbed[1][4:5])
 
 
 @pytest.mark.parametrize("shards", [2, 5, 9])
-def test_shards_together_make_the_same_store(dataset, tmp_path, undisturbed, shards, caplog):
+def test_sequential_shards_give_the_same_store(dataset, tmp_path, undisturbed, shards, caplog):
     caplog.set_level(logging.INFO)
     log, path = tmp_path / "calls.txt", tmp_path / "store"
     order = np.random.default_rng(shards).permutation(shards).tolist()
     for index in order[:-1]:
         pending = extract(dataset, PixelExtractor(log), path, shard=(index, shards), **SETTINGS)
-        if pending is not None:  # only where the last shard has no batch at all
+        if pending is not None:  # None unless the last shard has no batches
             assert shards > BATCHES
     store = extract(dataset, PixelExtractor(log), path, shard=(order[-1], shards), **SETTINGS)
     assert files_of(store.path) == undisturbed[0]
@@ -367,7 +367,7 @@ def test_shards_together_make_the_same_store(dataset, tmp_path, undisturbed, sha
         assert "pending in other shards" in caplog.text
 
 
-def test_shards_at_the_same_time(dataset, tmp_path, undisturbed):
+def test_parallel_shards_give_the_same_store(dataset, tmp_path, undisturbed):
     log, path = tmp_path / "calls.txt", tmp_path / "store"
     children = [
         start(lambda: extract(dataset, PixelExtractor(log), path, shard=(index, 3), **SETTINGS))  # noqa: B023 - forked
@@ -379,8 +379,8 @@ def test_shards_at_the_same_time(dataset, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("late", [0.0, 1.5], ids=["together", "one late"])
-def test_processes_of_one_run(dataset, tmp_path, undisturbed, late):
-    """Each of three comes back with the whole store, whoever did what; every image was detected in once."""
+def test_together_returns_the_complete_store(dataset, tmp_path, undisturbed, late):
+    """Each of three processes gets the complete store; every image is processed once."""
     log, path = tmp_path / "calls.txt", tmp_path / "store"
 
     class Slow(PixelExtractor):
@@ -397,7 +397,7 @@ def test_processes_of_one_run(dataset, tmp_path, undisturbed, late):
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
 
-def test_what_a_dead_process_left_is_done_by_the_others(dataset, tmp_path, undisturbed):
+def test_batches_of_a_dead_process_are_done_by_others(dataset, tmp_path, undisturbed):
     path, begun, over = tmp_path / "store", tmp_path / "begun", tmp_path / "over"
 
     class Dies(PixelExtractor):
@@ -418,8 +418,8 @@ def test_what_a_dead_process_left_is_done_by_the_others(dataset, tmp_path, undis
     assert files_of(store.path) == undisturbed[0]
 
 
-def test_nothing_is_left_of_a_killed_process(dataset, tmp_path):
-    """Not even the process that decodes an image apart, which is about to send more than a pipe holds."""
+def test_child_processes_exit_with_a_killed_process(dataset, tmp_path):
+    """Including the isolated decoder process, which is sending more than the pipe buffer."""
 
     class Kills(Files):
         def image(self, i: int) -> Image.Image:
@@ -431,18 +431,18 @@ def test_nothing_is_left_of_a_killed_process(dataset, tmp_path):
     living, alive = os.pipe()
     path = tmp_path / "store"
     interrupted(dataset, path)
-    (tmp_path / "store.partial" / "shard-0-of-1.reading").write_text("12")  # where an earlier one died
+    (tmp_path / "store.partial" / "shard-0-of-1.reading").write_text("12")  # an earlier process crashed here
     pid = start(lambda: extract(Kills(tmp_path / "photos"), PixelExtractor(), path, **SETTINGS))
     os.close(alive)
     assert end(pid) == -signal.SIGKILL
     readable, _, _ = select.select([living], [], [], 60)
-    assert readable, "a process still holds the other end"
+    assert readable, "a process still has the pipe open"
     assert os.read(living, 1) == b""
     os.close(living)
 
 
-@pytest.mark.parametrize("mine", [(0, 2), (1, 3)])
-def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
+@pytest.mark.parametrize("shard", [(0, 2), (1, 3)])
+def test_conflicting_shards_are_refused(dataset, tmp_path, monkeypatch, shard):
     monkeypatch.setattr(extraction, "PATIENCE_S", 0.0)
     path, flag = tmp_path / "store", tmp_path / "flag"
 
@@ -455,9 +455,9 @@ def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
     try:
         wait_until(flag.exists)
         with pytest.raises(StoreError, match=rf"Process {pid} is extracting .* as shard-0-of-2"):
-            extract(dataset, PixelExtractor(), path, shard=mine, **SETTINGS)
-        # not even overwriting may pull the folder from under it
-        with pytest.raises(StoreError, match="begun for something else"):
+            extract(dataset, PixelExtractor(), path, shard=shard, **SETTINGS)
+        # overwrite must not remove a folder in use
+        with pytest.raises(StoreError, match=r"incomplete store .* is of another job"):
             extract(dataset, PixelExtractor(scale=2.0), path, shard=(1, 2), overwrite=True, **SETTINGS)
     finally:
         os.kill(pid, signal.SIGKILL)
@@ -466,7 +466,7 @@ def test_clashing_shards_are_refused(dataset, tmp_path, monkeypatch, mine):
 
 
 def interrupted(dataset, path, after: int = 3, **changes) -> None:
-    """Begin a store and stop after some calls of the extractor."""
+    """Interrupt an extraction after ``after`` extractor calls."""
 
     class Interrupted(PixelExtractor):
         left = after
@@ -481,27 +481,27 @@ def interrupted(dataset, path, after: int = 3, **changes) -> None:
         extract(dataset, Interrupted(), path, **SETTINGS | changes)
 
 
-def test_interrupt_says_how_to_go_on_and_goes_on(dataset, tmp_path, undisturbed, caplog):
+def test_interrupted_extraction_is_resumed(dataset, tmp_path, undisturbed, caplog):
     path, log = tmp_path / "store", tmp_path / "calls.txt"
     interrupted(dataset, path)
-    assert "The same command continues" in caplog.text
+    assert "Run the same command again to resume" in caplog.text
     extract(dataset, PixelExtractor(log), path, **SETTINGS)
     assert files_of(path) == undisturbed[0]
-    assert calls(log) == undisturbed[1][2:]  # the first batch is not done again
+    assert calls(log) == undisturbed[1][2:]  # the first batch is not repeated
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"m": 6}, "m=5, you asked for m=6"),
-        ({"views": 0}, "views=1, you asked for views=0"),
-        ({"view_seed": 7}, "view_seed=0, you asked for view_seed=7"),
-        ({"batch_size": 5}, "batch_size=4, you asked for batch_size=5"),
+        ({"m": 6}, "m=5, requested: m=6"),
+        ({"views": 0}, "views=1, requested: views=0"),
+        ({"view_seed": 7}, "view_seed=0, requested: view_seed=7"),
+        ({"batch_size": 5}, "batch_size=4, requested: batch_size=5"),
         ({"extractor": PixelExtractor(scale=2.0)}, PixelExtractor(scale=2.0).fingerprint[:8]),
-        ({"labels": ("cat", "cow", "sofa")}, "label 1 is 'dog', yours is 'cow'"),
+        ({"labels": ("cat", "cow", "sofa")}, "label 1 is 'dog', requested: 'cow'"),
     ],
 )
-def test_resuming_another_job_is_refused(dataset, tmp_path, change, told):
+def test_resuming_another_job_is_refused(dataset, tmp_path, change, message):
     path = tmp_path / "store"
     interrupted(dataset, path)
     before = files_of(tmp_path / "store.partial")
@@ -509,14 +509,14 @@ def test_resuming_another_job_is_refused(dataset, tmp_path, change, told):
     extractor = settings.pop("extractor", PixelExtractor())
     if "labels" in settings:
         dataset = Files(dataset.root, labels=settings.pop("labels"))
-    with pytest.raises(StoreError, match=re.escape(told)) as caught:
+    with pytest.raises(StoreError, match=re.escape(message)) as caught:
         extract(dataset, extractor, path, **settings)
     assert "`overwrite=True`" in str(caught.value)
     assert files_of(tmp_path / "store.partial") == before
     assert extract(dataset, extractor, path, overwrite=True, **settings).manifest.m == settings["m"]
 
 
-def test_a_beginning_without_results_is_no_obstacle(dataset, tmp_path):
+def test_partial_store_without_results_is_replaced(dataset, tmp_path):
     interrupted(dataset, tmp_path / "store", after=0)
     assert extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"m": 3}).manifest.m == 3
 
@@ -530,7 +530,7 @@ def test_finished_store_of_another_job_is_refused_and_kept(dataset, tmp_path, un
     assert files_of(path) == undisturbed[0]
 
 
-def test_overwriting_keeps_the_old_store_until_the_new_one_is_complete(dataset, tmp_path, undisturbed):
+def test_overwrite_keeps_the_old_store_until_completion(dataset, tmp_path, undisturbed):
     path = tmp_path / "undisturbed"
     interrupted(dataset, path, m=9, overwrite=True)
     assert files_of(path) == undisturbed[0]
@@ -539,7 +539,7 @@ def test_overwriting_keeps_the_old_store_until_the_new_one_is_complete(dataset, 
     assert not (tmp_path / "undisturbed.old").exists()
 
 
-def test_mended_images_are_read_when_extraction_goes_on(dataset, tmp_path):
+def test_replaced_images_are_read_on_resume(dataset, tmp_path):
     path = tmp_path / "store"
     interrupted(dataset, path)
     assert (writer._states(tmp_path / "store.partial")[:4] == [1, 1, 2, 1]).all()
@@ -550,46 +550,46 @@ def test_mended_images_are_read_when_extraction_goes_on(dataset, tmp_path):
 
 
 class Wrong(PixelExtractor):
-    """Spoils what it found in the image with the given bytes."""
+    """Extractor that modifies its output for one image."""
 
-    def __init__(self, dataset, image_id, spoil):
+    def __init__(self, dataset, image_id, corrupt):
         super().__init__()
-        self.target, self.spoil = np.asarray(dataset.image(dataset.ids.index(image_id))), spoil
+        self.target, self.corrupt = np.asarray(dataset.image(dataset.ids.index(image_id))), corrupt
 
     def __call__(self, images, m):
         found = super().__call__(images, m)
         for i, image in enumerate(images):
             pixels = image.mul(255).round().byte().permute(1, 2, 0).numpy()
             if np.array_equal(pixels, self.target):
-                found[i] = self.spoil(found[i])
+                found[i] = self.corrupt(found[i])
         return found
 
 
-def _spoilt(name, value):
-    def spoil(instances: Instances) -> Instances:
+def _corrupted(name, value):
+    def corrupt(instances: Instances) -> Instances:
         parts = {n: getattr(instances, n).clone() for n in ("boxes", "scores", "detected_labels", "features")}
         parts[name] = value(parts[name])
         return Instances(**parts)
 
-    return spoil
+    return corrupt
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("corrupt", "message"),
     [
-        (_spoilt("features", lambda f: f * float("nan")), "features that are NaN"),
-        (_spoilt("features", lambda f: f + 70000), "too large for float16"),
-        (_spoilt("boxes", lambda b: b / 0), "boxes that are NaN"),
-        (_spoilt("scores", lambda s: s.flip(0)), "highest score first"),
-        (_spoilt("features", lambda f: f[:, :3]), "features of shape"),
-        (_spoilt("scores", lambda s: s[:-1]), "scores of shape"),
+        (_corrupted("features", lambda f: f * float("nan")), "features that are NaN"),
+        (_corrupted("features", lambda f: f + 70000), "too large for float16"),
+        (_corrupted("boxes", lambda b: b / 0), "boxes that are NaN"),
+        (_corrupted("scores", lambda s: s.flip(0)), "not sorted by descending score"),
+        (_corrupted("features", lambda f: f[:, :3]), "features of shape"),
+        (_corrupted("scores", lambda s: s[:-1]), "scores of shape"),
         (lambda i: i.top(0), "0 instances, expected 1 to 5"),
     ],
 )
-def test_wrong_output_names_the_image_and_keeps_the_rest(dataset, tmp_path, spoil, told):
+def test_invalid_extractor_output_is_refused(dataset, tmp_path, corrupt, message):
     path = tmp_path / "store"
-    with pytest.raises(StoreError, match=told) as caught:
-        extract(dataset, Wrong(dataset, "0006", spoil), path, **SETTINGS)
+    with pytest.raises(StoreError, match=message) as caught:
+        extract(dataset, Wrong(dataset, "0006", corrupt), path, **SETTINGS)
     assert "'0006'" in str(caught.value)
     assert "pixels" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -597,7 +597,7 @@ def test_wrong_output_names_the_image_and_keeps_the_rest(dataset, tmp_path, spoi
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_other_errors_of_the_dataset_stop_with_their_own_line(dataset, tmp_path, workers, monkeypatch):
+def test_dataset_errors_are_raised_unchanged(dataset, tmp_path, workers, monkeypatch):
     def image(i):
         raise DataError("the archive is gone")
 
@@ -608,7 +608,7 @@ def test_other_errors_of_the_dataset_stop_with_their_own_line(dataset, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"m": 0}, "m must be 1 or more, got 0"),
         ({"m": -1}, "m must be 1 or more, got -1"),
@@ -619,27 +619,27 @@ def test_other_errors_of_the_dataset_stop_with_their_own_line(dataset, tmp_path,
         ({"shard": (0, 0)}, r"shard is \(0, 0\)"),
     ],
 )
-def test_settings_out_of_range(dataset, tmp_path, change, told):
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_arguments(dataset, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | change)
     assert not (tmp_path / "store.partial").exists()
 
 
-def test_an_empty_dataset_is_a_data_error(dataset, tmp_path):
+def test_empty_dataset_is_a_data_error(dataset, tmp_path):
     dataset.ids, dataset.targets = (), dataset.targets[:0]
     with pytest.raises(DataError, match="no images"):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
 
 
-def test_disk_full_at_the_start_says_how_much_is_needed(dataset, tmp_path, undisturbed, monkeypatch):
+def test_disk_full_at_the_start_reports_the_required_space(dataset, tmp_path, undisturbed, monkeypatch):
     def full(descriptor, offset, size):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full, raising=False)
-        with pytest.raises(StoreError, match=r"No room.*needs 7.\d+e-06 GB.*GB are free.*same command"):
+        with pytest.raises(StoreError, match=r"Not enough disk space.*needs 7.\d+e-06 GB.*GB are free.*same command"):
             extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
-    assert not (tmp_path / "store.partial").exists()  # the space is given back
+    assert not (tmp_path / "store.partial").exists()  # the space is freed
     assert files_of(tmp_path / "undisturbed") == undisturbed[0]
     extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
     assert files_of(tmp_path / "store") == undisturbed[0]
@@ -655,7 +655,7 @@ def test_file_system_without_preallocation(dataset, tmp_path, undisturbed, monke
 
 
 @pytest.mark.parametrize("nth", [1, 8, 20])
-def test_disk_full_later_keeps_what_was_done(dataset, tmp_path, undisturbed, monkeypatch, nth):
+def test_disk_full_later_keeps_finished_rows(dataset, tmp_path, undisturbed, monkeypatch, nth):
     path, log, left = tmp_path / "store", tmp_path / "calls.txt", nth
     write_all = writer._write_all
 
@@ -669,7 +669,7 @@ def test_disk_full_later_keeps_what_was_done(dataset, tmp_path, undisturbed, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "_write_all", full)
-        with pytest.raises(StoreError, match="No room"):
+        with pytest.raises(StoreError, match="Not enough disk space"):
             extract(dataset, PixelExtractor(log), path, **SETTINGS)
     extract(dataset, PixelExtractor(log), path, **SETTINGS)
     assert files_of(path) == undisturbed[0]
@@ -678,7 +678,7 @@ def test_disk_full_later_keeps_what_was_done(dataset, tmp_path, undisturbed, mon
 
 
 def test_file_size_limit_of_the_system(dataset, tmp_path, undisturbed):
-    """The kernel itself refuses: at allocation, and (files allocated, limit lowered afterwards) in mid-work."""
+    """The kernel refuses at allocation, and (limit lowered after allocation) during writing."""
     path = tmp_path / "store"
     message = tmp_path / "message.txt"
 
@@ -692,12 +692,12 @@ def test_file_size_limit_of_the_system(dataset, tmp_path, undisturbed):
             raise
 
     assert in_child(work) == 3
-    assert "No room for the instance store" in message.read_text()
+    assert "Not enough disk space for the instance store" in message.read_text()
     assert not (tmp_path / "store.partial").exists()
     interrupted(dataset, path)
     message.unlink()
     assert in_child(work) == 3
-    assert "No room for the instance store" in message.read_text()
+    assert "Not enough disk space for the instance store" in message.read_text()
     extract(dataset, PixelExtractor(), path, **SETTINGS)
     assert files_of(path) == undisturbed[0]
 
@@ -708,19 +708,19 @@ def _mount(folder: Path, options: str) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 64 KiB."""
+    """File system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.name != "posix" or os.geteuid() != 0 or not _mount(folder, "size=64k"):
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("requires permission to mount a tmpfs")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_really_full_disk(dataset, tmp_path, undisturbed, small_disk):
+def test_full_file_system(dataset, tmp_path, undisturbed, small_disk):
     path = small_disk / "store"
     (small_disk / "filling").write_bytes(b"x" * 50_000)
-    with pytest.raises(StoreError, match="No room"):
+    with pytest.raises(StoreError, match="Not enough disk space"):
         extract(dataset, PixelExtractor(), path, **SETTINGS)
     (small_disk / "filling").unlink()
     extract(dataset, PixelExtractor(), path, **SETTINGS)
@@ -729,7 +729,7 @@ def test_a_really_full_disk(dataset, tmp_path, undisturbed, small_disk):
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 def test_read_only_folder(dataset, undisturbed, tmp_path):
-    """Nothing can be written there: one line. A finished store there is opened all the same."""
+    """Writing fails with one line; a finished store can be opened."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "store").mkdir()
@@ -741,7 +741,7 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
         root = os.geteuid() == 0
         try:
             if root:
-                os.seteuid(65534)  # root may write everywhere
+                os.seteuid(65534)  # root can write everywhere
             store = InstanceStore.open(folder / "store")
             assert len(store.instances(0)) > 0
             with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*`path`"):
@@ -753,7 +753,7 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
             (folder / "store").chmod(0o755)
 
 
-def test_a_file_or_a_foreign_folder_in_the_way(dataset, tmp_path):
+def test_existing_file_or_other_folder_is_refused(dataset, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="Cannot write"):
         extract(dataset, PixelExtractor(), tmp_path / "file" / "store", **SETTINGS)
@@ -764,7 +764,7 @@ def test_a_file_or_a_foreign_folder_in_the_way(dataset, tmp_path):
     assert len(list(dataset.root.iterdir())) == 21
 
 
-def test_progress_without_a_terminal_is_log_lines(dataset, tmp_path, caplog, capsys):
+def test_progress_without_terminal_is_logged(dataset, tmp_path, caplog, capsys):
     caplog.set_level(logging.INFO)
     interrupted(dataset, tmp_path / "store")
     extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"progress": True})
@@ -784,7 +784,7 @@ def test_progress_on_a_terminal_is_a_bar(dataset, tmp_path, monkeypatch, capsys)
     assert "21/21" in shown
 
 
-def test_journal_and_job_are_what_the_docs_say(dataset, tmp_path):
+def test_partial_store_has_the_documented_files(dataset, tmp_path):
     interrupted(dataset, tmp_path / "store")
     partial = tmp_path / "store.partial"
     assert np.load(partial / "state.npy").dtype == np.uint8

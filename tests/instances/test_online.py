@@ -13,7 +13,7 @@ def epoch(images: OnlineImages, loader: DataLoader, number: int) -> dict[int, to
     return {row: image for batch in loader for row, image in zip(batch.rows.tolist(), batch.images, strict=True)}
 
 
-def test_plain_images_for_evaluation(tmp_path):
+def test_evaluation_images_are_not_augmented(tmp_path):
     dataset = Files(tmp_path / "photos", n=5)
     images = OnlineImages(dataset, train=False)
     batch = next(iter(DataLoader(images, batch_size=5, collate_fn=images.collate)))
@@ -28,7 +28,7 @@ def test_plain_images_for_evaluation(tmp_path):
 def test_views_depend_on_epoch_and_image_only(tmp_path):
     images = OnlineImages(Files(tmp_path / "photos", n=6), train=True, size=20, seed=1)
     here = DataLoader(images, batch_size=4, collate_fn=images.collate)
-    # workers that outlive an epoch must see the next one
+    # persistent workers must see the next epoch
     there = DataLoader(
         images, batch_size=3, shuffle=True, num_workers=2, persistent_workers=True, collate_fn=images.collate
     )
@@ -42,7 +42,7 @@ def test_views_depend_on_epoch_and_image_only(tmp_path):
     assert not torch.equal(other[0][1], images[0][1])
 
 
-def test_unreadable_images_are_left_out_and_counted_once(tmp_path, caplog):
+def test_unreadable_images_are_dropped_and_logged_once(tmp_path, caplog):
     dataset = Files(tmp_path / "photos", n=6)
     for image_id in ("0001", "0004", "0005"):
         dataset.file(image_id).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The shipped detector on the built-in dataset, through the store."""
+"""Extraction with the built-in detector and dataset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_scenes_through_the_store(tmp_path):
     for name in ("features", "boxes", "scores", "detected_labels"):
         assert np.array_equal(getattr(small, name), getattr(store, name)[:, :, :3]), name
     assert store.counts.max() > 3
-    for i in range(4):  # the first batch as the extractor sees it
+    for i in range(4):  # the first batch
         expected = extractor([to_tensor(dataset.image(j)) for j in range(4)], 16)[i]
         assert torch.equal(store.instances(i).boxes, expected.boxes)
         assert torch.equal(store.instances(i).features, expected.features.half().float())

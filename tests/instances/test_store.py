@@ -18,7 +18,7 @@ from gm_mlic.instances import InstanceStore, extract
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished store with one black image, and what it was made from."""
+    """Finished store with one black image, its dataset and extractor."""
     root = tmp_path_factory.mktemp("made")
     dataset, extractor = Files(root / "photos"), PixelExtractor()
     Image.new("RGB", (30, 20)).save(dataset.file("0003"))
@@ -27,14 +27,14 @@ def made(tmp_path_factory):
 
 
 def copy(store: InstanceStore, to: Path) -> Path:
-    """A store of its own that a test may damage."""
+    """Copy of a store that a test can damage."""
     to.mkdir()
     for file in store.path.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     return to
 
 
-def test_rows_hold_what_the_extractor_found(made):
+def test_rows_equal_the_extractor_output(made):
     dataset, extractor, store = made
     assert store.rows.tolist() == list(range(21))
     ragged = set()
@@ -56,7 +56,7 @@ def test_rows_hold_what_the_extractor_found(made):
     assert np.array_equal(store.difficult, dataset.difficult)
 
 
-def test_an_image_without_detections_has_the_whole_image(made):
+def test_image_without_detections_has_the_whole_image(made):
     store = made[2]
     for m in (None, 1, 8):
         found = store.instances(3, m=m)
@@ -100,7 +100,7 @@ def test_pickles_by_path(made):
     assert np.array_equal(again.features, store.features)
 
 
-def test_manifest_says_what_and_with_what(made):
+def test_manifest_content(made):
     dataset, extractor, store = made
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert manifest["dataset"] == "files"
@@ -115,14 +115,14 @@ def test_manifest_says_what_and_with_what(made):
     assert str(store.path.parent) not in json.dumps(manifest)
 
 
-def test_check_accepts_what_the_store_serves(made):
+def test_check_accepts_matching_arguments(made):
     dataset, extractor, store = made
     store.check()
     store.check(dataset, extractor, m=8, views=2, view_size=32, view_seed=0)
     store.check(m=1, views=0)
 
 
-def test_check_names_both_sides(made, tmp_path):
+def test_check_reports_stored_and_requested_values(made, tmp_path):
     dataset, extractor, store = made
 
     def refusal(**asked):
@@ -138,9 +138,9 @@ def test_check_names_both_sides(made, tmp_path):
     message = refusal(extractor=other)
     assert extractor.fingerprint[:8] in message
     assert other.fingerprint[:8] in message
-    assert "label 1 is 'dog', yours is 'cow'" in refusal(dataset=Files(dataset.root, labels=("cat", "cow", "sofa")))
-    assert "3 labels, you asked for 4" in refusal(dataset=Files(dataset.root, labels=("cat", "dog", "sofa", "x")))
-    assert "21 images, you asked for 20" in refusal(dataset=Files(dataset.root, n=20))
+    assert "label 1 is 'dog', requested: 'cow'" in refusal(dataset=Files(dataset.root, labels=("cat", "cow", "sofa")))
+    assert "3 labels, requested: 4" in refusal(dataset=Files(dataset.root, labels=("cat", "dog", "sofa", "x")))
+    assert "21 images, requested: 20" in refusal(dataset=Files(dataset.root, n=20))
     assert "targets" in refusal(dataset=Files(dataset.root, seed=1))
     renamed = Files(dataset.root)
     renamed.split = "val"
@@ -151,7 +151,7 @@ def test_check_names_both_sides(made, tmp_path):
     message = refusal(views=5)
     assert "2 augmented" in message
     assert "`views=5`" in message
-    assert "view_seed=0, you asked for view_seed=9" in refusal(views=1, view_seed=9)
+    assert "view_seed=0, requested: view_seed=9" in refusal(views=1, view_seed=9)
 
 
 @pytest.mark.parametrize("m", [0, -3])
@@ -162,7 +162,7 @@ def test_m_below_one_is_a_config_error(made, m):
         made[2].check(m=m)
 
 
-def test_asking_for_more_than_is_there(made):
+def test_unavailable_views_and_slots(made):
     with pytest.raises(StoreError, match="m=8"):
         made[2].instances(0, m=9)
     with pytest.raises(StoreError, match="views 0 to 2"):
@@ -202,7 +202,7 @@ def test_pickled_objects_are_never_loaded(made, tmp_path):
         InstanceStore.open(path)
 
 
-def test_verify_finds_a_changed_byte(made, tmp_path):
+def test_verify_detects_a_changed_byte(made, tmp_path):
     path = copy(made[2], tmp_path / "flipped")
     InstanceStore.open(path).verify()
     data = bytearray((path / "scores.npy").read_bytes())

@@ -30,10 +30,8 @@ VOC = {"target_format": "voc", "allow_all_present": True}
     levels=st.sampled_from([2, 10, 10**6]),
     difficult=st.booleans(),
 )
-def test_each_resample_is_what_the_evaluator_gives_for_its_images(
-    N: int, C: int, seed: int, levels: int, difficult: bool
-) -> None:
-    """Draw the same images, copy their rows, and evaluate: every rule, ties, copies, labels that drop out."""
+def test_resamples_equal_the_evaluator(N: int, C: int, seed: int, levels: int, difficult: bool) -> None:
+    """Evaluate the same drawn rows: all rules, ties, copies, labels without positives."""
     one, two, targets = tables(N, C, seed, levels, difficult)
     rules = [*CONVENTIONS.values(), Convention(ap="envelope", difficult_ap="positive")]
     result = bootstrap_map([one, two], targets, rules, resamples=4, seed=seed, **VOC)
@@ -47,7 +45,7 @@ def test_each_resample_is_what_the_evaluator_gives_for_its_images(
                 np.testing.assert_allclose(result[k, m, b], 100 * AP.nanmean().item(), atol=1e-9)
 
 
-def test_resamples_are_seeded_and_the_first_of_more() -> None:
+def test_resamples_are_seeded_and_nested() -> None:
     one, _, targets = tables(50, 3, 0, 100, True)
     rules = [CONVENTIONS["mlgcn"]]
     few, more, other = (
@@ -72,8 +70,8 @@ def test_no_positive_gives_nan() -> None:
     assert all(math.isnan(end) for end in interval(result[0, 0]))
 
 
-def test_an_interval_covers_the_true_map_about_as_often_as_it_says() -> None:
-    """200 samples of 150 images of a known population: 90 % intervals hold its mAP in 84 to 96 % of them."""
+def test_interval_coverage() -> None:
+    """For 200 samples of 150 images of a known population, 90 % intervals cover its mAP in 84 to 96 % of the cases."""
     rng = np.random.default_rng(0)
     targets = rng.random((40_000, 2)) < 0.3
     scores = torch.sigmoid(torch.from_numpy((rng.normal(size=targets.shape) + 2 * targets - 1).astype(np.float32)))
@@ -87,22 +85,22 @@ def test_an_interval_covers_the_true_map_about_as_often_as_it_says() -> None:
     assert 0.84 <= hits / 200 <= 0.96
 
 
-def test_interval_leaves_out_nan() -> None:
+def test_interval_ignores_nan() -> None:
     values = np.concatenate([np.arange(101.0), [math.nan] * 7])
     np.testing.assert_allclose(interval(values), (2.5, 97.5))
     np.testing.assert_allclose(interval(values, level=0.5), (25, 75))
 
 
 def test_p_values() -> None:
-    assert p_value(np.zeros(999)) == 1.0  # the same model twice
+    assert p_value(np.zeros(999)) == 1.0  # identical models
     assert p_value(np.ones(999)) == pytest.approx(2 / 1000)
     assert p_value(-np.ones(999)) == pytest.approx(2 / 1000)
     assert p_value(np.r_[np.ones(980), -np.ones(19)]) == pytest.approx(40 / 1000)
     assert p_value(np.r_[np.ones(980), -np.ones(19), np.full(5, math.nan)]) == pytest.approx(40 / 1000)
 
 
-def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
-    """Models of clearly different and of equal quality."""
+def test_p_is_small_if_the_interval_excludes_zero() -> None:
+    """Models of clearly different and of equal accuracy."""
     rng = np.random.default_rng(3)
     targets = torch.from_numpy((rng.random((400, 3)) < 0.3).astype(int))
     good, same, bad = (
@@ -117,11 +115,11 @@ def test_p_is_small_where_the_interval_leaves_out_zero() -> None:
     assert p_value(drawn[0] - drawn[1]) > 0.05
 
 
-def test_bad_input() -> None:
+def test_invalid_input() -> None:
     one, _, targets = tables(5, 2, 0, 10, False)
-    with pytest.raises(ConfigError, match="resamples is 0"):
+    with pytest.raises(ConfigError, match="resamples must be 1 or more, got 0"):
         bootstrap_map([one], targets, [CONVENTIONS["mlgcn"]], 0, **VOC)
     with pytest.raises(DataError, match="differ in shape"):
         bootstrap_map([one, one[:3]], targets, [CONVENTIONS["mlgcn"]], 3, **VOC)
-    with pytest.raises(DataError, match="nothing to evaluate"):
+    with pytest.raises(DataError, match="no scores to evaluate"):
         bootstrap_map([one[:0]], targets[:0], [CONVENTIONS["mlgcn"]], 3)

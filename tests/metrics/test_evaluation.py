@@ -32,7 +32,7 @@ def scored(seed: int, models: int = 1, labels: tuple[str, ...] | None = LABELS, 
     return ScoredImages(tuple(scores), present, difficult, None, labels)
 
 
-def test_every_number_is_that_of_its_part() -> None:
+def test_results_equal_the_underlying_functions() -> None:
     images, val = scored(0, models=2), scored(1)
     result = evaluate_scores(images, val=val, bootstrap=30, seed=5)
     assert json.loads(json.dumps(result)) == result
@@ -65,7 +65,7 @@ def test_every_number_is_that_of_its_part() -> None:
         assert list(result["thresholds"][convention]) == list(LABELS)
 
 
-def test_a_model_against_itself() -> None:
+def test_model_against_itself() -> None:
     images = scored(0)
     twice = ScoredImages((images.scores[0],) * 2, images.targets, images.difficult)
     result = evaluate_scores(twice, bootstrap=20)
@@ -74,13 +74,13 @@ def test_a_model_against_itself() -> None:
     assert list(result["metrics"]["asl"]["AP"]) == ["0", "1", "2"]
 
 
-def test_without_resamples_there_are_no_intervals() -> None:
+def test_no_intervals_without_bootstrap() -> None:
     result = evaluate_scores(scored(0, models=2), bootstrap=0)
     assert not {"intervals", "difference", "bootstrap"} & set(result)
     assert "against" in result
 
 
-def test_validation_images_with_other_labels_are_refused() -> None:
+def test_different_validation_labels_are_refused() -> None:
     with pytest.raises(DataError, match="label 0 is 'dog' and 'cat'"):
         evaluate_scores(scored(0), val=scored(1, labels=("dog", "cat", "unicorn")), bootstrap=0)
     fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2])
@@ -88,9 +88,7 @@ def test_validation_images_with_other_labels_are_refused() -> None:
         evaluate_scores(scored(0), val=fewer, bootstrap=0)
 
 
-def test_progress_is_logged_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_without_terminal_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(evaluation, "_LOG_S", -1.0)
     with caplog.at_level("INFO", logger="gm_mlic"):
         evaluate_scores(scored(0), bootstrap=130)
@@ -121,7 +119,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-def test_perfect_scores_on_the_labels_of_voc_2007(shared_data: Path) -> None:
+def test_perfect_scores_on_voc_2007(shared_data: Path) -> None:
     content = np.load(shared_data / "labels" / "voc2007.npz")
     targets = torch.from_numpy(content["test"])
     labels = tuple(content["labels"].tolist())
@@ -130,5 +128,5 @@ def test_perfect_scores_on_the_labels_of_voc_2007(shared_data: Path) -> None:
     for convention, values in result["metrics"].items():
         assert values["mAP"] == pytest.approx(100), convention
         assert result["intervals"][convention] == pytest.approx([100, 100])
-    # A difficult label scores 0.5: predicted, and wrong where it counts as a negative.
+    # A difficult label has score 0.5: predicted, and a false positive if counted as negative.
     assert result["metrics"]["mlgcn"]["OP"] < 100 == result["metrics"]["mmpretrain"]["OP"]

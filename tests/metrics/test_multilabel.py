@@ -22,11 +22,11 @@ from gm_mlic.metrics import (
     predicted,
 )
 
-# ---- The definitions, as plain loops over one label or one image. They share no code with the package. ----
+# ---- Reference implementation: loops over one label or image, independent of the package ----
 
 
 def loop_ap(scores: list[float], targets: list[int], ap: str, difficult: str) -> float:
-    """AP of one label, from the definition."""
+    """AP of one label by definition."""
     rows = [(s, t) for s, t in zip(scores, targets, strict=True) if not (t == 0 and difficult == "ignore")]
     rows = [(s, t == 1 or (t == 0 and difficult == "positive")) for s, t in rows]
     total = sum(t for _, t in rows)
@@ -49,7 +49,7 @@ def loop_ap(scores: list[float], targets: list[int], ap: str, difficult: str) ->
         return area
     if ap == "voc11":
         return sum(max(p for h, p in points if 10 * h >= k * total) for k in range(11)) / 11
-    area, before = 0.0, 0  # envelope: step over each recall level with the best precision at that recall or beyond
+    area, before = 0.0, 0  # envelope: maximum precision at each recall level or beyond
     for hits in range(1, total + 1):
         area += (hits - before) / total * max(p for h, p in points if h >= hits)
         before = hits
@@ -111,7 +111,7 @@ def assert_same(result: dict[str, torch.Tensor], expected: dict[str, float | lis
 
 @st.composite
 def score_tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
-    """Scores with many ties and exact thresholds; targets with absent labels and difficult ones."""
+    """Scores with many ties and exact thresholds; targets with difficult labels and labels without positives."""
     N, C = draw(st.integers(1, 14)), draw(st.integers(1, 6))
     levels = draw(st.sampled_from([(0.0, 0.5, 1.0), (0.25, 0.5, 0.8, 0.9), tuple(np.linspace(0, 1, 41).tolist())]))
     scores = draw(st.lists(st.sampled_from(levels), min_size=N * C, max_size=N * C))
@@ -121,7 +121,7 @@ def score_tables(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(scores: np.ndarray, targets: np.ndarray, *args, **options) -> dict[str, torch.Tensor]:
-    """Of targets in {1, 0, -1}."""
+    """Metrics of targets in {1, 0, -1}."""
     metric = voc_metrics(scores.shape[1], *args, **options)
     metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
     return metric.compute()
@@ -156,8 +156,8 @@ def test_every_option_equals_the_loops(table: tuple[np.ndarray, np.ndarray], opt
     assert_same(evaluate(*table, **options), loop_metrics(*table, Convention(**options)))
 
 
-def test_presets_are_those_of_the_literature() -> None:
-    """Evaluation conventions, as in the table of public codebases: AP, difficult in AP and F1, F1, threshold, top-3."""
+def test_conventions_of_the_literature() -> None:
+    """Options of public code bases: AP, difficult in AP and F1, F1, threshold, top-3."""
     facts = {
         name: (p.ap, p.difficult_ap, p.difficult_f1, p.f1, p.threshold, p.compare, p.topk, p.topk_ties)
         for name, p in CONVENTIONS.items()
@@ -172,7 +172,7 @@ def test_presets_are_those_of_the_literature() -> None:
     }
 
 
-# ---- scikit-learn, where it has the number ----
+# ---- Comparison with scikit-learn ----
 
 
 def random_table(N: int, C: int, seed: int = 0, share: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -190,7 +190,7 @@ def test_average_precision_against_scikit_learn(decimals: int) -> None:
     result = evaluate(scores, targets, "ctran")
     np.testing.assert_allclose(result["AP"], 100 * expected, atol=1e-9)
     np.testing.assert_allclose(result["mAP"], 100 * expected.mean(), atol=1e-9)
-    if decimals == 12:  # without ties, grouping ties changes nothing
+    if decimals == 12:  # without ties, both rules are equal
         np.testing.assert_allclose(evaluate(scores, targets)["AP"], 100 * expected, atol=1e-9)
 
 
@@ -215,29 +215,29 @@ def test_precision_recall_f1_against_scikit_learn() -> None:
         np.testing.assert_allclose([result["top3/OP"], result["top3/OR"], result["top3/OF1"]], micro[:3])
 
 
-# ---- Worked by hand ----
+# ---- Manually computed examples ----
 
 
-def test_the_four_ap_rules_by_hand() -> None:
+def test_ap_rules_manually() -> None:
     """Ranks: +, -, +, +, -: precisions 1, 1/2, 2/3, 3/4, 3/5."""
     scores = torch.tensor([[0.9], [0.8], [0.7], [0.6], [0.5]])
     targets = torch.tensor([[1], [0], [1], [1], [0]])
     assert average_precision(scores, targets, "rank").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert average_precision(scores, targets, "sklearn").item() == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
     assert average_precision(scores, targets, "envelope").item() == pytest.approx((1 + 3 / 4 + 3 / 4) / 3)
-    # Recalls 0, .1, .2, .3 have precision 1 (recall 1/3 is reached at once), the other seven 3/4.
+    # Recalls 0, .1, .2, .3 have precision 1 (the first rank has recall 1/3), the other seven 3/4.
     assert average_precision(scores, targets, "voc11").item() == pytest.approx((4 + 7 * 0.75) / 11)
 
 
 def test_eleven_point_recalls_are_exact() -> None:
-    """Three positives of ten reach recall 0.3, although 3 * 0.1 > 0.3 in floating point."""
+    """3 of 10 positives reach recall 0.3, although 3 * 0.1 > 0.3 in floating point."""
     targets = torch.tensor([1, 1, 1] + [0] * 10 + [1] * 7)[:, None]
     scores = torch.linspace(1, 0, 20)[:, None]
     late = max(k / (k + 10) for k in range(4, 11))
     assert average_precision(scores, targets, "voc11").item() == pytest.approx((4 + 7 * late) / 11)
 
 
-def test_ties_rank_in_row_order() -> None:
+def test_ties_are_ranked_in_row_order() -> None:
     half = torch.full((4, 1), 0.5)
     first, last = torch.tensor([[1], [0], [0], [0]]), torch.tensor([[0], [0], [0], [1]])
     assert average_precision(half, first).item() == 1.0
@@ -245,7 +245,7 @@ def test_ties_rank_in_row_order() -> None:
     assert average_precision(half, first, "sklearn").item() == average_precision(half, last, "sklearn").item() == 0.25
 
 
-def test_labels_without_positives_are_left_out_and_named() -> None:
+def test_labels_without_positives_are_excluded() -> None:
     scores = np.array([[0.9, 0.9, 0.2], [0.1, 0.8, 0.9]])
     targets = np.array([[1, -1, 0], [-1, -1, 1]])
     metric = voc_metrics(3, labels=("cat", "unicorn", "dog"))
@@ -255,10 +255,10 @@ def test_labels_without_positives_are_left_out_and_named() -> None:
     assert torch.isnan(result["AP"]).tolist() == [False, True, False]
     assert result["mAP"] == 100
     assert result["CP"] == 100
-    assert result["OP"] == 50  # the unicorn's two predictions are still wrong
+    assert result["OP"] == 50  # two false positives of the excluded label
 
 
-def test_no_positive_at_all_gives_nan_means_and_zero_overall() -> None:
+def test_no_positives_give_nan_means_and_zero_overall() -> None:
     result = evaluate(np.full((3, 2), 0.9), np.full((3, 2), -1))
     assert all(math.isnan(result[name]) for name in ("mAP", "CP", "CR", "CF1"))
     assert [result[name].item() for name in ("OP", "OR", "OF1")] == [0, 0, 0]
@@ -270,17 +270,17 @@ def test_top3_ties(ties: str, expected: list[int]) -> None:
     assert predicted(scores, Convention(topk_ties=ties), top=3).int().tolist() == [expected]
 
 
-def test_a_score_at_the_threshold() -> None:
-    """float32's 0.8 is a little above 0.8; it still is the threshold."""
+def test_score_equal_to_the_threshold() -> None:
+    """0.8 in float32 is above 0.8, but equals the rounded threshold."""
     scores = torch.tensor([[0.8]], dtype=torch.float32)
     assert predicted(scores, get_convention(threshold=0.8)).item()
     assert not predicted(scores, get_convention("asl")).item()
 
 
-# ---- As an object: batches, processes, copies ----
+# ---- Metric object: batches, processes, copies ----
 
 
-def test_batches_add_up_and_reset_clears() -> None:
+def test_batches_accumulate_and_reset() -> None:
     scores, targets = random_table(53, 5)
     metric = voc_metrics(5)
     for _ in range(2):
@@ -288,11 +288,11 @@ def test_batches_add_up_and_reset_clears() -> None:
             metric.update(torch.from_numpy(scores[rows]), torch.from_numpy(targets[rows]))
         assert_same(metric.compute(), loop_metrics(scores, targets, CONVENTIONS["mlgcn"]))
         metric.reset()
-    with pytest.raises(DataError, match="nothing to evaluate"):
+    with pytest.raises(DataError, match="no scores to evaluate"):
         metric.compute()
 
 
-def test_inputs_are_neither_changed_nor_kept() -> None:
+def test_inputs_are_copied() -> None:
     scores, targets = (torch.from_numpy(array) for array in random_table(20, 4))
     targets[3] = 0
     before = scores.clone(), targets.clone()
@@ -317,7 +317,7 @@ def test_binary_targets() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torch.dtype) -> None:
+def test_low_precision_scores_are_exact(dtype: torch.dtype) -> None:
     scores, targets = random_table(60, 4)
     low = torch.from_numpy(scores).to(dtype)
     metric = voc_metrics(4)
@@ -326,8 +326,8 @@ def test_low_precision_scores_give_the_numbers_of_their_exact_values(dtype: torc
 
 
 @pytest.mark.parametrize("N", [12, 13])
-def test_rows_padded_by_a_sampler_count_once(N: int) -> None:
-    """Three processes with ceil(N / 3) interleaved rows each, padded with the first, as by DistributedSampler."""
+def test_padded_rows_count_once(N: int) -> None:
+    """Three processes with ceil(N / 3) interleaved rows each, padded with the first, as in DistributedSampler."""
     scores, targets = random_table(N, 4)
     scores = scores.round(1)
     padded = (list(range(N)) * 2)[: -(-N // 3) * 3]
@@ -342,23 +342,23 @@ def _worker(process: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=process, world_size=3)
     scores, targets = random_table(7, 4)
     metric = voc_metrics(4)
-    for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one repeated row, one process without any
+    for row in ([0, 2, 4, 6], [1, 3, 5, 0], [])[process]:  # uneven, one duplicate row, one process without rows
         metric.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
     presets = {convention: voc_metrics(4, convention) for convention in CONVENTIONS}
-    rows, targets[4, 2] = ([6, 0, 2, 4], [5, 3, 1, 0], [])[process], 0  # out of order, and a difficult label
+    rows, targets[4, 2] = ([6, 0, 2, 4], [5, 3, 1, 0], [])[process], 0  # unsorted, and a difficult label
     for other in presets.values():
         for row in rows:
             other.update(torch.from_numpy(scores[[row]]).float(), torch.from_numpy(targets[[row]]), ids=[row])
     collected = [part.numpy() for part in presets["mlgcn"].collected() if part is not None]
     numbers = {name: {k: v.numpy() for k, v in other.compute().items()} for name, other in presets.items()}
-    assert sum(map(len, presets["mlgcn"].scores)) == len(rows)  # each process has its own rows again
+    assert sum(map(len, presets["mlgcn"].scores)) == len(rows)  # local rows are restored after synchronization
     result = {name: value.numpy() for name, value in metric.compute().items()}
     Path(f"{folder}/{process}.pickle").write_bytes(pickle.dumps((result, numbers, collected)))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_three_real_processes(tmp_path: Path) -> None:
+def test_three_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=3)
     got = [pickle.loads((tmp_path / f"{process}.pickle").read_bytes()) for process in range(3)]
     scores, targets = random_table(7, 4)
@@ -376,7 +376,7 @@ def test_three_real_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
 @pytest.mark.parametrize(("labels", "images", "threads"), [(1, 1, 1), (3, 7, 2), (2, 64, 3), (100, 9, 2)])
-def test_blocks_and_threads_do_not_show(
+def test_results_do_not_depend_on_blocks_and_threads(
     monkeypatch: pytest.MonkeyPatch, convention: str, labels: int, images: int, threads: int
 ) -> None:
     scores, targets = random_table(64, 7)
@@ -384,12 +384,12 @@ def test_blocks_and_threads_do_not_show(
     targets[::5, ::2] = 0
     monkeypatch.setattr(functional, "_LABELS", labels)
     monkeypatch.setattr(functional, "_IMAGES", images)
-    monkeypatch.setattr(functional, "_MANY", 0)
+    monkeypatch.setattr(functional, "_MIN_THREADED", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert_same(evaluate(scores, targets, convention), loop_metrics(scores, targets, CONVENTIONS[convention]))
 
 
-# ---- The quick sort of float32 scores ----
+# ---- Fast sorting of float32 scores ----
 
 
 @settings(max_examples=200, deadline=None)
@@ -403,8 +403,8 @@ def test_blocks_and_threads_do_not_show(
         max_size=40,
     )
 )
-def test_float32_scores_rank_as_python_sorts_them(scores: list[float]) -> None:
-    """Subnormal numbers, neighbours and both zeros included; equal scores stay in row order."""
+def test_float32_sort_is_stable(scores: list[float]) -> None:
+    """Includes subnormal and adjacent numbers and both zeros; ties keep row order."""
     array = np.array(scores, dtype=np.float32)
     expected = sorted(range(len(scores)), key=lambda i: -float(array[i]))
     everything = np.ones(len(scores), dtype=bool)
@@ -418,17 +418,17 @@ def test_float32_scores_rank_as_python_sorts_them(scores: list[float]) -> None:
 @settings(max_examples=40, deadline=None)
 @given(table=score_tables())
 def test_float32_and_float64_agree(convention: str, table: tuple[np.ndarray, np.ndarray]) -> None:
-    """The two ways to sort, on values that both types have exactly."""
+    """Both sorting methods agree on values that are exact in both types."""
     scores, targets = (table[0] * 8).round() / 8, table[1]
     single, double = evaluate(scores.astype(np.float32), targets, convention), evaluate(scores, targets, convention)
     for name, value in double.items():
         assert torch.equal(single[name].nan_to_num(-1), value.nan_to_num(-1)), name
 
 
-# ---- A threshold for each label ----
+# ---- Per-label thresholds ----
 
 
-def test_thresholds_of_labels_equal_single_labels() -> None:
+def test_per_label_thresholds_equal_single_labels() -> None:
     scores, targets = random_table(40, 3)
     each = (0.3, 0.5, 0.9)
     result = evaluate(scores, targets, threshold=torch.tensor(each, dtype=torch.float64), f1="mean_of")
@@ -441,7 +441,7 @@ def test_thresholds_of_labels_equal_single_labels() -> None:
             evaluate(scores, targets, threshold=wrong)
 
 
-# ---- Bad input ----
+# ---- Invalid input ----
 
 GOOD = torch.full((2, 3), 0.5)
 ABSENT = torch.zeros(2, 3)
@@ -453,33 +453,33 @@ ABSENT = torch.zeros(2, 3)
         (torch.tensor([[0.5, 0.5, 0.5], [0.5, math.nan, 0.5]]), ABSENT, "row 1, label 1"),
         (GOOD * 3, ABSENT, "sigmoid"),
         (GOOD - 1, ABSENT, "sigmoid"),
-        (GOOD * math.inf, ABSENT, "not in"),
+        (GOOD * math.inf, ABSENT, r"expected \[0, 1\]"),
         (GOOD[:, :2], ABSENT, "shape"),
         (GOOD, ABSENT[:1], "shape"),
         (GOOD[0], ABSENT[0], "shape"),
-        (GOOD, ABSENT - 1, "targets hold -1: pass target_format='voc'"),
-        (GOOD, ABSENT - 2, "targets hold -2: use 1"),
-        (GOOD, ABSENT - 0.5, "targets hold -0.5"),
-        (GOOD, ABSENT * math.nan, "targets hold nan"),
+        (GOOD, ABSENT - 1, "targets contain -1: pass target_format='voc'"),
+        (GOOD, ABSENT - 2, "targets contain -2: use 1"),
+        (GOOD, ABSENT - 0.5, "targets contain -0.5"),
+        (GOOD, ABSENT * math.nan, "targets contain nan"),
         ((GOOD > 0).int(), ABSENT, "floating"),
     ],
 )
-def test_bad_batches_are_refused_in_one_line(scores: torch.Tensor, targets: torch.Tensor, message: str) -> None:
+def test_invalid_batches_are_refused(scores: torch.Tensor, targets: torch.Tensor, message: str) -> None:
     metric = MultiLabelMetrics(3)
     with pytest.raises(DataError, match=message) as caught:
         metric.update(scores, targets)
     assert "\n" not in str(caught.value)
-    assert metric.scores == []  # a refused batch leaves nothing behind
+    assert metric.scores == []  # refused batches are not accumulated
 
 
-def test_bad_ids_are_refused() -> None:
+def test_invalid_ids_are_refused() -> None:
     for ids in ([0], [0.0, 1.0], [0, -1], [[0], [1]]):
         with pytest.raises(DataError, match="ids"):
             MultiLabelMetrics(3).update(GOOD, ABSENT, ids=ids)
     metric = MultiLabelMetrics(3)
     metric.update(GOOD, ABSENT, ids=[0, 1])
     metric.update(GOOD, 1 - ABSENT, ids=[2, 1])
-    with pytest.raises(DataError, match="id 1 came twice"):
+    with pytest.raises(DataError, match="id 1 occurs twice"):
         metric.compute()
     metric = MultiLabelMetrics(3)
     metric.update(GOOD, ABSENT, ids=[0, 1])
@@ -495,12 +495,12 @@ def test_bad_ids_are_refused() -> None:
         {"thresh": 0.5}, {"target_format": "pm1"}, {"labels": ("a",)}, {"compare": ">="}, {"num_labels": 0},
     ],
 )  # fmt: skip
-def test_unknown_settings_are_refused(options: dict) -> None:
+def test_invalid_arguments(options: dict) -> None:
     with pytest.raises(ConfigError):
         MultiLabelMetrics(**({"num_labels": 3} | options))
 
 
-def test_numbers_do_not_depend_on_the_order_of_labels() -> None:
+def test_metrics_do_not_depend_on_label_order() -> None:
     scores, targets = random_table(40, 5)
     reference = evaluate(scores, targets)
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):

@@ -52,7 +52,7 @@ WRITERS: dict[str, Callable[[Path, str, np.ndarray], Path]] = {
 
 @pytest.mark.parametrize("of_scores", WRITERS)
 @pytest.mark.parametrize("of_targets", WRITERS)
-def test_every_kind_of_file_reads_alike(tmp_path: Path, of_scores: str, of_targets: str) -> None:
+def test_all_formats_are_equivalent(tmp_path: Path, of_scores: str, of_targets: str) -> None:
     scores = [WRITERS[of_scores](tmp_path, "scores", SCORES)]
     for form, written in (("binary", TARGETS), ("voc", VOC)):
         images = read_scored_images(scores, WRITERS[of_targets](tmp_path, "targets", written), form)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_every_kind_of_file_reads_alike(tmp_path: Path, of_scores: str, of_targe
     np.testing.assert_array_equal(images.difficult, DIFFICULT)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_write_and_read(tmp_path: Path) -> None:
     path = tmp_path / "test.npz"
     scores = torch.from_numpy(SCORES).float()
     for difficult in (None, torch.from_numpy(DIFFICULT)):
@@ -76,7 +76,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert (images.difficult is None) == (difficult is None)
     assert images.difficult is not None
     np.testing.assert_array_equal(images.difficult, DIFFICULT)
-    with pytest.raises(DataError, match="targets hold -1"):
+    with pytest.raises(DataError, match="targets contain -1"):
         write_scored_images(path, scores, torch.from_numpy(VOC), IDS, LABELS)
 
 
@@ -85,15 +85,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_rows_are_matched_by_id(tmp_path_factory: pytest.TempPathFactory, order: list[int], other: list[int]) -> None:
     folder = tmp_path_factory.mktemp("files")
     ids = np.array(IDS)
-    mine = write_csv(folder / "scores.csv", SCORES[order], ids[order])
+    scores = write_csv(folder / "scores.csv", SCORES[order], ids[order])
     theirs = write_npz(folder / "other.npz", scores=1 - SCORES[other], ids=ids[other])
-    images = read_scored_images([mine, theirs], write_npz(folder / "targets.npz", targets=TARGETS, ids=ids))
+    images = read_scored_images([scores, theirs], write_npz(folder / "targets.npz", targets=TARGETS, ids=ids))
     np.testing.assert_array_equal(images.scores[0], SCORES)
     np.testing.assert_array_equal(images.scores[1], 1 - SCORES)
     assert images.ids == IDS
 
 
-def test_ids_that_are_numbers_match_as_texts(tmp_path: Path) -> None:
+def test_numeric_ids_match_as_strings(tmp_path: Path) -> None:
     scores = write_npz(tmp_path / "s.npz", scores=SCORES, ids=[10, 20, 30, 40])
     targets = write_csv(tmp_path / "t.csv", TARGETS[::-1], ["40", "30", "20", "10"])
     images = read_scored_images([scores], targets)
@@ -101,7 +101,7 @@ def test_ids_that_are_numbers_match_as_texts(tmp_path: Path) -> None:
     assert images.ids == ("40", "30", "20", "10")
 
 
-def test_files_without_names_are_matched_by_row(tmp_path: Path) -> None:
+def test_files_without_ids_are_matched_by_row(tmp_path: Path) -> None:
     images = read_scored_images(
         [write_npz(tmp_path / "s.npz", scores=SCORES)], write_csv(tmp_path / "t.csv", TARGETS, None)
     )
@@ -110,8 +110,8 @@ def test_files_without_names_are_matched_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("header", ["", "id", "Image_ID", "file_name", "photo"])
-def test_the_id_column_of_a_csv(tmp_path: Path, header: str) -> None:
-    """By its header, or (photo) because no cell is a number."""
+def test_id_column_of_csv(tmp_path: Path, header: str) -> None:
+    """Detected by its header, or (photo) because no cell is a number."""
     ids = ["x", "y", "z", "w"] if header == "photo" else ["1", "2", "3", "4"]
     targets = write_npz(tmp_path / "t.npz", targets=TARGETS)
     images = read_scored_images([write_csv(tmp_path / "s.csv", SCORES, ids, id_header=header)], targets)
@@ -131,13 +131,13 @@ def test_target_formats(tmp_path: Path) -> None:
         np.testing.assert_array_equal(images.targets, TARGETS)
         assert images.difficult is None or np.array_equal(images.difficult, DIFFICULT)
         assert (images.difficult is None) == (path == binary)
-    with pytest.raises(DataError, match=r"v\.npz: targets hold -1: pass target_format='voc'"):
+    with pytest.raises(DataError, match=r"v\.npz: targets contain -1: pass target_format='voc'"):
         read_scored_images([scores], voc)
-    with pytest.raises(DataError, match=r"b\.npz: targets hold no -1.*target_format='binary'"):
+    with pytest.raises(DataError, match=r"b\.npz: targets contain no -1.*target_format='binary'"):
         read_scored_images([scores], binary, "voc")
-    said_so = read_scored_images([scores], binary, "voc", allow_all_present=True)
-    np.testing.assert_array_equal(said_so.difficult, TARGETS == 0)
-    with pytest.raises(DataError, match=r"c\.pt: difficult goes with target_format='binary'"):
+    allowed = read_scored_images([scores], binary, "voc", allow_all_present=True)
+    np.testing.assert_array_equal(allowed.difficult, TARGETS == 0)
+    with pytest.raises(DataError, match=r"c\.pt: difficult requires target_format='binary'"):
         read_scored_images([scores], masked, "voc")
     for wrong in (DIFFICULT * 2, DIFFICULT[:2], DIFFICULT[0]):
         with pytest.raises(DataError, match=r"w\.npz: difficult must be"):
@@ -146,7 +146,7 @@ def test_target_formats(tmp_path: Path) -> None:
         read_scored_images([scores], voc, "pm1")  # type: ignore[arg-type]
 
 
-def spoil(values: np.ndarray, value: float) -> np.ndarray:
+def corrupt(values: np.ndarray, value: float) -> np.ndarray:
     values = values.astype(float)
     values[2, 1] = value
     return values
@@ -155,9 +155,9 @@ def spoil(values: np.ndarray, value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("scores", "targets", "message"),
     [
-        ({"scores": spoil(SCORES, np.nan)}, {}, r"s\.npz: scores hold NaN \(first at row 2, label 1\)"),
-        ({"scores": spoil(SCORES, 1.5)}, {}, r"s\.npz: scores lie in \[0, 1\.5\], not in \[0, 1\]"),
-        ({"scores": spoil(SCORES, -0.5)}, {}, r"s\.npz: scores lie in \[-0\.5"),
+        ({"scores": corrupt(SCORES, np.nan)}, {}, r"s\.npz: scores contain NaN \(first at row 2, label 1\)"),
+        ({"scores": corrupt(SCORES, 1.5)}, {}, r"s\.npz: scores are in \[0, 1\.5\], expected \[0, 1\]"),
+        ({"scores": corrupt(SCORES, -0.5)}, {}, r"s\.npz: scores are in \[-0\.5"),
         ({"scores": (SCORES > 0.5).astype(int)}, {}, r"s\.npz: scores are torch\.int64"),
         ({"scores": SCORES[:3], "ids": None}, {}, r"s\.npz: scores \(3, 3\) and targets \(4, 3\) .*differ in shape"),
         ({"scores": SCORES[:, :2], "labels": None}, {}, r"differ in shape"),
@@ -165,26 +165,26 @@ def spoil(values: np.ndarray, value: float) -> np.ndarray:
         ({"scores": SCORES[:0], "ids": None}, {}, r"s\.npz: scores have shape \(0, 3\)"),
         ({"scores": SCORES.astype(str)}, {}, r"s\.npz: .*numbers"),
         ({"scores": SCORES.astype(complex)}, {}, r"s\.npz: .*numbers"),
-        ({}, {"targets": spoil(TARGETS, 2)}, r"t\.npz: targets hold 2"),
-        ({}, {"targets": spoil(TARGETS, 0.5)}, r"t\.npz: targets hold 0\.5"),
-        ({}, {"targets": spoil(TARGETS, np.nan)}, r"t\.npz: targets hold nan"),
+        ({}, {"targets": corrupt(TARGETS, 2)}, r"t\.npz: targets contain 2"),
+        ({}, {"targets": corrupt(TARGETS, 0.5)}, r"t\.npz: targets contain 0\.5"),
+        ({}, {"targets": corrupt(TARGETS, np.nan)}, r"t\.npz: targets contain nan"),
         ({"ids": ["a", "b", "a", "d"]}, {}, r"s\.npz: the image id 'a' occurs more than once"),
         ({}, {"ids": ["a", "b", "b", "d"]}, r"t\.npz: the image id 'b' occurs more than once"),
         ({"ids": IDS[:3]}, {}, r"s\.npz: 3 image ids for scores of shape \(4, 3\)"),
         ({"ids": [1.5, 2.5, 3.5, 4.5]}, {}, r"s\.npz: ids must be"),
-        ({"ids": ["a.jpg", "b.jpg", "7", "d"]}, {}, r"s\.npz: no scores for 1 of the 4 images in .*t\.npz, as '007'"),
+        ({"ids": ["a.jpg", "b.jpg", "7", "d"]}, {}, r"s\.npz: no scores for 1 of the 4 images .*t\.npz, such as '007'"),
         ({"labels": ["cat", "cat", "dog"]}, {}, r"s\.npz: the label 'cat' occurs more than once"),
-        ({"labels": LABELS[::-1]}, {}, r"s\.npz: the labels are in another order than in .*\(label 0 is 'dog"),
-        ({"labels": ["cat", "bird", "dog"]}, {}, r"s\.npz: the labels are not those of .*label 1 is 'bird'"),
+        ({"labels": LABELS[::-1]}, {}, r"s\.npz: the order of the labels differs from .*\(label 0 is 'dog"),
+        ({"labels": ["cat", "bird", "dog"]}, {}, r"s\.npz: the labels differ from .*label 1 is 'bird'"),
         ({"labels": LABELS[:2], "scores": SCORES[:, :2]}, {"labels": None}, "differ in shape"),
     ],
 )  # fmt: skip
-def test_bad_tables_are_refused_in_one_line(tmp_path: Path, scores: dict, targets: dict, message: str) -> None:
+def test_invalid_tables_are_refused(tmp_path: Path, scores: dict, targets: dict, message: str) -> None:
     names = {"ids": IDS, "labels": LABELS}
-    mine = write_npz(tmp_path / "s.npz", **{"scores": SCORES, **names, **scores})
+    file = write_npz(tmp_path / "s.npz", **{"scores": SCORES, **names, **scores})
     truth = write_npz(tmp_path / "t.npz", **{"targets": TARGETS, **names, **targets})
     with pytest.raises(DataError, match=message) as caught:
-        read_scored_images([mine], truth)
+        read_scored_images([file], truth)
     assert "\n" not in str(caught.value)
 
 
@@ -196,12 +196,12 @@ def test_bad_tables_are_refused_in_one_line(tmp_path: Path, scores: dict, target
         ("id,cat,dog\na,0.1,0.2\nb,0.3\n", "line 3 has 2 cells, the header 3"),
         ("id,cat,dog\na,0.1,high\n", r"not 'high' \(line 2, column 'dog'\)"),
         ("id,cat,dog\na,0.1,\n", r"not '' \(line 2, column 'dog'\)"),
-        ("cat,dog\n0.5,0.1\nx,0.2\n", r"not 'x' \(image 1, column 'cat'\).*called id"),
+        ("cat,dog\n0.5,0.1\nx,0.2\n", r"not 'x' \(image 1, column 'cat'\).*named id"),
         ("id,cat\na,0.5\na,0.6\n", "image id 'a' occurs more than once"),
         ("id,cat\n", r"shape \(0, 1\)"),
     ],
 )
-def test_bad_csv_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_csv_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "s.csv"
     path.write_text(text)
     with pytest.raises(DataError, match=message) as caught:
@@ -215,7 +215,7 @@ class Evil:
         return Path.touch, (Path("evil"),)
 
 
-def test_files_that_are_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_file_contents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     truth = write_npz(tmp_path / "t.npz", targets=TARGETS)
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 half a zip")
@@ -249,5 +249,5 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path, monkeypatch: 
             read_scored_images([name], truth)
         assert "\n" not in str(caught.value), name
     assert not Path("evil").exists()
-    with pytest.raises(DataError, match=r"t\.npz: has no 'scores' but 'targets'"):
+    with pytest.raises(DataError, match=r"t\.npz: has no 'scores' \(only 'targets'"):
         read_scored_images([truth], truth)

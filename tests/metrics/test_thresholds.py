@@ -13,7 +13,7 @@ from gm_mlic.metrics import Convention, MultiLabelMetrics, fit_thresholds, get_c
 
 
 def f1(scores: list[float], targets: list[int], threshold: float, rule: Convention) -> float:
-    """F1 of one label, counted from the definition."""
+    """F1 of one label by definition."""
     tp = fp = fn = 0
     for score, target in zip(scores, targets, strict=True):
         if target == 0 and rule.difficult_f1 == "ignore":
@@ -37,8 +37,10 @@ def f1(scores: list[float], targets: list[int], threshold: float, rule: Conventi
     compare=st.sampled_from(["ge", "gt"]),
     dtype=st.sampled_from([np.float32, np.float64]),
 )
-def test_no_threshold_is_better(rows: list[tuple[float, int]], difficult: str, compare: str, dtype: type) -> None:
-    """Against every score and every place between two scores as the threshold."""
+def test_fitted_thresholds_are_optimal(
+    rows: list[tuple[float, int]], difficult: str, compare: str, dtype: type
+) -> None:
+    """Compared with every score and every midpoint between scores."""
     scores, targets = [s for s, _ in rows], [t for _, t in rows]
     rule = Convention(difficult_f1=difficult, compare=compare, threshold=0.25)
     table = torch.from_numpy(np.array(scores, dtype=dtype)[:, None])
@@ -55,22 +57,22 @@ def test_no_threshold_is_better(rows: list[tuple[float, int]], difficult: str, c
         assert f1(scores, targets, fitted, rule) == pytest.approx(best)
 
 
-def test_by_hand() -> None:
+def test_manual_example() -> None:
     scores = torch.tensor([[0.9, 0.9, 0.4], [0.8, 0.8, 0.4], [0.3, 0.3, 0.1], [0.2, 0.2, 0.2]], dtype=torch.float64)
     targets = torch.tensor([[1, 0, 0], [1, 0, 1], [1, 0, 0], [0, 0, 1]])
-    # Label 0 passes down to 0.3; label 1 has no positive; label 2: {0.4, 0.4} has F1 1/2, {0.4, 0.4, 0.2} has 4/5.
+    # Label 0: scores >= 0.3 pass; label 1: no positive; label 2: {0.4, 0.4} has F1 1/2, {0.4, 0.4, 0.2} has 4/5.
     fitted = fit_thresholds(scores, targets)
     torch.testing.assert_close(fitted, torch.tensor([0.25, 0.5, 0.15], dtype=torch.float64))
     assert fit_thresholds(scores, targets, get_convention("asl"))[1] == 0.8
 
 
-def test_of_equally_good_thresholds_the_highest() -> None:
+def test_ties_are_resolved_to_the_highest_threshold() -> None:
     # {0.9}: 2/3 (P 1, R 1/2); all four: 2/3 (P 1/2, R 1).
     scores = torch.tensor([[0.9], [0.6], [0.5], [0.2]])
     assert fit_thresholds(scores, torch.tensor([[1], [0], [0], [1]])).item() == pytest.approx(0.75)
 
 
-def test_neighbouring_floats_are_told_apart() -> None:
+def test_adjacent_floats_are_separated() -> None:
     low = np.float32(0.5)
     scores = torch.tensor([[np.nextafter(low, np.float32(1))], [low]])
     targets = torch.tensor([[1], [0]])
@@ -81,7 +83,7 @@ def test_neighbouring_floats_are_told_apart() -> None:
         assert metrics.compute()["OF1"] == 100
 
 
-def test_fitted_thresholds_do_not_lower_the_mean_f1_where_they_were_fitted() -> None:
+def test_fitted_thresholds_do_not_lower_f1_on_fitted_images() -> None:
     generator = torch.Generator().manual_seed(0)
     targets = (torch.rand(300, 6, generator=generator) < 0.2).int()
     scores = torch.sigmoid(torch.randn(300, 6, generator=generator) + 4 * targets - 3)
@@ -94,8 +96,8 @@ def test_fitted_thresholds_do_not_lower_the_mean_f1_where_they_were_fitted() -> 
     assert values[1]["mAP"] == values[0]["mAP"]
 
 
-def test_bad_input() -> None:
+def test_invalid_input() -> None:
     with pytest.raises(DataError, match="differ in shape"):
         fit_thresholds(torch.rand(3, 2), torch.ones(2, 2))
-    with pytest.raises(DataError, match="nothing to fit"):
+    with pytest.raises(DataError, match="no scores to fit"):
         fit_thresholds(torch.rand(0, 2), torch.ones(0, 2))

@@ -1,8 +1,8 @@
-"""Equations 1 to 15 once more, loop by loop in float64: what every execution of the package is held to.
+"""Reference implementation of equations 1 to 15 in float64 loops.
 
-Written from the paper's equations and the package's documented decisions, to be read beside them, not for speed: one
-matrix-vector product for each call of a function, Python loops over images, instances, labels and edges. It takes
-nothing from the package but the weights, by name.
+Written from the paper's equations and the package's documented decisions, for clarity rather than speed: one
+matrix-vector product per function call, Python loops over images, instances, labels and edges. It uses only the
+weights of the package, by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
 States = dict[tuple[int, int], Vector]
-"""The states of one edge type: (source, target) -> vector."""
+"""States of one edge type: (source, target) -> vector."""
 
 _SPATIAL = "<instance___spatial___instance>"
 _SEMANTIC = "<label___semantic___label>"
@@ -25,7 +25,7 @@ _MATCHES = "<instance___matches___label>"
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that equations 1 to 15 depend on, beside the weights."""
+    """Settings of equations 1 to 15."""
 
     k: int = 2
     fusion: str = "concat"
@@ -33,16 +33,16 @@ class Settings:
     label_graph: bool = True
     instance_graph: bool = True
     matching_edges: bool = True
-    neighbours: int = 5
-    label_neighbours: int | None = None
+    neighbors: int = 5
+    label_neighbors: int | None = None
 
     def model_options(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in ("k", "fusion", "norm")} | {"edge_types": self.edge_types()}
 
     def graph_options(self) -> dict[str, object]:
         return {
-            "num_neighbors": self.neighbours,
-            "num_label_neighbors": self.label_neighbours,
+            "num_neighbors": self.neighbors,
+            "num_label_neighbors": self.label_neighbors,
             "edge_types": self.edge_types(),
         }
 
@@ -53,7 +53,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Image:
-    """The detected instances of one image: features (M, D_o) and boxes (M, 4)."""
+    """Instances of one image: features (M, D_o) and boxes (M, 4)."""
 
     features: Vector
     boxes: Vector
@@ -61,7 +61,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Outcome:
-    """logits (B, C); match_logits: per image (M, C); winners (B, C)."""
+    """Result: logits (B, C); match_logits: per image (M, C); winners (B, C)."""
 
     logits: Vector
     match_logits: list[Vector]
@@ -86,7 +86,7 @@ def _mean(vectors: list[Vector], width: int) -> Vector:
 
 
 class _Weights:
-    """The functions of the equations, by the name of their weights."""
+    """Functions of the equations, by name of their weights."""
 
     def __init__(self, state_dict: Mapping[str, object]) -> None:
         self.arrays = {name: np.asarray(value, dtype=np.float64) for name, value in state_dict.items()}
@@ -115,8 +115,8 @@ class _Weights:
         return lambda v_o, v_l: mlp(v_o, v_l, (A @ v_o) * (B @ v_l))
 
 
-def near_edges(boxes: Vector, neighbours: int) -> list[tuple[int, int]]:
-    """(j, i) for each of the nearest neighbours j of i by distance of box centres, the lower number where equal."""
+def spatial_edges(boxes: Vector, neighbors: int) -> list[tuple[int, int]]:
+    """(j, i) for the nearest neighbors j of i by distance of box centers; ties are resolved to the lower index."""
     edges = []
     for i in range(len(boxes)):
         others = []
@@ -125,19 +125,19 @@ def near_edges(boxes: Vector, neighbours: int) -> list[tuple[int, int]]:
                 dx = (boxes[j][0] + boxes[j][2]) / 2 - (boxes[i][0] + boxes[i][2]) / 2
                 dy = (boxes[j][1] + boxes[j][3]) / 2 - (boxes[i][1] + boxes[i][3]) / 2
                 others.append((dx * dx + dy * dy, j))
-        edges += [(j, i) for _, j in sorted(others)[:neighbours]]
+        edges += [(j, i) for _, j in sorted(others)[:neighbors]]
     return edges
 
 
-def relates_edges(W: Vector, label_neighbours: int | None) -> list[tuple[int, int]]:
-    """(j, i) for all labels j but i, or for those of highest cosine similarity to i."""
+def semantic_edges(W: Vector, label_neighbors: int | None) -> list[tuple[int, int]]:
+    """(j, i) for all labels j except i, or for those with the highest cosine similarity to i."""
     edges = []
     for i in range(len(W)):
         others = []
         for j in range(len(W)):
             if j != i:
                 others.append((-float(W[i] @ W[j]) / math.sqrt(float(W[i] @ W[i]) * float(W[j] @ W[j])), j))
-        others = sorted(others)[:label_neighbours] if label_neighbours is not None else others
+        others = sorted(others)[:label_neighbors] if label_neighbors is not None else others
         edges += [(j, i) for _, j in others]
     return edges
 
@@ -150,10 +150,10 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
     # Eq. 1 to 3.
     e_o: States = {}
     if s.instance_graph:
-        e_o = {(j, i): np.concatenate([B[j], B[i]]) for j, i in near_edges(B, s.neighbours)}
+        e_o = {(j, i): np.concatenate([B[j], B[i]]) for j, i in spatial_edges(B, s.neighbors)}
     e_l: States = {}
     if s.label_graph:
-        e_l = {(j, i): np.concatenate([W[j], W[i]]) for j, i in relates_edges(W, s.label_neighbours)}
+        e_l = {(j, i): np.concatenate([W[j], W[i]]) for j, i in semantic_edges(W, s.label_neighbors)}
 
     # Eq. 4.
     encoded = s.norm in ("encoder", "all")
@@ -169,8 +169,8 @@ def _forward_image(w: _Weights, s: Settings, image: Image, W: Vector) -> Vector:
     v_o = [enc_o(image.features[i]) for i in range(M)]
     v_l = [enc_l(W[c]) for c in range(C)]
     if s.instance_graph:
-        # The package's coordinates for eq. 1: the sender's box relative to the receiver's, sixteen times as large, then
-        # the receiver's, where a coordinate uniform in [0, 1] (mean 1/2, variance 1/12) is standardised.
+        # The package's coordinates for eq. 1: the sender's box relative to the receiver's, multiplied by 16, then the
+        # receiver's, standardized for a uniform distribution in [0, 1] (mean 1/2, variance 1/12).
         enc_eo = w.mlp(f"encoder.edge_attr.{_SPATIAL}", norm=encoded)
         e_o = {
             edge: enc_eo(np.concatenate([16 * (state[:4] - state[4:]), (state[4:] - 1 / 2) / math.sqrt(1 / 12)]))
@@ -226,7 +226,7 @@ def _node_conv(
 def _edge_convs(
     w: _Weights, s: Settings, block: int, v_o: list[Vector], v_l: list[Vector], e_o: States, e_l: States, e_m: States
 ) -> tuple[States, States, States]:
-    """Eq. 9 to 12; the last block does not update instance and label edges, and has no weights for it."""
+    """Eq. 9 to 12; the last block has no weights to update instance and label edges."""
     updated, name = s.norm == "all", f"blocks.{block}.edge_conv"
     if block < s.k - 1:
         if s.instance_graph:
@@ -246,7 +246,7 @@ def _edge_convs(
 
 
 def oracle_forward(state_dict: Mapping[str, object], settings: Settings, images: list[Image], W: Vector) -> Outcome:
-    """Eq. 1 to 14 for each image by itself; of equal logits the lower instance wins."""
+    """Eq. 1 to 14 per image; ties of the argmax are resolved to the lower instance."""
     w = _Weights(state_dict)
     match_logits = [_forward_image(w, settings, image, np.asarray(W, dtype=np.float64)) for image in images]
     winners = [
@@ -259,7 +259,7 @@ def oracle_forward(state_dict: Mapping[str, object], settings: Settings, images:
 
 
 def oracle_loss(logits: Vector, targets: Vector, ratio: Vector, beta: float, difficult: str = "positive") -> float:
-    """Eq. 15, its sum over the terms that count, divided by how many count."""
+    """Eq. 15 as a mean over the counted terms."""
     terms = []
     for row, row_targets in zip(logits, targets, strict=True):
         for s, t, r in zip(row, row_targets, ratio, strict=True):

@@ -1,4 +1,4 @@
-"""The baselines for whole images against their papers' formulas in plain loops, and on what all models must do."""
+"""Whole-image baselines compared with loops over their papers' formulas, and properties of all models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-# What every model must do
+# Properties of all models
 
 
 @every_model
@@ -94,7 +94,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 
 
 @every_model
-def test_padding_changes_nothing(name: str) -> None:
+def test_padding_does_not_change_outputs(name: str) -> None:
     net, data = model(name), batch((9, 4, 6))
     together = net(data)
     wider = AssignmentBatch(
@@ -111,7 +111,7 @@ def test_padding_changes_nothing(name: str) -> None:
 
 
 @every_model
-def test_order_of_images_in_a_batch(name: str) -> None:
+def test_image_order_equivariance(name: str) -> None:
     net, made = model(name), graphs(batch((9, 4, 6)))
     forth, back = (net(Batch.from_data_list(order)) for order in (made, made[::-1]))
     close(forth.logits, back.logits.flip(0))
@@ -119,7 +119,7 @@ def test_order_of_images_in_a_batch(name: str) -> None:
 
 
 @every_model
-def test_a_few_images_are_learnt_by_heart(name: str) -> None:
+def test_overfits_a_few_images(name: str) -> None:
     net, data = model(name).float(), batch((3,) * 4)
     data = AssignmentBatch(data.x.float(), data.box.float(), data.mask, data.label_vectors.float())
     y = (TARGETS > 0).float()
@@ -144,7 +144,7 @@ def test_autocast_does_not_round_logits(name: str) -> None:
 
 
 @every_model
-def test_reset_parameters_draws_everything_anew(name: str) -> None:
+def test_reset_parameters_resets_every_parameter(name: str) -> None:
     net = model(name)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -154,7 +154,7 @@ def test_reset_parameters_draws_everything_anew(name: str) -> None:
 
 
 @every_model
-def test_what_does_not_fit_the_model(name: str) -> None:
+def test_mismatching_inputs(name: str) -> None:
     net, data = model(name), batch()
     fewer = AssignmentBatch(data.x, data.box, data.mask, data.label_vectors[:3])
     with pytest.raises(ConfigError, match="3 labels, the model 4"):
@@ -190,7 +190,7 @@ def test_repr() -> None:
         (lambda: Query2Label(8, 3, dropout=1.0), "^dropout"),
     ],
 )
-def test_settings_that_cannot_work(make: Any, message: str) -> None:
+def test_invalid_arguments(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
@@ -199,16 +199,16 @@ def test_settings_that_cannot_work(make: Any, message: str) -> None:
 # Co-occurrences
 
 
-def test_probabilities_by_hand() -> None:
-    """Label 0 is in images 0, 1, 3; label 1 is in 0, 2, 3; both in 0 and 3; and so on."""
+def test_cooccurrence_probabilities() -> None:
+    """Label 0 is in images 0, 1, 3; label 1 in 0, 2, 3; both in 0 and 3; and so on."""
     expected = [[0, 2 / 3, 1 / 3, 1 / 3], [2 / 3, 0, 1 / 3, 2 / 3], [1 / 2, 1 / 2, 0, 1 / 2], [1 / 2, 1, 1 / 2, 0]]
     torch.testing.assert_close(conditional_probabilities(TARGETS, C), torch.tensor(expected))
 
 
-def test_targets_that_are_not_known_are_not_counted() -> None:
-    """A difficult label is no image with the label, and no image without it."""
+def test_difficult_labels_are_not_counted() -> None:
+    """A difficult pair counts neither as present nor as absent."""
     difficult = torch.zeros_like(TARGETS, dtype=torch.bool)
-    difficult[1, 1] = True  # image 1 has label 0; whether it has label 1 is not known
+    difficult[1, 1] = True  # image 1 has label 0; label 1 is difficult
     P = conditional_probabilities(TARGETS, C, difficult)
     assert float(P[0, 1]) == 1.0  # 2 of 2
     assert float(P[2, 1]) == 1.0  # 1 of 1
@@ -228,7 +228,7 @@ def test_counts_are_part_of_the_weights(name: str) -> None:
     close(fresh(batch()).logits, counted(batch()).logits)
     counted.fit(torch.zeros_like(TARGETS))
     before = create_model(name, instance_dim=D_O, **SETTINGS[name]).double()
-    torch.testing.assert_close(counted.adjacency, before.adjacency)  # nothing known is as nothing counted
+    torch.testing.assert_close(counted.adjacency, before.adjacency)  # only difficult labels: no counts
 
 
 # ML-GCN
@@ -239,20 +239,20 @@ def test_reweighted_adjacency_against_a_loop() -> None:
     tau, p = 0.4, 0.2
     A = np.zeros((C, C))
     for i in range(C):
-        neighbours = [j for j in range(C) if j != i and P[i, j] >= tau]
-        for j in neighbours:
-            A[i, j] = p / len(neighbours)
+        neighbors = [j for j in range(C) if j != i and P[i, j] >= tau]
+        for j in neighbors:
+            A[i, j] = p / len(neighbors)
         A[i, i] = 1 - p
     degree = [sum(A[i, j] for j in range(C)) for i in range(C)]
     expected = np.array([[A[i, j] / math.sqrt(degree[i] * degree[j]) for j in range(C)] for i in range(C)])
     ours = reweighted_adjacency(torch.from_numpy(P), tau, p)
     np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-12)
-    # By hand: label 0 has one neighbour, label 1; label 3 has all three.
+    # Label 0 has one neighbor, label 1; label 3 has all three.
     np.testing.assert_allclose(ours[0], [0.8, 0.2, 0, 0], atol=1e-12)
     np.testing.assert_allclose(ours[3], [0.2 / 3, 0.2 / 3, 0.2 / 3, 0.8], atol=1e-12)
 
 
-def test_a_label_without_neighbours_keeps_itself() -> None:
+def test_isolated_label_keeps_its_self_loop() -> None:
     ours = reweighted_adjacency(torch.tensor([[0.0, 0.9, 0.1], [0.5, 0.0, 0.1], [0.0, 0.3, 0.0]]).double())
     np.testing.assert_allclose(ours, [[0.8, 0.2, 0], [0.2, 0.8, 0], [0, 0, 1]], atol=1e-12)
 
@@ -269,7 +269,7 @@ def test_ml_gcn_against_a_loop() -> None:
         close(output.match_logits[b, :count], data.x[b, :count] @ W.T)
 
 
-def test_global_pool_is_the_classifier_of_the_mean() -> None:
+def test_gap_linear_classifies_the_mean() -> None:
     net, data = model("gap_linear"), batch((9, 4))
     for b, count in enumerate((9, 4)):
         close(net(data).logits[b], net.classifier(data.x[b, :count].mean(dim=0)))
@@ -312,7 +312,7 @@ def test_graph_step_against_a_loop() -> None:
             close(ours[image, c], (1 - z) * own + z * new)
 
 
-def test_ssgrl_is_made_of_its_parts() -> None:
+def test_ssgrl_equals_its_parts() -> None:
     net, data = model("ssgrl"), batch()
     first, _ = net.decoupling(data.x, data.mask, data.label_vectors)
     last = net.conv(net.conv(first, net.adjacency), net.adjacency)
@@ -325,8 +325,8 @@ def test_ssgrl_is_made_of_its_parts() -> None:
 # Query2Label
 
 
-def test_position_encoding_by_hand() -> None:
-    box = torch.tensor([[0.0, 0.5, 0.5, 1.0]]).double()  # centre (0.25, 0.75)
+def test_position_encoding() -> None:
+    box = torch.tensor([[0.0, 0.5, 0.5, 1.0]]).double()  # center (0.25, 0.75)
     slow = 2 * math.pi / 100
     expected = [
         *(math.sin(1.5 * math.pi), math.cos(1.5 * math.pi), math.sin(0.75 * slow), math.cos(0.75 * slow)),
@@ -335,8 +335,8 @@ def test_position_encoding_by_hand() -> None:
     close(position_encoding(box, 8), torch.tensor([expected], dtype=torch.float64))
 
 
-def test_decoder_layer_is_torchs_without_positions() -> None:
-    """With positions of zero ours is the standard layer, which also tells that the mask has the right sense."""
+def test_decoder_layer_without_positions_equals_torch() -> None:
+    """With zero positions the layer equals torch's, which also checks the sign of the mask."""
     ours = model("query2label").layers[0]
     theirs = nn.TransformerDecoderLayer(D_O, 2, 4 * D_O, dropout=0.0, batch_first=True).double()
     theirs.self_attn.load_state_dict(ours.self_attention.state_dict())
@@ -349,7 +349,7 @@ def test_decoder_layer_is_torchs_without_positions() -> None:
     assert bool((attention[1, 4:] == 0).all())
 
 
-def test_query2label_sees_where_a_location_is() -> None:
+def test_query2label_uses_positions() -> None:
     net, data = model("query2label"), batch()
     moved = AssignmentBatch(data.x, data.box.flip(-1) / 2, data.mask, data.label_vectors)
     assert not torch.allclose(net(moved).logits, net(data).logits)
@@ -357,7 +357,7 @@ def test_query2label_sees_where_a_location_is() -> None:
     close(net(other_words).logits, net(data).logits)
 
 
-def test_dropout_is_for_training_only() -> None:
+def test_dropout_is_disabled_in_evaluation() -> None:
     net = model("query2label", dropout=0.5)
     net.train()
     assert not torch.equal(net(batch()).logits, net(batch()).logits)

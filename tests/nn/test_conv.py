@@ -47,7 +47,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def graph() -> tuple[dict[str, Tensor], dict[Any, Tensor], dict[Any, Tensor]]:
-    """Features of instances and labels, edges, and features on the edges."""
+    """Node features, edge indices and edge features."""
     pairs = torch.tensor(list(product(range(N_O), range(N_L)))).t()
     spatial = torch.tensor([(1, 0), (2, 0), (0, 1), (0, 2)]).t()
     semantic = torch.tensor([(1, 0), (0, 1)]).t()
@@ -81,7 +81,7 @@ def test_repr(text: str) -> None:
 
 
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_reset_parameters_draws_everything_anew(make: Any) -> None:
+def test_reset_parameters_resets_every_parameter(make: Any) -> None:
     layer: nn.Module = make()
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -90,7 +90,7 @@ def test_reset_parameters_draws_everything_anew(make: Any) -> None:
     assert [name for name, p in layer.named_parameters() if bool((p == 7.0).any())] == []
 
 
-def test_concat_linear_is_a_linear_over_the_concatenation() -> None:
+def test_concat_linear_equals_linear_over_the_concatenation() -> None:
     layer = ConcatLinear([4, 2, 3], 6)
     nn.init.normal_(layer.lins[0].bias)
     parts = [normal(5, width, seed=width) for width in (4, 2, 3)]
@@ -101,7 +101,7 @@ def test_concat_linear_is_a_linear_over_the_concatenation() -> None:
     close(layer(*parts), reference(torch.cat(parts, dim=1)))
 
 
-def test_concat_linear_broadcasts_and_leaves_its_parts_unchanged() -> None:
+def test_concat_linear_broadcasts_and_does_not_modify_inputs() -> None:
     layer = ConcatLinear([4, 2, 3], 6)
     parts = [normal(2, 3, 1, 4), normal(2, 1, 5, 2), normal(2, 3, 5, 3)]
     before = [part.clone() for part in parts]
@@ -117,7 +117,7 @@ def test_initial_variance_depends_on_the_whole_concatenation() -> None:
         assert float(lin.weight.std()) == pytest.approx((2 / 2000) ** 0.5, rel=0.02)
 
 
-def test_message_both_ways() -> None:
+def test_message_in_both_directions() -> None:
     x_dict, edge_index_dict, edge_attr_dict = graph()
     ends, edge_index, edge_attr = (
         (x_dict["instance"], x_dict["label"]),
@@ -138,7 +138,7 @@ def test_message_both_ways() -> None:
             close(out[i], torch.stack(messages).mean(dim=0))
 
 
-def test_a_node_without_neighbors_receives_zeros() -> None:
+def test_isolated_node_receives_zeros() -> None:
     layer = MessageMLP(D, D, OUT)
     nn.init.ones_(layer.rho_n.lin2.bias)
     out = layer(normal(3, D), torch.tensor([[0, 1], [2, 2]]), normal(2, D))
@@ -165,7 +165,7 @@ def test_hadamard_fusion() -> None:
 
 @pytest.mark.parametrize("edge_type", [SPATIAL, SEMANTIC, MATCHES], ids=lambda t: t[1])
 @pytest.mark.parametrize("names", SUBSETS, ids=",".join)
-def test_the_order_of_edges_does_not_matter(names: tuple[str, ...], edge_type: Any) -> None:
+def test_edge_order_invariance(names: tuple[str, ...], edge_type: Any) -> None:
     x_dict, edge_index_dict, edge_attr_dict = graph()
     layer = GraphNetworkBlock(NODES, OUT, edge_table(names), D, product=True, norm=True)
     order = torch.randperm(edge_index_dict[edge_type].shape[1], generator=torch.Generator().manual_seed(3))
@@ -192,7 +192,7 @@ def test_block_shapes(names: tuple[str, ...], last: bool) -> None:
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids=",".join)
-def test_an_edge_type_that_is_left_out_is_not_read(names: tuple[str, ...]) -> None:
+def test_omitted_edge_type_is_not_read(names: tuple[str, ...]) -> None:
     table, (x_dict, edge_index_dict, edge_attr_dict) = edge_table(names), graph()
     layer = NodeConv(NODES, OUT, table, D)
     before = layer(x_dict, edge_index_dict, edge_attr_dict)
@@ -203,7 +203,7 @@ def test_an_edge_type_that_is_left_out_is_not_read(names: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_encoder_forms_the_attributes_that_a_graph_does_not_carry(fused: bool) -> None:
+def test_encoder_computes_missing_edge_attributes(fused: bool) -> None:
     W = normal(N_L, D)
     rows = Instances(torch.rand(3, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64), normal(3, 5))
     encoder = Encoder({"instance": 5, "label": D}, OUT, EDGE_TYPES, product=fused)
@@ -222,7 +222,7 @@ def test_encoder_forms_the_attributes_that_a_graph_does_not_carry(fused: bool) -
         close(e_formed[t], e[t])
 
 
-# Names of one's own, bipartite and lazy sizes
+# Custom names, bipartite and lazy sizes
 
 FRIENDS, RATES = ("user", "knows", "user"), ("user", "rates", "film")
 
@@ -234,7 +234,7 @@ def ratings() -> tuple[dict[str, Tensor], dict[Any, Tensor], dict[Any, Tensor]]:
     return x_dict, {FRIENDS: knows, RATES: rates}, {FRIENDS: normal(12, 2), RATES: normal(9, 1)}
 
 
-def test_names_and_sizes_are_the_callers() -> None:
+def test_custom_names_and_sizes() -> None:
     table = {FRIENDS: EdgeSpec(), RATES: EdgeSpec(bidirectional=True, fused=True)}
     layer = GraphNetworkBlock({"user": 3, "film": 7}, OUT, table, {FRIENDS: 2, RATES: 1}, product=True)
     x, e = layer(*ratings())
@@ -262,13 +262,13 @@ def test_lazy_layers() -> None:
     assert update.phi_e.lin1.in_channels == (1, OUT)
     assert (update.rho_e.product.A.in_features, update.rho_e.product.B.in_features) == (3, 7)
     std = torch.cat([lin.weight for lin in update.rho_e.lin1.lins], dim=1).std()
-    assert float(std) == pytest.approx((2 / 16) ** 0.5, rel=0.3)  # He's, not torch's default
+    assert float(std) == pytest.approx((2 / 16) ** 0.5, rel=0.3)  # He initialization, not torch's default
 
 
 # Dense edges
 
 
-def test_edge_tensor_is_a_tensor_to_any_function() -> None:
+def test_edge_tensor_supports_tensor_functions() -> None:
     full = ConcatMLP([3, 2], 4, 5)
     a, b = EdgeTensor(normal(2, 3, 1, 3)), EdgeTensor(normal(2, 1, 4, 2))
     out = full(a, b)

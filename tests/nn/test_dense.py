@@ -1,4 +1,4 @@
-"""Sparse and dense graphs through one network: equal outputs and gradients, whatever the shapes."""
+"""Sparse and dense graphs give equal outputs and gradients for all shapes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ D_O, D_L = 5, 4
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, Any]:
-    """A network and the batch it reads."""
+    """Settings of a network and its batch."""
     k = draw(st.integers(1, 3))
     C = draw(st.integers(1, 6))
     return {
         "counts": draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)),
         "C": C,
-        "neighbours": draw(st.integers(1, 4)),
-        "label_neighbours": draw(st.sampled_from([None, *range(1, C)])),
+        "neighbors": draw(st.integers(1, 4)),
+        "label_neighbors": draw(st.sampled_from([None, *range(1, C)])),
         "candidates": draw(
             st.none() | st.lists(st.lists(st.booleans(), min_size=C, max_size=C), min_size=3, max_size=3)
         ),
@@ -50,8 +50,8 @@ def graphs(case: dict[str, Any]) -> Batch:
     net = case["net"]
     transform = AssignmentGraph(
         W,
-        num_neighbors=case["neighbours"],
-        num_label_neighbors=case["label_neighbours"],
+        num_neighbors=case["neighbors"],
+        num_label_neighbors=case["label_neighbors"],
         edge_types=net["edge_types"],
         candidates=None if case.get("candidates") is None else torch.tensor(case["candidates"]),
         edge_attr=False,
@@ -71,7 +71,7 @@ def network(case: dict[str, Any], **options: Any) -> GMMLIC:
     torch.manual_seed(case["seed"])
     net = GMMLIC(D_O, D_L, **case["net"], **options).double()
     with torch.no_grad():
-        for parameter in net.parameters():  # biases and norms not at their initial values: leaving one out shows
+        for parameter in net.parameters():  # random biases and norms, so that omitted ones are detected
             parameter.add_(0.3 * torch.randn_like(parameter))
     return net
 
@@ -90,7 +90,7 @@ def assert_equal(a: tuple[ModelOutput, dict[str, Tensor]], b: tuple[ModelOutput,
     close(a[0].match_logits, b[0].match_logits)
     close(a[0].logits, b[0].logits)
     assert a[1].keys() == b[1].keys()
-    # Of a gradient, relative to the largest of all: one that is zero by cancellation has no digits of its own.
+    # Gradients are compared relative to the largest one, since cancellation to zero leaves no significant digits.
     scale = max(float(g.abs().max()) for g in b[1].values())
     for name, gradient in a[1].items():
         torch.testing.assert_close(
@@ -116,7 +116,7 @@ def test_dense_equals_sparse(case: dict[str, Any]) -> None:
 @given(cases())
 @settings(max_examples=25, deadline=None)
 def test_graphs_without_a_spatial_edge(case: dict[str, Any]) -> None:
-    """Sparse and dense, with the dense form made before or after; functions of these edges get zero gradients."""
+    """Sparse and dense, converted before or after; functions of these edges get zero gradients."""
     data, net = graphs(case), network(case)
     batch = dense(data)
     expected = outputs_and_gradients(net, drop_edges(data, SPATIAL))
@@ -130,7 +130,7 @@ def test_graphs_without_a_spatial_edge(case: dict[str, Any]) -> None:
 
 @given(cases())
 @settings(max_examples=25, deadline=None)
-def test_checkpointed_equals_kept(case: dict[str, Any]) -> None:
+def test_gradient_checkpointing_gives_equal_results(case: dict[str, Any]) -> None:
     data = graphs(case)
     for graph in (data, dense(data)):
         kept, recomputed = (network(case, gradient_checkpointing=flag) for flag in (False, True))
@@ -139,7 +139,7 @@ def test_checkpointed_equals_kept(case: dict[str, Any]) -> None:
 
 @given(cases())
 @settings(max_examples=25, deadline=None)
-def test_label_cache_changes_nothing(case: dict[str, Any]) -> None:
+def test_label_cache_gives_equal_results(case: dict[str, Any]) -> None:
     batch, net = dense(graphs(case)), network(case)
     cache = net.precompute_labels(batch)
     assert_equal(outputs_and_gradients(net, batch, label_cache=cache), outputs_and_gradients(net, batch))
@@ -148,10 +148,10 @@ def test_label_cache_changes_nothing(case: dict[str, Any]) -> None:
 def plain_case(**changes: Any) -> dict[str, Any]:
     net = {"k": 2, "widths": [6, 5], "encoder_width": 6, "fusion": "product", "norm": "all"}
     net |= {"edge_types": ["spatial", "semantic", "matches"]}
-    return {"counts": [4, 2], "C": 5, "neighbours": 2, "label_neighbours": None, "net": net, "seed": 3} | changes
+    return {"counts": [4, 2], "C": 5, "neighbors": 2, "label_neighbors": None, "net": net, "seed": 3} | changes
 
 
-def test_cached_labels_are_not_computed_again() -> None:
+def test_cached_labels_are_not_recomputed() -> None:
     case = plain_case()
     batch, net = dense(graphs(case)), network(case)
     calls = []
@@ -163,7 +163,7 @@ def test_cached_labels_are_not_computed_again() -> None:
     assert len(calls) == 2
 
 
-def test_a_cache_of_other_labels_is_refused() -> None:
+def test_cache_of_other_labels_is_refused() -> None:
     case = plain_case()
     net, batch = network(case), dense(graphs(case))
     cache = net.precompute_labels(dense(graphs(plain_case(C=4))))
@@ -174,7 +174,7 @@ def test_a_cache_of_other_labels_is_refused() -> None:
 
 
 @pytest.mark.parametrize("layout", ["sparse", "dense"])
-def test_checkpointing_keeps_less(layout: str) -> None:
+def test_gradient_checkpointing_stores_less(layout: str) -> None:
     case = plain_case(counts=[6, 6, 6], C=6)
     data: Any = graphs(case) if layout == "sparse" else dense(graphs(case))
 
@@ -202,7 +202,7 @@ def test_one_compilation_for_batches_of_every_size() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, dynamic=True)
-    # No two sizes of the first batch are equal: the compiler takes equal ones for the same size.
+    # All sizes of the first batch differ: the compiler assumes that equal ones are the same dimension.
     for counts in ([6, 2, 1], [3, 8], [9, 3, 2, 2, 1, 1]):
         batch = dense(graphs(plain_case(counts=counts)))
         close(compiled(batch).logits, net(batch).logits)
@@ -213,7 +213,7 @@ def test_one_compilation_for_batches_of_every_size() -> None:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 def test_compiled_equals_eager(fusion: str, recompute: bool) -> None:
-    """The real compiler (it needs a C++ compiler), outputs and gradients, as the trainer calls it."""
+    """Outputs and gradients with the default backend (needs a C++ compiler), called as in the trainer."""
     case = plain_case(counts=[6, 2, 1])
     case["net"]["fusion"] = fusion
     net, batch = network(case, gradient_checkpointing=recompute), dense(graphs(case))

@@ -1,4 +1,4 @@
-"""The detector's own labels as a model, against plain loops and the scores that need no model."""
+"""DetectorLabels baseline compared with loops and with the uncalibrated detector scores."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_against_a_loop() -> None:
             assert int(output.argmax_instance[b, c]) == int(np.argmax(found))
 
 
-def test_before_training_it_says_what_the_detector_says() -> None:
+def test_initial_scores_equal_the_detector() -> None:
     of = store()
     ours, theirs = torch.sigmoid(model()(batch(of)).logits), torch.from_numpy(detector_scores(of))
     torch.testing.assert_close(ours, torch.where(theirs > 0, theirs, 0.001))
-    assert bool((theirs[:, LABELS.index("hope")] == 0).all())  # no class has its name
+    assert bool((theirs[:, LABELS.index("hope")] == 0).all())  # no class with this name
 
 
-def test_calibration_changes_no_ranking() -> None:
+def test_calibration_keeps_the_ranking() -> None:
     net, data = model(), batch(store(images=40))
     before = net(data).logits.argsort(dim=0, stable=True)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_calibration_changes_no_ranking() -> None:
     assert torch.equal(net(data).logits.argsort(dim=0, stable=True), before)
 
 
-def test_every_form_of_a_batch() -> None:
+def test_all_batch_layouts() -> None:
     net, data = model(), batch()
     expected = net(data)
     made = graphs(data)
@@ -118,8 +118,8 @@ def test_every_form_of_a_batch() -> None:
         assert int(output.match_logits.isfinite().sum()) == int(data.mask.sum()) * C
 
 
-def test_gradients_reach_every_parameter_and_training_calibrates() -> None:
-    """An unsure detector that is always right becomes a sure one."""
+def test_training_calibrates_every_parameter() -> None:
+    """Training raises low confidences of a detector that is always correct."""
     of = store(images=30)
     of.scores = np.where(of.scores > 0, 0.3, 0).astype(np.float32)
     of.targets = (detector_scores(of) > 0).astype(np.int8)
@@ -144,14 +144,14 @@ def test_gradients_reach_every_parameter_and_training_calibrates() -> None:
     assert float(loss()) == float(first)
 
 
-def test_weights_are_its_calibration_only() -> None:
+def test_parameters_are_the_calibration_only() -> None:
     net = create_model("detector_labels", labels=LABELS, detector_labels=CLASSES)
     assert isinstance(net, DetectorLabels)
     assert {name: tuple(p.shape) for name, p in net.state_dict().items()} == {"log_scale": (C,), "shift": (C,)}
     assert repr(net) == "DetectorLabels(4, 3 of them classes of the detector)"
 
 
-def test_what_it_cannot_work_with() -> None:
+def test_invalid_inputs() -> None:
     with pytest.raises(ConfigError, match=r"None of the 4 labels .* \(car, tree\)"):
         DetectorLabels(LABELS, ["car", "tree"])
     with pytest.raises(ConfigError, match=r"it has none.*instead of a grid"):

@@ -45,7 +45,7 @@ def model(**options: Any) -> GMMLIC:
     torch.manual_seed(4)
     made = GMMLIC(D_O, D_L, **{"widths": (6, 5), **options}).double()
     with torch.no_grad():
-        # Live hidden units: no two logits are equal, so each label has one argmax.
+        # Active hidden units: all logits differ, so each label has a unique argmax.
         made.decoder.lin1.lins[0].bias.add_(2.0)
     return made
 
@@ -68,7 +68,7 @@ def close(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=15, deadline=None)
 @given(order=st.permutations(range(4)))
-def test_instances_may_come_in_any_order(layout: str, order: list[int]) -> None:
+def test_instance_order_equivariance(layout: str, order: list[int]) -> None:
     W, net = vectors(), model()
     data = graph(4, W)
     shuffled = HeteroData()
@@ -84,7 +84,7 @@ def test_instances_may_come_in_any_order(layout: str, order: list[int]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(C)))
-def test_labels_may_come_in_any_order(layout: str, order: list[int]) -> None:
+def test_label_order_equivariance(layout: str, order: list[int]) -> None:
     W, net = vectors(), model()
     before, after = net(as_layout(graph(4, W), layout)), net(as_layout(graph(4, W[order]), layout))
     close(after.logits, before.logits[:, order])
@@ -95,7 +95,7 @@ def test_labels_may_come_in_any_order(layout: str, order: list[int]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("edge_type", [SPATIAL, SEMANTIC, MATCHES], ids=lambda edge_type: edge_type[1])
 @pytest.mark.parametrize("num_label_neighbors", [None, 1])
-def test_edges_may_come_in_any_order(edge_type: Any, layout: str, num_label_neighbors: int | None) -> None:
+def test_edge_order_invariance(edge_type: Any, layout: str, num_label_neighbors: int | None) -> None:
     net, data = model(), graph(4, vectors(), num_label_neighbors=num_label_neighbors)
     shuffled = copy.copy(data)
     order = torch.randperm(data[edge_type].edge_index.shape[1], generator=torch.Generator().manual_seed(1))
@@ -124,7 +124,7 @@ def test_batch_equals_loop(layout: str, counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("make", [model, lambda: MILMax(D_O, C, width=6).double()], ids=["gm_mlic", "mil_max"])
-def test_order_of_images_in_a_batch(make: Any) -> None:
+def test_image_order_equivariance(make: Any) -> None:
     W, net = vectors(), make()
     graphs = [graph(M, W, seed) for seed, M in enumerate([4, 1, 3])]
     forth, back = (net(Batch.from_data_list(order)) for order in (graphs, graphs[::-1]))
@@ -137,7 +137,7 @@ def test_order_of_images_in_a_batch(make: Any) -> None:
 
 @pytest.mark.parametrize("edge_types", EDGE_SUBSETS, ids=",".join)
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_both_layouts_have_the_same_gradients(fusion: str, edge_types: list[str]) -> None:
+def test_layouts_have_equal_gradients(fusion: str, edge_types: list[str]) -> None:
     data = Batch.from_data_list([graph(M, vectors(), seed) for seed, M in enumerate([4, 1, 3])])
     gradients = []
     for layout in LAYOUTS:
@@ -149,7 +149,7 @@ def test_both_layouts_have_the_same_gradients(fusion: str, edge_types: list[str]
         close(gradients[1][name], gradient)
 
 
-def test_a_padded_batch_equals_its_graphs() -> None:
+def test_padded_batch_equals_its_graphs() -> None:
     W, net = vectors(), model()
     graphs = [graph(M, W, seed) for seed, M in enumerate([4, 1, 3])]
     x, box, mask = torch.zeros(3, 4, D_O).double(), torch.zeros(3, 4, 4).double(), torch.zeros(3, 4, dtype=torch.bool)
@@ -182,7 +182,7 @@ def test_missing_matching_edges(layout: str) -> None:
 
 
 class LoRA(nn.Module):
-    """A Linear with a low-rank update, as wrappers for fine-tuning have it."""
+    """Linear with a low-rank update, as in fine-tuning wrappers."""
 
     def __init__(self, base: nn.Linear, rank: int = 2) -> None:
         super().__init__()
@@ -195,14 +195,14 @@ class LoRA(nn.Module):
 
 
 class Doubled(nn.Linear):
-    """A subclass of Linear that computes something else."""
+    """Subclass of Linear with another result."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
 
 class OtherMLP(nn.Module):
-    """Any module over a concatenation of parts."""
+    """Custom module over a concatenation of parts."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
@@ -234,8 +234,8 @@ def test_forward_hooks_fire_on_every_module(layout: str, fusion: str) -> None:
 
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_hooks_see_the_same_values_in_both_layouts(fusion: str) -> None:
-    """Values on edges, (E, d) in a sparse graph, are a (B, N, K, d) tensor to any torch function in a dense one."""
+def test_hooks_get_equal_values_in_both_layouts(fusion: str) -> None:
+    """Edge values are (E, d) in sparse graphs and (B, N, K, d) in dense ones."""
     net, data = model(fusion=fusion, norm="all"), graph(4, vectors())
     seen: dict[str, list[Tensor]] = {}
     for name, module in net.named_modules():
@@ -253,7 +253,7 @@ def test_hooks_see_the_same_values_in_both_layouts(fusion: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_hooks_may_change_outputs(layout: str) -> None:
+def test_hooks_can_change_outputs(layout: str) -> None:
     data = as_layout(graph(4, vectors()), layout)
     for name in ("blocks.0.edge_conv.<instance___matches___label>.rho_e", "blocks.0.node_conv", "encoder", "decoder"):
         net = model()
@@ -270,7 +270,7 @@ def changed(output: Any) -> Any:
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 def test_every_linear_can_be_replaced(fusion: str) -> None:
-    """By a wrapper or a subclass: both layouts call it, and agree."""
+    """Both layouts call wrappers and subclasses, with equal results."""
     data = graph(4, vectors())
     for number, name in enumerate(linears(model(fusion=fusion))):
         results = []
@@ -334,8 +334,8 @@ SIMILAR = ("label", "similar", "label")
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_further_edge_types(k: int) -> None:
-    """Two edge types of one's own, with attributes, beside the paper's."""
+def test_additional_edge_types(k: int) -> None:
+    """Two custom edge types with attributes, besides the paper's."""
     table = {**EDGE_TYPES, OVERLAPS: EdgeSpec(attr_dim=2), SIMILAR: EdgeSpec(attr_dim=1)}
     net = model(k=k, widths=(5,) * k, edge_types=table)
     graphs = []
@@ -379,8 +379,8 @@ def test_lazy_sizes() -> None:
 @pytest.mark.parametrize("edge_types", EDGE_SUBSETS, ids=",".join)
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_no_parameter_is_dead(fusion: str, k: int, edge_types: list[str]) -> None:
-    # Wide enough that no function has only dead hidden units by chance.
+def test_every_parameter_has_a_gradient(fusion: str, k: int, edge_types: list[str]) -> None:
+    # Wide enough that no function has only inactive hidden units.
     net = model(k=k, widths=(24,) * k, fusion=fusion, norm="all", edge_types=edge_types)
     W = vectors(5)
     matches = net(Batch.from_data_list([graph(4, W), graph(3, W, 1)])).match_logits
@@ -390,7 +390,7 @@ def test_no_parameter_is_dead(fusion: str, k: int, edge_types: list[str]) -> Non
 
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_reset_parameters_draws_everything_anew(fusion: str) -> None:
+def test_reset_parameters_resets_every_parameter(fusion: str) -> None:
     net = model(fusion=fusion, norm="all")
     with torch.no_grad():
         for parameter in net.parameters():
@@ -399,7 +399,7 @@ def test_reset_parameters_draws_everything_anew(fusion: str) -> None:
     assert [name for name, p in net.named_parameters() if bool((p == 7.0).any())] == []
 
 
-def test_the_graph_is_left_unchanged() -> None:
+def test_graph_is_not_modified() -> None:
     data = Batch.from_data_list([graph(3, vectors()), graph(2, vectors())])
     before = copy.deepcopy(data.to_dict())
     model()(data)
@@ -422,7 +422,7 @@ def test_repr_and_shapes() -> None:
     assert output.argmax_instance.dtype == torch.int64
 
 
-def test_one_model_takes_other_labels() -> None:
+def test_model_accepts_other_labels() -> None:
     net = model()
     for layout in LAYOUTS:
         assert net(as_layout(graph(3, vectors(2)), layout)).logits.shape == (1, 2)
@@ -443,12 +443,12 @@ def test_one_model_takes_other_labels() -> None:
         ({"edge_types": "spatial"}, "^edge_types must be names among"),
     ],
 )
-def test_arguments_that_cannot_work(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         model(**options)
 
 
-def test_input_sizes_that_cannot_work() -> None:
+def test_invalid_input_sizes() -> None:
     with pytest.raises(ArgumentError, match=r"^instance_dim must be 1 or more, or -1"):
         GMMLIC(0, 4)
     with pytest.raises(ArgumentError, match=r"^label_dim must be 1 or more, or -1"):
@@ -477,7 +477,7 @@ def test_loader_round_trip_keeps_attributes() -> None:
     assert torch.equal(dense_batch.y, batch.y)
 
 
-def test_mil_max_reads_nothing_but_instances() -> None:
+def test_mil_max_reads_only_instances() -> None:
     net = MILMax(D_O, C, width=6).double()
     graphs = [graph(M, vectors(), seed) for seed, M in enumerate([4, 1, 3])]
     batch = Batch.from_data_list(graphs)
@@ -509,7 +509,7 @@ def test_compiles_to_one_graph(layout: str) -> None:
     close(output.match_logits, expected.match_logits)
 
 
-def test_batches_of_one_shape_do_not_compile_again() -> None:
+def test_batches_of_equal_shape_do_not_recompile() -> None:
     net, W = model(), vectors()
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -530,7 +530,7 @@ def test_batches_of_one_shape_do_not_compile_again() -> None:
 @pytest.mark.parametrize(
     "make", [lambda: model(widths=(64, 64)), lambda: MILMax(D_O, 20, width=64)], ids=["gm_mlic", "mil_max"]
 )
-def test_autocast_keeps_logits_in_float32_and_hardly_moves_the_ranking(make: Any, layout: str) -> None:
+def test_autocast_keeps_float32_logits_and_nearly_the_ranking(make: Any, layout: str) -> None:
     net = make().float()
     torch.manual_seed(6)
     data = Batch.from_data_list([graph(8, vectors(20), seed) for seed in range(16)])
@@ -550,7 +550,7 @@ def test_autocast_keeps_logits_in_float32_and_hardly_moves_the_ranking(make: Any
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_half_precision(layout: str, dtype: torch.dtype) -> None:
-    """Instances of that dtype through the transform, or a whole graph converted: label vectors follow."""
+    """Instances of that dtype, or a converted graph: label vectors have the same dtype."""
     net, exact = model(widths=(64, 64)).to(dtype), model(widths=(64, 64))
     W, data = vectors().float(), graph(4, vectors())
     expected = exact(data).match_logits
@@ -569,7 +569,7 @@ def test_half_precision(layout: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_graph_of_another_dtype_is_refused(layout: str) -> None:
+def test_graph_of_another_dtype_is_refused(layout: str) -> None:
     data = graph(4, vectors())
     with pytest.raises(
         ConfigError, match=r"x_dict\['instance'\] of the graph is torch.float64, the model's parameters"
@@ -583,14 +583,14 @@ def test_a_graph_of_another_dtype_is_refused(layout: str) -> None:
 # Unusual graphs
 
 
-def test_label_graph_with_self_loops_is_not_taken_for_complete() -> None:
+def test_label_graph_with_self_loops_is_not_complete() -> None:
     data = graph(3, vectors())
     target = data[SEMANTIC].edge_index[1]
     data[SEMANTIC].edge_index = torch.stack([target, target])
     close(model()(as_layout(data, "dense")).logits, model()(data).logits)
 
 
-def test_label_graph_with_a_repeated_edge_is_not_taken_for_complete() -> None:
+def test_label_graph_with_a_repeated_edge_is_not_complete() -> None:
     data = graph(3, vectors())
     data[SEMANTIC].edge_index = data[SEMANTIC].edge_index[:, [0, 0, 2, 3, 4, 5]]
     close(model()(as_layout(data, "dense")).logits, model()(data).logits)
@@ -604,7 +604,7 @@ def test_label_graph_without_edges_sends_zeros() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_nan_in_nan_out(layout: str) -> None:
-    """A run that diverges shows a NaN loss, not an index out of range."""
+    """A diverged run has a NaN loss instead of an index error."""
     data = Batch.from_data_list([graph(3, vectors()), graph(2, vectors(), 1)])
     data["instance"].x[0, 0] = float("nan")
     output = model()(as_layout(data, layout))
@@ -612,10 +612,10 @@ def test_nan_in_nan_out(layout: str) -> None:
     assert output.logits[1].isfinite().all()
 
 
-def test_images_with_different_numbers_of_labels_do_not_mix() -> None:
+def test_images_with_different_numbers_of_labels_are_refused() -> None:
     graphs = [graph(3, vectors(2)), graph(3, vectors(4))]
     for data in graphs:
-        del data["y"]  # PyG itself refuses to join targets of different lengths
+        del data["y"]  # PyG refuses to concatenate targets of different lengths
     with pytest.raises(ConfigError, match=r"have \[2, 4\] labels"):
         model()(Batch.from_data_list(graphs))
 
@@ -638,7 +638,7 @@ def test_graph_without_an_edge_type_of_the_model(missing: str, layout: str) -> N
     assert data.edge_types == before
 
 
-def test_padding_does_not_reach_real_instances() -> None:
+def test_padding_does_not_affect_real_instances() -> None:
     x, box, mask = torch.randn(1, 3, D_O).double(), torch.rand(1, 3, 4).double(), torch.tensor([[True, True, False]])
     net = model()
     clean = net(AssignmentBatch.from_padded(x, box, mask, vectors())).logits
@@ -649,7 +649,7 @@ def test_padding_does_not_reach_real_instances() -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("D", "L"), [(D_O + 1, D_L), (D_O, D_L + 1)])
-def test_inputs_of_another_length(D: int, L: int, layout: str) -> None:
+def test_inputs_of_another_size(D: int, L: int, layout: str) -> None:
     net = GMMLIC(D, L, widths=(4, 4)).double()
     with pytest.raises(ConfigError, match="the model was built for"):
         net(as_layout(graph(3, vectors()), layout))

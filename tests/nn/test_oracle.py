@@ -40,14 +40,14 @@ def make_labels(C: int, seed: int = 1) -> np.ndarray:
 
 
 def make_model(settings: Settings, seed: int = 0) -> GMMLIC:
-    """A float64 model whose biases and norms are not at their initial values, so that leaving one out shows."""
+    """Float64 model with random biases and norms, so that omitted ones are detected."""
     torch.manual_seed(seed)
     options: dict[str, Any] = settings.model_options()
     model = GMMLIC(D_O, D_L, widths=WIDTHS[settings.k], encoder_width=7, **options).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-        # Keep the decoder's hidden units alive: where all are dead, logits are equal and rounding picks the winner.
+        # Keep the decoder's hidden units active: otherwise logits are equal and rounding decides the argmax.
         model.decoder.lin1.lins[0].bias.add_(2.0)
     return model
 
@@ -97,14 +97,14 @@ def check(settings: Settings, counts: list[int], C: int, layout: str, *, edge_at
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_equals_the_equations(k: int, fusion: str, norm: str, layout: str) -> None:
-    check(Settings(k=k, fusion=fusion, norm=norm, neighbours=2), [4, 1, 3], 3, layout)
+    check(Settings(k=k, fusion=fusion, norm=norm, neighbors=2), [4, 1, 3], 3, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ablation", ABLATIONS, ids=lambda flags: "".join("+-"[not on] for on in flags.values()))
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 def test_ablations_equal_the_equations(fusion: str, ablation: dict[str, bool], layout: str) -> None:
-    check(Settings(fusion=fusion, norm="encoder", neighbours=2, **ablation), [4, 1, 3], 3, layout)
+    check(Settings(fusion=fusion, norm="encoder", neighbors=2, **ablation), [4, 1, 3], 3, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,23 +114,23 @@ def test_ragged_sizes_equal_the_equations(counts: list[int], C: int, layout: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("label_neighbours", [1, 2, 9])
-def test_sparse_label_graph_equals_the_equations(label_neighbours: int, layout: str) -> None:
-    settings = Settings(k=2, norm="encoder", label_neighbours=label_neighbours, neighbours=3)
+@pytest.mark.parametrize("label_neighbors", [1, 2, 9])
+def test_sparse_label_graph_equals_the_equations(label_neighbors: int, layout: str) -> None:
+    settings = Settings(k=2, norm="encoder", label_neighbors=label_neighbors, neighbors=3)
     check(settings, [5, 2], 4, layout)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
-def test_materialised_edge_attributes_equal_the_equations(fusion: str) -> None:
-    settings = Settings(fusion=fusion, norm="encoder", neighbours=2)
+def test_materialized_edge_attributes_equal_the_equations(fusion: str) -> None:
+    settings = Settings(fusion=fusion, norm="encoder", neighbors=2)
     check(settings, [4, 1, 3], 3, "sparse", edge_attr=True)
-    check(replace(settings, label_neighbours=1), [4, 1, 3], 3, "sparse", edge_attr=True)
+    check(replace(settings, label_neighbors=1), [4, 1, 3], 3, "sparse", edge_attr=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 def test_gradients_equal_finite_differences_of_the_oracle(fusion: str, layout: str) -> None:
-    settings = Settings(fusion=fusion, norm="all", neighbours=2)
+    settings = Settings(fusion=fusion, norm="all", neighbors=2)
     images, W = make_images([3, 1, 2]), make_labels(3)
     model = make_model(settings)
     rng = np.random.default_rng(3)
@@ -159,8 +159,8 @@ def test_gradients_equal_finite_differences_of_the_oracle(fusion: str, layout: s
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ablation", [ABLATIONS[0], ABLATIONS[1], ABLATIONS[3]], ids=["full", "-ILM", "-Go-ILM"])
 def test_gradcheck(ablation: dict[str, bool], layout: str) -> None:
-    """Gradients with respect to the features, boxes and label vectors of one graph."""
-    settings = Settings(k=1, fusion="product", norm="encoder", neighbours=1, **ablation)
+    """Gradients of the features, boxes and label vectors of one graph."""
+    settings = Settings(k=1, fusion="product", norm="encoder", neighbors=1, **ablation)
     model = make_model(settings)
     (image,), W = make_images([2]), make_labels(2)
     data = make_batch(settings, [image], W)

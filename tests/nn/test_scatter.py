@@ -14,7 +14,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 INF, NAN = float("inf"), float("nan")
-# Values of the groups 0, 1, 0, 1 and the position of each.
+# Values of groups 0, 1, 0, 1 and the expected positions.
 UNUSUAL = [
     ([1.0, -INF, 2.0, -INF], [2, 1]),
     ([-INF, INF, -INF, 5.0], [0, 1]),
@@ -36,7 +36,7 @@ def check_unusual(values: list[float], expected: list[int]) -> None:
 
 @st.composite
 def groups(draw: st.DrawFn, *, infinite: bool = False) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Values with many ties, in groups that are not empty, in any order."""
+    """Values with many ties, in non-empty groups, in any order."""
     G = draw(st.integers(1, 5))
     index = draw(st.permutations([*range(G), *draw(st.lists(st.integers(0, G - 1), max_size=12))]))
     value = st.sampled_from([-3.0, -1.5, 0.0, 2.0, 1e30, *([float("inf"), float("-inf")] if infinite else [])])
@@ -56,7 +56,7 @@ def loop_max(src: torch.Tensor, index: torch.Tensor, G: int) -> tuple[list[float
 
 @settings(max_examples=60, deadline=None)
 @given(case=groups(infinite=True))
-def test_scatter_max_equals_a_loop_and_the_first_of_equals_wins(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+def test_scatter_max_equals_a_loop_with_first_tie(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scatter, "torch_scatter", None)
         maxima, positions = scatter.scatter_max(*case)
@@ -82,7 +82,7 @@ def test_scatter_max_gradcheck() -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_scatter_max_keeps_the_type(dtype: torch.dtype) -> None:
+def test_scatter_max_keeps_the_dtype(dtype: torch.dtype) -> None:
     maxima, positions = scatter.scatter_max(torch.tensor([1, 3, 2], dtype=dtype), torch.tensor([0, 0, 0]), 1)
     assert maxima.dtype == dtype
     assert positions.tolist() == [1]
@@ -90,7 +90,7 @@ def test_scatter_max_keeps_the_type(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize(("values", "positions"), UNUSUAL)
-def test_nan_wins_and_infinities_are_values(values: list[float], positions: list[int]) -> None:
+def test_nan_propagates_and_infinities_are_values(values: list[float], positions: list[int]) -> None:
     check_unusual(values, positions)
 
 
@@ -113,17 +113,15 @@ def test_torch_scatter_equals_the_native_path(case: tuple[torch.Tensor, torch.Te
 
 @pytest.mark.scatter
 @pytest.mark.parametrize(("values", "positions"), UNUSUAL)
-def test_torch_scatter_too_lets_nan_win_and_takes_infinities_as_values(
-    values: list[float], positions: list[int]
-) -> None:
+def test_torch_scatter_propagates_nan_and_infinities(values: list[float], positions: list[int]) -> None:
     pytest.importorskip("torch_scatter")
     assert scatter.torch_scatter is not None
     check_unusual(values, positions)
 
 
 @pytest.mark.scatter
-def test_compiled_code_does_without_torch_scatter() -> None:
-    """torch.compile cannot look into its kernels."""
+def test_compiled_code_does_not_use_torch_scatter() -> None:
+    """torch.compile does not support its kernels."""
     pytest.importorskip("torch_scatter")
     src, index = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 0, 1])
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The page in a real browser, served by a real process."""
+"""Prediction page in a browser and over HTTP."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained model, two scenes, a file that is no photo."""
+    """Folder with a trained model, two scenes, and a file that is not an image."""
     root = tmp_path_factory.mktemp("serve")
     settings = [
         "experiment=scenes_smoke", "dataset.sizes={train: 64, val: 8, test: 8}", "dataset.image_size=160",
@@ -60,11 +60,11 @@ def ask(
     connection.request(method, path, body, headers or {})
     response = connection.getresponse()
     text = response.read()
-    told = {name.lower(): value for name, value in response.getheaders()}
-    return response.status, json.loads(text) if "json" in told.get("content-type", "") else text, told
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return response.status, json.loads(text) if "json" in headers.get("content-type", "") else text, headers
 
 
-def test_the_answer_is_the_predictors(folder: Path, address: tuple[str, int]):
+def test_response_equals_the_predictor(folder: Path, address: tuple[str, int]):
     status, answer, _ = ask(address, "POST", "/predict", (folder / "0.png").read_bytes())
     (expected,) = Predictor.load(folder / "run/checkpoints/best.ckpt")([folder / "0.png"])
     assert status == 200
@@ -82,23 +82,23 @@ def test_the_answer_is_the_predictors(folder: Path, address: tuple[str, int]):
     assert sorted(answer["labels"]) == ["cat", "zebra crossing"]
 
 
-def test_what_goes_wrong_is_said(folder: Path, address: tuple[str, int]):
+def test_errors_are_returned_as_json(folder: Path, address: tuple[str, int]):
     photo = (folder / "0.png").read_bytes()
-    for body, query, status, said in (
+    for body, query, status, message in (
         (b"", "", 400, "The photo is empty"),
         (b"\xff\xd8nothing", "", 400, "The photo is not an image"),
-        (photo, "?label=cat&label=cat", 400, "no label twice"),
+        (photo, "?label=cat&label=cat", 400, "labels must be unique"),
         (photo, "?" + "&".join(f"label=l{i}" for i in range(501)), 400, "at most 500"),
-        (bytes(25_000_001), "", 413, "more than 25 MB"),
+        (bytes(25_000_001), "", 413, "larger than 25 MB"),
     ):
         found, answer, _ = ask(address, "POST", f"/predict{query}", body)
-        assert (found, said in answer["error"]) == (status, True), answer
+        assert (found, message in answer["error"]) == (status, True), answer
     assert ask(address, "GET", "/predict")[0] == 405
     assert ask(address, "GET", "/../../etc/passwd")[0] == 404
 
 
-def test_no_other_site_can_use_it(address: tuple[str, int]):
-    """A name that somebody pointed at this machine is refused; nothing is loaded from elsewhere."""
+def test_other_hosts_are_refused(address: tuple[str, int]):
+    """Requests with other host names are refused; no external resources are loaded."""
     assert ask(address, "GET", "/model", headers={"Host": "evil.example"})[0] == 400
     status, page, headers = ask(address, "GET", "/")
     assert status == 200
@@ -127,7 +127,7 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         assert page.locator("#found li span:first-child").all_text_contents()[:3] == [found.label for found in top]
         M = len(expected.boxes)
         assert page.locator("#boxes rect").count() == M
-        # the second label: its box lights up, and the instances stand in the order of their matches
+        # select the second label: its box is highlighted, and instances are sorted by match
         page.locator("#found li button").nth(1).click()
         won = page.locator("#boxes rect.won")
         assert won.count() == 1
@@ -138,7 +138,7 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         shown = [text.split(",")[0] for text in page.locator("#matches li span:first-child").all_text_contents()]
         assert sorted(shown) == sorted(order)
         assert shown[0] == order[0]
-        # the box lies where it should on the picture
+        # the box is drawn at the correct position
         picture, box = page.locator("#photo").bounding_box(), won.bounding_box()
         assert picture is not None
         assert box is not None
@@ -146,7 +146,7 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         assert abs(box["x"] - picture["x"] - top[1].box[0] * scale) < 6
         assert abs(box["width"] - (top[1].box[2] - top[1].box[0]) * scale) < 12
         page.screenshot(path=screenshots / "label.png")
-        # a box: the labels that it matches
+        # select a box: its labels are sorted by match
         page.locator(f'#boxes rect[data-instance="{M - 1}"]').focus()
         page.keyboard.press("Enter")
         assert f"instance {M - 1}" in page.locator("#matchhead").inner_text()
@@ -163,7 +163,7 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         page.screenshot(path=screenshots / "labels.png")
         page.locator("#reset").click()
         expect(page.locator("#found li")).to_have_count(20, timeout=20_000)
-        # what is no photo: a line that says so, and nothing of the one before
+        # not an image: error message, and previous results are removed
         page.fill("#labels", "")
         page.locator("#apply").click()
         expect(page.locator("#count")).to_have_text("(22)")
@@ -172,24 +172,24 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         assert page.locator("#found li").count() == 0
         assert page.locator("#matchhead").inner_text() == "Matches"
         expect(page.locator("#stage")).to_be_hidden()
-        # what the browser cannot draw: the boxes stand all the same
+        # image format that the browser cannot show: boxes are drawn
         page.set_input_files("#file", folder / "0.tiff")
         expect(page.locator("#message")).to_contain_text("cannot show this kind of file")
         sheet = page.locator("#photo").bounding_box()
         assert sheet is not None
         assert sheet["width"] / sheet["height"] == pytest.approx(expected.size[0] / expected.size[1], rel=0.02)
         assert page.locator("#boxes rect").count() == M
-        # dropped, not chosen
+        # drag and drop
         data = page.evaluate_handle(
             """async () => {
                 const canvas = document.createElement('canvas'); canvas.width = 120; canvas.height = 90;
                 const blob = await new Promise((done) => canvas.toBlob(done, 'image/png'));
                 const transfer = new DataTransfer();
-                transfer.items.add(new File([blob], 'grey.png', { type: 'image/png' }));
+                transfer.items.add(new File([blob], 'gray.png', { type: 'image/png' }));
                 return transfer;
             }"""
         )
-        page.dispatch_event("h1", "drop", {"dataTransfer": data})  # beside the frame
+        page.dispatch_event("h1", "drop", {"dataTransfer": data})  # outside the frame
         expect(page.locator("#message")).to_have_text("")
         page.wait_for_selector("#found li")
         narrow = browser.new_page(viewport={"width": 390, "height": 800})
@@ -200,12 +200,12 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
         narrow.screenshot(path=screenshots / "narrow.png")
         browser.close()
-    assert [problem for problem in problems if "400" not in problem] == []  # the refused file is logged by the browser
+    assert [problem for problem in problems if "400" not in problem] == []  # the browser logs the refused file
     with Image.open(screenshots / "label.png") as picture_file:
         assert picture_file.size == (1180, 860)
 
 
-def test_addresses_that_cannot_be(folder: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]):
+def test_invalid_addresses(folder: Path, address: tuple[str, int], capsys: pytest.CaptureFixture[str]):
     checkpoint = f"checkpoint={folder}/run/checkpoints/best.ckpt"
     assert run(["serve", checkpoint, f"port={address[1]}"]) == 2
     assert f"port={address[1]}: Address already in use" in capsys.readouterr().err

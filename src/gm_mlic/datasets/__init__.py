@@ -1,4 +1,4 @@
-"""Datasets: what each offers to the rest of the package, and the ones that are shipped."""
+"""Dataset interface and built-in datasets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def known_datasets() -> dict[str, Any]:
-    """The dataset classes of this module, by name; a program can add its own as an attribute."""
+    """Dataset classes of this module by name. Programs can add a class as a module attribute."""
     return {cls.name: cls for cls in globals().values() if _is_dataset(cls)}
 
 

@@ -1,4 +1,4 @@
-"""Tables of labels as people keep them (CSV, JSON Lines, COCO's JSON), read strictly into one form: a row per image."""
+"""Annotation readers for CSV, JSON Lines and COCO JSON. Each returns one row per image; malformed files are errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Box = tuple[float, float, float, float]
 
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
-#: What a cell of a label's own column may hold, for present, difficult and absent. Spreadsheets and pandas write 1.0
-#: for 1 where a column has had gaps, and True for a Boolean.
+#: Values allowed in a label column: present, difficult, absent. Spreadsheets and pandas write 1.0 for 1 where a column
+#: had gaps, and True for a Boolean.
 _CELLS: dict[str, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {
     "binary": (
         frozenset({"1", "1.0", "true", "True", "TRUE"}),
@@ -33,17 +33,17 @@ _CELLS: dict[str, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class TableFormat:
-    """What is called how in an annotation file.
+    """Column names and conventions of an annotation file.
 
     Attributes:
-        file: column (CSV) or key (JSON Lines) of the image's file name.
-        labels: column or key that lists the image's labels. A CSV without such a column has one column for each label.
-        split: column or key (of an ``images`` entry in COCO's JSON) that says train, val or test.
-        separator: between the labels of one cell.
-        suffix: added to every file name of a CSV or JSON Lines file.
-        ignore: columns of a CSV that are no labels.
-        target_format: cells of a label's own column: ``binary`` is 1 present, 0 absent; ``voc`` is 1 present,
-            0 difficult, -1 absent.
+        file: column (CSV) or key (JSON Lines) of the image file name.
+        labels: column or key of the label list. A CSV without this column has one column per label.
+        split: column or key (in COCO JSON, of an ``images`` entry) with the value train, val or test.
+        separator: text between the labels of one cell.
+        suffix: appended to every file name of a CSV or JSON Lines file.
+        ignore: CSV columns that are not labels.
+        target_format: values of a label column. ``binary``: 1 present, 0 absent. ``voc``: 1 present, 0 difficult,
+            -1 absent.
     """
 
     file: str = "file"
@@ -56,15 +56,15 @@ class TableFormat:
 
 
 class ImageRow(NamedTuple):
-    """What is annotated about one image.
+    """Annotations of one image.
 
     Attributes:
-        file: path of the image below the image folder, with ``/``.
-        where: the file and line (or image id) that says so, for messages.
-        split: ``train``, ``val`` or ``test``; None where the file has no such column.
+        file: image path relative to the image folder, with ``/``.
+        where: annotation file and line (or image id), for error messages.
+        split: ``train``, ``val`` or ``test``; None if the file has no split column.
         present, difficult: label names.
-        boxes: with the label name of each; None where the file has none for this image.
-        size: width and height that the boxes were drawn for, where the file says.
+        boxes: pairs of box and label name; None if the image has no box annotations.
+        size: annotated image width and height; None if not given.
     """
 
     file: str
@@ -78,13 +78,13 @@ class ImageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotations:
-    """One annotation file.
+    """Content of one annotation file.
 
     Attributes:
-        source: the file.
-        labels: the names it declares, in its order (columns, or COCO's categories by name); None where it only lists
-            what it sees.
-        rows: one for each image, each file once.
+        source: path of the file.
+        labels: declared label names in file order (columns, or COCO categories by name); None if the file only lists
+            labels per image.
+        rows: one per image; file names are unique.
     """
 
     source: Path
@@ -93,13 +93,15 @@ class Annotations:
 
 
 def read_annotations(source: Path, form: TableFormat) -> Annotations:
-    """Read one annotation file; its suffix says what it is.
+    """Read one annotation file. The suffix selects the format.
 
-    ``.csv``, ``.tsv`` and ``.txt`` are tables (delimiter comma, semicolon, tab or bar: the one under which the first
-    line has the file column); ``.jsonl`` and ``.ndjson`` are JSON Lines; ``.json`` is COCO's instances format.
+    ``.csv``, ``.tsv`` and ``.txt`` are tables. Their delimiter is comma, semicolon, tab or bar, whichever makes the
+    file column appear in the first line. ``.jsonl`` and ``.ndjson`` are JSON Lines. ``.json`` is COCO's instances
+    format.
 
     Raises:
-        DataError: if it is missing, malformed, empty, not UTF-8, names a file twice or one outside the image folder.
+        DataError: if the file is missing, malformed, empty or not UTF-8, repeats an image, or names one outside the
+            image folder.
     """
     readers = {
         ".csv": _read_table, ".tsv": _read_table, ".txt": _read_table,
@@ -109,25 +111,25 @@ def read_annotations(source: Path, form: TableFormat) -> Annotations:
         raise DataError(f"{source} has the suffix {source.suffix!r}: expected one of {', '.join(readers)}.")
     labels, rows = readers[source.suffix.lower()](source, form)
     if not rows:
-        raise DataError(f"{source} has no rows: one is needed for each image.")
+        raise DataError(f"{source} has no rows: expected one per image.")
     first: dict[str, str] = {}
     for row in rows:
         if row.file in first:
             raise DataError(
-                f"{row.where} repeats the image {row.file!r} ({first[row.file]}): keep one row for each image, with "
-                "all of its labels."
+                f"{row.where} repeats the image {row.file!r} ({first[row.file]}): keep one row per image, with all of "
+                "its labels."
             )
         first[row.file] = row.where
     stated = [row.split is not None for row in rows]
     if any(stated) and not all(stated):
         raise DataError(
-            f"{rows[stated.index(False)].where} has no {form.split!r}, but other images have: say it for all or none."
+            f"{rows[stated.index(False)].where} has no {form.split!r}, but other images do: set it for all or none."
         )
     return Annotations(source, labels, tuple(rows))
 
 
 def close_to(name: str, names: Iterable[str]) -> str:
-    """How a message ends: ``; did you mean 'x' or 'y'?`` for names that look like ``name``, else a full stop."""
+    """Message ending ``; did you mean 'x' or 'y'?`` for names similar to ``name``; a period if none is similar."""
     by_folded = {other.casefold(): other for other in names}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.7)
     return f"; did you mean {' or '.join(repr(by_folded[key]) for key in close)}?" if close else "."
@@ -142,13 +144,13 @@ def _read_table(source: Path, form: TableFormat) -> tuple[tuple[str, ...] | None
     position = {name: n for n, name in enumerate(header)}
     for name in form.ignore:
         if name not in position:
-            raise DataError(f"{source} has no column {name!r}, which `ignore_columns` names{close_to(name, header)}")
+            raise DataError(f"{source} has no column {name!r}, listed in `ignore_columns`{close_to(name, header)}")
     listed = form.labels is not None and form.labels in position
     others = [name for name in header if name not in (form.file, form.split, *form.ignore)]
     if not listed and not others:
         raise DataError(
-            f"{source} has neither a column {form.labels!r} nor one for each label: add it (`columns['labels']` says "
-            "what it is called)."
+            f"{source} has neither a column {form.labels!r} nor label columns: add one, or set `columns['labels']` to "
+            "its name."
         )
     read = _listed(form, position) if listed else _one_column_each(source, form, position, others)
     rows = []
@@ -156,8 +158,8 @@ def _read_table(source: Path, form: TableFormat) -> tuple[tuple[str, ...] | None
         where = f"{source}: line {line}"
         if len(record) != len(header):
             raise DataError(
-                f"{where} has {len(record)} fields, but the first line has {len(header)}: put quotes around a field "
-                "that holds the delimiter."
+                f"{where} has {len(record)} fields, but the first line has {len(header)}: quote fields that contain "
+                "the delimiter."
             )
         split = None if form.split not in position else _split(record[position[form.split]].strip(), form, where)
         present, difficult = read(record, where)
@@ -165,7 +167,7 @@ def _read_table(source: Path, form: TableFormat) -> tuple[tuple[str, ...] | None
         rows.append(ImageRow(file, where, split, present, difficult))
     if not listed and form.target_format == "voc" and rows and all(_is_full(row, others) for row in rows):
         raise DataError(
-            f"{source} has no cell -1, so no label is ever absent: set `target_format='binary'` if 0 means absent."
+            f"{source} has no value -1, so no label is ever absent: set `target_format='binary'` if 0 means absent."
         )
     return None if listed else tuple(others), rows
 
@@ -175,31 +177,31 @@ def _is_full(row: ImageRow, labels: Sequence[str]) -> bool:
 
 
 def read_text(source: Path) -> str:
-    """A text file in UTF-8, without its byte order mark.
+    """Read a UTF-8 text file, without its byte order mark.
 
     Raises:
-        DataError: if it cannot be read, or is not such a text.
+        DataError: if it cannot be read or is not UTF-8.
     """
     try:
         content = source.read_bytes()
     except OSError as error:
         raise DataError(f"{source} cannot be read ({error.strerror}).") from error
-    mend = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
+    remedy = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{source} is in UTF-16: {mend}")
+        raise DataError(f"{source} is UTF-16: {remedy}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{source}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): {mend}") from error
+        raise DataError(f"{source}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): {remedy}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{source}: line {line} has a NUL character, so it is no text file: {mend}")
+        raise DataError(f"{source}: line {line} has a NUL character, so it is not text: {remedy}")
     return text
 
 
 def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    """The names of the columns, and the records after them with their line numbers."""
+    """Column names, and an iterator over the remaining records with their line numbers."""
     headers: dict[str, list[str]] = {}
     problem: DataError | None = None
     for delimiter in _DELIMITERS:
@@ -208,7 +210,7 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
             headers[delimiter] = [name.strip() for name in record]
         except StopIteration:
             raise DataError(f"{source} is empty: its first line must name the columns.") from None
-        except DataError as error:  # quotes do not fit this delimiter
+        except DataError as error:  # quoting is invalid for this delimiter
             problem = error
     if not headers and problem is not None:
         raise problem
@@ -219,12 +221,12 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
         header = max(headers.values(), key=len)
         columns = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
         raise DataError(
-            f"{source} has no column {form.file!r} in its first line ({columns}): `columns['file']` says what the "
-            f"column with the file names is called{close_to(form.file, header)}"
+            f"{source} has no column {form.file!r} in its first line ({columns}): set `columns['file']` to the column "
+            f"with the file names{close_to(form.file, header)}"
         )
     if len(fitting) > 1:
         names = " or ".join(_DELIMITERS[delimiter] for delimiter in fitting)
-        raise DataError(f"{source}: is the delimiter {names}? Rename the columns so that the first line tells.")
+        raise DataError(f"{source}: the delimiter is ambiguous ({names}): rename the columns in the first line.")
     header = headers[fitting[0]]
     for n, name in enumerate(header):
         if header.index(name) != n:
@@ -235,7 +237,7 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
 
 
 def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Records that are not blank, with the number of their last line."""
+    """Non-blank records with the number of their last line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         for record in reader:
@@ -246,9 +248,7 @@ def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, lis
 
 
 def _listed(form: TableFormat, position: dict[str, int]) -> Any:
-    """A reader of records that list their labels in one cell; twice the same label, and nothing between separators, is
-    no harm.
-    """
+    """Reader of records that list their labels in one cell. Repeated labels and empty items are ignored."""
     column = position[str(form.labels)]
 
     def read(record: list[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -259,7 +259,7 @@ def _listed(form: TableFormat, position: dict[str, int]) -> Any:
 
 
 def _one_column_each(source: Path, form: TableFormat, position: dict[str, int], labels: list[str]) -> Any:
-    """A reader of records with one cell for each label."""
+    """Reader of records with one column per label."""
     if "" in labels:
         raise DataError(
             f"{source}: column {position[''] + 1} has no name: remove it (pandas: to_csv(..., index=False))."
@@ -289,7 +289,7 @@ def _expected_cell(cell: str, label: str, form: TableFormat) -> str:
     if cell in ("-1", "-1.0"):
         return ": expected 1 or 0; set `target_format='voc'` if -1 means absent and 0 difficult."
     return (
-        ": expected 1 or 0. If it is no label, name it in `ignore_columns`; if it lists the labels, set "
+        ": expected 1 or 0. If the column is not a label, add it to `ignore_columns`; if it lists the labels, set "
         f"`columns['labels']={label!r}`."
     )
 
@@ -299,7 +299,7 @@ def _expected_cell(cell: str, label: str, form: TableFormat) -> str:
 
 def _read_lines(source: Path, form: TableFormat) -> tuple[None, list[ImageRow]]:
     rows = []
-    # Only these end a line: splitlines() would also split at characters that JSON allows within a text.
+    # splitlines() would also split at characters that JSON allows inside strings.
     lines = read_text(source).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     for line, text in enumerate(lines, start=1):
         if text.strip():
@@ -307,9 +307,9 @@ def _read_lines(source: Path, form: TableFormat) -> tuple[None, list[ImageRow]]:
             try:
                 entry = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not valid JSON ({error}): each line is one object.") from error
+                raise DataError(f"{where} is not valid JSON ({error}): expected one object per line.") from error
             if not isinstance(entry, dict):
-                raise DataError(f"{where} is no JSON object: expected {{{form.file!r}: ..., {form.labels!r}: [...]}}.")
+                raise DataError(f"{where} is not a JSON object with {form.file!r} and {form.labels!r}.")
             rows.append(_object_row(entry, form, where))
     return None, rows
 
@@ -317,20 +317,20 @@ def _read_lines(source: Path, form: TableFormat) -> tuple[None, list[ImageRow]]:
 def _object_row(entry: dict[str, Any], form: TableFormat, where: str) -> ImageRow:
     if form.file not in entry:
         raise DataError(
-            f"{where} has no key {form.file!r} (`columns['file']` says what it is called){close_to(form.file, entry)}"
+            f"{where} has no key {form.file!r}: set `columns['file']` to its name{close_to(form.file, entry)}"
         )
     key = form.labels or "labels"
     boxes = None if entry.get("boxes") is None else _object_boxes(entry["boxes"], where)
     if key not in entry and boxes is None:
         raise DataError(
-            f"{where} has no key {key!r} (an image without labels needs an empty list){close_to(key, entry)}"
+            f"{where} has no key {key!r} (use an empty list for an image without labels){close_to(key, entry)}"
         )
     labels = entry[key] if key in entry else [label for _, label in boxes or ()]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise DataError(f"{where} has {key} {labels!r}: expected a list of texts.")
+        raise DataError(f"{where} has {key} {labels!r}: expected a list of strings.")
     for _, label in boxes or ():
         if label not in labels:
-            raise DataError(f"{where} has a box of {label!r}, which is not among its {key}{close_to(label, labels)}")
+            raise DataError(f"{where} has a box with label {label!r}, not in its {key}{close_to(label, labels)}")
     split = entry.get(form.split) if form.split is not None else None
     if split is not None or (form.split is not None and form.split in entry):
         split = _split(split, form, where)
@@ -341,7 +341,7 @@ def _object_row(entry: dict[str, Any], form: TableFormat, where: str) -> ImageRo
 def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
     if not isinstance(boxes, list):
         raise DataError(f"{where} has boxes {boxes!r}: expected a list of [x1, y1, x2, y2, label].")
-    found = []
+    parsed = []
     for box in boxes:
         *corners, label = box if isinstance(box, list) and box else [None]
         if len(corners) != 4 or not all(map(_is_finite, corners)) or not isinstance(label, str):
@@ -350,16 +350,16 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
         if x2 < x1 or y2 < y1:
             raise DataError(f"{where} has the box {box!r}: x2 and y2 must not be less than x1 and y1.")
         if 0 < x2 <= 1 and 0 < y2 <= 1:
-            raise DataError(f"{where} has the box {box!r} within one pixel: expected pixels, not shares of the image.")
-        found.append(((x1, y1, x2, y2), label))
-    return tuple(found)
+            raise DataError(f"{where} has the box {box!r} within one pixel: expected pixels, not relative coordinates.")
+        parsed.append(((x1, y1, x2, y2), label))
+    return tuple(parsed)
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# ---- COCO's JSON ----
+# ---- COCO JSON ----
 
 
 def _read_coco(source: Path, form: TableFormat) -> tuple[tuple[str, ...], list[ImageRow]]:
@@ -383,7 +383,7 @@ def _read_coco(source: Path, form: TableFormat) -> tuple[tuple[str, ...], list[I
     return labels, rows
 
 
-# ---- all of them ----
+# ---- All formats ----
 
 
 def _split(value: Any, form: TableFormat, where: str) -> str:
@@ -394,7 +394,7 @@ def _split(value: Any, form: TableFormat, where: str) -> str:
 
 def _file(name: Any, form: TableFormat, where: str) -> str:
     if not isinstance(name, str) or not name or "\0" in name:
-        raise DataError(f"{where} has {form.file} {name!r}: a file name is needed.")
+        raise DataError(f"{where} has {form.file} {name!r}: expected a file name.")
     if coco_format.leaves_folder(name):
         raise DataError(
             f"{where} has {form.file} {name!r}: it must stay inside the image folder (no leading /, no .., no \\ or :)."

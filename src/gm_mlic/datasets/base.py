@@ -1,4 +1,4 @@
-"""What every dataset offers to the rest of the package: ids, labels, targets, images and, where they exist, boxes."""
+"""Dataset base class: ids, labels, targets, images and optional boxes."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class BoxAnnotations:
 class MultiLabelDataset(ABC):
     """One split of a multi-label image dataset.
 
-    Rows are images in a fixed order; every later stage (store, graphs, scores) keeps this order and these ids.
+    Rows are images in a fixed order. Every later stage (store, graphs, scores) keeps this order and these ids.
 
     Attributes:
-        name: short name of the dataset, the same for all its splits, fit for a folder name.
+        name: short name of the dataset, equal for all splits and valid as a folder name.
         split: ``train``, ``val`` or ``test``.
-        labels: the C label names; their order is the order of every label axis in the package.
+        labels: the C label names, in the order of every label axis in the package.
         ids: the N image ids, unique.
-        targets: (N, C) with 1 present, 0 absent, of bool or any number type; int8 in the datasets that are shipped.
-        difficult: (N, C) bool, the pairs of image and label that are difficult (VOC), whose target is 0; None (default)
-            for datasets that know no such thing.
+        targets: (N, C), 1 present, 0 absent; bool or any number type (int8 in the built-in datasets).
+        difficult: (N, C) bool mask of difficult image-label pairs (VOC), whose target is 0; None (default) for datasets
+            without difficult labels.
     """
 
     name: str
@@ -62,12 +62,12 @@ class MultiLabelDataset(ABC):
         """
 
     def boxes(self, i: int) -> BoxAnnotations | None:
-        """Ground-truth boxes of row ``i``, or None where the dataset has none."""
+        """Ground-truth boxes of row ``i``; None if the dataset has none."""
         return None
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of name, split, labels, ids, targets and difficult ones: what a store was made for."""
+        """SHA-256 (hex) of name, split, labels, ids, targets and the difficult mask."""
         digest = hashlib.sha256()
         digest.update(json.dumps([self.name, self.split, list(self.labels), list(self.ids)]).encode())
         digest.update(np.ascontiguousarray(self.targets, dtype=np.int8).tobytes())
@@ -77,7 +77,7 @@ class MultiLabelDataset(ABC):
 
 
 def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.ndarray:
-    r"""The share :math:`r_c` of images that carry label c (eq. 15 of the paper); difficult pairs do not count.
+    r"""Label frequency :math:`r_c`: the fraction of images with label c (eq. 15). Difficult pairs are not counted.
 
     Args:
         targets: (N, C) in {0, 1}.
@@ -87,7 +87,7 @@ def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.
         (C,) float64 in [0, 1].
 
     Raises:
-        DataError: for other targets.
+        DataError: if targets have other values.
     """
     present, _ = normalize_targets(targets, difficult)
     return np.asarray(present.mean(axis=0), dtype=np.float64)
@@ -96,9 +96,12 @@ def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.
 def check_targets(
     ids: Sequence[str], labels: Sequence[str], targets: np.ndarray, difficult: np.ndarray | None = None
 ) -> None:
-    """Raise :class:`~gm_mlic.errors.DataError` unless a dataset's ids, labels, targets and difficult ones fit together.
+    """Check that ids, labels, targets and the difficult mask of a dataset are consistent.
 
-    Ids and labels are unique and non-empty, targets are in {0, 1}, and 0 where a pair is difficult.
+    Ids and labels must be unique and non-empty, targets in {0, 1}, and 0 for difficult pairs.
+
+    Raises:
+        DataError: if they are not.
     """
     if len(ids) == 0:
         raise DataError("The dataset has no images: check `root` and `split`.")
@@ -106,15 +109,15 @@ def check_targets(
         raise DataError("The dataset has no labels: check its annotation file.")
     for what, names in (("image id", ids), ("label", labels)):
         if len(set(names)) != len(names):
-            twice = next(n for n in names if list(names).count(n) > 1)
-            raise DataError(f"The {what} {twice!r} occurs more than once: make {what}s unique.")
+            duplicate = next(n for n in names if list(names).count(n) > 1)
+            raise DataError(f"The {what} {duplicate!r} occurs more than once: {what}s must be unique.")
     if targets.shape != (len(ids), len(labels)):
         raise DataError(f"targets have shape {targets.shape}, expected {(len(ids), len(labels))}.")
     other = first_other_value(targets, (0, 1))
     if other is not None:
         raise DataError(
-            f"targets hold {other:g}: a dataset's targets are 1 (present) and 0 (absent), and its attribute difficult "
-            "is a bool mask."
+            f"targets contain {other:g}: use 1 (present) and 0 (absent), and the bool mask `difficult` for difficult "
+            "labels."
         )
     if difficult is None:
         return

@@ -1,4 +1,4 @@
-"""MS-COCO 2014 as it is distributed: two image folders and two annotation files, read strictly."""
+"""MS-COCO 2014 in its official layout: two image folders and two annotation files."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ class COCO2014(MultiLabelDataset):
         root/annotations/instances_train2014.json
         root/annotations/instances_val2014.json
 
-    As the literature has it, ``val2014`` is the test set. ``train`` and ``val`` part ``train2014`` by a seeded random
-    permutation of its images (in the order of their ids): ``round(val_fraction * N)`` of them, and at least one, are
-    ``val``. With ``val_fraction=0`` all of ``train2014`` is ``train``.
+    As in the literature, ``val2014`` is the test set. ``train`` and ``val`` split ``train2014`` by a seeded random
+    permutation of its images (ordered by id): ``round(val_fraction * N)`` images, at least one, are ``val``. With
+    ``val_fraction=0`` all of ``train2014`` is ``train``.
 
     ============ ========================= ============== ==========
     archive      images with a label       all images     labels
@@ -59,28 +59,28 @@ class COCO2014(MultiLabelDataset):
     val2014      40,137                    40,504         80
     ============ ========================= ============== ==========
 
-    The default ``unlabeled="drop"`` gives the literature's 82,081 and 40,137.
+    The default ``unlabeled="drop"`` gives 82,081 and 40,137 images, as in the literature.
 
-    A label is present if any annotation of the image has its category, crowd regions (``iscrowd=1``) included, as in
-    ML-GCN's label files. :meth:`boxes` leaves out crowd regions, which do not outline one object, and boxes without
-    area. Boxes are clipped to the image if they reach at most :data:`~gm_mlic.datasets.coco_format.BOX_TOLERANCE`
-    pixels over its border. Rows are in the order of the image ids, which (as decimal strings) are ``ids``.
+    A label is present if any annotation of the image has its category, including crowd regions (``iscrowd=1``), as in
+    ML-GCN's label files. :meth:`boxes` omits crowd regions, which do not outline single objects, and boxes without
+    area. Boxes that exceed the image by at most :data:`~gm_mlic.datasets.coco_format.BOX_TOLERANCE` pixels are clipped.
+    Rows are sorted by image id; ``ids`` are these ids as decimal strings.
 
     Args:
         root: the folder described above.
         split: ``train``, ``val`` or ``test``.
-        val_fraction: share of ``train2014`` held out as ``val``, in [0, 1).
-        seed: of the permutation that holds it out.
-        unlabeled: ``drop`` or ``keep`` images without any annotation.
-        label_order: columns by ``name`` (alphabetical, as label embeddings are distributed) or by category ``id``.
-        download: fetch what is missing for this split from the official server (13 GB for train2014, 6 GB for val2014,
-            0.25 GB of annotations), and check it.
-        mirror: another server with the same files, as ``http://HOST/FOLDER``; what comes from it is checked likewise.
+        val_fraction: fraction of ``train2014`` held out as ``val``, in [0, 1).
+        seed: seed of that permutation.
+        unlabeled: ``drop`` or ``keep`` images without annotations.
+        label_order: sort labels by ``name`` (alphabetical, as published label embeddings are) or by category ``id``.
+        download: download missing files of this split from the official server (13 GB for train2014, 6 GB for val2014,
+            0.25 GB of annotations) and verify them.
+        mirror: base URL of a mirror (``http://HOST/FOLDER``); its files are verified in the same way.
 
     Raises:
-        ConfigError: for a setting with another value.
-        DataError: if a file is missing or malformed, an annotation names an unknown image or category or has an
-            impossible box, or an image file does not exist.
+        ConfigError: if an argument has an invalid value.
+        DataError: if a file is missing or malformed, an annotation names an unknown image or category or has an invalid
+            box, or an image file does not exist.
     """
 
     name = "coco2014"
@@ -135,17 +135,17 @@ class COCO2014(MultiLabelDataset):
 
         Raises:
             UnreadableImage: if it cannot be decoded.
-            DataError: if its size is not the annotated one, since the boxes would not fit.
+            DataError: if its size differs from the annotated one.
         """
         return read_photo(self.folder, self._chosen[i])
 
     def boxes(self, i: int) -> BoxAnnotations:
-        """The object boxes of row ``i``, without crowd regions; there may be none."""
+        """Object boxes of row ``i`` without crowd regions; possibly empty."""
         return self._chosen[i].box_annotations()
 
 
 def _check_files(photos: list[Photo], folder: Path, source: Path) -> None:
-    # One listing of the folder is far cheaper than tens of thousands of single look-ups.
+    # Listing the folder once is far cheaper than tens of thousands of lookups.
     with os.scandir(folder) as entries:
         present = {entry.name for entry in entries}
     missing = [p.file_name for p in photos if p.file_name not in present and not (folder / p.file_name).is_file()]
@@ -153,5 +153,5 @@ def _check_files(photos: list[Photo], folder: Path, source: Path) -> None:
         first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise DataError(
             f"{len(missing)} of {len(photos)} images of {source} are missing in {folder} ({first}): "
-            "extract the archive again or remove them from the file."
+            "extract the archive again, or remove them from the annotation file."
         )

@@ -1,4 +1,4 @@
-"""COCO's instances format (one JSON file), read strictly: for MS-COCO itself and for people's own files."""
+"""Parser for COCO's instances format (one JSON file), used for MS-COCO and custom datasets."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from gm_mlic.datasets.base import BoxAnnotations
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import DataError
 
-#: How far, in pixels, a box may reach over the image's border (rounding in the annotations); it is clipped.
+#: Largest overhang of a box over the image border in pixels (rounding in annotations) that is clipped, not refused.
 BOX_TOLERANCE = 2.0
 
 
 @dataclass
 class Photo:
-    """One entry of the annotation file's ``images`` with all that is annotated on it.
+    """One ``images`` entry with its annotations.
 
-    ``labels`` and ``box_labels`` are columns: positions in the label names. ``boxes`` are (x1, y1, x2, y2) in pixels,
-    within the image, without crowd regions and boxes without area.
+    ``labels`` and ``box_labels`` are label indices. ``boxes`` are (x1, y1, x2, y2) in pixels, clipped to the image,
+    without crowd regions and boxes without area.
     """
 
     id: int
@@ -36,7 +36,7 @@ class Photo:
     box_labels: list[int] = field(default_factory=list)
 
     def box_annotations(self) -> BoxAnnotations:
-        """Its boxes, as datasets return them."""
+        """Boxes as :class:`BoxAnnotations`."""
         return BoxAnnotations(
             boxes=torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 4),
             labels=torch.tensor(self.box_labels, dtype=torch.int64),
@@ -44,10 +44,10 @@ class Photo:
 
 
 def load(source: Path) -> dict[str, Any]:
-    """The content of an annotation file.
+    """Load an annotation file.
 
     Raises:
-        DataError: unless it is JSON with the lists ``images``, ``annotations`` and ``categories`` of objects.
+        DataError: unless it is JSON with the lists of objects ``images``, ``annotations`` and ``categories``.
     """
     try:
         content = json.loads(source.read_bytes())
@@ -59,23 +59,22 @@ def load(source: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise DataError(f"{source} has no list {key!r}: expected COCO's instances format.")
         if not all(isinstance(entry, dict) for entry in content[key]):
-            raise DataError(f"{source}: {key!r} holds an entry that is no object: expected COCO's instances format.")
+            raise DataError(f"{source}: {key!r} has an entry that is not an object: expected COCO's instances format.")
     return dict(content)
 
 
 def parse(
     content: dict[str, Any], source: Path, label_order: Literal["name", "id"] = "name"
 ) -> tuple[tuple[str, ...], dict[int, Photo]]:
-    """The label names and, by image id, the photos with their labels and boxes.
+    """Parse label names, and photos with labels and boxes by image id.
 
     Args:
-        content: what :func:`load` returned.
-        source: the file it is from, for messages.
-        label_order: labels by ``name`` (alphabetical) or by category ``id``.
+        content: the result of :func:`load`.
+        source: path of the file, for error messages.
+        label_order: sort labels by ``name`` (alphabetical) or by category ``id``.
 
     Raises:
-        DataError: for an entry that is malformed, occurs twice, names an unknown image or category, or has an
-            impossible box.
+        DataError: if an entry is malformed or duplicated, names an unknown image or category, or has an invalid box.
     """
     labels, column_of = _categories(content, source, label_order)
     photos = _photos(content, source)
@@ -84,24 +83,24 @@ def parse(
 
 
 def read_photo(folder: Path, photo: Photo) -> Image.Image:
-    """The photo as RGB, upright.
+    """Read a photo as RGB, upright.
 
     Raises:
         UnreadableImage: if it cannot be decoded.
-        DataError: if its size is not the annotated one, since the boxes would not fit.
+        DataError: if its size differs from the annotated one.
     """
     path = folder / photo.file_name
     image = read_image(path)
     if image.size != (photo.width, photo.height):
         raise DataError(
-            f"Image {path} is {image.width} x {image.height} pixels, but its annotation (image id {photo.id}) says "
-            f"{photo.width} x {photo.height}: the boxes would not fit; mend one of them."
+            f"Image {path} is {image.width} x {image.height} pixels, but its annotation (image id {photo.id}) has "
+            f"{photo.width} x {photo.height}: correct the annotation or replace the image."
         )
     return image
 
 
 def leaves_folder(file_name: str) -> bool:
-    """Whether a file name from an annotation file could lead out of the image folder, on any operating system."""
+    """Whether an annotated file name could point outside the image folder, on any operating system."""
     parts = PurePosixPath(file_name)
     return parts.is_absolute() or ".." in parts.parts or "\\" in file_name or ":" in file_name
 
@@ -109,14 +108,14 @@ def leaves_folder(file_name: str) -> bool:
 def clip_box(
     box: tuple[float, float, float, float], size: tuple[int, int], where: str
 ) -> tuple[float, float, float, float] | None:
-    """(x1, y1, x2, y2) within an image of ``size`` (width, height); None if no area is left.
+    """Clip (x1, y1, x2, y2) to an image of ``size`` (width, height); None if no area is left.
 
     Raises:
-        DataError: if it reaches more than :data:`BOX_TOLERANCE` pixels over the border; ``where`` says what box it is.
+        DataError: if it exceeds the border by more than :data:`BOX_TOLERANCE` pixels; ``where`` starts the message.
     """
     (x1, y1, x2, y2), (width, height) = box, size
     if max(-x1, -y1, x2 - width, y2 - height) > BOX_TOLERANCE:
-        raise DataError(f"{where}, outside the image of {width} x {height} pixels: mend the file.")
+        raise DataError(f"{where}, outside the image of {width} x {height} pixels: correct the file.")
     x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
     return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
 
@@ -124,18 +123,18 @@ def clip_box(
 def _integer(entry: dict[str, Any], key: str, where: str) -> int:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DataError(f"{where} has {key} {value!r}: an integer is needed.")
+        raise DataError(f"{where} has {key} {value!r}: expected an integer.")
     return value
 
 
 def _categories(content: dict[str, Any], source: Path, order: str) -> tuple[tuple[str, ...], dict[int, int]]:
-    """The label names in their order, and the column of each category id."""
+    """Ordered label names, and the label index of each category id."""
     names: dict[int, str] = {}
     for n, entry in enumerate(content["categories"]):
         key = _integer(entry, "id", f"{source}: category number {n}")
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{source}: category {key} has name {name!r}: a text is needed.")
+            raise DataError(f"{source}: category {key} has name {name!r}: expected a string.")
         if key in names or name in names.values():
             raise DataError(f"{source}: category {key} ({name!r}) occurs twice: ids and names must be unique.")
         names[key] = name
@@ -154,7 +153,7 @@ def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
             raise DataError(f"{where} has size {width} x {height}: both must be at least 1.")
         file_name = entry.get("file_name")
         if not isinstance(file_name, str) or not file_name or "\0" in file_name:
-            raise DataError(f"{where} has file_name {file_name!r}: a file name is needed.")
+            raise DataError(f"{where} has file_name {file_name!r}: expected a file name.")
         if leaves_folder(file_name):
             raise DataError(f"{where} has file_name {file_name!r}: it must stay inside the image folder.")
         if key in photos or file_name in files:
@@ -165,17 +164,16 @@ def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
 
 
 def _annotate(photos: dict[int, Photo], content: dict[str, Any], source: Path, column_of: dict[int, int]) -> None:
-    """Put each annotation's label and box on its photo."""
+    """Add each annotation's label and box to its photo."""
     for n, entry in enumerate(content["annotations"]):
         where = f"{source}: annotation {entry.get('id', f'number {n}')}"
         photo = photos.get(_integer(entry, "image_id", where))
         if photo is None:
-            raise DataError(f"{where} is for image id {entry['image_id']}, not among the images: mend the file.")
+            raise DataError(f"{where} has unknown image_id {entry['image_id']}: correct the file.")
         column = column_of.get(_integer(entry, "category_id", where))
         if column is None:
             raise DataError(
-                f"{where} (image id {photo.id}) has category_id {entry['category_id']}, which is not among the "
-                "categories: mend the file."
+                f"{where} (image id {photo.id}) has unknown category_id {entry['category_id']}: correct the file."
             )
         box = _box(entry.get("bbox"), photo, where)
         photo.labels.add(column)
@@ -185,11 +183,11 @@ def _annotate(photos: dict[int, Photo], content: dict[str, Any], source: Path, c
 
 
 def _box(bbox: Any, photo: Photo, where: str) -> tuple[float, float, float, float] | None:
-    """(x, y, width, height) as (x1, y1, x2, y2) within the image; None if it has no area."""
+    """Convert (x, y, width, height) to (x1, y1, x2, y2), clipped to the image; None without area."""
     where = f"{where} (image id {photo.id}, {photo.file_name}) has bbox {bbox}"
     number = isinstance(bbox, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in bbox)
     if not number or len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
-        raise DataError(f"{where}: four finite numbers x, y, width, height are needed.")
+        raise DataError(f"{where}: expected four finite numbers x, y, width, height.")
     x, y, width, height = (float(v) for v in bbox)
     if width < 0 or height < 0:
         raise DataError(f"{where}: width and height must not be negative.")

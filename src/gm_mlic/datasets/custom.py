@@ -1,4 +1,4 @@
-"""People's own photos: a folder of images and a table of labels."""
+"""Custom dataset: a folder of images and an annotation file."""
 
 from __future__ import annotations
 
@@ -34,68 +34,66 @@ log = logging.getLogger(__name__)
 
 
 class CustomDataset(MultiLabelDataset):
-    r"""A folder of photos and what people know about them, in one or several annotation files.
+    r"""Image folder with labels from one or several annotation files.
 
-    The suffix of an annotation file says what it is (UTF-8, with or without a byte order mark):
+    The suffix of an annotation file selects its format (UTF-8, with or without a byte order mark):
 
     * ``.csv``, ``.tsv``, ``.txt``: a table whose first line names the columns; delimiter comma, semicolon, tab or bar.
-      Either the column ``labels`` lists them (``cat;dog``; empty: none), or each label has a column of its own with
-      1 or 0. Spaces around names and cells do not count::
+      Either the column ``labels`` lists the labels (``cat;dog``; empty: none), or each label has a column with 1 or 0.
+      Spaces around names and cells are ignored::
 
           file,labels,split                  file,cat,dog
           a.jpg,cat;dog,train                a.jpg,1,1
           b.jpg,,test                        b.jpg,0,0
 
-    * ``.jsonl``, ``.ndjson``: one object a line; boxes are in pixels, and may stand for the labels::
+    * ``.jsonl``, ``.ndjson``: one object per line; boxes are in pixels and may replace the label list::
 
           {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    * ``.json``: COCO's instances format, as strictly as :class:`~gm_mlic.datasets.coco.COCO2014` reads it.
+    * ``.json``: COCO's instances format, with the checks of :class:`~gm_mlic.datasets.coco.COCO2014`.
 
-    *Targets.* A label is present or absent; an image without labels is kept, with all of them absent. Only a table with
-    a column for each label can hold difficult ones, and only with ``target_format="voc"``: its cells are 1 present, 0
-    difficult, -1 absent. (A table of 0 and 1 alone is refused there: it would turn every absent label into a difficult
-    one.) However the file is written, ``targets`` are in {0, 1}, and ``difficult`` is a mask.
+    *Targets.* A label is present or absent; images without labels are kept. Only tables with one column per label
+    support difficult labels, with ``target_format="voc"``: 1 present, 0 difficult, -1 absent. (Such a table without any
+    -1 is refused, since every absent label would become difficult.) In every format, ``targets`` are in {0, 1} and
+    ``difficult`` is a mask.
 
-    *Labels* are in the order of ``labels`` if given, else of the columns, else alphabetical. They are those of all
-    splits together. Two that differ only in case, spaces or underscores are refused.
+    *Labels* are in the order of ``labels`` if given, else of the columns, else alphabetical. They are collected over
+    all splits. Labels that differ only in case, spaces or underscores are refused.
 
-    *Splits.* Annotations say them (one file for each split, or the column ``split`` with train, val or test), or they
-    are drawn, stratified over the labels (:func:`~gm_mlic.datasets.splits.stratified`): ``test`` is ``test_fraction``
-    of all images, ``val`` is ``val_fraction`` of the others. Where annotations say splits but no ``val``, that is drawn
-    from their ``train``. The same annotations and seed give the same splits; whether a file is missing changes nothing.
+    *Splits* are annotated (one file per split, or a column ``split`` with train, val or test) or drawn, stratified by
+    label (:func:`~gm_mlic.datasets.splits.stratified`): ``test`` is ``test_fraction`` of all images, ``val`` is
+    ``val_fraction`` of the rest. If the annotated splits have no ``val``, it is drawn from ``train``. The same
+    annotations and seed give the same splits, even if files are missing.
 
-    Rows are in the order of the annotation file (COCO: of the image ids); ``ids`` are the file names below ``root``.
-    The fingerprint covers the size of each file in bytes, so that photos that were changed are detected again.
+    Rows are in the order of the annotation file (COCO: sorted by image id); ``ids`` are file names relative to
+    ``root``. The fingerprint covers each file's size in bytes, so that changed photos are detected again.
 
     Args:
-        root: the folder that file names start from.
+        root: base folder of the file names.
         split: ``train``, ``val`` or ``test``.
-        annotations: one annotation file, or one for each split as ``{"train": ..., "test": ...}``. Relative paths start
-            from ``root``.
-        folders: with one annotation file for each split, the folder below ``root`` that its file names start from, as
-            ``{"train": "train", "test": "test"}``; None: ``root`` itself.
-        labels: the names allowed, in this order: a list, or a text file with one in each line. An annotated label that
-            is not among them is an error.
-        columns: what the columns or keys ``file``, ``labels`` and ``split`` are called; None for labels or split: there
-            is none. (``boxes`` is always called so.)
-        separator: between the labels of one cell.
-        suffix: added to each file name, as ``.jpg`` where the table has only ids.
-        ignore_columns: columns of a table that are no labels (only needed where each label has its own).
+        annotations: one annotation file, or one per split as ``{"train": ..., "test": ...}``; relative to ``root``.
+        folders: with one annotation file per split, the base folder of its file names, relative to ``root``, as
+            ``{"train": "train", "test": "test"}``; None (default): ``root``.
+        labels: allowed names in order: a list, or a text file with one per line. Other annotated labels are errors.
+        columns: names of the columns or keys ``file``, ``labels`` and ``split``; None for labels or split if absent.
+            (The key ``boxes`` cannot be renamed.)
+        separator: text between the labels of one cell.
+        suffix: appended to each file name, for example ``.jpg`` if the table has only ids.
+        ignore_columns: columns that are not labels (only needed with one column per label).
         target_format: ``binary`` or ``voc``, as above.
-        missing: what to do about images that do not exist: stop (``error``), or leave them out (``drop``), log them and
-            name them in ``missing``.
+        missing: images that do not exist raise (``error``), or are dropped, logged and listed in ``missing``
+            (``drop``).
         val_fraction: in [0, 1).
         test_fraction: in [0, 1).
-        seed: of the splits that are drawn.
+        seed: seed of the drawn splits.
 
     Attributes:
-        missing: file names of this split that were left out.
+        missing: file names of this split that were dropped.
 
     Raises:
-        ConfigError: for a setting with another value.
+        ConfigError: if an argument has an invalid value.
         DataError: if a file is missing or malformed, an image occurs twice (or in two splits), a label is not allowed,
-            or no image is left for the split.
+            or the split is empty.
     """
 
     name = "custom"
@@ -125,12 +123,12 @@ class CustomDataset(MultiLabelDataset):
             if value not in allowed:
                 raise ArgumentError(key, f"is {value!r}: choose one of {', '.join(allowed)}.")
         if not 0.0 <= test_fraction < 1.0:
-            raise ArgumentError("test_fraction", f"is {test_fraction}: choose a share in [0, 1).")
+            raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
         if not separator:
-            raise ArgumentError("separator", "is empty: give the text between the labels of one cell.")
+            raise ArgumentError("separator", "is empty: set it to the text between the labels of one cell.")
         unknown = [key for key in columns or {} if key not in ("file", "labels", "split")]
         if unknown:
-            raise ArgumentError("columns", f"has {unknown[0]!r}: only file, labels and split can be renamed.")
+            raise ArgumentError("columns", f"has the key {unknown[0]!r}: expected file, labels or split.")
         self.split = split
         self.root = Path(root)
         if not self.root.is_dir():
@@ -147,7 +145,7 @@ class CustomDataset(MultiLabelDataset):
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
         targets, difficult = (_mask(rows, self.labels, name) for name in ("present", "difficult"))
-        if split == "train":  # it is the same for every split: say it once
+        if split == "train":  # the same for every split: warn once
             _warn(self.labels, targets, separator)
         check_targets([row.file for row in rows], self.labels, targets, difficult)
         splits = _assign([row.split for row in rows], targets, val_fraction, test_fraction, seed)
@@ -156,14 +154,15 @@ class CustomDataset(MultiLabelDataset):
             raise DataError(_empty(split, splits, read, val_fraction, test_fraction))
 
         sizes = [_bytes(self.root / rows[i].file) for i in chosen]
-        gone = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
-        if gone:
-            message = f"{len(gone)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
-            examples = ", ".join(gone[:3]) + (", ..." if len(gone) > 3 else "") + _similar_file(self.root, gone[0])
-            if missing == "error" or len(gone) == len(chosen):
-                raise DataError(f"{message} ({examples}): restore them, or leave them out with `missing='drop'`.")
-            log.warning("%s and are left out: %s", message, examples)
-        self.missing = tuple(gone)
+        absent = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
+        if absent:
+            message = f"{len(absent)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
+            examples = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+            examples += _similar_file(self.root, absent[0])
+            if missing == "error" or len(absent) == len(chosen):
+                raise DataError(f"{message} ({examples}): restore them, or drop them with `missing='drop'`.")
+            log.warning("%s and are dropped: %s", message, examples)
+        self.missing = tuple(absent)
         self._bytes = [size for size in sizes if size is not None]
         kept = [int(i) for i, size in zip(chosen, sizes, strict=True) if size is not None]
         self._rows = [rows[i] for i in kept]
@@ -173,7 +172,7 @@ class CustomDataset(MultiLabelDataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the base class's fingerprint and of the size of every image file in bytes."""
+        """SHA-256 (hex) of the base class's fingerprint and the size of every image file in bytes."""
         return hashlib.sha256(json.dumps([super().fingerprint, self._bytes]).encode()).hexdigest()
 
     def image(self, i: int) -> Image.Image:
@@ -181,22 +180,22 @@ class CustomDataset(MultiLabelDataset):
 
         Raises:
             UnreadableImage: if it cannot be decoded.
-            DataError: if its size is not the one that COCO's JSON says, since the boxes would not fit.
+            DataError: if its size differs from the one in COCO JSON.
         """
         row = self._rows[i]
         image = read_image(self.root / row.file)
         if row.size is not None and image.size != row.size:
             raise DataError(
-                f"Image {self.root / row.file} is {image.width} x {image.height} pixels, but {row.where} says "
-                f"{row.size[0]} x {row.size[1]}: the boxes would not fit; mend one of them."
+                f"Image {self.root / row.file} is {image.width} x {image.height} pixels, but {row.where} has "
+                f"{row.size[0]} x {row.size[1]}: correct the annotation or replace the image."
             )
         return image
 
     def boxes(self, i: int) -> BoxAnnotations | None:
-        """The boxes of row ``i``, clipped to the image; None where none are annotated, or the image cannot be read.
+        """Boxes of row ``i``, clipped to the image; None if none are annotated or the image cannot be read.
 
         Raises:
-            DataError: if a box reaches more than two pixels over the image's border.
+            DataError: if a box exceeds the image border by more than two pixels.
         """
         row = self._rows[i]
         if row.boxes is None:
@@ -221,17 +220,17 @@ class CustomDataset(MultiLabelDataset):
 def _read_all(
     root: Path, annotations: str | Path | Mapping[str, str | Path], folders: Mapping[str, str], form: TableFormat
 ) -> list[Annotations]:
-    """The annotation files; with one for each split, every row says its split and has its folder."""
+    """Read all annotation files; with one per split, set the split and folder of each row."""
     if not isinstance(annotations, Mapping):
         if folders:
-            raise ArgumentError("folders", "needs `annotations` with a file for each split.")
+            raise ArgumentError("folders", "needs `annotations` with one file per split.")
         return [read_annotations(_path(root, annotations, "annotations"), form)]
     for split in annotations:
         if split not in SPLITS:
-            raise ArgumentError("annotations", f"has {split!r}: expected a file for each of train, val and test.")
+            raise ArgumentError("annotations", f"has the key {split!r}: expected train, val or test.")
     for split, folder in folders.items():
         if split not in annotations:
-            raise ArgumentError("folders", f"has {split!r}, but `annotations` has not.")
+            raise ArgumentError("folders", f"has the key {split!r}, which `annotations` lacks.")
         if leaves_folder(folder):
             raise ArgumentError(f"folders[{split!r}]", f"is {folder!r}: name a folder inside `root`.")
     read = []
@@ -246,7 +245,7 @@ def _read_all(
                     f"{row.where} repeats the image {row.file!r} ({first[row.file]}): an image belongs to one split."
                 )
             if row.split not in (None, split):
-                raise DataError(f"{row.where} says split {row.split!r}, but `annotations` says {split!r}.")
+                raise DataError(f"{row.where} has split {row.split!r}, but `annotations` lists its file as {split!r}.")
             first[row.file] = row.where
         read.append(Annotations(part.source, part.labels, tuple(row._replace(split=split) for row in rows)))
     if not read:
@@ -255,20 +254,20 @@ def _read_all(
 
 
 def _path(root: Path, path: str | Path, argument: str) -> Path:
-    """A file that an argument names, relative to the image folder."""
-    found = root / path
-    if not found.is_file():
-        here = Path(path).absolute()
-        hint = f"; there is one at {here}, so set its full path" if here.is_file() else ""
-        raise DataError(f"{found} is not a file: `{argument}` is a path from `root`, or a full one{hint}.")
-    return found
+    """Resolve a file argument relative to the image folder."""
+    resolved = root / path
+    if not resolved.is_file():
+        local = Path(path).absolute()
+        hint = f"; {local} exists, so set this absolute path" if local.is_file() else ""
+        raise DataError(f"{resolved} is not a file: `{argument}` must be relative to `root` or absolute{hint}.")
+    return resolved
 
 
 # ---- Labels ----
 
 
 def _allowed(root: Path, labels: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """The label list of the setting ``labels``."""
+    """Label names from the argument ``labels``."""
     if isinstance(labels, (str, Path)):
         source = _path(root, labels, "labels")
         names = tuple(line.strip() for line in read_text(source).splitlines() if line.strip())
@@ -276,66 +275,65 @@ def _allowed(root: Path, labels: str | Path | Sequence[str]) -> tuple[str, ...]:
     else:
         names, where = tuple(labels), "`labels`"
     if not names:
-        raise DataError(f"{where} names no label: name at least one.")
+        raise DataError(f"{where} is empty: list at least one label.")
     for n, name in enumerate(names):
         if not isinstance(name, str):
-            raise DataError(f"{where} has the label {name!r}: a text is needed.")
+            raise DataError(f"{where} has the label {name!r}: expected a string.")
         if name in names[:n]:
-            raise DataError(f"{where} names the label {name!r} twice: remove one.")
+            raise DataError(f"{where} lists the label {name!r} twice: remove one.")
     _check_spelling(dict.fromkeys(names, where))
     return names
 
 
 def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The label names of all annotation files, in their order."""
-    # Every label and where it was first met; declared ones (columns, categories) before those that rows list.
-    met: dict[str, str] = {}
+    """Ordered label names of all annotation files."""
+    # First occurrence of each label; declared labels (columns, categories) before labels listed in rows.
+    first_at: dict[str, str] = {}
     for part in read:
         for label in part.labels or ():
-            met.setdefault(label, str(part.source))
+            first_at.setdefault(label, str(part.source))
         for row in part.rows:
             for label in (*row.present, *row.difficult):
-                if label not in met:
-                    met[label] = row.where
+                if label not in first_at:
+                    first_at[label] = row.where
     if allowed is not None:
-        for label, where in met.items():
+        for label, where in first_at.items():
             if label not in allowed:
                 raise DataError(f"{where}: the label {label!r} is not in `labels`{close_to(label, allowed)}")
         return allowed
-    _check_spelling(met)
+    _check_spelling(first_at)
     declared = read[0].labels
     for part in read[1:]:
         if (part.labels is None) != (declared is None) or set(part.labels or ()) != set(declared or ()):
-            ours, theirs = set(declared or ()), set(part.labels or ())
-            only = sorted(ours ^ theirs)[:1]
-            what = f" (only one has {only[0]!r})" if only else ""
+            mismatch = sorted(set(declared or ()) ^ set(part.labels or ()))[:1]
+            example = f" (only one has {mismatch[0]!r})" if mismatch else ""
             raise DataError(
-                f"{read[0].source} and {part.source} do not declare the same labels{what}: mend one, or name all "
+                f"{read[0].source} and {part.source} declare different labels{example}: make them equal, or list all "
                 "labels in `labels`."
             )
-    return declared if declared is not None else tuple(sorted(met))
+    return declared if declared is not None else tuple(sorted(first_at))
 
 
-def _check_spelling(met: Mapping[str, str]) -> None:
-    """Refuse labels that are blank, unprintable or padded, and two that look alike; ``met`` says where each one is."""
+def _check_spelling(first_at: Mapping[str, str]) -> None:
+    """Refuse blank, padded, unprintable and near-duplicate labels; ``first_at`` maps labels to locations."""
     first: dict[str, str] = {}
-    for label, where in met.items():
+    for label, where in first_at.items():
         if not label.strip() or label != label.strip():
-            raise DataError(f"{where}: the label {label!r} has spaces around it or nothing in it: mend it.")
+            raise DataError(f"{where}: the label {label!r} is blank or has surrounding spaces: remove the spaces.")
         if not label.isprintable():
-            raise DataError(f"{where}: the label {label!r} has an unprintable character: type it anew.")
+            raise DataError(f"{where}: the label {label!r} has an unprintable character: remove it.")
         key = " ".join(unicodedata.normalize("NFKC", label).casefold().replace("_", " ").split())
         if key in first:
             other = first[key]
             raise DataError(
-                f"{where}: the label {label!r} and the label {other!r} ({met[other]}) differ only in case, spaces or "
-                "the like: spell them alike if they are one, else rename one."
+                f"{where}: the labels {label!r} and {other!r} ({first_at[other]}) differ only in case, spaces or "
+                "underscores: unify or rename them."
             )
         first[key] = label
 
 
 def _mask(rows: Sequence[ImageRow], labels: Sequence[str], which: str) -> np.ndarray:
-    """(N, C) bool, the labels that each row lists as ``present`` or ``difficult``."""
+    """(N, C) bool mask of the labels in ``present`` or ``difficult`` of each row."""
     column = {label: c for c, label in enumerate(labels)}
     mask = np.zeros((len(rows), len(labels)), dtype=bool)
     for i, row in enumerate(rows):
@@ -344,15 +342,15 @@ def _mask(rows: Sequence[ImageRow], labels: Sequence[str], which: str) -> np.nda
 
 
 def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
-    """Log what is allowed, but is seldom meant."""
+    """Warn about unused labels and probable separators inside labels."""
     never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
     if never:
         examples = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
-        log.warning("%d labels are on no image: %s", len(never), examples)
+        log.warning("%d labels occur in no image: %s", len(never), examples)
     joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
     if joined:
         log.warning(
-            "%r is read as one label; if these are several, set the separator (now %r) to what separates them",
+            "%r is read as one label; if these are several labels, change the separator (now %r)",
             joined[0],
             separator,
         )
@@ -364,7 +362,7 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
 def _assign(
     annotated: Sequence[str | None], targets: np.ndarray, val_fraction: float, test_fraction: float, seed: int
 ) -> np.ndarray:
-    """(N,) the split of each row: as annotated, the rest drawn."""
+    """(N,) split of each row: annotated or drawn."""
     splits = np.array([split or "train" for split in annotated])
     if annotated[0] is None:
         _draw(splits, "test", targets, test_fraction, seed)
@@ -374,7 +372,7 @@ def _assign(
 
 
 def _draw(splits: np.ndarray, split: str, targets: np.ndarray, fraction: float, seed: int) -> None:
-    """Move that share of the training rows to ``split``, in place."""
+    """Move a fraction of the training rows to ``split`` in place."""
     rows = np.flatnonzero(splits == "train")
     if fraction and rows.size:
         splits[rows[stratified(targets[rows], fraction, seed)]] = split
@@ -387,17 +385,17 @@ def _empty(
     where = " and ".join(str(part.source) for part in read)
     has_splits = read[0].rows[0].split is not None
     if has_splits and split != "val":
-        mend = f"mark some rows as {split!r}" if len(read) == 1 else f"name a file in `annotations[{split!r}]`"
+        remedy = f"mark some rows as {split!r}" if len(read) == 1 else f"set a file in `annotations[{split!r}]`"
     else:
-        mend = f"raise `{split}_fraction`" if split != "train" else "lower `val_fraction` and `test_fraction`"
-    return f"{where}: no image is left for split {split!r} ({counts}): {mend}."
+        remedy = f"raise `{split}_fraction`" if split != "train" else "lower `val_fraction` and `test_fraction`"
+    return f"{where}: split {split!r} has no images ({counts}): {remedy}."
 
 
 # ---- Files ----
 
 
 def _bytes(path: Path) -> int | None:
-    """The size of a file; None if there is no such file."""
+    """File size in bytes; None if the file does not exist."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -406,15 +404,15 @@ def _bytes(path: Path) -> int | None:
 
 
 def _similar_file(root: Path, file: str) -> str:
-    """``; there is 'x.JPG'``: what the folder has instead of a missing file."""
+    """Hint ``; similar: 'x.JPG'`` for a missing file."""
     path = PurePosixPath(file)
     try:
         names = [entry.name for entry in (root / path.parent).iterdir()]
     except (OSError, ValueError):
-        return f"; there is no folder {root / path.parent}"
-    alike = [name for name in names if name.casefold() in (path.name.casefold(), path.stem.casefold())]
-    alike += [
+        return f"; the folder {root / path.parent} does not exist"
+    similar = [name for name in names if name.casefold() in (path.name.casefold(), path.stem.casefold())]
+    similar += [
         name for name in names if PurePosixPath(name).stem.casefold() in (path.name.casefold(), path.stem.casefold())
     ]
-    alike += difflib.get_close_matches(path.name, names[:5000], n=1, cutoff=0.8)
-    return f"; there is {alike[0]!r}" if alike else ""
+    similar += difflib.get_close_matches(path.name, names[:5000], n=1, cutoff=0.8)
+    return f"; similar: {similar[0]!r}" if similar else ""

@@ -1,15 +1,15 @@
-"""Fetch a dataset's archives from their official places, check them, and unpack them so that nothing leaves the target.
+"""Download, verify and safely unpack dataset archives.
 
-Everything may be interrupted at any point, by ``kill -9`` too, and is taken up by the same call again:
+A call that is interrupted at any point, even by ``kill -9``, is resumed by calling it again:
 
-- bytes arrive in ``downloads/NAME.part``; beside it, ``NAME.part.json`` says of which version of the remote file they
-  are, so that a transfer is continued only with more bytes of the same version;
-- ``NAME`` is there only once its hash was found right;
-- it is unpacked to the folder ``.NAME.unpacking``, inside the target so that moving needs no copying. Only when all of
-  it was checked and written is that folder renamed to ``.NAME.moving``, and its content moved into place. While
-  ``.NAME.moving`` exists, the move has to be finished; before it exists, nothing in place has been touched.
+- Bytes are appended to ``downloads/NAME.part``. ``NAME.part.json`` records the version of the remote file, so that a
+  transfer resumes only with bytes of the same version.
+- ``NAME`` exists only after its hash was verified.
+- Archives are unpacked to ``.NAME.unpacking`` inside the target folder, so that moving needs no copying. When all
+  members are checked and written, this folder is renamed to ``.NAME.moving`` and its content is moved into place.
+  Before ``.NAME.moving`` exists, no target file is touched; while it exists, the move must be completed.
 
-A file lock in ``downloads`` lets one process at a time work on a root.
+A file lock in ``downloads`` serializes the processes that use one root.
 """
 
 from __future__ import annotations
@@ -48,40 +48,40 @@ from gm_mlic.errors import DataError
 
 log = logging.getLogger(__name__)
 
-#: The folder under a dataset's root where archives are kept.
+#: Subfolder of a dataset root that keeps the archives.
 DOWNLOADS = "downloads"
-#: Seconds without a byte after which a connection counts as broken.
+#: Seconds without data after which a connection is considered broken.
 TIMEOUT_S = 30.0
-#: Seconds to wait before each further attempt; after the last of them a download gives up. Attempts are counted anew
-#: when one got this many bytes further than the download was when they were last counted anew.
+#: Seconds to wait before each retry; after the last one the download fails. The count restarts after ``GAIN`` new
+#: bytes.
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 GAIN = 1 << 20
-#: Seconds between two log lines without a terminal.
+#: Seconds between progress log lines without a terminal.
 LOG_S = 10.0
 
-#: An archive with more members than this, or that grows by more than this factor to more than so many bytes, is taken
-#: for a bomb. (MS-COCO's largest has 82,783 photos; annotations shrink to a tenth, photos not at all.)
+#: Limits against decompression bombs: number of members; growth factor, applied above ``ALWAYS_FINE`` bytes. (MS-COCO's
+#: largest archive has 82,783 photos; annotations compress to a tenth, photos not at all.)
 MAX_MEMBERS = 2_000_000
 MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
 
 _CHUNK = 1 << 18
-#: Answers of a server that may be others the next time.
+#: HTTP status codes that are worth a retry.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
-#: What a file system answers to names that no archive of a dataset has.
+#: File system errors caused by invalid member names.
 _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTEMPTY}
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive of a dataset, and where its content belongs.
+    """One archive of a dataset and its target folder.
 
     Attributes:
-        url: where it is; the last part of its path is the file's name.
+        url: address; the last part of its path is the file name.
         hash: ``md5:HEX`` or ``sha256:HEX`` of the archive.
-        size: in bytes, for messages and for the progress of a server that does not tell; the hash alone decides.
-        into: folder under the root in which it is unpacked.
-        holds: paths under the root whose presence says that it is unpacked, by whomever. The last file of the archive
-            says so better than a folder, which is there from the first file on.
+        size: expected size in bytes, used in messages and for progress if the server sends no size; not verified.
+        into: folder, relative to the root, in which it is unpacked.
+        holds: paths, relative to the root, that exist once it is unpacked. The last file of the archive is a better
+            indicator than a folder, which exists from the first file on.
     """
 
     url: str
@@ -92,9 +92,9 @@ class Archive:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", self.hash):
-            raise ValueError(f"hash={self.hash!r} is neither md5: and 32 nor sha256: and 64 lower-case hex digits")
+            raise ValueError(f"hash={self.hash!r}: expected md5: and 32, or sha256: and 64 lower-case hex digits")
         if not self.name or not self.holds:
-            raise ValueError(f"{self.url}: the url must end in a file name, and holds must name a path")
+            raise ValueError(f"{self.url}: url must end in a file name, and holds must not be empty")
 
     @property
     def name(self) -> str:
@@ -103,22 +103,22 @@ class Archive:
 
 
 def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = None) -> None:
-    """Have every archive unpacked under ``root``; download those that are not there. Does nothing if all are unpacked.
+    """Download missing archives and unpack them under ``root``. Does nothing if all are unpacked.
 
-    An archive that is already in ``root`` or ``root/downloads`` is used, once its hash was found right. Else it is
-    downloaded to ``root/downloads``, going on where an earlier transfer ended if the server offers that (HTTP Range)
-    and still has the same file; a transfer that breaks is tried again (see :data:`WAITS_S`). Archives are kept.
-    Other processes that fetch to the same root wait.
+    An archive in ``root`` or ``root/downloads`` is used after its hash was verified. Otherwise it is downloaded to
+    ``root/downloads``. An earlier transfer is resumed if the server supports HTTP Range and the file has not changed;
+    a broken transfer is retried (see :data:`WAITS_S`). Archives are kept. Other processes that fetch to the same root
+    wait.
 
     Args:
-        archives: in the order in which they are to be fetched.
-        root: the dataset's folder; made if need be.
-        mirror: take the archives from ``MIRROR/NAME`` instead of their own places; their hashes stay.
+        archives: archives in download order.
+        root: the dataset folder; created if missing.
+        mirror: download from ``MIRROR/NAME`` instead of the official URLs; the expected hashes are the same.
 
     Raises:
-        DataError: if an archive cannot be downloaded, has another hash (a downloaded one is then deleted, one that
-            was there is not), cannot be unpacked safely, or does not hold what it should.
-        OSError: if the disk is full or cannot be written. What was downloaded so far stays.
+        DataError: if an archive cannot be downloaded, has a wrong hash (a new download is then deleted, an existing
+            file is not), cannot be unpacked safely, or lacks an expected file.
+        OSError: if the disk is full or cannot be written. Downloaded bytes are kept.
     """
     root = Path(root)
     if mirror is not None:
@@ -129,43 +129,42 @@ def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = No
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise DataError(f"{folder} cannot be made, a file is in the way: choose another `root`.") from error
+        raise DataError(f"{folder} cannot be created, a file is in the way: choose another `root`.") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("Waiting for another process that is fetching to %s.", root)
+        log.warning("Waiting for another process that downloads to %s.", root)
         lock.acquire()
     try:
         for archive in archives:
             _fetch(archive, root, folder)
     except KeyboardInterrupt:
-        log.warning("Stopped. The same command continues the download to %s where it stopped.", folder)
+        log.warning("Interrupted. Run the same command again to resume the download to %s.", folder)
         raise
     finally:
         lock.release()
 
 
 def unpack(archive_file: str | Path, into: str | Path) -> None:
-    """Unpack a tar (plain, gzip, bzip2 or xz) or zip file into a folder, all of it or nothing.
+    """Unpack a tar (plain, gzip, bzip2 or xz) or zip file into a folder, completely or not at all.
 
-    Files of the same names are replaced, other files in the folder stay. Refused, before anything is in place, are
-    archives that are damaged or have a member that a dataset needs not and an attack does: an absolute path, ``..``,
-    a link of any kind (wherever it leads), a device; and those that unpack to an absurd size or number of files. One
-    process at a time may unpack into a folder.
+    Existing files of the same names are replaced; other files are kept. An archive is refused, before any target file
+    is touched, if it is damaged, has a member with an absolute path, ``..``, a link or a device, or exceeds the size
+    limits. Concurrent calls with the same folder are not safe.
 
     Args:
         archive_file: zip if the name ends in ``.zip``, else tar.
-        into: the folder; made if need be.
+        into: target folder; created if missing.
 
     Raises:
-        DataError: if the archive is refused, this Python cannot unpack tar files safely, or something in the folder
+        DataError: if the archive is refused, this Python cannot unpack tar files safely, or an existing file or folder
             is in the way.
         OSError: if the disk is full or cannot be written.
     """
     archive_file, into = Path(archive_file), Path(into)
     if not archive_file.is_file():
-        raise DataError(f"{archive_file}: there is no such file.")
+        raise DataError(f"{archive_file}: no such file.")
     into.mkdir(parents=True, exist_ok=True)
     _finish_move(into, archive_file.name)
     staging = into / f".{archive_file.name}.unpacking"
@@ -182,18 +181,18 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None and error.errno not in _BAD_NAME:
-            raise  # the disk's fault, not the archive's
-        # RuntimeError: an encrypted zip; NotImplementedError: a compression that zipfile does not know
+            raise  # a disk error, not a damaged archive
+        # RuntimeError: encrypted zip; NotImplementedError: unsupported compression
         damage = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
         if isinstance(error, (*damage, ValueError, RuntimeError)):
             why = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
-            raise DataError(f"{archive_file} cannot be unpacked ({why}): fetch it again.") from error
+            raise DataError(f"{archive_file} cannot be unpacked ({why}): download it again.") from error
         raise
     staging.rename(_moving(into, archive_file.name))
     _finish_move(into, archive_file.name)
 
 
-# --- one archive ---
+# --- single archive ---
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
@@ -207,11 +206,11 @@ def _fetch(archive: Archive, root: Path, folder: Path) -> None:
         return
     for file in (root / archive.name, folder / archive.name):
         if file.is_file():
-            found = _digest(file, archive)
-            if found != archive.hash:
+            digest = _digest(file, archive)
+            if digest != archive.hash:
                 raise DataError(
-                    f"{file} is not the right file: its hash is {found}, expected {archive.hash}. Remove it, and the "
-                    "same command downloads the right one."
+                    f"{file} has the wrong hash {digest}, expected {archive.hash}: remove it and run the same command "
+                    "again to download it."
                 )
             break
     else:
@@ -219,12 +218,12 @@ def _fetch(archive: Archive, root: Path, folder: Path) -> None:
     unpack(file, into)
     missing = [path for path in archive.holds if not (root / path).exists()]
     if missing:
-        raise DataError(f"{file} was unpacked in {into}, but {missing[0]} is still missing: it is another archive.")
-    log.info("Unpacked %s in %s; the archive (%s) is no longer needed.", file, into, decimal(file.stat().st_size))
+        raise DataError(f"{file} was unpacked to {into}, but {missing[0]} is missing: it is the wrong archive.")
+    log.info("Unpacked %s to %s; the archive (%s) is no longer needed.", file, into, decimal(file.stat().st_size))
 
 
 def _digest(file: Path, archive: Archive) -> str:
-    """The file's hash, written as ``archive.hash`` is."""
+    """Hash of the file, in the format of ``archive.hash``."""
     algorithm = archive.hash.partition(":")[0]
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with file.open("rb") as raw, _Meter(f"Checking {file.name}") as meter:
@@ -238,13 +237,13 @@ def _digest(file: Path, archive: Archive) -> str:
 # --- download ---
 
 
-class _Broken(Exception):  # noqa: N818 - a transfer that ended early, not yet an error
-    """A transfer ended early, and the next attempt may do better."""
+class _Broken(Exception):  # noqa: N818 - retried, not yet an error
+    """A transfer failed and may succeed on retry."""
 
 
 @dataclass(frozen=True)
 class _Version:
-    """The version of a remote file that the bytes in a ``.part`` are of."""
+    """Version of the remote file that a ``.part`` file belongs to."""
 
     url: str
     etag: str | None
@@ -259,7 +258,7 @@ class _Version:
     def read(cls, file: Path) -> _Version | None:
         try:
             return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # absent, or cut short when a process was killed
+        except (OSError, ValueError, TypeError):  # missing, or truncated when a process was killed
             return None
 
     def write(self, file: Path) -> None:
@@ -267,17 +266,17 @@ class _Version:
 
     @property
     def validator(self) -> str | None:
-        """What ``If-Range`` may hold: a weak ETag does not promise equal bytes."""
+        """Value for ``If-Range``; weak ETags do not guarantee equal bytes."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
-    def is_other(self, version: _Version) -> bool:
-        """Whether anything that both know differs."""
+    def differs_from(self, version: _Version) -> bool:
+        """Whether any field that both versions have differs."""
         pairs = ((self.etag, version.etag), (self.modified, version.modified), (self.size, version.size))
         return any(a is not None and b is not None and a != b for a, b in pairs)
 
 
 def _download(archive: Archive, folder: Path) -> Path:
-    """Download to ``folder``, continuing what is there; returns the file, of the right hash."""
+    """Download to ``folder``, resuming a partial file; returns the verified file."""
     part = folder / f"{archive.name}.part"
     note = folder / f"{archive.name}.part.json"
     furthest = _size(part)
@@ -293,29 +292,29 @@ def _download(archive: Archive, folder: Path) -> Path:
                     furthest, failures = _size(part), 0
                 if failures == len(WAITS_S):
                     raise DataError(
-                        f"{archive.url} could not be downloaded ({broken}): {decimal(_size(part))} are kept, and the "
-                        f"same command continues. Or fetch it by other means and put it in {folder}."
+                        f"{archive.url} could not be downloaded ({broken}): {decimal(_size(part))} are kept; run the "
+                        f"same command again to resume, or download it manually to {folder}."
                     ) from broken
-                log.warning("%s: %s; trying again in %.0f s.", archive.name, broken, WAITS_S[failures])
+                log.warning("%s: %s; retrying in %.0f s.", archive.name, broken, WAITS_S[failures])
                 time.sleep(WAITS_S[failures])
                 failures += 1
-    found = _digest(part, archive)
-    if found != archive.hash:
+    digest = _digest(part, archive)
+    if digest != archive.hash:
         size = f"{part.stat().st_size:,} bytes" + (f", expected about {archive.size:,}" if archive.size else "")
         part.unlink()
         note.unlink(missing_ok=True)
         raise DataError(
-            f"{archive.url} is not the right file: its hash is {found}, expected {archive.hash} ({size}). It was "
-            f"deleted. Try again later, or fetch it by other means and put it in {folder}."
+            f"{archive.url} has the wrong hash {digest}, expected {archive.hash} ({size}), and was deleted: try again "
+            f"later, or download it manually to {folder}."
         )
     file = part.with_name(archive.name)
     part.replace(file)
-    note.unlink(missing_ok=True)  # after the rename: a part without its note would be started over
+    note.unlink(missing_ok=True)  # after the rename: a part without its note restarts from zero
     return file
 
 
 def _transfer(archive: Archive, part: Path, note: Path, meter: _Meter) -> None:
-    """One attempt to get all bytes that ``part`` lacks."""
+    """Download the remaining bytes of ``part`` in one attempt."""
     version = _Version.read(note)
     done = _size(part) if version and version.url == archive.url else 0
     if version and done and done == version.size:
@@ -328,10 +327,10 @@ def _transfer(archive: Archive, part: Path, note: Path, meter: _Meter) -> None:
     try:
         response = _open(archive, part, urllib.request.Request(archive.url, headers=headers))
     except _NoSuchRange as error:
-        if error.size == done:  # nothing is missing; the server had not told the size
+        if error.size == done:  # complete; the server had not sent the size
             return
         part.unlink(missing_ok=True)
-        raise _Broken("the server's file has become shorter") from error
+        raise _Broken("the remote file is shorter than before") from error
     with response:
         length = response.headers.get("Content-Length")
         total = int(length) if length and length.isdigit() else None
@@ -339,16 +338,17 @@ def _transfer(archive: Archive, part: Path, note: Path, meter: _Meter) -> None:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
             start, whole = (int(span[1]), span[2]) if span else (None, "*")
             total = int(whole) if whole != "*" else None if total is None else done + total
-            # not every server that knows Range minds If-Range
-            if start != done or version is None or version.is_other(_Version.of(archive.url, response.headers, total)):
+            # some servers support Range but ignore If-Range
+            remote = _Version.of(archive.url, response.headers, total)
+            if start != done or version is None or version.differs_from(remote):
                 part.unlink(missing_ok=True)
-                raise _Broken("the server's file has changed")
-            log.info("%s: continuing at %s.", archive.name, decimal(done))
+                raise _Broken("the remote file has changed")
+            log.info("%s: resuming at %s.", archive.name, decimal(done))
         else:
             if done:
-                log.info("%s: the server does not continue this transfer; starting over.", archive.name)
+                log.info("%s: the server does not resume this transfer; restarting.", archive.name)
             done = 0
-            part.unlink(missing_ok=True)  # before the note: never bytes of one version with the note of another
+            part.unlink(missing_ok=True)  # before the note: bytes and note must be of the same version
             _Version.of(archive.url, response.headers, total).write(note)
         meter.start(done, total if total is not None else archive.size)
         with part.open("ab") as file:
@@ -360,15 +360,15 @@ def _transfer(archive: Archive, part: Path, note: Path, meter: _Meter) -> None:
         raise _Broken(f"the connection was closed after {done:,} of {total:,} bytes")
 
 
-class _NoSuchRange(Exception):  # noqa: N818 - an answer, not an error
-    """HTTP 416, with the size of the server's file if it was told."""
+class _NoSuchRange(Exception):  # noqa: N818 - a response, not an error
+    """HTTP 416, with the size of the remote file if sent."""
 
     def __init__(self, size: int | None) -> None:
         self.size = size
 
 
 def _open(archive: Archive, part: Path, request: urllib.request.Request) -> http.client.HTTPResponse:
-    by_hand = f"Check the connection, or fetch it by other means and put it in {part.parent}."
+    remedy = f"check the connection, or download it manually to {part.parent}."
     try:
         response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
         return response
@@ -377,15 +377,15 @@ def _open(archive: Archive, part: Path, request: urllib.request.Request) -> http
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and request.has_header("Range"):
                 size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
                 raise _NoSuchRange(int(size[1]) if size else None) from error
-            answer = f"the server answers {error.code} {error.reason}"
+            answer = f"HTTP {error.code} {error.reason}"
         if error.code in _PASSING:
             raise _Broken(answer) from error
-        raise DataError(f"{archive.url} could not be downloaded ({answer}). {by_hand}") from error
+        raise DataError(f"{archive.url} could not be downloaded ({answer}): {remedy}") from error
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise DataError(f"{archive.url} could not be downloaded ({error.reason}). {by_hand}") from error
+            raise DataError(f"{archive.url} could not be downloaded ({error.reason}): {remedy}") from error
         raise _Broken(str(error.reason)) from error
-    except (OSError, http.client.HTTPException) as error:  # while the answer's head was read
+    except (OSError, http.client.HTTPException) as error:  # while the response headers were read
         raise _Broken(str(error) or type(error).__name__) from error
 
 
@@ -393,7 +393,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     try:
         return response.read1(_CHUNK)
     except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"the connection broke: {str(error) or type(error).__name__}") from error
+        raise _Broken(f"the connection failed: {str(error) or type(error).__name__}") from error
 
 
 def _size(file: Path) -> int:
@@ -404,12 +404,12 @@ def _size(file: Path) -> int:
 
 
 def _checked(name: str, archive_file: Path) -> PurePosixPath:
-    """The member's name as a relative path without ``..``, on every system."""
-    path = PureWindowsPath(name)  # which takes both kinds of slashes for separators, and knows drives
+    """Member name as a relative path without ``..``, on every system."""
+    path = PureWindowsPath(name)  # handles both slashes and drive letters
     if path.anchor or ".." in path.parts or "\0" in name:
         raise DataError(
-            f"{archive_file} is not safe to unpack: its member {name!r} leads out of the folder. Nothing was unpacked; "
-            "get the archive from its official place."
+            f"{archive_file} is not safe to unpack: its member {name!r} points outside the folder. Nothing was "
+            "unpacked; download the archive from its official source."
         )
     return PurePosixPath(*path.parts)
 
@@ -417,12 +417,12 @@ def _checked(name: str, archive_file: Path) -> PurePosixPath:
 def _refuse(name: str, archive_file: Path) -> DataError:
     return DataError(
         f"{archive_file} is not safe to unpack: its member {name!r} is a link or a device, not a file or a folder. "
-        "Nothing was unpacked; get the archive from its official place."
+        "Nothing was unpacked; download the archive from its official source."
     )
 
 
-class _Growth:
-    """Counts what an archive unpacks to, and refuses it when that is absurd: before the member in question is."""
+class _SizeLimit:
+    """Counter of unpacked files and bytes that refuses decompression bombs before the member is written."""
 
     def __init__(self, archive_file: Path) -> None:
         self.archive_file, self.members, self.bytes = archive_file, 0, 0
@@ -434,7 +434,7 @@ class _Growth:
         if self.members > MAX_MEMBERS or self.bytes > self.limit:
             raise DataError(
                 f"{self.archive_file} would unpack to more than {self.members - 1:,} files and "
-                f"{decimal(self.bytes - size)}, which no dataset does: it is refused."
+                f"{decimal(self.bytes - size)}: it is refused as a decompression bomb."
             )
 
 
@@ -443,25 +443,25 @@ def _unpack_tar(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) 
         version = ".".join(map(str, sys.version_info[:3]))
         raise DataError(
             f"Python {version} cannot unpack {archive_file} safely: update to 3.10.12, 3.11.4, 3.12 or later, or "
-            "unpack it by hand."
+            "unpack it manually."
         )
-    size = _Growth(archive_file)
+    size = _SizeLimit(archive_file)
     with tarfile.open(fileobj=raw, mode="r:*") as tar:
         for member in tar:
             size.add(member.size)
-            # Stricter than filter="data", which makes absolute names relative and lets inner links pass, a way out of
-            # the folder in Pythons before June 2025.
+            # Stricter than filter="data", which makes absolute names relative and allows internal links; these could
+            # escape the folder in Python releases before June 2025.
             _checked(member.name, archive_file)
             if not (member.isreg() or member.isdir()):
                 raise _refuse(member.name, archive_file)
             tar.extract(member, folder, filter="data")
             meter.at(raw.tell())
         while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
-            pass  # the check sum of a compressed tar is behind its last member
+            pass  # the checksum of a compressed tar follows its last member
 
 
 def _unpack_zip(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) -> None:
-    size = _Growth(archive_file)
+    size = _SizeLimit(archive_file)
     with zipfile.ZipFile(raw) as archive:
         for member in archive.infolist():
             size.add(member.file_size)
@@ -483,7 +483,7 @@ def _moving(into: Path, name: str) -> Path:
 
 
 def _finish_move(into: Path, name: str) -> None:
-    """Move what is in ``.NAME.moving`` into place, if it is there."""
+    """Complete the move of ``.NAME.moving`` into place, if it exists."""
     moving = _moving(into, name)
     if moving.is_dir():
         _merge(moving, into)
@@ -497,13 +497,13 @@ def _merge(source: Path, target: Path) -> None:
             _merge(entry, place)
             entry.rmdir()
         elif place.exists() and (entry.is_dir() or place.is_dir()):
-            raise DataError(f"{place} is in the way: remove it, then run the same command again: it continues.")
+            raise DataError(f"{place} is in the way: remove it and run the same command again to resume.")
         else:
-            shutil.move(entry, place)  # a rename, unless the user linked a folder to another disk
+            shutil.move(entry, place)  # a rename, unless a folder is a link to another disk
 
 
 class _Meter:
-    """Bytes done, of how many, bytes/s and time left: as a bar on a terminal, else as a log line every 10 s."""
+    """Progress in bytes, with speed and remaining time: a bar on a terminal, else a log line every 10 s."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -527,7 +527,7 @@ class _Meter:
             self.bar.stop()
 
     def start(self, done: int, total: int | None) -> None:
-        """Begin, or begin again, with ``done`` bytes that cost no time."""
+        """Start or restart with ``done`` bytes already complete."""
         self.done = self.resumed = done
         self.total = total
         self.began = self.logged = time.monotonic()

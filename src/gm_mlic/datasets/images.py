@@ -1,4 +1,4 @@
-"""Image files as they occur in real datasets, read into one form: RGB, 8 bit, upright."""
+"""Image reader: any format that Pillow decodes, returned as RGB, 8 bit, upright."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gm_mlic.errors import UnreadableImage
 
-#: Larger images are refused before they are decoded: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
+#: Larger images are refused before decoding: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
 MAX_PIXELS = 100_000_000
 
-#: EXIF's tag of how the camera was held; 5 to 8: on its side.
+#: EXIF orientation tag; values 5 to 8 swap width and height.
 _ORIENTATION = 0x0112
 
-#: What Pillow's decoders raise on damaged files (each format plug-in has its own habits).
+#: Exceptions of Pillow's decoders on damaged files (they differ by format).
 _DECODING_ERRORS = (
     OSError,
     SyntaxError,
@@ -46,15 +46,15 @@ _DECODING_ERRORS = (
 def read_image(path: str | Path) -> Image.Image:
     """Read one image file as RGB, 8 bit per channel, upright.
 
-    The EXIF orientation is applied; grey, palette, CMYK and other modes are converted; 16-bit grey is scaled to 8 bit
-    (value / 257); transparency is put over white. The returned image is fully decoded and the file is closed.
+    The EXIF orientation is applied. Gray, palette, CMYK and other modes are converted; 16-bit gray is scaled to 8 bit
+    (value / 257); transparent pixels are blended with white. The image is fully decoded and the file closed.
 
     Args:
         path: an image file in any format that Pillow reads.
 
     Raises:
         UnreadableImage: if the file is missing, empty, truncated, not an image, or has more than
-            :data:`MAX_PIXELS` pixels. The message names the file and the reason.
+            :data:`MAX_PIXELS` pixels. The message has the file and the reason.
     """
     with _opened(Path(path)) as image:
         image.load()
@@ -62,23 +62,23 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height that :func:`read_image` would give, from the file's header only.
+    """Width and height after :func:`read_image`, from the file header only.
 
     Raises:
-        UnreadableImage: as :func:`read_image`, as far as the header tells.
+        UnreadableImage: as :func:`read_image`, if the header shows it.
     """
     with _opened(Path(path)) as image:
         width, height = image.size
         try:
-            lying = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            rotated = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         except _DECODING_ERRORS:
-            lying = False
-        return (height, width) if lying else (width, height)
+            rotated = False
+        return (height, width) if rotated else (width, height)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image, its header read; whatever goes wrong, then or in the ``with`` block, becomes UnreadableImage."""
+    """Open an image and read its header; any error, also in the ``with`` block, becomes UnreadableImage."""
     try:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
@@ -93,8 +93,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImage(f"Image {path} is empty (0 bytes): copy or download it again.")
     try:
         with warnings.catch_warnings():
-            # Pillow's own limit is a warning at 89 million pixels; ours is checked below. Warnings about damaged
-            # metadata are no reason to lose an image whose pixels are whole.
+            # Pillow warns above 89 million pixels; MAX_PIXELS is checked below. Damaged metadata is no error if the
+            # pixels are intact.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 width, height = image.size
@@ -105,11 +105,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 yield image
     except UnreadableImage:
         raise
-    except Image.DecompressionBombError as error:  # Pillow refuses the largest even sooner
+    except Image.DecompressionBombError as error:  # Pillow refuses the largest images when opening
         raise UnreadableImage(f"Image {path} is over the limit of {MAX_PIXELS:,} pixels: scale it down.") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"Image {path} is not an image that can be read (unknown or damaged format): convert it to JPEG or PNG."
+            f"Image {path} is not an image, or damaged, or of an unknown format: convert it to JPEG or PNG."
         ) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(
@@ -119,12 +119,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W) float32 in [0, 1]."""
-    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a copy: torch wants it writable
+    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy, as torch requires
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().to(torch.float32) / 255.0
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; damaged metadata leaves the image as it is stored."""
+    """Apply the EXIF orientation; with damaged metadata, return the image unchanged."""
     try:
         return ImageOps.exif_transpose(image)
     except _DECODING_ERRORS:
@@ -133,20 +133,20 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _wide_grey_to_rgb(image)
+        return _wide_gray_to_rgb(image)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         over = image.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, over).convert("RGB")
-    # `convert` on an RGB image copies it, which also lets go of the file.
+    # `convert` copies an RGB image, which also releases the file.
     return image.convert("RGB")
 
 
-def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey with more than 8 bits: Pillow's own conversion clips at 255 instead of scaling."""
+def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
+    """Scale gray with more than 8 bits to RGB; Pillow's conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    # 16-bit files come as I;16 or, from older PNG and TIFF readers, as I with values to 65,535; mode F has no agreed
-    # range, so values that fit in 8 bits are taken as such.
+    # 16-bit files have mode I;16 or, from older PNG and TIFF readers, I with values up to 65,535. Mode F has no fixed
+    # range; values that fit in 8 bits are used unscaled.
     if image.mode != "F" or values.max(initial=0.0) > 255.0:
         values = values / 257.0
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")

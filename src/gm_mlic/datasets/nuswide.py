@@ -1,4 +1,4 @@
-"""NUS-WIDE as it is distributed: lists of images, a 0/1 file for each concept, and photos gathered from Flickr."""
+"""NUS-WIDE in its official layout: image lists, one 0/1 file per concept, and photos from Flickr."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from gm_mlic.errors import ArgumentError, ConfigError, DataError
 log = logging.getLogger(__name__)
 
 _BY_HAND = (
-    "NUS-WIDE has no archive to download by itself. From its site (https://lms.comp.nus.edu.sg/wp-content/uploads/2019/"
-    "research/nuswide/NUS-WIDE.html) get Groundtruth.zip (TrainTestLabels), ImageList.zip and ConceptsList.zip, unpack "
-    "them in dataset.root, and put the photos, which their authors hand out on request, in Flickr/"
+    "NUS-WIDE cannot be downloaded automatically. From its site (https://lms.comp.nus.edu.sg/wp-content/uploads/2019/"
+    "research/nuswide/NUS-WIDE.html) download Groundtruth.zip (TrainTestLabels), ImageList.zip and ConceptsList.zip, "
+    "unpack them in dataset.root, and copy the photos, available from the authors on request, to Flickr/"
 )
 
 
@@ -34,10 +34,10 @@ class NUSWIDE(MultiLabelDataset):
         root/TrainTestLabels/Labels_CONCEPT_Train.txt, Labels_CONCEPT_Test.txt   (Groundtruth/TrainTestLabels/ too)
         root/Flickr/FOLDER/NAME.jpg                                              (or flat, Flickr/NAME.jpg; images/ too)
 
-    The lists name photos as ``FOLDER\NAME.jpg``. Many photos have left Flickr since; those that are not there are left
-    out, named in ``missing``, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and
-    ``val`` part the training list by a seeded random permutation of all its lines, before any photo is left out, so
-    that two people with different photos split alike.
+    The lists name photos as ``FOLDER\NAME.jpg``. Many photos were removed from Flickr; missing photos are dropped,
+    listed in ``missing``, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and ``val``
+    split the training list by a seeded random permutation of all its lines. Photos are dropped afterwards, so the split
+    does not depend on which photos are missing.
 
     ============ ============= ========= =================
     list         images        labels    present
@@ -50,18 +50,19 @@ class NUSWIDE(MultiLabelDataset):
     Args:
         root: the folder described above.
         split: ``train``, ``val`` or ``test``.
-        val_fraction: share of the training list held out as ``val``, in [0, 1).
-        seed: of the permutation that holds it out.
-        unlabeled: ``keep`` (the literature's 161,789 and 107,859) or ``drop`` images with none of the 81 concepts.
-        download: only says what to get by hand; NUS-WIDE cannot be fetched by a program.
+        val_fraction: fraction of the training list held out as ``val``, in [0, 1).
+        seed: seed of that permutation.
+        unlabeled: ``keep`` (161,789 and 107,859 images, as in the literature) or ``drop`` images without any of the 81
+            concepts.
+        download: not supported; ``True`` raises an error that lists what to download manually.
 
     Attributes:
-        missing: names of the photos in this split's list that are not there.
+        missing: names of the missing photos of this split.
 
     Raises:
-        ConfigError: for a setting with another value, or for ``download=True``.
-        DataError: if a list is missing or malformed, a label file has another length than its list or other values
-            than 0 and 1, or no photo is there.
+        ConfigError: if an argument has an invalid value, or for ``download=True``.
+        DataError: if a list is missing or malformed, a label file does not match its list in length or has values other
+            than 0 and 1, or no photo exists.
     """
 
     name = "nuswide"
@@ -86,12 +87,12 @@ class NUSWIDE(MultiLabelDataset):
         self.labels = tuple(_lines(concepts))
         invalid = next((name for name in self.labels if len(name) > 100 or "/" in name or "\\" in name), None)
         if invalid is not None:
-            raise DataError(f"{concepts} names {invalid[:100]!r}, which is not the name of a concept: unpack it again.")
+            raise DataError(f"{concepts} has the invalid concept name {invalid[:100]!r}: unpack it again.")
         source = self.root / "ImageList" / f"{part}Imagelist.txt"
         names = [line.replace("\\", "/") for line in _lines(source)]
         outside = next((name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name), None)
         if outside is not None:
-            raise DataError(f"{source} names {outside!r}: it must stay inside the image folder.")
+            raise DataError(f"{source} has the image {outside!r}: it must stay inside the image folder.")
         present = np.stack([self._label_file(label, part, len(names), source) for label in self.labels], axis=1)
 
         rows = rows_of(split, len(names), val_fraction, seed)
@@ -109,7 +110,7 @@ class NUSWIDE(MultiLabelDataset):
             )
         if self.missing:
             log.warning(
-                "nuswide %s: %d of %d photos are not in %s and are left out: %s%s",
+                "nuswide %s: %d of %d photos are missing in %s and are dropped: %s%s",
                 split, len(self.missing), len(places), self.root, ", ".join(self.missing[:3]),
                 ", ..." if len(self.missing) > 3 else "",
             )  # fmt: skip
@@ -122,25 +123,25 @@ class NUSWIDE(MultiLabelDataset):
         return read_image(self._places[i])
 
     def _label_file(self, label: str, part: str, count: int, listed: Path) -> np.ndarray:
-        """(count,) bool of one concept: a line of 0 or 1 for each image."""
+        """(count,) bool of one concept, from a file with 0 or 1 per line."""
         name = f"Labels_{label}_{part}.txt"
         folders = (self.root / "TrainTestLabels", self.root / "Groundtruth" / "TrainTestLabels")
         source = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
-        # Lines of one digit each, in bytes: a million of them take milliseconds.
+        # Parsed as bytes: a million one-digit lines take milliseconds.
         values = np.frombuffer(_read(source), dtype=np.uint8)
         values = values[~np.isin(values, np.frombuffer(b"\r\n \t", dtype=np.uint8))]
         wrong = np.flatnonzero((values != ord("0")) & (values != ord("1")))
         if wrong.size:
             raise DataError(
-                f"{source} holds {chr(values[wrong[0]])!r} (value number {wrong[0]}): expected 0 or 1 on each line."
+                f"{source} has {chr(values[wrong[0]])!r} (value number {wrong[0]}): expected 0 or 1 on each line."
             )
         if len(values) != count:
-            raise DataError(f"{source} has {len(values)} values, but {listed} names {count} images: unpack both again.")
+            raise DataError(f"{source} has {len(values)} values, but {listed} has {count} images: unpack both again.")
         result: np.ndarray = values == ord("1")
         return result
 
     def _find(self, names: list[str]) -> list[Path | None]:
-        """Where each photo is; None for one that is not there. Folders are listed once, not asked for each photo."""
+        """Path of each photo, None if missing. Each folder is listed once."""
         listings: dict[Path, set[str]] = {}
 
         def has(folder: Path, name: str) -> bool:
@@ -170,11 +171,11 @@ def _read(source: Path) -> bytes:
 
 
 def _lines(source: Path) -> list[str]:
-    """Lines without surrounding spaces; empty ones are left out."""
+    """Stripped, non-empty lines of a text file."""
     try:
         text = _read(source).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not text in UTF-8: unpack it again.") from error
+        raise DataError(f"{source} is not UTF-8 text: unpack it again.") from error
     if "\0" in text:
         raise DataError(f"{source} is not text: unpack it again.")
     lines = [line.strip() for line in text.splitlines()]

@@ -1,8 +1,8 @@
-"""Scenes: drawn multi-label images whose labels need company and geometry, and whose best reachable mAP is known.
+"""Synthetic dataset `scenes`: multi-label images that require context and geometry, with a known upper bound of mAP.
 
-Sampling is counter-based (Philox, one stream per seed, split and purpose; scene i reads row i of it), so a scene
-depends neither on the size of its split nor on the process that draws it. Everything that reaches a pixel is integer
-arithmetic, or products of small integers, so that every machine draws the same bytes.
+Sampling is counter-based (Philox, one stream per seed, split and purpose; scene i reads row i), so a scene depends
+neither on the size of its split nor on the process that draws it. Pixels are computed in integer arithmetic, so the
+images are identical on every machine.
 """
 
 from __future__ import annotations
@@ -24,52 +24,52 @@ from gm_mlic.errors import ArgumentError
 
 Array = NDArray[Any]
 
-#: Goes into the fingerprint: raise it whenever the same dials would draw other pixels or other scenes.
+#: Part of the fingerprint: increment it when the same parameters give other pixels or scenes.
 RELEASE = 1
 
-THEMES = ("kitchen", "sport", "garden", "harbour")
-#: Per theme: two labels with a look of their own, then the first half of pair t, then the second half of pair t - 1.
+THEMES = ("kitchen", "sport", "garden", "harbor")
+#: Per theme t: two labels with unique looks, then the first label of pair t, then the second label of pair t - 1.
 _THEME_LABELS = (
     ("mug", "cheese", "lemon", "doughnut"),
     ("kite", "dumbbell", "cricket bat", "tennis ball"),
     ("clover", "flower pot", "marigold", "fence post"),
     ("sailboat", "crate", "life ring", "starfish"),
 )
-#: Per spatial family: the anchor, the twin that stands beside it, the twin that stands over or under it.
+#: Per spatial family: the anchor, the twin beside it, the twin above or below it.
 _FAMILIES = (("house", "gate", "hatch"), ("moon", "comet", "satellite"))
 LABELS = tuple(label for group in _THEME_LABELS + _FAMILIES for label in group)
 
-STRAY = 0.2  # share of singles that belong to no theme in particular
-SINGLES = (2, 5)  # fewest and most singles of a scene
-KIT = 0.5  # share of scenes with an anchor and its twin
-LONE_ANCHOR = 0.15  # share of scenes with an anchor that has no twin
+STRAY = 0.2  # fraction of singles drawn from all themes
+SINGLES = (2, 5)  # minimum and maximum number of singles per scene
+KIT = 0.5  # fraction of scenes with an anchor and its twin
+LONE_ANCHOR = 0.15  # fraction of scenes with an anchor without a twin
 
-# Lengths in pixels of a 160-pixel image; they grow with image_size.
+# Lengths in pixels of a 160-pixel image; scaled with image_size.
 _SIZE, _SMALL = (18, 34), (10, 13)
-_DISPLACEMENT = 60  # d: from an anchor's centre to its twin's; the square that their centres use is 2 d wide
+_DISPLACEMENT = 60  # d: distance of the centers of anchor and twin, which lie in a square of width 2 d
 _JITTER = 4
-_OCCLUDED = (45, 60)  # per cent of a glyph's area
+_OCCLUDED = (45, 60)  # percent of a glyph's area
 
 _SPLITS = {"train": 2000, "val": 500, "test": 1000}
 _KIT_SLOTS, _SINGLE_SLOTS, _LONE_SLOT, _SLOTS = (0, 1), slice(2, 7), 7, 8
 _PLAIN, _IS_SMALL, _IS_OCCLUDED = 0, 1, 2
-_CANDIDATES = 48  # places tried per object before the scene is laid out anew
-_BLOCK = 4096  # scenes laid out at once, to bound memory
+_CANDIDATES = 48  # positions tried per object before the scene is redrawn
+_BLOCK = 4096  # scenes drawn at once, to bound memory
 
 
-# --- looks: shapes on the square -1000..1000 (x to the right, y down), each of which touches all four sides ---
+# --- Looks: shapes on the square -1000..1000 (x right, y down); each touches all four sides ---
 
 
 def _polygon(*points: tuple[int, int]) -> Callable[[Array, Array], Array]:
-    def inside(x: Array, y: Array) -> Array:
-        odd = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)
+    def contains(x: Array, y: Array) -> Array:
+        inside = np.zeros(np.broadcast_shapes(x.shape, y.shape), dtype=bool)  # odd number of edge crossings
         for (x1, y1), (x2, y2) in zip(points, points[1:] + points[:1], strict=True):
             if y1 > y2:
                 x1, y1, x2, y2 = x2, y2, x1, y1
-            odd ^= (y1 <= y) & (y < y2) & ((x - x1) * (y2 - y1) < (y - y1) * (x2 - x1))
-        return odd
+            inside ^= (y1 <= y) & (y < y2) & ((x - x1) * (y2 - y1) < (y - y1) * (x2 - x1))
+        return inside
 
-    return inside
+    return contains
 
 
 def _ball(x: Array, y: Array, cx: int = 0, cy: int = 0, r: int = 1000) -> Array:
@@ -106,7 +106,7 @@ _hexagon = _polygon((-500, -1000), (500, -1000), (1000, 0), (500, 1000), (-500, 
 
 @dataclass(frozen=True)
 class _Look:
-    """What a glyph looks like: its name, shape, color, and width and height in per cent of its size."""
+    """Appearance of a glyph: name, shape, color, and width and height in percent of its size."""
 
     name: str
     shape: Callable[[Array, Array], Array]
@@ -143,7 +143,7 @@ _SHARED_LOOKS = {
     "gate": _Look("purple arch", lambda x, y: ~((abs(x) < 480) & (y > -380)), (122, 68, 190), 88),
     "comet": _Look("teal plus", lambda x, y: (abs(x) <= 340) | (abs(y) <= 340), (22, 165, 165)),
 }
-#: Looks of the second halves of pairs that the dials set apart.
+#: Looks of the second labels of pairs that do not share a look.
 _SPARE_LOOKS = {
     "tennis ball": _Look("lime split disc", lambda x, y: _ball(x, y) & (abs(y) > 170), (178, 232, 50)),
     "fence post": _Look("sky-blue arrow", _arrow, (110, 190, 245), 80),
@@ -157,8 +157,8 @@ _LOOKS = (*_OWN_LOOKS.values(), *_SHARED_LOOKS.values(), *_SPARE_LOOKS.values())
 
 @lru_cache(maxsize=4096)
 def _stencil(look: int, width: int, height: int) -> tuple[Array, Array]:
-    """Coverage of a glyph's pixels, of all of it and without its outline: two (height, width) int32 in 0..16."""
-    # 4 x 4 samples per pixel, at odd multiples of half a sample: integers, so that every machine draws the same.
+    """Pixel coverage of a glyph with and without its outline: two (height, width) int32 arrays in 0..16."""
+    # 4 x 4 samples per pixel at odd multiples of half a sample: integers, for identical results on every machine.
     x = (2 * np.arange(4 * width) + 1 - 4 * width) * 1000 // (4 * width)
     y = (2 * np.arange(4 * height) + 1 - 4 * height) * 1000 // (4 * height)
     shape = np.broadcast_to(_LOOKS[look].shape(x[None, :], y[:, None]), (4 * height, 4 * width))
@@ -167,14 +167,14 @@ def _stencil(look: int, width: int, height: int) -> tuple[Array, Array]:
     inner = shape.copy()
     for dy, dx in ((0, outline), (0, -outline), (outline, 0), (-outline, 0)):
         inner &= np.roll(padded, (dy, dx), (0, 1))[outline:-outline, outline:-outline]
-    all_of_it, fill = (m.reshape(height, 4, width, 4).sum(axis=(1, 3), dtype=np.int32) for m in (shape, inner))
-    return all_of_it, fill
+    covered, fill = (m.reshape(height, 4, width, 4).sum(axis=(1, 3), dtype=np.int32) for m in (shape, inner))
+    return covered, fill
 
 
 @lru_cache(maxsize=16)
 def _ramps(size: int, knots: int) -> tuple[Array, Array, Array]:
-    """Linear interpolation from ``knots`` values to ``size`` pixels: two knots of each pixel, and the share of the
-    second in 64ths.
+    """Linear interpolation from ``knots`` values to ``size`` pixels: both knots of each pixel, and the weight of the
+    second one in 64ths.
     """
     position = (2 * np.arange(size) + 1) * (knots - 1) * 32 // size
     left = position // 64
@@ -182,8 +182,8 @@ def _ramps(size: int, knots: int) -> tuple[Array, Array, Array]:
 
 
 def _smooth(knots: Array, size: int) -> Array:
-    """(..., k, k) integers to (..., size, size) int32."""
-    # Not a matrix product: BLAS would wake all its threads for this little, and they would fight with torch's.
+    """Interpolate (..., k, k) integers to (..., size, size) int32."""
+    # Not a matrix product: BLAS threads would compete with torch's for this small operation.
     left, right, part = _ramps(size, knots.shape[-1])
     knots = knots.astype(np.int32)
     wide = knots[..., left] * (64 - part) + knots[..., right] * part
@@ -191,15 +191,15 @@ def _smooth(knots: Array, size: int) -> Array:
     return np.asarray((wide[..., left, :] * (64 - part) + wide[..., right, :] * part) >> 12)
 
 
-# --- layout: which objects, and where ---
+# --- Layout: objects and their positions ---
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """N scenes of up to 8 objects: slots 0 and 1 the kit (anchor, twin), 2 to 6 the singles, 7 the lone anchor.
+    """Layout of N scenes with up to 8 objects: slots 0 and 1 kit (anchor, twin), 2 to 6 singles, 7 lone anchor.
 
-    ``label`` (N, 8) int8, -1 where a slot is empty; ``origin`` and ``extent`` (N, 8, 2) int16 as (x, y) and
-    (width, height); ``kind`` (N, 8): plain, small or occluded; ``style`` (N, 8, 6) uint8: dice for color and patch.
+    ``label`` (N, 8) int8, -1 for empty slots; ``origin`` and ``extent`` (N, 8, 2) int16 as (x, y) and (width, height);
+    ``kind`` (N, 8): plain, small or occluded; ``style`` (N, 8, 6) uint8: random bytes for color and patch.
     """
 
     theme: Array
@@ -211,7 +211,7 @@ class _Layout:
 
 
 def _pick(u: Array, low: int, high: int) -> Array:
-    """Uniform numbers in [0, 1) to uniform integers in low..high, both included."""
+    """Map uniform numbers in [0, 1) to uniform integers in low..high (inclusive)."""
     return np.asarray(low + (u * (high - low + 1)).astype(np.int64))
 
 
@@ -220,8 +220,8 @@ def _streams(seed: int, split: str, purpose: int, *more: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
-def _what(u: Array) -> tuple[Array, Array, Array]:
-    """Themes (n,), labels (n, 8) and the kits' relation (n,) (1 beside, 2 over or under) from dice (n, 16)."""
+def _objects(u: Array) -> tuple[Array, Array, Array]:
+    """Themes (n,), labels (n, 8), relation of the kit (n,) (1 beside, 2 above or below) from random numbers (n, 16)."""
     n = len(u)
     theme = _pick(u[:, 0], 0, 3)
     label = np.full((n, _SLOTS), -1, dtype=np.int8)
@@ -232,17 +232,17 @@ def _what(u: Array) -> tuple[Array, Array, Array]:
     kit, family, relation = u[:, 12] < KIT, _pick(u[:, 13], 0, 1), _pick(u[:, 14], 1, 2)
     label[:, 0] = np.where(kit, 16 + 3 * family, -1)
     label[:, 1] = np.where(kit, 16 + 3 * family + relation, -1)
-    # A lone anchor never is of the kit's family; without a kit, `family` is a fair coin.
+    # A lone anchor is never of the kit's family; without a kit, `family` is uniform.
     label[:, _LONE_SLOT] = np.where(u[:, 15] < LONE_ANCHOR, 16 + 3 * (1 - family), -1)
     return theme, label, relation
 
 
-def _kit_centres(u: Array, relation: Array, d: int) -> Array:
-    """Centres (n, 2, 2) of anchor and twin in the square [0, 2 d), from dice (n, 4).
+def _kit_centers(u: Array, relation: Array, d: int) -> Array:
+    """Centers (n, 2, 2) of anchor and twin in the square [0, 2 d), from random numbers (n, 4).
 
-    Along the displacement one of the two stands at t and the other at t + d, t uniform in [0, d), by a fair coin;
-    across it they share a uniform coordinate, plus a jitter reflected at the borders. So the place of the anchor alone,
-    and of the twin alone, is uniform in the square whatever the relation: only both together tell it.
+    Along the displacement, one of them (random) is at t and the other at t + d, with t uniform in [0, d). Across it,
+    they share a uniform coordinate, plus a jitter reflected at the borders. Each position alone is therefore uniform in
+    the square for both relations; only the pair determines the relation.
     """
     t, swap = _pick(u[:, 0], 0, d - 1), u[:, 1] < 0.5
     along = np.stack([np.where(swap, t + d, t), np.where(swap, t, t + d)], axis=1)
@@ -256,19 +256,19 @@ def _kit_centres(u: Array, relation: Array, d: int) -> Array:
 
 
 def _place(origin: Array, extent: Array, wanted: Array, dice: Array, size: int) -> Array:
-    """Put the singles and lone anchors where nothing stands yet; fills ``origin``, returns (n,) whether all fit.
+    """Place singles and lone anchors without overlap; fills ``origin`` and returns (n,) bool, True if all fit.
 
     Args:
-        origin: (n, 8, 2); the kit's slots are read, the others written.
+        origin: (n, 8, 2); the kit slots are read, the others written.
         extent: (n, 8, 2).
-        wanted: (n, 8) which slots hold an object.
-        dice: (n, 6, candidates, 2) in [0, 1).
-        size: of the image, in pixels.
+        wanted: (n, 8) mask of slots with an object.
+        dice: (n, 6, candidates, 2) random numbers in [0, 1).
+        size: image size in pixels.
     """
     rows, fits = np.arange(len(origin)), np.ones(len(origin), dtype=bool)
     taken = wanted & (np.arange(_SLOTS) < 2)
     for k, slot in enumerate(range(2, _SLOTS)):
-        room = size - 2 - extent[:, slot]  # one pixel stays free all around
+        room = size - 2 - extent[:, slot]  # margin of one pixel
         tried = 1 + (dice[:, k] * (room[:, None, :] + 1)).astype(np.int64)  # (n, candidates, 2)
         clear = np.ones(tried.shape[:2], dtype=bool)
         for other in range(slot):
@@ -284,32 +284,32 @@ def _place(origin: Array, extent: Array, wanted: Array, dice: Array, size: int) 
 
 
 def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size: int, look_of: Array) -> _Layout:
-    what, how, finish, where = (_streams(seed, split, purpose) for purpose in range(4))
+    objects, sizes, styles, positions = (_streams(seed, split, purpose) for purpose in range(4))
     d = _DISPLACEMENT * image_size // 160
     margin = (image_size - 2 * d) // 2
     shares = np.array([(look.width, look.height) for look in _LOOKS])
     blocks = []
     for start in range(0, size, _BLOCK):
         n = min(_BLOCK, size - start)
-        u, v = what.random((n, 16)), how.random((n, 4 + 2 * _SLOTS))
-        style = finish.integers(0, 256, (n, _SLOTS, 6), dtype=np.uint8)
-        dice = where.random((n, _SLOTS - 2, _CANDIDATES, 2), dtype=np.float32)
-        theme, label, relation = _what(u)
+        u, v = objects.random((n, 16)), sizes.random((n, 4 + 2 * _SLOTS))
+        style = styles.integers(0, 256, (n, _SLOTS, 6), dtype=np.uint8)
+        dice = positions.random((n, _SLOTS - 2, _CANDIDATES, 2), dtype=np.float32)
+        theme, label, relation = _objects(u)
         rolled, length = v[:, 4 : 4 + _SLOTS], v[:, 4 + _SLOTS :]
         kind = np.where(rolled < hard_fraction / 2, _IS_SMALL, np.where(rolled < hard_fraction, _IS_OCCLUDED, _PLAIN))
         length = np.where(kind == _IS_SMALL, _pick(length, *_SMALL), _pick(length, *_SIZE)) * image_size // 160
         extent = np.maximum(2, length[..., None] * shares[look_of[label]] // 100)
         origin = np.zeros_like(extent)
-        origin[:, _KIT_SLOTS] = margin + _kit_centres(v[:, :4], relation, d) - extent[:, _KIT_SLOTS] // 2
+        origin[:, _KIT_SLOTS] = margin + _kit_centers(v[:, :4], relation, d) - extent[:, _KIT_SLOTS] // 2
         fits = _place(origin, extent, label >= 0, dice, image_size)
-        for row in np.flatnonzero(~fits):  # rare: the kit stays, the others are placed anew until they fit
-            again = _streams(seed, split, 4, start + int(row))
+        for row in np.flatnonzero(~fits):  # rare: keep the kit, redraw the others until they fit
+            rng = _streams(seed, split, 4, start + int(row))
             this_row = slice(row, row + 1)
             while not _place(
                 origin[this_row],
                 extent[this_row],
                 label[this_row] >= 0,
-                again.random((1, *dice.shape[1:]), dtype=np.float32),
+                rng.random((1, *dice.shape[1:]), dtype=np.float32),
                 image_size,
             ):
                 pass
@@ -326,36 +326,36 @@ def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size:
     return _Layout(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
-# --- the best that any method can do ---
+# --- Upper bound ---
 
 
 def _label_given_theme() -> Array:
-    """q_t(a): (4, 16), the chance that a single of a scene of theme t has label a."""
+    """(4, 16) q_t(a), the probability that a single in a scene of theme t has label a."""
     return np.kron(np.eye(4), np.full(4, (1 - STRAY) / 4)) + STRAY / 16
 
 
-def _company(label: Array, look_of: Array) -> tuple[Array, Array]:
-    """Posteriors of the themes (n, 4) and of the 16 theme labels (n, 16) given the looks of the singles (n, s)."""
+def _context_posteriors(label: Array, look_of: Array) -> tuple[Array, Array]:
+    """Posteriors of themes (n, 4) and theme labels (n, 16) given the looks of the singles (n, s)."""
     q = _label_given_theme()
     same = look_of[:16, None] == look_of[None, :16]
-    q_look = q @ same  # (4, 16): q_t of the look that label a has
+    q_look = q @ same  # (4, 16): q_t of the look of label a
     share = q / q_look  # P(label a | theme, the look of a)
     theme = np.full((len(label), 4), 0.25)
     absent = np.ones((len(label), 4, 16))
     for slot in label.T:
         has_object = slot >= 0
         theme *= np.where(has_object[:, None], q_look.T[slot], 1.0)
-        has_look = has_object[:, None] & same[slot]  # which labels have this object's look
+        has_look = has_object[:, None] & same[slot]  # labels with this object's look
         absent *= np.where(has_look[:, None], 1.0 - share, 1.0)
     theme /= theme.sum(axis=1, keepdims=True)
-    # Rounded, so that equal posteriors are ties, and certain ones 0 and 1, on every machine.
+    # Rounded, so that equal posteriors tie and certain ones are 0 and 1 on every machine.
     return theme, np.round(np.einsum("nt,nta->na", theme, 1.0 - absent), 12)
 
 
 def _mean_average_precision(scores: Array, targets: Array) -> float:
-    """Mean AP in per cent: AP is the mean over positives of the precision at their rank; no positive, no AP.
+    """Mean AP in percent over labels with positives; AP is the mean precision at the ranks of the positives.
 
-    Ties keep the order of the rows.
+    Ties keep the row order.
     """
     order = np.argsort(-scores, axis=0, kind="stable")
     hits = np.take_along_axis(targets == 1, order, axis=0)
@@ -367,17 +367,17 @@ def _mean_average_precision(scores: Array, targets: Array) -> float:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene, and why it has its label.
+    """One object of a scene and the rule that determines its label.
 
     Attributes:
-        label: its true label.
-        look: what it looks like; labels of a pair share one look.
+        label: true label.
+        look: name of its appearance; labels of a pair can share one look.
         box: (x1, y1, x2, y2) in pixels.
-        rule: what decides the label for an observer who sees every look and box: ``own look``,
-            ``company: seen with ... -> theme ... 0.93`` or ``spatial: beside the house``.
-        probability: of the label being present in the scene, for that observer: its entry of ``limit_scores``.
-        small: drawn smaller than usual.
-        occluded: half hidden under a grey patch.
+        rule: evidence for the label, given all looks and boxes: ``unique look``,
+            ``context: seen with ... -> theme ... 0.93`` or ``spatial: beside the house``.
+        probability: posterior that the label is present in the scene; its entry of ``limit_scores``.
+        small: drawn at reduced size.
+        occluded: about half covered by a gray patch.
     """
 
     label: str
@@ -390,20 +390,20 @@ class SceneObject:
 
 
 class Scenes(MultiLabelDataset):
-    r"""Drawn scenes whose labels need the company that objects keep and where they stand; nothing is downloaded.
+    r"""Synthetic scenes whose labels depend on context and relative position; no download.
 
     A scene has a theme t (of 4, uniform) and 2 to 5 single objects. Each has one of the theme's 4 labels with
-    probability 0.8, else it is a stray: one of all 16 theme labels, so
-    :math:`q_t(a) = 0.8\,[a \in t]/4 + 0.2/16`. Half of the scenes also have a kit: an anchor and one of its two
-    twins. 15 % have an anchor without a twin. What makes labels hard are three dials:
+    probability 0.8, else one of all 16 theme labels, so :math:`q_t(a) = 0.8\,[a \in t]/4 + 0.2/16`. Half of the scenes
+    also have a kit: an anchor and one of its two twins. 15 % have an anchor without a twin. Three parameters control
+    the difficulty:
 
-    * *company pairs*: two labels of different themes share one look (lemon and tennis ball: yellow disc). Only the
-      other objects tell them apart;
-    * *spatial pairs*: the two twins of an anchor share one look. One stands beside its anchor, the other over or under
-      it; the place of either alone says nothing;
-    * *hard objects*: small (10 to 13 pixels instead of 18 to 34), or 45 to 60 % hidden under a grey patch.
+    * *context pairs*: two labels of different themes share one look (lemon and tennis ball: yellow disc). Only the
+      other objects distinguish them;
+    * *spatial pairs*: the two twins of an anchor share one look. One is beside its anchor, the other above or below it;
+      the position of the twin alone is uninformative;
+    * *hard objects*: small (10 to 13 pixels instead of 18 to 34), or 45 to 60 % covered by a gray patch.
 
-    Statistics with the default dials:
+    Statistics with the default parameters:
 
     ===== ====== ====== ================ =============== ========
     split images labels labels per image r_c             best mAP
@@ -414,16 +414,16 @@ class Scenes(MultiLabelDataset):
     ===== ====== ====== ================ =============== ========
 
     Args:
-        split: ``train``, ``val`` or ``test``: independent streams.
+        split: ``train``, ``val`` or ``test``: independent random streams.
         size: number of scenes; default 2000, 500 and 1000. Scene i is the same for every size.
-        seed: of all randomness, >= 0.
-        context_pairs: how many of the 4 company pairs share their look (0 to 4).
-        spatial_pairs: how many of the 2 families have twins that share their look (0 to 2).
-        hard_fraction: share of objects that are small or occluded (half each), in [0, 1].
-        image_size: width and height in pixels, 96 to 640; objects grow with it.
+        seed: random seed, >= 0.
+        context_pairs: number of context pairs (of 4) that share their look.
+        spatial_pairs: number of families (of 2) whose twins share their look.
+        hard_fraction: fraction of objects that are small or occluded (half each), in [0, 1].
+        image_size: width and height in pixels, 96 to 640; objects scale with it.
 
     Raises:
-        ConfigError: for a dial outside its range.
+        ConfigError: if an argument is out of range.
     """
 
     name = "scenes"
@@ -449,13 +449,13 @@ class Scenes(MultiLabelDataset):
             ("image_size", image_size, 96, 640),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-                raise ArgumentError(key, f"is {value!r}: set a whole number from {low} to {high}.")
+                raise ArgumentError(key, f"is {value!r}: expected an integer from {low} to {high}.")
         if (
             isinstance(hard_fraction, bool)
             or not isinstance(hard_fraction, (int, float))
             or not 0 <= hard_fraction <= 1
         ):
-            raise ArgumentError("hard_fraction", f"is {hard_fraction!r}: set the share of hard objects, from 0 to 1.")
+            raise ArgumentError("hard_fraction", f"is {hard_fraction!r}: expected a fraction in [0, 1].")
         self.split, self.seed = split, int(seed)
         self.context_pairs, self.spatial_pairs = int(context_pairs), int(spatial_pairs)
         self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)
@@ -468,7 +468,7 @@ class Scenes(MultiLabelDataset):
         self.targets[row, self._layout.label[row, slot]] = 1
 
     def _looks(self) -> Array:
-        """(22,) for each label the index of its look."""
+        """(22,) look index of each label."""
         names = {label: label for label in LABELS}
         for p in range(self.context_pairs):
             names[LABELS[4 * ((p + 1) % 4) + 3]] = LABELS[4 * p + 2]
@@ -479,24 +479,24 @@ class Scenes(MultiLabelDataset):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the base class's fingerprint and of everything that changes the pictures."""
-        dials = [RELEASE, self.seed, self.context_pairs, self.spatial_pairs, self.hard_fraction, self.image_size]
-        return hashlib.sha256(json.dumps([super().fingerprint, *dials]).encode()).hexdigest()
+        """SHA-256 (hex) of the base class's fingerprint and all parameters that affect the images."""
+        settings = [RELEASE, self.seed, self.context_pairs, self.spatial_pairs, self.hard_fraction, self.image_size]
+        return hashlib.sha256(json.dumps([super().fingerprint, *settings]).encode()).hexdigest()
 
-    # --- pictures ---
+    # --- Images ---
 
     def image(self, i: int) -> Image.Image:
-        """Draw the image of row ``i``: RGB, ``image_size`` square, the same bytes each time."""
+        """Draw the image of row ``i``: RGB, ``image_size`` square, deterministic."""
         return Image.fromarray(self._draw(range(len(self))[i]))
 
     def images_uint8(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """Draw several images: (n, image_size, image_size, 3) uint8, the bytes of :meth:`image`."""
+        """Draw several images: (n, image_size, image_size, 3) uint8, equal to :meth:`image`."""
         return np.stack([self._draw(range(len(self))[i]) for i in rows])
 
     def _draw(self, i: int) -> NDArray[np.uint8]:
         size, scene = self.image_size, self._layout
         rng = _streams(self.seed, self.split, 5, i)
-        # A calm ground: one tone, slow color drifts, a finer grey grain; then pixel noise over everything.
+        # Background: one tone, smooth color gradients, finer gray texture; pixel noise is added last.
         tone = rng.integers(105, 176)
         canvas = (
             _smooth(tone + rng.integers(-26, 27, (3, 4, 4)), size) + _smooth(rng.integers(0, 29, (21, 21)), size) - 14
@@ -507,7 +507,7 @@ class Scenes(MultiLabelDataset):
             covered, fill = _stencil(look, w, h)
             color = (np.array(_LOOKS[look].color) + style[:3] % 37 - 18)[:, None, None]
             patch = canvas[:, y : y + h, x : x + w]
-            # The outline is the same color at 45 % of its brightness.
+            # Outline: the same color at 45 % brightness.
             patch[:] = (patch * (16 - covered) + color * fill + color * 45 // 100 * (covered - fill)) // 16
             if scene.kind[i, slot] == _IS_OCCLUDED:
                 _occlude(canvas, (x, y, w, h), covered, style)
@@ -516,17 +516,17 @@ class Scenes(MultiLabelDataset):
         return np.ascontiguousarray(canvas.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def boxes(self, i: int) -> BoxAnnotations:
-        """The boxes of all objects of row ``i``, in full extent even where an object is occluded."""
+        """Boxes of all objects of row ``i``, in full extent even if occluded."""
         slots = np.flatnonzero(self._layout.label[i] >= 0)
         origin, extent = self._layout.origin[i, slots], self._layout.extent[i, slots]
         boxes = np.concatenate([origin, origin + extent], axis=1).astype(np.float32)
         return BoxAnnotations(torch.from_numpy(boxes), torch.from_numpy(self._layout.label[i, slots].astype(np.int64)))
 
-    # --- the limit ---
+    # --- Upper bound ---
 
     @cached_property
     def limit_scores(self) -> NDArray[np.float64]:
-        r"""The exact posterior of every label given every object's look and box: (N, 22) float64.
+        r"""Exact label posteriors given every object's look and box: (N, 22) float64.
 
         With :math:`q_t(L) = \sum_{a: look(a) = L} q_t(a)`,
 
@@ -535,41 +535,41 @@ class Scenes(MultiLabelDataset):
             P(a \mid looks) = \sum_t P(t \mid looks) \Bigl(1 - \prod_{i: L_i = look(a)}
             \bigl(1 - q_t(a) / q_t(L_i)\bigr)\Bigr)
 
-        for the theme labels; anchors and twins are decided by look and geometry, so theirs are 0 or 1.
+        for theme labels. Posteriors of anchors and twins are 0 or 1, since look and geometry determine them.
         """
-        _, theme_labels = _company(self._layout.label[:, _SINGLE_SLOTS], self._look_of)
+        _, theme_labels = _context_posteriors(self._layout.label[:, _SINGLE_SLOTS], self._look_of)
         spatial = self.targets[:, 16:].astype(np.float64)
         return np.concatenate([theme_labels, spatial], axis=1)
 
     def best_map(self) -> float:
-        """The mAP, in per cent, of ranking by :attr:`limit_scores`.
+        """Upper bound of mAP in percent: the mAP of :attr:`limit_scores`.
 
-        AP is the mean over a label's positives of the precision at their rank. Ranking by the exact posterior maximises
-        its expectation, so no method has a better one on average; on one finite split luck may add a little.
+        AP is the mean precision at the ranks of a label's positives. Ranking by the exact posterior maximizes its
+        expectation; on a finite split, a method can exceed it slightly at random.
         """
         return _mean_average_precision(self.limit_scores, self.targets)
 
     def explain(self, i: int) -> list[SceneObject]:
-        """Every object of row ``i`` with the rule that decides its label; in the order of :meth:`boxes`."""
+        """All objects of row ``i`` and the rules that determine their labels, in the order of :meth:`boxes`."""
         i = range(len(self))[i]
         label = self._layout.label[i]
-        theme, theme_labels = _company(label[None, _SINGLE_SLOTS], self._look_of)
-        found = []
+        theme, theme_labels = _context_posteriors(label[None, _SINGLE_SLOTS], self._look_of)
+        objects = []
         for slot in np.flatnonzero(label >= 0):
             a = int(label[slot])
             (x, y), (w, h) = self._layout.origin[i, slot].tolist(), self._layout.extent[i, slot].tolist()
             if (self._look_of == self._look_of[a]).sum() == 1:
-                rule = "own look"
+                rule = "unique look"
             elif a < 16:
                 others = [int(b) for s, b in enumerate(label) if 2 <= s < _LONE_SLOT and b >= 0 and s != slot]
                 seen = ", ".join(dict.fromkeys(_LOOKS[self._look_of[b]].name for b in others))
                 likely = int(theme[0].argmax())
-                rule = f"company: seen with {seen} -> theme {THEMES[likely]} {theme[0, likely]:.2f}"
+                rule = f"context: seen with {seen} -> theme {THEMES[likely]} {theme[0, likely]:.2f}"
             else:
-                where = "beside" if (a - 16) % 3 == 1 else "over or under"
+                where = "beside" if (a - 16) % 3 == 1 else "above or below"
                 rule = f"spatial: {where} the {_FAMILIES[(a - 16) // 3][0]}"
             kind = self._layout.kind[i, slot]
-            found.append(
+            objects.append(
                 SceneObject(
                     label=LABELS[a],
                     look=_LOOKS[self._look_of[a]].name,
@@ -580,21 +580,21 @@ class Scenes(MultiLabelDataset):
                     occluded=bool(kind == _IS_OCCLUDED),
                 )
             )
-        return found
+        return objects
 
 
 def _occlude(canvas: Array, box: tuple[int, int, int, int], covered: Array, style: Array) -> None:
-    """Lay a grey patch from one side over the wanted share of a glyph's area."""
+    """Cover a fraction of a glyph's area with a gray patch from one side."""
     x, y, w, h = box
     share = _OCCLUDED[0] + int(style[3]) % (_OCCLUDED[1] - _OCCLUDED[0] + 1)
-    grey, across, from_end = 70 + int(style[4]) % 31, bool(style[5] & 1), bool(style[5] & 2)
+    gray, across, from_end = 70 + int(style[4]) % 31, bool(style[5] & 1), bool(style[5] & 2)
     area = covered.sum(axis=0 if across else 1)
     hidden = np.cumsum(area[::-1] if from_end else area) * 100 // area.sum()
-    # A glyph a few pixels long cannot be cut anywhere: within the bounds first, then near the wanted share.
+    # Tiny glyphs allow few cuts: prefer fractions within the bounds, then the closest to the target.
     depth = 1 + int((1000 * abs(hidden - hidden.clip(*_OCCLUDED)) + abs(hidden - share)).argmin())
     length = w if across else h
     start = length - depth if from_end else 0
     if across:
-        canvas[:, y - 1 : y + h + 1, x + start : x + start + depth] = grey
+        canvas[:, y - 1 : y + h + 1, x + start : x + start + depth] = gray
     else:
-        canvas[:, y + start : y + start + depth, x - 1 : x + w + 1] = grey
+        canvas[:, y + start : y + start + depth, x - 1 : x + w + 1] = gray

@@ -1,4 +1,4 @@
-"""Hold images out of a training set: at random, or so that every label is represented."""
+"""Random and stratified train/val/test splits."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ SPLITS = ("train", "val", "test")
 
 
 def check_split(split: str, val_fraction: float) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is one of ours and the fraction is in [0, 1)."""
+    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is known and the fraction is in [0, 1)."""
     if split not in SPLITS:
         raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(SPLITS)}.")
     if not 0.0 <= val_fraction < 1.0:
-        raise ArgumentError("val_fraction", f"is {val_fraction}: choose a share in [0, 1).")
+        raise ArgumentError("val_fraction", f"is {val_fraction}: expected a fraction in [0, 1).")
 
 
 def rows_of(split: str, count: int, val_fraction: float, seed: int) -> np.ndarray:
-    """Rows of ``split`` in an official set of ``count`` images: all for ``test``, one side of :func:`holdout` else.
+    """Rows of ``split`` in an official set of ``count`` images: all for ``test``, else one part of :func:`holdout`.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if the split is empty.
     """
     if split == "test":
         return np.arange(count)
     rows = holdout(count, val_fraction, seed, split == "val")
     if count and not rows.size:
         raise ArgumentError(
-            "val_fraction", f"is {val_fraction}, which leaves none of {count} images for split {split!r}: change it."
+            "val_fraction", f"is {val_fraction}, which leaves no image of {count} for split {split!r}: change it."
         )
     return rows
 
 
 def holdout(count: int, fraction: float, seed: int, held_out: bool) -> np.ndarray:
-    """Rows of one side of a random split.
+    """Row numbers of one part of a random split.
 
     Args:
-        count: N, rows in all.
-        fraction: share that is held out: ``round(fraction * N)`` rows, at least one unless the fraction is 0.
-        seed: the same seed gives the same rows.
-        held_out: which side: the held-out rows, or the others.
+        count: N, total number of rows.
+        fraction: fraction to hold out: ``round(fraction * N)`` rows, at least one unless the fraction is 0.
+        seed: seed of the permutation.
+        held_out: return the held-out rows (True) or the others.
 
     Returns:
         Row numbers, ascending.
@@ -52,16 +52,16 @@ def holdout(count: int, fraction: float, seed: int, held_out: bool) -> np.ndarra
 
 
 def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Hold out rows such that each label keeps its share on both sides (iterative stratification).
+    """Iterative stratification: hold out rows such that each label keeps its frequency in both parts.
 
-    Sechidis, Tsoumakas and Vlahavas (2011): the label with the fewest rows left is dealt out first, since it is the
-    hardest to share out fairly; what its rows bring along of other labels counts for those. Here a label's rows are
-    dealt out together, by chance, not one by one. Rows without any label come last and fill up the number wanted.
+    Sechidis, Tsoumakas and Vlahavas (2011): the rarest remaining label is distributed first; its rows count towards
+    their other labels too. Here all rows of a label are drawn at random at once, not one by one. Rows without labels
+    are drawn last, to reach the total.
 
     Args:
         targets: (N, C) in {0, 1}.
-        fraction: share of the rows to hold out, in [0, 1].
-        seed: the same seed gives the same rows.
+        fraction: fraction of the rows to hold out, in [0, 1].
+        seed: seed of the draw.
 
     Returns:
         (N,) bool, True for held-out rows: ``round(fraction * N)`` of them, at least one for a fraction above 0.
@@ -83,7 +83,7 @@ def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         left[rows] = False
         wanted -= present[chosen].sum(axis=0)
         remaining -= present[rows].sum(axis=0)
-    # Where nearly every label is rare, their shares have been rounded down to too few rows: then any row will do.
+    # If most labels are rare, rounding leaves too few rows: fill up with any rows.
     for rows in (np.flatnonzero(left), np.flatnonzero(~held_out)):
         room = wanted_rows - int(held_out.sum())
         held_out[rng.permutation(rows[~held_out[rows]])[:room]] = True

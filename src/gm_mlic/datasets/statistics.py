@@ -1,4 +1,4 @@
-"""What is in a split: how often each label occurs, with which others, and which files cannot be used."""
+"""Dataset statistics: label frequencies, label co-occurrence, unreadable images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gm_mlic.targets import normalize_targets
 
 @dataclass(frozen=True)
 class CoOccurrence:
-    """That images with label ``given`` also have label ``other``.
+    """Co-occurrence of label ``other`` with label ``given``.
 
     Attributes:
-        given, other: a and b.
-        probability: P(b | a), the share of images with a that have b.
-        together: images with both.
-        ratio: r_b, the share of all images that have b: what P(b | a) would be if a said nothing about b.
+        given, other: label names a and b.
+        probability: P(b | a), the fraction of images with a that have b.
+        together: number of images with both.
+        ratio: r_b, the fraction of all images that have b; equals P(b | a) for independent labels.
     """
 
     given: str
@@ -36,19 +36,19 @@ class CoOccurrence:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """Counts over one split of N images and C labels. Difficult labels count nowhere but in ``difficult``.
+    """Counts over one split of N images and C labels. Difficult labels are only counted in ``difficult``.
 
     Attributes:
         name, split: of the dataset.
         images: N.
         labels: the C names.
-        positives: (C,) int64, images with each label.
-        difficult: (C,) int64, images where it is difficult.
-        ratio: (C,) float64, r_c of eq. 15: the share of images with each label.
+        positives: (C,) int64, images per label.
+        difficult: (C,) int64, images per difficult label.
+        ratio: (C,) float64, r_c of eq. 15: the fraction of images with each label.
         together: (C, C) int64, images with both labels; the diagonal is ``positives``.
-        per_image: (K,) int64, how many images have 0, 1, ..., K - 1 labels.
-        boxes: (C,) int64, boxes of each label; None where no image has any annotated.
-        missing: images that the dataset left out because their files do not exist.
+        per_image: (K,) int64, number of images with 0, 1, ..., K - 1 labels.
+        boxes: (C,) int64, boxes per label; None without box annotations.
+        missing: ids of dropped images whose files do not exist.
     """
 
     name: str
@@ -65,24 +65,24 @@ class DatasetStatistics:
 
     @property
     def labels_per_image(self) -> float:
-        """The mean number of labels of an image."""
+        """Mean number of labels per image."""
         return float(self.positives.sum() / self.images)
 
     @property
     def unlabeled(self) -> int:
-        """Images without any label."""
+        """Number of images without labels."""
         return int(self.per_image[0])
 
     @property
     def conditional(self) -> NDArray[np.float64]:
-        """(C, C): P(b | a) in row a and column b; NaN in the rows of labels that never occur."""
+        """(C, C) P(b | a) for row a and column b; NaN in rows of labels that never occur."""
         with np.errstate(invalid="ignore"):
             return self.together / self.positives[:, None].astype(np.float64)
 
     def strongest(self, count: int = 10, support: int = 5) -> list[CoOccurrence]:
-        """The pairs of different labels with the highest P(b | a), among labels a of at least ``support`` images.
+        """Label pairs with the highest P(b | a), among labels a with at least ``support`` images.
 
-        Equal ones with more images first.
+        Ties are ordered by number of images.
         """
         probability = np.where(self.positives[:, None] >= support, np.nan_to_num(self.conditional), 0.0)
         np.fill_diagonal(probability, 0.0)
@@ -101,7 +101,7 @@ class DatasetStatistics:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain types, for JSON."""
+        """Dictionary of plain types, for JSON."""
         return {
             "name": self.name,
             "split": self.split,
@@ -124,9 +124,9 @@ class DatasetStatistics:
 
 
 def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
-    """Count what is in a split; no image is decoded."""
+    """Compute the statistics of a split, without decoding images."""
     present, difficult = normalize_targets(np.asarray(dataset.targets), dataset.difficult)
-    # float32 counts exactly up to 2^24 images, and multiplies far faster than integers do.
+    # float32 is exact up to 2^24 images and multiplies far faster than integers.
     ones = present.astype(np.float32 if len(present) < 2**24 else np.float64)
     return DatasetStatistics(
         name=dataset.name,
@@ -146,18 +146,18 @@ def statistics(dataset: MultiLabelDataset) -> DatasetStatistics:
 def _box_counts(dataset: MultiLabelDataset) -> NDArray[np.int64] | None:
     if type(dataset).boxes is MultiLabelDataset.boxes:
         return None
-    found = [boxes.labels.numpy() for boxes in map(dataset.boxes, range(len(dataset))) if boxes is not None]
-    return np.bincount(np.concatenate(found), minlength=len(dataset.labels)).astype(np.int64) if found else None
+    labels = [boxes.labels.numpy() for boxes in map(dataset.boxes, range(len(dataset))) if boxes is not None]
+    return np.bincount(np.concatenate(labels), minlength=len(dataset.labels)).astype(np.int64) if labels else None
 
 
 def unreadable_images(
     dataset: MultiLabelDataset, progress: Callable[[Iterable[str | None]], Iterable[str | None]] = iter
 ) -> dict[str, str]:
-    """Decode every image; returns why for each id that cannot be used.
+    """Decode every image; returns the reason for each unreadable image id.
 
     Args:
         dataset: one split.
-        progress: wraps the iterable of results, one for each image.
+        progress: wrapper of the iterable of results (one per image).
     """
 
     def reason(i: int) -> str | None:
@@ -167,7 +167,7 @@ def unreadable_images(
             return str(error)
         return None
 
-    # Pillow decodes outside Python's global lock.
+    # Pillow releases the GIL while decoding.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         reasons = list(progress(pool.map(reason, range(len(dataset)))))
     return {dataset.ids[i]: text for i, text in enumerate(reasons) if text is not None}

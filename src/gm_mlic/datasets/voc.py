@@ -1,4 +1,4 @@
-"""PASCAL VOC 2007 and 2012 as they are distributed: lists of images for each class, and an XML file for each image."""
+"""PASCAL VOC 2007 and 2012 in their official layout: image lists per class and one XML file per image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError
 
-#: The 20 classes, in VOC's order, which is alphabetical.
+#: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
@@ -28,10 +28,10 @@ _SERVER = "http://host.robots.ox.ac.uk/pascal/VOC"
 
 
 class _VOC(MultiLabelDataset):
-    """What both years share; see :class:`VOC2007`."""
+    """Common base of both years; see :class:`VOC2007`."""
 
     year: ClassVar[int]
-    #: The official image set behind our train and val, and the one behind test, each with its archive.
+    #: Official image set and archive of train and val; the same of test.
     train_set: ClassVar[tuple[str, Archive]]
     test_set: ClassVar[tuple[str, Archive]]
 
@@ -58,7 +58,7 @@ class _VOC(MultiLabelDataset):
         check_targets(self.ids, self.labels, self.targets, self.difficult)
 
     def _folder(self, archive: Archive) -> Path:
-        """The folder with ImageSets, wherever in the distributed tree ``root`` points."""
+        """Folder with ImageSets; ``root`` may be any of its parents in the official layout."""
         name = f"VOC{self.year}"
         for folder in (self.root, self.root / name, self.root / "VOCdevkit" / name):
             if (folder / "ImageSets" / "Main").is_dir():
@@ -69,21 +69,21 @@ class _VOC(MultiLabelDataset):
         )
 
     def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
-        """Ids and values (N, 20) in {1, 0, -1} of an official image set, from its 20 class files."""
+        """Ids, and values (N, 20) in {1, 0, -1}, of an official image set, from its 20 class files."""
         ids: list[str] = []
         columns: list[np.ndarray] = []
         for label in LABELS:
             source = self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt"
-            here, column = _class_file(source)
+            listed, column = _class_file(source)
             if not columns:
-                ids = here
+                ids = listed
                 if len(set(ids)) != len(ids):
-                    twice = next(image_id for image_id in ids if ids.count(image_id) > 1)
-                    raise DataError(f"{source} lists image {twice} twice: extract the archive again.")
-            elif here != ids:
+                    duplicate = next(image_id for image_id in ids if ids.count(image_id) > 1)
+                    raise DataError(f"{source} lists image {duplicate} twice: extract the archive again.")
+            elif listed != ids:
                 first = f"{LABELS[0]}_{image_set}.txt"
-                mismatch = sorted(set(here) ^ set(ids))
-                what = f"image {mismatch[0]} is in one of them only" if mismatch else "their order differs"
+                mismatch = sorted(set(listed) ^ set(ids))
+                what = f"image {mismatch[0]} is only in one of them" if mismatch else "their order differs"
                 raise DataError(f"{source} and {first} list different images ({what}): extract the archive again.")
             columns.append(column)
         return ids, np.stack(columns, axis=1)
@@ -106,12 +106,12 @@ class _VOC(MultiLabelDataset):
         return read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
 
     def boxes(self, i: int) -> BoxAnnotations:
-        """The boxes of row ``i`` from its XML file, without objects marked as difficult; there may be none.
+        """Boxes of row ``i`` from its XML file, without difficult objects; possibly empty.
 
-        VOC counts pixels from 1 and includes the last; here x1 = xmin - 1, and x2 = xmax is the border after it.
+        VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax.
 
         Raises:
-            DataError: if the file is missing or malformed, names an unknown class, or does not fit the image.
+            DataError: if the file is missing or malformed, names an unknown class, or does not match the image.
         """
         source = self.folder / "Annotations" / f"{self.ids[i]}.xml"
         root = _parse(source)
@@ -119,24 +119,22 @@ class _VOC(MultiLabelDataset):
         annotated = tuple(int(_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
         if annotated != size:
             raise DataError(
-                f"{source} says that the image has {annotated[0]} x {annotated[1]} pixels, but it has {size[0]} x "
-                f"{size[1]}: the boxes would not fit; mend one of them."
+                f"{source} has the image size {annotated[0]} x {annotated[1]}, but the image has {size[0]} x {size[1]} "
+                "pixels: correct the annotation or replace the image."
             )
         boxes, labels = [], []
-        for number, thing in enumerate(root.iter("object")):
+        for number, item in enumerate(root.iter("object")):
             where = f"{source}: object number {number}"
-            label = (thing.findtext("name") or "").strip()
+            label = (item.findtext("name") or "").strip()
             if label not in LABELS:
-                raise DataError(f"{where} has name {label!r}, which is none of VOC's 20 classes: mend the file.")
-            xmin, ymin, xmax, ymax = (
-                _number(thing, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax")
-            )
+                raise DataError(f"{where} has name {label!r}, not one of VOC's 20 classes: correct the file.")
+            xmin, ymin, xmax, ymax = (_number(item, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax"))
             if xmax < xmin or ymax < ymin:
                 raise DataError(
-                    f"{where} has a box that ends before it begins ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g})."
+                    f"{where} has an invalid box, max < min ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}): correct the file."
                 )
             box = clip_box((xmin - 1, ymin - 1, xmax, ymax), size, f"{where} has a box")
-            if box is not None and (thing.findtext("difficult") or "0").strip() != "1":
+            if box is not None and (item.findtext("difficult") or "0").strip() != "1":
                 boxes.append(box)
                 labels.append(LABELS.index(label))
         return BoxAnnotations(
@@ -145,22 +143,22 @@ class _VOC(MultiLabelDataset):
 
 
 class VOC2007(_VOC):
-    """PASCAL VOC 2007, with image-level labels from its ``ImageSets/Main``.
+    """PASCAL VOC 2007 with image-level labels from ``ImageSets/Main``.
 
-    Expects the two archives as they unpack; ``root`` may be the folder that holds ``VOCdevkit``, ``VOCdevkit`` itself,
-    or ``VOC2007`` itself::
+    Expects the layout of the two official archives; ``root`` may be the parent of ``VOCdevkit``, ``VOCdevkit``, or
+    ``VOC2007``::
 
         root/VOCdevkit/VOC2007/ImageSets/Main/CLASS_trainval.txt, CLASS_test.txt
         root/VOCdevkit/VOC2007/JPEGImages/ID.jpg
         root/VOCdevkit/VOC2007/Annotations/ID.xml
 
-    As the literature has it, ``trainval`` is trained on and ``test`` is the test set. ``train`` and ``val`` part
+    As in the literature, ``trainval`` is the training set and ``test`` the test set. ``train`` and ``val`` split
     ``trainval`` by a seeded random permutation: ``round(val_fraction * N)`` images, at least one, are ``val``. With
     ``val_fraction=0`` all of ``trainval`` is ``train``.
 
-    A target is 1 if the image has an object of the class that is not difficult, else 0. ``difficult`` marks the pairs
-    of image and class with difficult objects only (0 in the class files). The loss and the metrics say what these count
-    as.
+    A target is 1 if the image has an object of the class that is not difficult, else 0. ``difficult`` marks pairs of
+    image and class with difficult objects only (0 in the class files). The loss and the metrics define how these are
+    counted.
 
     ============ ========= ========= ================= ============= =========
     image set    images    labels    present           an image      difficult
@@ -172,14 +170,14 @@ class VOC2007(_VOC):
     Args:
         root: the folder described above.
         split: ``train``, ``val`` or ``test``.
-        val_fraction: share of ``trainval`` held out as ``val``, in [0, 1).
-        seed: of the permutation that holds it out.
-        download: fetch what is missing (0.5 GB each) from the official server, and check it.
-        mirror: another server with the same files, as ``http://HOST/FOLDER``; what comes from it is checked likewise.
+        val_fraction: fraction of ``trainval`` held out as ``val``, in [0, 1).
+        seed: seed of that permutation.
+        download: download missing archives (0.5 GB each) from the official server and verify them.
+        mirror: base URL of a mirror (``http://HOST/FOLDER``); its files are verified in the same way.
 
     Raises:
-        ConfigError: for a setting with another value.
-        DataError: if a file is missing or malformed, or the class files do not list the same images.
+        ConfigError: if an argument has an invalid value.
+        DataError: if a file is missing or malformed, or the class files list different images.
     """
 
     name = "voc2007"
@@ -205,10 +203,10 @@ class VOC2007(_VOC):
 
 
 class VOC2012(_VOC):
-    """PASCAL VOC 2012: as :class:`VOC2007`, but the labels of its test set are not public.
+    """PASCAL VOC 2012, as :class:`VOC2007`, with the official val set as ``test``.
 
-    So the official ``train`` (5,717 images) is what our ``train`` and ``val`` part, and the official ``val`` (5,823) is
-    our ``test``.
+    The labels of the official test set are not public. ``train`` and ``val`` split the official ``train`` (5,717
+    images); ``test`` is the official ``val`` (5,823 images).
     """
 
     name = "voc2012"
@@ -224,7 +222,7 @@ class VOC2012(_VOC):
 
 
 def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
-    """Ids and values of one ``ImageSets/Main/CLASS_SET.txt``: lines of an id and 1, 0 or -1."""
+    """Ids and values of one ``ImageSets/Main/CLASS_SET.txt``, with lines of an id and 1, 0 or -1."""
     try:
         words = source.read_text(encoding="ascii").split()
     except FileNotFoundError as error:
@@ -233,7 +231,7 @@ def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
         raise DataError(f"{source} cannot be read ({error}): extract the archive again.") from error
     ids, values = words[::2], words[1::2]
     if len(ids) != len(values) or not ids:
-        raise DataError(f"{source} is cut off or empty ({len(words)} words): extract the archive again.")
+        raise DataError(f"{source} is truncated or empty ({len(words)} words): extract the archive again.")
     wrong = next((n for n, value in enumerate(values) if value not in ("1", "0", "-1")), None)
     if wrong is not None:
         raise DataError(f"{source}: image {ids[wrong]} has value {values[wrong]!r}, expected 1, 0 or -1.")
@@ -246,7 +244,7 @@ def _parse(source: Path) -> ElementTree.Element:
     except OSError as error:
         raise DataError(f"{source} cannot be read ({error.strerror}): extract the archive again.") from error
     if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-        raise DataError(f"{source} declares entities, which VOC's files never do: extract the archive again.")
+        raise DataError(f"{source} declares XML entities, which official VOC files do not: extract the archive again.")
     try:
         return ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
@@ -260,5 +258,5 @@ def _number(element: ElementTree.Element, path: str, where: str) -> float:
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise DataError(f"{where} has {path} {text!r}: a number is needed.")
+        raise DataError(f"{where} has {path} {text!r}: expected a number.")
     return value

@@ -1,6 +1,6 @@
-"""Detection: images in, instances out.
+"""Instance extractors: from images to instances.
 
-Each name is imported when it is first used: :class:`Instances` needs no torchvision.
+Names are imported on first use, so that :class:`Instances` does not need torchvision.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Detector weights: torchvision's by name, the shipped ones, and files; read without unpickling, written atomically."""
+"""Detector weights: torchvision's, built-in ones and files; read without unpickling, written atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from safetensors.torch import save as serialise
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torchvision.models import ResNet101_Weights, WeightsEnum
 from torchvision.models.detection import (
@@ -29,9 +29,9 @@ from gm_mlic.safe_load import load_tensors
 
 log = logging.getLogger(__name__)
 
-#: The weights of scenes_tiny that come with the package.
+#: Built-in weights of scenes_tiny.
 SCENES_WEIGHTS = Path(__file__).parent / "weights" / "scenes_tiny.safetensors"
-#: Names in :attr:`Checkpoint.categories` that are no labels; torchvision's COCO detectors have both.
+#: Names in :attr:`Checkpoint.categories` that are not labels; torchvision's COCO detectors have both.
 BACKGROUND, UNUSED = "__background__", "N/A"
 
 _COCO: dict[str, WeightsEnum] = {
@@ -39,7 +39,7 @@ _COCO: dict[str, WeightsEnum] = {
     "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
 }
-#: What the classifiers, which serve as backbones of a grid, learnt to tell apart. Published baselines began from these.
+#: Pretrained classifiers for grid backbones, as used by published baselines.
 _IMAGENET: dict[str, WeightsEnum] = {"resnet101": ResNet101_Weights.IMAGENET1K_V1}
 _COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
@@ -47,14 +47,13 @@ _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a detector, and what must be known to build it.
+    """Detector weights with the metadata needed to build the detector.
 
     Attributes:
-        source: where they come from, for messages.
+        source: origin, for messages.
         tensors: the ``state_dict``; None for random weights.
-        categories: name of each class, the background first; ``N/A`` for a class that was never trained.
-        min_size: input size that the weights were trained with; None where unknown.
-        max_size: likewise.
+        categories: class names, background first; ``N/A`` for untrained classes.
+        min_size, max_size: input size in training; None if unknown.
     """
 
     source: str
@@ -65,27 +64,27 @@ class Checkpoint:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes that are labels."""
+        """Class names without background and unused classes."""
         return tuple(name for name in self.categories if name not in (BACKGROUND, UNUSED))
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Raise :class:`~gm_mlic.errors.WeightsError` unless these are the labels of the weights, in their order."""
+        """Raise :class:`~gm_mlic.errors.WeightsError` unless ``labels`` equal those of the weights, in order."""
         if self.labels != tuple(labels):
             pairs = zip(self.labels, labels, strict=False)
-            mismatch = next((f"{a!r} where {b!r} is asked for" for a, b in pairs if a != b), None)
+            mismatch = next((f"{a!r} instead of {b!r}" for a, b in pairs if a != b), None)
             raise WeightsError(
                 f"The weights {self.source} were trained for other labels "
-                f"({mismatch or f'{len(self.labels)} of them, not {len(labels)}'}): leave `labels` out, or train on "
-                "these labels with gm-mlic train-detector."
+                f"({mismatch or f'{len(self.labels)} instead of {len(labels)}'}): omit `labels`, or train on these "
+                "labels with gm-mlic train-detector."
             )
 
 
 def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str] | None) -> Checkpoint:
-    """Find and read the weights that :func:`~gm_mlic.detection.faster_rcnn.build_extractor` was asked for.
+    """Read the ``weights`` of :func:`~gm_mlic.detection.faster_rcnn.build_extractor`.
 
     Raises:
-        ConfigError: if weights of that name do not exist for ``arch``.
-        WeightsError: if they are missing, cannot be read, or belong to another architecture.
+        ConfigError: if weights of this name do not exist for ``arch``.
+        WeightsError: if the file is missing, cannot be read, or belongs to another architecture.
     """
     if weights is None:
         if labels is not None:
@@ -98,7 +97,7 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         checkpoint = _download_coco(arch)
     elif weights == "scenes":
         if arch != "scenes_tiny":
-            raise ArgumentError("weights", f"is 'scenes', which is for `name='scenes_tiny'`, not for {arch}.")
+            raise ArgumentError("weights", f"is 'scenes', which requires `name='scenes_tiny'`, not {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
         checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
@@ -106,15 +105,15 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
 
 
 def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
-    """Find and read a classifier's weights, without its last layer.
+    """Read classifier weights without the last layer.
 
     Args:
         arch: ``resnet101``.
-        weights: None for random ones, ``imagenet`` for torchvision's, or a file (.safetensors, .pt, .pth) with a
-            ``state_dict`` that has torchvision's names.
+        weights: None for random weights, ``imagenet`` for torchvision's, or a file (.safetensors, .pt, .pth) with a
+            torchvision ``state_dict``.
 
     Raises:
-        WeightsError: if they are missing, or cannot be read.
+        WeightsError: if the file is missing or cannot be read.
     """
     if weights is None:
         return Checkpoint("random weights", None, ())
@@ -136,46 +135,46 @@ def _classifier_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
-    """Copy the checkpoint's tensors into the detector.
+    """Load the checkpoint's tensors into the detector.
 
     Raises:
-        WeightsError: naming the first tensor that is missing, not known to the detector, or of another shape.
+        WeightsError: if a tensor is missing, unknown to the detector, or has another shape.
     """
     tensors = dict(checkpoint.tensors or {})
     expected = detector.state_dict()
     if arch == "fasterrcnn_resnet50_fpn" and not any(key.endswith("num_batches_tracked") for key in tensors):
-        # torchvision's COCO weights for this one were trained with frozen batch norm of eps = 0 (torchvision builds it
-        # so too); ours adds 1e-5 to the variance, which is taken off here.
+        # torchvision's COCO weights of this detector were trained with frozen batch norm of eps = 0; here eps is 1e-5,
+        # so it is subtracted from the variance.
         tensors = {key: t - 1e-5 if key.endswith("running_var") else t for key, t in tensors.items()}
-    # Counts how often batch norm was updated; frozen batch norm has none, and evaluation does not read it.
+    # num_batches_tracked is absent in frozen batch norm and unused in evaluation.
     missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
     unknown = [key for key in tensors if key not in expected]
-    other = [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
-    for what, keys in (("lack", missing), ("have the unknown", unknown), ("have another shape of", other)):
+    mismatch = [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
+    for what, keys in (("missing", missing), ("unknown", unknown), ("other shape of", mismatch)):
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             raise WeightsError(
-                f"The weights {checkpoint.source} do not fit `name={arch!r}`: they {what} {keys[0]}{more}; choose "
-                "the architecture that they were trained with."
+                f"The weights {checkpoint.source} do not match `name={arch!r}` ({what} {keys[0]}{more}): set the "
+                "architecture that they were trained with."
             )
     detector.load_state_dict(tensors, strict=False)
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write ``path`` (.safetensors), with ``record`` in its header, and the record alone beside it as JSON.
+    """Write a checkpoint (.safetensors) with ``record`` in its header, and the record as JSON in the same folder.
 
-    Both files appear complete or not at all.
+    Both writes are atomic.
 
     Args:
         path: the weights file.
         tensors: the detector's ``state_dict``.
-        record: has at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
+        record: metadata, at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(record), indent=2, ensure_ascii=False)
     part = path.with_name(path.name + ".part")
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    part.write_bytes(serialise(on_cpu, metadata={"gm_mlic": text}))
+    part.write_bytes(serialize(on_cpu, metadata={"gm_mlic": text}))
     part.replace(path)
     part = path.with_name(path.stem + ".json.part")
     part.write_text(text + "\n", encoding="utf-8")
@@ -184,13 +183,13 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
 
 def _download_coco(arch: str) -> Checkpoint:
     if arch not in _COCO:
-        raise ArgumentError("weights", f"is 'coco', which exists for {', '.join(_COCO)}, not for `name={arch!r}`.")
+        raise ArgumentError("weights", f"is 'coco', which requires one of {', '.join(_COCO)}, not `name={arch!r}`.")
     return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
 def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
-    """Fetch torchvision's weights, unless they were before; the hash is in the file's name."""
-    # Not enum.get_state_dict(): it unpickles what it fetched, or found in the folder.
+    """Download torchvision's weights unless cached; the file name contains the hash."""
+    # Not enum.get_state_dict(), which unpickles the file.
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(enum.url).name
     try:
         if not file.exists():
@@ -200,22 +199,22 @@ def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
             torch.hub.download_url_to_file(enum.url, str(file), hash_prefix, progress=sys.stderr.isatty())
         return dict(load_tensors(file))
     except ValueError as error:
-        raise WeightsError(f"The weights file {file} is damaged ({error}): delete it; it is fetched again.") from error
+        raise WeightsError(f"The weights file {file} is damaged ({error}): delete it to download it again.") from error
     except (OSError, RuntimeError, HTTPException) as error:  # no network, a full disk, a damaged download
         raise WeightsError(
-            f"The weights of {arch} could not be downloaded ({error}): fetch {enum.url} by other means and set "
+            f"The weights of {arch} could not be downloaded ({error}): download {enum.url} manually and set "
             f"`weights='/path/to/{Path(enum.url).name}'`."
         ) from error
 
 
 def _existing(path: Path, names: str) -> Path:
-    """``path``, if it can be a weights file; ``names`` are what could be set instead of one."""
+    """Check that ``path`` is a weights file; ``names`` lists the alternatives for the message."""
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(
-            f"`weights` is {str(path)!r}: set {names}, or a path that ends in .safetensors, .pt or .pth."
+            f"`weights` is {str(path)!r}: expected {names}, or a path that ends in .safetensors, .pt or .pth."
         )
     if not path.is_file():
-        raise WeightsError(f"The weights file {path} does not exist: check `weights`.")
+        raise WeightsError(f"The weights file {path} does not exist: correct `weights`.")
     return path
 
 
@@ -234,47 +233,47 @@ def _read_safetensors(path: Path, arch: str) -> Checkpoint:
         raise WeightsError(f"The weights file {path} cannot be read ({error}): copy or train it again.") from error
     if header is None:
         raise WeightsError(
-            f"The weights file {path} does not name its labels: it was not written by gm-mlic train-detector; "
-            "save its tensors with torch.save(state_dict, path) as .pt, and give `labels`."
+            f"The weights file {path} has no label names, so it was not written by gm-mlic train-detector: save its "
+            "tensors with torch.save(state_dict, path) as .pt, and set `labels`."
         )
     try:
         record = json.loads(header)
-        found = Checkpoint(
+        checkpoint = Checkpoint(
             str(path), tensors, (BACKGROUND, *record["labels"]), int(record["min_size"]), int(record["max_size"])
         )
-        theirs = record["arch"]
+        trained_arch = record["arch"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
             f"The weights file {path} has a header without arch, labels, min_size or max_size: write it with "
             "gm-mlic train-detector."
         ) from error
-    if theirs != arch:
-        raise WeightsError(f"The weights file {path} is for `name={theirs!r}`, not for {arch}.")
-    return found
+    if trained_arch != arch:
+        raise WeightsError(f"The weights file {path} is for `name={trained_arch!r}`, not {arch}.")
+    return checkpoint
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.pt`` or ``.pth``."""
+    """Tensors of a ``.pt`` or ``.pth`` file."""
     try:
         tensors = load_tensors(path)
     except (OSError, ValueError) as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise WeightsError(
-                f"The weights file {path} holds more than tensors, or is damaged, and is not loaded: save it with "
+                f"The weights file {path} contains more than tensors, or is damaged: save it with "
                 "torch.save(model.state_dict(), path)."
             ) from error
         raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):  # torchvision's training script
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise WeightsError(f"The weights file {path} holds no state_dict: save torch.save(model.state_dict(), path).")
+        raise WeightsError(f"The weights file {path} has no state_dict: use torch.save(model.state_dict(), path).")
     return tensors
 
 
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
     tensors = _state_dict(path)
     if _CLASS_SCORES not in tensors:
-        raise WeightsError(f"The weights file {path} lacks {_CLASS_SCORES}: it is no torchvision Faster R-CNN.")
+        raise WeightsError(f"The weights file {path} lacks {_CLASS_SCORES}: expected a torchvision Faster R-CNN.")
     classes = tensors[_CLASS_SCORES].shape[0]
     if labels is not None and classes == len(labels) + 1:
         return Checkpoint(str(path), tensors, (BACKGROUND, *labels))

@@ -1,4 +1,4 @@
-"""Faster R-CNN as an instance extractor: what torchvision's detectors find, with a feature for each found box."""
+"""Instance extractor based on torchvision's Faster R-CNN: detections with a feature per box."""
 
 from __future__ import annotations
 
@@ -24,49 +24,48 @@ from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ArgumentError, ConfigError
 
-#: What may be trained end to end; see :class:`FasterRCNNExtractor`.
+#: Values of ``trainable``; see :class:`FasterRCNNExtractor`.
 TRAINABLE = ("none", "box_head", "all")
 
 
-#: How each is built, and its default input size.
+#: Builder and default input size of each detector.
 _BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
     "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, 448),
     "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, 448),
     "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
     "scenes_tiny": (scenes_tiny, 160),
 }
-#: Names of the detectors that :func:`build_extractor` builds.
+#: Detector names for :func:`build_extractor`.
 ARCHITECTURES = tuple(_BUILDERS)
 
 
 class FasterRCNNExtractor(nn.Module):
-    r"""Any torchvision Faster R-CNN as an :class:`~gm_mlic.detection.protocol.InstanceExtractor`.
+    r"""Instance extractor (:class:`~gm_mlic.detection.protocol.InstanceExtractor`) from a torchvision Faster R-CNN.
 
-    An image becomes instances in three steps:
+    Instances are computed in three steps:
 
-    1. the detector as it is: proposals, class scores and boxes, those above the score threshold, non-maximum
-       suppression within each class. One place in the image may be kept once for each of several classes;
-    2. the m highest scores over all classes. (The detector's own cap on detections is lifted: m is the cap.);
-    3. the box head once more, on RoIs pooled at these *final* boxes :math:`B_i`, for the instance feature of eq. 1:
-       :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box tell of the same
-       region. (The feature behind the class scores was pooled at the proposal instead.)
+    1. Detection: proposals, class scores and boxes, score threshold, non-maximum suppression within each class. One
+       region can be detected as several classes.
+    2. Selection of the m highest scores over all classes. (The detector's own limit is removed.)
+    3. Feature extraction (eq. 1): the box head is applied again to RoIs pooled at the *final* boxes :math:`B_i`,
+       :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box describe the same
+       region. (Class scores are computed from the proposal's RoI.)
 
-    The detector always runs in evaluation mode: dropout off, batch statistics frozen, no randomness; ``train()`` does
-    not change that. Only images that are equally large after resizing and padding to the detector's stride share a
-    forward pass, so an image's instances do not depend on the batch it came in (up to rounding in the convolutions).
+    The detector always runs in evaluation mode, even after ``train()``. Only images of equal size after resizing and
+    padding share a forward pass, so an image's instances do not depend on its batch (up to rounding in convolutions).
 
     Args:
-        detector: the model; it is put in evaluation mode and its cap on detections is lifted.
-        labels: names of its classes, without the background.
-        name: short name, fit for a folder name.
-        class_index: for each label the detector's class number; default 1, 2, ... Detections of classes that belong
-            to no label are dropped.
-        trainable: what receives gradients when called with gradients enabled: ``none``; ``box_head``, the layers from
-            the pooled RoI to the feature; ``all``, the backbone as well. Which boxes are chosen is not differentiable:
-            proposals and class scores are used as they are, and their layers stay frozen.
+        detector: the model; it is set to evaluation mode, and its limit on detections is removed.
+        labels: class names without the background.
+        name: short name, valid as a folder name.
+        class_index: the detector's class index of each label; default 1, 2, ... Detections of other classes are
+            dropped.
+        trainable: parts that receive gradients: ``none``; ``box_head``, the layers from the pooled RoI to the feature;
+            ``all``, the backbone too. The selection of boxes is not differentiable: layers of proposals and class
+            scores stay frozen.
 
     Shape:
-        features have D = ``feature_dim`` entries: 1024 for torchvision's three, 256 for ``scenes_tiny``.
+        features have D = ``feature_dim`` entries: 1024 for torchvision's detectors, 256 for ``scenes_tiny``.
     """
 
     def __init__(
@@ -104,13 +103,13 @@ class FasterRCNNExtractor(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> FasterRCNNExtractor:
-        """Stay in evaluation mode, whatever ``mode`` says."""
+        """Keep evaluation mode; ``mode`` is ignored."""
         super().train(False)
         return self
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
+        """SHA-256 (hex) of name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
         heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
         settings = [
             *(self.name, self.labels, self._label_of_class.tolist()),
@@ -121,9 +120,9 @@ class FasterRCNNExtractor(nn.Module):
         return self._fingerprint(settings, self.detector)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """Detect; arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
+        """Detect instances, see :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
 
-        Boxes, scores and labels never carry gradients; features do, as ``trainable`` says.
+        Boxes, scores and labels have no gradients; features do, depending on ``trainable``.
 
         Raises:
             ConfigError: if ``m`` is less than 1.
@@ -136,19 +135,19 @@ class FasterRCNNExtractor(nn.Module):
             with torch.no_grad():
                 ready = self._prepare(image.to(device))
             groups.setdefault(ready.tensors.shape, []).append((i, ready))
-        found: dict[int, Instances] = {}
+        detected: dict[int, Instances] = {}
         for group in groups.values():
             batch = ImageList(
                 torch.cat([ready.tensors for _, ready in group]), [ready.image_sizes[0] for _, ready in group]
             )
-            found.update(zip((i for i, _ in group), self._detect(batch, m), strict=True))
-        return [found[i] for i in range(len(images))]
+            detected.update(zip((i for i, _ in group), self._detect(batch, m), strict=True))
+        return [detected[i] for i in range(len(images))]
 
     def _prepare(self, image: Tensor) -> ImageList:
-        """Normalise, resize, pad, as the detector does; an image that has the right size is spared the resizing."""
+        """Normalize, resize (if needed) and pad, as the detector does."""
         transform, (height, width) = self.detector.transform, image.shape[-2:]
         scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-        if min(height, width) * scale < 1:  # a strip: of its shorter side, nothing would be left
+        if min(height, width) * scale < 1:  # a narrow strip: its shorter side would vanish
             least = math.ceil(1 / scale) + 1
             image = nn.functional.interpolate(image[None], (max(height, least), max(width, least)))[0]
         if scale != 1:
@@ -158,7 +157,7 @@ class FasterRCNNExtractor(nn.Module):
         )
 
     def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        """The instances of images that share one padded size."""
+        """Instances of images with the same padded size."""
         grad, heads, sizes = torch.is_grad_enabled(), self.detector.roi_heads, batch.image_sizes
         with torch.set_grad_enabled(grad and self.trainable == "all"):
             maps = self.detector.backbone(batch.tensors)
@@ -184,7 +183,7 @@ class FasterRCNNExtractor(nn.Module):
     def _choose(
         self, boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int], m: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The m best detections of one image, or the whole image: boxes in pixels of the resized image."""
+        """Top m detections of one image, or the whole image; boxes in pixels of the resized image."""
         labels = self._label_of_class[classes]
         known = labels >= 0
         boxes, scores, labels = boxes[known], scores[known], labels[known]
@@ -210,19 +209,19 @@ def build_detector(
     nms_threshold: float = 0.5,
     seed: int = 0,
 ) -> FasterRCNN:
-    """Build a detector with random weights; nothing is downloaded, and the global random state stays as it is.
+    """Build a detector with random weights. Nothing is downloaded; the global random state is unchanged.
 
     Args:
         name: one of :data:`ARCHITECTURES`.
-        num_classes: with the background.
-        min_size: length of the shorter image side after resizing, in pixels; default 448, for scenes_tiny 160.
-        max_size: bound of the longer side; default 5/3 of ``min_size``.
-        score_threshold: detections must have a greater score.
-        nms_threshold: of two boxes of one class that overlap more than this (IoU), only the better one is kept.
-        seed: of the random weights.
+        num_classes: number of classes, including the background.
+        min_size: shorter image side after resizing, in pixels; default 448, for scenes_tiny 160.
+        max_size: limit of the longer side; default 5/3 of ``min_size``.
+        score_threshold: minimum score of detections (exclusive).
+        nms_threshold: IoU threshold of non-maximum suppression.
+        seed: seed of the random weights.
 
     Raises:
-        ConfigError: for an unknown architecture or a setting out of range.
+        ConfigError: if the architecture is unknown or an argument is out of range.
     """
     check_architecture(name)
     build, default_size = _BUILDERS[name]
@@ -232,8 +231,8 @@ def build_detector(
         raise ArgumentError("min_size", f"is {min_size} and `max_size` {max_size}: set 32 <= min_size <= max_size.")
     for key, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
         if not 0 <= value <= 1:
-            raise ArgumentError(key, f"is {value}: set a number from 0 to 1.")
-    # torchvision's builders would download the backbone's weights unless told not to.
+            raise ArgumentError(key, f"is {value}: expected a number in [0, 1].")
+    # By default, torchvision's builders download backbone weights.
     settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -264,24 +263,24 @@ def build_extractor(
 
     Args:
         name: one of :data:`ARCHITECTURES`; with ``grid_size`` also ``resnet101``.
-        labels: names of the detector's classes. Weights that know their labels bring them along; these are for random
-            weights (default: the 80 of COCO, for scenes_tiny those of its shipped weights) and for ``.pt`` files.
-        weights: None for random ones; ``coco`` for torchvision's, which are downloaded once; ``scenes`` for the ones
-            shipped for scenes_tiny; or a file: ``.safetensors`` as written by ``gm-mlic train-detector``, or ``.pt`` /
-            ``.pth`` with a ``state_dict`` of torchvision's model, which is never unpickled beyond tensors. Of
-            ``resnet101``: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
-        min_size: see :func:`build_detector`; the default is the one that the weights were trained with.
+        labels: class names, for random weights (default: the 80 of COCO; for scenes_tiny those of its built-in weights)
+            and ``.pt`` files. Other weights include their labels.
+        weights: None for random weights; ``coco`` for torchvision's, downloaded once; ``scenes`` for the built-in ones
+            of scenes_tiny; or a file: ``.safetensors`` from ``gm-mlic train-detector``, or ``.pt`` / ``.pth`` with a
+            torchvision ``state_dict``, loaded with ``weights_only``. For ``resnet101``, see
+            :func:`~gm_mlic.detection.checkpoints.read_classifier`.
+        min_size: see :func:`build_detector`; the default is the size in training, if recorded.
         max_size: see :func:`build_detector`.
         score_threshold: see :func:`build_detector`.
         nms_threshold: see :func:`build_detector`.
         seed: see :func:`build_detector`.
-        device: where the detector runs.
-        trainable: see :class:`FasterRCNNExtractor`; of a grid, see :class:`~gm_mlic.detection.grid.GridExtractor`.
-        grid_size: G for the G x G cells of the backbone's feature map instead of boxes; what belongs to boxes alone
-            (thresholds, ``max_size``) then has no effect.
+        device: device of the detector.
+        trainable: see :class:`FasterRCNNExtractor`; for grids, :class:`~gm_mlic.detection.grid.GridExtractor`.
+        grid_size: G, to use the G x G cells of the backbone's feature map instead of boxes; thresholds and ``max_size``
+            then have no effect.
 
     Raises:
-        ConfigError: for a setting that cannot work.
+        ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
     if name in CLASSIFIERS:
@@ -311,9 +310,9 @@ def build_extractor(
 
 
 def save_detector(extractor: FasterRCNNExtractor, path: Path, name: str) -> None:
-    """Write an extractor's weights as a file that :func:`build_extractor` takes for ``weights``.
+    """Save an extractor's weights, labels and input size as a ``weights`` file for :func:`build_extractor`.
 
-    Its labels and input size go along; thresholds stay settings.
+    Thresholds are not saved.
     """
     label_of_class = extractor._label_of_class.tolist()
     transform = extractor.detector.transform

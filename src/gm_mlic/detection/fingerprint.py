@@ -1,4 +1,4 @@
-"""What tells extractors apart: a hash over settings and weights."""
+"""Fingerprint of an extractor: a hash of its settings and weights."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import nn
 
 
 class Fingerprint:
-    """SHA-256 (hex) over settings and every tensor's name, type, shape and bytes; kept until a tensor changes."""
+    """SHA-256 (hex) of settings and every tensor's name, type, shape and bytes, cached until a tensor changes."""
 
     def __init__(self) -> None:
-        self._kept: tuple[tuple[int, ...], str] | None = None
+        self._cache: tuple[tuple[int, ...], str] | None = None
 
     def __call__(self, settings: list[Any], module: nn.Module) -> str:
-        """That of ``module`` with ``settings`` (anything that JSON has), which stay the same between calls."""
+        """Fingerprint of ``module`` with JSON-serializable ``settings``, which must not change between calls."""
         tensors = sorted(module.state_dict().items())
         versions = tuple(tensor._version for _, tensor in tensors)
-        if self._kept is None or self._kept[0] != versions:
+        if self._cache is None or self._cache[0] != versions:
             digest = hashlib.sha256(json.dumps(settings).encode())
             for key, tensor in tensors:
                 digest.update(json.dumps([key, str(tensor.dtype), tuple(tensor.shape)]).encode())
                 digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-            self._kept = versions, digest.hexdigest()
-        return self._kept[1]
+            self._cache = versions, digest.hexdigest()
+        return self._cache[1]

@@ -1,4 +1,4 @@
-"""The cells of a backbone's feature map in place of boxes: what models of whole images read."""
+"""Instance extractor with grid cells of a backbone's feature map instead of boxes, for whole-image models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
 from gm_mlic.errors import ArgumentError
 
-#: Backbones that belong to no detector, and can only be had as a grid.
+#: Classifier backbones, available only as a grid.
 _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
 CLASSIFIERS = tuple(_CLASSIFIERS)
 _SIZE = 448
@@ -25,28 +25,28 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class GridExtractor(nn.Module):
-    r"""A backbone's last feature map, in G x G cells, as an :class:`~gm_mlic.detection.protocol.InstanceExtractor`.
+    r"""Instance extractor (:class:`~gm_mlic.detection.protocol.InstanceExtractor`) with G x G cells of a feature map.
 
-    An image is normalised and resized to a square, as its sides may be. The map of the backbone's body is averaged
-    within each cell, and cell (r, c) becomes instance :math:`rG + c`: its box is
-    :math:`[c, r, c + 1, r + 1] / G`, its score 1, its feature the cell's vector. No instance has a detected label.
+    Images are normalized and resized to a square, without keeping the aspect ratio. The last feature map is averaged
+    within each cell, and cell (r, c) becomes instance :math:`rG + c` with box :math:`[c, r, c + 1, r + 1] / G`, score
+    1 and the mean feature. Instances have no detected label.
 
-    Like the detector, the body always runs in evaluation mode, whatever ``train()`` says.
+    The body always runs in evaluation mode, even after ``train()``.
 
     Args:
-        body: from images (B, 3, S, S) to a map (B, D, H, W), or to several by name, of which the last is taken.
-        grid_size: G, the cells along each side, at most H and W.
-        size: S, to which images are resized, in pixels.
-        name: short name, fit for a folder name.
-        image_mean, image_std: of each color, by which images are normalised.
-        trainable: what receives gradients when called with gradients enabled: ``none``, or ``all`` of the body.
+        body: module from images (B, 3, S, S) to a map (B, D, H, W), or to a dict of maps, of which the last is used.
+        grid_size: G, number of cells along each side, at most H and W.
+        size: S, image size in pixels after resizing.
+        name: short name, valid as a folder name.
+        image_mean, image_std: normalization per color channel.
+        trainable: parts that receive gradients: ``none``, or ``all`` of the body.
 
     Shape:
         features have D = ``feature_dim`` entries: 2048 for the ResNets, 960 for MobileNetV3-Large, 48 for
         ``scenes_tiny``.
 
     Raises:
-        ConfigError: for a setting that cannot work.
+        ConfigError: if an argument is invalid.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class GridExtractor(nn.Module):
     ) -> None:
         super().__init__()
         if trainable not in ("none", "all"):
-            raise ArgumentError("trainable", f"is {trainable!r}: with a `grid_size`, choose one of none, all.")
+            raise ArgumentError("trainable", f"is {trainable!r}: with `grid_size`, choose one of none, all.")
         self.name, self.grid_size, self.size, self.trainable = name, grid_size, size, trainable
         self.labels: tuple[str, ...] = ()
         self.body = body.requires_grad_(trainable == "all")
-        # On the meta device nothing is computed but shapes.
+        # The meta device computes only shapes.
         shapes = {key: tensor.to("meta") for key, tensor in body.state_dict().items()}
         example = torch.empty(1, 3, size, size, device="meta")
         body.eval()
@@ -74,7 +74,7 @@ class GridExtractor(nn.Module):
             raise ArgumentError(
                 "grid_size",
                 f"is {grid_size}: the feature map of an image of {size} pixels has {sides[0]} x {sides[1]} cells; "
-                "set 1 to that many, or a larger image size.",
+                "lower it, or raise the image size.",
             )
         self._mean: Tensor
         self._std: Tensor
@@ -89,10 +89,10 @@ class GridExtractor(nn.Module):
 
     @classmethod
     def of_detector(cls, detector: FasterRCNN, grid_size: int, name: str, trainable: str = "none") -> GridExtractor:
-        """The grid of a detector's backbone: same weights, same normalisation, its ``min_size`` for both sides.
+        """Create a grid from a detector's backbone, with its weights, normalization and ``min_size``.
 
-        Of a feature pyramid, what is below it is taken: the last map of the ResNet or MobileNet. Of ``scenes_tiny``,
-        map ``fine``: all that its box head learnt of objects is in there, and ``coarse`` only helps to propose boxes.
+        Backbones with a feature pyramid use the last map below the pyramid (of the ResNet or MobileNet);
+        ``scenes_tiny`` uses map ``fine``, which its box head reads.
         """
         backbone, transform = detector.backbone, detector.transform
         body = backbone.fine if isinstance(backbone, TinyBackbone) else backbone.body
@@ -107,24 +107,24 @@ class GridExtractor(nn.Module):
         )
 
     def train(self, mode: bool = True) -> GridExtractor:
-        """Stay in evaluation mode, whatever ``mode`` says."""
+        """Keep evaluation mode; ``mode`` is ignored."""
         super().train(False)
         return self
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over name, G, input size, normalisation, and every tensor's name, type, shape and bytes."""
+        """SHA-256 (hex) of name, G, input size, normalization, and every tensor's name, type, shape and bytes."""
         settings = [self.name, self.grid_size, self.size, self._mean.flatten().tolist(), self._std.flatten().tolist()]
         return self._fingerprint(settings, self.body)
 
     def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """All cells of each image, row by row.
+        """Return all cells of each image in row-major order.
 
-        Arguments and result as in :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`. Only features carry
-        gradients, as ``trainable`` says.
+        See :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`. Only features have gradients, depending on
+        ``trainable``.
 
         Raises:
-            ConfigError: if ``m`` has no room for all cells: some of them are no image.
+            ConfigError: if ``m`` is less than the number of cells.
         """
         M = self.grid_size**2
         if m < M:
@@ -142,7 +142,7 @@ class GridExtractor(nn.Module):
         return [Instances(self._boxes, scores, labels, of_image) for of_image in features]
 
     def _prepare(self, image: Tensor) -> Tensor:
-        """Normalise and resize, as the detector does it."""
+        """Normalize and resize, as the detector does."""
         image = (image - self._mean) / self._std
         if image.shape[-2:] == (self.size, self.size):
             return image
@@ -164,23 +164,23 @@ def build_classifier_grid(
     seed: int = 0,
     trainable: str = "none",
 ) -> GridExtractor:
-    """The grid of a backbone that was trained to classify, without its pooling and last layer.
+    """Build a grid from a classifier backbone, without its pooling and last layer.
 
     Args:
         name: one of :data:`CLASSIFIERS`.
         grid_size: see :class:`GridExtractor`.
         weights: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
         size: see :class:`GridExtractor`; default 448.
-        seed: of random weights; the global random state stays as it is.
+        seed: seed of random weights; the global random state is unchanged.
         trainable: see :class:`GridExtractor`.
 
     Raises:
-        ConfigError: without a grid, or for a setting that cannot work.
+        ConfigError: if ``grid_size`` is None or an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
     if grid_size is None:
         raise ArgumentError(
-            "grid_size", f"is needed, since {name} finds no boxes: set it to 14, for example, and m to its square."
+            "grid_size", f"is required, since {name} detects no boxes: set it, for example, to 14 and m to its square."
         )
     checkpoint = read_classifier(name, weights)
     with torch.random.fork_rng(devices=[]):

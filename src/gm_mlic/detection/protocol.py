@@ -1,4 +1,4 @@
-"""The contract between detectors and the rest of the package: images in, :class:`Instances` out."""
+"""Interface of instance extractors: from images to :class:`Instances`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Instances:
-    """The M instances of one image, highest confidence first (M >= 1).
+    """M >= 1 instances of one image, sorted by descending confidence.
 
     Shapes and units:
         boxes: (M, 4) float32, (x1, y1, x2, y2) divided by image width and height: B of eq. 1.
         scores: (M,) float32 confidences in [0, 1].
-        detected_labels: (M,) int64 index into the extractor's ``labels``; -1 where there is none.
+        detected_labels: (M,) int64 index into the extractor's ``labels``; -1 for none.
         features: (M, D) float32: f of eq. 1.
     """
 
@@ -30,24 +30,24 @@ class Instances:
         return int(self.boxes.shape[0])
 
     def top(self, m: int) -> Instances:
-        """The ``m`` most confident instances (fewer if the image has fewer)."""
+        """Top ``m`` instances by confidence (fewer if the image has fewer)."""
         return Instances(self.boxes[:m], self.scores[:m], self.detected_labels[:m], self.features[:m])
 
 
 @runtime_checkable
 class InstanceExtractor(Protocol):
-    """Anything that turns a batch of images into instances.
+    """Interface of callables that turn a batch of images into instances.
 
-    An image's instances may depend on nothing but the image and what :attr:`fingerprint` covers: not on the other
-    images of the batch, nor on chance, nor on ``m``: those for a smaller ``m`` are the first of those for a larger one.
-    The instance store relies on it: it is built in batches, resumed, and sliced. Boxes, scores and labels carry no
-    gradient. Features carry none either, unless the extractor is one that can be trained and was told to.
+    An image's instances may depend only on the image and on what :attr:`fingerprint` covers, not on the batch or on
+    randomness. Instances for a smaller ``m`` are the first of those for a larger one. The instance store relies on
+    this: it is built in batches, resumed, and sliced. Boxes, scores and labels have no gradient; features have one only
+    if the extractor is trainable.
 
     Attributes:
-        name: short name, fit for a folder name.
-        labels: names of the detector's own classes, which ``Instances.detected_labels`` index.
-        feature_dim: D, the length of an instance's feature vector.
-        fingerprint: SHA-256 (hex) over weights and every setting that changes the output.
+        name: short name, valid as a folder name.
+        labels: class names of the detector, indexed by ``Instances.detected_labels``.
+        feature_dim: D, the length of a feature vector.
+        fingerprint: SHA-256 (hex) of the weights and all settings that affect the output.
     """
 
     name: str
@@ -59,14 +59,14 @@ class InstanceExtractor(Protocol):
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """Detect.
+        """Detect instances.
 
         Args:
-            images: RGB images, each (3, H, W) float32 in [0, 1], of any sizes.
-            m: how many instances to keep for each image, by confidence over all classes.
+            images: RGB images, each (3, H, W) float32 in [0, 1], of any size.
+            m: maximum number of instances per image, by confidence over all classes.
 
         Returns:
-            For each image its 1 to ``m`` instances. An image without any detection gets one: the whole image, with
-            score 0, detected label -1, and the feature pooled over all of it.
+            1 to ``m`` instances per image. An image without detections gets one: the whole image, with score 0,
+            detected label -1, and the feature pooled over all of it.
         """
         ...

@@ -1,4 +1,4 @@
-"""A detector for images of one size with all shapes fixed: exporters cannot follow lengths that data decide."""
+"""Static-shape detector for export: exporters do not support data-dependent shapes."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torchvision.ops import clip_boxes_to_image, nms, roi_align
 
 from gm_mlic.detection.faster_rcnn import FasterRCNNExtractor
 
-#: Score of a candidate that is none. True scores are 0 or more.
+#: Score of dropped candidates; valid scores are 0 or more.
 _NONE = -1.0
 
 
 class FixedDetector(nn.Module):
-    """What :class:`~gm_mlic.detection.FasterRCNNExtractor` computes of one image, up to the order of equal scores.
+    """Static-shape version of :class:`~gm_mlic.detection.FasterRCNNExtractor` for one image; equal up to ties.
 
-    Where it drops candidates, they keep their place here, with a score of -1: only non-maximum suppression gives a
-    number of boxes that depends on the image, and that goes at once into a mask.
+    Dropped candidates are kept with a score of -1. Only non-maximum suppression returns a data-dependent number of
+    boxes; its result is converted to a mask at once.
 
     Args:
         extractor: the detector.
         size: height and width of the images, in pixels.
-        m: instances; where there are fewer, the rest is masked.
+        m: number of instances; missing ones are masked.
 
     Shapes:
         - **image:** (3, H, W) in [0, 1]
-        - **features:** (m, D), **boxes:** (m, 4) in parts of width and height, **mask:** (m,) bool, **scores:** (m,),
+        - **features:** (m, D), **boxes:** (m, 4) relative to width and height, **mask:** (m,) bool, **scores:** (m,),
           **detected_labels:** (m,) int64, -1 for none
     """
 
@@ -41,41 +41,41 @@ class FixedDetector(nn.Module):
             self.size = ready.image_sizes[0]
             anchors = extractor.detector.rpn.anchor_generator(ready, list(maps.values()))[0]
             heads = extractor.detector.roi_heads
-            heads.box_roi_pool(maps, [anchors[:1]], [self.size])  # which finds out the scales of the maps
+            heads.box_roi_pool(maps, [anchors[:1]], [self.size])  # infers the scales of the maps
             objectness, _ = extractor.detector.rpn.head(list(maps.values()))
         self.register_buffer("anchors", anchors)
         self.anchors: Tensor
-        #: Numbers of the detector's classes that are labels.
+        #: Class indices that are labels.
         self.classes = (extractor._label_of_class >= 0).nonzero().flatten().tolist()
         self.levels = [level[0].numel() for level in objectness]
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Features, boxes, mask, scores, detected labels."""
+        """Compute features, boxes, mask, scores and detected labels."""
         heads = self.extractor.detector.roi_heads
         ready = self.extractor._prepare(image)
         maps = self._maps(ready)
-        proposals, are_there = self._propose(maps)
+        proposals, valid = self._propose(maps)
         features = heads.box_head(self._pool(maps, proposals))
         logits, deltas = heads.box_predictor(features)
-        boxes, scores, detected_labels = self._candidates(logits, deltas, proposals, are_there)
+        boxes, scores, detected_labels = self._candidates(logits, deltas, proposals, valid)
         scores, best = scores.topk(min(self.m, len(scores)))
         boxes, detected_labels = boxes[best], torch.where(scores < 0, -1, detected_labels[best])
-        # nothing found: the whole image, with score 0
+        # no detections: the whole image, with score 0
         height, width = self.size
-        nothing = scores[:1] < 0
-        boxes = torch.cat([torch.where(nothing, boxes.new_tensor([[0, 0, width, height]]), boxes[:1]), boxes[1:]])
+        empty = scores[:1] < 0
+        boxes = torch.cat([torch.where(empty, boxes.new_tensor([[0, 0, width, height]]), boxes[:1]), boxes[1:]])
         scores = torch.cat([scores[:1].clamp(min=0), scores[1:]])
         mask = scores >= 0
-        found = heads.box_head(self._pool(maps, boxes)).float() * mask[:, None]
-        parts = (boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1) * mask[:, None]
-        return found, parts, mask, scores.clamp(min=0), detected_labels
+        features = heads.box_head(self._pool(maps, boxes)).float() * mask[:, None]
+        boxes = (boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1) * mask[:, None]
+        return features, boxes, mask, scores.clamp(min=0), detected_labels
 
     def _maps(self, ready: ImageList) -> dict[str, Tensor]:
         maps: Tensor | dict[str, Tensor] = self.extractor.detector.backbone(ready.tensors)
         return {"0": maps} if isinstance(maps, Tensor) else maps
 
     def _propose(self, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Proposals (P, 4), best first, and which of them there are."""
+        """Proposals (P, 4) by descending score, and the mask of valid ones."""
         rpn = self.extractor.detector.rpn
         objectness, deltas = rpn.head(list(maps.values()))
         flat_objectness, flat_deltas = concat_box_prediction_layers(objectness, deltas)
@@ -92,16 +92,16 @@ class FixedDetector(nn.Module):
         return together[best], all_scores >= 0
 
     def _candidates(
-        self, logits: Tensor, deltas: Tensor, proposals: Tensor, are_there: Tensor
+        self, logits: Tensor, deltas: Tensor, proposals: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes and scores of each proposal for each of the detector's classes that is a label, and that label."""
+        """Boxes, scores and labels of each proposal for each class that is a label."""
         heads = self.extractor.detector.roi_heads
-        probabilities = torch.softmax(logits, -1).masked_fill(~are_there[:, None], _NONE)
+        probabilities = torch.softmax(logits, -1).masked_fill(~valid[:, None], _NONE)
         decoded = clip_boxes_to_image(heads.box_coder.decode(deltas, [proposals]), self.size)
         boxes, scores, labels = [], [], []
         for number in self.classes:
             of_class, threshold = decoded[:, number], heads.score_thresh
-            # the extractor's bound is exclusive
+            # exclusive threshold, as in the extractor
             above = torch.where(probabilities[:, number] > threshold, probabilities[:, number], _NONE)
             boxes.append(of_class)
             scores.append(_kept(of_class, above, 0.0, heads.nms_thresh, 1e-2))
@@ -109,7 +109,7 @@ class FixedDetector(nn.Module):
         return torch.cat(boxes), torch.cat(scores), torch.cat(labels)
 
     def _pool(self, maps: dict[str, Tensor], boxes: Tensor) -> Tensor:
-        """RoIAlign of each box on the map of its size; boxes of no size are pooled from somewhere."""
+        """RoIAlign of each box on the map for its size; the result for empty boxes is undefined."""
         pool = self.extractor.detector.roi_heads.box_roi_pool
         chosen = [maps[name] for name in pool.featmap_names if name in maps]
         rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
@@ -124,9 +124,9 @@ class FixedDetector(nn.Module):
 
 
 def _kept(boxes: Tensor, scores: Tensor, lowest: float, overlap: float, side: float) -> Tensor:
-    """The scores, but -1 for boxes that are too small, score too low, or are suppressed."""
+    """Scores, with -1 for boxes that are too small, below the threshold, or suppressed."""
     sides = boxes[:, 2:] - boxes[:, :2]
     scores = torch.where((sides >= side).all(dim=1) & (scores >= lowest), scores, _NONE)
-    # what is none comes last there, and suppresses nothing but its like
+    # dropped boxes are last in NMS and suppress only each other
     kept = torch.zeros_like(scores).scatter(0, nms(boxes, scores, overlap), 1.0)
     return torch.where(kept > 0, scores, _NONE)

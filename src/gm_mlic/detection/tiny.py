@@ -1,4 +1,4 @@
-"""A tiny Faster R-CNN for drawn scenes: fits in a package, runs on a CPU, and is short-sighted on purpose."""
+"""Tiny Faster R-CNN for the `scenes` dataset, with a small receptive field."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHANNELS = 48
 
 
 class TinyBackbone(nn.Module):
-    """Plain 3 x 3 convolutions with batch normalisation and ReLU, to two maps of ``out_channels`` each.
+    """Convolutional backbone (3 x 3, batch normalization, ReLU) with two maps of ``out_channels`` channels.
 
-    Map ``fine`` (stride 4, receptive field 27 x 27 pixels) feeds the box head; map ``coarse`` (stride 8, 51 x 51) only
-    helps the region proposals. So a box's feature sees at most 13 pixels (and up to 4 of interpolation) beyond its
-    box: what stands elsewhere in the image does not reach it, which is what leaves scenes' twins to the graphs.
+    The box head reads map ``fine`` (stride 4, receptive field 27 x 27 pixels); map ``coarse`` (stride 8, 51 x 51) is
+    only used for region proposals. A feature therefore depends on at most 13 pixels (plus up to 4 of interpolation)
+    around its box, not on distant objects; twins in `scenes` can only be distinguished by the graphs.
 
     Shape:
         (B, 3, H, W) -> ``fine`` (B, 48, H/4, W/4), ``coarse`` (B, 48, H/8, W/8).
@@ -44,7 +44,7 @@ class TinyBackbone(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Compute both maps of a batch of images."""
+        """Compute both maps."""
         fine = self.fine(images)
         return OrderedDict(fine=fine, coarse=self.coarse(fine))
 
@@ -53,9 +53,9 @@ def scenes_tiny(num_classes: int, min_size: int, max_size: int, **settings: Any)
     """Build the detector with random weights: two-level region proposals, box head 2352 -> 256 -> 256.
 
     Args:
-        num_classes: with the background.
-        min_size: the shorter image side is rescaled to this, in pixels; objects should then measure 8 to 45 pixels.
-        max_size: bound of the longer side.
+        num_classes: number of classes, including the background.
+        min_size: shorter image side after resizing, in pixels; objects should then measure 8 to 45 pixels.
+        max_size: limit of the longer side.
         settings: further arguments of :class:`torchvision.models.detection.FasterRCNN`.
     """
     box_roi_pool = MultiScaleRoIAlign(featmap_names=["fine"], output_size=7, sampling_ratio=2)

@@ -1,4 +1,4 @@
-"""Train a detector on any dataset that has boxes: plain torch, resumable, every random number from the seed."""
+"""Detector training on any dataset with boxes, in plain torch; seeded and resumable."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gm_mlic.safe_load import load_tensors
 _log = logging.getLogger(__name__)
 
 _PREDICTOR = "roi_heads.box_predictor."
-_MIN_SIDE = 1.0  # pixels; thinner boxes are left out, an empty one would stop torchvision
+_MIN_SIDE = 1.0  # pixels; thinner boxes are dropped, since torchvision refuses empty ones
 
 
 def train_detector(
@@ -52,52 +52,50 @@ def train_detector(
     command: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a detector, and save it as ``out`` (.safetensors, ready for ``weights``) and ``out`` (.json).
+    """Train a detector and save its weights (``out``, .safetensors) and record (.json).
 
-    AdamW with one cycle of the learning rate (cosine warm-up over the first 15 % of the steps, then cosine
-    to zero), gradients clipped to norm 5, horizontal flips with probability 1/2. Detectors with random weights train
-    their batch norm; with given weights its statistics and weights stay as they are. After every epoch the state goes
-    to ``out`` with suffix ``.resume.pt``: a run that was killed continues from there when started again with the same
-    arguments, to the same weights as one that was not.
+    AdamW with a one-cycle learning rate (cosine warm-up over the first 15 % of the steps, then cosine to zero),
+    gradient clipping to norm 5, horizontal flips with probability 1/2. Batch norm is trained with random weights and
+    frozen with given weights. The state is saved after every epoch with suffix ``.resume.pt``: the same call resumes a
+    killed run and gives the same weights as an uninterrupted one.
 
     Args:
-        train: images with boxes. Images without any box, and unreadable ones, are left out and counted.
-        val: where AP is measured after each epoch; None for nowhere.
+        train: images with boxes. Images without boxes and unreadable ones are skipped and counted.
+        val: validation split for AP after each epoch, or None.
         name: one of :data:`~gm_mlic.detection.faster_rcnn.ARCHITECTURES`.
-        out: where the weights go; must end in ``.safetensors``.
-        weights: to begin with, as for :func:`~gm_mlic.detection.faster_rcnn.build_extractor`. If they know other
-            labels, the last layer (class scores and box offsets) begins anew.
+        out: weights file; must end in ``.safetensors``.
+        weights: initial weights, see :func:`~gm_mlic.detection.faster_rcnn.build_extractor`. If their labels differ,
+            the last layer (class scores and box offsets) is reinitialized.
         epochs: passes over ``train``.
         batch_size: images per step.
-        lr: highest learning rate; 2e-3 suits scenes_tiny, 1e-4 the others.
-        weight_decay: of AdamW.
-        min_size: input size, see :func:`~gm_mlic.detection.faster_rcnn.build_detector`.
-        max_size: likewise.
-        seed: of weights, order, flips and the choice of proposals.
-        num_workers: processes that load images; 0 for none.
-        device: where to train.
-        command: what the record says made these weights.
-        progress: whether to show bars.
+        lr: maximum learning rate; 2e-3 for scenes_tiny, 1e-4 for the others.
+        weight_decay: weight decay of AdamW.
+        min_size, max_size: input size, see :func:`~gm_mlic.detection.faster_rcnn.build_detector`.
+        seed: seed of weights, order, flips and proposal sampling.
+        num_workers: number of data-loading processes; 0 loads in this process.
+        device: device to train on.
+        command: command line to store in the record.
+        progress: show progress bars.
 
     Returns:
-        What ``out`` (.json) holds: arch, labels, min_size, max_size, dataset and its fingerprint, how many images had
-        boxes and how many had none, the settings, the mean ``loss`` of each epoch, ``val_ap50`` (COCO's AP at IoU 0.5,
-        in per cent, None without ``val``) of each epoch, ``skipped`` images with the reason, versions.
+        The content of the .json file: arch, labels, min_size, max_size, dataset and its fingerprint, numbers of images
+        with and without boxes, settings, ``loss`` (mean) and ``val_ap50`` (COCO AP at IoU 0.5 in percent; None without
+        ``val``) per epoch, ``skipped`` images with reasons, versions.
 
     Raises:
-        ConfigError: for a dataset without boxes, other labels in ``val``, or a setting that cannot work.
-        DataError: if no image has a box, or none can be read.
-        WeightsError: if ``weights``, or what an earlier run left, cannot be used.
+        ConfigError: if the dataset has no boxes, the labels of ``val`` differ, or an argument is invalid.
+        DataError: if no image has a box or none can be read.
+        WeightsError: if ``weights`` or the saved state of an earlier run cannot be used.
     """
     out = Path(out)
     check_architecture(name)
     if out.suffix != ".safetensors":
-        raise ArgumentError("out", f"is {out}: choose a name that ends in .safetensors.")
+        raise ArgumentError("out", f"is {out}: expected a name that ends in .safetensors.")
     if val is not None and val.labels != train.labels:
-        raise ConfigError(f"The labels of {val.name} ({val.split}) are not those of {train.name} ({train.split}).")
+        raise ConfigError(f"The labels of {val.name} ({val.split}) and {train.name} ({train.split}) differ.")
     for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
         if not value > 0:
-            raise ArgumentError(key, f"is {value}: set a positive number.")
+            raise ArgumentError(key, f"is {value}: expected a positive number.")
     rows = _rows_with_boxes(train)
     detector = _initial_detector(name, train.labels, weights, min_size, max_size, seed).to(device)
     steps = math.ceil(len(rows) / batch_size)
@@ -129,10 +127,10 @@ def train_detector(
     for epoch in range(len(history["loss"]), epochs):
         title = f"epoch {epoch + 1}/{epochs}"
         with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-            torch.manual_seed(1_000_003 * seed + epoch)  # so that a run can begin at any epoch
+            torch.manual_seed(1_000_003 * seed + epoch)  # per epoch, so that a run can resume
             flips = torch.rand(len(rows)) < 0.5
             order = torch.randperm(len(rows)).tolist()
-            images = _LabelledImages(train, [rows[i] for i in order], flips.tolist())
+            images = _LabeledImages(train, [rows[i] for i in order], flips.tolist())
             _freeze_or_train(detector, frozen_norm=weights is not None)
             losses: list[float] = []
             with _bar(title, len(rows), progress) as advance:
@@ -143,16 +141,16 @@ def train_detector(
                     schedule.step()
                     advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
         if not losses:
-            raise DataError(f"No image of {train.name} ({train.split}) can be read: check the folder of the dataset.")
+            raise DataError(f"No image of {train.name} ({train.split}) can be read: check the dataset folder.")
         history["loss"].append(sum(losses) / len(losses))
         history["val_ap50"].append(
             None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
         )
-        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], _per_cent(history["val_ap50"][-1]))
+        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], _percent(history["val_ap50"][-1]))
         _save_state(state, record, parts, history)
     if history["skipped"]:
         image_id, reason = next(iter(history["skipped"].items()))
-        _log.warning("%d unreadable images were left out, the first: %s: %s", len(history["skipped"]), image_id, reason)
+        _log.warning("%d unreadable images were skipped, the first: %s: %s", len(history["skipped"]), image_id, reason)
     record |= history
     save_checkpoint(out, detector.state_dict(), record)
     state.unlink(missing_ok=True)
@@ -167,17 +165,17 @@ def average_precision(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> float:
-    """COCO's average precision at IoU 0.5, mean over the labels that occur, in per cent; unreadable images left out."""
+    """COCO AP at IoU 0.5 in percent, averaged over the labels that occur; unreadable images are skipped."""
     metric = MeanAveragePrecision(iou_thresholds=[0.5], backend="pycocotools")
     metric.warn_on_many_detections = False
-    images = _LabelledImages(dataset, _rows_with_boxes(dataset), None)
+    images = _LabeledImages(dataset, _rows_with_boxes(dataset), None)
     detector.eval()
     with _bar(f"AP on {dataset.split}", len(images), progress) as advance, torch.no_grad():
         for batch in _batches(images, batch_size, num_workers, {}):
             if batch:
-                found = detector([image.to(device) for image, _ in batch])
+                detections = detector([image.to(device) for image, _ in batch])
                 metric.update(
-                    [{key: value.cpu() for key, value in of_image.items()} for of_image in found],
+                    [{key: value.cpu() for key, value in of_image.items()} for of_image in detections],
                     [target for _, target in batch],
                 )
             advance(len(batch), "")
@@ -187,8 +185,8 @@ def average_precision(
 _Example = tuple[Tensor, dict[str, Tensor]]
 
 
-class _LabelledImages(Dataset):
-    """Images as float tensors, with torchvision's targets: boxes in pixels, labels from 1; or why there is none."""
+class _LabeledImages(Dataset):
+    """Float images with torchvision targets (boxes in pixels, labels from 1); id and reason if unreadable."""
 
     def __init__(self, dataset: MultiLabelDataset, rows: Sequence[int], flips: Sequence[bool] | None) -> None:
         self.dataset, self.rows, self.flips = dataset, rows, flips
@@ -202,9 +200,9 @@ class _LabelledImages(Dataset):
             image = pil_to_tensor(self.dataset.image(row)).float() / 255
         except UnreadableImage as error:
             return self.dataset.ids[row], str(error)
-        found = self.dataset.boxes(row)
-        assert found is not None  # _rows_with_boxes kept only rows that have some
-        boxes, labels = found.boxes.float(), found.labels + 1
+        annotations = self.dataset.boxes(row)
+        assert annotations is not None  # see _rows_with_boxes
+        boxes, labels = annotations.boxes.float(), annotations.labels + 1
         wide_enough = (boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE).all(dim=1)
         boxes, labels = boxes[wide_enough], labels[wide_enough]
         if self.flips is not None and self.flips[k]:
@@ -218,13 +216,15 @@ class _LabelledImages(Dataset):
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
     rows, annotated = [], False
     for i in range(len(dataset)):
-        found = dataset.boxes(i)
-        annotated |= found is not None
-        if found is not None and bool((found.boxes[:, 2:] - found.boxes[:, :2] >= _MIN_SIDE).all(dim=1).any()):
+        annotations = dataset.boxes(i)
+        if annotations is None:
+            continue
+        annotated = True
+        if bool((annotations.boxes[:, 2:] - annotations.boxes[:, :2] >= _MIN_SIDE).all(dim=1).any()):
             rows.append(i)
     if not annotated:
         raise ConfigError(
-            f"The dataset {dataset.name} ({dataset.split}) has no boxes: a detector cannot learn from it."
+            f"The dataset {dataset.name} ({dataset.split}) has no boxes: choose one with box annotations."
         )
     if not rows:
         raise DataError(f"No image of {dataset.name} ({dataset.split}) has a box: check its annotations.")
@@ -232,9 +232,9 @@ def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
 
 
 def _batches(
-    images: _LabelledImages, batch_size: int, num_workers: int, skipped: dict[str, str]
+    images: _LabeledImages, batch_size: int, num_workers: int, skipped: dict[str, str]
 ) -> Iterator[list[_Example]]:
-    """Lists of examples; unreadable images go to ``skipped`` instead."""
+    """Batches of examples; unreadable images are added to ``skipped``."""
     loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
         readable = []
@@ -260,34 +260,38 @@ def _initial_detector(
     )
     if checkpoint.tensors is not None:
         if checkpoint.labels != tuple(labels) or len(checkpoint.categories) != len(labels) + 1:
-            anew = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
+            initial = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
             kept = {key: t for key, t in checkpoint.tensors.items() if not key.startswith(_PREDICTOR)}
             checkpoint.tensors.clear()
-            checkpoint.tensors.update(kept | anew)
+            checkpoint.tensors.update(kept | initial)
         load_into(detector, checkpoint, name)
     return detector
 
 
 def _freeze_or_train(detector: FasterRCNN, frozen_norm: bool) -> None:
-    """Training mode; with ``frozen_norm``, batch norm keeps its statistics (small batches would spoil them)."""
+    """Set training mode; ``frozen_norm`` freezes batch norm, whose statistics are unreliable in small batches."""
     detector.train()
     for module in detector.modules():
         if frozen_norm and isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
 
 
-def _per_cent(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} %"
 
 
 def _step(
-    detector: FasterRCNN, optimizer: torch.optim.Optimizer, batch: list[_Example], device: str | torch.device, when: str
+    detector: FasterRCNN,
+    optimizer: torch.optim.Optimizer,
+    batch: list[_Example],
+    device: str | torch.device,
+    title: str,
 ) -> float:
     targets = [{key: value.to(device) for key, value in target.items()} for _, target in batch]
     loss: Tensor = sum(detector([image.to(device) for image, _ in batch], targets).values())
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise ConfigError(f"The detector's loss became {value} in {when}: lower the learning rate.")
+        raise ConfigError(f"The detector's loss is {value} in {title}: lower the learning rate.")
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
@@ -304,17 +308,17 @@ def _save_state(path: Path, record: dict[str, Any], parts: dict[str, Any], histo
 
 
 def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
-    """Bring ``parts`` to where an earlier run of the same settings stopped, and return its history."""
+    """Restore ``parts`` from an earlier run with the same settings, and return its history."""
     try:
         state = load_tensors(path, device)
-        theirs = json.loads(state["record"])
+        saved = json.loads(state["record"])
     except Exception as error:
-        raise WeightsError(f"{path}, left by an unfinished run, cannot be read ({error}): delete it.") from error
-    for key, ours in record.items():
-        if key not in ("command", "versions") and theirs.get(key) != ours:
+        raise WeightsError(f"{path}, from an unfinished run, cannot be read ({error}): delete it.") from error
+    for key, value in record.items():
+        if key not in ("command", "versions") and saved.get(key) != value:
             raise ConfigError(
-                f"{path} was left by an unfinished run with {key}={theirs.get(key)}, not {ours}: delete it or go "
-                "back to those settings."
+                f"{path} is from an unfinished run with {key}={saved.get(key)}, not {value}: delete it or restore "
+                "that setting."
             )
     for key, part in parts.items():
         part.load_state_dict(state[key])
@@ -324,7 +328,7 @@ def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: s
 
 @contextmanager
 def _bar(title: str, total: int, show: bool) -> Iterator[Any]:
-    """A progress bar over images with their rate and the time left; yields ``advance(images, note)``."""
+    """Progress bar over images with rate and remaining time; yields ``advance(images, note)``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Label vectors: GloVe text files, tables, or hashed."""
+"""Label embeddings from GloVe text files, tables, or hashed words."""
 
 from __future__ import annotations
 

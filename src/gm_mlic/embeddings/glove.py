@@ -1,4 +1,4 @@
-"""GloVe's (and word2vec's) text format, streamed."""
+"""Streaming reader for the text format of GloVe and word2vec."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from gm_mlic.errors import DataError
 def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.ndarray], int]:
     """Read the vectors of ``words`` from a text file with one ``word v1 v2 ... vD`` per line.
 
-    The file is streamed; only the wanted rows are parsed and kept. The dimension is found in the file; a word2vec
-    header line (``count dimension``) is passed over; ``.gz`` is unpacked on the way. Words of the file may contain
-    spaces (as some of glove.840B do): numbers are taken from the right. The lower-case row of a word is preferred,
-    else its first row in another case.
+    The file is streamed (``.gz`` is decompressed); only requested rows are parsed. The dimension is inferred; a
+    word2vec header line (``count dimension``) is skipped. Words may contain spaces (as in glove.840B), so numbers are
+    counted from the right. The lower-case row of a word is preferred, else its first row in another case.
 
     Args:
         path: the text file.
-        words: wanted words in lower case.
+        words: words in lower case.
 
     Returns:
-        Vectors (D,) float32 of the words that were found, and D.
+        Vectors (D,) float32 by word, and D.
 
     Raises:
-        DataError: if the file is missing or empty, or a line is malformed or holds NaN or infinity; with line number.
+        DataError: if the file is missing or empty, or a line is malformed or contains NaN or infinity.
     """
     path = Path(path)
     exact: dict[str, np.ndarray] = {}
@@ -44,15 +43,15 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                         continue
                     dim = _trailing_numbers(line)
                     if not dim:
-                        raise DataError(_malformed(path, number, "a word and its numbers are needed"))
+                        raise DataError(_malformed(path, number, "expected a word and its numbers"))
                 if line.count(b" ") < dim:
-                    raise DataError(_malformed(path, number, f"a word and {dim} numbers are needed"))
+                    raise DataError(_malformed(path, number, f"expected a word and {dim} numbers"))
                 written = line[: line.index(b" ")].decode("utf-8", "replace")
                 word = written.lower()
                 if word not in words or word in exact:
                     continue
                 name, *fields = line.rsplit(b" ", dim)
-                if b" " in name:  # a row of a word with spaces that begins with a wanted word, or too many numbers
+                if b" " in name:  # a word with spaces that starts with a requested one, or too many numbers
                     if _trailing_numbers(name) == name.count(b" "):
                         raise DataError(_malformed(path, number, f"more than {dim} numbers for {written!r}"))
                     continue
@@ -60,15 +59,17 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
                     with np.errstate(over="ignore"):  # infinity is refused below
                         vector = np.array([float(field) for field in fields]).astype(np.float32)
                 except ValueError as error:
-                    raise DataError(_malformed(path, number, f"{written!r} has something that is no number")) from error
+                    raise DataError(
+                        _malformed(path, number, f"{written!r} has a value that is not a number")
+                    ) from error
                 if not np.isfinite(vector).all():
-                    raise DataError(f"{path}, line {number}: the vector of {written!r} holds NaN or infinity.")
+                    raise DataError(f"{path}, line {number}: the vector of {written!r} contains NaN or infinity.")
                 if written == word:
                     exact[word] = vector
                 else:
                     other_case.setdefault(word, vector)
     except FileNotFoundError as error:
-        raise DataError(f"The word vectors {path} do not exist: check `path`.") from error
+        raise DataError(f"The word vectors {path} do not exist: correct `path`.") from error
     except (OSError, EOFError) as error:
         raise DataError(f"The word vectors {path} cannot be read ({error}): check the file.") from error
     if not dim:
@@ -86,7 +87,7 @@ def _is_header(line: bytes) -> bool:
 
 
 def _trailing_numbers(line: bytes) -> int:
-    """How many fields after the first are numbers, counted from the right."""
+    """Number of trailing numeric fields, without the first field."""
     count = 0
     for field in reversed(line.split(b" ")[1:]):
         try:

@@ -1,4 +1,4 @@
-"""Label vectors out of nothing but the labels' words: random, yet the same everywhere and in every run."""
+"""Hashed label vectors: pseudo-random vectors of the labels' words, reproducible on every machine."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from gm_mlic.embeddings.words import words_of
 
 
 def hashed_vectors(labels: Sequence[str], dim: int = 300, seed: int = 0) -> np.ndarray:
-    r"""A vector of independent standard normal values for each label.
+    r"""Compute vectors of independent standard normal values from label names.
 
-    Each word's vector is drawn from the SHA-256 of seed and word (Box-Muller on the digest's integers, rounded to five
-    decimals so that platforms agree). A label of n words is :math:`\frac{1}{\sqrt{n}} \sum_w v_w`: their mean
-    times :math:`\sqrt{n}`, since the plain mean of n independent vectors would be shorter by that factor and labels
-    would differ in norm by their number of words.
+    A word's vector is drawn from the SHA-256 of seed and word (Box-Muller on the digest's integers, rounded to five
+    decimals for platform independence). A label of n words is :math:`\frac{1}{\sqrt{n}} \sum_w v_w`, so that its norm
+    does not depend on n.
 
     Args:
         labels: C names.
         dim: D, length of the vectors.
-        seed: another seed gives other vectors.
+        seed: random seed.
 
     Returns:
-        (C, dim) float32; a label's norm is about :math:`\sqrt{D}`.
+        (C, dim) float32; norms are about :math:`\sqrt{D}`.
     """
-    # A label without any letter or digit is hashed as it stands.
+    # Labels without letters or digits are hashed unchanged.
     rows = [[_word_vector(word, dim, seed) for word in words_of(label) or [label]] for label in labels]
     return np.stack([np.sum(words, axis=0) / np.sqrt(len(words)) for words in rows]).astype(np.float32)
 

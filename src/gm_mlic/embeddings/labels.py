@@ -1,4 +1,4 @@
-"""Label vectors W (C, D) of the label graph (eq. 2): from word vectors, from a table, or hashed."""
+"""Label embeddings W (C, D) of the label graph (eq. 2) from word vectors, a table, or hashed words."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _POLICIES = ("error", "skip_words", "zeros", "hashed")
 
 @dataclass(frozen=True)
 class LabelEmbedding:
-    """One vector for each label, and where it came from.
+    """Label vectors and their origin.
 
     Attributes:
         labels: the C names.
         vectors: (C, D) float32, finite.
-        source: where the vectors came from.
-        found: for each label the entries of the source that made its vector (their mean); empty if it was out of
-            vocabulary and the policy filled it.
+        source: description of the source.
+        entries: by label, the source entries whose mean is its vector; empty if it is out of vocabulary and was filled
+            by the policy.
     """
 
     labels: tuple[str, ...]
     vectors: Tensor
     source: str
-    found: dict[str, tuple[str, ...]]
+    entries: dict[str, tuple[str, ...]]
 
     @property
     def out_of_vocabulary(self) -> tuple[str, ...]:
-        """The labels that the source does not know at all, or not with all their words (then filled by the policy)."""
-        return tuple(label for label in self.labels if not self.found[label])
+        """Labels with missing words, filled by the policy."""
+        return tuple(label for label in self.labels if not self.entries[label])
 
 
 def embed_labels(
@@ -52,27 +52,27 @@ def embed_labels(
     oov: Literal["error", "skip_words", "zeros", "hashed"] = "error",
     seed: int = 0,
 ) -> LabelEmbedding:
-    """The vectors of ``labels``, in their order.
+    """Compute the vectors of ``labels``.
 
     ``hashed`` needs no file (:func:`~gm_mlic.embeddings.hashed.hashed_vectors`). ``glove`` reads ``path``: a ``.npz``
-    or ``.pt`` table by label name (:func:`~gm_mlic.embeddings.table.read_table`), any other suffix as GloVe text
-    (:func:`~gm_mlic.embeddings.glove.read_words`). Tables are looked up by the whole name first, never by position.
-    Else a label is the mean of its words' vectors. Other spellings (:data:`~gm_mlic.embeddings.words.ALIASES`) are
-    tried only where a name or word is missing. Vectors are not normalised.
+    or ``.pt`` table by label name (:func:`~gm_mlic.embeddings.table.read_table`), or GloVe text for any other suffix
+    (:func:`~gm_mlic.embeddings.glove.read_words`). Tables are searched for the full name first, never by position.
+    Otherwise a label is the mean of its words' vectors. Alternative spellings
+    (:data:`~gm_mlic.embeddings.words.ALIASES`) are used only for missing names or words. Vectors are not normalized.
 
     Args:
-        labels: C different names.
+        labels: C unique names.
         name: ``hashed`` or ``glove``.
-        path: the file of ``glove``.
-        dim: D of hashed vectors; files bring their own.
-        oov: what happens to labels with a word that is not in the file. ``error``: stop and name all of them;
-            ``skip_words``: the mean of the words that are there (a label with none still stops); ``zeros``: a zero
-            vector; ``hashed``: a hashed vector, scaled to the median norm of the labels that were found.
-        seed: of hashed vectors.
+        path: file for ``glove``.
+        dim: D of hashed vectors; ignored for files.
+        oov: policy for labels with out-of-vocabulary words. ``error``: raise; ``skip_words``: mean of the known words
+            (raise if none is known); ``zeros``: a zero vector; ``hashed``: a hashed vector, scaled to the median norm
+            of the known labels.
+        seed: seed of hashed vectors.
 
     Raises:
-        ConfigError: for an unknown ``name`` or ``oov``, a missing ``path`` or a ``dim`` below 1.
-        DataError: for a missing or malformed file, NaN, or labels out of vocabulary.
+        ConfigError: if ``name`` or ``oov`` is unknown, ``path`` is missing or ``dim`` is below 1.
+        DataError: if the file is missing, malformed or contains NaN, or labels are out of vocabulary.
     """
     labels = tuple(labels)
     if name not in _SOURCES:
@@ -80,15 +80,15 @@ def embed_labels(
     if oov not in _POLICIES:
         raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
     if not labels or len(set(labels)) != len(labels):
-        raise DataError("Label vectors need at least one label, and no label twice.")
+        raise DataError("labels must be unique and not empty.")
     if name == "hashed":
         if isinstance(dim, bool) or dim < 1:
-            raise ArgumentError("dim", f"is {dim}: at least 1 is needed.")
+            raise ArgumentError("dim", f"is {dim}: expected 1 or more.")
         vectors = hashed_vectors(labels, dim, seed)
-        found = {label: tuple(words_of(label)) or (label,) for label in labels}
-        return LabelEmbedding(labels, torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", found)
+        words = {label: tuple(words_of(label)) or (label,) for label in labels}
+        return LabelEmbedding(labels, torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", words)
     if path is None:
-        raise ArgumentError("path", "is needed: `name='glove'` reads a GloVe text file, or a .npz or .pt table.")
+        raise ArgumentError("path", "is required: `name='glove'` reads a GloVe text file, or a .npz or .pt table.")
     path = Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)
@@ -99,12 +99,12 @@ def embed_labels(
     return _assemble(labels, pieces, entries, dim, oov, seed, path)
 
 
-#: For each word of a label the entries that stand for it; None for a word that is missing under every spelling.
+#: Source entries of each word of a label; None for words that are missing under every spelling.
 _Pieces = list["tuple[str, ...] | None"]
 
 
 def _wanted(labels: Sequence[str]) -> set[str]:
-    """All words that may be needed, those of other spellings included."""
+    """Words of all labels, including alternative spellings."""
     words = {word for label in labels for word in words_of(label)}
     return words | {part for word in words for alias in ALIASES.get(word, ()) for part in words_of(alias)}
 
@@ -135,25 +135,25 @@ def _assemble(
     seed: int,
     path: Path,
 ) -> LabelEmbedding:
-    found: dict[str, tuple[str, ...]] = {}
+    used: dict[str, tuple[str, ...]] = {}
     for label in labels:
-        in_source = [piece for piece in pieces[label] if piece is not None]
-        complete = bool(in_source) and (len(in_source) == len(pieces[label]) or oov == "skip_words")
-        found[label] = tuple(entry for piece in in_source for entry in piece) if complete else ()
-    unknown = [label for label in labels if not found[label]]
+        known = [piece for piece in pieces[label] if piece is not None]
+        complete = bool(known) and (len(known) == len(pieces[label]) or oov == "skip_words")
+        used[label] = tuple(entry for piece in known for entry in piece) if complete else ()
+    unknown = [label for label in labels if not used[label]]
     if unknown and oov in ("error", "skip_words"):
         raise DataError(_out_of_vocabulary(unknown, pieces, oov, path))
     vectors = np.zeros((len(labels), dim), dtype=np.float32)
     for row, label in enumerate(labels):
-        if found[label]:
-            vectors[row] = np.mean([entries[entry] for entry in found[label]], axis=0)
+        if used[label]:
+            vectors[row] = np.mean([entries[entry] for entry in used[label]], axis=0)
     if unknown and oov == "hashed":
         filled = hashed_vectors(unknown, dim, seed)
-        norms = np.linalg.norm(vectors, axis=1)[[bool(found[label]) for label in labels]]
+        norms = np.linalg.norm(vectors, axis=1)[[bool(used[label]) for label in labels]]
         if norms.size:
             filled *= np.median(norms) / np.linalg.norm(filled, axis=1, keepdims=True)
         vectors[[labels.index(label) for label in unknown]] = filled
-    return LabelEmbedding(labels, torch.from_numpy(vectors), f"{path.name} (dim {dim})", found)
+    return LabelEmbedding(labels, torch.from_numpy(vectors), f"{path.name} (dim {dim})", used)
 
 
 def _out_of_vocabulary(unknown: list[str], pieces: dict[str, _Pieces], oov: str, path: Path) -> str:
@@ -164,5 +164,5 @@ def _out_of_vocabulary(unknown: list[str], pieces: dict[str, _Pieces], oov: str,
     policies = "zeros or hashed" if oov == "skip_words" else "skip_words, zeros or hashed"
     return (
         f"{len(unknown)} labels are not in {path}: {', '.join(listed)}. "
-        f"Use a file that has them, or choose another `oov`: {policies}."
+        f"Use a file that contains them, or set `oov` to {policies}."
     )

@@ -1,4 +1,4 @@
-"""Ready-made tables of label vectors: ``.npz`` and ``.pt`` files."""
+"""Tables of label vectors in ``.npz`` and ``.pt`` files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
 from gm_mlic.safe_load import load_arrays, load_tensors
 
-#: What files raise that are damaged or hold something else.
+#: Errors of damaged or unexpected files.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
 
 def table_key(name: str) -> str:
-    """The key of a name: its words without spaces, so that ``potted plant`` finds ``pottedplant``."""
+    """Lookup key of a name: its words without spaces, so that ``potted plant`` equals ``pottedplant``."""
     return "".join(words_of(name))
 
 
@@ -32,24 +32,24 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
         Vectors (D,) float32 by :func:`table_key` of their names, and D.
 
     Raises:
-        DataError: if the file is missing, malformed, or holds NaN or infinity.
+        DataError: if the file is missing, malformed, or contains NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"The table of label vectors {path} does not exist: check `path`.")
+        raise DataError(f"The table of label vectors {path} does not exist: correct `path`.")
     try:
         names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
     except _UNREADABLE as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
-            f"The table of label vectors {path} cannot be read ({reason}): it needs labels (C,) and vectors (C, D)."
+            f"The table of label vectors {path} cannot be read ({reason}): expected labels (C,) and vectors (C, D)."
         ) from error
     if vectors.ndim != 2 or len(names) != len(vectors) or vectors.size == 0:
-        raise DataError(f"{path} has {len(names)} labels but vectors of shape {vectors.shape}: (C, D) is needed.")
+        raise DataError(f"{path} has {len(names)} labels but vectors of shape {vectors.shape}: expected (C, D).")
     table: dict[str, np.ndarray] = {}
     for name, vector in zip(names, vectors, strict=True):
         if not np.isfinite(vector).all():
-            raise DataError(f"{path}: the vector of {name!r} holds NaN or infinity: replace it.")
+            raise DataError(f"{path}: the vector of {name!r} contains NaN or infinity: replace it.")
         key = table_key(name)
         if key in table and not np.array_equal(table[key], vector):
             raise DataError(f"{path}: {name!r} occurs twice with different vectors: keep one of them.")
@@ -66,7 +66,7 @@ def _npz(path: Path) -> tuple[list[str], np.ndarray]:
 def _pt(path: Path) -> tuple[list[str], np.ndarray]:
     content: Any = load_tensors(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dict")
+        raise ValueError(f"it contains a {type(content).__name__}, not a dict")
     if set(content) >= {"labels", "vectors"}:
         names, vectors = [str(name) for name in content["labels"]], content["vectors"]
     else:

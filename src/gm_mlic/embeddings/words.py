@@ -1,13 +1,13 @@
-"""From label names to words, and the other spellings under which a word may be found."""
+"""Words of label names, and their alternative spellings."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-#: Other spellings, tried in this order and only if a word itself is missing. VOC's compounds come first (tvmonitor is
-#: tv in the vectors that the literature distributes); the rest are compounds written together and synonyms by which
-#: VOC, COCO and NUS-WIDE differ, so that a table of one also serves another.
+#: Alternative spellings, tried in order and only for missing words. VOC's compounds are first (tvmonitor is tv in
+#: published vectors); the others are compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one
+#: table can be used for all of them.
 ALIASES: dict[str, tuple[str, ...]] = {
     "tvmonitor": ("tv", "tv monitor", "television"),
     "pottedplant": ("potted plant", "plant"),
@@ -50,39 +50,39 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def words_of(label: str) -> list[str]:
-    """The lower-case words of a label name, split at anything but letters, digits and apostrophes.
+    """Lower-case words of a label name, split at all characters except letters, digits and apostrophes.
 
-    ``"Wine_Glass"`` and ``"wine glass"`` both give ``["wine", "glass"]``.
+    ``"Wine_Glass"`` and ``"wine glass"`` give ``["wine", "glass"]``.
     """
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", label.lower())
 
 
 def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
-    """For each class of a detector the label that means the same, as its number; -1 where there is none.
+    """Label index of each detector class; -1 for classes without an equivalent label.
 
-    Names are compared as they stand, then without case and punctuation, then in the plural or singular, then by
-    :data:`ALIASES`; each step only for labels and classes that no earlier one has joined. A class is one label at most.
+    Names are compared exactly, then without case and punctuation, then in singular and plural, then by :data:`ALIASES`;
+    each step considers only labels and classes that are not matched yet. Several classes can match one label.
     """
-    found = [-1] * len(classes)
-    for spellings in (_itself, _plain, _number, _aliases):
-        free = [c for c in range(len(labels)) if c not in found]
+    label_of = [-1] * len(classes)
+    for spellings in (_exact, _normalized, _singular, _aliases):
+        free = [c for c in range(len(labels)) if c not in label_of]
         known = {spelling: c for c in reversed(free) for spelling in spellings(labels[c])}
         for k, name in enumerate(classes):
-            if found[k] < 0:
-                found[k] = next((known[spelling] for spelling in spellings(name) if spelling in known), -1)
-    return found
+            if label_of[k] < 0:
+                label_of[k] = next((known[spelling] for spelling in spellings(name) if spelling in known), -1)
+    return label_of
 
 
-def _itself(name: str) -> Iterable[str]:
+def _exact(name: str) -> Iterable[str]:
     return [name]
 
 
-def _plain(name: str) -> Iterable[str]:
+def _normalized(name: str) -> Iterable[str]:
     return [" ".join(words_of(name))]
 
 
-def _number(name: str) -> Iterable[str]:
-    (plain,) = _plain(name)
+def _singular(name: str) -> Iterable[str]:
+    (plain,) = _normalized(name)
     return [plain, plain.removesuffix("s")]
 
 

@@ -1,4 +1,4 @@
-"""From a split and a detector to an :class:`InstanceStore`, once; or instances detected on-line."""
+"""Instance extraction to an :class:`InstanceStore`, and on-line detection."""
 
 from __future__ import annotations
 

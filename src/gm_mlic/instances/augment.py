@@ -1,4 +1,4 @@
-"""Augmented views of an image, each a function of (seed, image id, view number) and of nothing else."""
+"""Augmented views of an image, deterministic in (seed, image id, view number)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import hashlib
 import numpy as np
 from PIL import Image, ImageOps
 
-#: Share of the image's area that a crop covers, and its width divided by its height, before resizing.
+#: Ranges of a crop's area (fraction of the image) and aspect ratio (width / height) before resizing.
 AREA = (0.5, 1.0)
 ASPECT = (3 / 4, 4 / 3)
 
 
 def crop_and_flip(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A random crop of ``image``, resized to ``size`` x ``size``, mirrored with probability 1/2.
+    """Crop an image at random, resize it to ``size`` x ``size``, and flip it horizontally with probability 1/2.
 
-    The paper says only that images are randomly cropped and resized to 448 x 448 with random horizontal flips. Here
-    the crop's area is uniform in :data:`AREA` of the image's (large objects should stay recognisable, for the labels
-    are kept), its aspect ratio log-uniform in :data:`ASPECT`, cut to the image, its place uniform.
+    The paper only states random crops, resizing to 448 x 448 and random horizontal flips. Here the crop's area is
+    uniform in :data:`AREA` (large, since the labels are kept), its aspect ratio log-uniform in :data:`ASPECT` (limited
+    by the image), its position uniform.
 
     Args:
         image: an RGB image.
-        size: side of the result in pixels.
-        rng: source of randomness; exactly five numbers are drawn.
+        size: output size in pixels.
+        rng: random generator; exactly five numbers are drawn.
     """
     area, aspect, across, down, mirror = rng.random(5)
     width, height = image.size
@@ -37,6 +37,6 @@ def crop_and_flip(image: Image.Image, size: int, rng: np.random.Generator) -> Im
 
 
 def view_rng(seed: int, image_id: str, view: int) -> np.random.Generator:
-    """The generator of one view: the same in every process and in every order of work."""
+    """Random generator of one view, independent of process and order."""
     key = hashlib.sha256(image_id.encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng([seed, view, *np.frombuffer(key, "<u4").tolist()])

@@ -1,11 +1,10 @@
-"""Run a detector over a split, once, into an instance store: resumable, in one process or in several.
+"""Instance extraction: run a detector over a split and write an instance store, resumable and in several processes.
 
-Work goes in fixed batches: batch b is rows bB to bB + B - 1, whatever was done before and whoever does it, so that the
-store's bytes do not depend on where extraction was interrupted or how it was split. A batch is done again unless the
-journal says that all its rows are finished.
+Batches are fixed: batch b is rows bB to bB + B - 1. The store's bytes therefore do not depend on interruptions or on
+the number of shards. A batch is repeated unless the journal records all its rows as finished.
 
-Who does what is settled with two kinds of file locks, which the system releases when a process dies: one beside the
-store (``.NAME.lock``), held while the unfinished store is created, claimed or finished, and one for each shard.
+Processes are coordinated by two kinds of file locks, which the system releases when a process dies: ``.NAME.lock`` next
+to the store, held while the partial store is created, claimed or finished, and one lock per shard.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from gm_mlic.instances.writer import State, StoreWriter, plan
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at whether another process has finished, and between two log lines without a terminal.
+#: Seconds between checks whether another process has finished, and between log lines without a terminal.
 POLL_S = 0.5
 LOG_S = 10.0
-#: Seconds for which a shard's lock may be held before that is an error: a killed process's DataLoader workers inherit
-#: its locks and notice its death only after some seconds.
+#: Seconds to wait for a shard's lock: DataLoader workers of a killed process inherit its locks and exit only after some
+#: seconds.
 PATIENCE_S = 15.0
 
 
@@ -59,35 +58,33 @@ def extract(
     together: bool = False,
     progress: bool = True,
 ) -> InstanceStore | None:
-    """Make the instance store ``path``, go on with it where it was interrupted, or open it if it is there.
+    """Create the instance store ``path``, resume an interrupted extraction, or open an existing store.
 
     Args:
         dataset: one split.
         extractor: the detector.
-        path: the store's folder; ``<path>.partial`` while it is unfinished.
-        m: instances to keep for each view, by confidence.
-        views: r, augmented views (random crop, resized, random flip) to keep beside the plain image.
-        view_size: their side in pixels.
-        view_seed: their seed.
-        batch_size: images to one call of the extractor.
-        num_workers: processes that decode images; 0 decodes in this one. An image that crashes its decoder ends this
-            process once; the same call then finds out which one it was and leaves it out. With workers it does so at
-            once.
-        overwrite: replace a finished store, and discard an unfinished one of another job. A finished store stays in
-            place until its replacement is complete; an unfinished one of this very job is continued.
-        shard: (i, n): do every n-th batch from the i-th on. Start n processes, i = 0 ... n-1, with the same other
-            arguments; the last to end makes the store complete.
-        together: the n processes need the store: each waits until it is complete, and does what those that died left.
-        progress: show a bar (without a terminal: a log line every 10 s).
+        path: folder of the store; ``<path>.partial`` while it is incomplete.
+        m: number of instances to keep per view, by confidence.
+        views: r, number of augmented views (random crop, resize, random flip) besides the original image.
+        view_size: size of augmented views in pixels.
+        view_seed: seed of the augmentation.
+        batch_size: images per call of the extractor.
+        num_workers: number of decoder processes. With 0, an image that crashes the decoder ends this process; the next
+            call identifies and skips it. With workers, it is skipped at once.
+        overwrite: replace a finished store, and discard a partial one of another job. A finished store is kept until
+            its replacement is complete; a partial one of the same job is resumed.
+        shard: (i, n): process every n-th batch, starting at the i-th. Start n processes, i = 0 ... n-1, with otherwise
+            equal arguments; the last to end completes the store.
+        together: wait until the store is complete, and process the remaining batches of processes that died.
+        progress: show a progress bar (without a terminal: a log line every 10 s).
 
     Returns:
-        The store; None if shards of other processes are still pending (never with ``together``).
+        The store, or None if shards of other processes are pending (never with ``together``).
 
     Raises:
-        StoreError: if a store is there that was made for something else or is damaged, if the detector gives
-            what cannot be stored (NaN, say; the message names the image), or if the disk is full or read-only. What
-            was done stays.
-        DataError: if no image at all can be read, or the dataset is empty or contradicts itself.
+        StoreError: if an existing store is damaged or of another job, if the detector returns invalid values (such as
+            NaN; the message names the image), or if the disk is full or read-only. Finished rows are kept.
+        DataError: if no image can be read, or the dataset is empty or inconsistent.
         ConfigError: if a number is out of range.
     """
     path = Path(path)
@@ -102,7 +99,7 @@ def extract(
         if value < minimum:
             raise ArgumentError(argument, f"must be {minimum} or more, got {value}.")
     if not 0 <= index < shards:
-        raise ArgumentError("shard", f"is ({index}, {shards}): give (i, n) with 0 <= i < n.")
+        raise ArgumentError("shard", f"is ({index}, {shards}): expected (i, n) with 0 <= i < n.")
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
     job = plan(
         dataset,
@@ -123,28 +120,28 @@ def extract(
     if (path / MANIFEST).is_file() and not overwrite:
         return finished()
 
-    def do(index: int, shards: int, overwrite: bool) -> InstanceStore | None:
-        claim = _ShardLock(path, job, dataset, overwrite, index, shards, patient=together)
-        with claim:
-            if claim.writer is None:
+    def process_shard(index: int, shards: int, overwrite: bool) -> InstanceStore | None:
+        lock = _ShardLock(path, job, dataset, overwrite, index, shards, patient=together)
+        with lock:
+            if lock.writer is None:
                 return finished()
             try:
-                _fill(claim.writer, dataset, extractor, num_workers, index, shards, progress)
+                _fill(lock.writer, dataset, extractor, num_workers, index, shards, progress)
             except KeyboardInterrupt:
-                log.warning("Stopped. The same command continues %s where it stopped.", path)
+                log.warning("Interrupted. Run the same command again to resume %s.", path)
                 raise
-            return claim.finish()
+            return lock.finish()
 
-    store = do(index, shards, overwrite)
+    store = process_shard(index, shards, overwrite)
     if store is None and together:
-        # Waits for all who work on it. Nobody does: whoever had a part and did not do it, is gone or late.
-        store = do(0, 1, False)
+        # Waits for all other shards, then processes what they left.
+        store = process_shard(0, 1, False)
     if store is None:
         return None
     skipped = store.manifest.skipped
     if skipped:
         log.warning(
-            "%d of %d images could not be read and have no instances in %s (all are listed in its manifest.json): %s%s",
+            "%d of %d images are unreadable and have no instances in %s (see its manifest.json): %s%s",
             len(skipped),
             len(store),
             path,
@@ -163,11 +160,11 @@ def _fill(
     shards: int,
     progress: bool,
 ) -> None:
-    """Do this shard's batches that the journal does not call finished."""
+    """Process the pending batches of this shard."""
     job = writer.manifest
     N, B = len(job.ids), job.batch_size
     states = writer.states()
-    # an image that was mended since gets its chance: no state is worth keeping that a second look contradicts
+    # retry unreadable images, which may have been replaced
     unreadable = np.flatnonzero(states == State.UNREADABLE).tolist()
     reasons = writer.reasons() if unreadable else {}
     for row in unreadable:
@@ -180,7 +177,7 @@ def _fill(
     pending = [rows for rows in batches if (states[rows] == State.PENDING).any()]
     total, left = sum(map(len, batches)), sum(map(len, pending))
     if 0 < left < total:
-        log.info("Continuing %s: %d of %d images are done.", writer.path, total - left, total)
+        log.info("Resuming %s: %d of %d images are done.", writer.path, total - left, total)
     trace = writer.partial / f"shard-{index}-of-{shards}.reading"
     with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
         for rows, images in read_batches(Rows(dataset, job), pending, num_workers, trace):
@@ -189,12 +186,12 @@ def _fill(
 
 
 def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) -> list[list[Instances] | str]:
-    """The instances of each view of each readable row; of the others, the reason."""
+    """Instances of each view of each readable row; the reason for unreadable rows."""
     for row in rows:
         if isinstance(row, GMMLICError):
             raise row
-    found: list[list[Instances] | str] = [row if isinstance(row, str) else [] for row in rows]
-    readable = [(row, out) for row, out in zip(rows, found, strict=True) if isinstance(row, list)]
+    results: list[list[Instances] | str] = [row if isinstance(row, str) else [] for row in rows]
+    readable = [(row, out) for row, out in zip(rows, results, strict=True) if isinstance(row, list)]
     for view in range(1 + job.views if readable else 0):
         images = [_to_tensor(row[view]) for row, _ in readable]
         try:
@@ -202,25 +199,25 @@ def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) 
                 instances = extractor(images, job.m)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
-                f"The detector {job.detector} ran out of memory with `batch_size={job.batch_size}`: lower it."
+                f"The detector {job.detector} is out of memory with `batch_size={job.batch_size}`: lower it."
             ) from error
         if len(instances) != len(images):
-            raise StoreError(f"The detector {job.detector} gave {len(instances)} results for {len(images)} images.")
+            raise StoreError(f"The detector {job.detector} returned {len(instances)} results for {len(images)} images.")
         for (_, out), result in zip(readable, instances, strict=True):
             out.append(result)  # type: ignore[union-attr]
-    return found
+    return results
 
 
 def _to_tensor(image: np.ndarray) -> Tensor:
-    # as gm_mlic.datasets.images.to_tensor, after the pipe
+    # equals gm_mlic.datasets.images.to_tensor
     return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
 
 
 class _ShardLock:
-    """A context in which this process alone works on its shard of the unfinished store.
+    """Context manager with an exclusive lock on one shard of the partial store.
 
     Attributes:
-        writer: to the unfinished store; None if another process finished it while this one waited.
+        writer: writer of the partial store; None if another process completed the store meanwhile.
     """
 
     writer: StoreWriter | None = None
@@ -237,7 +234,7 @@ class _ShardLock:
         patient: bool,
     ) -> None:
         self.path, self.job, self.dataset, self.overwrite = path, job, dataset, overwrite
-        # One process waits for another as long as that works; of shards given by hand, a clash is a mistake.
+        # A single process waits for a running one; conflicting manual shards are an error.
         self.patient = patient or shards == 1
         self.partial = partial_path(path)
         self.guard = FileLock(path.with_name(f".{path.name}.lock"))
@@ -252,11 +249,13 @@ class _ShardLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 with contextlib.suppress(Timeout), self.guard.acquire(timeout=0):
-                    if self._is_made(waiting):
+                    if self._is_complete(waiting):
                         return self
                     holders = self._holders()
-                    rivals = [name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")]
-                    if not rivals:
+                    conflicts = [
+                        name for name in holders if name == self.name or not name.endswith(f"-of-{self.shards}")
+                    ]
+                    if not conflicts:
                         self.writer = StoreWriter.begin(
                             self.path,
                             self.job,
@@ -270,13 +269,13 @@ class _ShardLock:
                         return self
                     if not self.patient and time.monotonic() - began > PATIENCE_S:
                         raise StoreError(
-                            f"Process {holders[rivals[0]]} is extracting {self.path} as {rivals[0]}: wait for it, or "
-                            "give each process its own `shard` of the same number of shards."
+                            f"Process {holders[conflicts[0]]} is extracting {self.path} as {conflicts[0]}: wait for "
+                            "it, or give each process a different `shard` with the same number of shards."
                         )
                 if not waiting:
                     numbers = [self._number(file) for file in sorted(self.partial.glob("*.pid"))]
-                    by = ", ".join(numbers) or "of unknown number"
-                    log.warning("Waiting for %s, which another process is extracting (process %s).", self.path, by)
+                    by = ", ".join(numbers) or "unknown"
+                    log.warning("Waiting for another process (%s) that is extracting %s.", by, self.path)
                     waiting = True
                 time.sleep(POLL_S)
 
@@ -289,10 +288,10 @@ class _ShardLock:
         self.lock.release()
 
     def finish(self) -> InstanceStore | None:
-        """Make the store complete if nothing is pending in any shard."""
+        """Complete the store if no row is pending in any shard."""
         assert self.writer is not None
         with self.guard:
-            if not self.partial.is_dir():  # the process of another shard was faster
+            if not self.partial.is_dir():  # completed by the process of another shard
                 return InstanceStore.open(self.path)
             states = self.writer.states()
             if (pending := int((states == State.PENDING).sum())) > 0:
@@ -310,12 +309,12 @@ class _ShardLock:
                 first = next(iter(self.writer.reasons().values()))
                 self.writer.discard()
                 raise DataError(
-                    f"None of the {len(states)} images can be read: check the folder of the dataset. The first: {first}"
+                    f"None of the {len(states)} images can be read: check the dataset folder. The first: {first}"
                 )
             return self.writer.finish()
 
-    def _is_made(self, waited: bool) -> bool:
-        """Whether the store is there and need not be overwritten, or not again: we waited for who just made it."""
+    def _is_complete(self, waited: bool) -> bool:
+        """Whether the store exists and need not be overwritten; not again if another process just completed it."""
         if not (self.path / MANIFEST).is_file():
             return False
         if not self.overwrite:
@@ -325,7 +324,7 @@ class _ShardLock:
         return next(differences(Manifest.read(self.path / MANIFEST), self.job), None) is None
 
     def _holders(self) -> dict[str, str]:
-        """Shard to process number, for each shard that a living process works on. Only under the guard."""
+        """Process id by shard, for shards with a running process. Call it only with the guard held."""
         holders = {}
         for file in sorted(self.partial.glob("shard-*.lock")):
             try:
@@ -340,7 +339,7 @@ class _ShardLock:
         try:
             return file.read_text().strip()
         except OSError:
-            return "of unknown number"
+            return "unknown"
 
 
 class _Speed(ProgressColumn):
@@ -349,7 +348,7 @@ class _Speed(ProgressColumn):
 
 
 class _Meter:
-    """Images done, of how many, images/s and time left: as a bar on a terminal, else as a log line every 10 s."""
+    """Progress in images, with speed and remaining time: a bar on a terminal, else a log line every 10 s."""
 
     def __init__(self, what: str, total: int, done: int, show: bool) -> None:
         self.what, self.total, self.done, self.show = what, total, done, show

@@ -1,4 +1,4 @@
-"""Prefetch and decode images, and survive images that crash the process that decodes them."""
+"""Image loader: prefetch and decode images; survive images that crash the decoder process."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from gm_mlic.instances.store import Manifest
 
 log = logging.getLogger(__name__)
 
-#: What the reason of an image says that no process can decode and live.
-CRASHES = "crashes the process that decodes it"
+#: Part of the reason for images that crash the decoder process.
+CRASHES = "crashes the decoder process"
 
-#: The 1 + r views of an image, each (H, W, 3) uint8; or why there are none.
+#: The 1 + r views of an image, each (H, W, 3) uint8; or the error.
 Views = list[np.ndarray] | str | GMMLICError
 
 
 class Rows(Dataset[Any]):
-    """Row to its views.
+    """Dataset of views by row.
 
-    Bytes, not floats, and arrays, not tensors: from a worker they then come through a pipe at a quarter of the size,
-    and need no shared memory, of which containers have little.
+    Views are uint8 arrays: workers send them through a pipe at a quarter of the size of floats, and without shared
+    memory, which is small in containers.
     """
 
     def __init__(self, dataset: MultiLabelDataset, job: Manifest) -> None:
@@ -51,7 +51,7 @@ class Rows(Dataset[Any]):
             image = self.dataset.image(i)
         except UnreadableImage as error:
             return str(error)
-        except GMMLICError as error:  # raised here, a worker would bury its line in a traceback
+        except GMMLICError as error:  # returned, since workers raise with a long traceback
             return error
         views = [image]
         if self.size is not None and self.seed is not None:
@@ -63,118 +63,118 @@ class Rows(Dataset[Any]):
 def read_batches(
     rows: Rows, batches: Sequence[list[int]], num_workers: int, trace: Path
 ) -> Iterator[tuple[list[int], list[Views]]]:
-    """The images of every batch, each batch once, not always in order.
+    """Yield every batch of images once, not necessarily in order.
 
-    Where a process died while it decoded, each image is decoded in a process of its own, and one that kills its
-    process is unreadable.
+    After a crash of the decoder process, each image is decoded in a separate process; images that crash it are
+    unreadable.
 
     Args:
-        rows: what to read.
+        rows: the images.
         batches: lists of rows.
-        num_workers: processes that decode ahead; 0 decodes in this one.
-        trace: a file that says, while this process decodes, which batch; found at the beginning, it says at which an
-            earlier one died.
+        num_workers: number of decoder processes; 0 decodes in this process.
+        trace: file with the first row of the batch being decoded in this process; if it exists at the start, an earlier
+            process crashed in that batch.
     """
     suspect = -1
     with contextlib.suppress(OSError, ValueError):
         suspect = int(trace.read_text())
     for batch in (b for b in batches if b[0] == suspect):
-        yield batch, [_read_apart(rows, row) for row in batch]
+        yield batch, [_read_isolated(rows, row) for row in batch]
     batches = [b for b in batches if b[0] != suspect]
     loader = DataLoader(
         rows,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=list,
-        generator=torch.Generator(),  # leave the global generator alone
+        generator=torch.Generator(),  # do not use the global generator
     )
     done = 0
-    with _SigchldGuard() as alarm:
+    with _SigchldGuard() as guard:
         try:
-            ahead: Any = iter(loader)
-            alarm.hold_back()
+            prefetched: Any = iter(loader)
+            guard.defer()
             for batch in batches:
                 if num_workers == 0:
                     trace.write_text(str(batch[0]))
-                with alarm.let_through():
-                    images: list[Views] = next(ahead)
+                with guard.deliver():
+                    images: list[Views] = next(prefetched)
                 trace.unlink(missing_ok=True)
                 done += 1
                 yield batch, images
         except RuntimeError as error:
-            if not is_death_of_a_worker(error):
+            if not is_worker_crash(error):
                 raise
-            log.warning("A process that decodes images died: from here on each image is decoded in one of its own.")
-        ahead = None  # ends the other workers
+            log.warning("A decoder process died: the remaining images are decoded in separate processes.")
+        prefetched = None  # terminates the other workers
         for batch in batches[done:]:
-            yield batch, [_read_apart(rows, row) for row in batch]
+            yield batch, [_read_isolated(rows, row) for row in batch]
 
 
 class _SigchldGuard:
-    """torch's handler of SIGCHLD, which raises as soon as a DataLoader's worker died, held back where that does harm.
+    """Context manager that defers torch's SIGCHLD handler, which raises when a DataLoader worker dies.
 
-    It raises wherever this process is, in the middle of writing what the detector gave, too. While this process waits
-    for a batch it is needed: a worker that dies in the middle of sending one leaves a message that never ends.
+    The handler could interrupt writing to the store. It is delivered only while waiting for a batch, where it is needed
+    to end a wait for a worker that died while sending.
     """
 
     def __init__(self) -> None:
         self._handler: Any = None
-        self._open = self._rang = False
+        self._delivering = self._pending = False
 
     def __enter__(self) -> _SigchldGuard:
         return self
 
-    def hold_back(self) -> None:
-        """From here on, until the context ends; after the loader began, which is when torch sets its handler."""
-        if threading.current_thread() is threading.main_thread():  # no other can set handlers
+    def defer(self) -> None:
+        """Defer the handler from now on. Call it after the loader has started, when torch has set its handler."""
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self._handler = signal.getsignal(signal.SIGCHLD)
             if callable(self._handler):
-                signal.signal(signal.SIGCHLD, self._ring)
+                signal.signal(signal.SIGCHLD, self._on_signal)
 
-    def _ring(self, number: int, frame: FrameType | None) -> None:
-        if self._open:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._delivering:
             self._handler(number, frame)
         else:
-            self._rang = True
+            self._pending = True
 
     @contextlib.contextmanager
-    def let_through(self) -> Iterator[None]:
-        """A context in which it raises, and does so at once for what was held back."""
-        self._open = True
+    def deliver(self) -> Iterator[None]:
+        """Context in which the handler runs, immediately for a deferred signal."""
+        self._delivering = True
         try:
-            if self._rang:
-                self._rang = False
+            if self._pending:
+                self._pending = False
                 self._handler(signal.SIGCHLD, None)
             yield
         finally:
-            self._open = False
+            self._delivering = False
 
     def __exit__(self, *error: object) -> None:
         if callable(self._handler):
             signal.signal(signal.SIGCHLD, self._handler)
 
 
-def is_death_of_a_worker(error: BaseException) -> bool:
-    """Whether torch's DataLoader says that one of its processes is gone."""
+def is_worker_crash(error: BaseException) -> bool:
+    """Whether an error of torch's DataLoader is the death of a worker."""
     text = r"DataLoader worker .*(killed by signal|exited unexpectedly)"
     return isinstance(error, RuntimeError) and re.match(text, str(error)) is not None
 
 
-def _read_apart(rows: Rows, row: int) -> Views:
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.Process(target=_send, args=(ours, theirs, rows, row), daemon=True)
+def _read_isolated(rows: Rows, row: int) -> Views:
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=_send, args=(receiver, sender, rows, row), daemon=True)
     process.start()
-    theirs.close()  # or the end of the other process would go unnoticed
+    sender.close()  # so that the end of the child process closes the pipe
     try:
-        views: Views = ours.recv()
+        views: Views = receiver.recv()
     except (EOFError, OSError):
         process.join()
-        return f"Image {rows.dataset.ids[row]} {CRASHES} (exit code {process.exitcode}): save it anew or remove it."
+        return f"Image {rows.dataset.ids[row]} {CRASHES} (exit code {process.exitcode}): save it again or remove it."
     process.join()
     return views
 
 
-def _send(receiver: Connection, connection: Connection, rows: Rows, row: int) -> None:
-    receiver.close()  # or the end of the process that reads would go unnoticed, and this one wait forever
+def _send(receiver: Connection, sender: Connection, rows: Rows, row: int) -> None:
+    receiver.close()  # so that the end of the parent process closes the pipe
     with contextlib.suppress(BrokenPipeError):
-        connection.send(rows[row])
+        sender.send(rows[row])

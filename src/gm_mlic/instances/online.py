@@ -1,4 +1,4 @@
-"""On-line mode: images for detection at every training step, augmented anew in each epoch, instead of a store."""
+"""On-line mode: images for detection in every training step, with new augmentations per epoch, without a store."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OnlineBatch:
-    """Images for the extractor; B is what is left of a batch without its unreadable images, and may be 0.
+    """Batch of B readable images for the extractor; B may be 0.
 
     Attributes:
         rows: (B,) int64 rows of the dataset.
         images: B tensors (3, H, W) float32 in [0, 1].
         targets: (B, C) int8 in {0, 1}.
-        difficult: (B, C) bool, or None if the dataset has no such mask.
+        difficult: (B, C) bool; None if the dataset has no mask of difficult labels.
     """
 
     rows: Tensor
@@ -39,20 +39,20 @@ class OnlineBatch:
 
 
 class OnlineImages(Dataset[tuple[int, Tensor | None]]):
-    """Row ``i`` to ``(i, image)``: the image as it is, or, for training, cropped, resized and flipped at random.
+    """Dataset of ``(i, image)``, with random crop, resize and flip for training.
 
-    The randomness is a function of (``seed``, epoch, image id) alone: not of workers, order or batch. Call
-    :meth:`set_epoch` before each epoch. An unreadable image gives None, is logged once, and :meth:`collate` (the
-    ``collate_fn`` of a DataLoader) leaves it out.
+    The augmentation depends only on (``seed``, epoch, image id), not on workers, order or batch. Call :meth:`set_epoch`
+    before each epoch. Unreadable images give None and are logged once; :meth:`collate` (the ``collate_fn`` of a
+    DataLoader) drops them.
 
     Args:
         dataset: one split.
-        train: augment.
-        size: side of augmented images in pixels.
-        seed: of the augmentation.
+        train: augment images.
+        size: size of augmented images in pixels.
+        seed: seed of the augmentation.
 
     Raises:
-        DataError: if the dataset contradicts itself, or its targets are not in {0, 1}.
+        DataError: if the dataset is inconsistent, or its targets are not in {0, 1}.
     """
 
     def __init__(self, dataset: MultiLabelDataset, train: bool, size: int = 448, seed: int = 0) -> None:
@@ -61,7 +61,7 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         self.train = train
         self.size = size
         self.seed = seed
-        # shared with the DataLoader's workers, also with those that outlive an epoch
+        # shared with DataLoader workers, including persistent ones
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -69,12 +69,12 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the random crops and flips of epoch ``epoch``."""
+        """Set the epoch that determines random crops and flips."""
         self._epoch.fill_(epoch)
 
     @property
     def unreadable(self) -> tuple[str, ...]:
-        """Ids of the images found unreadable until now."""
+        """Ids of unreadable images so far."""
         return tuple(self.dataset.ids[i] for i in torch.nonzero(self._unreadable).flatten().tolist())
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None]:
@@ -83,14 +83,14 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         except UnreadableImage as error:
             if not self._unreadable[i]:
                 self._unreadable[i] = True
-                log.warning("Left out, image %s: %s", self.dataset.ids[i], error)
+                log.warning("Skipped image %s: %s", self.dataset.ids[i], error)
             return i, None
         if self.train:
             image = crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], int(self._epoch)))
         return i, to_tensor(image)
 
     def collate(self, samples: list[tuple[int, Tensor | None]]) -> OnlineBatch:
-        """Put samples into a batch, without the unreadable ones."""
+        """Collate samples to a batch without unreadable images."""
         kept = [(row, image) for row, image in samples if image is not None]
         rows = [row for row, _ in kept]
         difficult = self.dataset.difficult

@@ -1,24 +1,24 @@
-"""The instance store: what a detector found in every image of a split, memory-mapped, with a manifest.
+"""Instance store: memory-mapped instances of every image of a split, with a manifest.
 
-A store is a folder. Shapes: N images, V = 1 + r views of each (view 0 is the plain image, views 1 to r are augmented),
-m instance slots, D features, C labels. Instances stand highest confidence first; a slot beyond the image's count is
-zero, with detected label -1.
+A store is a folder. Shapes: N images, V = 1 + r views per image (view 0 is the original, views 1 to r are augmented),
+m instance slots, D features, C labels. Instances are sorted by descending confidence. Unused slots are zero, with
+detected label -1.
 
 =================== ============ ======= =========================================================
-file                shape        dtype   holds
+file                shape        dtype   content
 =================== ============ ======= =========================================================
-manifest.json                            :class:`Manifest`; written last: with it, the store is complete
+manifest.json                            :class:`Manifest`; written last, marks the store complete
 features.npy        (N, V, m, D) float16 f of eq. 1
 boxes.npy           (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
 scores.npy          (N, V, m)    float32 confidences in [0, 1]
 detected_labels.npy (N, V, m)    int32   index into the manifest's ``detector_labels``; -1 for none
-counts.npy          (N, V)       int32   how many slots are used; 0 only where the image is unreadable
+counts.npy          (N, V)       int32   number of used slots; 0 only for unreadable images
 targets.npy         (N, C)       int8    1 present, 0 absent
-difficult.npy       (N, C)       bool    True where a label is difficult; only if the dataset says so
+difficult.npy       (N, C)       bool    mask of difficult labels; only if the dataset has one
 =================== ============ ======= =========================================================
 
-Because the slots are sorted, the first m' of them are what extraction with m' would have given: sweeps over m slice
-one store. While a store is being made it is the folder ``<path>.partial`` (:mod:`gm_mlic.instances.writer`).
+The first m' slots equal an extraction with m = m', so that sweeps over m slice one store. An incomplete store is the
+folder ``<path>.partial`` (:mod:`gm_mlic.instances.writer`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from gm_mlic.safe_load import map_array
 
 log = logging.getLogger(__name__)
 
-#: Stores up to this size are checked each time: it takes a second.
+#: Stores up to this size are verified each time, in about a second.
 _SMALL_BYTES = 1 << 30
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -52,20 +52,20 @@ REMEDY = "set `overwrite=True` to replace it, or another `path` to keep both"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store holds and what it was made with. No times, no machine: equal jobs write equal bytes.
+    """Metadata of a store. It has no times or host names: equal jobs write equal bytes.
 
     Attributes:
         dataset, split, dataset_fingerprint: of the :class:`~gm_mlic.datasets.MultiLabelDataset`.
         ids, labels: its N image ids and C label names, in the order of the arrays.
         difficult: whether it has a mask of difficult labels.
         detector, detector_fingerprint, detector_labels, feature_dim: of the extractor.
-        m: instance slots for each view.
-        views: r, the augmented views of each image; the arrays have V = 1 + r of them.
-        view_size, view_seed: side in pixels and seed of the augmented views; None where there are none.
-        batch_size: images to one call of the extractor (padding within a batch can change the last bits).
+        m: instance slots per view.
+        views: r, augmented views per image; the arrays have V = 1 + r views.
+        view_size, view_seed: size in pixels and seed of the augmented views; None without them.
+        batch_size: images per call of the extractor (padding within a batch can change the last bits).
         versions: of gm_mlic, torch, torchvision and numpy.
-        skipped: id to reason, for each image that could not be decoded.
-        arrays: name to ``{"shape", "dtype", "sha256"}`` of each array's file.
+        skipped: reason by id, for unreadable images.
+        arrays: ``{"shape", "dtype", "sha256"}`` by array name.
     """
 
     dataset: str
@@ -103,7 +103,7 @@ class Manifest:
         } | ({"difficult": (pairs, np.dtype("?"))} if self.difficult else {})
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``; equal manifests give equal text."""
+        """Serialize to ``manifest.json``; equal manifests give equal text."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
     @classmethod
@@ -111,22 +111,22 @@ class Manifest:
         """Read a manifest.
 
         Raises:
-            StoreError: if it cannot be read, is no manifest, or is of another format version.
+            StoreError: if it cannot be read, is not a manifest, or has another format version.
         """
-        broken = f"The manifest {file} is damaged"
-        again = "extract again with `overwrite=True`"
+        damaged = f"The manifest {file} is damaged"
+        remedy = "extract again with `overwrite=True`"
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise StoreError(f"Cannot read the manifest {file}: {error.strerror}.") from error
         except ValueError as error:
-            raise StoreError(f"{broken} ({error}): {again}.") from error
+            raise StoreError(f"{damaged} ({error}): {remedy}.") from error
         if not isinstance(values, dict):
-            raise StoreError(f"{broken} (not a JSON object): {again}.")
+            raise StoreError(f"{damaged} (not a JSON object): {remedy}.")
         if values.get("format") != FORMAT:
             raise StoreError(
                 f"The store {file.parent} has format {values.get('format')!r}, this version of gm-mlic reads format "
-                f"{FORMAT}: {again}, or use the version that made it."
+                f"{FORMAT}: {remedy}, or use the version that wrote it."
             )
         for spec in dataclasses.fields(cls):
             value = values.get(spec.name)
@@ -136,19 +136,19 @@ class Manifest:
             if str(spec.type).startswith("tuple"):
                 kind = list
             if spec.name not in values or not isinstance(value, kind):
-                raise StoreError(f"{broken} (field {spec.name!r} is missing or malformed): {again}.")
+                raise StoreError(f"{damaged} (field {spec.name!r} is missing or malformed): {remedy}.")
             if kind is list:
                 values[spec.name] = tuple(map(str, values[spec.name]))
         try:
             manifest = cls(**values)
             manifest.specs()
         except TypeError as error:
-            raise StoreError(f"{broken} ({error}): {again}.") from error
+            raise StoreError(f"{damaged} ({error}): {remedy}.") from error
         return manifest
 
 
 def dataset_fields(dataset: MultiLabelDataset) -> dict[str, Any]:
-    """The fields of :class:`Manifest` that a dataset decides."""
+    """Fields of :class:`Manifest` from a dataset."""
     return {
         "dataset": dataset.name,
         "split": dataset.split,
@@ -160,7 +160,7 @@ def dataset_fields(dataset: MultiLabelDataset) -> dict[str, Any]:
 
 
 def extractor_fields(extractor: InstanceExtractor) -> dict[str, Any]:
-    """The fields of :class:`Manifest` that an extractor decides."""
+    """Fields of :class:`Manifest` from an extractor."""
     return {
         "detector": extractor.name,
         "detector_fingerprint": extractor.fingerprint,
@@ -169,55 +169,55 @@ def extractor_fields(extractor: InstanceExtractor) -> dict[str, Any]:
     }
 
 
-def differences(found: Manifest, wanted: Manifest) -> Iterator[str]:
-    """How the job of one manifest differs from another's, naming both sides, the most telling first."""
-    if (found.dataset, found.split) != (wanted.dataset, wanted.split):
+def differences(stored: Manifest, requested: Manifest) -> Iterator[str]:
+    """Differences between the jobs of two manifests, the most informative first."""
+    if (stored.dataset, stored.split) != (requested.dataset, requested.split):
         yield (
-            f"it has dataset {found.dataset}, split {found.split}; "
-            f"you asked for dataset {wanted.dataset}, split {wanted.split}"
+            f"it has dataset {stored.dataset}, split {stored.split}; "
+            f"requested: dataset {requested.dataset}, split {requested.split}"
         )
-    yield from _list_difference("label", found.labels, wanted.labels)
-    yield from _list_difference("image", found.ids, wanted.ids)
-    if found.dataset_fingerprint != wanted.dataset_fingerprint:
+    yield from _list_difference("label", stored.labels, requested.labels)
+    yield from _list_difference("image", stored.ids, requested.ids)
+    if stored.dataset_fingerprint != requested.dataset_fingerprint:
         yield (
-            f"it has other targets (dataset sha {found.dataset_fingerprint[:8]}) "
-            f"than you asked for (sha {wanted.dataset_fingerprint[:8]})"
+            f"it has other targets (dataset sha {stored.dataset_fingerprint[:8]}) "
+            f"than requested (sha {requested.dataset_fingerprint[:8]})"
         )
-    if found.detector != wanted.detector or found.detector_fingerprint != wanted.detector_fingerprint:
+    if stored.detector != requested.detector or stored.detector_fingerprint != requested.detector_fingerprint:
         yield (
-            f"it has detector {found.detector} (sha {found.detector_fingerprint[:8]}), "
-            f"you asked for {wanted.detector} (sha {wanted.detector_fingerprint[:8]}: weights or settings differ)"
+            f"it has detector {stored.detector} (sha {stored.detector_fingerprint[:8]}), "
+            f"requested: {requested.detector} (sha {requested.detector_fingerprint[:8]}: weights or settings differ)"
         )
-    yield from _list_difference("detector label", found.detector_labels, wanted.detector_labels)
+    yield from _list_difference("detector label", stored.detector_labels, requested.detector_labels)
     for name in ("feature_dim", "m", "views", "view_size", "view_seed", "batch_size", "dtype"):
-        if getattr(found, name) != getattr(wanted, name):
-            yield f"it has {name}={getattr(found, name)}, you asked for {name}={getattr(wanted, name)}"
-    for name, version in wanted.versions.items():
-        if found.versions.get(name) != version:
-            yield f"it was begun with {name} {found.versions.get(name)}, this is {name} {version}"
+        if getattr(stored, name) != getattr(requested, name):
+            yield f"it has {name}={getattr(stored, name)}, requested: {name}={getattr(requested, name)}"
+    for name, version in requested.versions.items():
+        if stored.versions.get(name) != version:
+            yield f"it was begun with {name} {stored.versions.get(name)}, installed: {name} {version}"
 
 
-def _list_difference(what: str, found: Sequence[str], wanted: Sequence[str]) -> Iterator[str]:
-    for i, (a, b) in enumerate(zip(found, wanted, strict=False)):
+def _list_difference(what: str, stored: Sequence[str], requested: Sequence[str]) -> Iterator[str]:
+    for i, (a, b) in enumerate(zip(stored, requested, strict=False)):
         if a != b:
-            yield f"its {what} {i} is {a!r}, yours is {b!r}"
+            yield f"its {what} {i} is {a!r}, requested: {b!r}"
             return
-    if len(found) != len(wanted):
-        yield f"it has {len(found)} {what}s, you asked for {len(wanted)}"
+    if len(stored) != len(requested):
+        yield f"it has {len(stored)} {what}s, requested: {len(requested)}"
 
 
 class InstanceStore:
-    """A complete instance store, opened for reading.
+    """Complete instance store, opened for reading.
 
-    Opening checks the manifest and that every array file has the recorded shape, dtype and length; :meth:`verify`
-    also reads them all and compares checksums. Pickling (to a DataLoader's worker) sends the path, not the arrays.
+    Opening checks the manifest, and the shape, dtype and length of every array file; :meth:`verify` also compares
+    checksums. Pickling (to DataLoader workers) sends the path, not the arrays.
 
     Attributes:
-        path: the store's folder.
-        manifest: what it holds and was made with.
-        features, boxes, scores, detected_labels, counts, targets: read-only memory maps; see the module.
-        difficult: likewise; None if the dataset has no mask of difficult labels.
-        rows: (n,) int64 indices of the readable images, ascending.
+        path: folder of the store.
+        manifest: its metadata.
+        features, boxes, scores, detected_labels, counts, targets: read-only memory maps; see the module docstring.
+        difficult: read-only memory map; None if the dataset has no mask of difficult labels.
+        rows: (n,) int64 ascending indices of readable images.
     """
 
     features: np.ndarray
@@ -242,26 +242,26 @@ class InstanceStore:
 
     @classmethod
     def open(cls, path: str | Path) -> InstanceStore:
-        """Open the store in the folder ``path``.
+        """Open a store.
 
         Raises:
-            StoreError: if it is missing, unfinished or damaged.
+            StoreError: if it is missing, incomplete or damaged.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
             if partial_path(path).is_dir():
                 raise StoreError(
-                    f"The instance store {path} is unfinished: call gm_mlic.extract (or run gm-mlic extract) with the "
-                    "same arguments again; it continues where it stopped."
+                    f"The instance store {path} is incomplete: call gm_mlic.extract (or run gm-mlic extract) with the "
+                    "same arguments again to resume."
                 )
             what = "is not an instance store (no manifest.json)" if path.exists() else "does not exist"
-            raise StoreError(f"The instance store {path} {what}: make it with gm_mlic.extract (or gm-mlic extract).")
+            raise StoreError(f"The instance store {path} {what}: create it with gm_mlic.extract (or gm-mlic extract).")
         manifest = Manifest.read(path / MANIFEST)
         arrays = {name: _open_array(path / f"{name}.npy", manifest, name) for name in manifest.specs()}
         return cls(path, manifest, arrays)
 
     def __len__(self) -> int:
-        """N, unreadable images included."""
+        """N, including unreadable images."""
         return len(self.manifest.ids)
 
     def __repr__(self) -> str:
@@ -275,27 +275,27 @@ class InstanceStore:
         return type(self).open, (self.path,)
 
     def instances(self, i: int, view: int = 0, m: int | None = None) -> Instances:
-        """The instances of image ``i``, as tensors of their own (not views of the map).
+        """Instances of image ``i``, copied from the memory maps.
 
         Args:
             i: row.
-            view: 0 the plain image, 1 to r an augmented one.
-            m: keep the ``m`` most confident; None keeps the store's.
+            view: 0 for the original image, 1 to r for an augmented view.
+            m: number of instances to keep, by confidence; None keeps all.
 
         Raises:
-            StoreError: if the image was unreadable, or the store has fewer views or slots.
+            StoreError: if the image is unreadable, or the store has fewer views or slots.
             ConfigError: if ``m`` is less than 1.
         """
         if m is not None:
             self.check(m=m)
         if not 0 <= view <= self.manifest.views:
-            raise StoreError(f"The store {self.path} has views 0 to {self.manifest.views}, you asked for view {view}.")
+            raise StoreError(f"The store {self.path} has views 0 to {self.manifest.views}, requested: view {view}.")
         count = int(self.counts[i, view])
         if count == 0:
             image = self.manifest.ids[i]
             raise StoreError(
                 f"Image {image!r} has no instances in the store {self.path}: "
-                f"{self.manifest.skipped.get(image, 'it was unreadable')}. Use only the rows in InstanceStore.rows."
+                f"{self.manifest.skipped.get(image, 'it is unreadable')}. Use only the rows in InstanceStore.rows."
             )
         top = slice(0, count if m is None else min(count, m))
         return Instances(
@@ -314,57 +314,56 @@ class InstanceStore:
         view_size: int | None = None,
         view_seed: int | None = None,
     ) -> None:
-        """Raise unless this store serves what is asked for; what is None is not checked.
+        """Check that this store matches the given arguments; None is not checked.
 
-        A store with more instances or views than asked for serves: it is sliced.
+        A store with more instances or views matches, since it can be sliced.
 
         Raises:
-            StoreError: naming what the store has, what was asked for, and what to do.
+            StoreError: if it does not match.
             ConfigError: if ``m`` is less than 1 or ``views`` is negative.
         """
-        have = self.manifest
+        stored = self.manifest
         check_sizes(m=m, views=views)
-        asked: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         if dataset is not None:
-            asked |= dataset_fields(dataset)
+            changes |= dataset_fields(dataset)
         if extractor is not None:
-            asked |= extractor_fields(extractor)
-        if views and have.views:
-            asked |= {} if view_size is None else {"view_size": view_size}
-            asked |= {} if view_seed is None else {"view_seed": view_seed}
-        wanted = dataclasses.replace(have, **asked)
-        for difference in differences(have, wanted):
-            raise StoreError(f"The store {self.path} was made for something else: {difference}; {REMEDY}.")
-        if m is not None and m > have.m:
+            changes |= extractor_fields(extractor)
+        if views and stored.views:
+            changes |= {} if view_size is None else {"view_size": view_size}
+            changes |= {} if view_seed is None else {"view_seed": view_seed}
+        for difference in differences(stored, dataclasses.replace(stored, **changes)):
+            raise StoreError(f"The store {self.path} is of another job: {difference}; {REMEDY}.")
+        if m is not None and m > stored.m:
             raise StoreError(
-                f"The store {self.path} has m={have.m} instances for each image, you asked for m={m}: extract "
-                f"again with `m={m}` and `overwrite=True`, or ask for fewer."
+                f"The store {self.path} has m={stored.m} instances per image, requested: m={m}: extract again with "
+                f"`m={m}` and `overwrite=True`, or lower `m`."
             )
-        if views is not None and views > have.views:
+        if views is not None and views > stored.views:
             raise StoreError(
-                f"The store {self.path} has {have.views} augmented views, you asked for {views}: extract again "
-                f"with `views={views}` and `overwrite=True`, or ask for fewer."
+                f"The store {self.path} has {stored.views} augmented views, requested: {views}: extract again with "
+                f"`views={views}` and `overwrite=True`, or lower `views`."
             )
 
     def verify(self) -> None:
-        """Read every array and compare its SHA-256 with the manifest's.
+        """Compare the SHA-256 of every array with the manifest.
 
         Raises:
-            StoreError: naming the first file that differs.
+            StoreError: if a file differs.
         """
         for name, info in self.manifest.arrays.items():
             file = self.path / f"{name}.npy"
             if sha256(file) != info.get("sha256"):
                 raise StoreError(
-                    f"The file {file} is damaged (its SHA-256 is not the manifest's): "
+                    f"The file {file} is damaged (its SHA-256 differs from the manifest): "
                     "extract again with `overwrite=True`."
                 )
 
     def verify_once(self) -> None:
-        """:meth:`verify`, unless that has been done since the files were last changed; up to 1 GB, always.
+        """Run :meth:`verify`, for stores above 1 GB only if the files changed since the last time.
 
         Raises:
-            StoreError: likewise.
+            StoreError: if a file differs.
         """
         files = [self.path / f"{name}.npy" for name in self.manifest.arrays]
         stats = [file.stat() for file in files]
@@ -376,14 +375,14 @@ class InstanceStore:
         with contextlib.suppress(OSError):
             if stamp.read_text() == state:
                 return
-        log.info("Checking the instance store %s.", self.path)
+        log.info("Verifying the instance store %s.", self.path)
         self.verify()
-        with contextlib.suppress(OSError):  # a store that is not ours to write beside is checked each time
+        with contextlib.suppress(OSError):  # without write permission, verify each time
             stamp.write_text(state)
 
 
 def partial_path(path: Path) -> Path:
-    """The folder in which the store ``path`` is being made."""
+    """Folder of the incomplete store ``path``."""
     return path.with_name(path.name + ".partial")
 
 
@@ -406,21 +405,20 @@ def sha256(file: Path) -> str:
 
 def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
     shape, dtype = manifest.specs()[name]
-    again = "extract again with `overwrite=True`"
+    remedy = "extract again with `overwrite=True`"
     recorded = manifest.arrays.get(name)
     if not isinstance(recorded, dict) or recorded.get("shape") != list(shape) or recorded.get("dtype") != dtype.str:
-        raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (array {name!r} does not fit it): {again}.")
+        raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (wrong entry of array {name!r}): {remedy}.")
     try:
         array = map_array(file)
     except FileNotFoundError as error:
-        raise StoreError(f"The store {file.parent} lacks {file.name}: {again}.") from error
+        raise StoreError(f"The store {file.parent} lacks {file.name}: {remedy}.") from error
     except (OSError, ValueError) as error:
-        raise StoreError(f"The file {file} is damaged ({error}): {again}.") from error
+        raise StoreError(f"The file {file} is damaged ({error}): {remedy}.") from error
     if array.shape != shape or array.dtype != dtype:
         raise StoreError(
-            f"The file {file} is damaged: it has {array.dtype} {array.shape}, the manifest says {dtype} {shape}: "
-            f"{again}."
+            f"The file {file} is damaged (it has {array.dtype} {array.shape}, the manifest {dtype} {shape}): {remedy}."
         )
     if file.stat().st_size != array.offset + array.nbytes:
-        raise StoreError(f"The file {file} is damaged: it is longer than its header says; {again}.")
+        raise StoreError(f"The file {file} is damaged (longer than its header states): {remedy}.")
     return array

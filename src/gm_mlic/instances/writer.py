@@ -1,14 +1,14 @@
-"""An instance store while it is being made: the folder ``<path>.partial``, its journal, and how it becomes a store.
+"""Writer of an incomplete instance store: the folder ``<path>.partial`` and its journal.
 
-Beside the arrays of :mod:`gm_mlic.instances.store` at their full size, the folder holds
+Besides the arrays of :mod:`gm_mlic.instances.store` at full size, the folder contains
 
-- ``partial.json``: the manifest so far, i.e. which job this is; written when the arrays are in place;
-- ``state.npy`` (N,) uint8: the journal, one :class:`State` for each row, written after the row's data is on disk;
-- ``skipped.jsonl``: why each unreadable image is so;
-- ``shard-I-of-N.lock`` and ``.pid``: which processes are at work (:mod:`gm_mlic.instances.extraction`).
+- ``partial.json``: the manifest of the job, written after the arrays are allocated;
+- ``state.npy`` (N,) uint8: the journal, one :class:`State` per row, written after the row's data is on disk;
+- ``skipped.jsonl``: reasons of unreadable images;
+- ``shard-I-of-N.lock`` and ``.pid``: running processes (:mod:`gm_mlic.instances.extraction`).
 
-So a process can die at any moment: rows that the journal calls finished are, and all others are done again. Files are
-written through ordinary writes, never through a memory map, where a full disk would end the process with SIGBUS.
+A process can die at any time: rows that are finished in the journal are complete, all others are repeated. Files are
+written with ordinary writes, not through memory maps, where a full disk would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _sync = getattr(os, "fdatasync", os.fsync)
 
 
 class State(enum.IntEnum):
-    """What the journal says of a row."""
+    """State of a row in the journal."""
 
     PENDING = 0
     DONE = 1
@@ -69,7 +69,7 @@ def plan(
     view_seed: int,
     batch_size: int,
 ) -> Manifest:
-    """The manifest of a store that is still to be made (no ``skipped``, no checksums)."""
+    """Manifest of a new store (without ``skipped`` and checksums)."""
     return Manifest(
         **dataset_fields(dataset),
         **extractor_fields(extractor),
@@ -83,11 +83,11 @@ def plan(
 
 
 class StoreWriter:
-    """Writes the rows of one store, from any number of processes that write different rows.
+    """Writer for the rows of one store. Several processes can write different rows.
 
     Attributes:
-        path: the folder of the store to be.
-        partial: the folder of the unfinished store.
+        path: folder of the complete store.
+        partial: folder of the incomplete store.
         manifest: the job.
     """
 
@@ -108,40 +108,37 @@ class StoreWriter:
         overwrite: bool = False,
         in_use: bool = False,
     ) -> StoreWriter:
-        """Begin the store ``path``, or go on with the one that was begun there.
+        """Create the partial store of ``path``, or resume an existing one.
 
-        To be called by one process at a time.
+        Only one process may call this at a time.
 
         Args:
-            path: folder of the store to be.
+            path: folder of the complete store.
             manifest: the job, from :func:`plan`.
             targets: (N, C) in {0, 1}.
-            difficult: (N, C) bool, or None, as the manifest says.
-            overwrite: discard an unfinished store of another job, and replace a finished one at the end.
-            in_use: another process is writing there: discard nothing.
+            difficult: (N, C) bool, or None, consistent with the manifest.
+            overwrite: discard a partial store of another job, and replace a complete one at the end.
+            in_use: another process is writing: discard nothing.
 
         Raises:
-            StoreError: if the unfinished store is of another job, or the disk is full or read-only.
+            StoreError: if the partial store is of another job, or the disk is full or read-only.
         """
         writer = cls(path, manifest)
         partial = writer.partial
         if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
             raise StoreError(f"{path} exists and is not an instance store: choose another `path`.")
-        found = None
+        stored = None
         for name in (MANIFEST, _JOB):
             if (partial / name).is_file():
-                found = Manifest.read(partial / name)
+                stored = Manifest.read(partial / name)
                 break
-        if found is not None:
-            difference = next(differences(found, manifest), None)
+        if stored is not None:
+            difference = next(differences(stored, manifest), None)
             if difference is None:
                 return writer
-            # one without a finished row has nothing to lose
-            worthless = not (partial / MANIFEST).is_file() and not _states(partial).any()
-            if in_use or not (overwrite or worthless):
-                raise StoreError(
-                    f"The unfinished store {partial} was begun for something else: {difference}; {REMEDY}."
-                )
+            empty = not (partial / MANIFEST).is_file() and not _states(partial).any()
+            if in_use or not (overwrite or empty):
+                raise StoreError(f"The incomplete store {partial} is of another job: {difference}; {REMEDY}.")
         with writer.writing():
             if partial.exists():
                 shutil.rmtree(partial)
@@ -149,13 +146,13 @@ class StoreWriter:
             try:
                 writer._allocate(targets, difficult)
             except BaseException:
-                # nothing is in it: give the space back
+                # free the disk space
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
         return writer
 
     def _allocate(self, targets: np.ndarray, difficult: np.ndarray | None) -> None:
-        """Create the files at their full size, so that a disk too small is found now and not after hours."""
+        """Create the files at full size, so that lack of disk space is detected at the start."""
         specs = self.manifest.specs() | {"state": ((len(self.manifest.ids),), np.dtype("u1"))}
         sizes = {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in specs.items()}
         free = shutil.disk_usage(self.partial).free
@@ -179,16 +176,16 @@ class StoreWriter:
         _write_text(self.partial / _JOB, self.manifest.to_json())
 
     def states(self) -> np.ndarray:
-        """(N,) uint8: the :class:`State` of each row, as it is now on disk (other processes write there too)."""
+        """(N,) uint8 :class:`State` of each row, read from disk, since other processes write too."""
         if (self.partial / MANIFEST).is_file():
-            return np.full(len(self.manifest.ids), State.DONE, np.uint8)  # only the last step, finish(), is left
+            return np.full(len(self.manifest.ids), State.DONE, np.uint8)  # only finish() remains
         return _states(self.partial)
 
     def write(self, start: int, rows: Sequence[Sequence[Instances] | str]) -> None:
-        """Write rows ``start``, ``start + 1``, ...: of each its V views, or why its image is unreadable.
+        """Write rows ``start``, ``start + 1``, ...: V views per row, or the reason why its image is unreadable.
 
         Raises:
-            StoreError: if an instance is not what the protocol promises (naming the image), or the disk is full.
+            StoreError: if instances violate the protocol (the message names the image), or the disk is full.
         """
         n = len(rows)
         blocks = {name: np.zeros((n, *shape[1:]), dtype) for name, (shape, dtype) in self._shapes.items()}
@@ -206,7 +203,7 @@ class StoreWriter:
         with self.writing():
             if skipped:
                 with (self.partial / _SKIPPED).open("ab", buffering=0) as file:
-                    # a line that an earlier death cut short must not swallow this one
+                    # start a new line, since a killed process may have left an incomplete one
                     _write_all(file, ("\n" + skipped).encode())
                     _sync(file.fileno())
             for name, block in blocks.items():
@@ -216,12 +213,12 @@ class StoreWriter:
             self._put("state", start, states)
 
     def _fill(self, slots: dict[str, np.ndarray], instances: Instances, image: str, view: int) -> None:
-        """Copy ``instances`` into the (1, m, ...) slots of one view, checking them."""
-        where = f"The detector {self.manifest.detector} gave, for image {image!r}, view {view},"
+        """Check ``instances`` and copy them into the (1, m, ...) slots of one view."""
+        where = f"The detector {self.manifest.detector} returned, for image {image!r}, view {view},"
         m, D = slots["features"].shape[1:]
         M = len(instances)
         if not 1 <= M <= m:
-            raise StoreError(f"{where} {M} instances, expected 1 to {m}: it breaks the InstanceExtractor protocol.")
+            raise StoreError(f"{where} {M} instances, expected 1 to {m} by the InstanceExtractor protocol.")
         values = {name: getattr(instances, name) for name in ("features", "boxes", "scores", "detected_labels")}
         shapes = {"features": (M, D), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
         slots["counts"][...] = M
@@ -229,20 +226,20 @@ class StoreWriter:
             if tuple(value.shape) != shapes[name]:
                 raise StoreError(f"{where} {name} of shape {tuple(value.shape)}, expected {shapes[name]}.")
             array = value.detach().cpu().numpy()
-            # float16 ends at 65504: what does not fit becomes inf, which the next check finds
+            # values above 65504 overflow float16 to inf, detected below
             with np.errstate(over="ignore"):
                 slots[name][0, :M] = array
             if name != "detected_labels" and not np.isfinite(slots[name]).all():
                 kind = "too large for float16" if np.isfinite(array).all() else "NaN or infinite"
-                raise StoreError(f"{where} {name} that are {kind}: check its weights and its training.")
+                raise StoreError(f"{where} {name} that are {kind}: check its weights.")
         if (np.diff(slots["scores"][0, :M]) > 0).any():
-            raise StoreError(f"{where} instances that do not stand highest score first: the store is sliced by it.")
+            raise StoreError(f"{where} instances that are not sorted by descending score.")
 
     def finish(self) -> InstanceStore:
-        """Turn the unfinished store into the finished one, and open it.
+        """Complete the store and open it.
 
-        To be called by one process, when no row is pending and nobody writes. May be interrupted and called again.
-        A store that stood at ``path`` is replaced.
+        Only one process may call this, when no row is pending and no process writes. It can be interrupted and called
+        again. An existing store at ``path`` is replaced.
         """
         self.close()
         with self.writing():
@@ -270,22 +267,22 @@ class StoreWriter:
         return InstanceStore.open(self.path)
 
     def discard(self) -> None:
-        """Remove the unfinished store."""
+        """Remove the incomplete store."""
         self.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def close(self) -> None:
-        """Close the files; what was written stays."""
+        """Close the files; written data is kept."""
         for file, _ in self._files.values():
             file.close()
         self._files.clear()
 
     def reasons(self) -> dict[str, str]:
-        """Id to reason of the unreadable images, in the order of the rows."""
+        """Reason by id of unreadable images, in row order."""
         reasons: dict[int, str] = {}
         if (self.partial / _SKIPPED).is_file():
             for line in (self.partial / _SKIPPED).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # blank, or cut short by a death
+                with contextlib.suppress(ValueError):  # blank or incomplete line
                     row, reason = json.loads(line)
                     reasons[row] = reason
         unreadable = np.flatnonzero(_states(self.partial) == State.UNREADABLE)
@@ -303,7 +300,7 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the file system refuses into a :class:`~gm_mlic.errors.StoreError` that says what to do."""
+        """Context manager that converts file system errors to :class:`~gm_mlic.errors.StoreError`."""
         try:
             yield
         except OSError as error:
@@ -313,9 +310,9 @@ class StoreWriter:
                 ) from error
             need = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for s, d in self.manifest.specs().values())
             raise StoreError(
-                f"No room for the instance store {self.path} ({error.strerror}): it needs {need / 1e9:.3g} GB, "
-                f"{_free(self.path) / 1e9:.3g} GB are free: free some and run the same command again (it continues), "
-                "choose another `path`, or lower `m` or `views`."
+                f"Not enough disk space for the instance store {self.path} ({error.strerror}): it needs "
+                f"{need / 1e9:.3g} GB, {_free(self.path) / 1e9:.3g} GB are free: free some space and run the same "
+                "command again to resume, choose another `path`, or lower `m` or `views`."
             ) from error
 
 
@@ -335,7 +332,7 @@ def _free(path: Path) -> int:
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Give the file ``size`` bytes, with their blocks on disk where the system can."""
+    """Allocate ``size`` bytes for a file, with disk blocks if supported."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -353,7 +350,7 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
 
 
 def _write_text(file: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file atomically and sync it to disk."""
     new = file.with_name(file.name + ".new")
     with new.open("w", encoding="utf-8") as stream:
         stream.write(text)

@@ -1,7 +1,7 @@
-"""Multi-label metrics under the conventions of the literature.
+"""Multi-label metrics with the conventions of the literature.
 
-Each name is imported when it is first used: torchmetrics, on which :class:`MultiLabelMetrics` builds, imports
-torchvision and matplotlib.
+Names are imported on first use, since torchmetrics (needed by :class:`MultiLabelMetrics`) imports torchvision and
+matplotlib.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bootstrap over images: confidence intervals of mAP, and a paired test between two models."""
+"""Bootstrap over images: confidence intervals of mAP and paired tests between models."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gm_mlic.targets import TargetFormat, normalize_targets
 
 Array = np.ndarray[Any, Any]
 
-#: Resamples that are worked on together: their weights take N times so many bytes, whatever the number of labels.
-_TOGETHER = 64
+#: Resamples per batch; their weights take N bytes each.
+_BATCH = 64
 
 
 def interval(resampled: Array, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval: the ends of the central ``level`` of the resampled values, without NaN ones."""
+    """Percentile interval: bounds of the central ``level`` of the resampled values, ignoring NaN."""
     known = resampled[np.isfinite(resampled)]
     if not known.size:
         return math.nan, math.nan
@@ -39,10 +39,10 @@ def interval(resampled: Array, level: float = 0.95) -> tuple[float, float]:
 
 
 def p_value(resampled_difference: Array) -> float:
-    r"""Two-sided p of "no difference", from resampled differences :math:`d_b` of B resamples.
+    r"""Two-sided p-value of "no difference" from B resampled differences :math:`d_b`.
 
-    :math:`p = \min(1, 2 (1 + \min(|\{d_b \le 0\}|, |\{d_b \ge 0\}|)) / (B + 1))`: below 0.05 about where the 95 %
-    percentile interval leaves 0 out. Never below 2 / (B + 1).
+    :math:`p = \min(1, 2 (1 + \min(|\{d_b \le 0\}|, |\{d_b \ge 0\}|)) / (B + 1))`. It is at least 2 / (B + 1), and below
+    0.05 approximately when the 95 % percentile interval excludes 0.
     """
     d = resampled_difference[np.isfinite(resampled_difference)]
     tail = min(int((d <= 0).sum()), int((d >= 0).sum()))
@@ -61,36 +61,35 @@ def bootstrap_map(
     target_format: TargetFormat = "binary",
     allow_all_present: bool = False,
 ) -> Array:
-    """Values of mAP over resampled images, exactly as the evaluator would compute it for each resample.
+    """Compute mAP over resampled images, exactly as :class:`MultiLabelMetrics` for each resample.
 
-    A resample draws N images with replacement; copies of an image stand beside each other. All models and conventions
-    see the same resamples, so that their differences are paired. Labels are sorted once; a resample only adds up how
-    often each image was drawn: this costs N C additions, not a sort.
+    A resample draws N images with replacement; copies of an image have adjacent ranks. All models and conventions use
+    the same resamples, so that differences are paired. Labels are sorted once; each resample costs N C additions.
 
     Args:
-        scores: one (N, C) table for each model.
+        scores: one (N, C) tensor per model.
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        conventions: M of them; their ``ap`` and ``difficult_ap`` count.
+        conventions: M conventions; only ``ap`` and ``difficult_ap`` are used.
         resamples: B.
-        seed: of the draws. The first resamples of a larger B are those of a smaller.
-        progress: called with the number of resamples done since the last call.
+        seed: seed of the draws; a smaller B gives the first resamples of a larger one.
+        progress: callback with the number of resamples since the last call.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
-        (models, M, B) float64 in per cent; NaN where no label has a positive.
+        (models, M, B) float64 in percent; NaN if no label has a positive.
 
     Raises:
-        DataError: for tables that cannot be evaluated together.
+        DataError: if scores and targets cannot be evaluated together.
         ArgumentError: if ``resamples`` is below 1.
     """
     if resamples < 1:
-        raise ArgumentError("resamples", f"is {resamples}: at least one is needed.")
+        raise ArgumentError("resamples", f"must be 1 or more, got {resamples}.")
     if not len(targets):
-        raise DataError("There is nothing to evaluate: no scores were given.")
+        raise DataError("There are no scores to evaluate: pass at least one image.")
     for table in scores:
         check_scores(table, targets)
     present, difficult = normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
-    # Without difficult labels, all ways to count them are one.
+    # Without difficult labels, the rules for them are equivalent.
     any_difficult = difficult is not None and bool(difficult.any())
     wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]
     rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
@@ -102,9 +101,9 @@ def bootstrap_map(
     draw = np.random.default_rng(seed)
     N, C = targets.shape
     result = np.empty((len(scores), len(conventions), resamples))
-    for first in range(0, resamples, _TOGETHER):
-        count = min(_TOGETHER, resamples - first)
-        # An image is drawn once on average, and never 256 times.
+    for first in range(0, resamples, _BATCH):
+        count = min(_BATCH, resamples - first)
+        # uint8 suffices: an image is drawn once on average.
         drawn = [np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)]
         weights = np.ascontiguousarray(np.stack(drawn).T)
         AP: dict[tuple[int, APRule, DifficultRule], Array] = {
@@ -124,7 +123,7 @@ def bootstrap_map(
 
 
 def _mean(AP: Array) -> Array:
-    """Over labels with a value: (C, B) to (B,)."""
+    """Mean over labels without NaN: (C, B) to (B,)."""
     known = ~np.isnan(AP)
     with np.errstate(invalid="ignore"):
         mean: Array = np.where(known, AP, 0).sum(axis=0) / known.sum(axis=0)
@@ -133,13 +132,13 @@ def _mean(AP: Array) -> Array:
 
 @dataclass(frozen=True)
 class _RankedLabel:
-    """One label's counted images, best first, in segments that each end with a positive (the last may not).
+    """Counted images of one label, sorted by descending score.
 
     Attributes:
         order: (M,) rows.
-        at: (n,) places of the positives in it.
-        ends: (n,) how many images score at least as high as each positive; None where no rule needs it.
-        rules: AP rules wanted.
+        at: (n,) positions of the positives in ``order``.
+        ends: (n,) number of images that score at least as high as each positive; None if no rule needs it.
+        rules: AP rules to compute.
     """
 
     order: Array
@@ -148,19 +147,19 @@ class _RankedLabel:
     rules: frozenset[APRule]
 
     def resampled(self, weights: Array) -> dict[APRule, Array]:
-        """AP (B,) by rule, with images drawn as often as ``weights`` (N, B) uint8 says."""
+        """AP (B,) by rule, with ``weights`` (N, B) uint8 copies of each image."""
         if not len(self.at):
             return {}
         drawn = weights[self.order[self.at]].astype(np.float64)  # (n, B): copies of each positive
         hits = drawn.cumsum(axis=0)
         n = hits[-1]
-        # Images drawn up to and including each positive; and, for groups of equal scores, up to the end of its group.
+        # Images drawn up to and including each positive; for ties, up to the end of its group.
         seen, seen_tied = self._seen(weights, self.at + 1, self.at + 1 if self.ends is None else self.ends)
         AP: dict[APRule, Array] = {}
         with np.errstate(invalid="ignore", divide="ignore"):
             if "rank" in self.rules:
-                # The j-th copy has precision (before + j) / (seen before + j) = 1 - negatives / (seen before + j), so
-                # all copies together have drawn - negatives * (1/(seen before + 1) + ... + 1/seen).
+                # The j-th copy has precision (before + j) / (seen before + j) = 1 - negatives / (seen before + j); the
+                # sum over all copies is drawn - negatives * (1/(seen before + 1) + ... + 1/seen).
                 harmonic = _harmonic(weights.shape[0])
                 last, before = harmonic[seen.astype(np.int64)], harmonic[(seen - drawn).astype(np.int64)]
                 AP["rank"] = (drawn - (seen - hits) * (last - before)).sum(axis=0) / n
@@ -169,7 +168,7 @@ class _RankedLabel:
                 tied = hits[np.searchsorted(self.at, self.ends) - 1]
                 AP["sklearn"] = (drawn * np.nan_to_num(tied / seen_tied)).sum(axis=0) / n
             if self.rules & {"envelope", "voc11"}:
-                # At the last copy precision is highest, and beyond a positive it only falls up to the next.
+                # Precision is highest at the last copy, and falls until the next positive.
                 precision = np.nan_to_num(hits / seen)
                 envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
                 if "envelope" in self.rules:
@@ -179,7 +178,7 @@ class _RankedLabel:
         return {ap: np.where(n > 0, values, math.nan) for ap, values in AP.items()}
 
     def _seen(self, weights: Array, *counts: Array) -> list[Array]:
-        """Copies drawn among the first ``counts`` (n,) images: (n, B) for each of ``counts``."""
+        """(n, B) copies drawn among the first images, for each array (n,) of ``counts``."""
         stops = np.unique(np.concatenate(counts))
         gathered = weights[self.order[: stops[-1]]]
         sums = np.add.reduceat(gathered, np.concatenate([[0], stops[:-1]]), axis=0, dtype=np.int32)
@@ -193,7 +192,7 @@ def _ranked_labels(
     def rank_label(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
         order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
         ends = tie_ends(scores[order], at) if "sklearn" in rules else None
-        # Only what comes before the last positive (or ties with it) is ever looked at.
+        # Images after the last positive (and its ties) are not used.
         used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
         return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
 
@@ -201,7 +200,7 @@ def _ranked_labels(
 
 
 def _eleven(envelope: Array, hits: Array) -> Array:
-    """11-point AP (B,) from the falling precisions and the hits at each positive, both (n, B)."""
+    """11-point AP (B,) from the precision envelope and the hits at each positive, both (n, B)."""
     values = np.empty(envelope.shape[1])
     for b, n in enumerate(hits[-1].astype(np.int64)):
         reached = np.searchsorted(hits[:, b], eleven_points(int(n)) + 1)

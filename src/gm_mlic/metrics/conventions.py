@@ -1,4 +1,4 @@
-"""How the literature counts: each published convention is a named set of plain options."""
+"""Published metric conventions: each is a named set of options."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ DifficultRule = Literal["ignore", "negative", "positive"]
 
 @dataclass(frozen=True)
 class Convention:
-    """Every choice behind a number. The defaults are those of ``mlgcn``.
+    """Options of the metrics. The defaults are those of ``mlgcn``.
 
     Attributes:
-        ap: area under the precision-recall points of one label. ``rank``: mean of the precision at each positive's
-            rank; ``envelope``: the same after replacing each precision by the best at that rank or deeper (VOC 2010
-            on); ``voc11``: mean of that envelope at recalls 0, 0.1, ..., 1 (VOC 2007); ``sklearn``: rank AP with equal
-            scores taken as one rank. In the other three, equal scores rank in row order.
-        difficult_ap: what a difficult pair of image and label (VOC) is in AP: left out, a negative, or a positive.
+        ap: average precision of one label. ``rank``: mean precision at the ranks of the positives; ``envelope``: the
+            same with each precision replaced by the maximum at this or a lower rank (VOC 2010 on); ``voc11``: mean of
+            that envelope at recalls 0, 0.1, ..., 1 (VOC 2007); ``sklearn``: rank AP with tied scores as one rank. In
+            the other three, tied scores are ranked in row order.
+        difficult_ap: treatment of difficult image-label pairs (VOC) in AP: ``ignore``, ``negative`` or ``positive``.
         difficult_f1: the same for precision, recall and F1.
         f1: CF1 is the F1 ``of_means`` (of CP and CR) or the ``mean_of`` the labels' F1.
-        topk: under ``top3/``, a label must be among the image's 3 highest and pass the threshold (``threshold``), or
-            only be among the 3 highest (``no_threshold``).
-        topk_ties: scores equal to the third highest: the first in label order fill the 3 places (``stable``), or all
-            of them count (``kept``).
-        threshold: a label is predicted if its score compares so with the threshold: one number, or one for each label.
-            It is rounded to the precision of the scores first.
+        topk: under ``top3/``, a label must be among the image's 3 highest scores and pass the threshold
+            (``threshold``), or only be among the 3 highest (``no_threshold``).
+        topk_ties: for scores equal to the third highest, use the first in label order (``stable``) or all (``kept``).
+        threshold: threshold of predicted labels: one number, or one per label. It is rounded to the precision of the
+            scores.
         compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
 
     Raises:
-        ArgumentError: for a value that is not listed here.
+        ArgumentError: if a value is not listed here.
     """
 
     ap: APRule = "rank"
@@ -58,13 +57,13 @@ class Convention:
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         for value in each:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ArgumentError("threshold", f"is {value!r}: give a number in [0, 1].")
+                raise ArgumentError("threshold", f"is {value!r}: expected a number in [0, 1].")
             if not 0.0 <= value <= 1.0:
-                raise ArgumentError("threshold", f"is {value}: scores are in [0, 1], so choose it there.")
+                raise ArgumentError("threshold", f"is {value}: expected a number in [0, 1], as the scores.")
 
 
-#: Conventions by name. Where a source does not say (ssgrl and voc11: F1 and top-3; asl: difficult and top-3), the
-#: value is mlgcn's; for asl, whose targets are {0, 1}, difficult is a negative throughout.
+#: Conventions by name. Options that a source does not define (ssgrl and voc11: F1 and top-3; asl: top-3) are those of
+#: mlgcn. In asl, whose targets are {0, 1}, difficult labels are negatives in AP and F1.
 CONVENTIONS: dict[str, Convention] = {
     "mlgcn": Convention(),
     "ssgrl": Convention(ap="envelope", difficult_ap="negative"),
@@ -76,15 +75,15 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 def get_convention(name: str = "mlgcn", **options: Any) -> Convention:
-    """The convention called ``name``, with single options replaced.
+    """Return a convention, with some options replaced.
 
     Raises:
-        ArgumentError: for an unknown convention, option or value.
+        ArgumentError: if the convention, an option or a value is unknown.
     """
     if name not in CONVENTIONS:
         raise ArgumentError("convention", f"is {name!r}: choose one of {', '.join(CONVENTIONS)}.")
     known = [field.name for field in fields(Convention)]
     for option in options:
         if option not in known:
-            raise ArgumentError(option, f"is not an option: choose among {', '.join(known)}.")
+            raise ArgumentError(option, f"is not an option: choose one of {', '.join(known)}.")
     return replace(CONVENTIONS[name], **options)

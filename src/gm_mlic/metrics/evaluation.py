@@ -1,4 +1,4 @@
-"""Everything there is to say about score tables: every convention, intervals, a paired test, fitted thresholds."""
+"""Evaluation of scores: all conventions, bootstrap intervals, paired test, fitted thresholds."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ def evaluate_scores(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate the first table of scores under every convention; compare it with the second, if there is one.
+    """Evaluate the first scores under every convention, and compare them with the second, if given.
 
     Args:
-        images: scores of one model, or of two, and targets.
-        val: the first model's scores of validation images: thresholds are fitted on them.
-        conventions: by name.
-        bootstrap: resamples of the images for 95 % intervals of mAP; 0 for none.
-        seed: of the resamples.
+        images: targets and the scores of one or two models.
+        val: validation scores of the first model, to fit thresholds.
+        conventions: conventions by name.
+        bootstrap: number of resamples for 95 % intervals of mAP; 0 for none.
+        seed: seed of the resamples.
 
     Returns:
-        All JSON, in per cent: ``images``, ``labels``, ``target_format``, ``excluded_labels`` (without a positive),
-        ``metrics`` by convention; with ``bootstrap`` its settings and ``intervals`` of mAP by convention; with ``val``
-        ``calibrated`` (metrics) and ``thresholds``; with two models ``against`` (metrics) and ``difference`` of their
-        mAP with interval and p.
+        JSON-compatible dictionary, in percent: ``images``, ``labels``, ``target_format``, ``excluded_labels`` (without
+        positives), ``metrics`` by convention; with ``bootstrap``, its settings and ``intervals`` of mAP by convention;
+        with ``val``, ``calibrated`` (metrics) and ``thresholds``; with two models, ``against`` (metrics) and
+        ``difference`` (interval and p of the difference in mAP).
 
     Raises:
-        DataError: if the validation images have other labels.
+        DataError: if the labels of ``val`` differ.
     """
     labels = images.labels or tuple(str(c) for c in range(images.targets.shape[1]))
     _check_same_labels(images, val)
@@ -90,26 +90,25 @@ def evaluate_files(
     seed: int = 0,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """:func:`evaluate_scores` of files, see :func:`~gm_mlic.metrics.score_files.read_scored_images`.
+    """Evaluate files as :func:`evaluate_scores`; see :func:`~gm_mlic.metrics.score_files.read_scored_images`.
 
     Args:
         scores, targets: the files.
-        against: another model's scores of the same images.
-        val: scores and targets of validation images, to fit thresholds on.
-        target_format, allow_all_present: of the targets, see
-            :func:`~gm_mlic.metrics.score_files.read_scored_images`.
+        against: scores of another model for the same images.
+        val: scores and targets of validation images, to fit thresholds.
+        target_format, allow_all_present: see :func:`~gm_mlic.metrics.score_files.read_scored_images`.
         bootstrap, seed: see :func:`evaluate_scores`.
-        out: a folder; the result is written to ``STEM.json`` there, named after the file of scores.
+        out: folder in which the result is written as ``STEM.json``, named after the score file.
 
     Raises:
-        GMMLICError: for files that cannot be evaluated.
+        GMMLICError: if the files cannot be evaluated.
     """
     read = partial(read_scored_images, target_format=target_format, allow_all_present=allow_all_present)
     images = read([scores] if against is None else [scores, against], targets)
-    fitted_on = None if val is None else read([val[0]], val[1])
+    val_images = None if val is None else read([val[0]], val[1])
     files = {"scores": scores, "targets": targets, "against": against}
     result: dict[str, Any] = {f"{name}_file": str(path) for name, path in files.items() if path is not None}
-    result |= evaluate_scores(images, val=fitted_on, bootstrap=bootstrap, seed=seed)
+    result |= evaluate_scores(images, val=val_images, bootstrap=bootstrap, seed=seed)
     if out is not None:
         path = Path(out) / f"{Path(scores).stem}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,14 +121,14 @@ def evaluate_files(
 def metrics_of(
     scores: Tensor, targets: Tensor, rules: Convention, labels: Sequence[str], difficult: Tensor | None = None
 ) -> dict[str, Any]:
-    """The metrics as JSON: per cent, ``AP`` by label, None where there is no value. Targets are in {0, 1}."""
+    """Metrics as JSON in percent, with ``AP`` by label; None for undefined values. Targets are in {0, 1}."""
     metrics = MultiLabelMetrics(len(labels), labels=labels, **asdict(rules))
     metrics.update(scores, targets, difficult)
     return by_name(metrics.compute(), labels)
 
 
 def by_name(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-    """Computed metrics as JSON; it knows no NaN, so what has no value (AP of a label without positives) is None."""
+    """Computed metrics as JSON, with ``AP`` by label; NaN (AP of labels without positives) becomes None."""
     named: dict[str, Any] = {name: _number(value) for name, value in values.items() if name != "AP"}
     named["AP"] = {label: _number(ap) for label, ap in zip(labels, values["AP"], strict=True)}
     return named
@@ -143,7 +142,7 @@ def calibrated(
     labels: Sequence[str],
     difficult: Tensor | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Metrics with fitted thresholds, and those by label."""
+    """Metrics with fitted thresholds, and the thresholds by label."""
     fitted = asdict(rules) | {"threshold": thresholds}
     metrics = metrics_of(scores, targets, Convention(**fitted), labels, difficult)
     return metrics, dict(zip(labels, thresholds.tolist(), strict=True))
@@ -157,7 +156,7 @@ def bootstrapped(
     seed: int,
     difficult: Tensor | None = None,
 ) -> dict[str, Any]:
-    """``bootstrap``, ``intervals`` and, for two models, ``difference``, as :func:`evaluate_scores` returns them."""
+    """Entries ``bootstrap``, ``intervals`` and, for two models, ``difference`` of :func:`evaluate_scores`."""
     rules = list(conventions.values())
     with _progress("bootstrap", resamples) as advance:
         drawn = bootstrap_map(scores, targets, rules, resamples, seed, advance, difficult=difficult)
@@ -192,7 +191,7 @@ def _check_same_labels(images: ScoredImages, val: ScoredImages | None) -> None:
         return
     if val.targets.shape[1] != images.targets.shape[1]:
         raise DataError(
-            f"val_scores have {val.targets.shape[1]} labels, scores {images.targets.shape[1]}: they must be the same."
+            f"val_scores have {val.targets.shape[1]} labels, scores {images.targets.shape[1]}: they must be equal."
         )
     if images.labels is not None and val.labels is not None and images.labels != val.labels:
         c = next(c for c, label in enumerate(images.labels) if label != val.labels[c])
@@ -207,7 +206,7 @@ def _number(value: Any) -> float | None:
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, which goes when it is full; else a log line every 10 s."""
+    """Progress: a transient bar on a terminal, else a log line every 10 s."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,11 +1,11 @@
-"""The numbers themselves, as pure functions of scores (N, C) and targets (N, C).
+"""Functional metrics of scores (N, C) and targets (N, C).
 
-Targets are in {0, 1}, of bool, integers or floats, with an optional mask ``difficult`` (N, C) bool; or, with
+Targets are in {0, 1} (bool, integers or floats), with an optional mask ``difficult`` (N, C) bool; or, with
 ``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalize_targets`.
 
-All are fractions in [0, 1], float64, on the scores' device; no input is changed. The counting is done by numpy on the
-CPU, a few labels (AP) or a few thousand images (precision, recall) at a time, on ``torch.get_num_threads()`` threads:
-no table of the scores' size is made.
+Results are fractions in [0, 1], float64, on the device of the scores; inputs are not modified. Counting uses numpy on
+the CPU, in blocks of a few labels (AP) or a few thousand images (precision, recall), on ``torch.get_num_threads()``
+threads, without temporary arrays of the scores' size.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gm_mlic.targets import TargetFormat, normalize_targets
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
-#: Labels ranked at a time by one thread: their scores are copied into contiguous rows.
+#: Labels per block of one thread; their scores are copied into contiguous rows.
 _LABELS = 8
-#: Images judged at a time by one thread.
+#: Images per block of one thread.
 _IMAGES = 4096
-#: Scores from which a second thread is worth its start.
-_MANY = 1 << 18
+#: Minimum number of scores for multithreading.
+_MIN_THREADED = 1 << 18
 
 
 def checked_targets(
@@ -42,18 +42,21 @@ def checked_targets(
     allow_all_present: bool,
     num_labels: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalize_targets`) of tables that fit each other."""
+    """Check scores and targets; returns ``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalize_targets`)."""
     check_scores(scores, targets, num_labels)
     return normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
 
 
 def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None) -> None:
-    """Raise :class:`~gm_mlic.errors.DataError` unless scores can be evaluated with targets; their values aside.
+    """Check scores, and that targets have the same shape; values of targets are not checked.
 
     Args:
-        scores: (N, C) floating, finite, in [0, 1].
+        scores: (N, C) floating-point, finite, in [0, 1].
         targets: (N, C).
-        num_labels: C, if it is known from elsewhere.
+        num_labels: expected C, if known.
+
+    Raises:
+        DataError: if the check fails.
     """
     if scores.ndim != 2 or (num_labels is not None and scores.shape[1] != num_labels):
         expected = f"(images, {'labels' if num_labels is None else num_labels})"
@@ -61,17 +64,17 @@ def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None)
     if targets.shape != scores.shape:
         raise DataError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} differ in shape.")
     if not scores.is_floating_point():
-        raise DataError(f"scores are {scores.dtype}: give floating-point probabilities in [0, 1].")
+        raise DataError(f"scores are {scores.dtype}: expected floating-point probabilities in [0, 1].")
     if scores.numel() == 0:
         return
     low, high = torch.aminmax(scores)
     if torch.isnan(low) or torch.isnan(high):
         row, column = torch.isnan(scores).nonzero()[0].tolist()
         raise DataError(
-            f"scores hold NaN (first at row {row}, label {column}): the model diverged or the file is damaged."
+            f"scores contain NaN (first at row {row}, label {column}): the model diverged or the file is damaged."
         )
     if low < 0 or high > 1:
-        raise DataError(f"scores lie in [{low:.4g}, {high:.4g}], not in [0, 1]: apply a sigmoid to logits.")
+        raise DataError(f"scores are in [{low:.4g}, {high:.4g}], expected [0, 1]: apply a sigmoid to logits.")
 
 
 def average_precision(
@@ -84,22 +87,22 @@ def average_precision(
     target_format: TargetFormat = "binary",
     allow_all_present: bool = False,
 ) -> Tensor:
-    r"""Average precision of each label.
+    r"""Average precision per label.
 
-    With the counted images sorted by falling score, let :math:`P(r)` be the share of positives among the first r.
-    ``rank``: :math:`AP = \frac{1}{n} \sum_{i=1}^{n} P(r_i)` over the n positives at ranks :math:`r_i`. The other rules
-    are told in :class:`~gm_mlic.metrics.conventions.Convention`. The recalls of ``voc11`` are compared in integers, so
-    that 3 positives of 10 do reach recall 0.3. Equal scores rank in row order (stable) but for ``sklearn``.
+    With the counted images sorted by descending score, let :math:`P(r)` be the fraction of positives among the first r.
+    ``rank``: :math:`AP = \frac{1}{n} \sum_{i=1}^{n} P(r_i)` over the n positives at ranks :math:`r_i`. For the other
+    rules, see :class:`~gm_mlic.metrics.conventions.Convention`. Recalls of ``voc11`` are compared as integers, so that
+    3 of 10 positives reach recall 0.3. Ties are ranked in row order, except for ``sklearn``.
 
     Args:
         scores: (N, C).
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        ap: which rule.
-        difficult_ap: what a difficult pair of image and label is: left out, a negative or a positive.
+        ap: AP rule.
+        difficult_ap: treatment of difficult image-label pairs: ``ignore``, ``negative`` or ``positive``.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
-        (C,) float64 in [0, 1]; NaN for a label without a positive.
+        (C,) float64 in [0, 1]; NaN for labels without positives.
     """
     present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     return _average_precision(scores, present, difficult, ap, difficult_ap)
@@ -108,7 +111,7 @@ def average_precision(
 def _average_precision(
     scores: Tensor, present: Tensor, difficult: Tensor | None, ap: APRule, difficult_ap: DifficultRule
 ) -> Tensor:
-    """:func:`average_precision` of tables that were checked."""
+    """:func:`average_precision` of validated inputs."""
 
     def label_ap(scores: Array, present: Array, difficult: Array | None) -> float:
         order, at = ranking(scores, *positives_and_counted(present, difficult, difficult_ap))
@@ -122,7 +125,7 @@ def _average_precision(
 def for_each_label(
     function: Callable[[Array, Array, Array | None], T], scores: Tensor, present: Tensor, difficult: Tensor | None
 ) -> list[T]:
-    """``function(scores (N,), present (N,), difficult (N,) or None)`` of every label, in threads."""
+    """Apply ``function(scores (N,), present (N,), difficult (N,) or None)`` to every label, in threads."""
     tables = [None if table is None else _array(table) for table in (scores, present, difficult)]
 
     def label_block(first: int) -> list[T]:
@@ -138,7 +141,7 @@ def for_each_label(
 
 
 def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Array, Array]:
-    """The counted images of one label by falling score, equal scores in row order, and the places of its positives.
+    """Sort the counted images of one label by descending score (stable), and locate its positives.
 
     Args:
         scores: (N,) float32 or float64 in [0, 1].
@@ -146,40 +149,40 @@ def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Arra
         counted: (N,) bool; None for all.
 
     Returns:
-        ``order`` (M,) rows, best first, and ``at`` (n,), rising: ``order[at]`` are the positives.
+        ``order`` (M,) rows, and ``at`` (n,) ascending positions: ``order[at]`` are the positives.
     """
     rows = None if counted is None or counted.all() else np.flatnonzero(counted)
-    order = _falling(scores if rows is None else scores[rows])
+    order = _descending(scores if rows is None else scores[rows])
     if rows is not None:
         order = rows[order]
     return order, np.flatnonzero(positive[order])
 
 
-def _falling(scores: Array) -> Array:
-    """Stable argsort, highest first."""
+def _descending(scores: Array) -> Array:
+    """Stable descending argsort."""
     if scores.dtype != np.float32 or len(scores) >= 1 << 32:
         return np.argsort(-scores, kind="stable")
-    # The bits of floats in [0, 1] (without the sign of -0.0) rise with their value. With the row below them, the keys
-    # are unique, and sorting integers in place is twice as fast as a stable argsort.
-    falling = (0x3F800000 - (scores.view(np.int32) & 0x7FFFFFFF)).astype(np.int64)
-    keys = (falling << 32) | np.arange(len(scores))
+    # The bits of floats in [0, 1] (without the sign of -0.0) are ordered as their values. With the row number as lower
+    # bits, keys are unique, and sorting integers in place is twice as fast as a stable argsort.
+    inverted = (0x3F800000 - (scores.view(np.int32) & 0x7FFFFFFF)).astype(np.int64)
+    keys = (inverted << 32) | np.arange(len(scores))
     keys.sort()
     keys &= 0xFFFFFFFF
     return keys
 
 
 def tie_ends(ranked: Array, at: Array) -> Array:
-    """How many images score at least as high as each positive: (n,), for falling scores ``ranked`` (M,)."""
+    """(n,) number of images that score at least as high as each positive, for descending scores ``ranked`` (M,)."""
     return np.searchsorted(-ranked, -ranked[at], side="right")
 
 
 def area(at: Array, ends: Array | None, ap: APRule) -> float:
-    """AP of one label from the places (from 0) of its positives; ``ends`` are the :func:`tie_ends` (``sklearn``)."""
+    """AP of one label from the positions (from 0) of its positives; ``ends`` are the :func:`tie_ends` (``sklearn``)."""
     n = len(at)
     if n == 0:
         return float("nan")
     precision = np.arange(1, n + 1) / (at + 1) if ends is None else np.searchsorted(at, ends) / ends
-    if ap in ("envelope", "voc11"):  # between two positives precision falls, so the best is at a positive
+    if ap in ("envelope", "voc11"):  # precision is maximal at positives
         precision = np.maximum.accumulate(precision[::-1])[::-1]
     if ap == "voc11":
         precision = precision[eleven_points(n)]
@@ -187,13 +190,13 @@ def area(at: Array, ends: Array | None, ap: APRule) -> float:
 
 
 def eleven_points(n: int) -> Array:
-    """(11,) which of n positives (from 0) first reaches recall 0, 0.1, ..., 1."""
+    """(11,) index of the first of n positives that reaches recall 0, 0.1, ..., 1."""
     return np.maximum((np.arange(11) * n + 9) // 10, 1) - 1
 
 
 @dataclass(frozen=True)
 class PrecisionRecall:
-    """Precision, recall and F1 as means over labels (C...) and over all decisions (O...), 0-d float64 in [0, 1]."""
+    """Precision, recall and F1 per class (C...) and overall (O...), 0-d float64 in [0, 1]."""
 
     CP: Tensor
     CR: Tensor
@@ -204,12 +207,12 @@ class PrecisionRecall:
 
 
 def predicted(scores: Tensor, convention: Convention, top: int | None = None) -> Tensor:
-    """Which labels count as predicted: (N, C) bool.
+    """Predicted labels as a mask (N, C) bool.
 
     Args:
         scores: (N, C).
-        convention: its ``threshold``, ``compare`` and, with ``top``, its ``topk`` and ``topk_ties``.
-        top: allow only the labels among the ``top`` highest scores of each image.
+        convention: its ``threshold``, ``compare`` and, with ``top``, its ``topk`` and ``topk_ties`` are used.
+        top: restrict predictions to the ``top`` highest scores of each image.
 
     Raises:
         ArgumentError: if the convention has thresholds for another number of labels.
@@ -255,19 +258,19 @@ def precision_recall(
     target_format: TargetFormat = "binary",
     allow_all_present: bool = False,
 ) -> PrecisionRecall:
-    r"""CP, CR, CF1, OP, OR and OF1.
+    r"""Per-class and overall precision, recall and F1 (CP, CR, CF1, OP, OR, OF1).
 
-    With :math:`N^c_c` the correct, :math:`N^p_c` all predicted and :math:`N^g_c` all true occurrences of label c:
+    With :math:`N^c_c` correct, :math:`N^p_c` predicted and :math:`N^g_c` true occurrences of label c:
     :math:`CP = \frac{1}{C} \sum_c N^c_c / N^p_c`, :math:`CR = \frac{1}{C} \sum_c N^c_c / N^g_c`,
-    :math:`OP = \sum_c N^c_c / \sum_c N^p_c`, :math:`OR = \sum_c N^c_c / \sum_c N^g_c`, and F1 is
-    :math:`2PR / (P + R)`. A label that is never predicted has precision 0. Labels without a positive are left out of
-    the means over labels (all NaN if no label has one) but their predictions count in OP. 0/0 is 0 in the O-numbers.
+    :math:`OP = \sum_c N^c_c / \sum_c N^p_c`, :math:`OR = \sum_c N^c_c / \sum_c N^g_c`, and
+    :math:`F1 = 2PR / (P + R)`. Labels that are never predicted have precision 0. Labels without positives are excluded
+    from means over labels (NaN if no label has any), but their predictions count in OP. Overall metrics are 0 for 0/0.
 
     Args:
         scores: (N, C).
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        convention: its options for F1.
-        top: allow only the labels among the ``top`` highest scores of each image.
+        convention: its F1 options are used.
+        top: restrict predictions to the ``top`` highest scores of each image.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Raises:
@@ -281,7 +284,7 @@ def precision_recall(
 def _precision_recalls(
     scores: Tensor, present: Tensor, difficult: Tensor | None, convention: Convention, tops: Sequence[int | None]
 ) -> list[PrecisionRecall]:
-    """:func:`precision_recall` for each of ``tops``, of tables that were checked."""
+    """:func:`precision_recall` for each of ``tops``, with validated inputs."""
     s, p = _array(scores), _array(present)
     d = None if difficult is None else _array(difficult)
     thresholds = _thresholds(convention, s)
@@ -318,14 +321,14 @@ def _f1(precision: Tensor, recall: Tensor) -> Tensor:
 
 
 def positives_and_counted(present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array | None]:
-    """Which pairs are positives, and which count at all (None: all; all positives do), as masks of the same shape."""
+    """Masks of positives and of counted pairs (None: all). All positives are counted."""
     if difficult is None:
         return present, None
     return present | difficult if rule == "positive" else present, ~difficult if rule == "ignore" else None
 
 
 def _thresholds(convention: Convention, scores: Array) -> Array:
-    """The threshold (), or those of the labels (C,), in the precision of the scores."""
+    """Threshold () or thresholds (C,), in the precision of the scores."""
     thresholds = np.asarray(convention.threshold, dtype=scores.dtype)
     if thresholds.ndim and len(thresholds) != scores.shape[1]:
         raise ArgumentError("threshold", f"has {len(thresholds)} values for {scores.shape[1]} labels.")
@@ -333,15 +336,15 @@ def _thresholds(convention: Convention, scores: Array) -> Array:
 
 
 def _array(tensor: Tensor) -> Array:
-    """A tensor as numpy sees it; half precision, which numpy lacks or is slow at, as float32."""
+    """Numpy view of a tensor; half precision becomes float32."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
     array: Array = (tensor.detach().float() if half else tensor.detach()).cpu().numpy()
     return array
 
 
 def in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:
-    """``function`` of each, in order. Sorting and comparing run without Python's lock, so threads help."""
-    if size < _MANY or torch.get_num_threads() == 1:
+    """Ordered ``map`` in threads; numpy releases the GIL while sorting and comparing."""
+    if size < _MIN_THREADED or torch.get_num_threads() == 1:
         return [function(first) for first in firsts]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(function, firsts))

@@ -1,4 +1,4 @@
-"""The metric object: collects scores and targets over batches and processes, then computes every number at once."""
+"""Torchmetrics metric that accumulates scores and targets over batches and processes."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _STATES = ("scores", "targets", "difficult", "ids")
 
 
 class MultiLabelMetrics(Metric):
-    """mAP, AP, CP/CR/CF1 and OP/OR/OF1, over all predictions and over the 3 highest of each image.
+    """Metrics mAP, AP, CP/CR/CF1 and OP/OR/OF1, over all predictions and over the top 3 of each image.
 
-    Exact: all scores are kept, nothing is binned. States are concatenated over processes. Inputs are copied, never
-    changed. Of rows that share an id (as a distributed sampler pads with), one is kept; where every row has an id, rows
-    are ranked in the order of their ids, so that ties give the same result for any number of processes.
+    Results are exact: all scores are kept, without binning. States are concatenated over processes; inputs are copied.
+    Rows with the same id (padding of a distributed sampler) are counted once. If all rows have ids, they are sorted by
+    id, so that ties give the same result for any number of processes.
 
     Args:
         num_labels: C.
         convention: a key of :data:`~gm_mlic.metrics.conventions.CONVENTIONS`.
-        labels: the C names, used in ``excluded_labels``; the column numbers by default.
-        target_format: ``binary`` (default) for targets in {0, 1}, difficult ones being a mask; ``voc`` for targets in
+        labels: the C names, used in ``excluded_labels``; default: column numbers.
+        target_format: ``binary`` (default) for targets in {0, 1} and a difficult mask; ``voc`` for targets in
             {1, 0, -1}, where 0 is difficult.
         allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
-        options: single options of :class:`~gm_mlic.metrics.conventions.Convention` that replace the convention's.
+        options: options of :class:`~gm_mlic.metrics.conventions.Convention` that override the convention.
 
     Attributes:
-        convention: the options in force.
-        excluded_labels: after ``compute``, names of the labels without a positive, which no mean over labels contains.
+        convention: the resulting options.
+        excluded_labels: after ``compute``, names of labels without positives, excluded from means over labels.
 
     Raises:
-        ArgumentError: for an unknown convention, option or value.
+        ArgumentError: if the convention, an option or a value is unknown.
     """
 
     full_state_update = False
@@ -63,7 +63,7 @@ class MultiLabelMetrics(Metric):
     ) -> None:
         super().__init__()
         if num_labels < 1:
-            raise ArgumentError("num_labels", f"is {num_labels}: at least one label is needed.")
+            raise ArgumentError("num_labels", f"must be 1 or more, got {num_labels}.")
         if labels is not None and len(labels) != num_labels:
             raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
         check_target_format(target_format)
@@ -84,20 +84,20 @@ class MultiLabelMetrics(Metric):
         *,
         ids: Tensor | Sequence[int] | None = None,
     ) -> None:
-        """Add a batch.
+        """Accumulate a batch.
 
         Args:
             scores: (N, C) probabilities in [0, 1].
             targets: (N, C) in {0, 1}, of bool, integers or floats; in {1, 0, -1} with ``target_format="voc"``.
-            difficult: (N, C) bool, which pairs of image and label are difficult (VOC); default: none. The convention
-                says what they count as.
-            ids: (N,) integers >= 0, one for each image of the dataset (its row, say).
+            difficult: (N, C) bool mask of difficult image-label pairs (VOC); default: none. The convention defines
+                their treatment.
+            ids: (N,) integers >= 0, unique per image (such as the row in the dataset).
 
         Raises:
-            DataError: for NaN, scores outside [0, 1], other target values, or shapes that do not fit.
-            ArgumentError: for a ``difficult`` that is no bool mask of this shape, or comes with ``voc``.
+            DataError: if scores are NaN or outside [0, 1], targets have other values, or shapes do not match.
+            ArgumentError: if ``difficult`` is not a bool mask of this shape, or is given with ``voc``.
         """
-        # Half precision becomes float32 without loss (ties stay ties); float64 stays.
+        # Half precision is converted to float32 exactly (ties stay ties); float64 is kept.
         kept = scores.detach().to(torch.promote_types(scores.dtype, torch.float32), copy=True)
         if not scores.is_floating_point():
             kept = scores
@@ -109,7 +109,7 @@ class MultiLabelMetrics(Metric):
         else:
             rows = torch.as_tensor(ids, device=kept.device)
             if rows.shape != (len(kept),) or rows.is_floating_point() or (rows.numel() and rows.min() < 0):
-                raise DataError(f"ids must be {len(kept)} integers >= 0, one for each row of scores.")
+                raise DataError(f"ids must be {len(kept)} integers >= 0, one per row of scores.")
             rows = rows.to(torch.int64, copy=True)
         self.scores.append(kept)
         self.targets.append(present.to(kept.device))
@@ -119,7 +119,7 @@ class MultiLabelMetrics(Metric):
         self.ids.append(rows)
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the states of all processes; one that saw no image takes part with no rows."""
+        """Gather the states of all processes; a process without images contributes no rows."""
         if isinstance(self.scores, list) and not self.scores:
             self.scores.append(torch.empty(0, self.num_labels, device=self.device))
             for masks in (self.targets, self.difficult):
@@ -128,14 +128,15 @@ class MultiLabelMetrics(Metric):
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Tensor]:
-        """All numbers, in percent (0 to 100), float64.
+        """Compute all metrics in percent (0 to 100), float64.
 
         Returns:
-            ``mAP``, ``CP``, ``CR``, ``CF1``, ``OP``, ``OR``, ``OF1``, and the six under ``top3/``: 0-d; ``AP``:
-            (C,), NaN for labels without a positive, which no mean over labels contains. A mean over no label is NaN.
+            ``mAP``, ``CP``, ``CR``, ``CF1``, ``OP``, ``OR``, ``OF1``, and the last six under ``top3/``: 0-d; ``AP``:
+            (C,), NaN for labels without positives, which are excluded from means over labels. A mean over no label is
+            NaN.
 
         Raises:
-            DataError: if there was no image, or one id came with different targets.
+            DataError: if there are no images, or one id has different targets.
         """
         scores, targets, difficult, _ = self._rows()
         rules = self.convention
@@ -149,46 +150,46 @@ class MultiLabelMetrics(Metric):
         return {name: 100 * value for name, value in result.items()}
 
     def collected(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """What all processes were given, each row once.
+        """Accumulated rows of all processes, without duplicates.
 
         Returns:
-            scores (N, C); targets (N, C) bool, False where difficult; difficult (N, C) bool, None if nothing is; ids
-            (N,), -1 where none were given.
+            scores (N, C); targets (N, C) bool, False for difficult pairs; difficult (N, C) bool, None if there are
+            none; ids (N,), -1 if not given.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return self._rows()
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """See :meth:`collected`, of this process. The rows replace the batches, so none is held twice."""
+        """:meth:`collected` of this process. The rows replace the batches to save memory."""
         if not len(self.scores):
-            raise DataError("There is nothing to evaluate: no scores were given.")
+            raise DataError("There are no scores to evaluate: call update first.")
         for name in _STATES:
             setattr(self, name, [dim_zero_cat(getattr(self, name))])
         ids = self.ids[0]
         if len(ids) == 0:
-            raise DataError("There is nothing to evaluate: no scores were given.")
+            raise DataError("There are no scores to evaluate: call update first.")
         if bool((ids < 0).any()):
             if not bool((ids < 0).all()):
-                raise DataError("Some rows came with ids and some without: give ids to every update or to none.")
+                raise DataError("Some rows have ids and some do not: pass ids to every update or to none.")
         elif not bool((ids[1:] > ids[:-1]).all()):
             self._sort_rows()
         difficult = self.difficult[0] if bool(self.difficult[0].any()) else None
         return self.scores[0], self.targets[0], difficult, self.ids[0]
 
     def _sort_rows(self) -> None:
-        """Put the rows in the order of their ids, each id once."""
+        """Sort the rows by id and drop duplicates."""
         ids, order = self.ids[0].sort(stable=True)
-        again = torch.zeros_like(ids, dtype=torch.bool)
-        again[1:] = ids[1:] == ids[:-1]
-        here = again.nonzero()[:, 0]
-        row, before = order[here], order[here - 1]
+        duplicate = torch.zeros_like(ids, dtype=torch.bool)
+        duplicate[1:] = ids[1:] == ids[:-1]
+        at = duplicate.nonzero()[:, 0]
+        row, before = order[at], order[at - 1]
         differs = (
             (self.targets[0][row] != self.targets[0][before]) | (self.difficult[0][row] != self.difficult[0][before])
         ).any(1)
         if differs.any():
             raise DataError(
-                f"Image id {int(ids[here[differs][0]])} came twice with different targets: ids must be unique."
+                f"Image id {int(ids[at[differs][0]])} occurs twice with different targets: ids must be unique."
             )
-        keep = order[~again]
+        keep = order[~duplicate]
         for name in _STATES:
             setattr(self, name, [getattr(self, name)[0][keep]])

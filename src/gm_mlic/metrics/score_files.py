@@ -1,4 +1,4 @@
-"""Files of scores and targets from any model: ``.npz``, ``.csv`` and ``.pt``. Nothing in them is guessed."""
+"""Score and target files (``.npz``, ``.csv``, ``.pt``) of any model."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gm_mlic.metrics.functional import check_scores
 from gm_mlic.safe_load import load_arrays, load_tensors
 from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalize_targets
 
-#: Headers under which the first column of a CSV file holds image ids even where they are numbers.
+#: Headers of a first CSV column with image ids, even if its values are numbers.
 _ID_HEADERS = ("", "id", "ids", "image", "image_id", "file", "file_name", "filename")
 
 
 @dataclass(frozen=True)
 class Table:
-    """One file: values (N, C), the names of its rows and columns where it has them, and the mask of difficult ones."""
+    """Content of one file: values (N, C), optional mask of difficult labels, optional row and column names."""
 
     path: Path
     values: Tensor
@@ -34,15 +34,15 @@ class Table:
 
 @dataclass(frozen=True)
 class ScoredImages:
-    """Models' scores for the same images, ready to evaluate.
+    """Aligned scores of one or several models, with targets.
 
     Attributes:
-        scores: (N, C) for each file of scores, rows in the order of the targets.
-        targets: (N, C) bool, which labels are present; False where difficult.
-        difficult: (N, C) bool, or None if the file of targets says nothing about it.
+        scores: (N, C) per score file, with rows in the order of the targets.
+        targets: (N, C) bool mask of present labels; False for difficult ones.
+        difficult: (N, C) bool, or None if the target file has no such mask.
         ids: the N image ids, if a file has them.
         labels: the C names, if a file has them.
-        target_format: how the targets were written: ``binary`` or ``voc``.
+        target_format: format of the target file: ``binary`` or ``voc``.
     """
 
     scores: tuple[Tensor, ...]
@@ -60,20 +60,19 @@ def read_scored_images(
     *,
     allow_all_present: bool = False,
 ) -> ScoredImages:
-    """Read files of scores and the file of targets they are to be held against.
+    """Read score files and a target file.
 
-    Rows are matched by image id where both files have ids, else by their order. Label names must agree, in order.
+    Rows are matched by image id if both files have ids, else by order. Label names must be equal, in order.
 
     Args:
-        scores: one file for each model, see :func:`read_table`.
-        targets: a file of targets; it may be one of the ``scores`` if that holds both.
+        scores: one file per model, see :func:`read_table`.
+        targets: target file; it may be one of the ``scores`` if that contains both.
         target_format: ``binary`` (default) for {0, 1}; ``voc`` for {1, 0, -1}, where 0 is difficult.
         allow_all_present: with ``voc``, accept targets without any -1 (default: refuse them).
 
     Raises:
-        DataError: for a file that cannot be read, values that cannot be evaluated, repeated ids or labels, and files
-            that do not fit each other.
-        ArgumentError: for another ``target_format``.
+        DataError: if a file cannot be read, has invalid values, repeats ids or labels, or does not match the others.
+        ArgumentError: if ``target_format`` is unknown.
     """
     check_target_format(target_format)
     truth = read_table(targets, "targets")
@@ -93,13 +92,13 @@ def write_scored_images(
     labels: Sequence[str],
     difficult: Tensor | None = None,
 ) -> None:
-    """Write an ``.npz`` that :func:`read_scored_images` reads as scores and as targets.
+    """Write scores and targets to an ``.npz`` file for :func:`read_scored_images`.
 
     Args:
-        path: of the file.
+        path: output file.
         scores: (N, C).
         targets: (N, C) in {0, 1}; written as int8.
-        ids: of the N images.
+        ids: the N image ids.
         labels: the C names.
         difficult: (N, C) bool, or None.
     """
@@ -121,20 +120,19 @@ def write_scored_images(
 def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
     """Read one file.
 
-    ``.npz``: the array ``key`` and, optionally, ``ids``, ``labels`` and, beside targets in {0, 1}, the mask
-    ``difficult``. ``.pt``: a dict with the same entries, as tensors or lists; nothing in it is executed. ``.csv``: a
-    header with the label names, then a line for each image.
-    Its first column holds ids if its header is empty or one of id, image, image_id, file, file_name, or if none of its
-    cells is a number.
+    ``.npz``: the array ``key``, optionally ``ids``, ``labels`` and, with targets in {0, 1}, the mask ``difficult``.
+    ``.pt``: a dict with the same entries as tensors or lists, loaded with ``weights_only``. ``.csv``: a header with the
+    label names, then one line per image. The first column contains ids if its header is empty or one of id, image,
+    image_id, file, file_name, or if none of its cells is a number.
 
     Raises:
-        DataError: if it cannot be read, or names a row or column twice.
+        DataError: if the file cannot be read or has duplicate ids or labels.
     """
     path = Path(path)
     if path.suffix not in _READERS:
-        raise DataError(f"{path}: unknown kind of file; give {key} as {', '.join(_READERS)}.")
+        raise DataError(f"{path}: unknown suffix; save {key} as {', '.join(_READERS)}.")
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give the file of {key}.")
+        raise DataError(f"{path}: no such file; set the path of the {key}.")
     values, difficult, ids, labels = _READERS[path.suffix](path, key)
     if values.ndim != 2 or not len(values) or values.is_complex():
         raise DataError(f"{path}: {key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
@@ -145,8 +143,8 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
             raise DataError(f"{path}: {len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
         if len(set(names)) != size:
             seen: set[str] = set()
-            twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"{path}: the {what} {twice!r} occurs more than once: give each {what} once.")
+            duplicate = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"{path}: the {what} {duplicate!r} occurs more than once: {what}s must be unique.")
     return Table(path, values, difficult, ids, labels)
 
 
@@ -157,7 +155,7 @@ def _read_npz(path: Path, key: str) -> Content:
     try:
         arrays = load_arrays(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not an .npz of numbers and texts ({error}).") from error
+        raise DataError(f"{path}: not an .npz file of numbers and strings ({error}).") from error
     return _entries(path, key, arrays, arrays)
 
 
@@ -165,22 +163,22 @@ def _read_pt(path: Path, key: str) -> Content:
     try:
         content = load_tensors(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a .pt file of tensors, texts and numbers ({str(error)[:100]}).") from error
+        raise DataError(f"{path}: not a .pt file of tensors, strings and numbers ({str(error)[:100]}).") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {type(content).__name__}; save a dict with {key!r}.")
+        raise DataError(f"{path}: contains a {type(content).__name__}; save a dict with {key!r}.")
     return _entries(path, key, content, content)
 
 
 def _entries(path: Path, key: str, content: Mapping[str, Any], names: Any) -> Content:
     if key not in content:
         raise DataError(
-            f"{path}: has no {key!r} but {', '.join(map(repr, names)) or 'nothing'}; name the table {key!r}."
+            f"{path}: has no {key!r} (only {', '.join(map(repr, names)) or 'nothing'}); rename the entry to {key!r}."
         )
     difficult = None
     if key == "targets" and content.get("difficult") is not None:
         mask = _numbers(path, "difficult", content)
         if first_other_value(mask, (0, 1)) is not None:
-            raise DataError(f"{path}: difficult must be a mask of True and False, or 1 and 0.")
+            raise DataError(f"{path}: difficult must be a mask of bool, or of 1 and 0.")
         difficult = mask.bool()
     return _numbers(path, key, content), difficult, _names(path, "ids", content), _names(path, "labels", content)
 
@@ -189,7 +187,7 @@ def _numbers(path: Path, key: str, content: Mapping[str, Any]) -> Tensor:
     try:
         return torch.as_tensor(content[key])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: {key} are no table of numbers.") from error
+        raise DataError(f"{path}: {key} are not an array of numbers.") from error
 
 
 def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -198,7 +196,7 @@ def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] 
         return None
     names = names.tolist() if hasattr(names, "tolist") else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, int)) for name in names):
-        raise DataError(f"{path}: {key} must be a list of texts or of whole numbers.")
+        raise DataError(f"{path}: {key} must be a list of strings or integers.")
     return tuple(map(str, names))
 
 
@@ -210,7 +208,7 @@ def _read_csv(path: Path, key: str) -> Content:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
             if not header or all(_is_number(name) for name in header):
-                raise DataError(f"{path}: no header; put a first line with the label names.")
+                raise DataError(f"{path}: no header; add a first line with the label names.")
             for row in reader:
                 if len(row) != len(header):
                     raise DataError(f"{path}: line {reader.line_num} has {len(row)} cells, the header {len(header)}.")
@@ -235,8 +233,8 @@ def _read_csv(path: Path, key: str) -> Content:
 
 def _no_number(path: Path, key: str, text: str, where: str, column: str) -> DataError:
     return DataError(
-        f"{path}: {key} must be numbers, not {text!r} ({where}, column {column!r}); a column of image ids comes first "
-        "and is called id."
+        f"{path}: {key} must be numbers, not {text!r} ({where}, column {column!r}); image ids must be in a first "
+        "column named id."
     )
 
 
@@ -252,7 +250,7 @@ _READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".c
 
 
 def _masks(table: Table, target_format: TargetFormat, allow_all_present: bool) -> tuple[Tensor, Tensor | None]:
-    """``present`` and ``difficult`` of a file of targets."""
+    """Masks ``present`` and ``difficult`` of a target file."""
     try:
         return normalize_targets(table.values, table.difficult, target_format, allow_all_present=allow_all_present)
     except (ArgumentError, DataError) as error:
@@ -260,7 +258,7 @@ def _masks(table: Table, target_format: TargetFormat, allow_all_present: bool) -
 
 
 def _align(table: Table, truth: Table) -> Tensor:
-    """The scores with their rows in the order of the targets."""
+    """Scores with rows in the order of the targets."""
     scores = table.values
     if scores.shape != truth.values.shape:
         raise DataError(
@@ -277,17 +275,17 @@ def _align(table: Table, truth: Table) -> Tensor:
     missing = [name for name in truth.ids if name not in row]
     if missing:
         raise DataError(
-            f"{table.path}: no scores for {len(missing)} of the {len(truth.ids)} images in {truth.path}, as "
+            f"{table.path}: no scores for {len(missing)} of the {len(truth.ids)} images in {truth.path}, such as "
             f"{missing[0]!r}."
         )
     return scores[torch.tensor([row[name] for name in truth.ids])]
 
 
 def check_label_lists(lists: Sequence[tuple[Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
-    """The labels that all files name, if any does.
+    """Common labels of all files that have label names, or None.
 
     Raises:
-        DataError: if two files name different labels, or the same in another order.
+        DataError: if labels or their order differ.
     """
     known = [(path, labels) for path, labels in lists if labels is not None]
     for path, labels in known[1:]:
@@ -295,13 +293,10 @@ def check_label_lists(lists: Sequence[tuple[Path, tuple[str, ...] | None]]) -> t
         if labels == expected:
             continue
         if len(labels) != len(expected):
-            raise DataError(f"{path}: {len(labels)} labels, {first} has {len(expected)}: give both the same labels.")
+            raise DataError(f"{path}: {len(labels)} labels, {first} has {len(expected)}: they must be equal.")
         c = next(c for c in range(len(labels)) if labels[c] != expected[c])
-        same = sorted(labels) == sorted(expected)
-        what = "the labels are in another order than" if same else "the labels are not those"
+        what = "the order of the labels differs" if sorted(labels) == sorted(expected) else "the labels differ"
         raise DataError(
-            f"{path}: {what} in {first} (label {c} is {labels[c]!r}, there {expected[c]!r}): write both in one order."
-            if same
-            else f"{path}: {what} of {first} (label {c} is {labels[c]!r}, there {expected[c]!r})."
+            f"{path}: {what} from {first} (label {c} is {labels[c]!r}, expected {expected[c]!r}): make them equal."
         )
     return known[0][1] if known else None

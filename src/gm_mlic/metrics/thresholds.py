@@ -1,4 +1,4 @@
-"""One threshold for each label, fitted on validation images."""
+"""Per-label thresholds fitted on validation images."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ def fit_thresholds(
     target_format: TargetFormat = "binary",
     allow_all_present: bool = False,
 ) -> Tensor:
-    r"""The thresholds that maximise each label's F1 on these images.
+    r"""Fit the thresholds that maximize each label's F1.
 
-    :math:`F1 = 2 N^c / (N^p + N^g)` is tried after every group of equal scores, and the threshold stands halfway
-    between the chosen group's score and the next lower one (0 after the last). Of equally good ones, the highest. A
-    label without a positive keeps the convention's own threshold. Pass the result on as ``threshold``.
+    :math:`F1 = 2 N^c / (N^p + N^g)` is evaluated after every group of tied scores. The threshold is halfway between the
+    best group's score and the next lower one (0 after the last); ties are resolved to the highest. Labels without
+    positives keep the convention's threshold. Pass the result as ``threshold``.
 
-    Fit on validation images only. With few positives the fit follows chance: check it on other images.
+    Fit on validation images only. Thresholds of labels with few positives are noisy: check them on other images.
 
     Args:
         scores: (N, C) in [0, 1].
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        convention: its ``difficult_f1``, ``compare`` and ``threshold``; by default that of ``mlgcn``.
+        convention: its ``difficult_f1``, ``compare`` and ``threshold`` are used; default: ``mlgcn``.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (C,) float64 in [0, 1], exact in the precision of the scores.
 
     Raises:
-        DataError: for tables that cannot be evaluated together, or without an image.
+        DataError: if scores and targets cannot be evaluated together, or are empty.
     """
     rules = Convention() if convention is None else convention
     present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     if not len(scores):
-        raise DataError("There is nothing to fit thresholds on: no scores were given.")
+        raise DataError("There are no scores to fit thresholds on: pass at least one image.")
 
     def fit_label(scores: Array, present: Array, difficult: Array | None) -> float:
         positive, counted = positives_and_counted(present, difficult, rules.difficult_f1)
         order, at = ranking(scores, positive, counted)
         ranked = scores[order]
         if rules.compare == "gt":
-            at = at[ranked[at] > 0]  # no threshold lets a score of 0 pass
+            at = at[ranked[at] > 0]  # a score of 0 passes no threshold
         if not len(at):
             return float("nan")
         ends = tie_ends(ranked, at)

@@ -1,1 +1,1 @@
-"""A page in the browser: drop a photo, edit the labels, see which instance matched which."""
+"""Web page for interactive prediction: drop a photo, edit the labels, view the matches."""

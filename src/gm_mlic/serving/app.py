@@ -1,4 +1,4 @@
-"""The web application behind the page: one model, one photo at a time."""
+"""Web application of the prediction page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import ConfigError, GMMLICError, UnreadableImage
 from gm_mlic.zoo import Prediction, Predictor
 
-#: Of an uploaded photo, in bytes; and how many labels one may ask for.
+#: Maximum size of an uploaded photo in bytes, and maximum number of labels per request.
 MAX_BYTES, MAX_LABELS = 25_000_000, 500
 _PAGE = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 _HEADERS = {
@@ -32,15 +32,16 @@ _HEADERS = {
 
 
 def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] | None = None) -> Starlette:
-    """The application.
+    """Build the application.
 
-    ``GET /`` is the page, ``GET /model`` what the model is, ``POST /predict?label=NAME&label=NAME``
-    (none: the model's own), with a photo's bytes as its body, the prediction as JSON: see :func:`as_dict`.
+    ``GET /`` returns the page, ``GET /model`` the model's name, detector and labels. ``POST
+    /predict?label=NAME&label=NAME`` (default: the model's labels), with the photo as body, returns the prediction as
+    JSON, see :func:`as_dict`.
 
     Args:
         predictor: the model.
-        hosts: names under which the page may be asked for; others are refused, so that no page elsewhere can use it.
-        embedding: changes to the settings that make vectors of further labels.
+        hosts: allowed Host headers; other requests are refused, which prevents DNS rebinding.
+        embedding: overrides of the embedding settings for additional labels.
     """
     served = _Served(predictor, embedding or {})
     routes = [Route(f"/{name}", _file(name)) for name in _PAGE]
@@ -49,9 +50,9 @@ def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] 
 
 
 def as_dict(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as the page reads it: labels best first; matches (M, C) as probabilities, columns in their order.
+    """Convert a prediction to JSON: labels by descending probability, match probabilities (M, C) in the same order.
 
-    A match is None where no edge joins instance and label.
+    A match is None if there is no edge between instance and label.
     """
     order = np.argsort(-prediction.probabilities, kind="stable")
     logits = prediction.matches[:, order].astype(np.float64)
@@ -72,20 +73,20 @@ def as_dict(prediction: Prediction) -> dict[str, Any]:
 
 class _Served:
     def __init__(self, predictor: Predictor, embedding: dict[str, Any]) -> None:
-        self.own, self.embedding = predictor, embedding
-        self._one = threading.Lock()  # a second photo waits: they would only slow each other down
+        self.predictor, self.embedding = predictor, embedding
+        self._lock = threading.Lock()  # one photo at a time: parallel requests would slow each other down
         self._last: tuple[tuple[str, ...], Predictor] | None = None
 
     async def model(self, request: Request) -> Response:
-        about = self.own.metadata
-        return _json({"model": about.model["name"], "detector": about.detector, "labels": list(about.labels)})
+        metadata = self.predictor.metadata
+        return _json({"model": metadata.model["name"], "detector": metadata.detector, "labels": list(metadata.labels)})
 
     async def predict(self, request: Request) -> Response:
         content = bytearray()
         async for chunk in request.stream():
             content += chunk
             if len(content) > MAX_BYTES:
-                return _json({"error": f"The photo has more than {MAX_BYTES // 1_000_000} MB: scale it down."}, 413)
+                return _json({"error": f"The photo is larger than {MAX_BYTES // 1_000_000} MB: scale it down."}, 413)
         names = [name.strip() for name in request.query_params.getlist("label") if name.strip()]
         try:
             return _json(as_dict(await run_in_threadpool(self._predict, bytes(content), names)))
@@ -94,8 +95,8 @@ class _Served:
 
     def _predict(self, content: bytes, names: list[str]) -> Prediction:
         if len(names) > MAX_LABELS:
-            raise ConfigError(f"{len(names)} labels: at most {MAX_LABELS} at a time.")
-        with self._one, tempfile.TemporaryDirectory() as folder:
+            raise ConfigError(f"{len(names)} labels are too many: use at most {MAX_LABELS}.")
+        with self._lock, tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "photo"
             file.write_bytes(content)
             try:
@@ -106,19 +107,19 @@ class _Served:
         return prediction
 
     def _for(self, names: tuple[str, ...]) -> Predictor:
-        if not names or names == self.own.metadata.labels:
-            return self.own
+        if not names or names == self.predictor.metadata.labels:
+            return self.predictor
         if self._last is None or self._last[0] != names:
-            self._last = names, self.own.with_labels(names, **self.embedding)
+            self._last = names, self.predictor.with_labels(names, **self.embedding)
         return self._last[1]
 
 
 def _file(name: str) -> Any:
-    async def answer(request: Request) -> Response:
+    async def endpoint(request: Request) -> Response:
         content = (resources.files("gm_mlic.serving") / (name or "page.html")).read_bytes()
         return Response(content, media_type=_PAGE[name], headers=_HEADERS)
 
-    return answer
+    return endpoint
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

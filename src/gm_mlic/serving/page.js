@@ -2,9 +2,9 @@
 
 const $ = (id) => document.getElementById(id);
 const PREDICTED = 0.5, LISTED = 20;
-let own = [], file = null, shown = null, asked = 0, result = null, chosen = null; // chosen: {label: i} or {instance: i}
+let modelLabels = [], file = null, shown = null, requests = 0, result = null, chosen = null; // chosen: {label: i} or {instance: i}
 
-function say(text, busy = false) {
+function showMessage(text, busy = false) {
   $("message").textContent = text;
   $("message").className = busy ? "busy" : "";
 }
@@ -20,32 +20,32 @@ function showLabels(list) {
 
 async function start() {
   const about = await (await fetch("model")).json();
-  own = about.labels;
-  showLabels(own);
-  $("about").textContent = `${about.model} on instances of ${about.detector}; ${own.length} labels`;
+  modelLabels = about.labels;
+  showLabels(modelLabels);
+  $("about").textContent = `${about.model} on instances of ${about.detector}; ${modelLabels.length} labels`;
 }
 
 async function predict() {
   if (file === null) return;
   await ready;
-  say("Looking at the photo ...", true);
-  if (names().length === 0) showLabels(own);
+  showMessage("Predicting ...", true);
+  if (names().length === 0) showLabels(modelLabels);
   const list = names();
-  const query = new URLSearchParams(list.join("\n") === own.join("\n") ? [] : list.map((name) => ["label", name]));
-  const photo = file, number = ++asked;
+  const query = new URLSearchParams(list.join("\n") === modelLabels.join("\n") ? [] : list.map((name) => ["label", name]));
+  const photo = file, number = ++requests;
   try {
     const response = await fetch(`predict?${query}`, { method: "POST", body: photo });
     const answer = await response.json();
-    if (number !== asked) return; // another photo, or other labels, were asked for meanwhile
-    if (!response.ok) { clear(); if (photo !== shown) hidePhoto(); say(answer.error); return; }
+    if (number !== requests) return; // superseded by a newer request
+    if (!response.ok) { clear(); if (photo !== shown) hidePhoto(); showMessage(answer.error); return; }
     result = answer;
     chosen = { label: 0 };
-    say("");
+    showMessage("");
     $("count").textContent = `(${list.length})`;
     await showPhoto(photo);
     draw();
   } catch (error) {
-    if (number === asked) say("The server does not answer: is gm-mlic serve still running?");
+    if (number === requests) showMessage("No response from the server: is gm-mlic serve still running?");
   }
 }
 
@@ -61,10 +61,10 @@ async function showPhoto(blob) {
   const { width, height } = result;
   URL.revokeObjectURL($("photo").src);
   $("photo").src = URL.createObjectURL(blob);
-  await $("photo").decode().catch(() => { // TIFF and the like: their boxes on a grey sheet
+  await $("photo").decode().catch(() => { // formats such as TIFF: show the boxes on a gray background
     const sheet = `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}"/>`;
     $("photo").src = `data:image/svg+xml,${encodeURIComponent(sheet)}`;
-    say("The browser cannot show this kind of file; the boxes stand where they are in the photo.", true);
+    showMessage("The browser cannot show this kind of file; only the boxes are shown.", true);
   });
   shown = blob;
   $("stage").style.setProperty("--aspect", width / height);
@@ -97,7 +97,7 @@ function entry(name, p, isChosen, act) {
 }
 
 function instanceName(i) {
-  return `instance ${i}` + (result.detected[i] === null ? "" : `, seen as ${result.detected[i]}`);
+  return `instance ${i}` + (result.detected[i] === null ? "" : `, detected as ${result.detected[i]}`);
 }
 
 function draw() {
@@ -109,7 +109,7 @@ function draw() {
   const svg = $("boxes");
   svg.setAttribute("viewBox", `0 0 ${result.width} ${result.height}`);
   svg.setAttribute("preserveAspectRatio", "none");
-  const byArea = boxes.map((_, i) => i).sort((a, b) => area(boxes[b]) - area(boxes[a])); // small ones above large ones
+  const byArea = boxes.map((_, i) => i).sort((a, b) => area(boxes[b]) - area(boxes[a])); // draw small boxes last
   svg.replaceChildren(...byArea.map((i) => {
     const [x1, y1, x2, y2] = boxes[i];
     const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
@@ -158,8 +158,8 @@ $("drop").addEventListener("click", () => $("file").click());
 $("drop").addEventListener("keydown", (event) => {
   if (event.target === $("drop") && (event.key === "Enter" || event.key === " ")) $("file").click();
 });
-$("file").addEventListener("change", () => { take($("file").files); $("file").value = ""; }); // the same one again, too
-// Anywhere on the page: beside the frame, the browser would leave the page for the photo.
+$("file").addEventListener("change", () => { take($("file").files); $("file").value = ""; }); // allow the same file again
+// Handle drops on the whole page; otherwise the browser would open the photo.
 for (const kind of ["dragenter", "dragover"]) {
   window.addEventListener(kind, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
 }
@@ -168,5 +168,5 @@ for (const kind of ["dragleave", "drop"]) {
 }
 window.addEventListener("drop", (event) => take(event.dataTransfer.files));
 $("apply").addEventListener("click", predict);
-$("reset").addEventListener("click", () => { showLabels(own); predict(); });
-const ready = start().catch(() => say("The server does not answer: is gm-mlic serve still running?"));
+$("reset").addEventListener("click", () => { showLabels(modelLabels); predict(); });
+const ready = start().catch(() => showMessage("No response from the server: is gm-mlic serve still running?"));
