@@ -66,7 +66,7 @@ def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gm_mlic.datasets, "NamedPhotos", None, raising=False)
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_temporary_folder")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if any(b.runs or b.language == "python" for b in blocks(p))], ids=lambda p: p.stem
 )
@@ -131,7 +131,7 @@ def test_literal_includes_exist_in_the_source():
         assert f"## Eq. {number}: " in page
 
 
-@pytest.mark.usefixtures("in_a_folder_of_its_own")
+@pytest.mark.usefixtures("in_temporary_folder")
 def test_concepts_figure(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(DOCS))
     import figures

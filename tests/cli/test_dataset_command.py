@@ -111,7 +111,7 @@ def test_subset_of_splits(photos: Path, capsys: pytest.CaptureFixture[str]):
     text = (photos / "labels.csv").read_text().replace(",test", ",val")
     (photos / "labels.csv").write_text(text)
     assert custom("dataset", photos) == 2
-    assert "no image is left for split 'test'" in refused(capsys)
+    assert "split 'test' has no images" in refused(capsys)
     assert custom("dataset", photos, "splits=[train,val]") == 0
     assert cells(capsys.readouterr().out, "images") == ["12", "12"]
     assert custom("dataset", photos, "splits=[all]") == 2
@@ -162,12 +162,18 @@ def test_train_detector_on_custom_boxes(photos: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset.annotations=none.csv", "none.csv is not a file: dataset.annotations is a path from dataset.root"),
-        ("dataset.annotations={train: labels.csv, dev: labels.csv}", "dataset.annotations has 'dev'"),
+        (
+            "dataset.annotations=none.csv",
+            "none.csv is not a file: dataset.annotations must be relative to dataset.root or absolute.",
+        ),
+        (
+            "dataset.annotations={train: labels.csv, dev: labels.csv}",
+            "dataset.annotations has the key 'dev': expected train, val or test.",
+        ),
         ("dataset.annotations={train: 3}", "expected a file name, or {train: FILE"),
         ("dataset.annotations=[labels.csv]", "expected a file name, or {train: FILE"),
         ("dataset.folders={train: 3}", "expected {train: FOLDER"),
-        ("dataset.folders={train: x}", "dataset.folders needs dataset.annotations with a file for each split."),
+        ("dataset.folders={train: x}", "dataset.folders needs dataset.annotations with one file per split."),
         ("dataset.labels=[cat,dogs]", "line 2: the label 'dog' is not in dataset.labels; did you mean 'dogs'?"),
         ("dataset.labels=3", "dataset.labels=3: expected a file name or a list of names, or null."),
         ("dataset.columns.file=name", "no column 'name' in its first line (file, labels, split)"),

@@ -104,14 +104,14 @@ def with_value(name: str, value: float) -> Any:
     ("entries", "expected"),
     [
         (lambda: {"scores": with_value("scores", np.nan)}, "bad.npz: scores contain NaN (first at row 5, label 2)"),
-        (lambda: {"scores": with_value("scores", 1.25)}, "1.25], not in [0, 1]: apply a sigmoid"),
+        (lambda: {"scores": with_value("scores", 1.25)}, "1.25], expected [0, 1]: apply a sigmoid"),
         (lambda: {"scores": with_value("scores", -1)}, "[-1, "),
         (lambda: {"scores": np.ones((N - 1, 3), np.float32), "ids": None}, "differ in shape"),
         (lambda: {"scores": np.ones((N, 2), np.float32), "labels": None}, "differ in shape"),
         (lambda: {"ids": np.array(["same.jpg"] * N)}, "the image id 'same.jpg' occurs more than once"),
-        (lambda: {"labels": np.array(LABELS[::-1])}, "the labels are in another order than in test.npz (label 0 is"),
-        (lambda: {"labels": np.array(["cat", "dog", "lion"])}, "label 2 is 'lion', there 'red bird'"),
-        (lambda: {"scores": None}, "bad.npz: has no 'scores' but 'ids'"),
+        (lambda: {"labels": np.array(LABELS[::-1])}, "the order of the labels differs from test.npz (label 0 is"),
+        (lambda: {"labels": np.array(["cat", "dog", "lion"])}, "label 2 is 'lion', expected 'red bird'"),
+        (lambda: {"scores": None}, "bad.npz: has no 'scores' (only 'ids'"),
     ],
 )
 def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[str]):
@@ -155,7 +155,7 @@ def test_both_target_formats_give_the_same_metrics(capsys: pytest.CaptureFixture
         (["val_scores=val.npz"], "val_scores=val.npz needs calibrate=true"),
         (["scores=null", "checkpoint=x.ckpt"], "targets=test.npz needs scores=FILE instead of checkpoint"),
         (["scores=nowhere.npz"], "nowhere.npz: no such file"),
-        (["targets=scores.xlsx"], "scores.xlsx: unknown kind of file; give targets as .npz, .csv, .pt"),
+        (["targets=scores.xlsx"], "scores.xlsx: unknown suffix; save targets as .npz, .csv, .pt"),
         (["bootstrap=-1"], "bootstrap=-1: expected an integer of at least 0"),
         (["bootstrap=many"], "bootstrap=many: expected an integer of at least 0"),
         (["calibrate=2"], "calibrate=2: expected true or false"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_the_overview_shows_unchecked_images():
     assert rows["images without labels"] == str(stats.unlabeled)
     assert rows["boxes"] == "none"
     assert rows["unreadable images"] == "check=true"
-    assert "unreadable images        │     1" in text(overview_table([stats], {"train": {"7": "empty"}}))
+    assert re.search(r"unreadable images +│ +1 ", text(overview_table([stats], {"train": {"7": "empty"}})))
 
 
 # ---- The order of the heat map ----

@@ -256,7 +256,7 @@ def test_missing_login_and_network_with_real_wandb(tmp_path: Path, variables: di
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("gm-mlic: error: logger=wandb: ")
-    assert last.endswith("logger.offline=true.")
+    assert last.endswith("set logger.offline=true to write to the run folder only.")
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"
 

@@ -88,7 +88,7 @@ def test_detector_labels(root: Path):
         assert found[0].detected[best.instance] == best.label
     with pytest.raises(ConfigError, match=r"it has no network to export\. Save it .*\(format=pretrained\)"):
         export(predictor, root / "network.onnx", "onnx")
-    with pytest.raises(ConfigError, match=r"none of the 22 labels .* \(it has none\)"):
+    with pytest.raises(ConfigError, match=r"None of the 22 labels .* \(it has none\)"):
         run.train(compose("train", [*SMALL, "model=detector_labels", *GRID, f"run_dir={root}/grid"]))
 
 

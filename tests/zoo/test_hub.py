@@ -86,7 +86,7 @@ def test_upload_and_download(
 ):
     done = export("push=me/pushed", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert f"on the hub: {hub.address}/me/pushed" in done.stdout
+    assert f"uploaded to {hub.address}/me/pushed" in done.stdout
     pushed = hub.repositories["me/pushed"]
     assert pushed.private
     assert pushed.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}

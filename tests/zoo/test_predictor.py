@@ -78,7 +78,7 @@ def test_unseen_labels(folder: Path, photos: list[Path]):
     assert prediction.probabilities.shape == (2,)
     with pytest.raises(ConfigError, match="classifier for each label"):
         predictor(folder, "mil").with_labels(["mug"])
-    with pytest.raises(DataError, match="no label twice"):
+    with pytest.raises(DataError, match="labels must be unique"):
         other.with_labels(["mug", "mug"])
     with pytest.raises(DataError, match="does not exist"):
         other.with_labels(["mug"], name="glove", path="nowhere.npz")
