@@ -1,4 +1,4 @@
-# make demo, make test: nothing before them. The first of them makes .venv and installs into it (a few GB, once).
+# The first target that needs it creates .venv and installs the package into it (a few GB, once).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,10 +13,10 @@ SCATTER := $(VENV)/.torch-scatter
 
 .PHONY: help demo test test-slow test-scatter lint format docs model-zoo clean
 
-help: ## show this
+help: ## list all targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
 
-# The stamp is written last, so an installation that was interrupted is taken up again; pip keeps what is there.
+# The stamp is written last, so an interrupted installation is repeated.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "gm-mlic needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -27,37 +27,37 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## scenes from drawing to table: about 5 minutes on 2 cores
+demo: $(INSTALLED) ## run the demo (5 minutes on 2 cores)
 	$(BIN)/gm-mlic demo
 
-test: $(INSTALLED) ## the fast tests
+test: $(INSTALLED) ## run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not scatter"
 
-test-slow: $(INSTALLED) ## the slow tests: kills, full disks, several processes, compilation (10 minutes)
+test-slow: $(INSTALLED) ## run the slow tests: kills, full disks, multiple processes, compilation (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-# torch-scatter has no binary wheel on the package index: built here, against the torch that is installed.
+# torch-scatter has no binary wheel on PyPI, so it is built against the installed torch.
 $(SCATTER): $(INSTALLED)
 	$(BIN)/python -m pip install --no-build-isolation --no-cache-dir -c constraints.txt torch-scatter
 	@touch $@
 
-test-scatter: $(SCATTER) ## build torch-scatter (needs a C++ compiler; minutes) and run its tests
+test-scatter: $(SCATTER) ## build torch-scatter (needs a C++ compiler, takes minutes) and run its tests
 	$(BIN)/python -m pytest -m scatter
 
-lint: $(INSTALLED) ## ruff and mypy
+lint: $(INSTALLED) ## run ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-format: $(INSTALLED) ## let ruff format the code
+format: $(INSTALLED) ## format the code with ruff
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-docs: $(INSTALLED) ## the site, into docs/_build/html (a minute)
+docs: $(INSTALLED) ## build the site in docs/_build/html (a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n docs docs/_build/html
 
-model-zoo: $(INSTALLED) ## MODEL_ZOO.md from the registry, the shipped models and the studies
+model-zoo: $(INSTALLED) ## generate MODEL_ZOO.md from the registry, shipped models and studies
 	$(BIN)/python docs/model_zoo.py
 
-clean: ## remove what these made, but neither runs/ nor data/
+clean: ## remove generated files, but not runs/ and data/
 	rm -rf $(VENV) build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""How Sphinx builds the site: `make docs`, or `python -m sphinx -W --keep-going -n docs docs/_build/html`."""
+"""Configuration of Sphinx: `make docs`, or `python -m sphinx -W --keep-going -n docs docs/_build/html`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from docutils import nodes
@@ -20,7 +20,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
-from generate import write_pages  # noqa: E402 - docs/ is no package
+from generate import write_pages  # noqa: E402 - docs/ is not a package
 
 from gm_mlic import __version__  # noqa: E402
 
@@ -40,7 +40,7 @@ myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "notebooks"]
 
-#: Pages of index.md that are listed only where they exist.
+#: Pages of index.md that are listed only if they exist.
 OPTIONAL_PAGES = ("open_labels", "generated/model_zoo")
 
 html_math_renderer = "mathml"
@@ -64,14 +64,14 @@ napoleon_custom_sections = ["Shape", "Shapes", ("Shapes and units", "params_styl
 
 
 def _parse(docstring: GoogleDocstring) -> None:
-    """Read the text of an attribute or property as any other: for Napoleon, what comes before a colon is its type."""
+    """Parse attributes and properties as methods: Napoleon reads the text before a colon as a type."""
     if docstring._what in ("attribute", "data", "property"):
         docstring._what = "method"
     _parse_as_napoleon(docstring)
 
 
 def _consume_returns(docstring: GoogleDocstring, preprocess_types: bool = False) -> list[tuple[str, str, list[str]]]:
-    """Likewise what stands under Returns: its type is in the annotation."""
+    """Parse Returns as text only: the type is in the annotation."""
     lines = docstring._dedent(docstring._consume_to_next_section())
     return [("", "", lines)] if lines else []
 
@@ -82,10 +82,10 @@ GoogleDocstring._consume_returns_section = _consume_returns
 
 
 def resolve(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.Node | None:
-    """Lead a reference to where its object is documented; let names of other packages stand without a link.
+    """Resolve a reference to the documentation of its object; names of other packages get no link.
 
-    A name may be one that a package only re-exports (``gm_mlic.nn.GMMLIC``), one that the module of the docstring
-    imports, or the end of a single documented name. What is none of these stays unresolved, and is warned about.
+    A name may be re-exported by a package (``gm_mlic.nn.GMMLIC``), imported in the module of the docstring, or the
+    unique suffix of a documented name. Sphinx warns about other names.
     """
     if node.get("refdomain") != "py":
         return None
@@ -97,12 +97,12 @@ def resolve(app: Sphinx, env: Any, node: Any, contnode: nodes.Node) -> nodes.Nod
             return None
         (name,) = ends
     if name not in domain.objects and name not in domain.modules:
-        return contnode  # another package's, or without a docstring of its own: its name is all there is
+        return contnode  # of another package, or without a docstring
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
 
 
 def _home(target: str, module: str | None, cls: str | None) -> str | None:
-    """The full name, where it is defined, of what ``target`` means in ``module`` (in its class ``cls``)."""
+    """The fully qualified name of ``target``, as seen from ``module`` (and its class ``cls``)."""
     for owner, names in _readings(target.split("."), module, cls):
         thing = owner
         for name in names:
@@ -127,7 +127,7 @@ _MISSING = object()
 
 
 def _readings(names: list[str], module: str | None, cls: str | None) -> Iterator[tuple[Any, list[str]]]:
-    """Where the first of the names may be found, and the names to follow from there."""
+    """Candidate objects for the first names, and the remaining names."""
     if module:
         here = importlib.import_module(module)
         yield here, names
@@ -142,26 +142,27 @@ def _readings(names: list[str], module: str | None, cls: str | None) -> Iterator
 
 
 def skip(app: Sphinx, what: str, name: str, thing: Any, is_skipped: bool, options: Any) -> bool | None:
-    """Leave out the fields of named tuples, which say nothing that the signature does not."""
-    return True if str(getattr(thing, "__doc__", "")).startswith("Alias for field number") else None
+    """Skip fields of named tuples, and methods of an object that are members of a module (``register_model``)."""
+    is_field = str(getattr(thing, "__doc__", "")).startswith("Alias for field number")
+    return True if is_field or (what == "module" and isinstance(thing, MethodType)) else None
 
 
 def parsable(
     app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str, str | None] | None:
-    """Write the default of a dataclass's field that a function makes as ``...``; Sphinx cannot read ``<factory>``."""
+    """Replace ``<factory>``, a default of dataclass fields that Sphinx cannot parse, by ``...``."""
     return (signature.replace("<factory>", "..."), returns) if signature else None
 
 
 def leave_out(app: Sphinx, page: str, source: list[str]) -> None:
-    """Take pages that may not be there out of the first page's list."""
+    """Remove missing optional pages from the index."""
     for name in () if page != "index" else OPTIONAL_PAGES:
         if not (DOCS / f"{name}.md").exists():
             source[0] = source[0].replace(f"\n{name}\n", "\n")
 
 
 def setup(app: Sphinx) -> None:
-    """Write the generated pages before Sphinx looks for pages, and resolve references."""
+    """Generate pages before Sphinx collects them, and resolve references."""
     write_pages(ROOT, DOCS / "generated")
     app.connect("source-read", leave_out)
     app.connect("autodoc-skip-member", skip)

@@ -1,4 +1,4 @@
-"""The picture of the concepts page: the assignment graph of a drawn scene, from the package's own detector.
+"""Draw the figure of the concepts page: the assignment graph of a scene, from the detector of the package.
 
 python docs/figures.py docs/assignment_graph.png
 """

@@ -1,9 +1,8 @@
-"""Pages made from the code itself, so that they cannot fall behind it: docs/generated, before each build.
+"""Generate pages in docs/generated from the code, before each build.
 
-`generated/commands.md` holds what every command says of itself, `generated/configuration.md` the files of conf/,
-`generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the
-studies, `generated/tour.md` the notebook, `generated/model_zoo.md` and `generated/models/` the models that there are
-and the cards of those with weights.
+`generated/commands.md` has the help of each command, `generated/configuration.md` the files of conf/, `generated/api/`
+a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the studies,
+`generated/tour.md` the notebook, `generated/model_zoo.md` the models, and `generated/models/` the model cards.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ COMMON = ("errors", "targets", "safe_load", "registry", "device", "distributed",
 
 
 def write_pages(root: Path, out: Path) -> None:
-    """Write all generated pages into ``out``; a page that is as it was is not touched."""
+    """Write all generated pages into ``out``; unchanged pages are not touched."""
     pages: dict[Path, str | bytes] = {}
     pages |= {Path("commands.md"): commands(), Path("configuration.md"): configuration(root)}
     pages |= {Path("api") / name: text for name, text in api(root)}
@@ -51,13 +50,13 @@ def write_pages(root: Path, out: Path) -> None:
 
 
 def commands() -> str:
-    """What ``gm-mlic --help`` and ``gm-mlic COMMAND --help`` print."""
+    """The output of ``gm-mlic --help`` and ``gm-mlic COMMAND --help``."""
     from gm_mlic.cli.main import COMMANDS
 
     parts = [
         "# Command line",
-        "What each command prints with `--help`. The settings stand there with their defaults; [the files of "
-        "conf/](configuration.md) say what each one decides.",
+        "The output of each command with `--help`, including all settings and their defaults. [The files of "
+        "conf/](configuration.md) explain each setting.",
         _block("text", help_of()),
     ]
     for command, what in COMMANDS.items():
@@ -86,22 +85,22 @@ def help_of(*command: str) -> str:
 
 
 def configuration(root: Path) -> str:
-    """The files of ``conf/``, whose comments say what each setting decides."""
+    """The files of ``conf/``, with a comment on each setting."""
     conf = root / "conf"
     groups = sorted(p for p in conf.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
     parts = [
         "# Configuration",
-        "Every setting of a command is a key that can be changed on the command line: `gm-mlic train graph.m=8`. Keys "
-        "stand in groups, one for each stage; `gm-mlic train model=mil_max` takes another file of a group, and "
-        "`experiment=`, `ablation=` and `sweep=` take a file that overrides keys of several groups. A folder of your "
-        "own with more files is given as `--config-dir DIR`. The files follow as they are shipped.",
-        "## Commands\n\nThe groups that a command reads, and the settings that are its own.",
+        "Settings are changed on the command line: `gm-mlic train graph.m=8`. They are organized in groups, one per "
+        "stage. `gm-mlic train model=mil_max` selects another file of a group. `experiment=`, `ablation=` and `sweep=` "
+        "select files that override keys of several groups. `--config-dir DIR` adds a folder of custom files. All "
+        "files follow.",
+        "## Commands\n\nThe groups and the other settings of each command.",
     ]
     for file in sorted(conf.glob("*.yaml")):
         parts += [f"### gm-mlic {file.stem.replace('_', '-')}", _include(conf, file)]
     for group in groups:
         files = sorted(group.glob("*.yaml"))
-        parts.append(f"## {group.name}\n\nOne of {', '.join(f'`{group.name}={f.stem}`' for f in files)}.")
+        parts.append(f"## {group.name}\n\nOptions: {', '.join(f'`{group.name}={f.stem}`' for f in files)}.")
         for file in files:
             parts += [f"### {group.name}={file.stem}", _include(conf, file)]
     return "\n\n".join(parts) + "\n"
@@ -111,11 +110,11 @@ def _include(conf: Path, file: Path) -> str:
     return f"```{{literalinclude}} ../../conf/{file.relative_to(conf).as_posix()}\n:language: yaml\n```"
 
 
-# The interface of every module
+# The API of all modules
 
 
 def stages(root: Path) -> list[tuple[int, str, str, str]]:
-    """Number, name, folder (or module) and outcome of each stage, from the table in docs/architecture.md."""
+    """Number, name, folder (or module) and output of each stage, from the table in docs/architecture.md."""
     page = (root / "docs" / "architecture.md").read_text()
     row = re.compile(r"^\| (\d+) (\w+) \| `(\w+)(?:/|\.py)` \| (.*?) \|", flags=re.MULTILINE)
     return [(int(number), name, folder, what) for number, name, folder, what in row.findall(page)]
@@ -128,14 +127,14 @@ def api(root: Path) -> Iterator[tuple[str, str]]:
         found = modules(package, folder)
         yield (
             f"{number:02d}_{folder}.md",
-            _module_page(f"{number} {name}", f"What comes out: {what}.", found),
+            _module_page(f"{number} {name}", f"Output: {what}.", found),
         )
     common = [module for name in COMMON for module in modules(package, name)]
-    yield "99_common.md", _module_page("common", "What every stage may use.", common)
+    yield "99_common.md", _module_page("common", "Modules that every stage may import.", common)
 
 
 def modules(package: Path, name: str) -> list[str]:
-    """The dotted names of the modules of a stage; a package's own only where it defines something itself."""
+    """The dotted names of the modules of a stage; that of a package only if it defines classes or public functions."""
     if (package / f"{name}.py").is_file():
         return [f"{package.name}.{name}"]
     files = sorted((package / name).rglob("*.py"))
@@ -143,7 +142,10 @@ def modules(package: Path, name: str) -> list[str]:
 
 
 def _defines(file: Path) -> bool:
-    return any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in ast.parse(file.read_text()).body)
+    return any(
+        isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__")
+        for node in ast.parse(file.read_text()).body
+    )
 
 
 def _dotted(package: Path, file: Path) -> str:
@@ -158,7 +160,7 @@ def _module_page(title: str, text: str, found: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# The studies, and other pages that stand elsewhere
+# The studies, and other pages from outside docs/
 
 
 def experiments(root: Path) -> Iterator[tuple[str, str]]:
@@ -168,7 +170,7 @@ def experiments(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def moved(file: Path, root: Path, up: str) -> str:
-    """A page of the repository, with links as they are from a generated page; ``up`` leads from there to ``root``."""
+    """A page of the repository with links for a generated page; ``up`` is the path from there to ``root``."""
 
     def lead(match: re.Match[str]) -> str:
         target, hash_sign, place = match[1].partition("#")
@@ -177,7 +179,7 @@ def moved(file: Path, root: Path, up: str) -> str:
         path = (file.parent / target).resolve()
         if (path / "README.md").exists():
             path /= "README.md"
-        for folder in ("experiments", "models"):  # these are pages here
+        for folder in ("experiments", "models"):  # generated pages
             if path.name == "README.md" and path.parent.parent.name == folder:
                 path = root / "docs" / "generated" / folder / f"{path.parent.name}.md"
         return f"]({up}/{path.relative_to(root).as_posix()}{hash_sign}{place})"
@@ -189,7 +191,7 @@ def moved(file: Path, root: Path, up: str) -> str:
 
 
 def tour(notebook: Path) -> Iterator[tuple[Path, str | bytes]]:
-    """The notebook as a page, with the outputs that it was committed with."""
+    """The notebook as a page, with its stored outputs."""
     if not notebook.exists():
         return
     parts: list[str] = []
@@ -204,7 +206,7 @@ def tour(notebook: Path) -> Iterator[tuple[Path, str | bytes]]:
                 pictures += 1
                 picture = Path(f"tour_{pictures}.{kinds[0]}")
                 yield picture, base64.b64decode("".join(data[f"image/{kinds[0]}"]))
-                parts.append(f"![What the cell above draws]({picture})")
+                parts.append(f"![Figure of the cell above]({picture})")
             elif "text" in output or "text/plain" in data:
                 parts.append(_block("text", "".join(output.get("text") or data["text/plain"]).rstrip()))
     yield Path("tour.md"), "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: the site is readable without a network."""
+"""Formulas as MathML, which browsers render without scripts or a network connection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sphinx.util import logging
 
 log = logging.getLogger(__name__)
 
-#: Sizes of brackets, which MathML finds by itself.
+#: Sizes of brackets, which MathML computes.
 _SIZES = re.compile(r"\\[bB]igg?[lrm]?(?![a-zA-Z])")
 
 
@@ -21,8 +21,8 @@ def _formula(node: nodes.Element, *, as_block: bool) -> str:
     formula = _SIZES.sub("", node.astext())
     try:
         return str(tex2mathml(formula, as_block=as_block))
-    except (MathError, AttributeError) as error:  # the second from an & that its parser did not expect
-        log.warning("formula that cannot be drawn (%s): %s", error, node.astext(), location=node)
+    except (MathError, AttributeError) as error:  # AttributeError: an unexpected & in the formula
+        log.warning("invalid formula (%s): %s", error, node.astext(), location=node)
         return f"<code>{node.astext()}</code>"
 
 

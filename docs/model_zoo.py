@@ -1,4 +1,4 @@
-"""Write MODEL_ZOO.md: which models there are, their size, and what is known of them. ``make model-zoo`` runs it."""
+"""Write MODEL_ZOO.md: a table of models, their sizes and results. ``make model-zoo`` runs it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from gm_mlic.registry import MODELS
 from gm_mlic.zoo.pretrained import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What data decide, as it is for scenes.
+#: Arguments that depend on the data, for scenes.
 SCENES = {
     "instance_dim": 256, "label_dim": 300, "num_labels": len(LABELS), "labels": LABELS, "detector_labels": LABELS,
 }  # fmt: skip
 
 HEAD = """# Model zoo
 
-Made by `make model-zoo` from the registry, the shipped models' own cards and the studies' tables; a test compares.
+`make model-zoo` generates this page from the registry, the cards of shipped models and the tables of the studies.
 
-`list_models("*coco*")` lists names, `create_model(NAME, **changes)` builds one, `create_model(NAME, pretrained=True)`
-loads what is marked as shipped, and `Predictor.load(NAME)` has its detector and labels too.
+- `list_models("gm_*")` lists names.
+- `create_model(NAME, **overrides)` builds a model.
+- `create_model(NAME, pretrained=True)` loads shipped weights.
+- `Predictor.load(NAME)` also loads the detector and the labels.
 
 ## Models
 
-| name | what it is | parameters | weights |
+| name | description | parameters | weights |
 | --- | --- | ---: | --- |
 """
 
 
 def parameters(name: str) -> int:
-    """Of the model with the sizes of scenes, or with its own where its name decides them."""
-    of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others have the sizes of their datasets
+    """Number of parameters, with the sizes of scenes unless the name defines others."""
+    of_data = name == "gm_mlic" or not name.startswith("gm_mlic")  # the others define their sizes
     takes = MODELS.arguments(name)
     model = create_model(name, **{key: value for key, value in SCENES.items() if of_data and key in takes})
     return sum(p.numel() for p in model.parameters())
@@ -49,9 +51,10 @@ def zoo() -> str:
         what = MODELS.entry(name).summary.replace("|", "\\|")
         lines.append(f"| `{name}` | {what} | {parameters(name):,} | {'shipped' if name in shipped else '-'} |\n")
     lines.append(
-        "\nParameters: with the sizes of scenes (256-d features, 300-d vectors, 22 labels), those of the paper where "
-        "the name says so. Detectors are not counted. The paper's own weights were never published, and its datasets "
-        "could not be downloaded where this was made: there are weights for scenes only.\n\n## Shipped weights\n\n"
+        "\nParameters are counted with the sizes of scenes (256-d features, 300-d vectors, 22 labels), or with the "
+        "paper's for `gm_mlic_paper`. Detectors are not counted. Weights are available for scenes only: the authors "
+        "published none, and the datasets could not be downloaded on the development machine.\n\n"
+        "## Shipped weights\n\n"
     )
     for name in shipped:
         config = json.loads((SHIPPED / name / "config.json").read_text())
@@ -61,14 +64,14 @@ def zoo() -> str:
         size = (SHIPPED / name / "model.safetensors").stat().st_size / 1e6
         lines.append(
             f"- **`{name}`** ({size:.1f} MB, {card['license']}): {len(config['labels'])} labels, trained on "
-            f"`{result['dataset']['name']}`, instances of `{config['detector']}`; its test split: {metrics}. "
+            f"`{result['dataset']['name']}` with the detector `{config['detector']}`; test split: {metrics}. "
             f"[Card](src/gm_mlic/zoo/models/{name}/README.md).\n"
         )
     table = ROOT / "experiments/baselines/results.md"
     if table.exists():  # the study takes hours
         lines.append(
-            "\n## On scenes, on equal terms\n\nFrom [experiments/baselines](experiments/baselines), whose README has "
-            f"the settings, and what is not equal.\n\n{table.read_text()}"
+            "\n## Comparison on scenes\n\nSee [experiments/baselines](experiments/baselines) for settings and "
+            f"limitations.\n\n{table.read_text()}"
         )
     return "".join(lines)
 

@@ -167,11 +167,9 @@ _CONFIG_KEY = re.compile(
     r"\b(dataset|detector|instances|embedding|graph|model|loss|metrics|optimizer|trainer|logger)\.[a-z]\w*(?!\w*\()"
 )
 _ERRORS = ("ConfigError", "ArgumentError", "DataError", "StoreError", "WeightsError")
-#: These are converted apart.
-_LATER = ("nn", "graphs")
 
 
-@pytest.mark.parametrize("name", [name for name in stages() if name not in {"validation", "training", "cli", *_LATER}])
+@pytest.mark.parametrize("name", [name for name in stages() if name not in {"validation", "training", "cli"}])
 def test_library_messages_name_arguments_not_config_keys(name: str):
     for module in modules(name):
         for node in ast.walk(ast.parse(module.read_text())):

@@ -1,4 +1,4 @@
-"""Every config composes, in every named combination."""
+"""Composition, validation and use of all files in conf/."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from gm_mlic.validation import _WITHOUT_EDGES, changed_settings
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
 MAY_BE_MISSING = {"embedding.path"}
-#: Command of a group, if not train.
+#: Commands of groups that are not in train.
 COMMANDS = {"bench": "bench"}
-#: Required overrides of a command.
-NEEDED = {
+#: Mandatory settings of commands.
+REQUIRED = {
     "predict": ["checkpoint=x", "images=x"], "explain": ["checkpoint=x", "image=x"], "serve": ["checkpoint=x"],
     "export": ["checkpoint=x", "out=x"], "eval": ["checkpoint=x"],
 }  # fmt: skip
-#: Additional overrides of an option.
+#: Settings that an option requires.
 WITH = {"detector=resnet101": ["graph.m=196"]}
-#: Model class by name; default GMMLIC.
+#: Classes of models by name; default: GMMLIC.
 MODELS = {
     "detector_labels": DetectorLabels,
     "mil_max": MILMax,
@@ -69,7 +69,7 @@ def leaves(config: DictConfig, prefix: str = "") -> list[str]:
 
 
 def check_complete(config: DictConfig) -> None:
-    """Check that only user-specific values are missing, and interpolations resolve."""
+    """Check that only user-specific values are missing and all interpolations resolve."""
     missing = set(OmegaConf.missing_keys(config))
     assert missing <= MAY_BE_MISSING
     OmegaConf.to_container(config, resolve=True)
@@ -97,7 +97,7 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     ("experiment", "baseline"), list(itertools.product(options("experiment"), options("baseline")))
 )
 def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
-    """Same data, training and evaluation; another model, in most cases with grid cells of the same backbone."""
+    """A baseline only changes the model, and for most baselines the boxes to grid cells of the same backbone."""
     without = compose("train", [f"experiment={experiment}"])
     config = compose("train", [f"experiment={experiment}", f"baseline={baseline}"])
     check_complete(without)
@@ -109,57 +109,57 @@ def test_every_experiment_with_every_baseline(experiment: str, baseline: str):
     assert config.model == OmegaConf.load(CONF / "model" / f"{baseline}.yaml")
     changed = {change.partition("=")[0] for change in changed_settings(without, config)}
     expected = set() if on_boxes else {"detector.grid_size", "detector.max_instances", "graph.m"}
-    if without.graph.labels_per_class is not None:  # baselines have no edges
+    if without.graph.labels_per_class is not None:  # baselines use no candidates
         expected |= {"graph.labels_per_class"}
     assert {key for key in changed if not key.startswith("model.")} == expected
 
 
-def test_candidates_require_classes_and_a_store():
-    for override, named in (
+def test_candidates_need_classes_and_a_store():
+    for override, message in (
         (
             "detector.grid_size=5",
-            r"graph\.labels_per_class=2 does not go with detector\.grid_size=5: a grid has no classes",
+            r"labels_per_class=2 is incompatible with detector\.grid_size=5: a grid has no classes",
         ),
-        ("instances.online=true", r"graph\.labels_per_class=2 does not go with instances\.online=true"),
+        ("instances.online=true", r"graph\.labels_per_class=2 is incompatible with instances\.online=true"),
         (
             "model=detector_labels",
-            r"graph\.labels_per_class=2 does not go with model\.name=detector_labels: it reads no matching edges",
+            r"labels_per_class=2 is incompatible with model\.name=detector_labels: it has no matching edges",
         ),
     ):
         grid = ["detector.max_instances=25", "graph.m=25"] if "grid" in override else []
-        with pytest.raises(ConfigError, match=named):
+        with pytest.raises(ConfigError, match=message):
             validation.check(compose("train", ["experiment=scenes_candidates", override, *grid]))
 
 
-def test_baselines_do_not_use_candidates():
-    """Baselines that cannot read candidates are refused; the max-pooled one ignores them."""
+def test_baselines_take_no_candidates():
+    """Baselines without matching edges reject candidates; mil_max does not use them."""
     assert set(_WITHOUT_EDGES) == set(options("baseline")) - {"mil_max"}
 
 
-def test_instance_graph_warmup_must_end_before_training():
+def test_the_instance_graph_must_be_trained():
     with pytest.raises(
-        ConfigError, match=r"instance_graph_warmup_epochs=5 with trainer\.max_epochs=5: .* never be learnt"
+        ConfigError, match=r"instance_graph_warmup_epochs=5 with trainer\.max_epochs=5: .* never be trained"
     ):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5"]))
     for without in ("model.edge_types=[semantic,matches]", "ablation=no_spatial", "baseline=mil_max"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.max_epochs=5", without]))
-    with pytest.raises(ConfigError, match=r"early_stopping=5 could stop before the instance graph is learnt"):
+    with pytest.raises(ConfigError, match=r"early_stopping=5 could stop before the instance graph is trained"):
         validation.check(compose("train", ["experiment=scenes_candidates", "trainer.early_stopping=5"]))
 
 
-def test_overrides_of_grid_settings():
+def test_overrides_of_the_grid_size():
     config = compose("train", ["baseline=ssgrl", "detector.grid_size=5"])
     validation.check(config)
     assert (config.graph.m, config.detector.max_instances) == (25, 25)
     validation.check(compose("train", ["detector.grid_size=5", "graph.m=25", "detector.max_instances=25"]))
-    for overrides, named in (
-        (["detector.grid_size=5"], r"detector\.max_instances=15: detector\.grid_size=5 makes 25 instances"),
+    for overrides, message in (
+        (["detector.grid_size=5"], r"detector\.max_instances=15: detector\.grid_size=5 gives 25 instances"),
         (["detector.grid_size=5", "detector.max_instances=25"], r"graph\.m=10: .* set graph\.m=25"),
-        (["detector=resnet101"], r"graph\.m=10: detector\.grid_size=14 makes 196 instances"),
+        (["detector=resnet101"], r"graph\.m=10: detector\.grid_size=14 gives 196 instances"),
     ):
-        with pytest.raises(ConfigError, match=named):
+        with pytest.raises(ConfigError, match=message):
             validation.check(compose("train", overrides))
-    with pytest.raises(ConfigError, match=r"detector\.grid_size=many: expected a whole number"):
+    with pytest.raises(ConfigError, match=r"detector\.grid_size=many: expected an integer of at least 1"):
         compose("train", ["baseline=ssgrl", "detector.grid_size=many"])
 
 
@@ -171,7 +171,7 @@ def test_overrides_of_grid_settings():
 def test_every_command(command: str):
     config = compose(command, return_hydra_config=True)
     assert config.hydra.help.app_name == f"gm-mlic {command.replace('_', '-')}"
-    check_complete(compose(command, NEEDED.get(command, ())))
+    check_complete(compose(command, REQUIRED.get(command, ())))
 
 
 def test_every_command_is_tested():
@@ -179,12 +179,12 @@ def test_every_command_is_tested():
     assert commands == set(next(mark.args[1] for mark in test_every_command.pytestmark))
 
 
-def test_eval_requires_only_a_checkpoint():
+def test_run_dir_of_eval():
     config = compose("eval", ["checkpoint=runs/x/checkpoints/best.ckpt"])
     assert config.run_dir == "runs/x/eval"
 
 
-def test_dataset_selects_a_detector_and_can_be_overridden():
+def test_a_dataset_sets_its_default_detector():
     assert compose("train").detector.name == "scenes_tiny"
     assert compose("train", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
     assert compose("train_detector", ["dataset=coco2014"]).detector.name == "fasterrcnn_resnet50_fpn"
@@ -197,7 +197,7 @@ def test_widths_follow_the_number_of_blocks():
     assert compose("demo").rows.concat.widths == [64, 64]
 
 
-def test_paper_experiments_have_the_papers_settings():
+def test_settings_of_the_papers_experiments():
     config = compose("train", ["experiment=coco2014"])
     assert (config.graph.m, config.model.k, config.loss.beta) == (35, 2, 0.4)
     assert (config.model.fusion, config.model.widths) == ("concat", None)
@@ -207,7 +207,7 @@ def test_paper_experiments_have_the_papers_settings():
     assert config.instances.num_augmentations > 0
 
 
-def test_run_dir_depends_on_settings_that_change_results():
+def test_run_dir_depends_on_settings_that_change_the_result():
     def run_dir(*overrides: str) -> str:
         return str(compose("train", list(overrides)).run_dir)
 
@@ -219,14 +219,13 @@ def test_run_dir_depends_on_settings_that_change_results():
     assert len({plain, *others}) == 6
 
 
-def test_multirun_jobs_have_separate_run_dirs():
+def test_jobs_of_a_multirun_use_their_own_run_dir():
     config = compose("train", ["seed=3"], return_hydra_config=True)
     assert Path(config.hydra.sweep.subdir) == Path(config.run_dir).absolute()
     assert config.hydra.run.dir == config.run_dir
 
 
-def test_every_setting_has_a_comment():
-    """Each key of a group's file follows a comment (one comment can cover several adjacent keys)."""
+def test_every_file_starts_with_a_comment():
     for path in sorted(CONF.rglob("*.yaml")):
         if "hydra" in path.parts or path.parent.name in ("experiment", "ablation"):
             continue
@@ -234,7 +233,7 @@ def test_every_setting_has_a_comment():
 
 
 def test_every_setting_has_a_rule():
-    """Settings without a rule would accept any value; the exceptions are checked by the stage that reads them."""
+    """All settings have a rule, except those that are checked by a stage."""
     keys: set[str] = set()
     for group in GROUPS:
         for option in options(group):
@@ -246,7 +245,7 @@ def test_every_setting_has_a_rule():
         leaves(compose("bench")),
         leaves(compose("plan")),
     )
-    # Files of eval are checked together.
+    # The files of eval have no rules of their own.
     keys.update({"calibrate", "bootstrap", "target_format", "allow_all_present"} & set(leaves(compose("eval"))))
     keys.update({"images", "labels", "top", "threshold", "pictures"} & set(leaves(compose("predict"))))
     keys.update({"image", "label"} & set(leaves(compose("explain"))))
@@ -257,19 +256,19 @@ def test_every_setting_has_a_rule():
 
 
 def test_invalid_values_fail_at_composition():
-    with pytest.raises(ConfigError, match=r"graph\.m=0: expected a whole number, at least 1\."):
+    with pytest.raises(ConfigError, match=r"graph\.m=0: expected an integer of at least 1\."):
         compose("train", ["graph.m=0"])
     with pytest.raises(ConfigError, match=r"model\.fusion=sum: expected one of concat, product\."):
         compose("train", ["experiment=coco2014", "model.fusion=sum"])
-    for good in ("trainer.devices=[0,1]", "trainer.devices=auto", "trainer.devices=2", "trainer.precision=bf16-mixed"):
-        compose("train", [good])
-    for bad in ("trainer.devices=0", "trainer.devices=[]", "trainer.devices=many", "trainer.precision=half"):
+    for valid in ("trainer.devices=[0,1]", "trainer.devices=auto", "trainer.devices=2", "trainer.precision=bf16-mixed"):
+        compose("train", [valid])
+    for invalid in ("trainer.devices=0", "trainer.devices=[]", "trainer.devices=many", "trainer.precision=half"):
         with pytest.raises(ConfigError, match="expected"):
-            compose("train", [bad])
+            compose("train", [invalid])
 
 
-def test_choices_match_the_library():
-    """Rules repeat the choices, since importing the library imports torch and validation must be fast."""
+def test_choices_equal_those_of_the_stages():
+    """The rules repeat the choices, since importing the stages imports torch."""
     for key, choices in {
         "model.fusion": FUSIONS,
         "model.norm": NORMS,
@@ -282,8 +281,8 @@ def test_choices_match_the_library():
 
 
 @pytest.mark.parametrize(("group", "option"), [(g, o) for g in GROUPS for o in options(g) if g not in COMMANDS])
-def test_every_config_builds_its_object(group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each stage accepts its config section; downloads (photos, weights, vectors) are replaced by test doubles."""
+def test_every_option_builds_its_objects(group: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each stage accepts its section; downloads (photos, weights, vectors) are replaced."""
     vectors = tmp_path / "glove.txt"
     vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
     small = ["dataset.sizes.train=2"] if option not in options("dataset") else []

@@ -1,9 +1,9 @@
 """GM-MLIC and published baselines on the same scenes, backbone, training and evaluation.
 
-    python experiments/baselines/run.py            # everything; finished runs are not run again
-    python experiments/baselines/run.py collect    # the table again, from whatever is finished
+    python experiments/baselines/run.py            # everything; finished runs are not repeated
+    python experiments/baselines/run.py collect    # only the table, from finished runs
 
-results.csv, beside this file, keeps a row for each finished run; delete a row to run it again. results.md is the table.
+results.csv has a row per finished run; delete a row to repeat the run. results.md is the table.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from gm_mlic.training.run import build_module
 HERE = Path(__file__).parent
 RESULTS, RUNS = HERE / "results.csv", Path("runs/baselines")
 SEEDS = (0, 1, 2)
-#: The recipe of experiments/recipe, which GM-MLIC and mil_max were tuned with.
+#: The learning rate of experiments/recipe, selected for GM-MLIC and mil_max.
 OURS = ("1e-3",)
-#: What the others may choose from, by validation mAP with seed 0: theirs were made for other data and optimisers.
+#: Candidates of the other models, selected by validation mAP with seed 0.
 THEIRS = ("1e-3", "3e-3", "1e-2", "3e-2")
-#: A linear model of small features takes more.
+#: A linear model on small features needs larger ones.
 LINEAR = (*THEIRS, "1e-1", "3e-1", "1", "3", "10", "30")
 GRID = ["detector.grid_size=10", "detector.max_instances=100", "graph.m=100"]
 BATCH, ROUNDS = 32, 15
@@ -45,7 +45,7 @@ BATCH, ROUNDS = 32, 15
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what it is called, what it reads, what is set beside experiment=scenes, learning rates."""
+    """A row of the table: name, input, overrides of experiment=scenes, learning rates."""
 
     model: str
     reads: str
@@ -53,7 +53,7 @@ class Row:
     rates: tuple[str, ...]
 
 
-#: From the cheapest to the dearest. Widths are a matter of two cores: 64 is what gm_mlic_small has, too.
+#: In order of cost. Widths suit two cores; 64 is also that of gm_mlic_small.
 ROWS = {
     "detector_labels": Row("detector's own labels", "boxes", ["model=detector_labels"], OURS),
     "mil_max": Row("max-pooled MIL", "boxes", ["model=mil_max"], OURS),
@@ -65,18 +65,18 @@ ROWS = {
     "ssgrl": Row("SSGRL", "grid", ["baseline=ssgrl", "model.width=256"], THEIRS),
     "gm_mlic-grid": Row("GM-MLIC", "grid", GRID, OURS),
 }
-#: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
-#: stand.
+#: Labels with a unique appearance; labels that differ from a label of another theme only by context; labels that
+#: differ only by their position relative to an anchor object.
 KINDS = {
     "plain": [LABELS[4 * theme + place] for theme in range(4) for place in (0, 1)] + ["house", "moon"],
-    "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
+    "context": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
     "spatial": ["gate", "hatch", "comet", "satellite"],
 }
 MEASURES = ("mAP", *KINDS)
 
 
 def train(name: str, rate: str, seed: int) -> None:
-    """Train and test, unless results.csv has it; what was interrupted goes on from its run folder."""
+    """Train and test, unless results.csv has the run; an interrupted run resumes."""
     rows = read()
     if any(found["row"] == name and found["lr"] == rate and int(found["seed"]) == seed for found in rows):
         return
@@ -108,7 +108,7 @@ def read() -> list[dict[str, Any]]:
 
 
 def best_rate(name: str) -> str:
-    """The learning rate whose run with seed 0 has the best validation mAP, of those that are finished."""
+    """The learning rate with the best validation mAP of finished runs with seed 0."""
     found = {r["lr"]: float(r["val_mAP"]) for r in read() if r["row"] == name and r["seed"] == "0"}
     return max(found, key=found.__getitem__, default=ROWS[name].rates[0])
 
@@ -131,7 +131,7 @@ def measured(test: dict[str, Any]) -> dict[str, float]:
 
 
 def known_limit() -> dict[str, float]:
-    """The best that any method could reach on the test scenes."""
+    """The limit of any method on the test scenes."""
     config = compose("train", ["experiment=scenes"])
     test = build.build_dataset(config, "test")
     assert isinstance(test, Scenes)
@@ -142,7 +142,7 @@ def known_limit() -> dict[str, float]:
 
 
 def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
-    """The network of a row with random weights, and a batch of random instances of the size that it reads."""
+    """The network of a row with random weights, and a batch of random instances of matching sizes."""
     extractor = build.build_detector(config)
     module, graph = build_module(config, build.build_dataset(config, "train"), extractor)
     generator = torch.Generator().manual_seed(0)
@@ -161,8 +161,8 @@ def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
 
 
 def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
-    """Multiplications and additions of matrix products, all of them: fused kernels of attention are not counted."""
-    model.requires_grad_(False)  # the counter stumbles over views of parameters otherwise
+    """Multiplications and additions of all matrix products (fused attention is disabled, as it is not counted)."""
+    model.requires_grad_(False)  # the counter does not support views of parameters
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
@@ -174,7 +174,7 @@ def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
 
 @torch.no_grad()
 def costs() -> dict[str, tuple[int, float, float]]:
-    """Of each row: parameters, GFLOPs for an image, images/s; of the network alone, without detector and backbone."""
+    """Parameters, GFLOPs per image and images/s of each network, without detector and backbone."""
     networks = {}
     for name, row in ROWS.items():
         networks[name] = network(compose("train", ["experiment=scenes", "dataset.sizes.train=64", *row.overrides]))
@@ -196,7 +196,7 @@ def collect() -> None:
     rows = read()
     limit = " | ".join(f"{value:.1f}" for value in known_limit().values())
     lines = [
-        "| model | reads | lr | mAP | plain | company | spatial | parameters | GFLOPs per image | images/s |",
+        "| model | reads | lr | mAP | plain | context | spatial | parameters | GFLOPs per image | images/s |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         f"| known limit | | | {limit} | | | |",
     ]
@@ -205,7 +205,7 @@ def collect() -> None:
         of = [r for r in rows if r["row"] == name and r["lr"] == best_rate(name)]
         if of:
             parameters, gflops, speed = cost[name]
-            cells = [spread([float(r[measure]) for r in of]) for measure in MEASURES]
+            cells = [mean_and_std([float(r[measure]) for r in of]) for measure in MEASURES]
             lines.append(
                 f"| {row.model} | {row.reads} | {float(of[0]['lr']):g} | {' | '.join(cells)} | {parameters:,} | "
                 f"{gflops:.3g} | {speed:,.0f} |"
@@ -217,8 +217,8 @@ def collect() -> None:
     (HERE / "results.md").write_text(table + "\n")
 
 
-def spread(values: list[float]) -> str:
-    """Mean ± standard deviation over the seeds."""
+def mean_and_std(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
     mean, no_break = f"{statistics.mean(values):.1f}", "\u00a0"
     return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.1f}" if len(values) > 1 else mean
 

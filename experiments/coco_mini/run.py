@@ -2,7 +2,7 @@
 
     python experiments/coco_mini/run.py SHARED   # SHARED holds coco-mini/ and glove/coco2014.npz
 
-Runs the commands of README.md one after the other (finished runs are not run again) and writes results.csv.
+Runs the commands of README.md (finished runs are not repeated) and writes results.csv.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SCHEDULE = ["trainer.max_epochs=12", "trainer.batch_size=16"]
 
 
 def gm_mlic(*arguments: str) -> None:
-    """One command, printed as it can be typed."""
+    """Print and run a command."""
     print("gm-mlic", *arguments, flush=True)
     subprocess.run([str(Path(sys.executable).with_name("gm-mlic")), *arguments], check=True)
 
@@ -45,7 +45,7 @@ def gm_mlic(*arguments: str) -> None:
 def main(shared: Path) -> None:
     data = ["dataset=coco2014", f"dataset.root={shared}/coco-mini"]
     labels = ["embedding=glove", f"embedding.path={shared}/glove/coco2014.npz"]
-    # The command that a newcomer types first, all else by default.
+    # default settings
     gm_mlic("train", *data, *labels, f"run_dir={RUNS}/first")
     if not DETECTOR.exists():
         gm_mlic(
@@ -70,7 +70,7 @@ def main(shared: Path) -> None:
 
 
 def row(detector: str, model: str, seed: int, run: Path) -> dict[str, object]:
-    """What a run's metrics.json says of the test split."""
+    """Test metrics of a run, from its metrics.json."""
     result = json.loads((run / "metrics.json").read_text())
     test = result["test"]
     return {

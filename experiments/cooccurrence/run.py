@@ -1,10 +1,10 @@
-"""Where graphs gain on real co-occurrence: COCO's label sets, simulated instances; see README.md.
+"""Gain of graphs on real co-occurrence: label sets of COCO, simulated instances; see README.md.
 
-    python experiments/cooccurrence/run.py LABELS GLOVE [--jobs N]      # everything; finished runs are kept
+    python experiments/cooccurrence/run.py LABELS GLOVE [--jobs N]      # everything; finished runs are not repeated
     python experiments/cooccurrence/run.py LABELS GLOVE --tune          # learning rates, on validation images
 
-LABELS is an .npz with ``labels`` (C,), ``train`` and ``val``, (N, ceil(C / 8)) bits of ``numpy.packbits``; GLOVE one
-with ``labels`` and ``vectors`` (C, D), in the same order.
+LABELS is an .npz with ``labels`` (C,), ``train`` and ``val``, (N, ceil(C / 8)) bits of ``numpy.packbits``; GLOVE is
+an .npz with ``labels`` and ``vectors`` (C, D), in the same order.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ RATES = {"mil_max": 3e-4, "mil_max+labels": 1e-3, "gm_mlic": 3e-3, "gm_mlic w/o 
 
 @dataclass(frozen=True)
 class World:
-    """How instances come from an image's labels.
+    """Parameters of the simulated instances.
 
     Attributes:
-        noise: length of the noise on a feature; the prototypes of the classes have length 1.
-        miss: probability that a label's instances are not detected.
-        false: expected number of instances of a class that the image does not have.
+        noise: norm of the noise on a feature; the prototypes of the classes have norm 1.
+        miss: probability that the instances of a label are not detected.
+        false: expected number of instances of absent classes.
     """
 
     noise: float = 1.0
@@ -57,17 +57,17 @@ class World:
     false: float = 2.0
 
 
-#: study: the dial that moves, and its values; the others stay as they are in World().
-DIALS = {"noise": (0.5, 1.0, 1.5), "miss": (0.2, 0.4), "false": (2.0, 5.0)}
+#: Varied parameters and their values; the others have the defaults of World().
+PARAMETERS = {"noise": (0.5, 1.0, 1.5), "miss": (0.2, 0.4), "false": (2.0, 5.0)}
 MODELS = ("mil_max", "mil_max+labels", "gm_mlic")
 SEEDS = (0, 1)
-#: Trained in the middle of the dials only, over more seeds, and the full model with it: their difference is small.
+#: Trained with default parameters only, with more seeds, because the difference from the full model is small.
 ABLATION = "gm_mlic w/o Gl"
 ABLATION_SEEDS = (0, 1, 2, 3, 4)
 
 
 def simulate(present: np.ndarray, world: World, prototypes: np.ndarray, rng: np.random.Generator) -> SimpleNamespace:
-    """An instance store in memory for label sets ``present`` (N, C): what :class:`AssignmentBatchDataset` reads."""
+    """An instance store in memory for label sets ``present`` (N, C): input of :class:`AssignmentBatchDataset`."""
     N, C = present.shape
     frequency = present.mean(axis=0) / present.mean(axis=0).sum()
     features = np.zeros((N, 1, M, FEATURE), dtype=np.float32)
@@ -88,7 +88,7 @@ def simulate(present: np.ndarray, world: World, prototypes: np.ndarray, rng: np.
         corner = rng.uniform(0, 0.7, size=(count, 2))
         boxes[image, 0, :count] = np.concatenate([corner, corner + rng.uniform(0.1, 0.3, size=(count, 2))], axis=1)
     return SimpleNamespace(
-        features=features * np.sqrt(FEATURE),  # entries of the size that a network likes
+        features=features * np.sqrt(FEATURE),  # entries of unit variance
         boxes=boxes,
         scores=np.ones((N, 1, M), dtype=np.float32),
         detected_labels=np.zeros((N, 1, M), dtype=np.int64),
@@ -100,13 +100,13 @@ def simulate(present: np.ndarray, world: World, prototypes: np.ndarray, rng: np.
 
 
 class PooledLabels(nn.Module):
-    """The max-pooled classifier, then a perceptron over its C label logits: co-occurrence without a graph."""
+    """The max-pooled classifier and an MLP on its C label logits: co-occurrence without a graph."""
 
     def __init__(self, num_labels: int, width: int = 256) -> None:
         super().__init__()
         self.instances = create_model("mil_max", instance_dim=FEATURE, num_labels=num_labels, width=512)
         self.labels = nn.Sequential(nn.Linear(num_labels, width), nn.ReLU(), nn.Linear(width, num_labels))
-        nn.init.zeros_(self.labels[-1].weight)  # begins as the max-pooled classifier
+        nn.init.zeros_(self.labels[-1].weight)  # initially equal to the max-pooled classifier
         nn.init.zeros_(self.labels[-1].bias)
 
     def forward(self, data: AssignmentBatch) -> ModelOutput:
@@ -136,7 +136,7 @@ def loader(data: AssignmentBatchDataset, generator: torch.Generator | None = Non
 def train(
     model: str, world: World, seed: int, files: tuple[str, str], tested: str = "test", lr: float | None = None
 ) -> dict[str, float]:
-    """Train one model; its figures on the split ``tested``."""
+    """Train one model, and return its metrics on the split ``tested``."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     begin = time.perf_counter()
@@ -189,8 +189,12 @@ def read(files: tuple[str, str], seed: int) -> tuple[dict[str, np.ndarray], Tens
 
 
 def worlds() -> list[World]:
-    """Every setting of the dials, each once."""
-    return list(dict.fromkeys(replace(World(), **{dial: value}) for dial, values in DIALS.items() for value in values))
+    """All settings of the simulation."""
+    return list(
+        dict.fromkeys(
+            replace(World(), **{parameter: value}) for parameter, values in PARAMETERS.items() for value in values
+        )
+    )
 
 
 def main(files: tuple[str, str], jobs: int) -> None:
@@ -211,7 +215,7 @@ def main(files: tuple[str, str], jobs: int) -> None:
             rows.append({"model": model, **asdict(world), "seed": seed, **future.result()})
             write(rows, path)
             print(f"{number}/{len(todo)}", rows[-1], flush=True)
-    tell(list(csv.DictReader(path.open())))
+    print_table(list(csv.DictReader(path.open())))
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -230,16 +234,16 @@ def write(rows: list[dict], path: Path) -> None:
         writer.writerows(sorted(rows, key=place))
 
 
-def tell(rows: list[dict]) -> None:
-    """The table of README.md, and its picture."""
-    figure, axes = plt.subplots(1, len(DIALS), figsize=(11, 3.4), sharey=True, layout="constrained")
-    for axis, (dial, values) in zip(axes, DIALS.items(), strict=True):
+def print_table(rows: list[dict]) -> None:
+    """Print the table and draw the figure of README.md."""
+    figure, axes = plt.subplots(1, len(PARAMETERS), figsize=(11, 3.4), sharey=True, layout="constrained")
+    for axis, (parameter, values) in zip(axes, PARAMETERS.items(), strict=True):
         for model, color in zip(MODELS, ("#777777", "#c25b00", "#3b7dd8"), strict=True):
-            points = [of(rows, model, replace(World(), **{dial: value})) for value in values]
+            points = [of(rows, model, replace(World(), **{parameter: value})) for value in values]
             mean = [statistics.mean(p.values()) for p in points]
             spread = [statistics.stdev(p.values()) if len(p) > 1 else 0.0 for p in points]
             axis.errorbar(values, mean, spread, fmt="o-", capsize=3, color=color, label=model)
-        axis.set_xlabel(dial)
+        axis.set_xlabel(parameter)
         axis.set_xticks(values)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test mAP, %")
@@ -250,11 +254,13 @@ def tell(rows: list[dict]) -> None:
     for world in worlds():
         pooled, labels, graphs = (of(rows, model, world) for model in MODELS)
         gains = [[graphs[seed] - other[seed] for seed in graphs if seed in other] for other in (pooled, labels)]
-        cells = [say(list(p.values())) for p in (pooled, labels, graphs)] + [say(gain) for gain in gains]
+        cells = [mean_and_std(list(p.values())) for p in (pooled, labels, graphs)] + [
+            mean_and_std(gain) for gain in gains
+        ]
         print(f"| {world.noise} | {world.miss} | {world.false} | {' | '.join(cells)} |")
     full, ablated = of(rows, "gm_mlic", World()), of(rows, ABLATION, World())
     lost = [full[seed] - ablated[seed] for seed in ablated]
-    print(f"w/o Gl: {say(list(ablated.values()))}, full is better by {say(lost)}")
+    print(f"w/o Gl: {mean_and_std(list(ablated.values()))}, gain of full {mean_and_std(lost)}")
 
 
 def of(rows: list[dict], model: str, world: World) -> dict[str, float]:
@@ -263,12 +269,12 @@ def of(rows: list[dict], model: str, world: World) -> dict[str, float]:
     return {r["seed"]: float(r["mAP"]) for r in rows if (r["model"], r["noise"], r["miss"], r["false"]) == key}
 
 
-def say(values: list[float]) -> str:
+def mean_and_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 
 def tune(files: tuple[str, str], jobs: int) -> None:
-    """Validation mAP of each model at several learning rates, in the middle of the dials."""
+    """Validation mAP of each model at several learning rates, with default parameters."""
     with ProcessPoolExecutor(jobs) as pool:
         trials = {
             (model, lr): pool.submit(train, model, World(), 0, files, "val", lr)

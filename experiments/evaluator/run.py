@@ -1,8 +1,8 @@
-"""The evaluator at NUS-WIDE's test size: seconds, memory, and how much faster than the usual Python loop.
+"""Time and memory of the evaluator at NUS-WIDE's test size, compared with a Python loop.
 
-    python experiments/evaluator/run.py          # a process for each convention; prints the table of README.md
+    python experiments/evaluator/run.py          # one process per convention; prints the table of README.md
 
-Labels are NUS-WIDE's own where ../shared/data (or $GM_MLIC_SHARED) has them, else drawn with the same density.
+Labels are those of NUS-WIDE if ../shared/data (or $GM_MLIC_SHARED) has them, else random with the same density.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from gm_mlic.metrics import CONVENTIONS, MultiLabelMetrics, bootstrap_map
 
 N, C = 107_859, 81
 BATCH = 128
-#: The loop over tensors takes minutes for all labels; it is run for these and multiplied.
+#: Number of labels for the loop over tensors; its time is extrapolated to all labels.
 LOOPED = 9
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Scores (N, C) float32, targets (N, C) int8 in {0, 1}, and where the labels are from."""
+    """Scores (N, C) float32, targets (N, C) int8 in {0, 1}, and the source of the labels."""
     rng = np.random.default_rng(0)
     shared = Path(os.environ.get("GM_MLIC_SHARED", Path(__file__).resolve().parents[3] / "shared" / "data"))
     path = shared / "labels" / "nuswide81.npz"
@@ -39,16 +39,16 @@ def data() -> tuple[torch.Tensor, torch.Tensor, str]:
         rows = rows[np.sort(rng.choice(len(rows), N, replace=False))]
         present, source = np.unpackbits(rows, axis=1)[:, :C].astype(bool), "NUS-WIDE's labels"
     else:
-        present, source = rng.random((N, C)) < 1.87 / C, "drawn labels"
+        present, source = rng.random((N, C)) < 1.87 / C, "random labels"
     noise = rng.standard_normal((N, C), dtype=np.float32)
     scores = torch.sigmoid(torch.from_numpy(noise + np.where(present, 0.5, -2.5).astype(np.float32)))
     return scores, torch.from_numpy(present.astype(np.int8)), source
 
 
 def loop_over_tensors(scores: torch.Tensor, targets: torch.Tensor, labels: int) -> float:
-    """Rank AP as public code has it: sort each label, then visit its images one by one in the tensors.
+    """AP as in public code: sort each label, then loop over its images in the tensors.
 
-    Targets are in {1, 0, -1} there, and 0 is difficult.
+    Targets are in {1, 0, -1}, where 0 is difficult.
     """
     values = []
     for c in range(labels):
@@ -67,7 +67,7 @@ def loop_over_tensors(scores: torch.Tensor, targets: torch.Tensor, labels: int) 
 
 
 def loop_over_lists(scores: torch.Tensor, targets: torch.Tensor, labels: int) -> float:
-    """The same on Python lists, as a careful author would write it."""
+    """The same on Python lists."""
     values = []
     for c in range(labels):
         order = torch.sort(scores[:, c], descending=True).indices
@@ -84,7 +84,7 @@ def loop_over_lists(scores: torch.Tensor, targets: torch.Tensor, labels: int) ->
 
 
 def loop_precision_recall(scores: torch.Tensor, targets: torch.Tensor) -> list[float]:
-    """CP ... OF1 with a loop over labels, then once more after a loop over each image's three best."""
+    """CP to OF1 with a loop over labels, and the top-3 variants after a loop over images."""
     s, t = scores.numpy(), targets.numpy()
     best = np.full_like(s, -1)
     for i, row in enumerate(scores.topk(3, dim=1).indices.tolist()):
@@ -104,7 +104,7 @@ def loop_precision_recall(scores: torch.Tensor, targets: torch.Tensor) -> list[f
 
 
 def clock(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, float]:
-    """Result, seconds, and seconds of CPU of all threads."""
+    """Result, wall-clock seconds, and CPU seconds of all threads."""
     before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
     result = function(*arguments)
@@ -114,20 +114,20 @@ def clock(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, fl
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory: now (VmRSS) or at most (VmHWM)."""
+    """Resident memory of this process in bytes: current (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def one(convention: str) -> dict[str, Any]:
-    """Seconds and memory of one convention; runs in a process of its own."""
+    """Time and memory of one convention; runs in a separate process."""
     scores, targets, _ = data()
     small = MultiLabelMetrics(C, convention)
     small.update(scores[:5000], targets[:5000])
     small.compute()
     del small
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     metrics = MultiLabelMetrics(C, convention)
     ids = torch.arange(N)
 
@@ -163,8 +163,8 @@ def main() -> None:
     assert abs(part - loop_over_lists(scores, 2 * targets - 1, LOOPED)) < 1e-9
     numbers, counts_s, _ = clock(loop_precision_recall, scores, targets)
     tensors_s, lists_s = tensors_s + counts_s, lists_s + counts_s
-    print(f"plain loop over tensors, as published: {tensors_s:.1f} s ({LOOPED} labels x {C // LOOPED})")
-    print(f"the same over Python lists: {lists_s:.1f} s\n")
+    print(f"loop over tensors: {tensors_s:.1f} s ({LOOPED} labels x {C // LOOPED})")
+    print(f"loop over lists: {lists_s:.1f} s\n")
 
     print("| convention | compute() s | of CPU | update() s | times faster: tensors | lists | peak memory / scores |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")

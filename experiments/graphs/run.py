@@ -1,8 +1,8 @@
-"""What each graph, m and k are worth on scenes: the sweeps of README.md, collected into results.csv and pictures.
+"""Ablation of graphs, m and k on scenes: the sweeps of README.md, with results.csv and figures.
 
     python experiments/graphs/run.py [STUDY ...]     # default: all; two runs at a time, one thread each
 
-Finished runs are not run again. results.csv keeps the rows of studies that are not asked for.
+Finished runs are not repeated. results.csv keeps the rows of other studies.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gm_mlic.runs import Run, find_runs
 HERE = Path(__file__).parent
 FIVE, THREE = "seed=0,1,2,3,4", "seed=0,1,2"
 BOTH = "ablation=full,no_semantic"
-#: study: what is swept
+#: study: overrides
 SWEEPS = {
     "ablation": [
         "experiment=scenes",
@@ -39,7 +39,7 @@ SWEEPS = {
     ],
     "m": ["experiment=scenes", "graph.m=2,4,6,10,15", "model.fusion=product", THREE],
     "k": ["experiment=scenes", "model.k=1,2,3", "model.fusion=product", THREE],
-    # Candidates only, and the instance graph last; then each of the two without the other.
+    # Candidates and a late instance graph; then each of the two alone.
     "candidates": [
         "experiment=scenes_candidates",
         "ablation=full,no_semantic,no_spatial,no_matches",
@@ -49,12 +49,12 @@ SWEEPS = {
     "candidates-at-once": ["experiment=scenes_candidates", "trainer.instance_graph_warmup_epochs=null", BOTH, FIVE],
     "complete-in-turn": ["experiment=scenes_candidates", "graph.labels_per_class=null", BOTH, FIVE],
 }
-#: Those whose variants are compared, in words.
+#: Titles of the studies of variants.
 ABLATIONS = {
-    "ablation": "all matching edges",
-    "complete-in-turn": "all, Go last",
+    "ablation": "complete matching edges",
+    "complete-in-turn": "complete, late Go",
     "candidates-at-once": "candidates",
-    "candidates": "candidates, Go last",
+    "candidates": "candidates, late Go",
 }
 VARIANTS = {
     "full": "full",
@@ -62,11 +62,11 @@ VARIANTS = {
     "no_spatial": "w/o Go",
     "no_matches": "w/o ILM edges",
 }
-#: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
-#: stand.
+#: Labels with a unique appearance; labels that differ from a label of another theme only by context; labels that
+#: differ only by their position relative to an anchor object.
 KINDS = {
     "plain": [LABELS[4 * theme + place] for theme in range(4) for place in (0, 1)] + ["house", "moon"],
-    "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
+    "context": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
     "spatial": ["gate", "hatch", "comet", "satellite"],
 }
 COLORS = {"concat": "#c25b00", "product": "#3b7dd8"}
@@ -100,12 +100,12 @@ def main(studies: list[str]) -> None:
         print_ablation([r for r in rows if r["study"] == study])
     for study in ("m", "k"):
         for value, group in grouped(rows, study):
-            print(f"{study}={value}: {spread([r['mAP'] for r in group])} ({len(group)} seeds)")
+            print(f"{study}={value}: {mean_and_std([r['mAP'] for r in group])} ({len(group)} seeds)")
     draw(rows, HERE / "results.png")
 
 
 def as_numbers(r: dict[str, str]) -> dict[str, object]:
-    """A row of results.csv as :func:`row` makes them."""
+    """A row of results.csv with the types of :func:`row`."""
     whole = ("m", "k", "seed")
     texts = ("study", "variant", "fusion")
     return {key: value if key in texts else int(value) if key in whole else float(value) for key, value in r.items()}
@@ -131,7 +131,7 @@ def row(study: str, run: Run) -> dict[str, object]:
 
 
 def print_limit() -> None:
-    """What the best possible ranking of the test scenes reaches, for each kind of label."""
+    """Print the limit of any method on the test scenes, for each kind of label."""
     scenes = Scenes("test")
     metrics = MultiLabelMetrics(len(LABELS))
     metrics.update(torch.from_numpy(scenes.limit_scores).float(), torch.from_numpy(scenes.targets))
@@ -142,7 +142,7 @@ def print_limit() -> None:
 
 
 def print_ablation(rows: list[dict]) -> None:
-    """Mean and spread of each variant, and of its difference from full with the same seed."""
+    """Mean and standard deviation of each variant, and of the gain of the full model with the same seed."""
     for fusion in COLORS:
         full = {r["seed"]: r["mAP"] for r in rows if (r["fusion"], r["variant"]) == (fusion, "full")}
         for variant, name in VARIANTS.items():
@@ -150,10 +150,10 @@ def print_ablation(rows: list[dict]) -> None:
             if not group:
                 continue
             lost = [full[r["seed"]] - r["mAP"] for r in group if r["seed"] in full]
-            measured = "  ".join(f"{key} {spread([r[key] for r in group])}" for key in ("mAP", "CF1", *KINDS))
+            measured = "  ".join(f"{key} {mean_and_std([r[key] for r in group])}" for key in ("mAP", "CF1", *KINDS))
             print(
-                f"{fusion:8s} {name:14s} {measured}  full is better by {spread(lost)}, "
-                f"at least {min(lost):.1f} ({len(group)} seeds)"
+                f"{fusion:8s} {name:14s} {measured}  gain of full {mean_and_std(lost)}, "
+                f"smallest gain {min(lost):.1f} ({len(group)} seeds)"
             )
 
 
@@ -166,12 +166,12 @@ def grouped(rows: list[dict], study: str) -> list[tuple[int, list[dict]]]:
     return sorted(groups.items())
 
 
-def spread(values: list[float]) -> str:
+def mean_and_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else "-"
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """The ablations as dots, one for each seed; m and k as curves with the spread over seeds."""
+    """Draw the ablations as dots, one per seed, and m and k as curves with standard deviations over seeds."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
     axes[0, 1].sharey(axes[0, 0])
     for axis, study in zip(axes[0], ("ablation", "candidates"), strict=True):

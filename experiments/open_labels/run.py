@@ -1,9 +1,9 @@
-"""Labels that a model was never trained on: what to expect; see README.md.
+"""Accuracy on labels outside the training set; see README.md.
 
-    python experiments/open_labels/run.py LABELS GLOVE [--jobs N]      # everything; finished runs are kept
+    python experiments/open_labels/run.py LABELS GLOVE [--jobs N]      # everything; finished runs are not repeated
 
-LABELS is an .npz with ``labels`` (C,), ``train`` and ``val``, (N, ceil(C / 8)) bits of ``numpy.packbits``; GLOVE one
-with ``labels`` and ``vectors`` (C, D), in the same order. Scenes are drawn.
+LABELS is an .npz with ``labels`` (C,), ``train`` and ``val``, (N, ceil(C / 8)) bits of ``numpy.packbits``; GLOVE is
+an .npz with ``labels`` and ``vectors`` (C, D), in the same order.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ FEATURE, M, NEIGHBORS = 64, 12, 10
 NOISE, MISS, FALSE = 0.5, 0.2, 2.0
 SIZES = {"train": 3000, "test": 4000}
 EPOCHS, BATCH, RATE = 4, 32, 3e-3
-#: Labels left out of training: every fifth, from one that the seed decides.
+#: Every fifth label is left out of training; the seed selects the offset.
 HELD_OUT = 5
-#: How much of a class's prototype its word vector decides; None: the drawn scenes.
+#: Share of a class's prototype that depends on its word vector; None: scenes.
 SHARES = (0.25, 0.5, 1.0)
 MODELS = ("gm_mlic", "gm_mlic w/o Gl", "regression")
 SEEDS = (0, 1, 2)
-COLUMNS = ("data", "share", "model", "seed", "seen", "unseen", "harmonic", "chance", "seconds")
+COLUMNS = ("data", "share", "model", "seed", "seen", "unseen", "harmonic", "random", "seconds")
 
 
 def coco(files: tuple[str, str], share: float, seed: int) -> tuple[dict[str, SimpleNamespace], Tensor]:
     r"""COCO's label sets with simulated instances, and the label vectors.
 
     The prototype of class c is :math:`\sqrt{s} P w_c + \sqrt{1 - s} z_c`, s the share, P a random projection, w_c the
-    centred word vector and z_c chance, all of length 1.
+    centered word vector and z_c random, all of norm 1.
     """
     labels, glove = (np.load(file) for file in files)
     assert labels["labels"].tolist() == glove["labels"].tolist()
     C = len(labels["labels"])
     rng = np.random.default_rng([seed, 2])
     words = glove["vectors"] - glove["vectors"].mean(axis=0)
-    told = words @ rng.normal(size=(words.shape[1], FEATURE))
-    chance = rng.normal(size=(C, FEATURE))
-    told, chance = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (told, chance))
-    prototypes = np.sqrt(share) * told + np.sqrt(1 - share) * chance
+    from_words = words @ rng.normal(size=(words.shape[1], FEATURE))
+    random = rng.normal(size=(C, FEATURE))
+    from_words, random = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (from_words, random))
+    prototypes = np.sqrt(share) * from_words + np.sqrt(1 - share) * random
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     bits = {"train": rng.permutation(labels["train"])[: SIZES["train"]]}
     bits["test"] = rng.permutation(labels["val"])[: SIZES["test"]]
@@ -69,7 +69,7 @@ def coco(files: tuple[str, str], share: float, seed: int) -> tuple[dict[str, Sim
 
 
 def simulate(present: np.ndarray, prototypes: np.ndarray, rng: np.random.Generator) -> SimpleNamespace:
-    """An instance store in memory: what :class:`AssignmentBatchDataset` reads."""
+    """An instance store in memory: input of :class:`AssignmentBatchDataset`."""
     N, C = present.shape
     frequency = present.mean(axis=0) / present.mean(axis=0).sum()
     features = np.zeros((N, 1, M, FEATURE), dtype=np.float32)
@@ -100,7 +100,7 @@ def view(features: np.ndarray, boxes: np.ndarray, counts: np.ndarray, targets: n
 
 
 def scenes(seed: int) -> tuple[dict[str, SimpleNamespace], Tensor]:
-    """Drawn scenes, their tiny detector's instances, and hashed label vectors, which are chance."""
+    """Instances of scenes from the tiny detector, and hashed label vectors, which are random."""
     detector = build_extractor("scenes_tiny", weights="scenes")
     stores = {}
     for split, size in {"train": 3000, "test": 1000}.items():
@@ -113,7 +113,7 @@ def scenes(seed: int) -> tuple[dict[str, SimpleNamespace], Tensor]:
 
 
 def train(data: str, share: float | None, model: str, seed: int, files: tuple[str, str]) -> dict[str, Any]:
-    """Train on the seen labels; test mAP of seen and of unseen labels, all of them in one graph."""
+    """Train on the seen labels, and test seen and unseen labels in one graph."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     begin = time.perf_counter()
@@ -131,13 +131,13 @@ def train(data: str, share: float | None, model: str, seed: int, files: tuple[st
         "data": data, "share": "" if share is None else share, "model": model, "seed": seed,
         "seen": round(seen_mAP, 2), "unseen": round(unseen_mAP, 2),
         "harmonic": round(2 * seen_mAP * unseen_mAP / (seen_mAP + unseen_mAP), 2),
-        "chance": round(100 * (targets[:, unseen] == 1).double().mean().item(), 2),
+        "random": round(100 * (targets[:, unseen] == 1).double().mean().item(), 2),
         "seconds": round(time.perf_counter() - begin),
     }  # fmt: skip
 
 
 def graph_scores(stores: dict[str, SimpleNamespace], vectors: Tensor, seen: Tensor, model: str) -> Tensor:
-    """GM-MLIC, trained on the seen labels' vectors and targets, scores all labels."""
+    """Scores of all labels by GM-MLIC, trained on the seen labels."""
     edge_types = [name for name in RELATIONS if name != "semantic" or model == "gm_mlic"]
     network = create_model(
         "gm_mlic", instance_dim=stores["train"].features.shape[-1], label_dim=vectors.shape[1], k=2, widths=(64, 64),
@@ -167,7 +167,7 @@ def graph_scores(stores: dict[str, SimpleNamespace], vectors: Tensor, seen: Tens
 
 
 def regression(stores: dict[str, SimpleNamespace], vectors: Tensor, seen: Tensor) -> Tensor:
-    """Without any network: ridge regression from an instance to its image's mean label vector; the best cosine wins."""
+    """Scores by ridge regression from an instance to the mean label vector of its image: the maximum cosine."""
     words = normalize(vectors - vectors.mean(dim=0), dim=1)
     present = torch.from_numpy(stores["train"].targets == 1).float() * seen
     wanted = present @ words / present.sum(dim=1, keepdim=True).clamp(min=1)
@@ -181,7 +181,7 @@ def regression(stores: dict[str, SimpleNamespace], vectors: Tensor, seen: Tensor
 
 
 def instances(store: SimpleNamespace) -> tuple[Tensor, Tensor]:
-    """Features (N, M, D), and which instances there are (N, M)."""
+    """Features (N, M, D), and the mask of instances (N, M)."""
     x = torch.from_numpy(np.asarray(store.features[:, 0], dtype=np.float32))
     mask = torch.arange(x.shape[1]) < torch.from_numpy(np.asarray(store.counts[:, :1]))
     return x, mask
@@ -205,20 +205,20 @@ def main(files: tuple[str, str], jobs: int) -> None:
                 writer.writeheader()
                 writer.writerows(sorted(rows, key=lambda row: [str(row[c]) for c in COLUMNS[:4]]))
             print(f"{number}/{len(todo)}", rows[-1], flush=True)
-    tell(list(csv.DictReader(path.open())))
+    print_table(list(csv.DictReader(path.open())))
 
 
-def tell(rows: list[dict[str, str]]) -> None:
-    """The table of README.md."""
-    print("| data | share | model | seen mAP | unseen mAP | harmonic mean | chance |")
+def print_table(rows: list[dict[str, str]]) -> None:
+    """Print the table of README.md."""
+    print("| data | share | model | seen mAP | unseen mAP | harmonic mean | random |")
     print("| --- | ---: | --- | ---: | ---: | ---: | ---: |")
     for (data, share, model), group in itertools.groupby(rows, key=lambda r: (r["data"], r["share"], r["model"])):
         some = list(group)
-        cells = [say([float(r[column]) for r in some]) for column in ("seen", "unseen", "harmonic", "chance")]
+        cells = [mean_and_std([float(r[column]) for r in some]) for column in ("seen", "unseen", "harmonic", "random")]
         print(f"| {data} | {share or '-'} | {model} | {' | '.join(cells)} |")
 
 
-def say(values: list[float]) -> str:
+def mean_and_std(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
 
 

@@ -1,7 +1,7 @@
-"""The recipe study: what of fusion, normalisation, initialisation and scaling makes GM-MLIC learn on scenes.
+"""Training settings of GM-MLIC on scenes: fusion, normalization, initialization, input scaling, learning rate.
 
-    python experiments/recipe/run.py            # every variant; finished ones are not run again
-    python experiments/recipe/run.py torch_init # one of them
+    python experiments/recipe/run.py            # every variant; finished runs are not repeated
+    python experiments/recipe/run.py concat-torch_init # one of them
 
 Writes results.csv and results.png beside this file, from the metrics.json of each run in runs/recipe/.
 """
@@ -21,7 +21,7 @@ RUNS = Path("runs/recipe")
 
 
 def torch_init() -> None:
-    """torch.nn.Linear's own initialization instead of He's, everywhere."""
+    """Use the default initialization of torch.nn.Linear instead of He initialization."""
     from torch import nn
 
     from gm_mlic.nn import mlp
@@ -37,7 +37,7 @@ def torch_init() -> None:
 
 
 def torch_product() -> None:
-    """The projections A and B of the product by torch.nn.Linear's own initialisation."""
+    """Use the default initialization of torch.nn.Linear for the projections A and B of the product."""
     from gm_mlic.nn import HadamardFusion
 
     def reset_parameters(self: HadamardFusion) -> None:
@@ -48,21 +48,21 @@ def torch_product() -> None:
 
 
 def raw_boxes() -> None:
-    """Instance edges read eq. 1 as it is, both boxes in [0, 1]."""
+    """Instance edges read both boxes in [0, 1], as in eq. 1."""
     from gm_mlic.graphs import EDGE_TYPES, SPATIAL, EdgeSpec
 
     EDGE_TYPES[SPATIAL] = EdgeSpec(attr_dim=8)
 
 
 def absolute_boxes() -> None:
-    """Instance edges read both boxes standardised, none relative to the other."""
+    """Instance edges read both boxes standardized, in absolute coordinates."""
     from gm_mlic.graphs import EDGE_TYPES, SPATIAL, EdgeSpec
     from gm_mlic.graphs.schema import standardize_boxes
 
     EDGE_TYPES[SPATIAL] = EdgeSpec(attr_dim=8, transform=standardize_boxes)
 
 
-#: name: (seeds, overrides, what is patched)
+#: name: (seeds, overrides, patch)
 VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
     "mil_max": (5, ["model=mil_max"], None),
     "concat": (5, ["model.fusion=concat"], None),
@@ -79,9 +79,9 @@ VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
     "product-lr5e-4": (1, ["model.fusion=product", "optimizer.lr=5e-4"], None),
     "concat-paper_sgd": (1, ["model.fusion=concat", "optimizer=paper"], None),
 }
-#: Labels that only the instance graph can tell apart, and those that only company can.
+#: Labels that differ only by relative position, and labels that differ only by context.
 SPATIAL = ("gate", "hatch", "comet", "satellite")
-COMPANY = ("lemon", "tennis ball", "cricket bat", "fence post", "marigold", "starfish", "life ring", "doughnut")
+CONTEXT = ("lemon", "tennis ball", "cricket bat", "fence post", "marigold", "starfish", "life ring", "doughnut")
 
 
 def run(name: str) -> None:
@@ -99,7 +99,7 @@ def run(name: str) -> None:
 
 
 def collect() -> None:
-    """Every finished run, as one row of results.csv; then the figure."""
+    """Write finished runs to results.csv, and draw the figure."""
     rows = []
     for name, (seeds, overrides, patch) in VARIANTS.items():
         for seed in range(seeds):
@@ -116,7 +116,7 @@ def collect() -> None:
                     "patch": patch.__name__ if patch else "",
                     "mAP": round(test["mAP"], 2),
                     "AP_spatial": round(statistics.mean(of[label] for label in SPATIAL), 2),
-                    "AP_company": round(statistics.mean(of[label] for label in COMPANY), 2),
+                    "AP_context": round(statistics.mean(of[label] for label in CONTEXT), 2),
                 }
             )
     with (HERE / "results.csv").open("w", newline="") as out:
@@ -124,22 +124,22 @@ def collect() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows)
-    print("| variant | seeds | mAP | AP_spatial | AP_company |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| variant | seeds | mAP | AP_spatial | AP_context |\n| --- | ---: | ---: | ---: | ---: |")
     for name in VARIANTS:
         of = [row for row in rows if row["variant"] == name]
-        cells = [_mean_and_spread([row[key] for row in of]) for key in ("mAP", "AP_spatial", "AP_company")]
+        cells = [mean_and_std([row[key] for row in of]) for key in ("mAP", "AP_spatial", "AP_context")]
         if of:
             print(f"| {name} | {len(of)} | {' | '.join(cells)} |")
 
 
-def _mean_and_spread(values: list[float]) -> str:
-    """Mean ± standard deviation over the seeds."""
+def mean_and_std(values: list[float]) -> str:
+    """Mean ± standard deviation over seeds."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}" if values else ""
 
 
 def plot(rows: list[dict]) -> None:
-    """mAP, and the two kinds of ambiguous labels, of every variant."""
+    """Draw mAP and the AP of both kinds of ambiguous labels for every variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -149,7 +149,7 @@ def plot(rows: list[dict]) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.45 * len(names) + 1.4), layout="constrained")
     for key, marker, color in (
         ("AP_spatial", "^", "#c25b00"),
-        ("AP_company", "s", "#3b7dd8"),
+        ("AP_context", "s", "#3b7dd8"),
         ("mAP", "o", "#111111"),
     ):
         for y, name in enumerate(names):
@@ -157,7 +157,7 @@ def plot(rows: list[dict]) -> None:
             axes.plot(values, [y] * len(values), marker, color=color, alpha=0.8, label=key if y == 0 else None)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("test, % (one mark for each seed)")
+    axes.set_xlabel("test, % (one mark per seed)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower left")
     figure.savefig(HERE / "results.png", dpi=130)
@@ -169,6 +169,6 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         run(sys.argv[1])
     else:
-        for variant in VARIANTS:  # one process each: patches must not meet
+        for variant in VARIANTS:  # separate processes, because of the patches
             subprocess.run([sys.executable, __file__, variant], check=True)
     collect()

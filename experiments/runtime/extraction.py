@@ -1,9 +1,9 @@
-"""How busy does extraction keep the detector? gm-mlic's extraction against torchvision's detector by itself.
+"""Speed of gm-mlic's extraction, compared with the bare torchvision detector.
 
     python experiments/runtime/extraction.py COCO_ROOT [IMAGES]     # default 24 photos of the test split
 
-The same photos, in the same batches of 4, by the same ResNet-50-FPN, in turns, three times. The bare detector gets
-decoded tensors and its results are dropped; extraction reads JPEGs, pools the features once more at the final boxes,
+Both process the same photos in the same batches of 4 with the same ResNet-50-FPN, alternating, three times. The bare
+detector gets decoded tensors, and its results are discarded. Extraction reads JPEGs, pools features at the final boxes,
 and writes the store.
 """
 
@@ -30,13 +30,13 @@ BATCH, ROUNDS, M = 4, 3, 35
 
 
 def main(root: str, number: int) -> None:
-    prepare_process()  # as the command line has it, for both
+    prepare_process()  # as on the command line, for both
     config = compose("train", ["dataset=coco2014", f"dataset.root={root}", "trainer.accelerator=cpu"])
     dataset = build.build_dataset(config, "test")
     dataset.ids, dataset.targets = dataset.ids[:number], dataset.targets[:number]
     extractor = build.build_detector(config)
     bare = copy.deepcopy(extractor.detector)  # torchvision's FasterRCNN, with the same weights and image size
-    bare.roi_heads.detections_per_img = 100  # as torchvision has it
+    bare.roi_heads.detections_per_img = 100  # torchvision's default
     images = [to_tensor(dataset.image(row)) for row in range(number)]
     folder = Path(tempfile.mkdtemp())
 

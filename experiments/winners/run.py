@@ -1,10 +1,10 @@
-"""Does the box that won a label lie on an object of that label? See README.md.
+"""Localization: is the argmax box of a label on an object of this label? See README.md.
 
-    python experiments/winners/run.py            # trains what is missing (a few minutes each), then measures
-    python experiments/winners/run.py measure    # measures what is finished
-    python experiments/winners/run.py FOLDER...  # measures the runs of GM-MLIC on scenes in these folders instead
+    python experiments/winners/run.py            # trains missing runs (a few minutes each), then measures
+    python experiments/winners/run.py measure    # measures finished runs
+    python experiments/winners/run.py FOLDER...  # measures the runs of GM-MLIC on scenes in these folders
 
-results.csv has a row for each model, seed and label (not of runs in folders); the tables of README.md are printed.
+Prints the tables of README.md. results.csv has a row per model, seed and label (except for runs in folders).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gm_mlic.instances import InstanceStore
 from gm_mlic.runs import find_runs
 
 HERE, RUNS = Path(__file__).parent, Path("runs/winners")
-#: What is set beside experiment=scenes.
+#: Overrides of experiment=scenes.
 MODELS = {
     "product": [],
     "concat": ["model.fusion=concat"],
@@ -40,18 +40,18 @@ MODELS = {
 }
 SHIPPED = "gm_mlic_scenes"
 SEEDS = (0, 1, 2)
-#: Labels with a look of their own; those that share it with a label of another theme; twins, told apart by where they
-#: stand.
+#: Labels with a unique appearance; labels that differ from a label of another theme only by context; labels that
+#: differ only by their position relative to an anchor object.
 KINDS = {
     "plain": [LABELS[4 * theme + place] for theme in range(4) for place in (0, 1)] + ["house", "moon"],
-    "company": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
+    "context": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
     "spatial": ["gate", "hatch", "comet", "satellite"],
 }
 IOU, MARGIN, RANGE, BATCH = 0.5, 1.0, 5.0, 50
-#: How an instance is chosen for a label: the winner of eq. 14; the detector's most confident one of those within
-#: MARGIN of its logit; the one that has the largest share of its own evidence (softmax over labels) for this label, of
-#: all instances or of those within RANGE.
-RULES = ("winner", "confident", "share", "share of near")
+#: Rules that select an instance for a label: the argmax of eq. 14; the instance with the highest detector confidence
+#: within MARGIN of the maximum logit; the instance with the largest softmax over labels, of all instances or of those
+#: within RANGE.
+RULES = ("argmax", "confident", "share", "share of near")
 
 
 def run_dir(model: str, seed: int) -> Path:
@@ -66,10 +66,10 @@ def train_all() -> None:
 
 
 def chosen(match: torch.Tensor) -> dict[str, torch.Tensor]:
-    """(C,) of each rule: an instance for each label, from match logits (M, C), the most confident instance first."""
+    """The selected instances (C,) of each rule, from match logits (M, C), the most confident instance first."""
     best, share = match.amax(dim=0), match.softmax(dim=1)
     return {
-        "winner": match.argmax(dim=0),
+        "argmax": match.argmax(dim=0),
         "confident": (match >= best - MARGIN).int().argmax(dim=0),
         "share": share.argmax(dim=0),
         "share of near": share.where(match >= best - RANGE, -1.0).argmax(dim=0),
@@ -78,7 +78,7 @@ def chosen(match: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Iterator[dict[str, Any]]:
-    """A row for each label: right predictions of found objects, and how many boxes of each rule lie on the object."""
+    """A row per label: correct predictions of detected objects, and the number of boxes on the object by rule."""
     counts = {label: Counter[str]() for label in LABELS}
     elsewhere = {label: Counter[str]() for label in LABELS}
     graphs = AssignmentBatchDataset(store, predictor.graph)
@@ -93,16 +93,16 @@ def measure(predictor: Predictor, store: InstanceStore, scenes: Scenes) -> Itera
             instances = chosen(matches[mask])
             for c in (logits >= 0).nonzero().flatten().tolist():
                 on_it = overlap[:, objects.labels == c].any(dim=1)
-                if not on_it.any():  # absent, or overlooked by the detector
+                if not on_it.any():  # absent, or not detected
                     continue
                 counts[LABELS[c]].update(
                     predictions=1,
                     close=int((matches[mask][:, c] >= logits[c] - MARGIN).sum()),
                     **{rule: int(on_it[instances[rule][c]]) for rule in RULES},
                 )
-                winner = instances["winner"][c]
-                if not on_it[winner]:
-                    others = objects.labels[overlap[winner]].tolist()
+                argmax = instances["argmax"][c]
+                if not on_it[argmax]:
+                    others = objects.labels[overlap[argmax]].tolist()
                     elsewhere[LABELS[c]][LABELS[others[0]] if others else "no object"] += 1
     for label, count in counts.items():
         yield {
@@ -122,11 +122,11 @@ def detected(m: int) -> tuple[Scenes, InstanceStore]:
 
 
 def measure_runs(folders: list[str]) -> list[dict[str, Any]]:
-    """Rows of runs anywhere, in the order of their settings; the model is what they are an ablation of."""
+    """Rows of the runs in some folders, sorted by fusion, ablation and seed."""
     runs = [run for run in find_runs(folders) if run.result and run.setting("dataset.name") == "scenes"]
     runs = [run for run in runs if run.setting("model.name") == "gm_mlic"]
     if not runs:
-        sys.exit(f"{', '.join(folders)}: no finished run of GM-MLIC on scenes is there")
+        sys.exit(f"{', '.join(folders)}: no finished run of GM-MLIC on scenes")
     scenes, store = detected(max(run.setting("graph.m") for run in runs))
     rows = []
     for run in runs:
@@ -152,27 +152,27 @@ def measure_all() -> list[dict[str, Any]]:
     return rows
 
 
-def tell(rows: list[dict[str, Any]]) -> None:
-    """The tables of README.md."""
-    print("| model | seeds | winner | plain | company | spatial | confident | share | share of near |")
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Print the tables of README.md."""
+    print("| model | seeds | argmax | plain | context | spatial | confident | share | share of near |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for model, group in itertools.groupby(rows, key=lambda row: row["model"]):
         runs = [list(run) for _, run in itertools.groupby(group, key=lambda row: row["seed"])]
-        cells = [spread([percent(run, "winner") for run in runs])]
+        cells = [mean_and_std([percent(run, "argmax") for run in runs])]
         for kind in KINDS:
-            cells.append(spread([percent([r for r in run if r["kind"] == kind], "winner") for run in runs]))
-        cells += [spread([percent(run, rule) for run in runs]) for rule in RULES[1:]]
+            cells.append(mean_and_std([percent([r for r in run if r["kind"] == kind], "argmax") for run in runs]))
+        cells += [mean_and_std([percent(run, rule) for run in runs]) for rule in RULES[1:]]
         print(f"| {model} | {len(runs)} | {' | '.join(cells)} |")
     shares = [
-        row["winner"] / row["predictions"] for row in rows if row["model"] != SHIPPED and row["predictions"] >= 10
+        row["argmax"] / row["predictions"] for row in rows if row["model"] != SHIPPED and row["predictions"] >= 10
     ]
     never, always = sum(share < 0.1 for share in shares), sum(share > 0.9 for share in shares)
-    print(f"\n{len(shares)} labels of runs: in {never} the share is below 10 %, in {always} above 90 %")
-    print("\n| model | seed | labels whose winner is on their object in less than half | close |")
+    print(f"\n{len(shares)} pairs of label and run: {never} below 10 %, {always} above 90 %")
+    print("\n| model | seed | labels with less than 50 % (objects under the argmax box) | close |")
     print("| --- | ---: | --- | ---: |")
     for (model, seed), group in itertools.groupby(rows, key=lambda row: (row["model"], row["seed"])):
-        few = [row for row in group if row["predictions"] >= 10 and row["winner"] < row["predictions"] / 2]
-        text = ", ".join(f"{row['label']} {percent([row], 'winner'):.0f} ({row['elsewhere']})" for row in few)
+        few = [row for row in group if row["predictions"] >= 10 and row["argmax"] < row["predictions"] / 2]
+        text = ", ".join(f"{row['label']} {percent([row], 'argmax'):.0f} ({row['elsewhere']})" for row in few)
         close = ", ".join(f"{row['close'] / row['predictions']:.1f}" for row in few)
         print(f"| {model} | {seed} | {text or '-'} | {close or '-'} |")
 
@@ -181,15 +181,15 @@ def percent(rows: list[dict[str, Any]], rule: str) -> float:
     return 100 * sum(row[rule] for row in rows) / max(1, sum(row["predictions"] for row in rows))
 
 
-def spread(values: list[float]) -> str:
+def mean_and_std(values: list[float]) -> str:
     mean, no_break = f"{statistics.mean(values):.1f}", "\u00a0"
     return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["measure"]):
-        tell(measure_runs(sys.argv[1:]))
+        print_tables(measure_runs(sys.argv[1:]))
         sys.exit()
     if sys.argv[1:] != ["measure"]:
         train_all()
-    tell(measure_all())
+    print_tables(measure_all())

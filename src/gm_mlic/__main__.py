@@ -1,4 +1,4 @@
-"""``python -m gm_mlic``: the command line, for starters of processes that want a module (``torchrun -m gm_mlic``)."""
+"""Command line as a module: ``python -m gm_mlic``, ``torchrun -m gm_mlic``."""
 
 from gm_mlic.cli.main import main
 

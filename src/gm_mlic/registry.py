@@ -109,7 +109,17 @@ class Registry:
 
 
 MODELS = Registry("model", "gm_mlic.nn")
-register_model = MODELS.register
+
+
+def register_model(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
+    """Decorator: make a class or function known to :func:`create_model <gm_mlic.create_model>` under ``name``.
+
+    Args:
+        name: a new name.
+        summary: one line for lists; default: the first line of the docstring.
+        **preset: arguments that the name stands for; a caller may override them.
+    """
+    return MODELS.register(name, summary, **preset)
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -41,7 +41,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """
     with _opened(path):
         if not zipfile.is_zipfile(path):
-            raise ValueError("not an .npz archive")
+            raise ValueError("not an .npz archive; numpy.savez writes one")
         _check_archive(path)
         with np.load(path, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}

@@ -5,12 +5,12 @@ import torch
 from gm_mlic.bench import Timings, interleaved, matrix_rate, peak_bytes
 
 
-def test_runs_take_turns() -> None:
+def test_runs_are_interleaved() -> None:
     order: list[str] = []
-    told: list[str] = []
+    reported: list[str] = []
     runs = {name: (lambda n=name: order.append(n)) for name in "abc"}
-    timings = interleaved(runs, 3, done=lambda name, seconds: told.append(name))
-    assert order == list("abcabcabc") == told
+    timings = interleaved(runs, 3, done=lambda name, seconds: reported.append(name))
+    assert order == list("abcabcabc") == reported
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "b": 3, "c": 3}
 
 
@@ -20,12 +20,12 @@ def test_median_and_spread() -> None:
     assert timing.spread == (1.0, 10.0)
 
 
-def test_peak_is_counted_to_the_byte() -> None:
+def test_peak_memory_in_bytes() -> None:
     def run() -> None:
         a = torch.ones(1000)  # 4000 bytes
         b = a + 1  # 8000
         del a
-        c = b * 2  # 8000 again: a is gone
+        c = b * 2  # 8000: a is freed
         c.relu_()
         d = torch.cat([b, c])  # 16000
         del b, c, d
@@ -35,7 +35,7 @@ def test_peak_is_counted_to_the_byte() -> None:
     assert kept.sum() == 10_000
 
 
-def test_peak_of_a_backward_pass_has_what_is_kept_for_it() -> None:
+def test_peak_memory_includes_tensors_saved_for_backward() -> None:
     w = torch.randn(64, 64, requires_grad=True)
     x = torch.randn(500, 64)
 
@@ -52,10 +52,10 @@ def test_peak_of_a_backward_pass_has_what_is_kept_for_it() -> None:
     assert deep(8) - deep(4) == 4 * 500 * 64 * 4
 
 
-def test_the_profilers_lines_stay_off_the_terminal(capfd) -> None:
+def test_profiler_output_is_hidden(capfd) -> None:
     peak_bytes(lambda: torch.ones(3))
     assert capfd.readouterr().err == ""
 
 
-def test_matrix_rate_is_a_rate() -> None:
+def test_matrix_rate_is_plausible() -> None:
     assert 1e6 < matrix_rate(64, 64) < 1e15

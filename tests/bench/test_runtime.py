@@ -22,7 +22,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LABEL_DIM", 8)
 
 
-def test_the_papers_cases() -> None:
+def test_cases_of_the_paper() -> None:
     assert {(c.name, c.m, c.C, c.k, c.batch) for c in CASES.values()} == {
         ("voc2007", 10, 20, 2, 16), ("coco2014", 35, 80, 2, 16), ("nuswide", 35, 81, 2, 16), ("large", 100, 500, 2, 16)
     }  # fmt: skip
@@ -43,8 +43,8 @@ def test_all_executions_compute_the_same(fusion: str, num_label_neighbors: int |
     torch.testing.assert_close(sparse.forward(), dense.forward(), rtol=1e-3, atol=1e-3)
 
 
-def test_counted_operations_are_those_of_the_formula() -> None:
-    """Message passing: each function of a matching edge is two products over all of them, inputs concatenated."""
+def test_counted_flops_equal_the_formula() -> None:
+    """In sparse execution each function of a matching edge has two matrix products over all matching edges."""
     small, large = (flops(Case("one", m=m, C=1), "sparse")["forward"] for m in (40, 80))
     edges, d, half = 16 * 40, 512, 256
     encoder = (16 + 8) * d + d * d + 16 * d + d * d  # of matching edges and instances
@@ -55,21 +55,20 @@ def test_counted_operations_are_those_of_the_formula() -> None:
         + (2 * w * w + w * w) + ((d + w) * w + w * w)  # rho_e and phi_e of matching edges
         for w in (d, half)
     ]  # fmt: skip
-    spatial = 5 * (
-        instance_edges + 2 * d * d + d * d + 2 * d * d + d * d
-    )  # encoder, then rho_e and phi_e of the first block
+    # encoder, then rho_e and phi_e of the first block
+    spatial = 5 * (instance_edges + 2 * d * d + d * d + 2 * d * d + d * d)
     decoder = half * half + half
     assert large - small == 2 * edges * (encoder + spatial + sum(block) + decoder)
 
 
-def test_dense_does_fewer_operations() -> None:
+def test_dense_has_fewer_flops() -> None:
     dense, sparse = (flops(Case("small", m=10, C=20, batch=4), name) for name in ("dense", "sparse"))
     assert dense["forward"] < sparse["forward"] / 2
     assert 2 < dense["train"] / dense["forward"] < 4
 
 
 @pytest.mark.parametrize("execution", ["sparse", "dense"])
-def test_operations_of_a_batch_follow_from_those_of_one_and_two_images(execution: str) -> None:
+def test_flops_of_a_batch_are_extrapolated_from_two_images(execution: str) -> None:
     case = Case("small", m=4, C=3, batch=5)
     run = Execution(case, execution)
     for step, count in zip((run.forward, run.train), flops(case, execution).values(), strict=True):
@@ -79,8 +78,8 @@ def test_operations_of_a_batch_follow_from_those_of_one_and_two_images(execution
 
 
 def test_compare() -> None:
-    told: list[str] = []
-    result = compare(TINY, ["sparse", "dense"], repeats=(2, 1), tell=told.append)
+    lines: list[str] = []
+    result = compare(TINY, ["sparse", "dense"], repeats=(2, 1), log=lines.append)
     assert result["case"]["m"] == 3
     for name in ("sparse", "dense"):
         row = result["executions"][name]
@@ -88,7 +87,7 @@ def test_compare() -> None:
         assert len(row["train"]["all"]) == 1
         assert row["memory"] > 0
     assert 0 < result["executions"]["dense"]["roofline"]["forward"] < 2
-    assert told[0] == "tiny: sparse, first run"
+    assert lines[0] == "tiny: sparse, first run"
     summary = ratios(result)
     times = {name: row["forward"]["median"] for name, row in result["executions"].items()}
     assert summary["forward_ratio"] == times["sparse"] / times["dense"]
@@ -113,7 +112,7 @@ def test_gradient_checkpointing_needs_less_memory_still() -> None:
     assert expected_bytes(case, "checkpointed") < expected_bytes(case, "dense")
 
 
-def test_what_does_not_fit_is_left_out() -> None:
+def test_executions_over_the_memory_limit_are_left_out() -> None:
     limit = expected_bytes(TINY, "dense")
     result = compare(TINY, ["sparse", "dense"], repeats=(1, 1), memory_limit=limit)
     assert "needs about" in result["executions"]["sparse"]["left_out"]
@@ -134,8 +133,8 @@ def test_shares() -> None:
 
         def __call__(self, images: Any, m: int) -> list[Instances]:
             assert m == 3
-            one = Instances(torch.rand(1, 4), torch.rand(1), torch.zeros(1).long(), torch.rand(1, 16))
-            return [one for _ in images]
+            instances = Instances(torch.rand(1, 4), torch.rand(1), torch.zeros(1).long(), torch.rand(1, 16))
+            return [instances for _ in images]
 
     seconds = shares(Detector(), [torch.rand(3, 8, 8)] * 2, TINY, repeats=1)
     assert set(seconds) == {"detection", "data", "graph", "train"}

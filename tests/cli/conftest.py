@@ -10,7 +10,7 @@ from gm_mlic.training import run as training
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run on a few scenes, which takes a second."""
+    """Checkpoint of a short run on a few scenes."""
     root = tmp_path_factory.mktemp("run")
     settings = [
         "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",

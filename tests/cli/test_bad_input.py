@@ -1,4 +1,4 @@
-"""Photos and files as people have them: each command line ends well, or in one line that says what to do."""
+"""Commands on unusual, damaged or missing photos and files succeed or fail with a one-line message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def photo(path: Path, seed: int, mode: str = "RGB") -> None:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photos in COCO's 2014 layout: 10 to train and validate, 3 to test."""
+    """Photos in COCO's 2014 layout: 10 for training and validation, 3 for test."""
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     for split, size in (("train2014", 10), ("val2014", 3)):
@@ -50,7 +50,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of them, to spoil."""
+    """Copy of the photos that tests may change."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     shutil.copytree(good, tmp_path / "photos")
@@ -75,7 +75,7 @@ def change(root: Path, split: str, key: str, i: int, **values: Any) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error."""
+    """The error line."""
     err = capsys.readouterr().err
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if line.startswith("gm-mlic: ")]
@@ -90,14 +90,14 @@ def result() -> dict[str, Any]:
     return content
 
 
-def test_photos_of_every_kind(photos: Path):
+def test_color_modes_and_formats(photos: Path):
     photo(photos / "train2014/train2014_001.jpg", 1, "L")
     photo(photos / "train2014/train2014_002.jpg", 2, "CMYK")
     name = "train2014_003.png"
     photo(photos / "train2014" / name, 3, "RGBA")
     change(photos, "train2014", "images", 2, file_name=name)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lying on its side
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.new("RGB", (40, 50)).save(photos / "train2014/train2014_004.jpg", exif=exif)
     assert train(photos) == 0
     assert result()["skipped"] == {"train": {}, "val": {}, "test": {}}
@@ -109,10 +109,10 @@ def test_unreadable_photos_are_named_and_left_out(photos: Path, capsys: pytest.C
     path.write_bytes(path.read_bytes()[:500])
     assert train(photos) == 0
     assert len(result()["skipped"]["test"]) == 2
-    said = capsys.readouterr().err
-    assert "2 of 3 images cannot be read and are left out" in said
-    assert "left out of test: 2 of 3 images (" in said.splitlines()[-2]  # once more at the end, with the reasons
-    assert "val2014_001.jpg" in said.splitlines()[-2]
+    err = capsys.readouterr().err
+    assert "2 of 3 images cannot be read and are left out" in err
+    assert "left out of test: 2 of 3 images (" in err.splitlines()[-2]  # summary with reasons
+    assert "val2014_001.jpg" in err.splitlines()[-2]
 
 
 def test_a_missing_photo_is_named(photos: Path, capsys: pytest.CaptureFixture[str]):
@@ -120,7 +120,7 @@ def test_a_missing_photo_is_named(photos: Path, capsys: pytest.CaptureFixture[st
     assert train(photos) == 2
     assert "1 of 3 images" in (line := refused(capsys))
     assert "val2014_003.jpg" in line
-    assert not Path("data").exists()  # said before anything slow was begun
+    assert not Path("data").exists()  # reported before any slow stage
 
 
 def test_a_box_outside_the_image(photos: Path, capsys: pytest.CaptureFixture[str]):
@@ -139,7 +139,7 @@ def test_an_unknown_label(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert "instances_train2014.json" in line
 
 
-def test_annotations_that_are_no_json(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_invalid_json_annotations(photos: Path, capsys: pytest.CaptureFixture[str]):
     (photos / "annotations/instances_val2014.json").write_text("{")
     assert train(photos) == 2
     assert "instances_val2014.json" in refused(capsys)
@@ -152,7 +152,7 @@ def test_an_empty_dataset(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert "no images" in refused(capsys)
 
 
-def test_a_root_that_is_not_there(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_root(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert train(photos / "nowhere") == 2
     assert "nowhere" in refused(capsys)
 
@@ -166,7 +166,7 @@ def test_nan_in_the_embedding(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert not Path("data").exists()
 
 
-def test_labels_that_the_embedding_has_not(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_out_of_vocabulary_labels(photos: Path, capsys: pytest.CaptureFixture[str]):
     Path("vectors.txt").write_text("cat 1 2 3\nred 0 1 0\n")
     assert train(photos, "embedding=glove", "embedding.path=vectors.txt") == 2
     line = refused(capsys)
@@ -190,16 +190,16 @@ def test_a_checkpoint_for_other_labels(photos: Path, capsys: pytest.CaptureFixtu
         change(photos, split, "categories", 0, name="lion")
     capsys.readouterr()
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 2
-    assert "made for other labels" in refused(capsys)
+    assert "trained on other labels" in refused(capsys)
 
 
-def test_eval_repeats_the_numbers_of_the_run(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_eval_equals_the_test_of_the_run(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert train(photos) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 0
     again = capsys.readouterr().out
-    assert again.startswith(shown)
-    assert again.removeprefix(shown).startswith("95 % interval of mAP: ")
+    assert again.startswith(printed)
+    assert again.removeprefix(printed).startswith("95 % interval of mAP: ")
     assert json.loads(Path("run/eval/test.json").read_text())["metrics"] == result()["test"]
 
 
@@ -219,7 +219,7 @@ def test_eval_writes_scores_that_eval_reads(photos: Path, capsys: pytest.Capture
     assert "fits thresholds on val" in refused(capsys)
 
 
-def test_weights_of_the_detector_that_are_none(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_invalid_detector_weights(photos: Path, capsys: pytest.CaptureFixture[str]):
     torch.save({"a": 1}, "weights.pt")
     assert train(photos, "detector.weights=weights.pt") == 2
     assert "weights.pt" in refused(capsys)
@@ -237,7 +237,7 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
     common = ["extract", "dataset=coco2014", f"dataset.root={photos}", "detector=scenes_tiny", "detector.min_size=32",
               "detector.weights=null", "instances.batch_size=1", "splits=[test]"]  # fmt: skip
     assert run([*common, "instances.shard=0/2"]) == 0
-    assert "shard 0/2 is done, others are not yet" in capsys.readouterr().err
+    assert "shard 0/2 is finished, other shards are not" in capsys.readouterr().err
     assert run([*common, "instances.shard=1/2"]) == 0
     assert "test: 3 images in data/instances/coco2014/test-scenes_tiny-" in capsys.readouterr().err
 
@@ -248,11 +248,11 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
         (["dataset=custom", "dataset.root=nowhere"], "nowhere is not a folder: set dataset.root to the folder"),
         (["dataset=voc2007", "dataset.root=nowhere"], "dataset.download=true fetches it."),
         (["dataset.image_size=64"], "dataset.image_size is 64: expected an integer from 96 to 640."),
-        (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: expected an integer"),
+        (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: expected an integer from 1 to 10000000."),
         (["detector.weights=cocoo"], "detector.weights is 'cocoo': expected null, coco, scenes"),
         (["detector.weights=coco"], "detector.weights is 'coco', which requires one of fasterrcnn_"),
         (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300 and detector.max_size 200: "),
-        (["embedding=glove", "embedding.path=none.txt"], "do not exist: check embedding.path."),
+        (["embedding=glove", "embedding.path=none.txt"], "do not exist: correct embedding.path."),
     ],
     ids=lambda settings: settings[-1] if isinstance(settings, list) else "",
 )
@@ -268,11 +268,11 @@ def test_errors_of_the_library_name_the_key(
     ("setting", "known"),
     [
         ("model.name=foo", "gm_mlic_paper"), ("dataset.name=foo", "coco2014, custom, nuswide"),
-        ("dataset.name=null", "a text"), ("detector.name=foo", "scenes_tiny, resnet101"),
+        ("dataset.name=null", "a string"), ("detector.name=foo", "scenes_tiny, resnet101"),
         ("trainer.strategy=fast", "one of auto, ddp"),
     ],
 )  # fmt: skip
-def test_a_name_that_nothing_has_is_refused_before_there_is_a_run_folder(
+def test_unknown_names_are_rejected_before_the_run_folder_is_created(
     setting: str, known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
@@ -283,7 +283,7 @@ def test_a_name_that_nothing_has_is_refused_before_there_is_a_run_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_that_a_program_registers_are_known(monkeypatch: pytest.MonkeyPatch):
+def test_registered_names_are_valid(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
     monkeypatch.setattr(gm_mlic.datasets, "Mine", type("Mine", (Scenes,), {"name": "mine"}), raising=False)
     register_model("my_model")(type("my_model", (torch.nn.Module,), {"__doc__": "A model."}))

@@ -1,4 +1,4 @@
-"""``gm-mlic bench``, small, through the command line."""
+"""``gm-mlic bench`` with small sizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "setting", ["bench.cases=[imagenet]", "bench.batch=0", "bench.repeats=[3]", "bench.executions=[]", "bench=huge"]
 )
-def test_wrong_settings(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_settings(setting: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", setting]) == 2
     error = capsys.readouterr().err
     assert error.startswith("gm-mlic: error: bench")

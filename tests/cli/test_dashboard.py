@@ -25,7 +25,7 @@ def dashboard(folder: Path, *arguments: str, **variables: str) -> subprocess.Com
 
 
 def strings(tree: Any) -> set[str]:
-    """Every text in a JSON tree."""
+    """All strings in a JSON tree."""
     if isinstance(tree, dict):
         return set().union(*map(strings, tree.values()), tree.keys())
     if isinstance(tree, list):
@@ -50,14 +50,14 @@ def test_without_a_login_the_definition_is_written(tmp_path: Path) -> None:
         assert name in text, name
 
 
-def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_reported(tmp_path: Path) -> None:
     done = dashboard(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2
-    assert done.stderr.startswith("gm-mlic: error: W&B did not take the workspace (")
+    assert done.stderr.startswith("gm-mlic: error: saving the workspace at W&B failed (")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_offline_asks_nobody(tmp_path: Path) -> None:
+def test_offline_mode_ignores_the_login(tmp_path: Path) -> None:
     done = dashboard(tmp_path, WANDB_API_KEY="a" * 40, WANDB_MODE="offline", WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "dashboard.json").is_file()

@@ -1,4 +1,4 @@
-"""``gm-mlic dataset``, and a user's own photos, through the command line."""
+"""``gm-mlic dataset``, and training on custom photos."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = ["cat", "dog", "red bird"]
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """24 photos, and a table with their labels: 12 to train, 6 to validate, 6 to test."""
+    """24 photos with a table of labels: 12 train, 6 val, 6 test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     root = tmp_path / "photos"
@@ -33,7 +33,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def own(command: str, root: Path, *overrides: str) -> int:
+def custom(command: str, root: Path, *overrides: str) -> int:
     return run([command, "dataset=custom", f"dataset.root={root}", "run_dir=run", *overrides])
 
 
@@ -50,24 +50,24 @@ def refused(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def cells(shown: str, name: str) -> list[str]:
-    """The cells of the one row of a table that begins with ``name``."""
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines()]
+def cells(printed: str, name: str) -> list[str]:
+    """Cells of the row ``name`` of a table."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines()]
     (row,) = [row for row in rows if row[0] == name]
     return row[1:]
 
 
-def test_what_is_in_own_photos(photos: Path, capsys: pytest.CaptureFixture[str]):
-    assert own("dataset", photos) == 0
-    shown = capsys.readouterr().out
-    assert "custom: 3 labels" in shown
-    assert cells(shown, "images") == ["12", "6", "6"]
-    assert cells(shown, "images without label") == ["4", "2", "2"]  # 1, 5, 7, 11; 13, 17; 19, 23
-    assert cells(shown, "unreadable images") == ["check=true"] * 3
-    assert cells(shown, "dog") == ["4", "2", "2", "0.3333"]
-    assert "out of vocabulary" not in shown
-    assert "folder:   run" in shown
-    assert "pictures: train.png, val.png, test.png" in shown
+def test_statistics_of_custom_photos(photos: Path, capsys: pytest.CaptureFixture[str]):
+    assert custom("dataset", photos) == 0
+    printed = capsys.readouterr().out
+    assert "custom: 3 labels" in printed
+    assert cells(printed, "images") == ["12", "6", "6"]
+    assert cells(printed, "images without labels") == ["4", "2", "2"]  # 1, 5, 7, 11; 13, 17; 19, 23
+    assert cells(printed, "unreadable images") == ["check=true"] * 3
+    assert cells(printed, "dog") == ["4", "2", "2", "0.3333"]
+    assert "out of vocabulary" not in printed
+    assert "folder:   run" in printed
+    assert "pictures: train.png, val.png, test.png" in printed
     for split in ("train", "val", "test"):
         assert Path(f"run/{split}.png").read_bytes().startswith(b"\x89PNG")
     content = statistics()
@@ -76,21 +76,21 @@ def test_what_is_in_own_photos(photos: Path, capsys: pytest.CaptureFixture[str])
     assert content["out_of_vocabulary"] is None
 
 
-def test_what_cannot_be_used_is_named(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_and_unreadable_images_are_listed(photos: Path, capsys: pytest.CaptureFixture[str]):
     (photos / "03.jpg").unlink()
     (photos / "20.jpg").write_bytes(b"")
     path = photos / "21.jpg"
     path.write_bytes(path.read_bytes()[:400])
-    assert own("dataset", photos) == 2
+    assert custom("dataset", photos) == 2
     assert "1 of 12 images of split 'train' are missing" in refused(capsys)
-    assert own("dataset", photos, "dataset.missing=drop", "check=true") == 0
-    shown = capsys.readouterr()
-    assert cells(shown.out, "missing images") == ["1", "0", "0"]
-    assert cells(shown.out, "unreadable images") == ["0", "0", "2"]
-    assert "train: 1 images are missing:\n  03.jpg\n" in shown.out
-    assert "test: 2 images cannot be read:\n" in shown.out
-    assert "20.jpg is empty (0 bytes)" in shown.out
-    assert "1 of 12 images" in shown.err  # the warning, also in the log of every other command
+    assert custom("dataset", photos, "dataset.missing=drop", "check=true") == 0
+    printed = capsys.readouterr()
+    assert cells(printed.out, "missing images") == ["1", "0", "0"]
+    assert cells(printed.out, "unreadable images") == ["0", "0", "2"]
+    assert "train: 1 missing images:\n  03.jpg\n" in printed.out
+    assert "test: 2 unreadable images:\n" in printed.out
+    assert "20.jpg is empty (0 bytes)" in printed.out
+    assert "1 of 12 images" in printed.err  # the warning, which all commands log
     assert set(statistics()["unreadable"]["test"]) == {"20.jpg", "21.jpg"}
     assert statistics()["splits"]["train"]["missing"] == ["03.jpg"]
 
@@ -98,47 +98,47 @@ def test_what_cannot_be_used_is_named(photos: Path, capsys: pytest.CaptureFixtur
 def test_labels_without_a_vector_are_listed(photos: Path, capsys: pytest.CaptureFixture[str]):
     Path("words.txt").write_text("cat 1 2\nbird 3 4\n")
     glove = ["embedding=glove", "embedding.path=words.txt"]
-    assert own("dataset", photos, *glove) == 0
+    assert custom("dataset", photos, *glove) == 0
     assert "2 of 3 labels are out of vocabulary (words.txt):\n  dog\n  red bird\n" in capsys.readouterr().out
     assert statistics()["out_of_vocabulary"] == ["dog", "red bird"]
-    assert own("dataset", photos, "embedding=hashed") == 0
+    assert custom("dataset", photos, "embedding=hashed") == 0
     assert "0 of 3 labels are out of vocabulary (hashed).\n" in capsys.readouterr().out
-    assert own("dataset", photos, "embedding=glove") == 2
+    assert custom("dataset", photos, "embedding=glove") == 2
     assert "embedding.path has no value" in refused(capsys)
 
 
-def test_some_splits_only(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_subset_of_splits(photos: Path, capsys: pytest.CaptureFixture[str]):
     text = (photos / "labels.csv").read_text().replace(",test", ",val")
     (photos / "labels.csv").write_text(text)
-    assert own("dataset", photos) == 2
-    assert "no image is left for split 'test'" in refused(capsys)
-    assert own("dataset", photos, "splits=[train,val]") == 0
+    assert custom("dataset", photos) == 2
+    assert "split 'test' has no images" in refused(capsys)
+    assert custom("dataset", photos, "splits=[train,val]") == 0
     assert cells(capsys.readouterr().out, "images") == ["12", "12"]
-    assert own("dataset", photos, "splits=[all]") == 2
+    assert custom("dataset", photos, "splits=[all]") == 2
     assert "splits=[all]: expected a list of train, val and test." in refused(capsys)
-    assert own("dataset", photos, "splits=[]") == 2
+    assert custom("dataset", photos, "splits=[]") == 2
     assert "splits=[]: expected" in refused(capsys)
 
 
-def test_scenes_are_described_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_statistics_of_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     assert run(["dataset", "dataset.sizes={train: 30, val: 10, test: 10}", "run_dir=run", "check=true"]) == 0
-    shown = capsys.readouterr().out
-    assert cells(shown, "images") == ["30", "10", "10"]
-    assert cells(shown, "unreadable images") == ["0", "0", "0"]
-    assert int(cells(shown, "boxes")[0]) == sum(
+    printed = capsys.readouterr().out
+    assert cells(printed, "images") == ["30", "10", "10"]
+    assert cells(printed, "unreadable images") == ["0", "0", "0"]
+    assert int(cells(printed, "boxes")[0]) == sum(
         entry["boxes"] for entry in statistics()["splits"]["train"]["labels"].values()
     )
 
 
-def test_training_on_own_photos(photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_training_on_custom_photos(photos: Path, capsys: pytest.CaptureFixture[str]):
     (photos / "05.jpg").write_bytes(b"no photo")
     small = [
         "detector=scenes_tiny", "detector.min_size=32", "detector.max_instances=3", "graph.m=3",
         "model.widths=[8,8]", "trainer.max_epochs=1", "trainer.accelerator=cpu",
     ]  # fmt: skip
-    assert own("train", photos, *small) == 0
+    assert custom("train", photos, *small) == 0
     assert "test split of custom" in capsys.readouterr().out
     result = json.loads(Path("run/metrics.json").read_text())
     assert list(result["test"]["AP"]) == LABELS
@@ -146,7 +146,7 @@ def test_training_on_own_photos(photos: Path, capsys: pytest.CaptureFixture[str]
     assert list(Path("data/instances/custom").iterdir())
 
 
-def test_a_detector_learns_from_own_boxes(photos: Path):
+def test_train_detector_on_custom_boxes(photos: Path):
     lines = [
         json.dumps({"file": f"{n:02}.jpg", "boxes": [[5, 5, 30, 30, LABELS[n % 3]]], "split": split})
         for split, first in (("train", 0), ("val", 12), ("test", 18))
@@ -155,43 +155,49 @@ def test_a_detector_learns_from_own_boxes(photos: Path):
     (photos / "labels.jsonl").write_text("\n".join(lines))
     small = ["dataset.annotations=labels.jsonl", "detector=scenes_tiny", "detector.min_size=32", "epochs=1",
              "device=cpu", "out=mine.safetensors"]  # fmt: skip
-    assert own("train-detector", photos, *small) == 0
+    assert custom("train-detector", photos, *small) == 0
     assert json.loads(Path("mine.json").read_text())["labels"] == LABELS
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("dataset.annotations=none.csv", "none.csv is not a file: dataset.annotations is a path from dataset.root"),
-        ("dataset.annotations={train: labels.csv, dev: labels.csv}", "dataset.annotations has 'dev'"),
+        (
+            "dataset.annotations=none.csv",
+            "none.csv is not a file: dataset.annotations must be relative to dataset.root",
+        ),
+        (
+            "dataset.annotations={train: labels.csv, dev: labels.csv}",
+            "dataset.annotations has the key 'dev'",
+        ),
         ("dataset.annotations={train: 3}", "expected a file name, or {train: FILE"),
         ("dataset.annotations=[labels.csv]", "expected a file name, or {train: FILE"),
         ("dataset.folders={train: 3}", "expected {train: FOLDER"),
-        ("dataset.folders={train: x}", "dataset.folders needs dataset.annotations with a file for each split."),
+        ("dataset.folders={train: x}", "dataset.folders needs dataset.annotations with one file per split."),
         ("dataset.labels=[cat,dogs]", "line 2: the label 'dog' is not in dataset.labels; did you mean 'dogs'?"),
         ("dataset.labels=3", "dataset.labels=3: expected a file name or a list of names, or null."),
         ("dataset.columns.file=name", "no column 'name' in its first line (file, labels, split)"),
         ("dataset.columns.labels=tags", "column 'labels' has 'cat;dog;red bird': expected 1 or 0."),
-        ("dataset.columns.file=null", "dataset.columns.file=null: expected a text."),
-        ("dataset.column.file=name", "dataset.column: there is no such setting; did you mean dataset.columns?"),
-        ("dataset.separator=''", "dataset.separator=: expected a text."),
+        ("dataset.columns.file=null", "dataset.columns.file=null: expected a string."),
+        ("dataset.column.file=name", "dataset.column: unknown setting; did you mean dataset.columns?"),
+        ("dataset.separator=''", "dataset.separator=: expected a string."),
         ("dataset.test_fraction=1", "dataset.test_fraction=1: expected a number of at least 0 and below 1."),
         ("dataset.missing=skip", "dataset.missing=skip: expected one of error, drop."),
         ("dataset.ignore_columns=x", "dataset.ignore_columns=x: expected a list of column names."),
         ("check=maybe", "check=maybe: expected true or false."),
     ],
 )
-def test_wrong_settings(photos: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]):
-    assert own("dataset", photos, override) == 2
+def test_invalid_settings(photos: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert custom("dataset", photos, override) == 2
     assert message in refused(capsys)
 
 
 @pytest.mark.shared
-def test_coco_mini_as_it_is(shared_data: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_statistics_of_coco_mini(shared_data: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     table = shared_data / "glove" / "coco2014.npz"
     root = f"dataset.root={shared_data / 'coco-mini'}"
     assert run(["dataset", "dataset=coco2014", root, "embedding=glove", f"embedding.path={table}", "run_dir=run"]) == 0
-    shown = capsys.readouterr().out
-    assert "coco2014: 80 labels" in shown
-    assert cells(shown, "images") == ["229", "26", "81"]
-    assert "0 of 80 labels are out of vocabulary" in shown
+    printed = capsys.readouterr().out
+    assert "coco2014: 80 labels" in printed
+    assert cells(printed, "images") == ["229", "26", "81"]
+    assert "0 of 80 labels are out of vocabulary" in printed

@@ -23,12 +23,12 @@ def test_detector_scores_against_a_loop():
     found = detector_scores(store)
     for i in range(5):
         for c, name in enumerate(labels):
-            mine = [
+            matching = [
                 confidences[i, 0, k]
                 for k in range(4)
                 if detected[i, 0, k] >= 0 and detector_labels[detected[i, 0, k]] == name
             ]
-            assert found[i, c] == (max(mine) if mine else 0)
+            assert found[i, c] == (max(matching) if matching else 0)
 
 
 def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -39,21 +39,21 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         "rows.concat.widths=[8,8]", "rows.product.widths=[8,8]", "trainer.accelerator=cpu", "run_dir=demo",
     ]  # fmt: skip
     assert run(["demo", *small]) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     rows = ["known limit", "detector's own labels", "max-pooled, no graphs", "GM-MLIC, concat", "GM-MLIC, product"]
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert list(results) == rows
     for name in rows:
-        assert name in shown
+        assert name in printed
         assert 0 <= results[name]["mAP"] <= 100
     assert results["known limit"]["mAP"] >= results["max-pooled, no graphs"]["mAP"]
     assert (tmp_path / "demo/scenes.png").read_bytes().startswith(b"\x89PNG")
-    assert "run folder: demo" in shown
-    assert "demo/scenes.png" in shown
+    assert "run folder: demo" in printed
+    assert "demo/scenes.png" in printed
     kinds = [json.loads((tmp_path / f"demo/{row}/metrics.json").read_text())["model"] for row in ("concat", "product")]
     assert [model["fusion"] for model in kinds] == ["concat", "product"]
 
     assert run(["demo", *small]) == 0  # nothing is trained again
     again = capsys.readouterr()
-    assert again.err.count("finished already") == 3
+    assert again.err.count("already finished") == 3
     assert json.loads((tmp_path / "demo/results.json").read_text()) == results

@@ -1,4 +1,4 @@
-"""``gm-mlic eval`` of score files: what it prints, what it writes, and what it refuses."""
+"""``gm-mlic eval`` of score files: output, results and rejected input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N = 40
 
 @pytest.fixture(autouse=True)
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Scores of two models in test.npz and other.npz (rows in another order), of the first in val.npz; VOC's format."""
+    """Scores of two models in VOC format: test.npz and val.npz, and other.npz with rows in another order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     monkeypatch.setenv("COLUMNS", "80")
@@ -52,14 +52,14 @@ def evaluate(*arguments: str) -> int:
     return run(["eval", "scores=test.npz", "targets=test.npz", "bootstrap=50", "target_format=voc", *arguments])
 
 
-def test_every_preset_side_by_side(capsys: pytest.CaptureFixture[str]):
+def test_all_conventions_side_by_side(capsys: pytest.CaptureFixture[str]):
     assert evaluate() == 0
-    shown = capsys.readouterr().out
-    lines = shown.splitlines()
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].strip() == "test.npz: 40 images, 3 labels"
     assert next(line for line in lines if "mlgcn" in line).split() == ["%", *CONVENTIONS]
-    assert "Targets are read as voc." in shown
+    assert "Targets are read as voc." in printed
     result = json.loads(Path("runs/eval-test/test.json").read_text())
     for row, key in (("mAP", "mAP"), ("OF1", "OF1"), ("top-3 CF1", "top3/CF1")):
         cells = next(line for line in lines if line.strip().startswith(row)).split()[-len(CONVENTIONS) :]
@@ -71,15 +71,15 @@ def test_every_preset_side_by_side(capsys: pytest.CaptureFixture[str]):
 
 def test_against_another_model_and_with_fitted_thresholds(capsys: pytest.CaptureFixture[str]):
     assert evaluate("against=other.npz", "calibrate=true", "val_scores=val.npz", "val_targets=val.npz") == 0
-    shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
-    for words in ("other mAP", "gain", "p  ", "fitted", "best F1 on 40 validation images", "mAP over other.npz"):
-        assert words in shown
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for words in ("other mAP", "gain", "p  ", "fitted", "best F1 on 40 validation", "mAP over other.npz"):
+        assert words in printed
     result = json.loads(Path("runs/eval-test/test.json").read_text())
     for convention in CONVENTIONS:
         assert result["difference"][convention]["interval"][0] > 0
         assert result["difference"][convention]["p"] == pytest.approx(2 / 51)
-    # The other model's rows are in another order; alone, its mAP is the same.
+    # Reordering the rows of the other model does not change its mAP.
     assert run(["eval", "scores=other.npz", "targets=test.npz", "target_format=voc", "bootstrap=0"]) == 0
     alone = json.loads(Path("runs/eval-other/other.json").read_text())
     assert alone["metrics"] == result["against"]
@@ -91,10 +91,10 @@ def test_labels_without_a_positive_are_named(capsys: pytest.CaptureFixture[str])
     targets[:, 1] = -1
     change("test", targets=targets)
     assert evaluate() == 0
-    assert "Labels without a positive, in no mean over labels: dog (1)." in capsys.readouterr().out
+    assert "Labels without a positive, excluded from means over labels: dog (1)." in capsys.readouterr().out
 
 
-def spoilt(name: str, value: float) -> Any:
+def with_value(name: str, value: float) -> Any:
     values = np.load("test.npz")[name].astype(np.float32)
     values[5, 2] = value
     return values
@@ -103,15 +103,15 @@ def spoilt(name: str, value: float) -> Any:
 @pytest.mark.parametrize(
     ("entries", "expected"),
     [
-        (lambda: {"scores": spoilt("scores", np.nan)}, "bad.npz: scores contain NaN (first at row 5, label 2)"),
-        (lambda: {"scores": spoilt("scores", 1.25)}, "1.25], not in [0, 1]: apply a sigmoid"),
-        (lambda: {"scores": spoilt("scores", -1)}, "[-1, "),
+        (lambda: {"scores": with_value("scores", np.nan)}, "bad.npz: scores contain NaN (first at row 5, label 2)"),
+        (lambda: {"scores": with_value("scores", 1.25)}, "1.25], expected [0, 1]: apply a sigmoid"),
+        (lambda: {"scores": with_value("scores", -1)}, "[-1, "),
         (lambda: {"scores": np.ones((N - 1, 3), np.float32), "ids": None}, "differ in shape"),
         (lambda: {"scores": np.ones((N, 2), np.float32), "labels": None}, "differ in shape"),
         (lambda: {"ids": np.array(["same.jpg"] * N)}, "the image id 'same.jpg' occurs more than once"),
-        (lambda: {"labels": np.array(LABELS[::-1])}, "the labels are in another order than in test.npz (label 0 is"),
-        (lambda: {"labels": np.array(["cat", "dog", "lion"])}, "label 2 is 'lion', there 'red bird'"),
-        (lambda: {"scores": None}, "bad.npz: has no 'scores' but 'ids'"),
+        (lambda: {"labels": np.array(LABELS[::-1])}, "the order of the labels differs from test.npz (label 0 is"),
+        (lambda: {"labels": np.array(["cat", "dog", "lion"])}, "label 2 is 'lion', expected 'red bird'"),
+        (lambda: {"scores": None}, "bad.npz: has no 'scores' (only 'ids'"),
     ],
 )
 def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[str]):
@@ -125,7 +125,7 @@ def test_bad_scores(entries: Any, expected: str, capsys: pytest.CaptureFixture[s
 
 
 def test_bad_targets(capsys: pytest.CaptureFixture[str]):
-    change("other", targets=spoilt("targets", 3))
+    change("other", targets=with_value("targets", 3))
     assert run(["eval", "scores=test.npz", "targets=other.npz", "target_format=voc"]) == 2
     assert "other.npz: targets contain 3" in refused(capsys)
     assert evaluate("target_format=binary") == 2
@@ -135,7 +135,7 @@ def test_bad_targets(capsys: pytest.CaptureFixture[str]):
     assert "test.npz: targets contain no -1" in refused(capsys)
 
 
-def test_both_formats_give_the_same_numbers(capsys: pytest.CaptureFixture[str]):
+def test_both_target_formats_give_the_same_metrics(capsys: pytest.CaptureFixture[str]):
     assert evaluate() == 0
     voc = json.loads(Path("runs/eval-test/test.json").read_text())
     targets = np.load("test.npz")["targets"]
@@ -148,28 +148,28 @@ def test_both_formats_give_the_same_numbers(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["checkpoint=best.ckpt"], "give either checkpoint=FILE, or scores=FILE and targets=FILE."),
+        (["checkpoint=best.ckpt"], "set either checkpoint=FILE, or scores=FILE and targets=FILE."),
         (["targets=null"], "targets has no value: set it with targets=FILE"),
         (["calibrate=true"], "set val_scores=FILE"),
         (["calibrate=true", "val_scores=val.npz"], "set val_targets=FILE"),
-        (["val_scores=val.npz"], "val_scores=val.npz is used with calibrate=true"),
-        (["scores=null", "checkpoint=x.ckpt"], "targets=test.npz goes with scores=FILE, not with checkpoint"),
+        (["val_scores=val.npz"], "val_scores=val.npz needs calibrate=true"),
+        (["scores=null", "checkpoint=x.ckpt"], "targets=test.npz needs scores=FILE instead of checkpoint"),
         (["scores=nowhere.npz"], "nowhere.npz: no such file"),
-        (["targets=scores.xlsx"], "scores.xlsx: unknown kind of file; give targets as .npz, .csv, .pt"),
-        (["bootstrap=-1"], "bootstrap=-1: expected a whole number"),
-        (["bootstrap=many"], "bootstrap=many: expected a whole number"),
+        (["targets=scores.xlsx"], "scores.xlsx: unknown suffix; save targets as .npz, .csv, .pt"),
+        (["bootstrap=-1"], "bootstrap=-1: expected an integer of at least 0"),
+        (["bootstrap=many"], "bootstrap=many: expected an integer of at least 0"),
         (["calibrate=2"], "calibrate=2: expected true or false"),
         (["target_format=pm1"], "target_format=pm1: expected one of binary, voc"),
-        (["score=x.npz"], "score: there is no such setting; did you mean scores?"),
+        (["score=x.npz"], "score: unknown setting; did you mean scores?"),
     ],
 )
-def test_settings_that_do_not_go_together(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_settings(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
     assert evaluate(*arguments) == 2
     assert expected in refused(capsys)
 
 
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of an error."""
+    """The error line."""
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.strip().splitlines()

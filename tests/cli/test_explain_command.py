@@ -12,7 +12,7 @@ from gm_mlic.cli.main import run
 from gm_mlic.training import run as training
 
 
-def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_explain_writes_a_picture_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = [
         "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
@@ -46,11 +46,11 @@ def test_a_picture_and_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     from gm_mlic.reporting.explanation import explanation_picture
     from gm_mlic.zoo import explain
 
-    words = Predictor.load("run/checkpoints/best.ckpt").with_labels([r"$5 \frac{", "$x$", "汽车"])
+    predictor = Predictor.load("run/checkpoints/best.ckpt").with_labels([r"$5 \frac{", "$x$", "汽车"])
     with Image.open("a photo.png") as photo:
-        explanation_picture(explain(words, photo, "$x$"), photo.convert("RGB"), Path("dollars.png"))
+        explanation_picture(explain(predictor, photo, "$x$"), photo.convert("RGB"), Path("dollars.png"))
     assert run([*arguments, "label=unicorn"]) == 2
-    assert "label is 'unicorn': the model knows mug" in capsys.readouterr().err
+    assert "label is 'unicorn': the labels are mug" in capsys.readouterr().err
     Path("torn.jpg").write_bytes(b"\xff\xd8")
     assert run(["explain", arguments[1], "image=torn.jpg"]) == 2
     assert "torn.jpg" in capsys.readouterr().err

@@ -17,7 +17,7 @@ DATASETS = sorted(p.stem for p in (Path(__file__).resolve().parents[2] / "conf" 
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def temporary_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
 
@@ -31,29 +31,29 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     for arguments in ([], ["--help"], ["-h"], ["help"]):
         assert run(arguments) == 0
-        shown = capsys.readouterr().out
-        for name, what in COMMANDS.items():
-            assert re.search(rf"^  {name} +{re.escape(what)}$", shown, flags=re.MULTILINE)
+        printed = capsys.readouterr().out
+        for name, summary in COMMANDS.items():
+            assert re.search(rf"^  {name} +{re.escape(summary)}$", printed, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([command, "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"gm-mlic {command}: ")
-    assert "Examples:" in shown
-    for line in re.findall(r"^ +(gm-mlic .*)$", shown, flags=re.MULTILINE):
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"gm-mlic {command}: ")
+    assert "Examples:" in printed
+    for line in re.findall(r"^ +(gm-mlic .*)$", printed, flags=re.MULTILINE):
         assert line.split()[1] in COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_cfg(command: str, capsys: pytest.CaptureFixture[str]):
+def test_cfg_prints_the_config(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([command, "--cfg", "job"]) == 0
-    own = {
+    expected = {
         "runs": "folders:", "report": "folders:", "plan": "devices:", "dashboard": "project:", "serve": "port:",
         "export": "license:",
     }  # fmt: skip
-    assert own.get(command, "run_dir:") in capsys.readouterr().out
+    assert expected.get(command, "run_dir:") in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]):
@@ -64,77 +64,77 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "no command 'trian': did you mean 'train'?"),
-        (["zzz"], f"no command 'zzz': there are {', '.join(COMMANDS)}."),
-        (["train", "dataset=voc"], f"dataset=voc: there is no such option; choose from {', '.join(DATASETS)}."),
+        (["trian"], "unknown command 'trian': did you mean 'train'?"),
+        (["zzz"], f"unknown command 'zzz': choose from {', '.join(COMMANDS)}."),
+        (["train", "dataset=voc"], f"dataset=voc: unknown option; choose from {', '.join(DATASETS)}."),
         (
             ["train", "graph.mm=3"],
-            "graph.mm: there is no such setting; did you mean graph.m? graph has labels_per_class, layout, m, num_l",
+            "graph.mm: unknown setting; did you mean graph.m? Settings of graph: labels_per_class, layout, m, num_l",
         ),
-        (["train", "grap.m=3"], "grap: there is no such setting; did you mean graph?"),
+        (["train", "grap.m=3"], "grap: unknown setting; did you mean graph?"),
         (["train", "seed"], "missing EQUAL"),
-        (
-            ["train", "experimant=scenes"],
-            "experimant: there is no such setting; did you mean experiment? there are abl",
-        ),
+        (["train", "experimant=scenes"], "experimant: unknown setting; did you mean experiment? Settings: abl"),
         (
             ["train", "+graph.q=1"],
-            "graph.q: there is no such setting; graph has labels_per_class, layout, m, num_label_neighbors, num_neigh"
+            "graph.q: unknown setting. Settings of graph: labels_per_class, layout, m, num_label_neighbors, num_neigh"
             "bors.",
         ),
-        (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: there is no such setting; optimizer (adamw) has "),
-        (["train", "+extra=1"], "extra: there is no such setting; there are dataset, detector, "),
-        (["train", "~graph.m"], "graph.m is missing: give it a value"),
+        (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: unknown setting. Settings of optimizer (adamw): "),
+        (["train", "+extra=1"], "extra: unknown setting. Settings: dataset, detector, "),
+        (["train", "~graph.m"], "graph.m is missing: set it"),
         (["train", "dataset.sizes=5"], "dataset.sizes=5: expected settings: test, train, val."),
         (["train", "dataset.sizes=null"], "dataset.sizes=null: expected settings: test, train, val."),
-        (["train", "graph={q: 1}"], "graph.q: there is no such setting; graph has "),
-        (["train", "ablation=null"], "ablation=null: there is no such option; choose from full, no_matches, "),
-        (["train", "graph=5"], "graph=5: there is no such option; choose from default."),
+        (["train", "graph={q: 1}"], "graph.q: unknown setting. Settings of graph: "),
+        (["train", "ablation=null"], "ablation=null: unknown option; choose from full, no_matches, "),
+        (["train", "graph=5"], "graph=5: unknown option; choose from default."),
         (["train", "=5"], "=5: settings are written as KEY=VALUE."),
-        (["train", "graph.m=1,2"], "graph.m=1,2: add -m to run each of these, or write graph.m=[1,2] if they are one"),
+        (
+            ["train", "graph.m=1,2"],
+            "graph.m=1,2: add -m to run each of these values, or write graph.m=[1,2] for a list",
+        ),
         (["train", "sweep=m,k"], "sweep=m,k: write sweep=[m,k] to run every combination of these."),
         (["train", "graph.m=${graph.q}"], "Interpolation key 'graph.q' not found full_key: graph.m"),
-        (["train", "graph.m=true"], "graph.m=true: expected a whole number, at least 1."),
-        (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected a list of whole numbers"),
-        (["train", "dataset.context_pairs=9"], "dataset.context_pairs=9: expected a whole number, from 0 to 4."),
-        (["train", "graph.m=-1"], "graph.m=-1: expected a whole number, at least 1."),
-        (["train", "model.k=0"], "model.k=0: expected a whole number, at least 1."),
-        (["train", "model.k=two"], "model.k=two: expected a whole number, at least 1."),
+        (["train", "graph.m=true"], "graph.m=true: expected an integer of at least 1."),
+        (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected a list of k integers"),
+        (["train", "dataset.context_pairs=9"], "dataset.context_pairs=9: expected an integer from 0 to 4."),
+        (["train", "graph.m=-1"], "graph.m=-1: expected an integer of at least 1."),
+        (["train", "model.k=0"], "model.k=0: expected an integer of at least 1."),
+        (["train", "model.k=two"], "model.k=two: expected an integer of at least 1."),
         (
             ["train", "model.k=3", "model.widths=[8,8]"],
-            "widths=[8, 8] has 2 widths, model.k=3: give one for each block.",
+            "widths=[8, 8] has 2 widths, model.k=3: set one width per block.",
         ),
         (["train", "loss.beta=.nan"], "loss.beta=.nan: expected a number of at least 0."),
-        (["train", "graph.m=40"], "graph.m=40 is more than the store would keep (detector.max_instances="),
-        (["train", "trainer.compile=true", "model.gradient_checkpointing=true"], "do not go together"),
-        (["train", "graph.m=0", "--cfg", "job"], "graph.m=0: expected a whole number, at least 1"),
+        (["train", "graph.m=40"], "graph.m=40 exceeds the instances per image in the store (detector.max_instances="),
+        (["train", "trainer.compile=true", "model.gradient_checkpointing=true"], "exclude each other"),
+        (["train", "graph.m=0", "--cfg", "job"], "graph.m=0: expected an integer of at least 1"),
         (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
         (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),
         (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),
-        (["eval"], "give either checkpoint=FILE, or scores=FILE and targets=FILE."),
+        (["eval"], "set either checkpoint=FILE, or scores=FILE and targets=FILE."),
         (["eval", "checkpoint=none.ckpt"], "none.ckpt: no such checkpoint"),
-        (["demo", "dataset=coco2014"], "dataset.sizes: there is no such setting; dataset (coco2014) has "),
+        (["demo", "dataset=coco2014"], "dataset.sizes: unknown setting. Settings of dataset (coco2014): "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_the_user_can_mend(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
+def test_user_errors_are_reported_in_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]):
     assert run(arguments) == 2
     line = last_line(capsys)
     assert line.startswith("gm-mlic: error: ")
     assert expected in line
 
 
-def test_a_wrong_setting_leaves_nothing_behind(tmp_path: Path):
+def test_invalid_settings_write_no_files(tmp_path: Path):
     for wrong in ("graph.m=0", "+graph.q=1", "experiment=voc2007", "graph.m=40"):
         assert run(["train", wrong]) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_misspelt_key_in_a_config_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_unknown_keys_in_custom_configs_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "configs" / "experiment").mkdir(parents=True)
     (tmp_path / "configs" / "experiment" / "mine.yaml").write_text("# @package _global_\ntrainer:\n  max_epoch: 3\n")
     assert run(["train", "--config-dir", "configs", "experiment=mine"]) == 2
-    assert "trainer.max_epoch: there is no such setting; did you mean trainer.max_epochs?" in last_line(capsys)
+    assert "trainer.max_epoch: unknown setting; did you mean trainer.max_epochs?" in last_line(capsys)
 
 
 def raising(error: BaseException):
@@ -145,9 +145,9 @@ def raising(error: BaseException):
 
 
 def test_errors_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(commands._TASKS, "train", raising(DataError("x.json:\n  broken. Mend it.")))
+    monkeypatch.setitem(commands._TASKS, "train", raising(DataError("x.json:\n  broken. Fix it.")))
     assert run(["train"]) == 2
-    assert last_line(capsys) == "gm-mlic: error: x.json: broken. Mend it."
+    assert last_line(capsys) == "gm-mlic: error: x.json: broken. Fix it."
 
 
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -167,22 +167,22 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_no_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(error))
     assert run(["train"]) == 2
-    assert "memory is full: lower trainer.batch_size" in last_line(capsys)
+    assert "out of memory: lower trainer.batch_size" in last_line(capsys)
 
 
-def test_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(KeyboardInterrupt()))
     assert run(["train"]) == 130
-    assert "the same command continues" in last_line(capsys)
+    assert "run the same command again to resume" in last_line(capsys)
 
 
-def test_no_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(InvalidCxxCompiler()))
     assert run(["train"]) == 2
-    assert last_line(capsys).endswith("it needs a C++ compiler; or do without (trainer.compile=false).")
+    assert last_line(capsys).endswith("install a C++ compiler, or set trainer.compile=false.")
 
 
-def test_a_defect_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_internal_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(ZeroDivisionError("division by zero")))
     assert run(["train"]) == 1
     line = last_line(capsys)
@@ -192,25 +192,25 @@ def test_a_defect_of_ours(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_multirun_goes_on_after_a_failed_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    seen = []
+def test_a_multirun_continues_after_a_failed_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    jobs = []
 
     def task(config):
-        seen.append((config.seed, config.run_dir))
+        jobs.append((config.seed, config.run_dir))
         if config.seed == 1:
-            raise DataError("seed 1 is unlucky.")
+            raise DataError("seed 1 fails.")
 
     monkeypatch.setitem(commands._TASKS, "train", task)
     assert run(["train", "-m", "seed=0,1,2"]) == 2
-    assert [seed for seed, _ in seen] == [0, 1, 2]
-    assert len({folder for _, folder in seen}) == 3
+    assert [seed for seed, _ in jobs] == [0, 1, 2]
+    assert len({folder for _, folder in jobs}) == 3
     err = capsys.readouterr().err
-    assert "job 1 (seed=1) failed: seed 1 is unlucky." in err
-    assert err.strip().splitlines()[-1] == "gm-mlic: error: seed 1 is unlucky."
+    assert "job 1 (seed=1) failed: seed 1 fails." in err
+    assert err.strip().splitlines()[-1] == "gm-mlic: error: seed 1 fails."
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "parsed"),
     [
         ("[dataset.root=/elsewhere,metrics.threshold=0.3]", ["dataset.root=/elsewhere", "metrics.threshold=0.3"]),
         ("[dataset.sizes={train: 1, val: 2}, model.k=1]", ["dataset.sizes={train: 1, val: 2}", "model.k=1"]),
@@ -220,13 +220,13 @@ def test_a_multirun_goes_on_after_a_failed_job(monkeypatch: pytest.MonkeyPatch, 
         ("[]", []),
     ],
 )  # fmt: skip
-def test_a_list_of_overrides_as_it_is_typed(typed: str, meant: list[str]):
+def test_lists_of_overrides_are_quoted(typed: str, parsed: list[str]):
     arguments = ["checkpoint=x/checkpoints/best.ckpt", commands._with_quoted_items(f"overrides={typed}")]
-    assert list(compose("eval", arguments).overrides) == meant
+    assert list(compose("eval", arguments).overrides) == parsed
 
 
 @pytest.mark.parametrize(
-    ("typed", "one_run", "meant"),
+    ("typed", "one_run", "quoted"),
     [
         ("images=IMG (1).jpg", True, "images='IMG (1).jpg'"),
         ("labels=cat,dog's", True, r"labels='cat,dog\'s'"),
@@ -236,12 +236,12 @@ def test_a_list_of_overrides_as_it_is_typed(typed: str, meant: list[str]):
         ("seed=1,2", True, "seed=1,2"),
     ],
 )  # fmt: skip
-def test_names_are_quoted_where_they_need_to_be(typed: str, one_run: bool, meant: str):
-    assert commands._with_quoted_name(typed, one_run) == meant
+def test_names_are_quoted_if_hydra_needs_it(typed: str, one_run: bool, quoted: str):
+    assert commands._with_quoted_name(typed, one_run) == quoted
 
 
 @pytest.mark.parametrize("folders", [["runs/a"], ["a b", "c,d"], ["it's", "[x]", "back\\slash"]])
-def test_folders_need_no_name(folders: list[str]):
+def test_positional_folders(folders: list[str]):
     arguments = commands._folders_as_setting([*folders, "--verbose", "out=x"])
     assert arguments[1:] == ["--verbose", "out=x"]
     assert list(compose("report", arguments[:1]).folders) == folders

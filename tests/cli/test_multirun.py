@@ -1,4 +1,4 @@
-"""Multiruns as processes: what is done, what failed, what is run again."""
+"""Multiruns as subprocesses: finished, failed and repeated jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
-    """Two of three jobs at a time; one cannot work until its checkpoint's place is free."""
+    """Three jobs, two at a time; a file in place of its checkpoint folder makes one fail."""
     jobs = ["-m", "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=run-${seed}"]
     (tmp_path / "run-1").mkdir()
     (tmp_path / "run-1" / "checkpoints").write_text("in the way")
@@ -34,9 +34,9 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     }  # fmt: skip
     assert read_run(tmp_path / "run-1").error
     assert "failed" in first.stdout
-    assert "FutureWarning" not in first.stderr  # of the launcher's processes neither
+    assert "FutureWarning" not in first.stderr  # including the processes of the launcher
     assert len(read_jobs(tmp_path / "sweep")) == 3
-    # One store for each split: whoever came first made it, the others waited.
+    # One store per split: the first job extracts it, the others wait.
     stores = list((tmp_path / "data" / "instances" / "scenes").glob("*/manifest.json"))
     assert len(stores) == 3
 
@@ -49,25 +49,24 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     assert json.loads((tmp_path / "run-1" / "state.json").read_text())["sweep"] == str(tmp_path / "sweep")
 
 
-def test_a_job_that_cannot_be_composed_is_marked_too(tmp_path: Path):
+def test_jobs_with_invalid_settings_are_recorded(tmp_path: Path):
     done = multirun(tmp_path, "-m", "graph.m=0,3")
     assert done.returncode == 2
     assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"]
-    wrong = "graph.m=0: expected a whole number, at least 1."
-    assert [job["error"] for job in read_jobs(tmp_path / "sweep")] == [wrong, None]
-    assert re.search(rf"^job .*graph\.m=0 failed: {wrong}$", done.stdout, re.MULTILINE)
+    message = "graph.m=0: expected an integer of at least 1."
+    assert [job["error"] for job in read_jobs(tmp_path / "sweep")] == [message, None]
+    assert re.search(rf"^job .*graph\.m=0 failed: {message}$", done.stdout, re.MULTILINE)
 
 
-def test_a_sweep_over_a_setting_that_does_not_exist(tmp_path: Path):
+def test_a_sweep_over_an_unknown_setting(tmp_path: Path):
     done = multirun(tmp_path, "-m", "graph.q=1,2")
     assert done.returncode == 2
-    assert (
-        done.stderr.strip().splitlines()[-1].startswith("gm-mlic: error: graph.q: there is no such setting; graph has")
-    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("gm-mlic: error: graph.q: unknown setting. Settings of graph:")
     assert "Traceback" not in done.stderr
 
 
-def test_runs_lists_them(tmp_path: Path):
+def test_runs_lists_the_jobs(tmp_path: Path):
     assert multirun(tmp_path, "-m", "model.k=1,2", "model.widths=null").returncode == 0
     listed = subprocess.run(command("runs"), cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert listed.returncode == 0, listed.stderr
@@ -90,7 +89,7 @@ def test_jobs_through_submitit(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_with_its_study(tmp_path: Path):
+def test_a_search_continues_its_study(tmp_path: Path):
     import optuna
 
     storage = f"sqlite:///{tmp_path}/runs/optuna.db"
@@ -104,12 +103,12 @@ def test_a_search_goes_on_with_its_study(tmp_path: Path):
         assert len(study.trials) == trials
     maps = [run.result["val"]["mAP"] for run in find_runs([tmp_path / "runs"]) if run.result]
     assert study.best_value == pytest.approx(max(maps))
-    # The command of a trial is one run, and not a search.
+    # The recorded command of a trial starts a single run.
     assert all("sweep=optuna" not in run.result["command"] for run in find_runs([tmp_path / "runs"]) if run.result)
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_does_not_end_the_search(tmp_path: Path):
+def test_a_failed_trial_does_not_stop_the_search(tmp_path: Path):
     search = ["sweep=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler.seed=0", "model.widths=null"]
     done = multirun(tmp_path, *search, "graph.m=choice(0,3)")
     errors = [job["error"] for job in read_jobs(tmp_path / "sweep")]

@@ -25,12 +25,12 @@ def planned(*overrides: str) -> dict[str, dict[str, float]]:
 def test_one_device():
     result = planned()
     assert result["images"] == {"extract": 160, "train": 500, "validate": 100, "test": 40}
-    # 13 steps of 8 images in each epoch: the last is not full, but takes as long
+    # 13 steps of 8 images per epoch; the incomplete last step counts in full
     assert result["seconds"] == pytest.approx(
         {"extract": 160, "train": 5 * 13 * 8 * 0.1, "validate": 1.0, "test": 0.4, "total": 160 + 52 + 1.4}
     )
-    each = 6 * (4 * 2 + 4 * 4 + 4 + 4) + 4 + 3 + 40
-    assert result["bytes"] == {"stores": 160 * each, "checkpoints": 600, "memory": 1080}
+    image_bytes = 6 * (4 * 2 + 4 * 4 + 4 + 4) + 4 + 3 + 40
+    assert result["bytes"] == {"stores": 160 * image_bytes, "checkpoints": 600, "memory": 1080}
 
 
 def test_more_devices_and_views():
@@ -41,15 +41,15 @@ def test_more_devices_and_views():
     assert result["bytes"]["stores"] > 2 * planned()["bytes"]["stores"]
 
 
-def test_on_line_detection_is_done_in_each_epoch():
-    frozen, trained = (planned("instances.online=true", f"detector.trainable={what}") for what in ("none", "box_head"))
+def test_online_detection_counts_in_each_epoch():
+    frozen, trained = (planned("instances.online=true", f"detector.trainable={part}") for part in ("none", "box_head"))
     assert frozen["seconds"]["extract"] == 60 + 500
     assert trained["seconds"]["extract"] == 500 + 100 + 40
     assert trained["bytes"]["stores"] == 0
 
 
 @pytest.mark.parametrize("model", ["gm_mlic_small", "mil_max"])
-def test_a_probe_of_what_is_there(model: str, tmp_path: Path, monkeypatch, capsys):
+def test_plan_of_an_existing_dataset(model: str, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     overrides = ["experiment=scenes_smoke", f"model={model}", "dataset.sizes={train: 24, val: 8, test: 8}"]
     result = plan(compose("plan", [*overrides, "dataset.image_size=96"]))
@@ -60,7 +60,7 @@ def test_a_probe_of_what_is_there(model: str, tmp_path: Path, monkeypatch, capsy
     assert "24 train, 8 val, 8 test" in out
     assert "Measured in" in out
 
-    # The stores are as large as said.
+    # The estimate equals the size of real stores.
     config = compose("train", [*overrides, "dataset.image_size=96", f"instances.root={tmp_path}/stores"])
     for split in ("train", "val", "test"):
         build.build_store(config, build.build_dataset(config, split), build.build_detector(config))
@@ -68,7 +68,7 @@ def test_a_probe_of_what_is_there(model: str, tmp_path: Path, monkeypatch, capsy
     assert result["bytes"]["stores"] == pytest.approx(arrays, rel=0.05)
 
 
-def test_images_that_cannot_be_read_are_passed_over(tmp_path: Path, monkeypatch):
+def test_unreadable_images_are_skipped(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for n in range(6):
         Image.new("RGB", (64, 48)).save(tmp_path / f"{n}.jpg")
@@ -88,33 +88,33 @@ def test_layout_and_precision_of_the_run(tmp_path: Path, monkeypatch):
         assert plan(compose("plan", [*small, "trainer.batch_size=2", change]))["seconds"]["train"] > 0
 
 
-def test_a_published_dataset_need_not_be_there(tmp_path: Path, monkeypatch, capsys):
+def test_plan_of_a_missing_published_dataset(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["detector=scenes_tiny", "detector.weights=scenes", "model=gm_mlic_small", "instances.num_augmentations=1"]
     assert run(["plan", "experiment=nuswide", *small, "devices=8", "trainer.batch_size=2"]) == 0
     out = capsys.readouterr().out
     assert "14,561,000 images in 100 epochs" in out
     assert "time on 8 devices" in out
-    assert "nuswide is not there" in out
+    assert "nuswide not found" in out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["devices=0"], "devices=0: expected a whole number, at least 1"),
+        (["devices=0"], "devices=0: expected an integer of at least 1"),
         (["dataset=custom", "dataset.root=nowhere", "dataset.annotations=x.csv"], "nowhere"),
         (["graph.m=500"], "graph.m=500"),
     ],
 )
-def test_bad_input(arguments: list[str], said: str, capsys):
+def test_invalid_settings(arguments: list[str], message: str, capsys):
     assert run(["plan", *arguments]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
-    assert said in error[0]
+    assert message in error[0]
 
 
-def test_published_sizes_are_those_of_the_label_files(shared_data: Path):
+def test_published_sizes_equal_the_label_files(shared_data: Path):
     for name, keys in {"voc2007": ("trainval", "test"), "coco2014": ("train", "val")}.items():
         with np.load(shared_data / "labels" / f"{name}.npz") as content:
             train, test = (content[key] for key in keys)
@@ -125,8 +125,8 @@ def test_published_sizes_are_those_of_the_label_files(shared_data: Path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0.2, "0 s"), (45, "45 s"), (600, "10 min"), (5 * 3600, "5.0 h"), (3 * 86400, "3.0 days")],
 )
-def test_durations(seconds: float, said: str):
-    assert duration(seconds) == said
+def test_durations(seconds: float, text: str):
+    assert duration(seconds) == text

@@ -20,7 +20,7 @@ from gm_mlic.errors import DataError
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four scenes, one of them in a folder within, a file that is no image, and one that is damaged."""
+    """Four scenes, one of them in a subfolder, a text file, and a damaged image."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
@@ -32,7 +32,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
+def test_predict_a_folder(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["predict", f"checkpoint={checkpoint}", "images=photos", "pictures=true", "top=4", "batch_size=2"]) == 0
     out, err = capsys.readouterr()
     assert "4 of 5 photos; folder: runs/predictions (predictions.jsonl, predictions.csv, pictures/)" in out
@@ -64,30 +64,27 @@ def test_a_folder(checkpoint: Path, photos: Path, capsys: pytest.CaptureFixture[
         assert picture.width == 640
 
 
-def test_pictures_are_those_of_the_last_predictions(checkpoint: Path, photos: Path):
+def test_pictures_of_earlier_predictions_are_removed(checkpoint: Path, photos: Path):
     command = ["predict", f"checkpoint={checkpoint}", "run_dir=out"]
     assert run([*command, "images=photos", "pictures=true"]) == 0
-    made = {path.name for path in Path("out/pictures").iterdir()}
-    assert len(made) == 4
-    mine = [Path("out/pictures/mine.jpg"), Path("out/00000-mine.jpg"), Path("out/pictures/00009-b.png")]
-    for path in mine:
+    assert len(list(Path("out/pictures").iterdir())) == 4
+    other_files = [Path("out/pictures/mine.jpg"), Path("out/00000-mine.jpg"), Path("out/pictures/00009-b.png")]
+    for path in other_files:
         path.write_text("x")
-    with Path("out/predictions.jsonl").open("a") as file:  # as if somebody had written there
-        for line in ({"picture": str(path.relative_to("out"))} for path in mine):
+    with Path("out/predictions.jsonl").open("a") as file:  # untrusted entries
+        for line in ({"picture": str(path.relative_to("out"))} for path in other_files):
             file.write(json.dumps(line) + "\n")
         file.write('{"picture": "pictures/../00000-mine.jpg"}\n{"picture": 5}\n[]\n{"pict')
     assert run([*command, "images=photos/a.png", "pictures=true"]) == 0
     assert {path.name for path in Path("out/pictures").iterdir()} == {"00000-a.jpg", "mine.jpg", "00009-b.png"}
     assert run([*command, "images=photos/a.png"]) == 0
     assert {path.name for path in Path("out/pictures").iterdir()} == {"mine.jpg", "00009-b.png"}
-    assert all(path.exists() for path in mine)
+    assert all(path.exists() for path in other_files)
     (line,) = Path("out/predictions.jsonl").read_text().splitlines()
     assert "picture" not in json.loads(line)
 
 
-def test_labels_that_are_not_probable_at_all_are_not_drawn(
-    checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_improbable_labels_are_not_drawn(checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
     drawn: list[float] = []
     draw = predict.annotated
     monkeypatch.setattr(
@@ -119,7 +116,7 @@ NAMES = ["IMG (1).png", "it's.png", "a=b.png", "x, y.png", "[1].png", "{z}.png",
 
 
 def test_files_of_any_name(checkpoint: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
-    """As a shell hands them over: Hydra's grammar has a meaning for most of these characters."""
+    """Most of these characters have a meaning in Hydra's grammar."""
     for name in NAMES:
         (photos / "a.png").with_name(name).write_bytes((photos / "a.png").read_bytes())
     monkeypatch.chdir(photos)
@@ -130,14 +127,14 @@ def test_files_of_any_name(checkpoint: Path, photos: Path, monkeypatch: pytest.M
     assert len(Path("runs/predictions/predictions.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="file names are text there")
-def test_names_that_are_no_text_or_too_long(checkpoint: Path, photos: Path, tmp_path: Path):
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems reject such file names")
+def test_invalid_unicode_and_long_file_names(checkpoint: Path, photos: Path, tmp_path: Path):
     image = (photos / "a.png").read_bytes()
-    odd = tmp_path / "odd"
-    odd.mkdir()
+    folder = tmp_path / "odd"
+    folder.mkdir()
     for name in (b"latin\xe9.png", b"x" * 250 + b".png", b"two\nlines.png"):
-        (odd / os.fsdecode(name)).write_bytes(image)
-    (odd / "gone.png").symlink_to("nowhere")
+        (folder / os.fsdecode(name)).write_bytes(image)
+    (folder / "gone.png").symlink_to("nowhere")
     command = [sys.executable, "-W", "ignore", "-m", "gm_mlic", "predict", f"checkpoint={checkpoint}", "images=odd"]
     done = subprocess.run([*command, "pictures=true"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -152,41 +149,43 @@ def test_files_patterns_and_lists(photos: Path):
     assert find_photos(["photos/a.png", "photos/a.png"]) == [Path("photos/a.png")]
     assert find_photos(["photos/*.png"]) == [Path(f"photos/{name}.png") for name in ("[e]", "a", "b, c")]
     assert find_photos(["photos/**/*.JPG", "photos/[e].png"]) == [Path("photos/more/d.JPG"), Path("photos/[e].png")]
-    assert find_photos(["photos/notes.txt"]) == [Path("photos/notes.txt")]  # who names a file means it
-    for nothing in ("photos/*.gif", "nowhere"):
+    assert find_photos(["photos/notes.txt"]) == [Path("photos/notes.txt")]  # named files are never filtered
+    for missing in ("photos/*.gif", "nowhere"):
         with pytest.raises(DataError, match="no such file, folder or pattern"):
-            find_photos([nothing])
+            find_photos([missing])
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="there is no photo in it"):
+    with pytest.raises(DataError, match="the folder has no photos"):
         find_photos(["empty"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["images=photos"], "checkpoint has no value"),
         (["checkpoint=nowhere.ckpt", "images=photos"], "nowhere.ckpt: no such checkpoint"),
         (["checkpoint=photos/a.png", "images=photos"], "photos/a.png: not a checkpoint"),
         (["images=nowhere"], "images=nowhere: no such file"),
         (["images=[photos/torn.jpg,photos/notes.txt]"], "None of the 2 photos can be read"),
-        (["images=photos/a.png", "run_dir=photos/a.png"], "photos/a.png: there is a file of this name"),
-        (["images=photos", "top=0"], "top=0: expected a whole number"),
+        (["images=photos/a.png", "run_dir=photos/a.png"], "photos/a.png: a file with this name exists"),
+        (["images=photos", "top=0"], "top=0: expected an integer of at least 1"),
         pytest.param(
             ["images=photos", "device=cuda"], "device is cuda, but torch finds no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available"),
         ),
         (["images=photos", "threshold=2"], "threshold=2: expected a number"),
         (["images=photos", "labels=[]"], "labels=[]: expected names"),
         (["images=photos", "labels=[mug,mug]"], "labels must be unique"),
         (["images=photos", "labels=[mug]", "embedding.path=nowhere.npz"], "nowhere.npz does not exist"),
-        (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: there is no such setting"),
+        (["images=photos", "labels=[mug]", "embedding.sauce=x"], "embedding.sauce: unknown setting"),
         (["images=photos", "detector.weights=nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )  # fmt: skip
-def test_bad_input(checkpoint: Path, photos: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]):
-    if not any(argument.startswith("checkpoint=") for argument in arguments) and "no value" not in said:
+def test_invalid_input(
+    checkpoint: Path, photos: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    if not any(argument.startswith("checkpoint=") for argument in arguments) and "no value" not in message:
         arguments = [f"checkpoint={checkpoint}", *arguments]
     assert run(["predict", *arguments]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("gm-mlic: error: ")
-    assert said in last
+    assert message in last

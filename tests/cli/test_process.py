@@ -1,4 +1,4 @@
-"""The installed command as a process: what only a process can show."""
+"""The installed command as a process: signals, exit codes, distributed runs, memory limits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def epochs(run_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_train_killed_and_started_again(tmp_path: Path, number: signal.Signals):
-    """Ended in the middle of training, then the same command: the weights are those of a run that was left alone."""
+    """A run that is interrupted and resumed ends with the weights of an uninterrupted run."""
     folder = tmp_path / "run"
     arguments = ["train", *SMALL, "trainer.max_epochs=12", f"instances.root={tmp_path}/instances"]
     process = subprocess.Popen(
@@ -58,7 +58,7 @@ def test_train_killed_and_started_again(tmp_path: Path, number: signal.Signals):
     _, err = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     if number != signal.SIGKILL:
-        assert "continues where it stopped" in err.decode().splitlines()[-1]
+        assert "run the same command again to resume" in err.decode().splitlines()[-1]
         assert read_run(folder).state == "interrupted"
     done = epochs(folder)
     assert 2 <= len(done) < 12
@@ -68,9 +68,9 @@ def test_train_killed_and_started_again(tmp_path: Path, number: signal.Signals):
         command(*arguments, f"run_dir={folder}"), env=environment(), capture_output=True, text=True, timeout=120
     )
     assert again.returncode == 0, again.stderr
-    assert "continuing" in again.stderr
+    assert "resuming" in again.stderr
     assert "epoch   1/12" not in again.stderr
-    assert "train:" not in again.stderr  # the stores were there
+    assert "train:" not in again.stderr  # the stores are not extracted again
     assert epochs(folder) == [str(n) for n in range(1, 13)]
     assert "mAP" in again.stdout
 
@@ -86,11 +86,11 @@ def test_exit_codes_reach_the_shell(tmp_path: Path):
         command("train", "graph.m=-1"), cwd=tmp_path, capture_output=True, text=True, env=environment()
     )
     assert bad.returncode == 2
-    assert bad.stderr.splitlines() == ["gm-mlic: error: graph.m=-1: expected a whole number, at least 1."]
+    assert bad.stderr.splitlines() == ["gm-mlic: error: graph.m=-1: expected an integer of at least 1."]
 
 
 def finish(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a process to its end, which must have this exit code."""
+    """Run a process and check its exit code."""
     done = subprocess.run(
         arguments, env=environment(), cwd=cwd, capture_output=True, text=True, timeout=240, check=False
     )
@@ -104,7 +104,7 @@ def torchrun(*arguments: str) -> list[str]:
 
 
 def as_srun(arguments: list[str], cwd: Path) -> tuple[str, str]:
-    """Two processes with the variables that SLURM's srun sets; what both of them print."""
+    """Run two processes with the environment variables of SLURM's srun; returns their joined stdout and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -121,12 +121,12 @@ def as_srun(arguments: list[str], cwd: Path) -> tuple[str, str]:
         )
         for task in range(2)
     ]
-    said = [task.communicate(timeout=240) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
-    return "".join(out for out, _ in said), "".join(err for _, err in said)
+    outputs = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    return "".join(out for out, _ in outputs), "".join(err for _, err in outputs)
 
 
-# 31 and 7 images do not divide by two processes; SGD, because Adam blows rounding up to the size of a gradient.
+# 31 and 7 images are not divisible by two processes. SGD, because Adam amplifies rounding errors of small gradients.
 TWO = [
     "train", "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 31, test: 7}", "dataset.image_size=96",
     "model.widths=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=3", "optimizer=paper", "optimizer.lr=0.05",
@@ -135,18 +135,18 @@ TWO = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("starter", ["lightning", "torchrun", "srun"])
-def test_two_processes_are_one_run(tmp_path: Path, starter: str):
-    """DDP on the CPU: one log, one table, one checkpoint; the losses, weights and metrics of one process."""
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun", "srun"])
+def test_two_processes_are_one_run(tmp_path: Path, launcher: str):
+    """DDP on the CPU writes one log, table and checkpoint, with the losses, weights and metrics of one process."""
     ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=two"]
-    if starter == "srun":
+    if launcher == "srun":
         out, err = as_srun(command(*ddp), tmp_path)
     else:
-        two = finish(*(torchrun(*ddp) if starter == "torchrun" else command(*ddp)), cwd=tmp_path)
+        two = finish(*(torchrun(*ddp) if launcher == "torchrun" else command(*ddp)), cwd=tmp_path)
         out, err = two.stdout, two.stderr
     assert out.count("test split of scenes") == 1
     assert err.count("epoch   1/3") == 1
-    if starter != "lightning":  # the extraction was divided
+    if launcher != "lightning":  # extraction was distributed
         assert re.search("train: 16 of 16 images|pending in other shards", err)
     stores = content(tmp_path / "data/instances/scenes")
     assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
@@ -163,7 +163,7 @@ def test_two_processes_are_one_run(tmp_path: Path, starter: str):
     for name, weight in y.items():
         torch.testing.assert_close(x[name], weight, rtol=1e-4, atol=1e-6)
 
-    # The same weights on all images in one process: none counted twice.
+    # Evaluation in one process gives the same metrics: no image was counted twice.
     alone = ["checkpoint=two/checkpoints/best.ckpt", "overrides=[trainer.devices=1,trainer.strategy=auto]"]
     finish(*command("eval", *alone), cwd=tmp_path)
     again = json.loads((tmp_path / "two" / "eval" / "test.json").read_text())["metrics"]
@@ -173,16 +173,16 @@ def test_two_processes_are_one_run(tmp_path: Path, starter: str):
 
 
 @pytest.mark.slow
-def test_more_processes_than_the_run_has_are_refused(tmp_path: Path):
-    done = finish(*torchrun(*TWO, "run_dir=run"), cwd=tmp_path, code=1)  # torchrun's own code
+def test_a_mismatch_of_processes_and_devices_is_rejected(tmp_path: Path):
+    done = finish(*torchrun(*TWO, "run_dir=run"), cwd=tmp_path, code=1)  # exit code of torchrun
     assert "error: torchrun started 2 processes, but trainer.devices=1" in done.stderr
     assert done.stderr.count("gm-mlic: error") == 1
-    assert "set them to the processes of a machine" in done.stderr
+    assert "set trainer.devices to the processes per node" in done.stderr
 
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(tmp_path: Path):
-    """The other one says so and ends, and the same command goes on from the last epoch."""
+    """The other process reports it and ends; the same command resumes from the last epoch."""
     ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=30"]
     process = subprocess.Popen(
         command(*ddp, "run_dir=run"), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -197,24 +197,24 @@ def test_one_of_two_processes_is_killed(tmp_path: Path):
     assert err.decode().splitlines()[-1].startswith("gm-mlic: error: another process of this run has ended")
     assert read_run(tmp_path / "run").state == "failed"
     again = finish(*command(*ddp, "run_dir=run"), cwd=tmp_path)
-    assert "continuing" in again.stderr
+    assert "resuming" in again.stderr
     assert epochs(tmp_path / "run") == [str(n) for n in range(1, 31)]
 
 
 @pytest.mark.slow
 def test_memory_that_is_not_there(tmp_path: Path):
-    """A limit on the process's memory stands for a small machine; the command names what to lower, which works."""
+    """With a memory limit, the error names the setting to lower; the run succeeds with a lower value."""
     limited = ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "-"]
     arguments = ["train", *SMALL, "dataset.sizes.train=1024", "trainer.max_epochs=1", "model.widths=[256,8]"]
     full = finish(*limited, *command(*arguments, "trainer.batch_size=1024", "run_dir=run"), cwd=tmp_path, code=2)
-    assert full.stderr.splitlines()[-1].startswith("gm-mlic: error: memory is full: lower trainer.batch_size")
+    assert full.stderr.splitlines()[-1].startswith("gm-mlic: error: out of memory: lower trainer.batch_size")
     assert read_run(tmp_path / "run").state == "failed"
     finish(*limited, *command(*arguments, "trainer.batch_size=64", "run_dir=other"), cwd=tmp_path)
 
 
 @pytest.mark.slow
 def test_a_reading_process_that_is_killed(tmp_path: Path):
-    """As the system does when memory is short: the run says so, and goes on from its last epoch."""
+    """A killed data loader worker is reported, and the same command resumes from the last epoch."""
     arguments = ["train", *SMALL, "trainer.max_epochs=30", "trainer.num_workers=1", "run_dir=run"]
     process = subprocess.Popen(
         command(*arguments), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -229,9 +229,9 @@ def test_a_reading_process_that_is_killed(tmp_path: Path):
         time.sleep(0.01)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "a process that reads images was killed" in err.decode().splitlines()[-1]
+    assert "a data loader worker was killed" in err.decode().splitlines()[-1]
     again = finish(*command(*arguments), cwd=tmp_path)
-    assert "continuing run after epoch" in again.stderr
+    assert "resuming run after epoch" in again.stderr
     assert epochs(tmp_path / "run") == [str(n) for n in range(1, 31)]
 
 
@@ -245,7 +245,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_preempted_ddp_run_goes_on(tmp_path: Path):
-    """SIGTERM to torchrun reaches all: they stop at one step and save; the end is that of a run left alone."""
+    """On SIGTERM to torchrun, all processes save and stop at the same step; the resumed run is identical."""
     run = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=40"]
     process = subprocess.Popen(
         torchrun(*run, "run_dir=run"),
@@ -260,12 +260,12 @@ def test_a_preempted_ddp_run_goes_on(tmp_path: Path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert "Stopping after this step" in err.decode()
-    assert "terminated; the same command continues" in err.decode()
+    assert "terminated; run the same command again to resume" in err.decode()
     assert read_run(tmp_path / "run").state == "interrupted"
     assert 2 <= len(epochs(tmp_path / "run")) < 40
 
     again = finish(*torchrun(*run, "run_dir=run"), cwd=tmp_path)
-    assert "continuing" in again.stderr
+    assert "resuming" in again.stderr
     finish(*torchrun(*run, "run_dir=whole"), cwd=tmp_path)
     a, b = (read_run(tmp_path / name) for name in ("run", "whole"))
     assert [{**e, "seconds": 0} for e in a.epochs] == [{**e, "seconds": 0} for e in b.epochs]

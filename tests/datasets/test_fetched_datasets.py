@@ -162,7 +162,7 @@ def test_command_line_downloads_and_verifies(
 def test_invalid_mirror(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["dataset", "dataset=coco2014", "dataset.download=true", "dataset.mirror=example.org/coco"]) == 2
-    assert "dataset.mirror=example.org/coco: expected an address" in capsys.readouterr().err
+    assert "dataset.mirror=example.org/coco: expected a URL" in capsys.readouterr().err
 
 
 def test_download_settings_do_not_change_the_run() -> None:

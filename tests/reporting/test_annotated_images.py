@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gm_mlic.reporting.annotated_images import COLORS, _places, annotated, judged_labels, picture_grid
+from gm_mlic.reporting.annotated_images import COLORS, _box_numbers, annotated, judged_labels, picture_grid
 
 LABELS = ("cat", "dog", "bird", "fish")
 
@@ -17,7 +17,7 @@ def test_labels_are_judged_and_sorted():
         scores=np.array([0.4, 0.5, 0.9, 0.1]),
         targets=np.array([1, 1, 0, 0]),
         boxes=np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]),
-        winners=np.array([1, 0, 1, 0]),
+        argmax_instance=np.array([1, 0, 1, 0]),
     )
     assert [(x.name, x.kind) for x in found] == [("bird", "wrong"), ("dog", "right"), ("cat", "missed")]
     assert [x.box for x in found] == [(0.5, 0.5, 1, 1), (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
@@ -30,34 +30,34 @@ def test_difficult_labels_are_not_wrong():
     assert [(x.name, x.kind) for x in found] == [("cat", "right")]
 
 
-def test_boxes_that_nearly_coincide_share_a_number():
+def test_nearly_equal_boxes_share_a_number():
     boxes = [(0.0, 0.0, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9), (0.01, 0.0, 0.5, 0.5), (0.0, 0.0, 0.2, 0.2)]
-    assert _places(boxes) == [1, 2, 1, 3]
-    assert _places([(0.3, 0.3, 0.3, 0.3)] * 2) == [1, 1]
-    assert _places([]) == []
+    assert _box_numbers(boxes) == [1, 2, 1, 3]
+    assert _box_numbers([(0.3, 0.3, 0.3, 0.3)] * 2) == [1, 1]
+    assert _box_numbers([]) == []
 
 
 @pytest.mark.parametrize(
     ("size", "expected"), [((320, 200), (640, 400)), ((2, 2000), (4, 4096)), ((9000, 30), (4096, 14))]
 )
-def test_annotated_photos_have_a_size_that_can_be_looked_at(size: tuple[int, int], expected: tuple[int, int]):
+def test_annotated_photos_have_a_readable_size(size: tuple[int, int], expected: tuple[int, int]):
     assert annotated(Image.new("RGB", size), [("cat", 0.9, (0, 0, *size))]).size == expected
 
 
-def test_letters_of_other_languages_are_written():
+def test_letters_of_other_languages_are_drawn():
     def written(name: str) -> bytes:
         return annotated(Image.new("RGB", (640, 640)), [(name, 0.9, (100, 100, 600, 600))]).tobytes()
 
     assert len({written(name) for name in ("é", "ж", "Ω", "–")}) == 4
 
 
-def test_dollar_signs_are_no_formula(tmp_path: Path):
+def test_dollar_signs_are_not_parsed_as_math(tmp_path: Path):
     names = (r"$5 \frac{", "$x$", "_$^", "fish")
     found = judged_labels(names, np.full(4, 0.9), np.ones(4, dtype=int), np.array([[0, 0, 1, 1.0]]), np.zeros(4, int))
     picture_grid(tmp_path / "x.png", [(Image.new("RGB", (60, 40)), found)], "one")
 
 
-def test_the_picture_has_the_colors_of_what_it_shows(tmp_path: Path):
+def test_boxes_have_the_color_of_their_kind(tmp_path: Path):
     image = Image.new("RGB", (60, 40), (128, 128, 128))
     box = np.array([[0.1, 0.1, 0.9, 0.9]])
     panel = (

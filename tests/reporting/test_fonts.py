@@ -1,4 +1,4 @@
-"""Letters that matplotlib's own font lacks, with fonts made here: no machine has to have any."""
+"""Fonts for letters that DejaVu Sans lacks, tested with generated fonts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gm_mlic.reporting.annotated_images import annotated
 
 
 def make_font(path: Path, family: str, letters: str) -> Path:
-    """A font that draws each of these letters as a broad triangle, and others as nothing."""
+    """Font with a triangle for each of these letters and empty glyphs for others."""
     names = [".notdef", *(f"letter{n}" for n in range(len(letters)))]
     pen, empty = TTGlyphPen(None), TTGlyphPen(None)
     pen.moveTo((0, 0))
@@ -41,9 +41,9 @@ def make_font(path: Path, family: str, letters: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The font files of the machine; a damaged one to begin with."""
-    (tmp_path / "a torn font.ttf").write_bytes(b"\x00\x01\x00\x00")
-    files = [str(tmp_path / "a torn font.ttf")]
+    """List of installed font files, with a damaged one."""
+    (tmp_path / "a damaged font.ttf").write_bytes(b"\x00\x01\x00\x00")
+    files = [str(tmp_path / "a damaged font.ttf")]
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(files))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", list(font_manager.fontManager.ttflist))
     monkeypatch.setattr(fonts, "_warned", [])
@@ -60,19 +60,19 @@ def photo(name: str) -> bytes:
 
 
 def figure(tmp_path: Path, *names: str) -> bytes:
-    made = Figure(figsize=(3, 2))
-    axes = made.subplots()
+    figure = Figure(figsize=(3, 2))
+    axes = figure.subplots()
     axes.set_yticks(range(len(names)), names)
     axes.set_title(names[-1], fontweight="bold")
-    fonts.save_figure(made, tmp_path / "x.png")
+    fonts.save_figure(figure, tmp_path / "x.png")
     return (tmp_path / "x.png").read_bytes()
 
 
-def test_a_font_of_the_machine_that_has_the_letters(
+def test_installed_fonts_with_the_letters_are_used(
     tmp_path: Path, machine: list[str], caplog: pytest.LogCaptureFixture
 ):
     boxes = photo("猫"), figure(tmp_path, "cat", "猫", "고양이")
-    assert "No font" in caplog.text
+    assert "No installed font" in caplog.text
     caplog.clear()
     fonts._installed.cache_clear()
     fonts._fonts_for.cache_clear()
@@ -84,14 +84,14 @@ def test_a_font_of_the_machine_that_has_the_letters(
     assert caplog.text == ""
 
 
-def test_our_own_font_where_it_has_the_letters(tmp_path: Path, machine: list[str]):
+def test_dejavu_is_used_if_it_has_the_letters(tmp_path: Path, machine: list[str]):
     machine.append(str(make_font(tmp_path / "one.ttf", "One", "猫 0123456789.éж")))
     assert fonts.pillow_font("éж Ω – 0.93", 20).getname()[0] == "DejaVu Sans"
     assert fonts.pillow_font("猫 0.93", 20).getname()[0] == "One"
     assert fonts.pillow_font("", 20).getname()[0] == "DejaVu Sans"
 
 
-def test_without_such_a_font_one_line_says_what_to_install(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_missing_fonts_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
         for name in ("猫", "犬", "電車"):
@@ -102,6 +102,6 @@ def test_without_such_a_font_one_line_says_what_to_install(tmp_path: Path, caplo
     assert "fonts-noto-cjk" in record.getMessage()
 
 
-def test_a_font_that_has_a_box_for_every_letter_is_none(tmp_path: Path, machine: list[str]):
+def test_last_resort_fonts_are_ignored(tmp_path: Path, machine: list[str]):
     machine.append(str(make_font(tmp_path / "all.ttf", "Last Resort", "猫")))
     assert fonts.pillow_font("猫", 20).getname()[0] == "DejaVu Sans"

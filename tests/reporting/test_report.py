@@ -1,4 +1,4 @@
-"""Reports of run folders, made by hand in the form that training writes, read back and opened in a browser."""
+"""Reports of synthetic run folders, parsed and opened in a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LABELS = ["aeroplane", "bicycle", "<script>alert(1)</script>", 'a|b*"c"', "電�
 
 
 def write_run(path: Path, *, finished: bool = True, mAP: float = 80.0, seed: int = 0, **changes: Any) -> Path:
-    """A run folder; ``changes`` are dotted settings with ``__`` for the dot."""
+    """Write a run folder; ``changes`` are settings with ``__`` for the dot."""
     config: dict[str, Any] = {
         "seed": seed, "run_dir": str(path), "dataset": {"name": "scenes"}, "detector": {"weights": None},
         "graph": {"m": 10}, "trainer": {"max_epochs": 2},
@@ -66,7 +66,7 @@ def write_run(path: Path, *, finished: bool = True, mAP: float = 80.0, seed: int
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ablations and a sweep over m, three seeds each, a baseline, one failed run."""
+    """Ablations and a sweep over m with three seeds each, a baseline, and a failed run."""
     root = tmp_path_factory.mktemp("study")
     for seed in range(3):
         write_run(root / f"full-{seed}", seed=seed, mAP=90 + seed)
@@ -103,7 +103,7 @@ def test_runs_that_differ_in_the_seed_are_one_group(study: Path) -> None:
     assert [group.name for group in groups if group.setting("model.name") == "mil_max"] == ["mil_max"]
 
 
-def test_ablations_stand_beside_their_own_full_model(study: Path) -> None:
+def test_ablations_are_grouped_with_their_full_model(study: Path) -> None:
     (family,) = ablation_families(group_runs(runs(study)))
     assert [group.ablation for group in family] == [
         "full", "no_semantic", "no_spatial", "no_matches"
@@ -119,7 +119,7 @@ def test_a_sweep_is_a_family(study: Path) -> None:
     assert families(group_runs(runs(study)), "model.k") == []
 
 
-def test_what_follows_from_the_studied_setting_does_not_tell_runs_apart(tmp_path: Path) -> None:
+def test_settings_that_follow_from_the_studied_one_are_ignored(tmp_path: Path) -> None:
     for k in (1, 2, 3):
         write_run(tmp_path / str(k), model__k=k, model__widths=[64] * k)
     (family,) = families(group_runs(runs(tmp_path)), "model.k")
@@ -137,7 +137,7 @@ def test_spread() -> None:
 
 
 class Reader(HTMLParser):
-    """Text and tags of a page; fails on anything that would be fetched."""
+    """Parser for text, tags and sources of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,17 +159,17 @@ def read(page: Path) -> Reader:
     return reader
 
 
-def test_the_page_has_a_section_for_all_there_is(page: Path) -> None:
+def test_sections_of_the_page(page: Path) -> None:
     text = page.read_text()
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings == [
-        "Metrics on scenes", "AP of each label on scenes", "Ablation on scenes", "How much m matters", "Photos",
-        "Learnt label states", "Training", "Not finished",
+        "Metrics on scenes", "AP of each label on scenes", "Ablation on scenes", "Effect of m", "Photos",
+        "Learned label states", "Training", "Unfinished runs",
     ]  # fmt: skip
-    assert "paper" not in read(page).text  # scenes are not in it
+    assert "paper" not in read(page).text  # the paper has no numbers on scenes
 
 
-def test_the_page_needs_no_other_file(page: Path) -> None:
+def test_the_page_is_self_contained(page: Path) -> None:
     reader = read(page)
     assert all(source.startswith(("data:", "#")) for source in reader.sources)
     assert len([s for s in reader.sources if s.startswith("data:image/")]) == 4
@@ -190,11 +190,11 @@ def test_numbers_of_the_ablation_table(page: Path) -> None:
     cells = read(page).text
     row = cells.index("w/o Go")
     values = [cell for cell in cells[row + 1 : row + 12] if cell]
-    # CF1 is the fourth of METRICS, OF1 the seventh: test metrics fall by one from each to the next.
+    # Test metrics decrease by one in the order of METRICS: CF1 is the fourth, OF1 the seventh.
     assert values[:5] == ["3", "82.0 ± 2.0", "79.0 ± 2.0", "76.0 ± 2.0", "9.0 ± 1.0"]
 
 
-def test_models_stand_in_one_order_in_all_tables(page: Path) -> None:
+def test_models_have_the_same_order_in_all_tables(page: Path) -> None:
     lines = page.with_suffix(".md").read_text().splitlines()
     metrics = lines.index("**All labels, %**") + 4
     rows = [line.split("|")[1].strip() for line in itertools.takewhile(lambda line: line, lines[metrics:])]
@@ -202,24 +202,24 @@ def test_models_stand_in_one_order_in_all_tables(page: Path) -> None:
     assert [head.strip() for head in heads] == rows
 
 
-def test_how_it_was_made_stands_below(page: Path) -> None:
+def test_provenance_is_listed(page: Path) -> None:
     text = read(page).text
     for words in ("0, 1, 2", "mlgcn", "scenes_tiny (null)", "3 train, 2 val, 2 test"):
         assert words in text
     assert any("gm-mlic train seed=0 'x=<b>'" in part for part in text)
 
 
-def test_how_it_was_made_stands_below_each_table_and_picture(page: Path) -> None:
+def test_provenance_is_below_each_table_and_picture(page: Path) -> None:
     text = page.read_text()
     tables, pictures = text.count("<table"), text.count("<figure")
-    assert text.count("<summary>How this was made</summary>") == tables + pictures - 1  # but for what is not finished
+    assert text.count("<summary>Provenance</summary>") == tables + pictures - 1  # not for unfinished runs
     (ablation,) = re.findall(r"<h2>Ablation on scenes</h2>.*?</section>", text, re.DOTALL)
     shared = re.search(r"<dt>settings of all</dt><dd><pre>(.*?)</pre>", ablation)
     assert shared is not None
     assert {"graph.m=10", "model.fusion=product", "trainer.max_epochs=2"} <= set(shared[1].split())
-    assert "model.edge_types" not in shared[1]  # what they differ in
+    assert "model.edge_types" not in shared[1]  # differs between the groups
     assert "seed" not in shared[1]
-    assert 'model.edge_types=["spatial", "semantic", "matches"]' in html.unescape(text)  # of one group
+    assert 'model.edge_types=["spatial", "semantic", "matches"]' in html.unescape(text)  # in sections of one group
 
 
 def test_figures_are_written_as_png_and_svg(page: Path) -> None:
@@ -230,21 +230,21 @@ def test_figures_are_written_as_png_and_svg(page: Path) -> None:
             assert image.width > 300
 
 
-def test_markdown_tables_are_whole(page: Path) -> None:
+def test_markdown_tables_have_equal_row_lengths(page: Path) -> None:
     lines = (page.parent / "report.md").read_text().splitlines()
     widths = [len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0 for line in lines]
     assert all(a == b for a, b in itertools.pairwise(widths) if a and b)
 
 
-def test_beside_the_paper(tmp_path: Path) -> None:
+def test_comparison_with_the_paper(tmp_path: Path) -> None:
     for name, removed in (("full", None), ("no_semantic", ["spatial", "matches"])):
         for seed in (0, 1):
             changes = {"dataset__name": "voc2007"} | ({"model__edge_types": removed} if removed else {})
             write_run(tmp_path / f"{name}-{seed}", seed=seed, mAP=94.0 + seed, **changes)
-    # Its numbers are of the whole method, so an ablation that happens to be better does not stand beside them.
+    # The paper's numbers are compared with the full model, even if an ablation is better.
     write_run(tmp_path / "better", dataset__name="voc2007", mAP=99.0, model__edge_types=["semantic", "matches"])
     cells = [cell for cell in read(write_report(runs(tmp_path), tmp_path / "out")).text if cell]
-    assert "Ours beside the paper's Table 1: full" in cells
+    assert "Comparison with the paper's Table 1: full" in cells
     start = cells.index("ours - paper")
     assert cells[start + 1 : start + 5] == ["mAP", "94.5 ± 0.7", "94.7", "-0.2"]
     assert "99.4" in cells[cells.index("aeroplane") :][:5]
@@ -252,7 +252,7 @@ def test_beside_the_paper(tmp_path: Path) -> None:
     assert cells[row + 1 : row + 7][-1] == "92.8"
 
 
-def test_beside_the_paper_are_all_its_numbers(tmp_path: Path) -> None:
+def test_the_ablation_table_has_all_numbers_of_the_paper(tmp_path: Path) -> None:
     for name, changes in (("full", {}), ("w/o Gl", {"model__edge_types": ["spatial", "matches"]})):
         write_run(tmp_path / name.replace("/", ""), dataset__name="coco2014", **changes)
     text = read(write_report(runs(tmp_path), tmp_path / "out")).text
@@ -263,7 +263,7 @@ def test_beside_the_paper_are_all_its_numbers(tmp_path: Path) -> None:
     assert row[8:11] == ["85.1", "68.3", "76.5"]
 
 
-def test_a_result_of_another_version_is_named_and_left_out(tmp_path: Path) -> None:
+def test_results_of_other_versions_are_listed_as_damaged(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     for name, content in (("b", {"test": {"mAP": 3.0}}), ("c", {"test": {"mAP": 3.0, "AP": {"cat": "x"}}})):
         path = write_run(tmp_path / name, graph__m=3)
@@ -272,17 +272,17 @@ def test_a_result_of_another_version_is_named_and_left_out(tmp_path: Path) -> No
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "config.yaml").write_text("a: [")
     text = write_report(find_runs([tmp_path]), tmp_path / "out").read_text()
-    assert text.count("metrics.json is not of this version: run the command again") == 2
+    assert text.count("metrics.json is from another version: run the command again") == 2
     assert "config.yaml is damaged" in text
 
 
-def test_what_the_paper_chose_stands_beside_a_sweep(tmp_path: Path) -> None:
+def test_sweeps_mention_the_papers_choice(tmp_path: Path) -> None:
     for m in (5, 10):
         write_run(tmp_path / f"m{m}", dataset__name="voc2007", graph__m=m)
-    assert "On voc2007 the paper chose m = 10." in write_report(runs(tmp_path), tmp_path / "out").read_text()
+    assert "The paper chose m = 10 on voc2007." in write_report(runs(tmp_path), tmp_path / "out").read_text()
 
 
-def test_the_papers_numbers_are_those_it_prints() -> None:
+def test_numbers_of_the_paper() -> None:
     paper = read_paper()
     assert len(paper["voc2007"]["AP"]) == 20
     assert paper["coco2014"]["test"]["mAP"] == 84.3
@@ -290,7 +290,7 @@ def test_the_papers_numbers_are_those_it_prints() -> None:
     assert paper["nuswide"]["test"]["OF1"] == 74.1
 
 
-def test_nothing_finished_is_refused(tmp_path: Path) -> None:
+def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
     write_run(tmp_path / "a", finished=False)
     with pytest.raises(RunFolderError, match=r"None of 1 runs is finished \(a failed\)"):
         write_report(find_runs([tmp_path]), tmp_path / "report")
@@ -311,8 +311,8 @@ def test_damaged_pictures_are_left_out(tmp_path: Path, text: str, caplog: pytest
     assert "label_states.npz is damaged" in caplog.text
 
 
-def test_one_plain_run(tmp_path: Path) -> None:
-    """Without examples, states, ablation, or others to compare with."""
+def test_report_of_a_single_run(tmp_path: Path) -> None:
+    """The run has no examples, label states or ablations."""
     run = write_run(tmp_path / "a")
     shutil.rmtree(run / "examples")
     (run / "label_states.npz").unlink()
@@ -326,7 +326,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_in_a_browser(page: Path, tmp_path: Path, width: int) -> None:
-    """No script runs, nothing is fetched, and the page is no wider than the window, though tables may scroll in it."""
+    """The page runs no script, fetches nothing, and is not wider than the window; tables may scroll."""
     probe = tmp_path / "probe.html"
     script = (
         "<script>addEventListener('load', () => { document.title = [document.documentElement.scrollWidth, innerWidth,"

@@ -18,7 +18,7 @@ def printed(tmp_path: Path, width: int = 200) -> list[str]:
     return console.export_text().splitlines()
 
 
-def test_only_settings_that_differ_are_shown_sorted_by_them(tmp_path: Path, make_run: MakeRun):
+def test_differing_settings_are_columns_and_sort_keys(tmp_path: Path, make_run: MakeRun):
     for name, m, seed in (("a", 10, 0), ("b", 5, 1), ("c", 5, 0)):
         make_run(tmp_path / name, graph={"m": m}, seed=seed, trainer={"max_epochs": 2}, dataset={"name": "scenes"})
     lines = printed(tmp_path)
@@ -30,7 +30,7 @@ def test_only_settings_that_differ_are_shown_sorted_by_them(tmp_path: Path, make
     assert rows[0][1:] == ["finished", "2/2", "5", "0", "30.50", "31.00"]
 
 
-def test_settings_that_say_the_same_are_shown_once(tmp_path: Path, make_run: MakeRun):
+def test_settings_that_follow_from_another_are_hidden(tmp_path: Path, make_run: MakeRun):
     for k in (1, 2):
         make_run(tmp_path / str(k), model={"k": k, "widths": [64] * k})
     head = next(line for line in printed(tmp_path) if "state" in line)
@@ -38,7 +38,7 @@ def test_settings_that_say_the_same_are_shown_once(tmp_path: Path, make_run: Mak
     assert "model.widths" not in head
 
 
-def test_numbers_that_a_search_draws_are_all_shown(tmp_path: Path, make_run: MakeRun):
+def test_all_settings_of_a_search_are_shown(tmp_path: Path, make_run: MakeRun):
     for n in (1, 2, 3):
         make_run(tmp_path / str(n), optimizer={"lr": n / 1000, "weight_decay": n / 10})
     head = next(line for line in printed(tmp_path) if "state" in line)
@@ -46,7 +46,7 @@ def test_numbers_that_a_search_draws_are_all_shown(tmp_path: Path, make_run: Mak
     assert "optimizer.weight_decay" in head
 
 
-def test_runs_with_little_in_common_list_what_is_unusual(tmp_path: Path, make_run: MakeRun):
+def test_many_differing_settings_are_listed_in_one_column(tmp_path: Path, make_run: MakeRun):
     usual = {f"s{n}": 0 for n in range(8)}
     make_run(tmp_path / "usual", model=usual)
     for n in range(8):

@@ -29,14 +29,14 @@ SPARSE = row(8.0, 30.0, 6 * 2**30, roofline={"forward": 0.7, "train": 0.7})
 DENSE = row(1.0, 5.0, 2**30, roofline={"forward": 0.55, "train": 0.6})
 
 
-def test_rows_say_how_many_times_better() -> None:
+def test_rows_show_the_improvement_over_sparse() -> None:
     ((case, rows),) = runtime_rows([result(sparse=SPARSE, dense=DENSE)])
     assert case == "voc2007, concat (m=10, C=20, k=2, batch 16, norm all, float32)"
     assert rows[0] == ("sparse", "8 s", "", "30 s", "", "6144 MiB", "", "70 %")
     assert rows[1] == ("dense", "1 s", "8.0", "5 s", "6.0", "1024 MiB", "6.0", "55 %")
 
 
-def test_left_out_and_alone() -> None:
+def test_rows_of_left_out_executions() -> None:
     ((_, rows),) = runtime_rows([result(sparse={"left_out": "needs about 90 GiB to train"}, dense=DENSE)])
     assert rows[0][0] == "sparse: needs about 90 GiB to train"
     assert rows[1][2] == ""

@@ -22,33 +22,33 @@ def text(table: object) -> str:
     return capture.get()
 
 
-def test_markdown():
+def test_comparison_markdown():
     assert comparison_markdown(ROWS, ("mAP", "top3/CF1")) == (
         "|  | mAP | top-3 CF1 |\n| --- | ---: | ---: |\n| known limit | 97.2 | 80.0 |\n| ours | - | - |\n"
     )
 
 
-def test_the_terminal_shows_the_same_numbers():
-    shown = text(comparison_table(ROWS, "some title"))
-    for word in ("some title", "known limit", "97.2", "90.0", "top-3 OF1", "-"):
-        assert word in shown
+def test_comparison_table():
+    printed = text(comparison_table(ROWS, "a title"))
+    for word in ("a title", "known limit", "97.2", "90.0", "top-3 OF1", "-"):
+        assert word in printed
 
 
-def test_one_model(capsys: pytest.CaptureFixture[str]):
+def test_metrics_table(capsys: pytest.CaptureFixture[str]):
     values = {name: float(i) for i, name in enumerate(("CP", "CR", "CF1", "OP", "OR", "OF1"))}
     values |= {f"top3/{name}": 10 + value for name, value in values.items()} | {"mAP": 66.6}
     assert "66.6" in text(metrics_table(values, "mlgcn", "test"))
     print_metrics(values, "mlgcn", "test split")
-    shown = capsys.readouterr().out
-    assert "0.0" in shown
-    assert "15.0" in shown
+    printed = capsys.readouterr().out
+    assert "0.0" in printed
+    assert "15.0" in printed
 
 
 ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
 def evaluation() -> dict[str, object]:
-    """A result of gm_mlic.metrics.evaluate_scores in which every number is another."""
+    """Result of gm_mlic.metrics.evaluate_scores with unique numbers."""
 
     def values(start: int) -> dict[str, float | None]:
         names = ["mAP", *ALL, *(f"top3/{name}" for name in ALL)]
@@ -70,7 +70,7 @@ def cells(table: object) -> list[list[str]]:
     return [line.split() for line in text(table).splitlines()]
 
 
-def test_an_evaluation_shows_every_number_once():
+def test_evaluation_table_shows_every_number():
     found = cells(evaluation_table(evaluation()))
     rows = [row for row in found if len(row) > 1]
     start = [
@@ -79,25 +79,25 @@ def test_an_evaluation_shows_every_number_once():
         ["95", "%", "to", "30.0", "-"], ["p", "0.040", "<.001"],
     ]  # fmt: skip
     assert rows[: len(start)] == start
-    shown = [row[-2:] for row in rows[len(start) :]]
-    assert shown == [[f"{s + i}.2", f"{s + 20 + i}.2"] for s in (0, 100) for i in range(1, 13)]
+    rest = [row[-2:] for row in rows[len(start) :]]
+    assert rest == [[f"{s + i}.2", f"{s + 20 + i}.2"] for s in (0, 100) for i in range(1, 13)]
 
 
-def test_an_evaluation_says_how_to_read_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_notes_of_an_evaluation(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     print_evaluation(evaluation())
-    shown = capsys.readouterr().out
-    assert shown.startswith("a[b].npz: 12,345 images, 9 labels\n")
+    printed = capsys.readouterr().out
+    assert printed.startswith("a[b].npz: 12,345 images, 9 labels\n")
     for words in ("read as binary", "10 resamples of the images, seed 3", "c[d].npz", "777 validation images", "(9)"):
-        assert words in shown
-    assert "[label 7], ..." in shown
-    assert "[label 8]" not in shown
+        assert words in printed
+    assert "[label 7], ..." in printed
+    assert "[label 8]" not in printed
 
 
-def test_fitted_thresholds_of_one_model():
+def test_metrics_table_with_fitted_thresholds():
     values = {name: float(i) for i, name in enumerate(("mAP", *ALL, *(f"top3/{name}" for name in ALL)))}
     fitted = {name: 50 + value for name, value in values.items()}
-    shown = text(metrics_table(values, "mlgcn", "test", fitted))
-    assert "all, fitted thresholds" in shown
-    assert "51.0" in shown
-    assert "62.0" in shown
+    printed = text(metrics_table(values, "mlgcn", "test", fitted))
+    assert "all, fitted thresholds" in printed
+    assert "51.0" in printed
+    assert "62.0" in printed

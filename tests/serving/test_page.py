@@ -210,6 +210,6 @@ def test_invalid_addresses(folder: Path, address: tuple[str, int], capsys: pytes
     assert run(["serve", checkpoint, f"port={address[1]}"]) == 2
     assert f"port={address[1]}: Address already in use" in capsys.readouterr().err
     assert run(["serve", checkpoint, "host=example.org"]) == 2
-    assert "host=example.org: expected an address" in capsys.readouterr().err
+    assert "host=example.org: expected an IP address" in capsys.readouterr().err
     assert run(["serve", checkpoint, "port=99999"]) == 2
-    assert "port=99999: expected a whole number from 0 to 65535" in capsys.readouterr().err
+    assert "port=99999: expected an integer from 0 to 65535" in capsys.readouterr().err

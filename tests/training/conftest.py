@@ -1,4 +1,4 @@
-"""Small runs: real scenes, store, graphs, model and metrics; only the detector is quick."""
+"""Config of small runs with a fast detector; all other stages are real."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gm_mlic.training import build
 
 @pytest.fixture
 def run_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., DictConfig]:
-    """A function from overrides to the config of a run of seconds, with stores and run folder under ``tmp_path``."""
+    """Function from overrides to the config of a short run, with stores and run folder in ``tmp_path``."""
     monkeypatch.setattr(build, "build_detector", lambda config: GridExtractor())
 
     def config(*overrides: str) -> DictConfig:

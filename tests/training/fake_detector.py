@@ -1,4 +1,4 @@
-"""A detector that is quick: cells of a grid, and their colors."""
+"""Fast detector: grid cells and their colors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gm_mlic.detection import Instances
 
 
 class GridExtractor:
-    """Cuts an image into a 3 x 3 grid; a cell's feature is its mean and extreme colors."""
+    """Extractor of a 3 x 3 grid; features are the mean, maximum and minimum color of each cell."""
 
     name = "grid"
     labels = ("cell",)
@@ -22,9 +22,9 @@ class GridExtractor:
         self.fingerprint = hashlib.sha256(f"grid {seed}".encode()).hexdigest()
 
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        return [self._one(image, m) for image in images]
+        return [self._instances(image, m) for image in images]
 
-    def _one(self, image: Tensor, m: int) -> Instances:
+    def _instances(self, image: Tensor, m: int) -> Instances:
         cells, boxes = [], []
         for y in range(3):
             for x in range(3):

@@ -1,4 +1,4 @@
-"""Disks that are full or read-only, as real file systems: what happens to a run, and to its store."""
+"""Runs on full and read-only disks, with real file systems."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def gm_mlic(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """A function that mounts a file system: of a size, or an existing folder read-only. Needs the right to mount."""
+    """Function that mounts a file system at a path. Skips the test without permission to mount."""
     mounted: list[Path] = []
 
     def mount(*arguments: str, at: Path) -> Path:
         at.mkdir(exist_ok=True)
         done = subprocess.run(["mount", *arguments, str(at)], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"may not mount here: {done.stderr.strip()}")
+            pytest.skip(f"cannot mount: {done.stderr.strip()}")
         mounted.append(at)
         return at
 
     yield mount
-    for place in mounted[::-1]:
-        subprocess.run(["umount", str(place)], check=True)
+    for path in mounted[::-1]:
+        subprocess.run(["umount", str(path)], check=True)
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_a_full_disk_costs_no_finished_epoch(tmp_path: Path, disk: Callable[...,
     whole = gm_mlic("run_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     size = (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
-    # Room for the two checkpoints, not for writing one of them anew beside the old one.
+    # Space for two checkpoints, but not for a third, temporary one.
     small = disk("-t", "tmpfs", "-o", f"size={int(2.6 * size)}", "tmpfs", at=tmp_path / "small")
     full = gm_mlic("run_dir=small/run", cwd=tmp_path)
     assert full.returncode == 2
@@ -62,7 +62,7 @@ def test_a_full_disk_costs_no_finished_epoch(tmp_path: Path, disk: Callable[...,
     subprocess.run(["mount", "-o", "remount,size=50m", str(small)], check=True)
     again = gm_mlic("run_dir=small/run", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "continuing small/run after epoch 1" in again.stderr
+    assert "resuming small/run after epoch 1" in again.stderr
     files = (folder / "checkpoints" / "last.ckpt" for folder in (small / "run", tmp_path / "whole"))
     a, b = (torch.load(file, weights_only=True)["state_dict"] for file in files)
     assert all(torch.equal(a[name], b[name]) for name in b)
@@ -70,7 +70,7 @@ def test_a_full_disk_costs_no_finished_epoch(tmp_path: Path, disk: Callable[...,
 
 @pytest.mark.slow
 def test_a_read_only_disk(tmp_path: Path, disk: Callable[..., Path]):
-    """Stores are read from it; what would be written to it says so in one line."""
+    """Stores can be read from it; writing to it is reported in one line."""
     first = gm_mlic("run_dir=first", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     disk("--bind", "-o", "ro", str(tmp_path / "data"), at=tmp_path / "data")

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, again and again: what comes out in the end is what an undisturbed run gives."""
+"""Repeated SIGKILL at random times: the result equals that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def train(config: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def clean() -> ForkServerContext:
-    """Begins processes as forks of one that has imported the package and done nothing: no locks, threads or signals of
-    the tests before are in them.
-    """
+    """Fork server that has only imported the package: processes inherit no locks, threads or signal handlers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gm_mlic.training.run"])
     return context
@@ -49,7 +47,7 @@ def killed_until_done(
     rng: random.Random,
     seconds: float,
 ) -> Iterator[int]:
-    """Do ``work`` in another process, killed after up to ``seconds``, until it gets to its end; yields at each kill."""
+    """Run ``work`` in processes killed after up to ``seconds``, until one completes; yields after each kill."""
     kills = 0
     while True:
         process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
@@ -61,13 +59,13 @@ def killed_until_done(
             assert process.exitcode == 0
             return
         kills += 1
-        if kills % 10 == 0:  # however slow the machine is: there is an end
+        if kills % 10 == 0:  # ensures termination on slow machines
             seconds *= 1.5
         yield kills
 
 
 def undisturbed(context: ForkServerContext, work: Callable[[dict[str, Any]], None], config: DictConfig) -> float:
-    """Do ``work`` in another process; how long that took, in seconds."""
+    """Run ``work`` in another process; returns its duration in seconds."""
     begin = time.perf_counter()
     process = context.Process(target=work, args=(OmegaConf.to_container(config, resolve=True),))
     process.start()
@@ -82,7 +80,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path, clean: ForkServerContext):
-    """Every file of the store, byte for byte."""
+    """All files of the store are equal byte by byte."""
 
     def config(name: str) -> DictConfig:
         overrides = (
@@ -107,7 +105,7 @@ def test_extraction_killed_at_random_moments(run_config: Config, tmp_path: Path,
 def test_training_killed_at_random_moments(
     run_config: Config, tmp_path: Path, checkpoint_every_n_minutes: str, clean: ForkServerContext
 ):
-    """The weights, to the last bit."""
+    """Weights are equal bit by bit."""
 
     def config(name: str) -> DictConfig:
         overrides = (
@@ -121,7 +119,7 @@ def test_training_killed_at_random_moments(
         loaded = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         return dict(loaded["state_dict"])
 
-    undisturbed(clean, train, config("first"))  # makes the stores
+    undisturbed(clean, train, config("first"))  # extracts the stores
     seconds = undisturbed(clean, train, config("whole"))
     rng, kills, runs = random.Random(1), 0, 0
     while kills < KILLS:

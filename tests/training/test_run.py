@@ -37,7 +37,7 @@ class StopError(Exception):
 
 
 class StopAt(Callback):
-    """Ends a run in the middle of an epoch, as a kill would: nothing is written after it."""
+    """Callback that ends a run within an epoch without saving, like a kill."""
 
     def __init__(self, epoch: int, step: int) -> None:
         self.at = (epoch, step)
@@ -48,7 +48,7 @@ class StopAt(Callback):
 
 
 class SendAt(Callback):
-    """Sends a signal to this process, in the middle of an epoch or of its validation."""
+    """Callback that sends a signal to this process, within an epoch or its validation."""
 
     def __init__(self, number: signal.Signals, epoch: int, *, validating: bool = False) -> None:
         self.number, self.epoch, self.validating = number, epoch, validating
@@ -62,8 +62,8 @@ class SendAt(Callback):
             os.kill(os.getpid(), self.number)
 
 
-def stop_and_go_on(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
-    """Train, stop in the middle of ``epoch`` (from 0), and call train again."""
+def stop_and_resume(config: DictConfig, monkeypatch: pytest.MonkeyPatch, epoch: int) -> dict[str, Any]:
+    """Train, stop within ``epoch`` (from 0), and resume."""
     callbacks = run.training_callbacks
     with monkeypatch.context() as patch:
         patch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), StopAt(epoch, 1)])
@@ -108,7 +108,7 @@ def test_a_run_leaves_what_was_promised(run_config: Config, tmp_path: Path):
     assert {"train/loss", "val/loss", "val/mAP", "val/CF1", "val/top3/CF1", "lr"} <= set(rows(folder)[0])
     best = max(rows(folder), key=lambda row: float(row["val/mAP"]))
     assert result["best_epoch"] == int(best["epoch"])
-    # what made it
+    # provenance
     assert result["command"]
     assert {"gm-mlic", "python", "torch"} <= set(result["versions"])
     for split in ("train", "val", "test"):
@@ -122,21 +122,21 @@ def test_a_run_leaves_what_was_promised(run_config: Config, tmp_path: Path):
     assert result["dataset"]["sizes"] == {"train": 24, "val": 12, "test": 12}
 
 
-def test_a_finished_run_is_not_repeated_unless_asked(run_config: Config, tmp_path: Path):
+def test_a_finished_run_is_only_repeated_with_overwrite(run_config: Config, tmp_path: Path):
     first = run.train(run_config())
     written = (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns
     assert run.train(run_config()) == first
     assert (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns == written
-    afresh = run.train(run_config("overwrite=true"))
+    second = run.train(run_config("overwrite=true"))
     assert (tmp_path / "run/checkpoints/last.ckpt").stat().st_mtime_ns > written
-    assert afresh["test"] == first["test"]
+    assert second["test"] == first["test"]
 
 
-def test_a_folder_with_another_run_is_not_touched(run_config: Config, tmp_path: Path):
+def test_a_folder_with_another_run_is_rejected(run_config: Config, tmp_path: Path):
     run.train(run_config("trainer.max_epochs=1"))
     with pytest.raises(ConfigError, match=r"holds a run with other settings \(graph.m=6 -> 4, seed=0 -> 3\)"):
         run.train(run_config("trainer.max_epochs=1", "seed=3", "graph.m=4"))
-    run.train(run_config("trainer.max_epochs=1", "instances.num_workers=1"))  # the same run, elsewhere or faster
+    run.train(run_config("trainer.max_epochs=1", "instances.num_workers=1"))  # not part of the run identity
     assert run.train(run_config("trainer.max_epochs=1", "seed=3", "overwrite=true"))["seed"] == 3
 
 
@@ -156,7 +156,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     overrides = [*overrides, "trainer.max_epochs=3"]
     whole = run.train(run_config(*overrides))
     other = tmp_path / "other"
-    parts = stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
+    parts = stop_and_resume(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
     a, b = checkpoint(tmp_path / "run"), checkpoint(other)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(a[key], b[key], key)
@@ -187,10 +187,10 @@ def test_a_run_killed_after_a_save_within_an_epoch_goes_on_there(
         return step(module, batch, i)
 
     monkeypatch.setattr(MLICModule, "training_step", counted)
-    stop_and_go_on(
+    stop_and_resume(
         run_config(*overrides, f"run_dir={other}", "trainer.checkpoint_every_n_minutes=0"), monkeypatch, epoch=1
     )
-    assert steps == [(epoch, i) for epoch in range(3) for i in range(5)]  # nothing twice
+    assert steps == [(epoch, i) for epoch in range(3) for i in range(5)]  # no step is repeated
     a, b = checkpoint(tmp_path / "run"), checkpoint(other)
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(a[key], b[key], key)
@@ -199,7 +199,7 @@ def test_a_run_killed_after_a_save_within_an_epoch_goes_on_there(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("validating", [False, True])
-def test_a_run_told_to_stop_saves_first(
+def test_signals_save_and_stop_a_run(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, validating: bool
 ):
     handler = signal.getsignal(number)
@@ -223,7 +223,7 @@ def test_a_run_told_to_stop_saves_first(
 def test_a_resumed_run_with_workers_sees_the_same_views(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Workers start to read before Lightning tells the sampler its epoch."""
+    """Workers start to read before Lightning sets the sampler's epoch."""
     overrides = [
         "instances.num_augmentations=3",
         "instances.view_size=96",
@@ -232,7 +232,7 @@ def test_a_resumed_run_with_workers_sees_the_same_views(
     ]
     run.train(run_config(*overrides))
     other = tmp_path / "other"
-    stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
+    stop_and_resume(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=2)
     assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(other)["state_dict"])
 
 
@@ -252,7 +252,7 @@ def test_seeds_differ_and_repeat(run_config: Config, tmp_path: Path):
 
 
 @pytest.mark.parametrize("overrides", [[], ["trainer.ema_decay=0.5"], ["graph.layout=sparse"]], ids=str)
-def test_eval_gives_the_numbers_of_the_run(run_config: Config, tmp_path: Path, overrides: list[str]):
+def test_eval_equals_the_test_of_the_run(run_config: Config, tmp_path: Path, overrides: list[str]):
     result = run.train(run_config(*overrides))
     again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt", out=tmp_path / "out")
     assert again["metrics"] == result["test"]
@@ -272,7 +272,7 @@ def test_eval_with_other_settings(run_config: Config, tmp_path: Path):
         run.evaluate(path, split="trial")
 
 
-def test_a_checkpoint_for_other_labels_is_refused(run_config: Config, tmp_path: Path):
+def test_a_checkpoint_for_other_labels_is_rejected(run_config: Config, tmp_path: Path):
     run.train(run_config("trainer.max_epochs=1"))
     path = tmp_path / "run/checkpoints/best.ckpt"
     content = torch.load(path, weights_only=True)
@@ -286,19 +286,19 @@ def test_a_checkpoint_for_other_labels_is_refused(run_config: Config, tmp_path: 
         run.evaluate(path)
 
 
-def test_a_checkpoint_for_another_detector_is_refused(
+def test_a_checkpoint_for_another_detector_is_rejected(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run.train(run_config("trainer.max_epochs=1"))
     other = build.build_detector(run_config())
     other.fingerprint = "0123456789abcdef"
     monkeypatch.setattr(build, "build_detector", lambda config: other)
-    with pytest.raises(WeightsError, match=r"trained on instances of grid \(\w{8}\), these are of grid \(01234567\)"):
+    with pytest.raises(WeightsError, match=r"trained with detector grid \(\w{8}\), got grid \(01234567\)"):
         run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half a zip"], ids=["empty", "text", "broken"])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes):
+def test_other_files_are_rejected_as_checkpoints(tmp_path: Path, content: bytes):
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match="not a checkpoint of gm-mlic train"):
@@ -334,7 +334,7 @@ def damage(path: Path, at: float) -> None:
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
 def test_a_damaged_last_checkpoint_is_noticed(run_config: Config, tmp_path: Path, at: float, caplog: Any):
-    """And the best one, which is whole, serves instead: to the same weights."""
+    """The run resumes from the best checkpoint and ends with the same weights."""
     whole = run.train(run_config("trainer.max_epochs=3"))
     folder = tmp_path / "run"
     weights = checkpoint(folder)["state_dict"]
@@ -342,7 +342,7 @@ def test_a_damaged_last_checkpoint_is_noticed(run_config: Config, tmp_path: Path
     damage(folder / "checkpoints" / "last.ckpt", at)
     assert run.train(run_config("trainer.max_epochs=3"))["test"] == whole["test"]
     assert "damaged" in caplog.text
-    assert "Going on from" in caplog.text
+    assert "Resuming from" in caplog.text
     assert_same(checkpoint(folder)["state_dict"], weights)
 
 
@@ -356,14 +356,14 @@ def test_a_config_that_reads_the_environment_is_refused(run_config: Config, tmp_
         run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
 
 
-def test_a_damaged_best_checkpoint_is_refused(run_config: Config, tmp_path: Path):
+def test_a_damaged_best_checkpoint_is_rejected(run_config: Config, tmp_path: Path):
     run.train(run_config())
     damage(tmp_path / "run/checkpoints/best.ckpt", 0.5)
     with pytest.raises(WeightsError, match=r"best\.ckpt: .*damaged"):
         run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
 
 
-def test_a_damaged_store_is_refused(run_config: Config, tmp_path: Path):
+def test_a_damaged_store_is_rejected(run_config: Config, tmp_path: Path):
     stores = f"instances.path={tmp_path}/stores"
     run.train(run_config(stores))
     damage(tmp_path / "stores/val/features.npy", 0.7)
@@ -371,7 +371,7 @@ def test_a_damaged_store_is_refused(run_config: Config, tmp_path: Path):
         run.train(run_config(stores, "overwrite=true"))
 
 
-def test_a_store_for_something_else_is_refused(run_config: Config, tmp_path: Path):
+def test_a_store_for_another_dataset_or_detector_is_rejected(run_config: Config, tmp_path: Path):
     stores = f"instances.path={tmp_path}/stores"
     run.train(run_config(stores, "trainer.max_epochs=1"))
     with pytest.raises(StoreError, match="m"):
@@ -380,7 +380,7 @@ def test_a_store_for_something_else_is_refused(run_config: Config, tmp_path: Pat
         run.train(run_config(stores, f"run_dir={tmp_path}/b", "dataset.seed=5"))
 
 
-def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Path):
+def test_one_store_serves_all_smaller_m(run_config: Config, tmp_path: Path):
     run.train(run_config("graph.m=2", "trainer.max_epochs=1"))
     stores = sorted(p.name for p in (tmp_path / "instances/scenes").iterdir())
     run.train(run_config("graph.m=6", "trainer.max_epochs=1", f"run_dir={tmp_path}/b"))
@@ -389,7 +389,9 @@ def test_one_store_serves_every_m_up_to_its_own(run_config: Config, tmp_path: Pa
 
 @pytest.mark.parametrize("trainable", ["none", "box_head"])
 @pytest.mark.parametrize("layout", ["dense", "sparse"])
-def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, layout: str):
+def test_online_detection(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: str, layout: str
+):
     monkeypatch.undo()  # the real detector
     overrides = [
         "instances.online=true", "instances.view_size=96", "detector.min_size=96", "optimizer.detector_lr=0.01",
@@ -400,7 +402,7 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     again = run.evaluate(tmp_path / "run/checkpoints/best.ckpt")
     assert again["metrics"] == whole["test"]
     other = tmp_path / "other"
-    stop_and_go_on(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
+    stop_and_resume(run_config(*overrides, f"run_dir={other}"), monkeypatch, epoch=1)
     state = checkpoint(tmp_path / "run")["state_dict"]
     assert_same(state, checkpoint(other)["state_dict"])
     head = {k: v for k, v in state.items() if k.startswith("online.detector.") and "box_head" in k}
@@ -410,7 +412,7 @@ def test_on_line(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class Weights(Callback):
-    """The weights at the beginning, and after each epoch."""
+    """Callback that records the weights before training and after each epoch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
@@ -424,8 +426,8 @@ class Weights(Callback):
 
 
 @pytest.mark.parametrize("layout", ["dense", "sparse"])
-def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pytest.MonkeyPatch, layout: str):
-    """Until then what reads its edges does not learn, and the rest does."""
+def test_instance_graph_warmup(run_config: Config, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Parameters that read the edges of the instance graph are not updated during the warmup."""
     weights, callbacks = Weights(), run.training_callbacks
     monkeypatch.setattr(run, "training_callbacks", lambda c, d: [*callbacks(c, d), weights])
     overrides = [f"graph.layout={layout}", "optimizer.weight_decay=0", "trainer.max_epochs=3"]
@@ -437,19 +439,19 @@ def test_the_instance_graph_may_come_later(run_config: Config, monkeypatch: pyte
     assert all(names - spatial for names in moved)
 
 
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="it is there")
-def test_several_machines_need_a_starter(run_config: Config):
+def test_several_nodes_need_a_launcher(run_config: Config):
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2: .* with torchrun or srun"):
         run.train(run_config("trainer.num_nodes=2"))
 
 
-def test_an_accelerator_that_is_not_there(run_config: Config):
-    with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps.* cannot be had here"):
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is available")
+def test_a_missing_accelerator_is_reported(run_config: Config):
+    with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps.* is not available"):
         run.train(run_config("trainer.accelerator=mps"))
 
 
 def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """With the compiler's front end, and eager kernels behind it, so that the numbers can be compared to the bit."""
+    """The eager backend of the compiler gives bit-identical results."""
     compiled = []
 
     def compile_(self: GMMLIC, **options: Any) -> None:
@@ -465,7 +467,7 @@ def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monk
     assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(tmp_path / "plain")["state_dict"])
 
 
-def test_gradient_checkpointing_changes_no_number(run_config: Config, tmp_path: Path):
+def test_gradient_checkpointing_does_not_change_results(run_config: Config, tmp_path: Path):
     plain = run.train(run_config(f"run_dir={tmp_path}/plain"))
     result = run.train(run_config("model.gradient_checkpointing=true"))
     assert_same(result["test"], plain["test"])
@@ -474,18 +476,18 @@ def test_gradient_checkpointing_changes_no_number(run_config: Config, tmp_path: 
 def test_labels_are_precomputed_once_for_each_evaluation(run_config: Config, monkeypatch: pytest.MonkeyPatch):
     computed = []
     precompute = GMMLIC.precompute_labels
-    monkeypatch.setattr(GMMLIC, "precompute_labels", lambda *given: computed.append(1) or precompute(*given))
+    monkeypatch.setattr(GMMLIC, "precompute_labels", lambda *args: computed.append(1) or precompute(*args))
     run.train(run_config("trainer.batch_size=4"))
-    # Two epochs are validated, then the test split is evaluated; each has three batches.
+    # Two validations and one test, each with three batches.
     assert len(computed) == 3
 
 
 def with_difficult(monkeypatch: pytest.MonkeyPatch, *, marked: bool = True) -> None:
-    """Every seventh pair of image and label is difficult; without ``marked``, it is absent."""
-    made = build.build_dataset
+    """Make every seventh (image, label) pair difficult, or absent without ``marked``."""
+    build_plain = build.build_dataset
 
     def build_dataset(config: DictConfig, split: str) -> Any:
-        dataset = made(config, split)
+        dataset = build_plain(config, split)
         difficult = np.arange(dataset.targets.size).reshape(dataset.targets.shape) % 7 == 0
         dataset.targets = dataset.targets * ~difficult
         dataset.difficult = difficult if marked else None
@@ -494,16 +496,16 @@ def with_difficult(monkeypatch: pytest.MonkeyPatch, *, marked: bool = True) -> N
     monkeypatch.setattr(build, "build_dataset", build_dataset)
 
 
-@pytest.mark.parametrize("way", ["graph.layout=dense", "graph.layout=sparse", "instances.online=true"])
+@pytest.mark.parametrize("mode", ["graph.layout=dense", "graph.layout=sparse", "instances.online=true"])
 def test_difficult_labels_reach_loss_and_metrics(
-    run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str
+    run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str
 ):
     results = {}
     for name, marked in (("positive", True), ("ignore", True), ("negative", True), ("unmarked", False)):
         policy = "negative" if name == "unmarked" else name
         with monkeypatch.context() as patch:
             with_difficult(patch, marked=marked)
-            config = run_config(way, f"loss.difficult={policy}", f"run_dir={tmp_path}/{name}", "trainer.max_epochs=1")
+            config = run_config(mode, f"loss.difficult={policy}", f"run_dir={tmp_path}/{name}", "trainer.max_epochs=1")
             results[name] = run.train(config)
             dataset = build.build_dataset(config, "test")
         scored = read_scored_images([tmp_path / name / "test.npz"], tmp_path / name / "test.npz")
@@ -519,9 +521,7 @@ def test_difficult_labels_reach_loss_and_metrics(
     key = next(key for key in weights["negative"] if key.endswith("weight"))
     assert not torch.equal(weights["positive"][key], weights["negative"][key])
     assert not torch.equal(weights["ignore"][key], weights["negative"][key])
-    assert (
-        results["negative"]["test"]["mAP"] != results["unmarked"]["test"]["mAP"]
-    )  # difficult pairs are left out of AP
+    assert results["negative"]["test"]["mAP"] != results["unmarked"]["test"]["mAP"]  # AP ignores difficult pairs
 
 
 def test_training_does_not_check_targets_at_every_step(run_config: Config):
@@ -529,7 +529,7 @@ def test_training_does_not_check_targets_at_every_step(run_config: Config):
     assert not loss.validate_args
 
 
-# What a run leaves for people
+# Artifacts
 
 
 def test_a_run_keeps_its_state_scores_examples_and_label_states(run_config: Config):
@@ -558,8 +558,8 @@ def test_a_run_keeps_its_state_scores_examples_and_label_states(run_config: Conf
         assert scores == sorted(scores, reverse=True)
         best_three = {dataset.labels[int(c)] for c in scores_of_all[row].topk(3).indices}
         assert {label["label"] for label in example["top"][:3]} == best_three
-        for place, label in enumerate(example["top"]):
-            predicted = place < 3 or label["score"] >= 0.5
+        for rank, label in enumerate(example["top"]):
+            predicted = rank < 3 or label["score"] >= 0.5
             assert label["kind"] == ("missed" if not predicted else "right" if label["label"] in present else "wrong")
             # The extractor's boxes are the cells of a 3 x 3 grid.
             assert all(round(v * 3, 2) in (0, 1, 2, 3) for v in label["box"])
@@ -580,7 +580,7 @@ def test_examples_are_the_same_in_both_layouts(run_config: Config, layout: str, 
     model = metadata.build_model().eval()
     load_weights(model, content, Path("best.ckpt"))
     graph = metadata.build_graph()
-    with torch.no_grad():  # one at a time, in the other layout
+    with torch.no_grad():  # single graphs in the other layout
         graphs = [Batch.from_data_list([data]) for data in AssignmentGraphDataset(store, graph)]
         if layout == "sparse":
             graphs = [AssignmentBatch.from_hetero_data(data) for data in graphs]
@@ -597,7 +597,7 @@ def test_examples_are_the_same_in_both_layouts(run_config: Config, layout: str, 
         assert torch.allclose(torch.from_numpy(kept["states"]), states, atol=1e-4)
 
 
-def test_a_model_without_label_nodes_leaves_no_label_states(run_config: Config):
+def test_a_model_without_label_nodes_writes_no_label_states(run_config: Config):
     config = run_config("model=mil_max")
     run.train(config)
     assert (Path(config.run_dir) / "examples" / "examples.json").is_file()

@@ -1,4 +1,4 @@
-"""What W&B is told: by a recording stand-in for its module, and by one real offline run."""
+"""Logging to W&B, tested with a fake module and with real offline runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FakeRun:
 
 
 class FakeWandb:
-    """Records what the module of that name would be asked to do."""
+    """Fake ``wandb`` module that records calls."""
 
     def __init__(self) -> None:
         self.runs: list[FakeRun] = []
@@ -79,12 +79,12 @@ class FakeWandb:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    monkeypatch.setattr(tracking, "_imported", lambda: fake)
+    monkeypatch.setattr(tracking, "_import_wandb", lambda: fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return fake
 
 
-def test_a_run_under_its_names(run_config: Config, wandb: FakeWandb) -> None:
+def test_logged_values_and_names(run_config: Config, wandb: FakeWandb) -> None:
     config = run_config("logger=wandb", "logger.tags=[mine]", "model.k=2")
     result = run.train(config, sweep="runs/multirun/today")
     (logged,) = wandb.runs
@@ -118,7 +118,7 @@ def test_a_run_under_its_names(run_config: Config, wandb: FakeWandb) -> None:
     assert (Path(config.run_dir) / "metrics.csv").is_file()
 
 
-def test_a_crash_closes_the_run_as_failed_and_the_next_go_continues_it(
+def test_a_crash_closes_the_run_as_failed_and_the_next_call_resumes_it(
     run_config: Config, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config("logger=wandb")
@@ -138,7 +138,7 @@ def test_a_crash_closes_the_run_as_failed_and_the_next_go_continues_it(
     assert {r.arguments["resume"] for r in wandb.runs} == {"allow"}
 
 
-def test_one_run_after_the_other(run_config: Config, wandb: FakeWandb, tmp_path: Path) -> None:
+def test_consecutive_runs(run_config: Config, wandb: FakeWandb, tmp_path: Path) -> None:
     for seed in (0, 1):
         run.train(run_config("logger=wandb", f"seed={seed}", f"run_dir={tmp_path}/{seed}"))
     assert [Path(r.arguments["dir"]).name for r in wandb.runs] == ["0", "1"]
@@ -150,7 +150,7 @@ def test_a_finished_run_is_not_opened_again(run_config: Config, wandb: FakeWandb
     assert len(wandb.runs) == 1
 
 
-def test_the_logger_is_not_part_of_the_run(run_config: Config, wandb: FakeWandb) -> None:
+def test_the_logger_does_not_change_the_run_identity(run_config: Config, wandb: FakeWandb) -> None:
     without = run.train(run_config())
     assert run.train(run_config("logger=wandb")) == without
 
@@ -159,7 +159,7 @@ def test_the_logger_is_not_part_of_the_run(run_config: Config, wandb: FakeWandb)
     ("variable", "setting", "mode"),
     [("offline", "false", "offline"), ("disabled", "false", "disabled"), (None, "true", "offline")],
 )
-def test_modes(
+def test_wandb_modes(
     run_config: Config, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, variable: str, setting: str, mode: str
 ) -> None:
     if variable:
@@ -174,19 +174,19 @@ def test_modes(
     [
         (
             "UsageError",
-            "No API key configured: set WANDB_API_KEY or run `wandb login`, or write .* logger.offline=true",
+            "No API key configured: set WANDB_API_KEY or run `wandb login`, or set logger.offline=true",
         ),
-        ("Error", r"no answer from W&B \(No API key configured\): check the connection"),
+        ("Error", r"no connection to W&B \(No API key configured\): check the network"),
     ],
 )
-def test_no_login_and_no_network(run_config: Config, wandb: FakeWandb, kind: str, message: str) -> None:
+def test_missing_login_and_network_are_reported(run_config: Config, wandb: FakeWandb, kind: str, message: str) -> None:
     wandb.fails = getattr(wandb.errors, kind)("No API key configured.\nmore")
     with pytest.raises(ConfigError, match=message):
         run.train(run_config("logger=wandb"))
     assert wandb.saw_terminal is False
 
 
-def test_a_mode_that_there_is_not(run_config: Config, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_is_rejected(run_config: Config, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "sometimes")
     with pytest.raises(ConfigError, match="WANDB_MODE=sometimes: expected one of online, offline, disabled"):
         run.train(run_config("logger=wandb"))
@@ -194,7 +194,7 @@ def test_a_mode_that_there_is_not(run_config: Config, wandb: FakeWandb, monkeypa
 
 
 @pytest.mark.parametrize("broken", ["log", "log_artifact", "finish"])
-def test_what_fails_at_wandb_later_costs_no_result(
+def test_later_wandb_errors_do_not_stop_the_run(
     run_config: Config,
     wandb: FakeWandb,
     monkeypatch: pytest.MonkeyPatch,
@@ -209,10 +209,10 @@ def test_what_fails_at_wandb_later_costs_no_result(
     result = run.train(config)
     assert json.loads((Path(config.run_dir) / "metrics.json").read_text()) == result
     assert json.loads((Path(config.run_dir) / "state.json").read_text())["state"] == "finished"
-    assert "(the service is gone); it is in the run folder." in caplog.text
+    assert "failed (the service is gone); the run folder has the data." in caplog.text
 
 
-def test_without_the_package(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(run_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"W&B is not installed: pip install 'gm-mlic\[wandb\]'"):
         run.train(run_config("logger=wandb"))
@@ -233,7 +233,7 @@ def gm_mlic(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def test_a_real_run_offline(tmp_path: Path) -> None:
+def test_offline_run_with_real_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     done = gm_mlic(tmp_path, "logger.offline=true")
     assert done.returncode == 0, done.stderr
@@ -250,18 +250,18 @@ def test_a_real_run_offline(tmp_path: Path) -> None:
     [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}],
     ids=["no login", "no server"],
 )
-def test_a_real_refusal(tmp_path: Path, variables: dict[str, str]) -> None:
+def test_missing_login_and_network_with_real_wandb(tmp_path: Path, variables: dict[str, str]) -> None:
     pytest.importorskip("wandb")
     done = gm_mlic(tmp_path, **variables)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("gm-mlic: error: logger=wandb: ")
-    assert last.endswith("logger.offline=true.")
+    assert last.endswith("set logger.offline=true to write to the run folder only.")
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "failed"
 
 
-def test_the_module_is_only_imported_when_it_is_asked_for() -> None:
+def test_wandb_is_imported_lazily() -> None:
     code = "import sys, gm_mlic.training.run\nprint('wandb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

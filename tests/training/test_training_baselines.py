@@ -1,4 +1,4 @@
-"""Every baseline, and GM-MLIC on a grid, from images to a run folder and back to predictions."""
+"""Training, evaluation and prediction of each baseline, and of GM-MLIC on a grid."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_from_images_to_predictions(root: Path, name: str):
+def test_train_and_predict(root: Path, name: str):
     overrides = [*SMALL, *RUNS[name], f"instances.root={root}/stores", f"run_dir={root}/{name}"]
     result = run.train(compose("train", overrides))
     assert result["model"]["name"] == name
@@ -64,7 +64,7 @@ def test_from_images_to_predictions(root: Path, name: str):
     assert found[0].detected == (None,) * 16
 
 
-def test_the_detectors_own_labels(root: Path):
+def test_detector_labels(root: Path):
     overrides = [*SMALL, *BOXES, f"instances.root={root}/stores", f"run_dir={root}/detector"]
     result = run.train(compose("train", overrides))
     assert result["model"]["parameters"] == 2 * 22
@@ -80,19 +80,19 @@ def test_the_detectors_own_labels(root: Path):
     photos = [Scenes("test", size=8, image_size=96).image(i) for i in range(8)]
     predictor = Predictor.from_checkpoint(checkpoint)
     shared = Predictor.from_pretrained(predictor.save_pretrained(root / "shared"))
-    for each in (predictor, shared):
-        found = list(each(photos))
+    for model in (predictor, shared):
+        found = list(model(photos))
         ours = torch.tensor([prediction.probabilities.tolist() for prediction in found])
         torch.testing.assert_close(ours, expected.float(), atol=5e-3, rtol=0)
         best = found[0].top(1)[0]
         assert found[0].detected[best.instance] == best.label
-    with pytest.raises(ConfigError, match="no network to export; format=pretrained"):
+    with pytest.raises(ConfigError, match=r"it has no network to export\. Save it .*\(format=pretrained\)"):
         export(predictor, root / "network.onnx", "onnx")
-    with pytest.raises(ConfigError, match=r"none of the 22 labels .* \(it has none\)"):
+    with pytest.raises(ConfigError, match=r"None of the 22 labels .* \(it has none\)"):
         run.train(compose("train", [*SMALL, "model=detector_labels", *GRID, f"run_dir={root}/grid"]))
 
 
-def test_a_backbone_that_is_trained_along(root: Path):
+def test_a_backbone_trained_with_the_model(root: Path):
     overrides = [
         *SMALL, "baseline=ml_gcn", "detector.grid_size=4", "detector.trainable=all", "instances.online=true",
         "instances.view_size=96", f"run_dir={root}/online",

@@ -16,7 +16,7 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short runs on scenes: GM-MLIC, the same sparse, with candidates, and the baseline without graphs."""
+    """Short runs on scenes: GM-MLIC (dense, sparse, with candidates) and the baseline ``mil_max``."""
     root = tmp_path_factory.mktemp("runs")
     for name, model in {"gm": ["model.widths=[8,8]"], "mil": ["model=mil_max"]}.items():
         run.train(compose("train", [*SMALL, *model, f"instances.root={root}/stores", f"run_dir={root}/{name}"]))
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photos(folder: Path) -> list[Path]:
-    """The test scenes, as files."""
+    """Files of the test scenes."""
     scenes = Scenes("test", size=12, image_size=96)
     paths = [folder / f"{i:02d}.png" for i in range(12)]
     for i, path in enumerate(paths):
@@ -39,5 +39,5 @@ def photos(folder: Path) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def small() -> list[str]:
-    """Settings of a run that takes a second."""
+    """Settings of a run of about a second."""
     return SMALL

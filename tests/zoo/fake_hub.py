@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub's interface as ``huggingface_hub`` needs to download, and to push without Xet."""
+"""Fake Hugging Face hub with the endpoints that ``huggingface_hub`` uses to download, and to upload without Xet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKEN = "hf_right"
 
 @dataclass
 class Repository:
-    """What the hub keeps under a name."""
+    """Repository on the hub."""
 
     files: dict[str, bytes] = field(default_factory=dict)
     private: bool = False
@@ -26,18 +26,18 @@ class Repository:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """A hub with one user, ``me``, whose token is :data:`TOKEN`.
+    """Hub with one user, ``me``, whose token is :data:`TOKEN`.
 
     Attributes:
-        repositories: by name.
-        asked: every request, ``"METHOD path"``.
+        repositories: repositories by name.
+        requests: all requests, ``"METHOD path"``.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
-        self.asked: list[str] = []
-        self.large: dict[str, bytes] = {}  # uploaded, by SHA-256, until a commit names it
+        self.requests: list[str] = []
+        self.large: dict[str, bytes] = {}  # uploaded files by SHA-256, before they are committed
 
     @property
     def address(self) -> str:
@@ -46,7 +46,7 @@ class FakeHub(ThreadingHTTPServer):
 
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
-    """A hub that answers until the block ends."""
+    """Run a hub within the context."""
     hub = FakeHub()
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     try:
@@ -63,27 +63,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = self.heard()
-        place = path.removeprefix("/api/models").split("/")
-        name = "/".join(place[1:3])
+        path = self.record()
+        parts = path.removeprefix("/api/models").split("/")
+        name = "/".join(parts[1:3])
         repository = self.server.repositories.get(name)
-        if repository is None or (repository.private and not self.authorised()):
+        if repository is None or (repository.private and not self.authorized()):
             self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        elif path.startswith("/api/models/") and place[3:4] == ["tree"]:
+        elif path.startswith("/api/models/") and parts[3:4] == ["tree"]:
             self.answer([{"type": "file", "path": f, "size": len(b), "oid": "0"} for f, b in repository.files.items()])
         elif path.startswith("/api/models/"):
             self.answer({"id": name, "sha": COMMIT, "siblings": [{"rfilename": f} for f in repository.files]})
         else:  # /me/model/resolve/REVISION/FILE
-            content = repository.files[place[-1]]
+            content = repository.files[parts[-1]]
             tag = hashlib.sha256(content).hexdigest()
             self.answer(content, headers={"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
 
     def do_POST(self) -> None:
-        path = self.heard()
+        path = self.record()
         content = self.rfile.read(int(self.headers["Content-Length"]))
-        if path == "/api/validate-yaml":  # open to all
+        if path == "/api/validate-yaml":  # needs no token
             self.answer({"errors": [], "warnings": []})
-        elif not self.authorised():
+        elif not self.authorized():
             self.answer({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
             self.create(json.loads(content))
@@ -94,25 +94,25 @@ class _Handler(BaseHTTPRequestHandler):
         elif path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(content)["objects"]
             actions = {"upload": {"href": f"{self.server.address}/upload"}}
-            self.answer({"objects": [{**one, "actions": actions} for one in objects], "transfer": "basic"})
+            self.answer({"objects": [{**item, "actions": actions} for item in objects], "transfer": "basic"})
         else:  # /api/models/me/model/commit/REVISION
             self.commit("/".join(path.split("/")[3:5]), [json.loads(line) for line in content.splitlines()])
 
     def do_PUT(self) -> None:
-        self.heard()
+        self.record()
         content = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.large[hashlib.sha256(content).hexdigest()] = content
         self.answer(b"")
 
-    def create(self, wanted: dict[str, Any]) -> None:
-        name = f"{wanted['organization']}/{wanted['name']}"
+    def create(self, request: dict[str, Any]) -> None:
+        name = f"{request['organization']}/{request['name']}"
         url = f"{self.server.address}/{name}"
-        if wanted["organization"] != "me":
+        if request["organization"] != "me":
             self.answer({"error": f"You don't have the rights to create a model under {name}"}, 403)
         elif name in self.server.repositories:
             self.answer({"error": "You already created this model repo", "url": url}, 409)
         else:
-            self.server.repositories[name] = Repository(private=wanted["visibility"] == "private")
+            self.server.repositories[name] = Repository(private=request["visibility"] == "private")
             self.answer({"url": url})
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> None:
@@ -129,11 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
             {"success": True, "commitUrl": f"{self.server.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
         )
 
-    def heard(self) -> str:
-        self.server.asked.append(f"{self.command} {self.path}")
+    def record(self) -> str:
+        self.server.requests.append(f"{self.command} {self.path}")
         return self.path.partition("?")[0]
 
-    def authorised(self) -> bool:
+    def authorized(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def answer(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:

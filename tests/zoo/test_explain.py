@@ -12,7 +12,7 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, SEMANTIC, SPATIAL
 from gm_mlic.zoo import ExplainedModel, explain
 
-#: Edge type, sender and receiver of every message to the argmax instance or to the label.
+#: Edge type, source type and target type of the messages to the argmax instance and to the label.
 MESSAGES = [
     (SPATIAL, INSTANCE, INSTANCE),
     (SEMANTIC, LABEL, LABEL),
@@ -26,8 +26,7 @@ def predictor(folder: Path) -> Predictor:
     return Predictor.load(folder / "gm/checkpoints/best.ckpt")
 
 
-def test_each_edge_by_hand(predictor: Predictor, photos: list[Path]):
-    """Every influence, against the graph without that edge and nothing else."""
+def test_influences_equal_predictions_without_each_edge(predictor: Predictor, photos: list[Path]):
     names = predictor.metadata.labels
     label = names[4]
     found = explain(predictor, photos[0], label)
@@ -49,9 +48,7 @@ def test_each_edge_by_hand(predictor: Predictor, photos: list[Path]):
             receiver = {INSTANCE: found.instance, LABEL: 4}[influence.target]
             graph = predictor.assignment_graph(photos[0])
             store = graph[influence.edge_type]
-            reverse = (influence.source, influence.target) != influence.edge_type[
-                ::2
-            ]  # the message runs against the edge
+            reverse = (influence.source, influence.target) != influence.edge_type[::2]  # message against the edge
             source, target = (receiver, sender) if reverse else (sender, receiver)
             keep = ~((store.edge_index[0] == source) & (store.edge_index[1] == target))
             assert int((~keep).sum()) == 1
@@ -71,14 +68,14 @@ def test_the_most_probable_label_is_the_default(predictor: Predictor, photos: li
     np.testing.assert_allclose(1 / (1 + np.exp(-found.logit)), found.prediction.probabilities.max(), rtol=1e-4)
 
 
-def test_what_cannot_be_explained(folder: Path, photos: list[Path], predictor: Predictor):
+def test_models_without_graph_and_unknown_labels_are_rejected(folder: Path, photos: list[Path], predictor: Predictor):
     with pytest.raises(ConfigError, match="MILMax has no assignment graph"):
         explain(Predictor.load(folder / "mil/checkpoints/best.ckpt"), photos[0])
-    with pytest.raises(ConfigError, match="label is 'unicorn': the model knows mug"):
+    with pytest.raises(ConfigError, match="label is 'unicorn': the labels are mug"):
         explain(predictor, photos[0], "unicorn")
 
 
-def test_the_model_stays_as_it_was(predictor: Predictor, photos: list[Path]):
+def test_explain_does_not_change_the_model(predictor: Predictor, photos: list[Path]):
     before = {name: value.clone() for name, value in predictor.model.state_dict().items()}
     (prediction,) = predictor(photos[:1])
     explain(predictor, photos[0])
@@ -88,8 +85,7 @@ def test_the_model_stays_as_it_was(predictor: Predictor, photos: list[Path]):
     np.testing.assert_array_equal(again.matches, prediction.matches)
 
 
-def test_pygs_explainer(predictor: Predictor, photos: list[Path]):
-    """Node and edge masks of PyG's own explainer; of the edges that matter, some matter more than others."""
+def test_pyg_explainer_learns_node_and_edge_masks(predictor: Predictor, photos: list[Path]):
     data = predictor.assignment_graph(photos[0])
     model = ExplainedModel(predictor.model, data)
     torch.testing.assert_close(model(data.x_dict, data.edge_index_dict), predictor.model(data).logits)

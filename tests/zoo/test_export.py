@@ -25,7 +25,7 @@ def predictor(folder: Path) -> Predictor:
 
 
 def arrays(predictor: Predictor, photos: list[Path]) -> dict[str, np.ndarray]:
-    """The instances of photos as a user would pad them, and what the model makes of them."""
+    """Padded instances of photos, and the model's outputs for them."""
     images = [torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) / 255 for p in photos]
     with torch.no_grad():
         found = predictor.extractor(images, 10)
@@ -39,13 +39,13 @@ def arrays(predictor: Predictor, photos: list[Path]) -> dict[str, np.ndarray]:
 
 
 def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path], tmp_path: Path):
-    """With onnxruntime alone, on real instances, for one image and for many."""
+    """The process loads onnxruntime only; inputs are real instances of one image and of several."""
     path = tmp_path / "network.onnx"
     assert export(predictor, path, "onnx") <= 1e-4
     onnx.checker.check_model(path)
     assert [file.name for file in tmp_path.iterdir()] == ["network.onnx"]
-    for name, some in {"one": photos[:1], "many": photos}.items():
-        values = arrays(predictor, some)
+    for name, subset in {"one": photos[:1], "many": photos}.items():
+        values = arrays(predictor, subset)
         short = 6 - values["mask"].shape[1]  # the instance graph has 5 neighbors
         if short > 0:
             for key in ("features", "boxes", "mask"):
@@ -95,8 +95,7 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("name", ["gm", "candidates"])
-def test_photos_in_labels_out(folder: Path, photos: list[Path], tmp_path: Path, name: str):
-    """Detector and network as one, as ONNX: what predict says, from the pixels."""
+def test_onnx_of_detector_and_network_equals_predictor(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
     assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
@@ -112,7 +111,7 @@ def test_photos_in_labels_out(folder: Path, photos: list[Path], tmp_path: Path, 
         np.testing.assert_allclose(out["match_logits"][0, :n], prediction.matches, atol=1e-3)
 
 
-def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path):
+def test_torch_detector(predictor: Predictor, photos: list[Path], tmp_path: Path):
     export(predictor, tmp_path / "detector.pt2", "torch", "detector", (96, 96))
     program = torch.export.load(tmp_path / "detector.pt2").module()
     pixels = torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1) / 255
@@ -121,15 +120,15 @@ def test_detector_alone(predictor: Predictor, photos: list[Path], tmp_path: Path
     torch.testing.assert_close(features[mask], expected.features, rtol=1e-3, atol=1e-4)
 
 
-def test_other_labels(predictor: Predictor, tmp_path: Path):
+def test_torch_network_with_other_labels(predictor: Predictor, tmp_path: Path):
     other = predictor.with_labels(["cat", "zebra crossing"])
     export(other, tmp_path / "two.pt2", "torch")
     network = torch.export.load(tmp_path / "two.pt2").module()
     assert network(torch.randn(2, 7, 256), torch.rand(2, 7, 4), torch.ones(2, 7, dtype=torch.bool))[0].shape == (2, 2)
 
 
-def test_a_program_that_differs_is_not_kept(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "network.pt2").write_text("the one before")
+def test_a_program_that_differs_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "network.pt2").write_text("previous file")
     loaded = module._loaded_program
 
     def wrong(path: Path):
@@ -140,17 +139,17 @@ def test_a_program_that_differs_is_not_kept(predictor: Predictor, tmp_path: Path
     with pytest.raises(ExportError, match=r"differs from the model by 1\.0e-03"):
         export(predictor, tmp_path / "network.pt2", "torch")
     assert [file.name for file in tmp_path.iterdir()] == ["network.pt2"]
-    assert (tmp_path / "network.pt2").read_text() == "the one before"
+    assert (tmp_path / "network.pt2").read_text() == "previous file"
 
 
 def test_nan_is_a_difference():
-    some, other = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
-    assert module._difference("match_logits", some, other) == 0.5
-    assert module._difference("match_logits", some, torch.tensor([1.0, torch.nan])) == torch.inf
-    assert module._difference("match_logits", some, torch.tensor([1.0, 3.0])) == torch.inf
+    logits, other = torch.tensor([1.0, -torch.inf]), torch.tensor([1.5, -torch.inf])
+    assert module._difference("match_logits", logits, other) == 0.5
+    assert module._difference("match_logits", logits, torch.tensor([1.0, torch.nan])) == torch.inf
+    assert module._difference("match_logits", logits, torch.tensor([1.0, 3.0])) == torch.inf
 
 
-def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_invalid_arguments_are_rejected(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="formats are torch, onnx"):
         export(predictor, tmp_path / "x", "tensorflow")
     with pytest.raises(ConfigError, match="parts network, detector, all"):
@@ -160,5 +159,5 @@ def test_what_cannot_be(predictor: Predictor, tmp_path: Path, monkeypatch: pytes
         export(predictor, tmp_path / "x", "onnx")
     own = Predictor(predictor.model, predictor.metadata, lambda images, m: [])  # type: ignore[arg-type]
     own.extractor.name, own.extractor.labels = "mine", ()  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"mine is none of gm-mlic's: export `part='network'`"):
+    with pytest.raises(ConfigError, match=r"mine is a custom detector: export `part='network'`"):
         export(own, tmp_path / "x", "torch", "all")

@@ -1,4 +1,4 @@
-"""Download from the hub and push to it, in processes of their own: the library reads the address when imported."""
+"""Download from and upload to the hub, in subprocesses: ``huggingface_hub`` reads the hub's address on import."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def python(hub: FakeHub, tmp_path: Path) -> Command:
-    """Runs python with arguments, where ``hub`` is the hub and nobody has logged in."""
+    """Run python with arguments against the fake hub, without a token."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -57,7 +57,7 @@ def python(hub: FakeHub, tmp_path: Path) -> Command:
 
 @pytest.fixture
 def export(python: Command, checkpoint: Path, tmp_path: Path) -> Command:
-    """Runs ``gm-mlic export`` of a checkpoint with settings and environment."""
+    """Run ``gm-mlic export`` of a checkpoint with settings and environment."""
 
     def run(*settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
         arguments = ["export", f"checkpoint={checkpoint}", f"out={tmp_path}/out", *settings]
@@ -66,25 +66,27 @@ def export(python: Command, checkpoint: Path, tmp_path: Path) -> Command:
     return run
 
 
-def test_from_the_hub(hub: FakeHub, python: Command, checkpoint: Path, photos: list[Path], tmp_path: Path):
+def test_download_fetches_model_files_only_and_caches_them(
+    hub: FakeHub, python: Command, checkpoint: Path, photos: list[Path], tmp_path: Path
+):
     saved = Predictor.load(checkpoint).save_pretrained(tmp_path / "saved")
     files = {file.name: file.read_bytes() for file in saved.iterdir()}
     hub.repositories["me/model"] = Repository(files | {"evil.py": b"raise SystemExit('run')"})
 
     found, refusal = python("-c", PREDICT, photos[0], "me/model", "me/other").stdout.splitlines()
     assert found.split()[0] == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
-    assert refusal.startswith("me/other: there is no such folder, and the hub gave none")
-    assert not any("evil.py" in asked for asked in hub.asked)
-    # fetched once: what is kept serves without the hub
+    assert refusal.startswith("me/other: no such folder, and download from the hub failed")
+    assert not any("evil.py" in request for request in hub.requests)
+    # cached: works without the hub
     assert python("-c", PREDICT, photos[0], "me/model", HF_HUB_OFFLINE="1").stdout.splitlines() == [found]
 
 
-def test_to_the_hub_and_back(
+def test_upload_and_download(
     hub: FakeHub, python: Command, export: Command, checkpoint: Path, photos: list[Path], tmp_path: Path
 ):
     done = export("push=me/pushed", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert f"on the hub: {hub.address}/me/pushed" in done.stdout
+    assert f"uploaded to {hub.address}/me/pushed" in done.stdout
     pushed = hub.repositories["me/pushed"]
     assert pushed.private
     assert pushed.files == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
@@ -92,9 +94,9 @@ def test_to_the_hub_and_back(
     local, remote = python("-c", PREDICT, photos[0], tmp_path / "out", "me/pushed", HF_TOKEN=TOKEN).stdout.splitlines()
     assert remote == local
     stranger = python("-c", PREDICT, photos[0], "me/pushed", HF_HOME=str(tmp_path / "stranger"))
-    assert "no such folder, and the hub gave none" in stranger.stdout  # private
+    assert "no such folder, and download from the hub failed" in stranger.stdout  # private
 
-    (tmp_path / "out" / "notes.txt").write_text("mine")  # what else lies there is nobody's business
+    (tmp_path / "out" / "notes.txt").write_text("mine")  # other files are not uploaded
     again = export("push=me/pushed", "license=mit", HF_TOKEN=TOKEN)
     assert again.returncode == 0, again.stderr
     assert pushed.commits == 2
@@ -102,7 +104,7 @@ def test_to_the_hub_and_back(
     assert "notes.txt" not in pushed.files
 
 
-def test_open_to_all(hub: FakeHub, export: Command):
+def test_public_upload(hub: FakeHub, export: Command):
     assert export("push=me/pushed", "private=false", HF_TOKEN=TOKEN).returncode == 0
     assert not hub.repositories["me/pushed"].private
 
@@ -115,17 +117,17 @@ def test_open_to_all(hub: FakeHub, export: Command):
         (["push=you/pushed"], {"HF_TOKEN": TOKEN}),
         (["push=me/pushed"], {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:1"}),
     ],
-    ids=["no token", "wrong token", "another's place", "no hub"],
+    ids=["no token", "wrong token", "another user", "no hub"],
 )
-def test_a_hub_that_refuses(
+def test_failed_uploads_are_reported(
     hub: FakeHub, export: Command, tmp_path: Path, settings: list[str], environment: dict[str, str]
 ):
     done = export(*settings, **environment)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert f"{settings[0]}: the hub did not take it" in last
+    assert f"{settings[0]}: upload to the hub failed" in last
     assert "HF_TOKEN" in last
     assert "Traceback" not in done.stderr
     assert not hub.repositories
-    # what was exported is there to be pushed again
+    # the exported folder is kept
     assert json.loads((tmp_path / "out" / "config.json").read_text())["labels"]

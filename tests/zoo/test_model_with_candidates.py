@@ -1,4 +1,4 @@
-"""A model whose matching edges go to candidates only, from its checkpoint to all that is made of it."""
+"""Models with label candidates: checkpoint, prediction, explanation, export and serving."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def predictor(folder: Path) -> Predictor:
 
 
 def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Predictor):
-    """Each class is joined to its own label, and to the one that its images have more often than others do."""
+    """Each class has two candidates: its own label, and the label with the highest lift."""
     (path,) = (folder / "stores/scenes").glob("train-*")
     store = InstanceStore.open(path)
     present = store.targets > 0
@@ -59,10 +59,10 @@ def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]
     assert table is not None
     for photo, prediction in zip(photos, predictor(photos), strict=True):
         edges = predictor.assignment_graph(photo)["instance", "matches", "label"].edge_index
-        there = np.zeros(prediction.matches.shape, dtype=bool)
-        there[edges[0], edges[1]] = True
-        assert not there.all()
-        np.testing.assert_array_equal(np.isfinite(prediction.matches), there)
+        mask = np.zeros(prediction.matches.shape, dtype=bool)
+        mask[edges[0], edges[1]] = True
+        assert not mask.all()
+        np.testing.assert_array_equal(np.isfinite(prediction.matches), mask)
         best = prediction.matches.max(axis=0)
         np.testing.assert_allclose(1 / (1 + np.exp(-best)), prediction.probabilities, rtol=1e-5)
 
@@ -77,7 +77,7 @@ def test_sparse_and_dense_graphs_give_the_same(predictor: Predictor, photos: lis
         np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
 
 
-def test_other_labels_may_be_anything(predictor: Predictor, photos: list[Path]):
+def test_unseen_labels_are_candidates_of_every_class(predictor: Predictor, photos: list[Path]):
     names = predictor.metadata.labels
     other = predictor.with_labels([names[3], "zebra", names[0]])
     before, after = predictor.graph.candidates, other.graph.candidates
@@ -89,7 +89,7 @@ def test_other_labels_may_be_anything(predictor: Predictor, photos: list[Path]):
         assert np.isfinite(prediction.matches[:, 1]).all()
 
 
-def test_an_explanation_takes_away_edges_that_there_are(predictor: Predictor, photos: list[Path]):
+def test_an_explanation_removes_existing_edges_only(predictor: Predictor, photos: list[Path]):
     for photo in photos[:4]:
         found = explain(predictor, photo)
         c = found.prediction.labels.index(found.label)
@@ -103,11 +103,11 @@ def test_an_explanation_takes_away_edges_that_there_are(predictor: Predictor, ph
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_the_network_as_a_program(predictor: Predictor, tmp_path: Path, form: str):
+def test_network_export(predictor: Predictor, tmp_path: Path, form: str):
     assert export(predictor, tmp_path / "network", form) <= 1e-4
 
 
-def test_candidates_that_cannot_be_are_refused(predictor: Predictor, tmp_path: Path):
+def test_invalid_candidates_are_rejected(predictor: Predictor, tmp_path: Path):
     saved = predictor.save_pretrained(tmp_path / "model")
     config = json.loads((saved / "config.json").read_text())
     for wrong in ([[22]], [["mug"]], [3], "all", [[-1]], [{}], [], {}, "", [[True]]):
@@ -121,7 +121,7 @@ def test_candidates_that_cannot_be_are_refused(predictor: Predictor, tmp_path: P
         Predictor.load(saved)
 
 
-def test_difficult_objects_speak_for_their_label_too():
+def test_difficult_objects_count_as_present_for_candidates():
     store = SimpleNamespace(
         rows=np.array([0, 2, 3]),  # image 1 is unreadable
         detected_labels=np.array([[[0]], [[-1]], [[0]], [[1]]], dtype=np.int32),
@@ -133,13 +133,13 @@ def test_difficult_objects_speak_for_their_label_too():
     assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]
 
 
-def test_no_match_is_shown_where_there_is_no_edge(predictor: Predictor, photos: list[Path], tmp_path: Path):
-    """On the page, and in what ``gm-mlic explain`` writes: valid JSON, and a picture."""
+def test_absent_edges_have_no_match_in_outputs(predictor: Predictor, photos: list[Path], tmp_path: Path):
+    """Outputs of ``gm-mlic serve`` and ``gm-mlic explain`` are valid JSON with null for absent edges."""
     (prediction,) = predictor(photos[:1])
     joined = np.isfinite(prediction.matches)
-    shown = json.loads(json.dumps(app.as_dict(prediction), allow_nan=False))
-    order = [prediction.labels.index(label) for label in shown["labels"]]
-    assert [[p is not None for p in row] for row in shown["matches"]] == joined[:, order].tolist()
+    served = json.loads(json.dumps(app.as_dict(prediction), allow_nan=False))
+    order = [prediction.labels.index(label) for label in served["labels"]]
+    assert [[p is not None for p in row] for row in served["matches"]] == joined[:, order].tolist()
     found = explain(predictor, photos[0])
     written = json.loads(json.dumps(cli_explain.as_dict(found, "0.png"), allow_nan=False))
     assert [[v is not None for v in row] for row in written["match_logits"]] == joined.tolist()

@@ -20,8 +20,8 @@ def predictor(folder: Path, name: str = "gm") -> Predictor:
 
 
 @pytest.mark.parametrize("name", ["gm", "mil", "sparse", "candidates"])
-def test_probabilities_are_those_of_the_runs_own_test(folder: Path, photos: list[Path], name: str):
-    """From the files, in one go and one by one, as the run had them from its store (features of 16 bits)."""
+def test_probabilities_equal_those_of_the_runs_test(folder: Path, photos: list[Path], name: str):
+    """The run's test read 16-bit features from its store."""
     expected = read_scored_images([folder / name / "test.npz"], folder / name / "test.npz").scores[0].numpy()
     model = predictor(folder, name)
     for batch_size in (8, 1):
@@ -29,7 +29,7 @@ def test_probabilities_are_those_of_the_runs_own_test(folder: Path, photos: list
         np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
-def test_a_prediction_explains_itself(folder: Path, photos: list[Path]):
+def test_prediction_shapes_and_argmax_boxes(folder: Path, photos: list[Path]):
     model = predictor(folder)
     prediction = next(model(photos[:1]))
     M = len(prediction.boxes)
@@ -51,19 +51,19 @@ def test_a_prediction_explains_itself(folder: Path, photos: list[Path]):
     assert prediction.above(1.0) == []
 
 
-def test_open_images_and_a_single_one(folder: Path, photos: list[Path]):
+def test_open_images_and_single_photos(folder: Path, photos: list[Path]):
     model = predictor(folder)
     with Image.open(photos[0]) as image:
-        (one,) = model(image)
-    assert one.photo is None
-    (other,) = model(str(photos[0]))
-    np.testing.assert_array_equal(one.probabilities, other.probabilities)
-    (grey,) = model(Image.new("L", (40, 30)))
-    assert grey.size == (40, 30)
+        (from_image,) = model(image)
+    assert from_image.photo is None
+    (from_file,) = model(str(photos[0]))
+    np.testing.assert_array_equal(from_image.probabilities, from_file.probabilities)
+    (gray,) = model(Image.new("L", (40, 30)))
+    assert gray.size == (40, 30)
 
 
-def test_labels_in_another_order(folder: Path, photos: list[Path]):
-    """No parameter belongs to a label: with the same names in another order come the same numbers."""
+def test_label_order_does_not_change_probabilities(folder: Path, photos: list[Path]):
+    """The model has no per-label parameters."""
     model = predictor(folder)
     order = model.metadata.labels[::-1]
     a, b = next(model(photos[:1])), next(model.with_labels(order)(photos[:1]))
@@ -71,20 +71,20 @@ def test_labels_in_another_order(folder: Path, photos: list[Path]):
     assert b.labels == order
 
 
-def test_labels_that_it_never_saw(folder: Path, photos: list[Path]):
-    some = predictor(folder).with_labels(["mug", "zebra crossing"])
-    prediction = next(some(photos[:1]))
+def test_unseen_labels(folder: Path, photos: list[Path]):
+    other = predictor(folder).with_labels(["mug", "zebra crossing"])
+    prediction = next(other(photos[:1]))
     assert prediction.labels == ("mug", "zebra crossing")
     assert prediction.probabilities.shape == (2,)
     with pytest.raises(ConfigError, match="classifier for each label"):
         predictor(folder, "mil").with_labels(["mug"])
     with pytest.raises(DataError, match="labels must be unique"):
-        some.with_labels(["mug", "mug"])
+        other.with_labels(["mug", "mug"])
     with pytest.raises(DataError, match="does not exist"):
-        some.with_labels(["mug"], name="glove", path="nowhere.npz")
+        other.with_labels(["mug"], name="glove", path="nowhere.npz")
 
 
-def test_photos_that_cannot_be_read(folder: Path, photos: list[Path], tmp_path: Path):
+def test_unreadable_photos(folder: Path, photos: list[Path], tmp_path: Path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"")
     model = predictor(folder)
@@ -99,12 +99,12 @@ def test_photos_that_cannot_be_read(folder: Path, photos: list[Path], tmp_path: 
         list(model(photos, 0))
 
 
-def test_another_detector_is_refused(folder: Path):
+def test_another_detector_is_rejected(folder: Path):
     with pytest.raises(WeightsError, match="use the detector, weights and settings it was trained with"):
         Predictor.from_checkpoint(folder / "gm" / "checkpoints" / "best.ckpt", score_threshold=0.5)
 
 
-def test_a_detector_that_was_trained_along(small: list[str], photos: list[Path], tmp_path: Path):
+def test_a_detector_trained_with_the_model(small: list[str], photos: list[Path], tmp_path: Path):
     online = ["instances.online=true", "detector.trainable=box_head", "model.widths=[8,8]", "trainer.max_epochs=1"]
     run.train(compose("train", [*small, *online, f"run_dir={tmp_path}/run"]))
     expected = read_scored_images([tmp_path / "run/test.npz"], tmp_path / "run/test.npz").scores[0].numpy()
@@ -113,8 +113,7 @@ def test_a_detector_that_was_trained_along(small: list[str], photos: list[Path],
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_needs_no_framework(folder: Path, photos: list[Path]):
-    """Hydra, Lightning and W&B are for training."""
+def test_prediction_loads_no_training_framework(folder: Path, photos: list[Path]):
     code = (
         "import sys\nfrom gm_mlic import Predictor\n"
         f"found = list(Predictor.from_checkpoint({str(folder / 'gm/checkpoints/best.ckpt')!r})([{str(photos[0])!r}]))\n"

@@ -32,7 +32,7 @@ def saved(folder: Path, tmp_path: Path) -> Path:
 
 
 def same(found: np.ndarray, expected: np.ndarray) -> None:
-    """Up to rounding, which depends on where in memory the weights lie."""
+    """Equal up to rounding, which depends on memory alignment."""
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -41,7 +41,7 @@ def probabilities(predictor: Predictor, photos: list[Path]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["gm", "mil", "sparse", "candidates"])
-def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: Path, name: str):
+def test_save_and_load(folder: Path, photos: list[Path], tmp_path: Path, name: str):
     before = Predictor.from_checkpoint(folder / name / "checkpoints/best.ckpt")
     path = before.save_pretrained(tmp_path / "new" / "model")
     after = Predictor.from_pretrained(path)
@@ -53,8 +53,8 @@ def test_what_was_saved_comes_back(folder: Path, photos: list[Path], tmp_path: P
         assert (again / file).read_bytes() == (path / file).read_bytes()
 
 
-def test_a_folder_that_was_moved_needs_nothing_else(folder: Path, photos: list[Path], tmp_path: Path, small: list[str]):
-    """The detector's own weights file, the GloVe file and the run are gone."""
+def test_a_moved_folder_is_self_contained(folder: Path, photos: list[Path], tmp_path: Path, small: list[str]):
+    """The detector's weights file, the GloVe file and the run folder are deleted."""
     weights = tmp_path / "lost" / "detector.safetensors"
     save_detector(build_extractor("scenes_tiny", weights="scenes"), weights, "scenes_tiny")
     glove = tmp_path / "lost" / "some.glove.txt"
@@ -75,11 +75,10 @@ def test_a_folder_that_was_moved_needs_nothing_else(folder: Path, photos: list[P
     assert str(tmp_path) not in (moved / "config.json").read_text()
     with pytest.raises(Exception, match=r"some\.glove\.txt"):
         after.with_labels(["mug"])
-    # and once more, from there
     same(probabilities(Predictor.load(after.save_pretrained(tmp_path / "third")), photos), expected)
 
 
-def test_a_detector_that_was_trained_along_goes_along(photos: list[Path], tmp_path: Path, small: list[str]):
+def test_a_detector_trained_with_the_model_is_saved(photos: list[Path], tmp_path: Path, small: list[str]):
     online = ["instances.online=true", "detector.trainable=all", "model.widths=[8,8]", "trainer.max_epochs=1"]
     run.train(compose("train", [*small, *online, f"run_dir={tmp_path}/run"]))
     before = Predictor.load(tmp_path / "run/checkpoints/best.ckpt")
@@ -88,8 +87,8 @@ def test_a_detector_that_was_trained_along_goes_along(photos: list[Path], tmp_pa
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str], trained: bool):
-    """Of a detector that was trained elsewhere, or along with the model."""
+def test_a_grid_detector_is_saved(photos: list[Path], tmp_path: Path, small: list[str], trained: bool):
+    """Its weights come from a file, or were trained with the model."""
     weights = tmp_path / "w.safetensors"
     save_detector(build_extractor("scenes_tiny", weights=None, seed=3), weights, "scenes_tiny")
     settings = [f"detector.weights={weights}", "baseline=gap_linear", "detector.grid_size=3", "trainer.max_epochs=1"]
@@ -104,11 +103,11 @@ def test_a_grid_goes_along(photos: list[Path], tmp_path: Path, small: list[str],
     assert str(tmp_path) not in (path / "config.json").read_text()
 
 
-def test_a_detector_of_ones_own(folder: Path, photos: list[Path], tmp_path: Path):
+def test_a_custom_detector(folder: Path, photos: list[Path], tmp_path: Path):
     before = Predictor.load(folder / "gm/checkpoints/best.ckpt")
     own = Predictor(before.model, replace(before.metadata, detector_settings={}), before.extractor)
     path = own.save_pretrained(tmp_path / "model")
-    with pytest.raises(WeightsError, match=r"give it as extractor="):
+    with pytest.raises(WeightsError, match=r"pass it as extractor="):
         Predictor.from_pretrained(path)
     after = Predictor.from_pretrained(path, extractor=before.extractor)
     same(probabilities(after, photos), probabilities(before, photos))
@@ -116,7 +115,7 @@ def test_a_detector_of_ones_own(folder: Path, photos: list[Path], tmp_path: Path
         Predictor.from_pretrained(path, extractor=build_extractor("scenes_tiny", weights="scenes", score_threshold=0.5))
 
 
-def test_the_model_card(saved: Path):
+def test_model_card_content(saved: Path):
     text = (saved / "README.md").read_text()
     head, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
     head = yaml.safe_load(head)
@@ -125,13 +124,12 @@ def test_the_model_card(saved: Path):
     assert head["datasets"] == ["scenes: drawn"]
     (result,) = head["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "mAP", "value": 12.25}, {"type": "top3/CF1", "value": 50.0}]
-    for said in ("mug, cheese, lemon", "convention `mlgcn`", "| 12.2 | 50.0 |", "- seed: 3", "32 train, 12 test"):
-        assert said in body
+    for text in ("mug, cheese, lemon", "convention `mlgcn`", "| 12.2 | 50.0 |", "- seed: 3", "32 train, 12 test"):
+        assert text in body
     assert "\n\n\n" not in body
 
 
-def test_the_card_stays_with_the_model(saved: Path, tmp_path: Path):
-    """Who fetched a model and passes it on, passes on whose data it saw and under what license."""
+def test_the_card_is_kept_when_a_model_is_saved_again(saved: Path, tmp_path: Path):
     again = Predictor.from_pretrained(saved).save_pretrained(tmp_path / "again" / "model")
     assert (again / "README.md").read_text() == (saved / "README.md").read_text()
     assert (again / "config.json").read_text() == (saved / "config.json").read_text()
@@ -142,15 +140,15 @@ def test_the_card_stays_with_the_model(saved: Path, tmp_path: Path):
     assert "Not stated" in (other.save_pretrained(tmp_path / "other") / "README.md").read_text()
 
 
-def test_a_card_that_knows_nothing(folder: Path, tmp_path: Path):
+def test_an_empty_card(folder: Path, tmp_path: Path):
     predictor = Predictor.load(folder / "mil/checkpoints/best.ckpt")
     text = (predictor.save_pretrained(tmp_path / "m") / "README.md").read_text()
     assert text.count("Not stated") == 3
-    assert "with_labels" not in text  # it has a classifier for each label
+    assert "with_labels" not in text  # labels are fixed
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "gm-mlic"
 
 
-def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
+def test_hostile_or_damaged_folders_are_rejected(saved: Path, folder: Path, tmp_path: Path):
     run_folder = folder / "gm"
     config = json.loads((saved / "config.json").read_text())
 
@@ -167,7 +165,7 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
     refused("cannot be read", text="[" * 100_000)
     refused("not the config of a gm-mlic model", text="[]")
     refused("not the config", library="other")
-    refused("of format 2, by gm-mlic 9.0", format=2, version="9.0")
+    refused("format 2, written by gm-mlic 9.0", format=2, version="9.0")
     refused("not the config", labels=[1, 2])
     refused("not the config", labels=config["labels"][:-1])
     refused("not the config", model="gm_mlic")
@@ -184,7 +182,7 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
         {"m": 3, "num_label_neighbors": -1},
     ):
         refused("cannot be built", graph=graph)
-    # sizes of a lie are refused before anything of that size is made
+    # wrong sizes are rejected before tensors of that size are allocated
     refused("do not fit", model={**config["model"], "widths": [10**7, 10**7]})
     refused("do not fit|cannot be built", model={**config["model"], "k": 1, "widths": None})
     refused("detector", detector_settings={**config["detector_settings"], "name": "nothing"})
@@ -210,11 +208,11 @@ def test_hostile_or_damaged_folders(saved: Path, folder: Path, tmp_path: Path):
         Predictor.from_pretrained(saved, revision="x")
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_missing_extra_is_reported(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match=r"pip install 'gm-mlic\[hub\]'"):
         find_pretrained("me/model")
 
 
-def test_weights_stay_of_their_type(saved: Path):
+def test_weights_keep_their_dtype(saved: Path):
     assert {w.dtype for w in load_file(saved / "model.safetensors").values()} == {torch.float32}

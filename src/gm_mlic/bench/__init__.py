@@ -1,4 +1,4 @@
-"""Time and memory of dense and sparse execution, measured side by side in one run."""
+"""Benchmarks of time and memory of dense and sparse execution."""
 
 from gm_mlic.bench.measure import FlopCounter, Timings, interleaved, matrix_rate, peak_bytes
 from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, ratios, shares

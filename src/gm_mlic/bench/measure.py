@@ -1,4 +1,4 @@
-"""How things are measured: in turns, so that a busy machine slows all of them alike; memory to the byte."""
+"""Measurement of time, memory and FLOPs; timed runs are interleaved, so that load affects all of them equally."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of repeated runs of one thing."""
+    """Timings of repeated runs, in seconds."""
 
     seconds: tuple[float, ...]
 
@@ -28,14 +28,14 @@ class Timings:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The fastest and the slowest."""
+        """Minimum and maximum."""
         return min(self.seconds), max(self.seconds)
 
 
 class FlopCounter(FlopCounterMode):
-    """Counts the floating-point operations of matrix products, in-place ones included.
+    """FLOP counter for matrix products, including in-place ones.
 
-    Unlike torch's own counter it adds no hooks to modules: modules with hooks do not take the shorter computation.
+    Unlike torch's counter it registers no module hooks, since modules with hooks skip the fused computation.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class _NoModules(ModuleTracker):
     def __exit__(self, *_: object) -> None: ...
 
 
-def synchronise(device: str) -> None:
-    """Wait for a GPU; nothing to wait for elsewhere."""
+def synchronize(device: str) -> None:
+    """Synchronize a GPU; no-op on a CPU."""
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -63,30 +63,30 @@ def interleaved(
     device: str = "cpu",
     done: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> dict[str, Timings]:
-    """Time each of ``runs`` ``repeats`` times, in turns: a, b, c, a, b, c, ...
+    """Time each of ``runs`` ``repeats`` times, interleaved: a, b, c, a, b, c, ...
 
     Args:
-        runs: what to time, by name; each should have run before (caches, compilation).
-        repeats: rounds.
-        device: ``cuda`` waits for the GPU before and after each.
-        done: told of each run's name and seconds.
+        runs: functions to time, by name; each should be warmed up (caches, compilation).
+        repeats: number of rounds.
+        device: ``cuda`` synchronizes the GPU before and after each run.
+        done: callback with the name and seconds of each run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            synchronise(device)
+            synchronize(device)
             begin = time.perf_counter()
             run()
-            synchronise(device)
+            synchronize(device)
             seconds[name].append(time.perf_counter() - begin)
             done(name, seconds[name][-1])
     return {name: Timings(tuple(values)) for name, values in seconds.items()}
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """The most memory that tensors made by ``run`` take at a time, beyond what was there before.
+    """Peak memory of the tensors allocated by ``run``, in bytes.
 
-    Counted at torch's allocators, so neither other processes nor what the C library keeps for later is in it.
+    It is counted at torch's allocators: other processes and memory cached by the C library are not included.
     """
     if device != "cpu":
         torch.cuda.synchronize()
@@ -108,22 +108,22 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Keep lines that torch's profiler writes from C++ off the terminal: they mean nothing to people."""
+    """Redirect stderr to /dev/null: torch's profiler writes to it from C++."""
     sys.stderr.flush()
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with Path(os.devnull).open("w") as devnull:
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def matrix_rate(rows: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of this machine's matrix product (rows, width) @ (width, width): the best of several runs.
+    """FLOP/s of the matrix product (rows, width) @ (width, width) on this machine, the best of several runs.
 
-    It is what the arithmetic alone would take, so the bound that an execution is measured against.
+    It is the upper bound for an execution (roofline).
     """
     a = torch.randn(rows, width, device=device, dtype=dtype)
     b = torch.randn(width, width, device=device, dtype=dtype)

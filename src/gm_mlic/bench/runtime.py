@@ -1,4 +1,4 @@
-"""The cases and executions that are compared, and what is measured of each."""
+"""Benchmark cases and executions, and their comparison."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ INSTANCE_DIM, LABEL_DIM = 1024, 300
 
 @dataclass(frozen=True)
 class Case:
-    """One setting to measure.
+    """Benchmark case: problem sizes and model settings.
 
     Attributes:
-        name: for tables.
-        m: instances of each image.
-        C: labels.
-        k: blocks.
-        batch: images.
+        name: name in tables.
+        m: instances per image.
+        C: number of labels.
+        k: number of blocks.
+        batch: images per batch.
         fusion: ``concat`` or ``product``.
-        norm: LayerNorm on ``all`` states, or on ``none``.
-        num_label_neighbors: None for the complete label graph.
+        norm: LayerNorm: ``none``, ``encoder`` or ``all``.
+        num_label_neighbors: neighbors in the label graph; None: complete label graph.
         precision: ``float32``, or ``bfloat16`` for autocast.
     """
 
@@ -53,7 +53,7 @@ class Case:
     precision: str = "float32"
 
 
-#: The paper's three datasets, and one with many labels, each of which hears its 20 nearest.
+#: The paper's three datasets, and a case with many labels and a 20-nearest-neighbor label graph.
 CASES = {
     case.name: case
     for case in (
@@ -64,7 +64,7 @@ CASES = {
     )
 }
 
-#: What the growth curves vary, and over which values; all else is as in the case they start from.
+#: Variables of the growth curves, with their values.
 CURVES: dict[str, tuple[int, ...]] = {
     "m": (5, 10, 20, 35, 50, 100),
     "C": (20, 40, 80, 160, 320, 500),
@@ -74,10 +74,10 @@ CURVES: dict[str, tuple[int, ...]] = {
 
 
 class Execution:
-    """One execution of one case, ready to run.
+    """Execution of one case: model, data and optimizer.
 
     Args:
-        case: what to compute.
+        case: the benchmark case.
         name: one of :data:`EXECUTIONS`.
         device: ``cpu`` or ``cuda``.
     """
@@ -113,7 +113,7 @@ class Execution:
         return logits
 
     def train(self) -> None:
-        """One training step: forward, loss, backward, optimiser."""
+        """One training step: forward, loss, backward, optimizer."""
         with self._autocast():
             loss = self.loss(self.model(self.data).logits, self.targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -130,22 +130,22 @@ def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData
     generator = torch.Generator().manual_seed(2)
     options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
     transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
-    made = []
+    graphs = []
     for _ in range(case.batch):
         data = HeteroData()
         data["instance"].x = torch.randn(case.m, INSTANCE_DIM, generator=generator)
         corner, size = torch.rand(2, case.m, 2, generator=generator) / 2
         data["instance"].box = torch.cat([corner, corner + size + 0.01], dim=1)
-        made.append(transform(data))
-    batch: HeteroData = Batch.from_data_list(made)
+        graphs.append(transform(data))
+    batch: HeteroData = Batch.from_data_list(graphs)
     return batch
 
 
 def flops(case: Case, execution: str) -> dict[str, int]:
-    """Floating-point operations of the matrix products of a forward pass and of a training step.
+    """FLOPs of the matrix products of a forward pass and of a training step.
 
-    Images are independent of each other, so the number is counted for one and for two, and the rest follows. Compiled
-    code, which hides its operations from the counter, does those of ``dense``. Recomputation is left out.
+    They are linear in the number of images, so they are counted for one and two images and extrapolated. ``compiled``
+    and ``checkpointed`` count as ``dense``: compiled code hides its operations, and recomputation is left out.
     """
     counts = []
     for batch in (1, 2):
@@ -166,22 +166,22 @@ def compare(
     repeats: tuple[int, int] = (3, 2),
     device: str = "cpu",
     memory_limit: int | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Time and memory of the executions of one case, in turns.
+    """Compare time and memory of the executions of one case.
 
     Args:
-        case: what to compute.
-        executions: some of :data:`EXECUTIONS`.
-        repeats: rounds of forward passes and of training steps, after a first one of each that is not timed.
+        case: the benchmark case.
+        executions: names from :data:`EXECUTIONS`.
+        repeats: timed rounds of forward passes and of training steps, after a warm-up of each.
         device: ``cpu`` or ``cuda``.
-        memory_limit: leave out an execution whose training step is expected to need more bytes.
-        tell: told in a line what is being done.
+        memory_limit: leave out executions whose training step is expected to need more bytes.
+        log: callback for progress messages.
 
     Returns:
-        The case; for each execution seconds (``forward``, ``train``: all runs and the median) and ``memory`` (peak
-        bytes of a training step), ``flops``, and ``roofline``: the share of the FLOP/s of this machine's matrix product
-        (``matrix_rate``) that it reaches.
+        The case, and for each execution ``forward`` and ``train`` (seconds of all runs, and their median), ``memory``
+        (peak bytes of a training step), ``flops``, and ``roofline`` (reached share of ``matrix_rate``, the FLOP/s of
+        this machine's matrix product).
     """
     runs: dict[str, Execution] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -190,21 +190,21 @@ def compare(
         if memory_limit is not None and needed > memory_limit:
             rows[name] = {"left_out": f"needs about {needed / 2**30:.0f} GiB to train"}
             continue
-        tell(f"{case.name}: {name}, first run")
+        log(f"{case.name}: {name}, first run")
         run = runs[name] = Execution(case, name, device)
         if name == "compiled":
-            torch.compiler.reset()  # after some cases the compiler would give up on code that it knows in other sizes
+            torch.compiler.reset()  # each case has other sizes; the compiler's recompile limit would be reached
             run.forward()
-            run.train()  # compiles; what the compiler itself allocates is not the step's
+            run.train()  # compiles, so that allocations of the compiler are not measured
         rows[name] = {"memory": peak_bytes(run.train, device)}
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
 
     def measured_rate() -> float:
         return matrix_rate(case.batch * case.m * case.C, 512, device, dtype)
 
-    rates = [measured_rate()]  # before, between and after: a processor does not keep its pace
+    rates = [measured_rate()]  # before, between and after the runs, since clock rates vary
     for mode, rounds in zip(("forward", "train"), repeats, strict=True):
-        tell(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
+        log(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
         timings = interleaved({name: getattr(run, mode) for name, run in runs.items()}, rounds, device)
         for name, timing in timings.items():
             rows[name][mode] = {"median": timing.median, "all": timing.seconds}
@@ -218,12 +218,12 @@ def compare(
 
 
 def ratios(result: dict[str, Any]) -> dict[str, Any]:
-    """Sparse over the faster of the other executions, and the share of the matrix product's rate that one reaches.
+    """Ratios of sparse execution to the best other execution, and the best roofline fractions of the others.
 
     Returns:
-        ``forward_ratio``, ``train_ratio``, ``memory_ratio``; ``arithmetic_ratio``, the same of the floating-point
-        operations of a forward pass: what the ratios of time would be, were both executions as fast as the matrix
-        product; ``roofline_fraction`` (forward) and ``train_roofline_fraction``. None for what was not measured.
+        ``forward_ratio``, ``train_ratio`` and ``memory_ratio``; ``arithmetic_ratio`` of forward FLOPs, the time ratio
+        if both executions ran at the matrix product's rate; ``roofline_fraction`` (forward) and
+        ``train_roofline_fraction``. None for values that were not measured.
     """
     rows = {name: row for name, row in result["executions"].items() if "left_out" not in row}
     sparse, fast = rows.get("sparse"), [row for name, row in rows.items() if name != "sparse"]
@@ -245,10 +245,10 @@ def ratios(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_bytes(case: Case, execution: str) -> int:
-    """Roughly what a training step needs, from the edge states that it keeps for the backward pass."""
+    """Estimate of the memory of a training step, from the edge states saved for the backward pass."""
     matches = case.m * case.C
     labels = case.C * (case.num_label_neighbors or case.C)
-    # Tensors of width 512 (encoder and first k - 1 blocks) and 256 (last block) kept for an edge, as measured.
+    # Measured number of saved tensors per edge; width 512 (encoder, first k - 1 blocks) or 256 (last block).
     kept = 7.0 if execution == "sparse" else 3.5
     per_edge = kept * (512 * case.k + 256)
     inputs = (INSTANCE_DIM + LABEL_DIM) * 3 if execution == "sparse" else 0
@@ -264,14 +264,14 @@ def grow(
     repeats: tuple[int, int] = (2, 1),
     device: str = "cpu",
     memory_limit: int | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """How time and memory grow with m, C, k and the batch: :func:`compare` for each value of :data:`CURVES`.
+    """Growth curves of time and memory over m, C, k and the batch: :func:`compare` for the values of :data:`CURVES`.
 
     Args:
-        start: the case that each curve varies in one respect.
-        curves: which.
-        executions, repeats, device, memory_limit, tell: see :func:`compare`.
+        start: the base case; each curve varies one variable.
+        curves: names from :data:`CURVES`.
+        executions, repeats, device, memory_limit, log: see :func:`compare`.
     """
     return {
         curve: [
@@ -281,7 +281,7 @@ def grow(
                 repeats=repeats,
                 device=device,
                 memory_limit=memory_limit,
-                tell=tell,
+                log=log,
             )
             for value in CURVES[curve]
         ]
@@ -292,17 +292,17 @@ def grow(
 def shares(
     detector: InstanceExtractor, images: Sequence[Tensor], case: Case, device: str = "cpu", repeats: int = 3
 ) -> dict[str, float]:
-    """Where the time goes on the way from a photo to its labels, and in training from an instance store.
+    """Time per image of the stages of prediction, and of a training step.
 
     Args:
-        detector: finds the instances.
-        images: (3, H, W) in [0, 1]; a batch is made of them.
-        case: the network.
-        device: of the network; the detector has its own.
-        repeats: of the measurement.
+        detector: the instance extractor.
+        images: batch of images (3, H, W) in [0, 1].
+        case: the case of the network.
+        device: device of the network; the detector has its own.
+        repeats: timed rounds.
 
     Returns:
-        Median seconds for each image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the
+        Median seconds per image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the
         network with a label cache; ``train``, a training step.
     """
     network = Execution(replace(case, batch=len(images)), "dense", device)
@@ -332,7 +332,7 @@ def shares(
 
 
 class RandomStore:
-    """The arrays of an instance store, with random instances: ``size`` images of m, and C absent labels."""
+    """In-memory instance store of ``size`` images with m random instances and C absent labels."""
 
     def __init__(self, size: int, m: int, C: int, dim: int = INSTANCE_DIM) -> None:
         rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""``gm-mlic bench``: sparse and dense execution side by side, as tables, pictures and JSON."""
+"""Command ``gm-mlic bench``: time and memory of dense and sparse execution."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from gm_mlic.validation import section
 
 log = logging.getLogger(__name__)
 
-#: Share of the memory that a training step may be expected to take; what needs more is left out of the table.
+#: Largest share of the memory that a training step is expected to need; executions above it are left out.
 _MEMORY_SHARE = 0.7
 
 
 def bench(config: DictConfig) -> dict[str, Any]:
-    """Measure as ``config.bench`` says; returns what ``results.json`` holds."""
+    """Run the benchmarks of ``config.bench``; returns the content of ``results.json``."""
     settings = section(config, "bench")
     device = resolve_device(config.device)
     machine = describe_machine(device)
@@ -37,7 +37,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
         CASES[settings["cases"][0]],
         **{name: settings[name] for name in ("batch", "k", "norm", "precision")},
     )
-    options: dict[str, Any] = {"device": device, "memory_limit": limit, "tell": log.info}
+    options: dict[str, Any] = {"device": device, "memory_limit": limit, "log": log.info}
     results = [
         compare(
             replace(start, name=f"{name}, {fusion}", fusion=fusion, **_size(name)),
@@ -72,7 +72,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     for table in runtime_tables(results):
         console.print(table)
     if settings["shares"]:
-        log.info("from a photo to its labels")
+        log.info("time from photo to labels")
         detector = build.build_detector(
             OmegaConf.create({"detector": config.detector, "trainer": {"accelerator": config.device}})
         )
@@ -92,7 +92,7 @@ def _size(name: str) -> dict[str, Any]:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What ran the measurement: processor, threads, memory in bytes, versions."""
+    """Description of the machine: processor, threads, memory in bytes, versions."""
     if device != "cpu":
         processor, memory = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1]
     else:

@@ -1,6 +1,6 @@
-"""What each command does with its composed config. Each function is small: the stages do the work.
+"""Hydra entry points of the commands.
 
-Settings are checked before torch is imported, so that a wrong one is answered at once.
+Settings are checked before torch is imported, so that errors are reported immediately.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ log = logging.getLogger(__name__)
 
 _SCRIPT = str(Path(sys.argv[0]).absolute())
 
-# Here and not in run(): a launcher's other processes import this module, and compose the job's config themselves.
+# At import, not in run(): processes of a launcher import this module and compose the config of their job.
 prepare_process()
 register_resolvers()
 
 
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
-    """Compose the command's config from ``arguments`` and run it."""
+    """Compose the config of a command from ``arguments`` and run the command."""
     if command in _FOLDERS:
         arguments = _folders_as_setting(arguments)
     failures: list[Exception] = []
-    task = _keeping_failures(command, failures)
+    task = _collecting_failures(command, failures)
     one_run = not _MULTIRUN.intersection(arguments)
     arguments = [_with_quoted_name(_with_quoted_items(argument), one_run) for argument in arguments]
     folders = check_arguments(arguments)
-    # Hydra's parser wants its flags before the settings or after them, not among them.
+    # Hydra's parser accepts flags only before or after all settings.
     arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     name = command.replace("-", "_")
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
     settings = [argument for argument in arguments if _is_override(argument)]
-    if not flags & (_MULTIRUN | _EXPLAINS) and not _begins_several(settings):
-        # Before Hydra, which makes the run folder first, and with --cfg runs no task that would check. The jobs of a
-        # multirun are checked one by one.
+    if not flags & (_MULTIRUN | _EXPLAINS) and not _is_multirun(settings):
+        # Before hydra.main, which creates the run folder first, and with --cfg runs no task. The jobs of a multirun are
+        # checked individually.
         config = compose(name, settings, folders)
         if not flags & _SHOWS_CONFIG:
             check(config, complete=command != "plan")
-    if rank_info().rank and flags & _MULTIRUN:  # the folder of a multirun is for the first process to write
+    if rank_info().rank and flags & _MULTIRUN:  # only rank 0 writes the folder of a multirun
         arguments = [*arguments, f"hydra.sweep.dir={tempfile.mkdtemp()}"]
     sys.argv = [f"gm-mlic {command}", *arguments]
-    SweepFolder.begun.clear()
+    SweepFolder.started.clear()
     start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)
     try:
         start(task)()
-    finally:  # a multirun with a failed job raises its error
-        for folder, _ in SweepFolder.begun:
+    finally:  # also if a multirun raises the error of a failed job
+        for folder, _ in SweepFolder.started:
             _show_sweep(folder)
     if failures:
         raise failures[0]
-    for folder, begin in SweepFolder.begun:  # but for a search, which goes on
+    for folder, begin in SweepFolder.started:  # failed trials of a search do not raise
         jobs = [job for job in read_jobs(folder) if str(job.get("noted", "")) >= begin]
         failed = [job["error"] for job in jobs if job.get("error")]
         if failed:
@@ -82,21 +82,21 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
 
 
 class SweepFolder(Callback):
-    """Hydra's callback that tells where a multirun notes its jobs."""
+    """Hydra callback that records the folder of a multirun."""
 
-    #: The folder, and when it began.
-    begun: ClassVar[list[tuple[Path, str]]] = []
+    #: Folders and start times.
+    started: ClassVar[list[tuple[Path, str]]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if rank_info().rank == 0:
-            self.begun.append((Path(config.hydra.sweep.dir), now()))
+            self.started.append((Path(config.hydra.sweep.dir), now()))
             storage = str(config.hydra.sweeper.get("storage"))
-            if storage.startswith("sqlite:///"):  # it makes its file, but no folder for it
+            if storage.startswith("sqlite:///"):  # SQLite creates the file, but not its folder
                 Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
 
 
 def _show_sweep(folder: Path) -> None:
-    """The runs of a multirun, in a table."""
+    """Print a table of the runs of a multirun."""
     if not read_jobs(folder):
         return
     _show_runs([folder])
@@ -112,20 +112,20 @@ def extract(config: DictConfig) -> None:
     for split in config.splits:
         store = build.build_store(config, build.build_dataset(config, split), extractor)
         if store is None:
-            log.info("%s: shard %s is done, others are not yet", split, config.instances.shard)
+            log.info("%s: shard %s is finished, other shards are not", split, config.instances.shard)
         else:
             log.info("%s: %d images in %s", split, len(store.rows), store.path)
 
 
 def train(config: DictConfig) -> float:
-    """``gm-mlic train``; returns val mAP, for Hydra's sweepers to maximise."""
+    """``gm-mlic train``; returns val mAP as the objective of sweepers."""
     check(config)
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
-    sys.argv[0] = _SCRIPT  # what Lightning starts other processes with (Hydra has read its own name for us by now)
-    # Not sys.argv: in a multirun that is everybody's, and in a launcher's other process something else. Nor a search,
-    # which would begin anew; other sweeps are of one run where the command says which.
+    sys.argv[0] = _SCRIPT  # used by Lightning to start other processes; Hydra has already read the program name
+    # Not sys.argv, which is the same for all jobs of a multirun. sweep=optuna would start another search; with other
+    # sweeps the overrides select one run.
     settings = [setting for setting in HydraConfig.get().overrides.task if setting.lstrip("+") != "sweep=optuna"]
     command = shlex.join(["gm-mlic", "train", *settings])
     result = training.train(config, _sweep(config), command)
@@ -141,13 +141,13 @@ def train(config: DictConfig) -> float:
 
 
 def _sweep(config: DictConfig) -> str | None:
-    """The folder of the multirun that this job belongs to, in which it is noted; None for a single run."""
+    """Record the job in the folder of its multirun and return the folder; None for a single run."""
     hydra_config = HydraConfig.get()
-    return str(_note_job(config)) if hydra_config.mode == RunMode.MULTIRUN else None
+    return str(_record_job(config)) if hydra_config.mode == RunMode.MULTIRUN else None
 
 
-def _note_job(config: DictConfig, error: Exception | None = None) -> Path:
-    """Write down a job of a multirun, in the multirun's folder, which is returned."""
+def _record_job(config: DictConfig, error: Exception | None = None) -> Path:
+    """Record a job of a multirun; returns the folder of the multirun."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.cwd, hydra_config.sweep.dir)
     if rank_info().rank == 0:
@@ -274,14 +274,14 @@ def _show_runs(folders: Sequence[str | Path]) -> None:
     found = find_runs(folders)
     console = Console(highlight=False)
     if not sys.stdout.isatty():
-        console.width = 200  # a file has room
+        console.width = 200  # wide lines in files
     console.print(runs_table(found))
     for run in found:
         if run.error:
             print(f"{run.path} {run.state}: {run.error}")
-    begun = {run.path.resolve() for run in found}
+    paths = {run.path.resolve() for run in found}
     for job in (job for folder in folders for job in read_jobs(Path(folder))):
-        if job.get("error") and Path(job["run_dir"]).resolve() not in begun:
+        if job.get("error") and Path(job["run_dir"]).resolve() not in paths:
             print(f"job {' '.join(map(str, job.get('overrides') or []))} failed: {job['error']}")
 
 
@@ -312,14 +312,14 @@ def demo(config: DictConfig) -> None:
     start(config)
 
 
-def _keeping_failures(command: str, failures: list[Exception]) -> Callable[[DictConfig], Any]:
-    """A command's task, which keeps a single run's error from Hydra: that would print lines of its own before ours.
+def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[DictConfig], Any]:
+    """Wrap the task of a command so that the error of a single run is collected: Hydra would print it itself.
 
-    In a multirun Hydra has to know (sweepers read it); the other jobs go on, so say at once which one failed, and why.
+    In a multirun the error is logged and raised, since sweepers need it and the other jobs continue.
     """
     task = _TASKS[command]
 
-    def kept(config: DictConfig) -> Any:
+    def wrapped(config: DictConfig) -> Any:
         try:
             check_keys(config, command.replace("-", "_"))
             with config_keys(**_KEYS.get(command, {})):
@@ -329,18 +329,18 @@ def _keeping_failures(command: str, failures: list[Exception]) -> Callable[[Dict
                 job = HydraConfig.get().job
                 log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
                 if command == "train":
-                    _note_job(config, error)
+                    _record_job(config, error)
                 raise
             failures.append(error)
             return None
 
-    # Hydra looks at the task's module to find out what calls it.
-    kept.__module__ = task.__module__
-    return kept
+    # Hydra reads the module of the task to find its caller.
+    wrapped.__module__ = task.__module__
+    return wrapped
 
 
 def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
-    """``A B key=value`` as ``folders=[A,B] key=value``: where a command reads folders, they need no name."""
+    """Convert positional folders: ``A B key=value`` to ``folders=[A,B] key=value``."""
     folders = [a for a in arguments if "=" not in a and not a.startswith("-")]
     if _SHOWS_CONFIG.intersection(arguments) or not folders:  # `--cfg job`
         return list(arguments)
@@ -348,7 +348,7 @@ def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
 
 
 def _with_quoted_items(argument: str) -> str:
-    """``overrides=[a=1,b=[2,3]]`` as ``overrides=['a=1','b=[2,3]']``: Hydra takes no = within a list unless quoted."""
+    """Quote items for Hydra, which needs it for =: ``overrides=[a=1,b=[2,3]]`` to ``overrides=['a=1','b=[2,3]']``."""
     if not (argument.startswith("overrides=[") and argument.endswith("]")) or "'" in argument or '"' in argument:
         return argument
     items, depth = [""], 0
@@ -362,7 +362,7 @@ def _with_quoted_items(argument: str) -> str:
 
 
 def _with_quoted_name(argument: str, one_run: bool) -> str:
-    """``image=IMG (1).jpg`` as ``image='IMG (1).jpg'``: names are quoted where Hydra takes them for something else."""
+    """Quote names that Hydra would parse otherwise: ``image=IMG (1).jpg`` to ``image='IMG (1).jpg'``."""
     key, _, value = argument.partition("=")
     if key not in _NAMES or not value:
         return argument
@@ -382,27 +382,27 @@ def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
-def _begins_several(settings: Sequence[str]) -> bool:
-    """Whether these settings make it a multirun without -m."""
+def _is_multirun(settings: Sequence[str]) -> bool:
+    """Whether the settings start a multirun without -m."""
     if any(re.match(r"\+*(sweep|hydra\.mode|hydra/sweeper)=", setting) for setting in settings):
         return True
     return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(settings)))
 
 
-#: Flags with which Hydra prints the config.
+#: Flags that print the config.
 _SHOWS_CONFIG = {"--cfg", "-c"}
-#: Flags with which it tells about itself, or about the command.
+#: Flags that print help.
 _EXPLAINS = {"--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
 _MULTIRUN = {"-m", "--multirun"}
 
 #: Settings that name files, folders or labels.
 _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", "run_dir", "out"}
 
-#: Commands whose nameless arguments are folders.
+#: Commands whose positional arguments are folders.
 _FOLDERS = {"runs", "report"}
 
 _EMBEDDING = {name: f"embedding.{name}" for name in ("name", "path", "oov", "dim")}
-#: Arguments of the library that a command's config calls something else.
+#: Config keys of library arguments with another name.
 _KEYS: dict[str, dict[str, str]] = {
     "eval": {"resamples": "bootstrap"},
     "predict": _EMBEDDING,

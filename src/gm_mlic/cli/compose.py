@@ -1,4 +1,4 @@
-"""Compose ``conf/`` with Hydra: the resolvers its files use, and composition without a command line."""
+"""Config composition with Hydra: resolvers of ``conf/``, and composition without a command line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from gm_mlic.cli.validation import check_values
 from gm_mlic.validation import run_identity
 
 CONFIG_MODULE = "gm_mlic.conf"
-#: Cells along the side of a backbone's grid that suit it. 14 is what the last map of a ResNet has at 448 pixels.
-#: Of scenes_tiny's 40 x 40 at 160 pixels, 10 x 10 cells of 16 pixels keep what its 8 to 45 pixels large objects need.
+#: Grid size by detector; default 14, the last feature map of a ResNet at 448 pixels. For scenes_tiny (40 x 40 at 160
+#: pixels), 10 x 10 cells of 16 pixels suit its objects of 8 to 45 pixels.
 _GRIDS = {"scenes_tiny": 10}
 
 
 def register_resolvers() -> None:
-    """Make the ``gm_mlic.*`` resolvers, which the files of ``conf/`` use, known to OmegaConf."""
+    """Register the ``gm_mlic.*`` resolvers of ``conf/`` with OmegaConf."""
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
@@ -36,21 +36,21 @@ def register_resolvers() -> None:
 def compose(
     config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = (), return_hydra_config: bool = False
 ) -> DictConfig:
-    """The config that ``gm-mlic COMMAND OVERRIDES`` runs with.
+    """Compose the config of ``gm-mlic COMMAND OVERRIDES``.
 
     Args:
-        config_name: a file of ``conf/`` without its suffix, as ``train``.
+        config_name: name of a file in ``conf/`` without its suffix, e.g. ``train``.
         overrides: Hydra overrides, as on the command line.
-        folders: with more configs.
+        folders: further folders of configs.
         return_hydra_config: keep the ``hydra`` section.
 
     Raises:
-        ConfigError: for a key that there is not, or a value that cannot work, naming the key and what it may be.
+        ConfigError: for an unknown or missing key, or an invalid value.
     """
     register_resolvers()
     if folders:
-        places = [f"'file://{folder.absolute()}'" for folder in folders]
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(places)}]"]
+        paths = [f"'file://{folder.absolute()}'" for folder in folders]
+        overrides = [*overrides, f"hydra.searchpath=[{','.join(paths)}]"]
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(
@@ -62,24 +62,24 @@ def compose(
 
 
 def _digest(*sections: str, _root_: DictConfig) -> str:
-    """Eight hex digits that stand for the settings (all, or only these sections) of the config they are used in."""
+    """Hash of the settings of a config, or of some sections, as eight hex digits."""
     content = run_identity(_root_)
     chosen = {key: content[key] for key in sections or content}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _repeat(value: Any, times: Any) -> list[Any]:
-    """``value``, that often; what is no number of times is for the settings' rules to say."""
+    """List of ``times`` copies of ``value``; empty for an invalid ``times``, which validation reports."""
     return [value] * times if isinstance(times, int) else []
 
 
 def _square(value: Any) -> Any:
-    """``value`` times itself; what is no number is for the settings' rules to say."""
+    """Square of ``value``; other types are returned unchanged, validation reports them."""
     return value**2 if isinstance(value, int) else value
 
 
 def _evaluation_of(checkpoint: str | None, scores: str | None) -> str:
-    """Where an evaluation goes: into the run folder of ``RUN/checkpoints/NAME.ckpt``, or named after the scores."""
+    """Output folder of an evaluation: in the run folder of a checkpoint, or named after the file of scores."""
     if checkpoint is not None:
         return str(Path(checkpoint).parent.parent / "eval")
     return f"runs/eval-{Path(scores).stem}" if scores is not None else "runs/eval"

@@ -1,7 +1,7 @@
-"""Which settings there are: the keys of ``conf/``, which a config may neither add to nor lack.
+"""Config schema: the keys of ``conf/``, which every config must have, and no others.
 
-Hydra itself refuses only a key that the command line changes and no file has; not one that is added (``+graph.q=1``),
-taken away (``~graph.m``), or misspelt in a file of one's own (``--config-dir``).
+Hydra alone rejects unknown keys only in plain overrides; not in added keys (``+graph.q=1``), removed keys
+(``~graph.m``) or custom files (``--config-dir``).
 """
 
 from __future__ import annotations
@@ -18,51 +18,60 @@ from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.errors import ConfigError
 
-#: The key that says which kind of thing a section sets up; each kind has keys of its own. A kind that ``conf/`` does
-#: not have is somebody's own (docs/add_model.md), and so are its keys.
+#: Key that selects the kind of a section; each kind has its own keys. Kinds that are not in ``conf/`` are custom
+#: (docs/add_model.md), and their keys are not checked.
 _KIND = "name"
 
-#: The keys of a section: those of a section below, or None for a value.
+#: Keys of a section, with the keys of a nested section, or None for a value.
 Keys = dict[str, Any]
 
 
 def check_keys(config: DictConfig, command: str) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` for a key that ``command`` does not have, or one that is missing.
+    """Check the keys of a config.
 
     Args:
-        config: as it was composed.
-        command: a file of ``conf/`` without its suffix.
+        config: the composed config.
+        command: name of a file in ``conf/`` without its suffix.
+
+    Raises:
+        ConfigError: for an unknown or missing key.
     """
     keys, groups = _keys_of(command)
-    # A section that a command chooses nothing for (``embedding: null``) is there only if it was asked for.
+    # Groups without a default (``embedding: null``) are optional sections.
     keys = {group: {} for group in groups if group in config} | keys
     _check(OmegaConf.to_container(config), keys, groups, "")
 
 
 def options(group: str) -> list[str]:
-    """The options of a group, as ``experiment``; none if there is no such group."""
+    """Options of a config group; empty for unknown groups."""
     return sorted(file.stem for file in (_conf() / group).glob("*.yaml"))
 
 
 def unknown(key: str, known: Iterable[str], kind: str = "") -> str:
-    """Say that there is no setting ``key``, and which there are where it was looked for, in a section of some kind."""
+    """Error message for an unknown key, with a suggestion and the known settings of its section.
+
+    Args:
+        key: the unknown key.
+        known: settings of its section.
+        kind: kind of the section, for the message.
+    """
     parent, _, name = key.rpartition(".")
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    where = f"{parent}{kind} has" if parent else "there are"
-    hint = f"did you mean {parent + '.' if parent else ''}{close[0]}? " if close else ""
-    return f"{key}: there is no such setting; {hint}{where} {', '.join(known)}."
+    hint = f"; did you mean {parent + '.' if parent else ''}{close[0]}?" if close else "."
+    section = f" of {parent}{kind}" if parent else ""
+    return f"{key}: unknown setting{hint} Settings{section}: {', '.join(known)}."
 
 
 def groups_of(command: str) -> list[str]:
-    """The groups that a command chooses from."""
+    """Config groups of a command."""
     return [str(key).partition("@")[0] for key in _defaults(command) if not str(key).startswith("override ")]
 
 
 def _check(tree: Any, keys: Keys, groups: Mapping[str, str], path: str) -> None:
-    """Hold the section at ``path`` to its keys; ``groups`` are those that sections come from, by path."""
+    """Check the section at ``path``; ``groups`` are the config groups of the sections, by path."""
     if path in groups:
-        kinds = _of_its_kind(groups[path], tree)
+        kinds = _matching_options(groups[path], tree)
         if not kinds:
             return
         keys = keys | {key: below for kind in kinds for key, below in kind.items()}
@@ -73,22 +82,22 @@ def _check(tree: Any, keys: Keys, groups: Mapping[str, str], path: str) -> None:
             kind = f" ({tree[_KIND]})" if _KIND in tree and path in groups else ""
             raise ConfigError(unknown(f"{path}.{key}" if path else str(key), keys, kind))
     for key, below in keys.items():
-        inside = f"{path}.{key}" if path else key
+        full_key = f"{path}.{key}" if path else key
         if key not in tree:
-            raise ConfigError(f"{inside} is missing: give it a value (conf/ says what it decides).")
+            raise ConfigError(f"{full_key} is missing: set it (conf/ describes it).")
         if isinstance(below, dict):
-            _check(tree[key], below, groups, inside)
+            _check(tree[key], below, groups, full_key)
 
 
 @functools.cache
 def _keys_of(command: str) -> tuple[Keys, dict[str, str]]:
-    """The keys of a command's own file with those of its sections, and the group that each section comes from."""
+    """Keys of a command's file and its sections, and the config group of each section."""
     content = _read(_conf() / f"{command}.yaml")
     keys = _tree({key: value for key, value in content.items() if key not in ("defaults", "hydra")})
     groups = {}
     for key, choice in _defaults(command).items():
         group, _, package = key.partition("@")
-        if " " in group or _changes_others(group):
+        if " " in group or _is_global(group):
             continue
         groups[package or group] = group
         if choice is None:
@@ -100,13 +109,13 @@ def _keys_of(command: str) -> tuple[Keys, dict[str, str]]:
 
 
 def _defaults(command: str) -> dict[str, Any]:
-    """What a command's defaults list chooses from its groups."""
+    """Defaults list of a command: options by group."""
     listed = _read(_conf() / f"{command}.yaml").get("defaults", [])
     return {str(key): choice for item in listed if isinstance(item, dict) for key, choice in item.items()}
 
 
-def _of_its_kind(group: str, tree: Any) -> list[Keys]:
-    """The keys of those options of a group that set up what this section does."""
+def _matching_options(group: str, tree: Any) -> list[Keys]:
+    """Keys of the options of a group that have the same kind as the section."""
     found = _contents(group)
     if isinstance(tree, dict) and _KIND in tree and any(_KIND in option for option in found):
         found = [option for option in found if option.get(_KIND) == tree[_KIND]]
@@ -132,8 +141,8 @@ def _tree(content: Mapping[str, Any]) -> Keys:
 
 
 @functools.cache
-def _changes_others(group: str) -> bool:
-    """Whether the options of a group are changes to other sections, and no section of their own."""
+def _is_global(group: str) -> bool:
+    """Whether the options of a group have package ``_global_``, that is, change other sections."""
     return all(
         (_conf() / group / f"{name}.yaml").read_text().startswith("# @package _global_") for name in options(group)
     )

@@ -1,7 +1,7 @@
-"""What a command line, and configs that come from elsewhere (``--config-dir``), may have Hydra do.
+"""Security checks of command lines and custom configs (``--config-dir``).
 
-Hydra makes objects of any class that a config names (``_target_``, and the classes of its logging section), so a config
-from elsewhere is a program. Here it is data: it may name the classes of this list and no others.
+Hydra instantiates any class that a config names (``_target_``, and the classes of its logging section), so an untrusted
+config could run code. Configs may therefore only name the classes listed here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import yaml
 
 from gm_mlic.errors import ConfigError
 
-#: Flags of Hydra that do no more than they say. Left out are those that read a pickle (``--experimental-rerun``) or
-#: take another config for a command's own.
+#: Allowed flags of Hydra. Flags that read a pickle (``--experimental-rerun``) or replace a command's config are not.
 FLAGS = {
     "--help", "-h", "--hydra-help", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m",
     "--info", "-i", "--config-dir", "-cd", "--shell-completion", "-sc",
 }  # fmt: skip
 
-#: Launchers, sweepers, samplers and callbacks.
+#: Allowed launchers, sweepers, samplers and callbacks.
 TARGETS = {
     "gm_mlic.cli.commands.SweepFolder",
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
@@ -37,36 +36,38 @@ TARGETS = {
         for name in ("CmaEsSampler", "GridSampler", "MOTPESampler", "NSGAIISampler", "RandomSampler", "TPESampler")
     ),
 }
-#: Classes and streams of a logging section.
+#: Allowed classes and streams of a logging section.
 LOGGING = {
     "logging.FileHandler", "logging.Formatter", "logging.NullHandler", "logging.StreamHandler",
     "ext://sys.stderr", "ext://sys.stdout",
 }  # fmt: skip
 #: Keys whose values are called.
 _CALLS = {"_target_", "class", "()", "factory"}
-#: Keys that may be set on the command line, but not elsewhere: variables of the environment, a shell script on a
-#: cluster, where a log is written, where more configs come from.
-_OURS = {"env_set", "setup", "teardown", "srun_args", "filename", "searchpath"}
-#: More values than any config has: aliases of aliases, that grow without end.
+#: Keys allowed on the command line only: environment variables, shell commands on a cluster, log files, config paths.
+_COMMAND_LINE_ONLY = {"env_set", "setup", "teardown", "srun_args", "filename", "searchpath"}
+#: Limit on the number of values, which nested YAML aliases can multiply.
 _MOST_VALUES = 100_000
 
 
 def check_arguments(arguments: Sequence[str]) -> list[Path]:
-    """Raise :class:`~gm_mlic.errors.ConfigError` for what a command line, or a config that it brings, may not do.
+    """Check a command line and the configs of its ``--config-dir``.
 
     Returns:
-        The folders with configs that it brings.
+        The folders given as ``--config-dir``.
+
+    Raises:
+        ConfigError: for flags, classes or keys that are not allowed.
     """
     folders = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument.startswith("-"):
             flag, _, value = argument.partition("=")
             if flag not in FLAGS:
-                raise ConfigError(f"{flag}: there is no such option; there are {', '.join(sorted(FLAGS))}, --verbose.")
+                raise ConfigError(f"{flag}: unknown flag; choose from {', '.join(sorted(FLAGS))}, --verbose.")
             if flag in ("--config-dir", "-cd"):
                 folders.append(Path(value or following))
         elif argument.lstrip("+~").startswith("hydra.searchpath"):
-            raise ConfigError(f"{argument}: give a folder with configs as --config-dir DIR.")
+            raise ConfigError(f"{argument}: pass a folder of configs as --config-dir DIR.")
         elif "=" in argument:
             key, _, value = argument.lstrip("+~").partition("=")
             if not key:
@@ -83,50 +84,47 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
 
 
 def _check_target(key: str, value: str, where: str) -> None:
-    """A command line is its user's own; still, what it calls is of the list (as ``hydra.callbacks.x._target_=...``)."""
+    """Check classes named in a setting of the command line, e.g. ``hydra.callbacks.x._target_=...``."""
     if key.rpartition(".")[2] in _CALLS and value.strip("'\"") not in TARGETS | LOGGING:
-        raise ConfigError(f"{where}: {key}={value} is not of the classes that a config may name.")
+        raise ConfigError(f"{where}: {key}={value} is not an allowed class.")
     for name in re.findall(r"_target_['\"]?\s*:\s*['\"]?([^\s,'\"}]+)", value):
         if name not in TARGETS:
-            raise ConfigError(f"{where}: {key} names {name}, which is not of the classes that a config may name.")
+            raise ConfigError(f"{where}: {key} names {name}, which is not an allowed class.")
 
 
 def _check_file(file: Path) -> None:
     try:
         documents = list(yaml.safe_load_all(file.read_text()))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: no readable YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file}: not readable YAML: {' '.join(str(error).split())}") from error
     for number, (key, value) in enumerate(_leaves(documents)):
-        bad = None
+        problem = None
         if number > _MOST_VALUES or key is None:
-            bad = "is larger or deeper than any config"
-        elif key in _OURS:
-            bad = f"sets {key}"
+            problem = "is too large or too deep"
+        elif key in _COMMAND_LINE_ONLY:
+            problem = f"sets {key}"
         elif key in _CALLS and not (isinstance(value, str) and value in TARGETS | LOGGING):
-            bad = f"names {value}"
+            problem = f"names {value}"
         elif isinstance(value, str) and value not in LOGGING and _HIDDEN.search(value):
-            bad = f"hides a call in {value!r}"
-        if bad is not None:
-            raise ConfigError(f"{file}: {bad}, which a config from elsewhere may not (docs/reliability.md).")
+            problem = f"hides a call in {value!r}"
+        if problem is not None:
+            raise ConfigError(f"{file}: {problem}, which custom configs may not (docs/reliability.md).")
 
 
-#: A mapping, or an import, written as a text.
+#: Mappings and imports in strings.
 _HIDDEN = re.compile(r"_target_|\b(?:ext|cfg)://|\$\{\s*oc\.(?:create|decode)")
 
 
 def _leaves(tree: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str | None, Any]]:
-    """The last key and the value of everything that is no container; of what is called or ours, of containers too.
-
-    A key of None stands for what is too deep to look at.
-    """
+    """Last key and value of all scalars, and of containers under restricted keys; key None for too deep content."""
     if depth > 50:
         yield None, None
         return
     if isinstance(tree, dict):
         for name, value in tree.items():
-            # A key may be dotted, or be that of a defaults list (override group@package).
+            # Keys may be dotted, or entries of a defaults list (override group@package).
             last = re.split(r"[.@/]", str(name))[-1]
-            if last in _OURS | _CALLS and isinstance(value, (dict, list)):
+            if last in _COMMAND_LINE_ONLY | _CALLS and isinstance(value, (dict, list)):
                 yield last, value
             yield from _leaves(value, last, depth + 1)
     elif isinstance(tree, list):

@@ -1,4 +1,4 @@
-"""``gm-mlic dashboard``: the W&B workspace for runs that were logged with ``logger=wandb``."""
+"""Command ``gm-mlic dashboard``: a W&B workspace for runs logged with ``logger=wandb``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _F1 = ("val/CF1", "val/OF1")
 
 
 def build_workspace(entity: str, project: str) -> Any:
-    """The workspace: curves, sweeps over m and k, ablations, labels, photos.
+    """Build the workspace: curves, sweeps over m and k, ablations, labels, photos.
 
-    Panels read the names under which :mod:`gm_mlic.training.tracking` logs, so they fill as runs come in.
+    Panels read the names logged by :mod:`gm_mlic.training.tracking`.
 
     Raises:
-        ConfigError: if wandb-workspaces is not installed.
+        ConfigError: if ``wandb-workspaces`` is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -33,7 +33,7 @@ def build_workspace(entity: str, project: str) -> Any:
     def sweep(key: str, title: str) -> Any:
         return wr.ScatterPlot(title=title, x=wr.Config(key), y=wr.SummaryMetric("test/mAP"), regression=False)
 
-    # define_metric(summary="max") keeps a maximum under NAME.max.
+    # define_metric(summary="max") stores the maximum as NAME.max.
     columns: list[Any] = [
         wr.Config("graph.m"), wr.Config("model.k"), wr.Config("model.fusion"), wr.Config("ablation"),
         wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP.max"), wr.SummaryMetric("test/mAP"),
@@ -85,7 +85,7 @@ def build_workspace(entity: str, project: str) -> Any:
 
 
 def dashboard(config: DictConfig) -> None:
-    """Save the workspace at W&B if somebody is logged in, else write its definition to ``config.out``."""
+    """Save the workspace at W&B; without a login, write its definition to ``config.out``."""
     try:
         import wandb
     except ImportError as error:
@@ -97,11 +97,11 @@ def dashboard(config: DictConfig) -> None:
             api = wandb.Api(timeout=20)
             entity = entity or api.default_entity
             workspace = build_workspace(entity, config.project).save()
-        except Exception as error:  # W&B raises whatever its HTTP library does
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except Exception as error:  # W&B passes on errors of its HTTP library
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"W&B did not take the workspace ({why}): check the connection, entity and project; with "
-                "WANDB_MODE=offline its definition is written to a file."
+                f"saving the workspace at W&B failed ({reason}): check the network, entity and project, or set "
+                "WANDB_MODE=offline to write its definition to a file."
             ) from error
         print(f"dashboard: {workspace.url}")
         return
@@ -112,13 +112,11 @@ def dashboard(config: DictConfig) -> None:
         content = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(content, indent=2) + "\n")
-    print(
-        f"dashboard: definition in {out}; nobody is logged in to W&B: `wandb login`, then this command saves it there."
-    )
+    print(f"dashboard: definition in {out}; to save it at W&B, run `wandb login` and then this command again.")
 
 
 def _is_logged_in(wandb: Any) -> bool:
-    """Whether ``wandb login`` has left a key (in the netrc file) for the server in use."""
+    """Whether the netrc file has a key for the server, as written by ``wandb login``."""
     import netrc
 
     host = str(wandb.setup().settings.base_url).split("//")[-1].split("/")[0].split(":")[0]

@@ -1,4 +1,4 @@
-"""``gm-mlic dataset``: what is in a dataset, as tables, a picture of each split and a JSON file."""
+"""Command ``gm-mlic dataset``: statistics of a dataset as tables, pictures and JSON."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gm_mlic.validation import section
 
 
 def describe(config: DictConfig) -> dict[str, Any]:
-    """Count what is in the splits of ``config.dataset``, print it and write it into ``config.run_dir``.
+    """Print the statistics of ``config.dataset`` and write them to ``config.run_dir``.
 
     Returns:
-        What ``statistics.json`` holds.
+        Content of ``statistics.json``.
 
     Raises:
-        GMMLICError: for a dataset that cannot be read. Missing and unreadable images, and labels without a vector, are
-            part of the answer, as far as the dataset's own settings let them pass.
+        GMMLICError: if the dataset cannot be read. Missing and unreadable images and labels without a vector are
+            listed instead, if the settings of the dataset allow them.
     """
     datasets = {split: build.build_dataset(config, split) for split in config.splits}
     splits = [statistics(dataset) for dataset in datasets.values()]
@@ -39,9 +39,9 @@ def describe(config: DictConfig) -> dict[str, Any]:
     for table in (labels_table(splits), cooccurrence_table(splits[0]), overview_table(splits, unreadable)):
         console.print(table)
     for split, stats in zip(datasets, splits, strict=True):
-        _list(f"{split}: {len(stats.missing):,} images are missing", stats.missing)
+        _list(f"{split}: {len(stats.missing):,} missing images", stats.missing)
         bad = {} if unreadable is None else unreadable[split]
-        _list(f"{split}: {len(bad):,} images cannot be read", list(bad.values()))
+        _list(f"{split}: {len(bad):,} unreadable images", list(bad.values()))
     if unknown is not None:
         title = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({config.embedding.path or 'hashed'})"
         _list(title, unknown, every=True)
@@ -70,17 +70,17 @@ def _check(dataset: MultiLabelDataset) -> dict[str, str]:
 
 
 def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:
-    """Labels with a word that the embedding has no vector for."""
+    """Labels with an out-of-vocabulary word."""
     embedding = embed_labels(labels, **section(config, "embedding") | {"oov": "zeros"})
     return list(embedding.out_of_vocabulary)
 
 
-def _list(what: str, names: Iterable[str], every: bool = False) -> None:
-    """Print what there is too much of; ten of them, or every one. Nothing if it is none and need not be said."""
+def _list(title: str, names: Iterable[str], every: bool = False) -> None:
+    """Print a title and up to ten names, or nothing without names; with ``every``, all names, and always the title."""
     names = list(names)
     if names:
         printed = names if every else names[:10]
         more = "" if len(printed) == len(names) else f"\n  ... and {len(names) - len(printed):,} more (statistics.json)"
-        print(f"{what}:\n  " + "\n  ".join(printed) + more)
+        print(f"{title}:\n  " + "\n  ".join(printed) + more)
     elif every:
-        print(f"{what}.")
+        print(f"{title}.")

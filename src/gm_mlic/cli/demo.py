@@ -1,4 +1,4 @@
-"""``gm-mlic demo``: the whole system on drawn scenes, ending in a table and a picture."""
+"""Command ``gm-mlic demo``: three models on synthetic scenes, compared in a table and a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gm_mlic.training.run import SplitData, predict, split_data, train
 
 log = logging.getLogger(__name__)
 
-#: What the rows of ``conf/demo.yaml`` are called in the table.
+#: Names in the table of the rows of ``conf/demo.yaml``.
 _NAMES = {
     "mil_max": "max-pooled, no graphs",
     "concat": "GM-MLIC, concat",
@@ -35,10 +35,10 @@ _PICTURED, _PANELS = "product", 12
 
 
 def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Train the models of ``config.rows`` on one instance store and compare them with what is known beforehand.
+    """Train the models of ``config.rows`` on one instance store; compare them with the known limit and the detector.
 
     Returns:
-        The rows of the table: names and test metrics.
+        Rows of the table: names and test metrics.
     """
     begin = time.monotonic()
     check(config)
@@ -64,7 +64,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     _draw(_row_config(config, _PICTURED), test, picture)
     (run_dir / "results.md").write_text(comparison_markdown(table))
     (run_dir / "results.json").write_text(json.dumps(dict(table), indent=2) + "\n")
-    title = f"{len(readable)} test scenes, {config.metrics.convention} metrics, %"
+    title = f"{len(readable)} test scenes, metrics in % (convention {config.metrics.convention})"
     Console().print(comparison_table(table, title))
     minutes = (time.monotonic() - begin) / 60
     print(f"run folder: {run_dir}\npicture:    {picture}\ntime:       {minutes:.1f} min")
@@ -72,17 +72,17 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
 
 
 def detector_scores(store: InstanceStore) -> np.ndarray:
-    """(N, C): the best confidence of any instance that the detector itself gave label c, found by its name; else 0."""
+    """Scores (N, C): the highest confidence among instances detected as label c, matched by name; 0 without any."""
     column_of = np.array([*labels_of(store.manifest.detector_labels, store.manifest.labels), -1])
     scores = np.zeros((len(store.counts), len(store.manifest.labels)), dtype=np.float32)
-    labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no label, and for one of the detector's only
+    labels = column_of[store.detected_labels[:, 0]]  # (N, m); -1 for no class, and for classes that are not labels
     image, slot = np.nonzero(labels >= 0)
     np.maximum.at(scores, (image, labels[image, slot]), store.scores[image, 0, slot])
     return scores
 
 
 def _row_config(config: DictConfig, row: str) -> DictConfig:
-    """The config of one row: its model, and a run folder of its own."""
+    """Config of one row, with its model and run folder."""
     row_config = copy.deepcopy(config)
     row_config.model = config.rows[row]
     row_config.run_dir = str(Path(config.run_dir) / row)
@@ -96,7 +96,7 @@ def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dic
 
 
 def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
-    rows, scores, winners = predict(config, Path(config.run_dir) / "checkpoints" / "best.ckpt", test)
+    rows, scores, argmax_instance = predict(config, Path(config.run_dir) / "checkpoints" / "best.ckpt", test)
     assert test.store is not None
     panels = []
     for i in range(min(_PANELS, len(rows))):
@@ -106,8 +106,8 @@ def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
             scores[i].numpy(),
             test.dataset.targets[row],
             test.store.boxes[row, 0],
-            winners[i].numpy(),
+            argmax_instance[i].numpy(),
             build.build_metrics(config, test.dataset.labels).convention.threshold,
         )
         panels.append((test.dataset.image(row), found))
-    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: {len(panels)} test scenes, and the box that won each label")
+    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: {len(panels)} test scenes with labels and argmax boxes")

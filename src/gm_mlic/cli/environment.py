@@ -1,4 +1,4 @@
-"""What a process of ours needs before torch is imported: the first, and those that a launcher starts for its jobs."""
+"""Process settings that must be made before torch is imported, in the main process and in jobs of a launcher."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import warnings
 
 
 def prepare_process() -> None:
-    """Set how threads wait and memory is kept, and silence what is not for users to mend."""
-    # How long a thread that waits for work spins before it sleeps. Spinning long (OpenMP's habit) takes the core from
-    # other processes; not at all, and each of a graph network's many small operations has to wake a sleeper, which
-    # halves the speed on two cores. Read when torch is imported.
+    """Configure OpenMP threads and the memory allocator, and silence irrelevant warnings."""
+    # Spin count of idle OpenMP threads, read when torch is imported. The default spins long and takes the core from
+    # other processes. Without spinning, each of the network's many small operations has to wake threads, which halves
+    # the speed on two cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    _keep_memory()
-    # PyG's use of TorchScript is not for our users to mend.
+    _keep_freed_memory()
+    # PyG uses TorchScript; users cannot fix that.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 
 
-def _keep_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
+def _keep_freed_memory() -> None:
+    """Make glibc keep freed memory for reuse; other C libraries are not changed.
 
-    By itself it maps large tensors anew each time, and the kernel zeroes them page by page: a quarter of the time of a
-    graph network on a CPU. Other C libraries are left as they are.
+    By default glibc maps and zeroes the pages of each large tensor again, a quarter of the time of a graph network on a
+    CPU.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

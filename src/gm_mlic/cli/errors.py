@@ -1,4 +1,4 @@
-"""Say any exception in one line, with the exit code that belongs to it."""
+"""One-line error messages and exit codes for exceptions."""
 
 from __future__ import annotations
 
@@ -19,28 +19,26 @@ from omegaconf.errors import (
 from gm_mlic.cli.config_schema import groups_of, options, unknown
 from gm_mlic.errors import GMMLICError
 
-_MENDABLE_OS_ERRORS = {
-    errno.ENOSPC: "the disk is full; free some space, then run the same command again: it continues",
-    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again: it continues",
+_USER_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again to resume",
+    errno.EDQUOT: "the disk quota is exceeded; free some space, then run the same command again to resume",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "the file system is read-only",
-    errno.ENOTDIR: "a part of this path is a file, where a folder is needed: choose another place",
-    errno.EEXIST: "there is a file of this name, where a folder is needed: choose another place",
-    errno.EISDIR: "there is a folder of this name, where a file is needed: choose another place",
-    errno.ENAMETOOLONG: "this name is too long for the file system: choose another place",
+    errno.ENOTDIR: "part of this path is a file, not a folder: choose another path",
+    errno.EEXIST: "a file with this name exists, a folder is needed: choose another path",
+    errno.EISDIR: "a folder with this name exists, a file is needed: choose another path",
+    errno.ENAMETOOLONG: "the name is too long for the file system: choose another path",
 }
 
 
-#: What torch.distributed says when the other side of a connection is gone.
-_OTHER_GONE = re.compile(
-    r"^Dist\w*Error:|gloo/transport|NCCL (error|communicator)|[Cc]onnection (closed|reset) by peer"
-)
-#: What to do where memory is full.
+#: Messages of torch.distributed when another process has ended.
+_PEER_LOST = re.compile(r"^Dist\w*Error:|gloo/transport|NCCL (error|communicator)|[Cc]onnection (closed|reset) by peer")
+#: Advice for out-of-memory errors.
 _LESS_MEMORY = {
-    "train": "lower trainer.batch_size (instances.batch_size while extracting), or set "
-    "model.gradient_checkpointing=true, which takes less memory and more time; then run the same command again: it "
-    "continues.",
+    "train": "lower trainer.batch_size (instances.batch_size during extraction), or set "
+    "model.gradient_checkpointing=true, which needs less memory and more time; then run the same command again to "
+    "resume.",
     "predict": "lower batch_size, or scale the largest photos down.",
     "explain": "scale the photo down.",
     "export": "set a smaller size.",
@@ -49,58 +47,57 @@ _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memor
 
 
 def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[str, int]:
-    """One line for people, and the exit code.
+    """Error message in one line, and exit code.
 
     Args:
-        error: what was raised.
-        command: the command it was raised in.
-        arguments: that command's arguments; they help to name what would have been right.
+        error: the exception.
+        command: the command that raised it.
+        arguments: arguments of the command, used for suggestions.
     """
     if isinstance(error, GMMLICError):
         return f"error: {_one_line(str(error))}", error.exit_code
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return f"error: {_one_line(_setting(error, command, arguments))}", 2
-    if isinstance(error, OSError) and error.errno in _MENDABLE_OS_ERRORS:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"error: {where}{_MENDABLE_OS_ERRORS[error.errno]}.", 2
-    # torch's own class, on a GPU; importing torch only to name it would be slow. On a CPU it says RuntimeError.
+        return f"error: {_one_line(_config_error(error, command, arguments))}", 2
+    if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
+        path = f"{error.filename}: " if error.filename else ""
+        return f"error: {path}{_USER_OS_ERRORS[error.errno]}.", 2
+    # By name, since importing torch is slow. On a CPU, torch raises RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
-        remedy = _LESS_MEMORY.get(command, _LESS_MEMORY["train"])
-        return f"error: memory is full: {remedy}", 2
-    if isinstance(error, RuntimeError) and _OTHER_GONE.search(f"{type(error).__name__}: {error}"):
+        advice = _LESS_MEMORY.get(command, _LESS_MEMORY["train"])
+        return f"error: out of memory: {advice}", 2
+    if isinstance(error, RuntimeError) and _PEER_LOST.search(f"{type(error).__name__}: {error}"):
         return (
-            "error: another process of this run has ended (if it said why, that is above); run the same command again: "
-            "it continues.",
+            "error: another process of this run has ended (its error, if any, is above); run the same command again to "
+            "resume.",
             2,
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return (
-            "error: a process that reads images was killed, by the system if memory was short: lower "
-            "instances.num_workers and trainer.num_workers (0 reads in the main process), then run the same command "
-            "again: it continues.",
+            "error: a data loader worker was killed, possibly by the system for lack of memory: lower "
+            "instances.num_workers and trainer.num_workers (0: no workers), then run the same command again to resume.",
             2,
         )
     if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        why = _one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        reason = _one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         return (
-            f"error: torch.compile failed ({why}): it needs a C++ compiler; or do without (trainer.compile=false).",
+            f"error: torch.compile failed ({reason}): install a C++ compiler, or set trainer.compile=false.",
             2,
         )
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
-        return f"error: {_no_option(arguments)}", 2
+        return f"error: {_invalid_option(arguments)}", 2
     if isinstance(error, ValueError) and "StudyDirection" in str(error):
         return "error: hydra.sweeper.direction: expected one of minimize, maximize.", 2
-    what = _one_line(f"{type(error).__name__}: {error}")
-    return f"internal error: {what} (run with --verbose for the traceback, and please report it)", 1
+    message = _one_line(f"{type(error).__name__}: {error}")
+    return f"internal error: {message} (run with --verbose for the traceback, and please report it)", 1
 
 
-def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> str:
-    """What is wrong with a setting, and what would be right."""
+def _config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:
+    """Message for an error of Hydra or OmegaConf, with valid values or keys."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
             return f"{group}={option} is not installed: pip install 'gm-mlic[sweep]'."
-        return f"{group}={option}: there is no such option; choose from {', '.join(sorted(error.options))}."
+        return f"{group}={option}: unknown option; choose from {', '.join(sorted(error.options))}."
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
         return _unknown_key(str(cause.full_key), command, arguments)
@@ -113,7 +110,7 @@ def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> st
     several = re.match(r"Ambiguous value for argument '([^']*?)=([^']*)'", str(error))
     if several:
         key, values = several.groups()
-        return f"{key}={values}: add -m to run each of these, or write {key}=[{values}] if they are one list."
+        return f"{key}={values}: add -m to run each of these values, or write {key}=[{values}] for a list."
     no_match = re.search(r"Could not override '([\w/@.]+)'", str(error))
     if isinstance(error, ConfigCompositionException) and no_match:
         return _unknown_key(no_match.group(1), command, arguments)
@@ -123,17 +120,17 @@ def _setting(error: BaseException, command: str, arguments: Sequence[str]) -> st
     return re.sub(r"\s+(object|reference)_type=\w+", "", message)
 
 
-def _no_option(arguments: Sequence[str]) -> str:
-    """Say which group got something that is no name, as ``model=5``; there Hydra names nothing."""
+def _invalid_option(arguments: Sequence[str]) -> str:
+    """Message for a group option that is not a name, e.g. ``model=5``; Hydra's message lacks the group."""
     for argument in arguments:
         group = argument.lstrip("+").partition("=")[0]
         if options(group) and not re.search(r"=.*[A-Za-z]", argument.replace("null", "")):
-            return f"{argument}: there is no such option; choose from {', '.join(options(group))}."
-    return "a group of settings (model, dataset, ...) was given something that is no name of an option."
+            return f"{argument}: unknown option; choose from {', '.join(options(group))}."
+    return "the option of a config group (model, dataset, ...) must be a name."
 
 
 def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
-    """Name the settings that stand where ``key`` was looked for."""
+    """Message for an unknown key, with the settings of its section."""
     from gm_mlic.cli.compose import compose
 
     parent = key.rpartition(".")[0]
@@ -144,7 +141,7 @@ def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
         section = OmegaConf.select(config, parent) if parent else config
         known = {str(k) for k in section}
     except Exception:
-        return f"{key}: there is no such setting; see gm-mlic {command} --help."
+        return f"{key}: unknown setting; see gm-mlic {command} --help."
     return unknown(key, known if parent else known | set(groups_of(name)))
 
 

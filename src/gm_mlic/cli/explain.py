@@ -1,4 +1,4 @@
-"""``gm-mlic explain``: why a photo was given a label."""
+"""Command ``gm-mlic explain``: match matrix and edge influences of a predicted label."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from gm_mlic.device import require_device
 from gm_mlic.reporting.explanation import explanation_picture
 from gm_mlic.zoo import Explanation, Predictor, explain
 
-#: Influences that are printed; all are in the file.
-_SHOWN = 10
+#: Number of printed influences; the file has all.
+_PRINTED = 10
 _RECEIVER = {"instance": "the argmax instance", "label": "this label"}
 
 
 def explain_photo(config: DictConfig) -> Path:
-    """Explain one label of one photo; returns the picture.
+    """Explain one label of one photo; returns the path of the picture.
 
     Raises:
         UnreadableImage: if the photo cannot be read.
-        ConfigError: if there is no such label, or the model has no graph.
+        ConfigError: if the label is unknown, or the model has no graph.
     """
     predictor = Predictor.load(config.checkpoint, require_device(config.device))
     photo = read_image(config.image)
@@ -40,17 +40,17 @@ def explain_photo(config: DictConfig) -> Path:
         title=f"{found.label}: argmax instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
     )
     table.add_column("edge", overflow="fold")
-    table.add_column("change of the logit", justify="right")
-    for influence in found.influences[:_SHOWN]:
+    table.add_column("contribution to the logit", justify="right")
+    for influence in found.influences[:_PRINTED]:
         edge = f"{influence.source} {influence.neighbor} to {_RECEIVER[influence.target]} ({influence.edge_type[1]})"
         table.add_row(edge, f"{influence.change:+.3f}")
     Console(highlight=False, markup=False).print(table)
-    print(f"{picture} and {picture.with_suffix('.json').name}: the match matrix, and all {len(found.influences)} edges")
+    print(f"{picture} and {picture.with_suffix('.json').name}: match matrix and all {len(found.influences)} edges")
     return picture
 
 
 def as_dict(found: Explanation, image: str) -> dict[str, object]:
-    """An explanation as JSON has it; a match logit is None where no edge joins instance and label."""
+    """JSON form of an explanation; match logits without an edge are None."""
     prediction = found.prediction
     return {
         "image": image,

@@ -1,4 +1,4 @@
-"""``gm-mlic export``: a trained model as a folder to share, or as a program."""
+"""Command ``gm-mlic export``: a trained model as a folder, ``torch.export`` program or ONNX file."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 
 
 def export(config: DictConfig) -> Path:
-    """Write what ``config`` asks for; returns where it is.
+    """Export a model; returns the path of the output.
 
     Raises:
-        WeightsError: for a model that cannot be used, or a hub that does not take it.
-        ConfigError: for settings that do not go together.
+        WeightsError: if the model cannot be loaded, or its upload fails.
+        ConfigError: for settings that exclude each other.
     """
     if config.push is not None and config.format != "pretrained":
-        raise ConfigError(f"push={config.push} goes with format=pretrained, not with format={config.format}.")
+        raise ConfigError(f"push={config.push} needs format=pretrained, got format={config.format}.")
     predictor = Predictor.load(config.checkpoint)
     if config.labels is not None:
         if config.format == "pretrained":
-            raise ConfigError("labels= goes with format=torch and format=onnx: a shared model keeps its labels.")
+            raise ConfigError("labels needs format=torch or format=onnx: format=pretrained keeps the model's labels.")
         predictor = for_labels(predictor, config)
     if config.format == "pretrained":
         card = card_of(Path(config.checkpoint), predictor.card)
@@ -41,25 +41,26 @@ def export(config: DictConfig) -> Path:
         names = ", ".join(sorted(file.name for file in folder.iterdir() if file.is_file()))
         print(f"{folder}: {names}")
         if config.push is not None:
-            print(f"on the hub: {push(folder, config.push, private=config.private)}")
+            print(f"uploaded to {push(folder, config.push, private=config.private)}")
         return folder
     path = Path(config.out)
     if path.suffix != SUFFIXES[config.format]:
         path = path.with_name(path.name + SUFFIXES[config.format])
-    log.info("Writing %s and comparing it with the model; this can take a minute.", path)
+    log.info("exporting %s and comparing it with the model; this can take a minute", path)
     size = None if config.size is None else (int(config.size[0]), int(config.size[1]))
-    worst = write_program(predictor, path, config.format, config.part, size)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {config.part}; differs from the model by at most {worst:.1e}")
+    difference = write_program(predictor, path, config.format, config.part, size)
+    print(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {config.part}; largest difference from the model {difference:.1e}"
+    )
     return path
 
 
-def card_of(checkpoint: Path, otherwise: ModelCard) -> ModelCard:
-    """What the run of ``RUN/checkpoints/NAME.ckpt`` says of data and metrics; ``otherwise`` for other places."""
+def card_of(checkpoint: Path, default: ModelCard) -> ModelCard:
+    """Model card from the run folder of ``RUN/checkpoints/NAME.ckpt``; ``default`` without a finished run."""
     run = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (run / RESULT).is_file():
-        return otherwise
-    found = read_run(run)
-    result: dict[str, Any] = dict(found.result or {})
+        return default
+    result: dict[str, Any] = dict(read_run(run).result or {})
     names = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
     training = {name: result[name] for name in ("seed", "best_epoch", "epochs", "revision") if result.get(name)}
     return ModelCard(

@@ -1,6 +1,6 @@
-"""The console script ``gm-mlic``: choose a command, hand the rest to Hydra, turn errors into one line and a code.
+"""Console script ``gm-mlic``: dispatches commands to Hydra and reports errors in one line with an exit code.
 
-Exit codes: 0 done, 1 a defect of this package, 2 something the user can mend, 130 interrupted, 143 terminated.
+Exit codes: 0 success, 1 internal error, 2 user error, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from gm_mlic.cli.environment import prepare_process
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import Terminated
 
-#: What each command does, in one line.
+#: Summaries of the commands.
 COMMANDS = {
-    "demo": "see the whole system work on drawn scenes, in minutes; nothing is downloaded",
-    "train": "train a model, from images to metrics; continues where it was stopped",
-    "eval": "evaluate a checkpoint on a split, or a file of scores",
-    "predict": "labels of photos, and the boxes that explain them",
-    "explain": "why a photo was given a label: the match matrix, and what each edge changed",
-    "serve": "a page in the browser: drop a photo, edit the labels, see which instance matched which",
-    "export": "a trained model as a folder to share, or as a program (torch.export, ONNX)",
-    "dataset": "show what is in a dataset: images, labels, co-occurrences, what is missing",
-    "extract": "run the detector once over a dataset and keep its instances",
-    "train-detector": "train a detector on a dataset that has boxes",
-    "plan": "estimate what a run will take: time, memory and disk",
-    "runs": "list runs with their state, what they differ in, and their mAP",
-    "report": "write tables and figures of runs, beside the paper's, as one page",
-    "dashboard": "make a W&B workspace for runs logged with logger=wandb",
-    "bench": "measure dense against sparse execution",
+    "demo": "train and compare three models on synthetic scenes, in minutes, without downloads",
+    "train": "train and test a model; resumes an unfinished run",
+    "eval": "evaluate a checkpoint on a split, or the scores of any model in a file",
+    "predict": "predict the labels of photos and their argmax boxes",
+    "explain": "explain a predicted label: match matrix and influence of each edge",
+    "serve": "serve a local web page for interactive prediction",
+    "export": "export a trained model as a folder to share, or to torch.export or ONNX",
+    "dataset": "show statistics of a dataset: images, labels, co-occurrences, missing files",
+    "extract": "run the detector on a dataset and store its instances",
+    "train-detector": "train a detector on a dataset with boxes",
+    "plan": "estimate time, memory and disk space of a run",
+    "runs": "list runs with their state, differing settings and mAP",
+    "report": "write tables and figures of runs beside the paper's, as one page",
+    "dashboard": "create a W&B workspace for runs logged with logger=wandb",
+    "bench": "measure time and memory of dense and sparse execution",
 }
 
-#: Where processes that this one starts find its command.
+#: Environment variable that passes the command to child processes.
 COMMAND_VARIABLE = "GM_MLIC_COMMAND"
 
 _HELP = f"""gm-mlic {__version__}: graph matching based multi-label image classification
@@ -63,13 +63,13 @@ examples:
   gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt out=my-model
   gm-mlic eval scores=scores.csv targets=targets.csv
 
-gm-mlic COMMAND --help tells what a command does and which settings it has.
+gm-mlic COMMAND --help describes a command and its settings.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and labels that the terminal's encoding has not
+    """Run the command line and exit with its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names and labels may not be in the terminal's encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
 
@@ -85,35 +85,35 @@ def run(argv: list[str]) -> int:
         print(f"gm-mlic {__version__}")
         return 0
     if "LOCAL_RANK" in os.environ and COMMAND_VARIABLE in os.environ and argv[0] not in COMMANDS:
-        # Lightning starts the other processes of a node with our settings, but does not know of commands.
+        # Lightning starts the other processes of a node with the settings, but without the command.
         argv = [os.environ[COMMAND_VARIABLE], *argv]
     command, arguments = argv[0], argv[1:]
     os.environ[COMMAND_VARIABLE] = command
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}."
-        print(f"gm-mlic: error: no command {command!r}: {hint}", file=sys.stderr)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(COMMANDS)}."
+        print(f"gm-mlic: error: unknown command {command!r}: {hint}", file=sys.stderr)
         return 2
-    # Hydra prints errors and exits by itself unless this is set; we report them, so they must reach us.
+    # Makes Hydra raise errors instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     prepare_process()
     before = _handle_sigterm()
-    # Only rank 0 prints; but each process reports its own errors.
+    # Only rank 0 prints, but each rank reports its own errors.
     rank = rank_info().rank
-    speaker = f"gm-mlic: process {rank}" if rank else "gm-mlic"
+    prefix = f"gm-mlic: rank {rank}" if rank else "gm-mlic"
     try:
         from gm_mlic.cli import commands
 
         commands.run(command, arguments, verbose=verbose)
     except Terminated as stop:
         if rank == 0:
-            print("gm-mlic: terminated; the same command continues where it stopped.", file=sys.stderr)
+            print("gm-mlic: terminated; run the same command again to resume.", file=sys.stderr)
         return int(stop.code)  # type: ignore[arg-type]
     except SystemExit as stop:  # argparse, and Hydra's --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         if rank == 0:
-            print("\ngm-mlic: interrupted; the same command continues where it stopped.", file=sys.stderr)
+            print("\ngm-mlic: interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `gm-mlic ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,7 +124,7 @@ def run(argv: list[str]) -> int:
         if verbose:
             traceback.print_exc()
         line, code = explain(error, command, arguments)
-        print(f"{speaker}: {line}", file=sys.stderr)
+        print(f"{prefix}: {line}", file=sys.stderr)
         return code
     finally:
         if before is not None:
@@ -133,9 +133,10 @@ def run(argv: list[str]) -> int:
 
 
 def _handle_sigterm() -> Any:
-    """Have SIGTERM unwind the stack, so that locks are freed and the run folder says what became of it.
+    """Raise :class:`Terminated` on SIGTERM, so that locks are released and the run's state is recorded.
 
-    Returns the handler before; None where signals cannot be handled, in a thread other than the first.
+    Returns:
+        The previous handler; None in threads other than the main thread, which cannot handle signals.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""``gm-mlic plan``: what a run will take in time, memory and disk, before anyone starts it."""
+"""Command ``gm-mlic plan``: estimate of time, memory and disk space of a run."""
 
 from __future__ import annotations
 
@@ -33,24 +33,23 @@ from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
 from gm_mlic.validation import section
 
-#: Images of the official training and test sets, and labels, for plans without the data (counted by the tests of the
-#: datasets, from the real label files).
+#: Numbers of official training and test images and of labels, for plans without the data; tests check them.
 PUBLISHED: Mapping[str, tuple[int, int, int]] = {
     "voc2007": (5_011, 4_952, 20),
     "voc2012": (5_717, 5_823, 20),
     "coco2014": (82_081, 40_137, 80),
     "nuswide": (161_789, 107_859, 81),
 }
-#: Width and height of the drawn images that stand for photos that are not there.
+#: Width and height of random images that replace missing photos.
 _PHOTO = (500, 375)
 _IMAGES = 4
-#: A batch is doubled until it is the run's own, or a step of it takes this many seconds.
+#: The probed batch is doubled up to the run's batch size, or until a step takes this many seconds.
 _STEP_S = 1.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images of each split, labels, and the images themselves if they are there."""
+    """Images per split, number of labels, and the training dataset, if available."""
 
     images: dict[str, int]
     labels: int
@@ -59,15 +58,17 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured on one device, in seconds and bytes for each image; memory grows with the batch.
+    """Measurements on one device, in seconds and bytes per image.
 
     Attributes:
-        detect: seconds to read an image and detect in it.
-        view: of an augmented view.
-        train: of a training step; evaluate: of a forward pass.
-        fixed: bytes of weights, gradients and the optimiser's state; growing: of a training step, for each image.
-        checkpoint: bytes of one.
-        feature_dim: D of the instances.
+        detect: seconds of reading and detection.
+        view: seconds of detection in an augmented view.
+        train: seconds of a training step.
+        evaluate: seconds of a forward pass.
+        fixed: bytes of weights, gradients and optimizer state, independent of the batch size.
+        growing: bytes of a training step per image.
+        checkpoint: bytes of a checkpoint.
+        feature_dim: size of the instance features.
     """
 
     detect: float
@@ -81,36 +82,33 @@ class Probe:
 
 
 def plan(config: DictConfig) -> dict[str, Any]:
-    """Measure, multiply, print; returns what was printed: ``seconds`` by phase and ``bytes`` by what needs them."""
+    """Measure, extrapolate and print; returns the result of :func:`estimate`."""
     begin = time.perf_counter()
     device = resolve_device(config.trainer.accelerator)
     sizes = _sizes(config)
     probe = _measure(config, sizes, device)
     result = estimate(config, sizes, probe)
     machine = describe_machine(device)
-    took = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     console = Console(highlight=False)
     for table in _tables(config, sizes, result):
         console.print(table)
     print(
-        f"Measured in {took:.0f} s on {machine['processor']} ({machine['threads']} threads, torch {machine['torch']})"
-        + (
-            f"; {config.devices} such devices are taken to be {config.devices} times as fast."
-            if config.devices > 1
-            else "."
-        )
+        f"Measured in {seconds:.0f} s on {machine['processor']} "
+        f"({machine['threads']} threads, torch {machine['torch']})"
+        + (f"; linear speedup is assumed for {config.devices} devices." if config.devices > 1 else ".")
     )
     if sizes.dataset is None:
-        print(f"{config.dataset.name} is not there (dataset.root): its published sizes, and drawn images.")
+        print(f"{config.dataset.name} not found (dataset.root): published sizes and random images are used.")
     return result
 
 
 def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
-    """Multiply: every image is detected in once, seen in each epoch if it is for training or validation, tested once.
+    """Extrapolate a probe: one detection per image, training and validation in each epoch, one test.
 
     Returns:
-        ``seconds`` of each phase on ``config.devices`` devices, and their ``total``; ``bytes``: ``stores``,
-        ``checkpoints``, ``memory`` (of each device, in training); ``images`` of each phase.
+        ``seconds`` per phase on ``config.devices`` devices, with their ``total``; ``bytes`` of ``stores``,
+        ``checkpoints`` and ``memory`` (per device, in training); ``images`` per phase.
     """
     N, epochs, n = sizes.images, config.trainer.max_epochs, config.devices
     views, online = config.instances.num_augmentations, config.instances.online
@@ -144,7 +142,7 @@ def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
 
 
 def _sizes(config: DictConfig) -> Sizes:
-    """How many images there are: counted, or else as published."""
+    """Sizes of the dataset: counted, or the published ones."""
     try:
         if OmegaConf.is_missing(config.dataset, "root"):
             raise DataError("dataset.root has no value: set it with dataset.root=DIR.")
@@ -160,7 +158,7 @@ def _sizes(config: DictConfig) -> Sizes:
 
 
 def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int) -> int:
-    """Of the arrays of a store; an image's name in its manifest is taken to need 40."""
+    """Bytes of a store: its arrays, and 40 per image name in the manifest."""
     images, views = sizes.images[split], config.instances.num_augmentations if split == "train" else 0
     names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
     manifest = Manifest(
@@ -174,7 +172,7 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
 def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:
     weights = config.detector.weights
     if weights is not None and weights != "scenes" and not Path(weights).is_file():
-        # Nothing is downloaded for a plan: random weights take as long.
+        # Nothing is downloaded; random weights have the same cost.
         config = OmegaConf.merge(config, {"detector": {"weights": None}})  # type: ignore[assignment]
     extractor = build.build_detector(config)
     detect, view = _detection(config, sizes, extractor)
@@ -183,7 +181,7 @@ def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:
 
 
 def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -> tuple[float, float]:
-    """Seconds for each image and for each augmented view."""
+    """Seconds per image and per augmented view."""
     dataset = sizes.dataset
     generator = torch.Generator().manual_seed(0)
 
@@ -207,14 +205,14 @@ def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -
 
 
 def _readable(dataset: MultiLabelDataset) -> Iterator[Tensor]:
-    """Images from all over the dataset, those that can be read."""
+    """Readable images, spread over the dataset."""
     for i in range(0, len(dataset), max(1, len(dataset) // (2 * _IMAGES))):
         with contextlib.suppress(UnreadableImage):
             yield to_tensor(dataset.image(i))
 
 
 def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) -> tuple[float, float, int, int, int]:
-    """Seconds of a step and of a forward pass, each for an image; bytes: fixed, for each image, of a checkpoint."""
+    """Seconds of a step and of a forward pass per image; bytes: fixed, per image, of a checkpoint."""
     C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
     graph_settings = build.graph_settings(config)
@@ -268,7 +266,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     state = sum(
         t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)
     )
-    # Gradients are in the peak, for they are made anew in each step.
+    # The peak includes the gradients, which are allocated in each step.
     fixed = weights + state + max(0, low - small * growing)
     return train_seconds, evaluate_seconds, fixed, growing, weights + state
 
@@ -276,33 +274,33 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
 def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequence[Table]:
     views = config.instances.num_augmentations
     words = {
-        "extract": "images" + (f", {views} views of those for training" if views else ""),
+        "extract": "images" + (f", {views} views per training image" if views else ""),
         "train": f"images in {config.trainer.max_epochs} epochs",
         "validate": "images",
         "test": "images",
     }
     n = config.devices
     phases = Table(title=f"{config.dataset.name}: time on {n} device{'s' * (n > 1)}", title_justify="left")
-    for head in ("", "what", "time"):
+    for head in ("phase", "work", "time"):
         phases.add_column(head, justify="right" if head == "time" else "left")
-    for phase, what in words.items():
-        phases.add_row(phase, f"{result['images'][phase]:,} {what}", duration(result["seconds"][phase]))
+    for phase, work in words.items():
+        phases.add_row(phase, f"{result['images'][phase]:,} {work}", duration(result["seconds"][phase]))
     phases.add_row("total", "", duration(result["seconds"]["total"]))
     space = Table(title="memory and disk", title_justify="left")
-    for head in ("", "what", "GB"):
+    for head in ("", "use", "GB"):
         space.add_column(head, justify="right" if head == "GB" else "left")
     splits = ", ".join(f"{count:,} {split}" for split, count in sizes.images.items())
-    for name, what in (
-        ("memory", f"of each device, to train on batches of {config.trainer.batch_size}"),
-        ("stores", f"on disk, in {config.instances.root}: {splits}; fastest where they fit into the main memory"),
+    for name, use in (
+        ("memory", f"per device, training with batches of {config.trainer.batch_size}"),
+        ("stores", f"on disk, in {config.instances.root}: {splits}; fastest if they fit into memory"),
         ("checkpoints", "on disk, in the run folder"),
     ):
-        space.add_row(name, what, f"{result['bytes'][name] / 1e9:,.2f}")
+        space.add_row(name, use, f"{result['bytes'][name] / 1e9:,.2f}")
     return phases, space
 
 
 def duration(seconds: float) -> str:
-    """As people say it: ``45 s``, ``12 min``, ``3.4 h``, ``2.1 days``."""
+    """Duration as text: ``45 s``, ``12 min``, ``3.4 h``, ``2.1 days``."""
     for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < limit:
             digits = 1 if unit == 3600 else 0

@@ -1,4 +1,4 @@
-"""``gm-mlic predict``: labels of photos, as tables, lines of JSON and pictures."""
+"""Command ``gm-mlic predict``: labels and argmax boxes of photos, as tables, JSON Lines, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ from gm_mlic.zoo import LabelPrediction, Prediction, Predictor
 
 log = logging.getLogger(__name__)
 
-#: Photos whose labels are shown on the terminal; all are in the files.
-_SHOWN = 20
-#: Labels less probable than this are written down where top asks for them, but not drawn, unless they are predicted.
+#: Number of photos in the printed table; the files have all.
+_PRINTED = 20
+#: Lowest probability of labels in pictures; predicted labels are always drawn.
 _DRAWN = 0.01
-#: Of a picture's name, characters that are its photo's: file systems take 255 bytes, and a character may need four.
+#: Characters of the photo's name in the name of its picture: file names are limited to 255 bytes.
 _STEM = 60
-#: Names of files need not be text; bytes that are none are written as Python and JSON escape them (\udcff).
+#: File names may contain invalid Unicode; such bytes are escaped (\udcff).
 _UTF_8: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-#: In the run folder: what is predicted, and where the pictures are.
+#: Predictions and pictures in the run folder.
 _LINES, _PICTURES = "predictions.jsonl", "pictures"
 COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2", "instance")
 
 
 def predict(config: DictConfig) -> dict[str, str]:
-    """Predict as ``config`` says, write the files and print the first photos' labels.
+    """Predict photos, write the files and print the labels of the first photos.
 
     Returns:
-        Photos that could not be read, with the reason.
+        Unreadable photos, with the reason.
 
     Raises:
-        DataError: if there are no photos, or none of them can be read.
-        WeightsError: for a checkpoint that cannot be used.
+        DataError: if there is no readable photo.
+        WeightsError: if the model cannot be loaded.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
     device = require_device(config.device)
-    moved = {} if config.detector.weights is None else {"weights": config.detector.weights}
-    predictor = Predictor.load(config.checkpoint, device, **moved)
+    detector_settings = {} if config.detector.weights is None else {"weights": config.detector.weights}
+    predictor = Predictor.load(config.checkpoint, device, **detector_settings)
     if config.labels is not None:
         predictor = for_labels(predictor, config)
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_pictures(folder)
     skipped: dict[str, str] = {}
-    table = Table(title=f"first labels of {min(len(photos), _SHOWN)} photos", title_justify="left")
+    table = Table(title=f"top labels of {min(len(photos), _PRINTED)} photos", title_justify="left")
     for head in ("photo", "labels"):
         table.add_column(head, overflow="fold")
     with (
-        (folder / _LINES).open("w", buffering=1, **_UTF_8) as lines,  # a picture is known before it is drawn
+        (folder / _LINES).open("w", buffering=1, **_UTF_8) as lines,  # flushed before each picture is drawn
         (folder / "predictions.csv").open("w", newline="", **_UTF_8) as rows,
     ):
         writer = csv.writer(rows, lineterminator="\n")
@@ -80,7 +80,7 @@ def predict(config: DictConfig) -> dict[str, str]:
                 writer.writerow(
                     [prediction.photo, item.label, f"{item.probability:.6f}", predicted, *box, item.instance]
                 )
-            if done < _SHOWN:
+            if done < _PRINTED:
                 table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
             if config.pictures:
                 drawn = [item for item in found if item.probability >= min(_DRAWN, config.threshold)]
@@ -97,19 +97,20 @@ def predict(config: DictConfig) -> dict[str, str]:
 
 
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
-    """``predictor`` for the ``labels`` of ``config``, a list or a text with commas."""
+    """Predictor for the ``labels`` of ``config``, a list or a comma-separated string."""
     names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-    read = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
-    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **read)
+    embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
+    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **embedding)
 
 
 def find_photos(names: Sequence[str]) -> list[Path]:
-    """The files that names of files, folders and patterns stand for, each once; a folder's by name.
+    """Photos of files, folders and glob patterns, without duplicates; files of a folder are sorted by name.
 
-    Several of them may stand in one text, with commas.
+    Args:
+        names: files, folders or patterns; a string may contain several, separated by commas.
 
     Raises:
-        DataError: for a name that stands for nothing.
+        DataError: for a name without photos.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     photos: dict[Path, None] = {}
@@ -125,19 +126,19 @@ def find_photos(names: Sequence[str]) -> list[Path]:
             if not found and "," in name:
                 found = find_photos([part.strip() for part in name.split(",") if part.strip()])
         if not found:
-            what = "there is no photo in it" if path.is_dir() else "no such file, folder or pattern with files"
-            raise DataError(f"images={name}: {what}.")
+            problem = "the folder has no photos" if path.is_dir() else "no such file, folder or pattern with files"
+            raise DataError(f"images={name}: {problem}.")
         photos.update(dict.fromkeys(found))
     return list(photos)
 
 
 def _is_file(path: Path) -> bool:
-    """Also a link to nothing: it is to be reported, not passed over."""
+    """Whether a path is a file or a broken link, which is reported instead of ignored."""
     return path.is_file() or not path.exists()
 
 
 def _top_or_predicted(prediction: Prediction, top: int, threshold: float) -> list[LabelPrediction]:
-    """The ``top`` labels, and what else is predicted."""
+    """The ``top`` labels and all further predicted labels."""
     return prediction.top(max(top, len(prediction.above(threshold))))
 
 
@@ -160,7 +161,7 @@ def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold
 
 
 def _remove_pictures(folder: Path) -> None:
-    """Remove the pictures of the predictions that ``folder`` holds and this run replaces; no other file."""
+    """Remove the pictures listed in the predictions of ``folder``, which are about to be replaced."""
     try:
         content = (folder / _LINES).read_text(**_UTF_8)
     except OSError:
@@ -170,7 +171,7 @@ def _remove_pictures(folder: Path) -> None:
             name = json.loads(line)["picture"]
         except (ValueError, KeyError, TypeError):
             continue
-        # The file may be anybody's by now: nothing but what a picture is called, where pictures are.
+        # The file is not trusted: only names of pictures in the picture folder are removed.
         if isinstance(name, str) and re.fullmatch(rf"{_PICTURES}/\d{{5,}}-[^/\\]*\.jpg", name):
             (folder / name).unlink(missing_ok=True)
 

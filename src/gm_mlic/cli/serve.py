@@ -1,4 +1,4 @@
-"""``gm-mlic serve``: the page in the browser."""
+"""Command ``gm-mlic serve``: a local web page for interactive prediction."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gm_mlic.zoo import Predictor
 
 
 def serve(config: DictConfig) -> None:
-    """Serve until interrupted.
+    """Serve the page until interrupted.
 
     Raises:
-        ConfigError: without the extra, or if the address cannot be had.
+        ConfigError: if the extra is not installed, or the address is not available.
     """
     try:
         import uvicorn
@@ -32,14 +32,14 @@ def serve(config: DictConfig) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen()  # who reads the address below may ask at once
+        listener.listen()  # before the address is printed, so that clients can connect immediately
     except OSError as error:
         raise ConfigError(f"host={config.host}, port={config.port}: {error.strerror or error}.") from error
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    print(f"http://{name}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"http://{name}:{port} (Ctrl-C to stop)", flush=True)
     if not _is_loopback(host):
-        print("Everybody who reaches this machine can use it; there is no password.", flush=True)
+        print("Every host on the network can use this page; it has no password.", flush=True)
     hosts = [config.host, name, "localhost"] if _is_loopback(host) else ["*"]
     app = build_app(predictor, hosts, embedding)
     with contextlib.suppress(KeyboardInterrupt):

@@ -81,7 +81,7 @@ def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tens
     argmax = torch.where(largest, position, values.shape[1]).amin(dim=1)
     logits = match_logits.gather(1, argmax[:, None]).squeeze(1)
     if label_states is not None:
-        label_states = label_states.expand(len(logits), -1, -1)
+        label_states = label_states.expand(logits.shape[0], -1, -1)  # len() would fix B in torch.export
     return ModelOutput(logits, argmax, label_states, match_logits)
 
 

@@ -1,4 +1,4 @@
-"""The picture of an explanation: the photo, the match matrix, and the influence of each edge."""
+"""Picture of an explanation: photo, match matrix, and influence of each edge."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from PIL import Image
 from gm_mlic.reporting.fonts import save_figure
 from gm_mlic.zoo import Explanation
 
-#: Instances, labels and influences that are shown, at most.
+#: Largest numbers of instances, labels and influences in the picture.
 _ROWS, _COLUMNS, _BARS = 20, 14, 14
-#: Labels that are at least this probable have a winner worth a frame.
+#: Lowest probability of labels whose argmax instance is framed.
 _PREDICTED = 0.5
-_WINNER, _FOR, _AGAINST = "#c2255c", "#1f5fa8", "#b0451b"
+_ARGMAX, _POSITIVE, _NEGATIVE = "#c2255c", "#1f5fa8", "#b0451b"
 
 
 def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path) -> None:
-    """Write a PNG (or what the suffix says) of ``explanation``, ``photo`` being the image that it is about."""
+    """Draw an explanation of ``photo``; the suffix of ``path`` is the file format."""
     figure = Figure(figsize=(15, 5.2), layout="constrained")
     axes = figure.subplots(1, 3, width_ratios=(1, 1.25, 1))
     _photo(axes[0], explanation, photo)
@@ -39,23 +39,23 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
 def _photo(axis: Axes, explanation: Explanation, photo: Image.Image) -> None:
     axis.imshow(photo)
     prediction = explanation.prediction
-    plates: dict[tuple[float, float], list[int]] = {}  # boxes that begin at one place share a plate
+    plates: dict[tuple[float, float], list[int]] = {}  # boxes with nearly the same corner share a plate
     order = [*(i for i in range(len(prediction.boxes)) if i != explanation.instance), explanation.instance]
     for i in order:
         x1, y1, x2, y2 = prediction.boxes[i]
-        won = i == explanation.instance
-        color = _WINNER if won else "white"
+        is_argmax = i == explanation.instance
+        color = _ARGMAX if is_argmax else "white"
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=3.5, ec="black", alpha=0.6))
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2.2 if won else 1.2, ec=color))
-        place = next((at for at in plates if max(abs(at[0] - x1), abs(at[1] - y1)) < 0.03 * photo.width), (x1, y1))
-        plates.setdefault(place, []).append(i)
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2.2 if is_argmax else 1.2, ec=color))
+        corner = next((xy for xy in plates if max(abs(xy[0] - x1), abs(xy[1] - y1)) < 0.03 * photo.width), (x1, y1))
+        plates.setdefault(corner, []).append(i)
     for (x, y), numbers in plates.items():
-        won = explanation.instance in numbers
-        plate = {"boxstyle": "round,pad=0.15", "fc": _WINNER if won else "white", "ec": "none", "alpha": 0.9}
+        is_argmax = explanation.instance in numbers
+        plate = {"boxstyle": "round,pad=0.15", "fc": _ARGMAX if is_argmax else "white", "ec": "none", "alpha": 0.9}
         text = ", ".join(map(str, sorted(numbers)))
-        axis.text(x, y, text, color="white" if won else "black", fontsize=8, va="bottom", bbox=plate)
+        axis.text(x, y, text, color="white" if is_argmax else "black", fontsize=8, va="bottom", bbox=plate)
     axis.set_axis_off()
-    axis.set_title("instances, most confident first", fontsize=10)
+    axis.set_title("instances; red: argmax instance", fontsize=10)
 
 
 def _matrix(axis: Axes, explanation: Explanation) -> None:
@@ -67,7 +67,7 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     if explanation.instance not in rows:
         rows[-1] = explanation.instance
     logits = prediction.matches[np.ix_(rows, columns)].astype(np.float64)
-    matrix = np.where(np.isfinite(logits), 1 / (1 + np.exp(-logits)), np.nan)  # none where there is no edge
+    matrix = np.where(np.isfinite(logits), 1 / (1 + np.exp(-logits)), np.nan)  # NaN without an edge
     image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axis.set_facecolor("0.85")
     names = [f"{i} {name}" if (name := prediction.detected[i]) else str(i) for i in rows]
@@ -76,14 +76,14 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     for x, c in enumerate(columns):
         if prediction.probabilities[c] < _PREDICTED:
             continue
-        y = rows.index(winner) if (winner := int(prediction.matches[:, c].argmax())) in rows else None
+        y = rows.index(instance) if (instance := int(prediction.matches[:, c].argmax())) in rows else None
         if y is not None:
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=1.5, ec="white"))
     mark = (columns.index(chosen) - 0.5, rows.index(explanation.instance) - 0.5)
-    axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=2.5, ec=_WINNER))
-    grey = "; grey: no edge" if np.isnan(matrix).any() else ""
-    axis.set_title(f"match of each instance with each label; framed: argmax instances{grey}", fontsize=10)
-    axis.figure.colorbar(image, ax=axis, fraction=0.04, label="probability of the match")
+    axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=2.5, ec=_ARGMAX))
+    gray = "; gray: no edge" if np.isnan(matrix).any() else ""
+    axis.set_title(f"match matrix; framed: argmax instances of predicted labels{gray}", fontsize=10)
+    axis.figure.colorbar(image, ax=axis, fraction=0.04, label="match probability")
 
 
 def _influences(axis: Axes, explanation: Explanation) -> None:
@@ -96,10 +96,10 @@ def _influences(axis: Axes, explanation: Explanation) -> None:
             name += f" ({detected[influence.neighbor]})"
         names.append(f"{name}\nto the {influence.target}, {influence.edge_type[1]}")
     changes = [influence.change for influence in largest]
-    axis.barh(range(len(largest)), changes, color=[_FOR if change > 0 else _AGAINST for change in changes])
+    axis.barh(range(len(largest)), changes, color=[_POSITIVE if change > 0 else _NEGATIVE for change in changes])
     axis.set_yticks(range(len(largest)), names, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xlabel(f"change of the logit ({explanation.logit:.2f}) by this one edge")
-    axis.set_title("support for the label (right) and against it (left)", fontsize=10)
+    axis.set_xlabel(f"logit minus logit without the edge (logit: {explanation.logit:.2f})")
+    axis.set_title("largest contributions of edges to the logit", fontsize=10)
     axis.grid(axis="x", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Fonts that have the letters of labels: matplotlib's own, and for other scripts one of this machine."""
+"""Fonts for label names: DejaVu Sans, and installed fonts for scripts that it lacks."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from PIL import ImageFont
 
 log = logging.getLogger(__name__)
 
-#: What was said to be missing.
+#: Missing letters that were logged.
 _warned: list[str] = []
 
-#: It has the letters of all European languages; Pillow's own has those of English and no others.
+#: Font of matplotlib. It covers all European languages; Pillow's font covers English only.
 OWN = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
 
 
 def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font that has the most letters of ``text``: Pillow takes one for the whole of it."""
-    wanted = _letters([text])
-    best = max((OWN, *_fonts_for(wanted)), key=lambda path: len(wanted & _letters_of(path)))
+    """Font with the most letters of ``text``; Pillow uses one font per text."""
+    letters = _letters([text])
+    best = max((OWN, *_fonts_for(letters)), key=lambda path: len(letters & _letters_of(path)))
     return ImageFont.truetype(best, size)
 
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
-    """``figure.savefig``, with fonts for all of its texts."""
+    """Save a figure with fonts for all of its texts."""
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     families = [family for path in _fonts_for(_letters(text.get_text() for text in texts)) if (family := _family(path))]
     for text in texts if families else ():
         text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *families])))
     finder = logging.getLogger("matplotlib.font_manager")
     level = finder.level
-    finder.setLevel(logging.ERROR)  # a font may be there in one weight only
+    finder.setLevel(logging.ERROR)  # a font may be installed in one weight only
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # said in our words
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # logged by _log_missing
             figure.savefig(path, **settings)
     finally:
         finder.setLevel(level)
@@ -53,35 +53,35 @@ def _letters(texts: Iterable[str]) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _fonts_for(wanted: frozenset[str]) -> tuple[Path, ...]:
-    """Fonts of this machine for those letters that our own lacks, as few as do; what no font has is logged, once."""
-    missing = wanted - _letters_of(OWN)
+def _fonts_for(letters: frozenset[str]) -> tuple[Path, ...]:
+    """Installed fonts, chosen greedily, for the letters that :data:`OWN` lacks; letters without a font are logged."""
+    missing = letters - _letters_of(OWN)
     chosen: list[Path] = []
     while missing:
         best = max(_installed(), key=lambda path: len(missing & _letters_of(path)), default=OWN)
         found = missing & _letters_of(best)
         if not found:
-            _say_what_is_missing("".join(sorted(missing)))
+            _log_missing("".join(sorted(missing)))
             break
         chosen.append(best)
         missing -= found
     return tuple(chosen)
 
 
-def _say_what_is_missing(letters: str) -> None:
-    if _warned:  # once is enough: each photo may have other labels
+def _log_missing(letters: str) -> None:
+    if _warned:  # once per process: each photo may have other labels
         return
     _warned.append(letters)
     log.warning(
-        "No font of this machine has the letters %s: pictures show boxes instead. For Chinese, Japanese and Korean, "
-        "install fonts-noto-cjk (Debian, Ubuntu), google-noto-sans-cjk-fonts (Fedora) or another font that has them.",
+        "No installed font has the letters %s: pictures show boxes instead. For Chinese, Japanese and Korean, install "
+        "fonts-noto-cjk (Debian, Ubuntu), google-noto-sans-cjk-fonts (Fedora) or another font with these letters.",
         letters[:10] + ("..." if len(letters) > 10 else ""),
     )
 
 
 @functools.cache
 def _installed() -> tuple[Path, ...]:
-    """The font files of this machine, those for running text first; looked for anew, for matplotlib's list is old."""
+    """Installed font files, regular faces first; searched again, since matplotlib's cached list may be outdated."""
     paths = map(Path, font_manager.findSystemFonts())
     unusual = ("bold", "black", "heavy", "light", "thin", "italic", "oblique", "mono", "serif")
     return tuple(sorted(paths, key=lambda path: (sum(word in path.name.lower() for word in unusual), path.name)))
@@ -89,7 +89,7 @@ def _installed() -> tuple[Path, ...]:
 
 @functools.cache
 def _letters_of(path: Path) -> frozenset[str]:
-    """The letters that a font draws; none if it cannot be scaled, or has a box for each."""
+    """Letters of a font; empty if it is not scalable or a last-resort font, which draws boxes."""
     try:
         font = FT2Font(str(path))
     except (RuntimeError, OSError, ValueError):
@@ -101,7 +101,7 @@ def _letters_of(path: Path) -> frozenset[str]:
 
 @functools.cache
 def _family(path: Path) -> str | None:
-    """The name by which matplotlib finds a font file from now on."""
+    """Register a font file with matplotlib; returns its family name."""
     try:
         font_manager.fontManager.addfont(path)
     except (RuntimeError, OSError, ValueError):

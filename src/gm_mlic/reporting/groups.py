@@ -1,4 +1,4 @@
-"""Runs put together for comparison: by everything but the seed, and by everything but one thing that is studied."""
+"""Groups of runs that differ only in the seed, and families of groups that differ only in studied settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from gm_mlic.reporting.runs import FOLLOWS, as_typed
 from gm_mlic.runs import Run, flat_settings
 
-#: Names of the ablations in the paper's Table 4, by the edge type that is left out.
+#: Names of the ablations in the paper's Table 4.
 ABLATIONS = {
     "full": "full",
     "no_semantic": "w/o Gl",
@@ -22,7 +22,7 @@ _EDGE_TYPES = "model.edge_types"
 
 
 def _removed(edge_types: Sequence[str] | None) -> list[str]:
-    """The keys of :data:`ABLATIONS` for the edge types that are left out; none for a model without edge types."""
+    """Keys of :data:`ABLATIONS` for the missing edge types; empty for a model without edge types."""
     if edge_types is None:
         return []
     return [name for name in ABLATIONS if name != "full" and name.removeprefix("no_") not in edge_types]
@@ -30,23 +30,23 @@ def _removed(edge_types: Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Finished runs that differ only in the seed.
+    """Group of finished runs that differ only in the seed.
 
     Attributes:
-        name: the settings in which it differs from the other groups of a report.
-        runs: by seed.
+        name: the settings that distinguish the group from others in a report.
+        runs: the runs, sorted by seed.
     """
 
     name: str
     runs: tuple[Run, ...]
 
     def values(self, metric: str, split: str = "test") -> dict[int, float]:
-        """A metric of each run, by seed; those that have it."""
+        """Values of a metric by seed, for runs that have it."""
         found = {int(run.setting("seed", 0)): _result(run)[split].get(metric) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def setting(self, key: str) -> Any:
-        """A setting that all runs have in common."""
+        """Value of a setting that is the same in all runs."""
         return self.runs[0].setting(key)
 
     @property
@@ -55,7 +55,7 @@ class Group:
 
     @property
     def ablation(self) -> str | None:
-        """A key of :data:`ABLATIONS`; None for a model without edge types, or more than one left out."""
+        """Key of :data:`ABLATIONS`; None for a model without edge types or with several missing ones."""
         edge_types = self.setting(_EDGE_TYPES)
         removed = _removed(edge_types)
         return None if edge_types is None or len(removed) > 1 else (removed or ["full"])[0]
@@ -67,13 +67,13 @@ def _result(run: Run) -> Mapping[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Finished runs, put together by all settings but the seed, in the order in which they come."""
-    together: dict[str, list[Run]] = {}
+    """Group finished runs by all settings except the seed."""
+    by_settings: dict[str, list[Run]] = {}
     for run in runs:
         settings = flat_settings(run.config)
         settings.pop("seed", None)
-        together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    members = [tuple(sorted(matching, key=lambda run: run.setting("seed", 0))) for matching in together.values()]
+        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    members = [tuple(sorted(matching, key=lambda run: run.setting("seed", 0))) for matching in by_settings.values()]
     names = _names([matching[0] for matching in members])
     groups = [Group(name, matching) for name, matching in zip(names, members, strict=True)]
     return sorted(
@@ -82,7 +82,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def _numbers_first(text: str) -> list[tuple[bool, float, str]]:
-    """A key that sorts ``k=10`` after ``k=9``."""
+    """Sort key that places ``k=10`` after ``k=9``."""
     parts = []
     for part in text.replace("=", " ").replace(",", " ").split():
         try:
@@ -93,7 +93,7 @@ def _numbers_first(text: str) -> list[tuple[bool, float, str]]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its model, if there are several, and the settings that tell it from others of that model."""
+    """Name of each run: its model, if models differ, and its settings that differ between runs of that model."""
     flat = [flat_settings(run.config) for run in runs]
     several = len({settings.get("model.name") for settings in flat}) > 1
     names = []
@@ -102,14 +102,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
         same = [other for other in flat if other.get("model.name") == model]
         keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
         differing = [key for key in keys if len({as_typed(other.get(key)) for other in same}) > 1]
-        silent = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
+        hidden = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         parts = [str(model)] if several else []
         if _EDGE_TYPES in differing:
             parts += [ABLATIONS[name] for name in _removed(settings.get(_EDGE_TYPES))]
         parts += [
             f"{key.rpartition('.')[2]}={_short(settings[key])}"
             for key in differing
-            if key in settings and key not in silent and not key.startswith("dataset.")
+            if key in settings and key not in hidden and not key.startswith("dataset.")
         ]
         names.append(", ".join(parts) or ("full" if _EDGE_TYPES in differing else str(model)))
     return names
@@ -120,19 +120,19 @@ def _short(value: Any) -> str:
 
 
 def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
-    """Groups that differ only in the settings ``studied`` (and what follows from them), two or more of them."""
-    together: dict[str, list[Group]] = {}
+    """Families of two or more groups that differ only in the ``studied`` settings and those that follow from them."""
+    by_settings: dict[str, list[Group]] = {}
     left_out = {"seed", *studied, *(follower for key in studied for follower in FOLLOWS.get(key, ()))}
     for group in groups:
         if any(group.setting(key) is None for key in studied):
             continue
         settings = {key: v for key, v in flat_settings(group.runs[0].config).items() if key not in left_out}
-        together.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(group)
-    return [matching for matching in together.values() if len(matching) > 1]
+        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(group)
+    return [matching for matching in by_settings.values() if len(matching) > 1]
 
 
 def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:
-    """Full models and their ablations, in the order of :data:`ABLATIONS`."""
+    """Families of full models and their ablations, in the order of :data:`ABLATIONS`."""
     order = list(ABLATIONS)
     found = []
     for family in families(groups, _EDGE_TYPES):
@@ -143,15 +143,15 @@ def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Mean ± sample standard deviation; of one value, the value."""
+    """Mean ± sample standard deviation; a single value alone."""
     if not values:
         return "-"
-    # Adding 0.0 makes of -0.0 what it is.
+    # Adding 0.0 turns -0.0 into 0.0.
     mean = f"{round(statistics.mean(values), digits) + 0.0:.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def paired(group: Group, other: Group, metric: str) -> list[float]:
-    """Differences ``other - group`` of a metric over the seeds that both have."""
+    """Differences ``other - group`` of a metric, for the common seeds."""
     a, b = group.values(metric), other.values(metric)
     return [b[seed] - a[seed] for seed in a if seed in b]

@@ -1,4 +1,4 @@
-"""Figures of a report: curves over m and k, training curves, the map of label states."""
+"""Figures of a report: curves over m and k, training curves, and the map of label states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PALETTE = ("#3b7dd8", "#c25b00", "#2a8f5b", "#8250a0", "#b8336a", "#7a6a00", "#0
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Write ``NAME.png`` and ``NAME.svg``; returns the PNG's name."""
+    """Write ``NAME.png`` and ``NAME.svg``; returns the name of the PNG."""
     with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         save_figure(figure, folder / f"{name}.svg", metadata={"Date": None})
     save_figure(figure, folder / f"{name}.png", dpi=150)
@@ -31,7 +31,7 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Figure:
-    """Test mAP against a setting: the mean over seeds, and a band of one standard deviation."""
+    """Test mAP by a setting: mean over seeds with a band of one standard deviation."""
     figure: Figure
     figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
     for family, color in zip(families, _colors(len(families)), strict=True):
@@ -52,7 +52,7 @@ def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Fig
 
 
 def draw_training(groups: Sequence[Group]) -> Figure:
-    """Training loss and val mAP over epochs, a line for each run, a color for each group."""
+    """Training loss and val mAP by epoch, with a line per run and a color per group."""
     figure: Figure
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for group, color in zip(groups, _colors(len(groups)), strict=True):
@@ -73,12 +73,12 @@ def draw_training(groups: Sequence[Group]) -> Figure:
 
 
 def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floating]], seed: int = 0) -> Figure:
-    """Label states in two dimensions (t-SNE on cosine distance), one panel for each entry of ``states``.
+    """Label states in two dimensions (t-SNE on cosine distance), with one panel per entry of ``states``.
 
-    Panels of many labels are larger and stand below each other, so that the names can be read.
+    Panels with more than 40 labels are larger and stacked vertically.
 
     Raises:
-        ImportError: without scikit-learn.
+        ImportError: if scikit-learn is not installed.
     """
     from sklearn.manifold import TSNE
 
@@ -90,9 +90,9 @@ def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floati
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
     for axis, (title, values) in zip(axes.flat, states.items(), strict=True):
         perplexity = min(30.0, max(1.0, (len(labels) - 1) / 3))
-        places = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(values)
-        axis.scatter(*places.T, s=12, color=PALETTE[0])
-        for name, (x, y) in zip(labels, places, strict=True):
+        points = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(values)
+        axis.scatter(*points.T, s=12, color=PALETTE[0])
+        for name, (x, y) in zip(labels, points, strict=True):
             axis.annotate(name.replace("$", r"\$"), (x, y), xytext=(3, 2), textcoords="offset points", fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xticks([])
@@ -106,6 +106,6 @@ def _colors(number: int) -> list[str]:
 
 
 def _family_name(family: Sequence[Group], key: str) -> str:
-    """What the groups' names have in common: all but the value of ``key``."""
+    """Name of the first group without the value of ``key``."""
     short = key.rpartition(".")[2]
     return ", ".join(part for part in family[0].name.split(", ") if not part.startswith(f"{short}=")) or "mean ± s.d."

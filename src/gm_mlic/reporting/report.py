@@ -1,4 +1,4 @@
-"""A report of runs: one HTML page that needs no other file, the same as Markdown, and its figures as PNG and SVG."""
+"""Report of runs: a self-contained HTML page, a Markdown version, and figures as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 METRICS = ("mAP", *ALL, *(f"top3/{name}" for name in ALL))
-#: What files raise that are not what train wrote.
+#: Exceptions raised by damaged files of a run.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableImage)
 _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution blocks"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column is text, the others are numbers, ``strong`` rows stand out.
+    """Table whose first column is text; ``strong`` rows are highlighted.
 
-    ``groups`` are those that it is made of, where they are not all of its section's.
+    ``groups`` are the groups of the table; default: all groups of its section.
     """
 
     title: str
@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure's file, beside the page, and what it shows; a broad one scrolls in a narrow window."""
+    """Figure in a file beside the page; a broad figure scrolls in narrow windows."""
 
     title: str
     file: str
@@ -60,12 +60,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """Section of the report.
 
     Attributes:
-        title, text: for people.
+        title, text: heading and introduction.
         items: tables and pictures.
-        groups: whose runs they are made of; their commands, settings and seeds stand below each.
+        groups: groups of the runs in the items; their commands, settings and seeds are listed below each item.
     """
 
     title: str
@@ -74,22 +74,22 @@ class Section:
     groups: Sequence[Group] = field(default_factory=tuple)
 
     def groups_of(self, item: Table | Picture) -> Sequence[Group]:
-        """Whose runs one of its tables or pictures is made of."""
+        """Groups of the runs in one item."""
         return (item.groups if isinstance(item, Table) else ()) or self.groups
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
-    """Write ``report.html``, ``report.md`` and the figures into ``out``.
+    """Write ``report.html``, ``report.md`` and the figures to ``out``.
 
-    Sections appear where there is something to show: metrics and the paper's (Tables 1 to 3), ablation (Table 4), m and
-    k (Figure 4), photos (Figure 3), label states (Figure 5), training curves, and what is not finished.
+    The sections, if the runs have data for them, are metrics beside the paper's (Tables 1 to 3), ablation (Table 4), m
+    and k (Figure 4), photos (Figure 3), label states (Figure 5), training curves, and unfinished runs.
 
     Args:
-        runs: of one or more studies; those that differ only in the seed are put together.
-        out: a folder; it is made.
+        runs: runs of one or more studies; runs that differ only in the seed are grouped.
+        out: output folder; created if missing.
 
     Returns:
-        The path of the page.
+        Path of the HTML page.
 
     Raises:
         RunFolderError: if no run is finished.
@@ -110,9 +110,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     for make in (_photos, _label_states):
         sections += make(best, out)
     picture = plots.save(plots.draw_training(groups), out, "training")
-    sections.append(
-        Section("Training", "One line for each run.", [Picture("Loss and val mAP by epoch", picture)], groups)
-    )
+    sections.append(Section("Training", "One line per run.", [Picture("Loss and val mAP by epoch", picture)], groups))
     sections += _unfinished([run for run in runs if not is_complete(run.result)])
     title = "GM-MLIC: " + ", ".join(dict.fromkeys(group.dataset for group in groups))
     _write(out / "report.md", _markdown(title, sections))
@@ -121,7 +119,7 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
 
 
 def is_complete(result: Mapping[str, Any] | None) -> bool:
-    """Whether a result has what tables need: it may be of somebody else, or of another version."""
+    """Whether a result has all values for the tables; it may come from another version or program."""
     expected = {
         "test": dict, "val": dict, "dataset": dict, "detector": dict, "versions": dict, "convention": str,
         "command": str,
@@ -138,14 +136,14 @@ def is_complete(result: Mapping[str, Any] | None) -> bool:
 
 
 def read_paper() -> dict[str, Any]:
-    """The paper's numbers, by dataset: ``paper.yaml``."""
+    """Read the paper's numbers by dataset, from ``paper.yaml``."""
     text = importlib.resources.files("gm_mlic.reporting").joinpath("paper.yaml").read_text()
     content: dict[str, Any] = yaml.safe_load(text)
     return content
 
 
 def _method(groups: Sequence[Group]) -> Group:
-    """What stands for the method itself: the best on val of the groups that lack nothing, if there are such."""
+    """Group that represents the method: the best on val of those without ablation, or of all if each has one."""
     return max([group for group in groups if group.ablation == "full"] or groups, key=_best_val)
 
 
@@ -158,7 +156,7 @@ def _best_val(group: Group) -> float:
 
 
 def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:
-    """Tables 2 and 3 (all and top-3), and Table 1 (AP of each label)."""
+    """Metrics as in Tables 2 and 3 (all and top-3), and AP of each label as in Table 1."""
     theirs = paper.get("test", {})
 
     def row(group: Group, names: Sequence[str]) -> list[str]:
@@ -176,9 +174,9 @@ def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) ->
         items.append(Table(f"{title}, %", head, rows, strong))
     if theirs:
         items.append(_beside_the_paper(_method(groups), theirs, str(paper["table"])))
-    text = "Mean ± sample standard deviation over seeds, on the test split; epochs are chosen on val."
+    text = "Mean ± sample standard deviation over seeds, on the test split. The epoch is selected on val."
     if theirs:
-        text += f" The paper's numbers are those of its {paper['table']}."
+        text += f" The paper's numbers are from its {paper['table']}."
     yield Section(f"Metrics on {dataset}", text, items, groups)
     yield _label_table(dataset, groups, paper)
 
@@ -191,61 +189,62 @@ def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> 
             ours = sum(values) / len(values)
             rows.append([name, spread(values), _number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
     head = ["", "ours", "paper", "ours - paper"]
-    return Table(f"Ours beside the paper's {table}: {group.name}", head, rows, groups=(group,))
+    return Table(f"Comparison with the paper's {table}: {group.name}", head, rows, groups=(group,))
 
 
 def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
     theirs = paper.get("AP", {})
     best = {id(group) for group in sorted(groups, key=_best_val, reverse=True)[:6]}
-    shown_groups = [group for group in groups if id(group) in best]  # in the order of the tables above
-    labels = list((shown_groups[0].runs[0].result or {})["test"]["AP"])
+    columns = [group for group in groups if id(group) in best]  # in the order of the tables above
+    labels = list((columns[0].runs[0].result or {})["test"]["AP"])
     rows = []
     for label in labels:
         cells = []
-        for group in shown_groups:
+        for group in columns:
             values = [(run.result or {})["test"]["AP"].get(label) for run in group.runs]
             cells.append(spread([float(value) for value in values if value is not None]))
         rows.append([label, *cells, *([_number(theirs.get(label))] if theirs else [])])
-    head = ["", *(group.name for group in shown_groups), *(["paper, Table 1"] if theirs else [])]
-    left_out = len(groups) - len(shown_groups)
-    text = "Labels that no test image has are marked with -."
+    head = ["", *(group.name for group in columns), *(["paper, Table 1"] if theirs else [])]
+    left_out = len(groups) - len(columns)
+    text = "Labels without a positive test image are marked with -."
     if left_out:
-        text += f" The {len(shown_groups)} best on val; {left_out} more are in the tables above."
-    return Section(f"AP of each label on {dataset}", text, [Table("AP, %", head, rows)], shown_groups)
+        text += f" The columns are the {len(columns)} best on val; {left_out} more are in the tables above."
+    return Section(f"AP of each label on {dataset}", text, [Table("AP, %", head, rows)], columns)
 
 
 def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:
-    """Table 4."""
+    """Ablation as in Table 4."""
     found = ablation_families(groups)
     for family in found:
         full = family[0]
         theirs = paper.get(full.dataset, {}).get("ablation", {})
         measures = [name for name in ("mAP", *ALL) if name in theirs.get("full", {})]
-        shown_metrics = [name for name in ("mAP", *ALL) if name in {"mAP", "CF1", "OF1", *measures}]
+        metrics = [name for name in ("mAP", *ALL) if name in {"mAP", "CF1", "OF1", *measures}]
         rows = []
         for group in family:
-            cells = [spread(list(group.values(name).values())) for name in shown_metrics]
-            lost = paired(group, full, "mAP") if group is not full else []
-            row = [ABLATIONS[str(group.ablation)], str(len(group.runs)), *cells, spread(lost) if lost else ""]
+            cells = [spread(list(group.values(name).values())) for name in metrics]
+            differences = paired(group, full, "mAP") if group is not full else []
+            difference = spread(differences) if differences else ""
+            row = [ABLATIONS[str(group.ablation)], str(len(group.runs)), *cells, difference]
             rows.append(row + [_number(theirs[str(group.ablation)].get(name)) for name in measures])
-        head = ["", "runs", *shown_metrics, "full - this, mAP", *(f"paper, {name}" for name in measures)]
+        head = ["", "runs", *metrics, "full - this, mAP", *(f"paper, {name}" for name in measures)]
         name = f"Ablation on {full.dataset}" + (f": {_common(family)}" if len(found) > 1 else "")
         text = (
-            "What each edge type is worth (the paper's Table 4): without label graph (Gl), instance graph (Go), or "
-            "states on the instance-label matching edges. Differences are paired: between runs of the same seed."
+            "Contribution of each edge type (the paper's Table 4): without label graph (Gl), instance graph (Go), or "
+            "states on the instance-label matching edges. Differences are paired by seed."
         )
         yield Section(name, text, [Table("Ablation, %", head, rows, frozenset({0}))], family)
 
 
 def _common(family: Sequence[Group]) -> str:
-    """The part of the groups' names that they share."""
+    """Common parts of the groups' names."""
     parts = [set(group.name.split(", ")) for group in family]
     shared = set.intersection(*parts)
     return ", ".join(part for part in family[0].name.split(", ") if part in shared) or family[0].name
 
 
 def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Iterator[Section]:
-    """Figure 4."""
+    """Curves over m and k, as in Figure 4."""
     for key, label in _CURVES.items():
         found = families(groups, key)
         if not found:
@@ -253,15 +252,15 @@ def _sweeps(groups: Sequence[Group], paper: Mapping[str, Any], out: Path) -> Ite
         short = key.rpartition(".")[2]
         file = plots.save(plots.draw_sweep(found, key, label), out, f"sweep_{short}")
         used = [group for family in found for group in family]
-        text = f"The paper's Figure 4 for {label}: mean over seeds, the band is one standard deviation."
+        text = f"As the paper's Figure 4, for {label}: mean over seeds; the band is one standard deviation."
         for dataset in dict.fromkeys(group.dataset for group in used):
             if key in (chosen := paper.get(dataset, {}).get("chosen", {})):
-                text += f" On {dataset} the paper chose {short} = {chosen[key]}."
-        yield Section(f"How much {short} matters", text, [Picture(f"Test mAP by {short}", file, broad=False)], used)
+                text += f" The paper chose {short} = {chosen[key]} on {dataset}."
+        yield Section(f"Effect of {short}", text, [Picture(f"Test mAP by {short}", file, broad=False)], used)
 
 
 def _photos(group: Group, out: Path) -> Iterator[Section]:
-    """Figure 3."""
+    """Example photos, as in Figure 3."""
     run = next((run for run in group.runs if (run.path / EXAMPLES / "examples.json").is_file()), None)
     if run is None:
         return
@@ -272,15 +271,14 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
             image = read_image(folder / Path(example["file"]).name)
             panels.append((image, [_label_box(entry) for entry in example["top"][:3]]))
     except _DAMAGED as error:
-        log.warning("No photos: %s is damaged (%s).", folder, error)
+        log.warning("Photos left out: %s is damaged (%s).", folder, error)
         return
     if not panels:
         return
-    picture_grid(out / "photos.png", panels, f"{group.name}: top 3 labels, and the box that won each")
-    text = f"As the paper's Figure 3, from {run.path}: the first test photos, not chosen ones."
-    yield Section(
-        "Photos", text, [Picture("Top 3 labels and winning boxes", "photos.png")], [Group(group.name, (run,))]
-    )
+    picture_grid(out / "photos.png", panels, f"{group.name}: top 3 labels and their argmax boxes")
+    text = f"As the paper's Figure 3, from {run.path}: the first test photos, without selection."
+    picture = Picture("Top 3 labels and their argmax boxes", "photos.png")
+    yield Section("Photos", text, [picture], [Group(group.name, (run,))])
 
 
 def _label_box(entry: Mapping[str, Any]) -> LabelBox:
@@ -289,7 +287,7 @@ def _label_box(entry: Mapping[str, Any]) -> LabelBox:
 
 
 def _label_states(group: Group, out: Path) -> Iterator[Section]:
-    """Figure 5."""
+    """Map of label states, as in Figure 5."""
     run = next((run for run in group.runs if (run.path / LABEL_STATES).is_file()), None)
     if run is None:
         return
@@ -298,23 +296,23 @@ def _label_states(group: Group, out: Path) -> Iterator[Section]:
         labels = [str(name) for name in content["labels"]]
         states = {"label vectors (input)": content["input"], "label states after the last block": content["states"]}
     except _DAMAGED as error:
-        log.warning("No map of label states: %s is damaged (%s).", run.path / LABEL_STATES, error)
+        log.warning("Map of label states left out: %s is damaged (%s).", run.path / LABEL_STATES, error)
         return
     if len(labels) < 4:
         return
     try:
         file = plots.save(plots.draw_label_map(labels, states), out, "label_map")
     except ImportError:
-        log.warning("No map of label states: it needs scikit-learn (pip install 'gm-mlic[report]').")
+        log.warning("Map of label states left out: it needs scikit-learn (pip install 'gm-mlic[report]').")
         return
-    text = "As the paper's Figure 5: labels that the network treats alike stand together (t-SNE, cosine distance)."
-    yield Section("Learnt label states", text, [Picture("Map of labels", file)], [Group(group.name, (run,))])
+    text = "As the paper's Figure 5: t-SNE with cosine distance; labels with similar states are close."
+    yield Section("Learned label states", text, [Picture("Map of labels", file)], [Group(group.name, (run,))])
 
 
 def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
     if runs:
         keys = varying(runs)
-        foreign = "metrics.json is not of this version: run the command again with overwrite=true"
+        foreign = "metrics.json is from another version: run the command again with overwrite=true"
         rows = [
             [
                 str(run.path),
@@ -324,20 +322,20 @@ def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
             ]
             for run, settings in zip(runs, unusual(runs, keys), strict=True)
         ]
-        text = "These runs are in none of the tables. The command of each goes on where it stopped."
+        text = "These runs are in no table. Run their commands again to resume them."
         table = Table("", ["run", "state", "settings", "error"], rows)
-        yield Section("Not finished", text, [table])
+        yield Section("Unfinished runs", text, [table])
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-# How it was made
+# Provenance
 
 
 def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """What stands under each table: names and values."""
+    """Provenance of a table: names and values of seeds, convention, detector, versions, settings and commands."""
     runs = [run for group in groups for run in group.runs]
     results = [run.result or {} for run in runs]
 
@@ -364,8 +362,8 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
     shared = [f"{k}={as_typed(v)}" for k, v in flat[0].items() if k != "seed" and all(f.get(k, ...) == v for f in flat)]
     facts.append(("settings" if len(groups) == 1 else "settings of all", " ".join(shared)))
     commands = list(dict.fromkeys(result["command"] for result in results))
-    shown_commands = commands[:20] + ([f"... and {len(commands) - 20} more"] if len(commands) > 20 else [])
-    return [*facts, ("commands" if len(commands) > 1 else "command", "\n".join(shown_commands))]
+    listed = commands[:20] + ([f"... and {len(commands) - 20} more"] if len(commands) > 20 else [])
+    return [*facts, ("commands" if len(commands) > 1 else "command", "\n".join(listed))]
 
 
 # Markdown
@@ -386,7 +384,7 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
                 lines += ["| " + " | ".join(map(_md, row)) + " |" for row in item.rows] + [""]
             groups = section.groups_of(item)
             following = section.items[number] if number < len(section.items) else None
-            # Once for tables of the same runs that stand below each other.
+            # Once for consecutive tables of the same runs.
             if groups and (following is None or section.groups_of(following) is not groups):
                 lines += _markdown_facts(groups)
     return "\n".join(lines)
@@ -402,7 +400,7 @@ def _markdown_facts(groups: Sequence[Group]) -> Iterator[str]:
 
 
 def _md(text: str) -> str:
-    """Text that Markdown (and the HTML it may hold) leaves as it is, in one line."""
+    """Text in one line, escaped for Markdown and HTML."""
     plain = html.escape(" ".join(text.split()), quote=False)
     for mark in ("\\", "|", "*", "_", "`", "[", "]"):
         plain = plain.replace(mark, f"\\{mark}")
@@ -427,8 +425,8 @@ def _page(title: str, sections: Sequence[Section], out: Path) -> str:
 
 
 def _data_uri(path: Path) -> str:
-    """A picture as an address that holds it."""
-    if path.name == "photos.png":  # photos as JPEG: a tenth of the size
+    """Data URI of a picture."""
+    if path.name == "photos.png":  # as JPEG, a tenth of the size
         import io
 
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Runs as a table, from their folders alone."""
+"""Table of runs, read from their run folders."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rich.table import Table
 
 from gm_mlic.runs import Run, flat_settings, varying
 
-#: Settings that only name what others say already.
+#: Names, which are implied by other settings.
 _NAMES = ("dataset.name", "model.name")
-#: Settings that follow from another one.
+#: Settings that follow from another setting.
 FOLLOWS = {
     "graph.m": ("detector.max_instances",),
     "detector.grid_size": ("detector.max_instances", "graph.m"),
     "model.k": ("model.widths", "model.encoder_width"),
 }
-#: With more settings than this that differ, columns would be too narrow to read.
+#: Largest number of settings with a column each.
 _MOST_COLUMNS = 6
 _COLORS = {
     "finished": "green", "running": "blue", "failed": "red", "damaged": "red", "interrupted": "yellow",
@@ -29,10 +29,10 @@ _COLORS = {
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row for each run: state, epochs, the settings that are not the same for all, val and test mAP.
+    """Table with a row per run: state, epochs, differing settings, val and test mAP.
 
-    A setting that follows from others (``model.widths`` from k) is left out where another column tells the runs apart
-    in the same way. Of runs that have little in common, those settings are listed that are not as in most of them.
+    A setting that follows from others (``model.widths`` from k) is left out if another column makes the same
+    distinction. If many settings differ, one column lists each run's settings that deviate from the most common values.
     """
     differing = [key for key in varying(runs) if key not in _NAMES]
     keys = _distinct(runs, differing)
@@ -61,20 +61,20 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def as_typed(value: Any) -> str:
-    """A setting's value as it is typed."""
+    """Value of a setting in the syntax of the command line."""
     if value is None:
         return "null"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then all else by name."""
+    """Sort key: numbers by value, then other values by name."""
     is_number = isinstance(value, (int, float))
     return not is_number, float(value) if is_number else 0.0, "" if is_number else as_typed(value)
 
 
 def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """Of each run the settings that are not as in most runs, as they are typed."""
+    """Settings of each run that deviate from the most common values, in the syntax of the command line."""
     flat = [flat_settings(run.config) for run in runs]
     followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
     keys = [key for key in keys if key not in followers]
@@ -83,9 +83,10 @@ def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
 
 
 def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
-    """Of keys that tell runs apart in the same way, the first with the shortest values.
+    """Keys without those that make the same distinction between runs as another key with shorter values.
 
-    Numbers of three values or more are no accident (a search draws each anew), unless one follows from another.
+    Numbers with three or more values are always kept (a search samples each independently), unless one follows from
+    another.
     """
     kept: dict[tuple[Any, ...], str] = {}
     followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}

@@ -1,4 +1,4 @@
-"""Tables and pictures of measured executions (:mod:`gm_mlic.bench`)."""
+"""Tables and pictures of benchmark results (:mod:`gm_mlic.bench`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from rich.table import Table
 
 _COLORS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
-_NOTE = "x: times better than sparse; of peak: forward, share of the matrix product's FLOP/s"
+_NOTE = "x: improvement over sparse; of peak: share of the matrix product's FLOP/s in a forward pass"
 
 
 def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """For each case its name and a row for each execution: medians, and how many times better than sparse.
+    """Name of each case, with a row per execution: medians, and improvement over sparse.
 
     Args:
-        results: of :func:`gm_mlic.bench.compare`.
+        results: results of :func:`gm_mlic.bench.compare`.
     """
     return [(_case(result), [_row(name, result["executions"]) for name in result["executions"]]) for result in results]
 
@@ -50,7 +50,7 @@ def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def runtime_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """The rows as tables for the terminal, one for each case."""
+    """Tables for the terminal, one per case."""
     tables = []
     for case, rows in runtime_rows(results):
         table = Table(title=case, title_justify="left", caption=_NOTE, caption_justify="left")
@@ -63,26 +63,26 @@ def runtime_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Table:
-    """Milliseconds for each image, and their shares of the way from a photo to its labels.
+    """Table of the time per image of the stages of prediction.
 
     Args:
-        seconds: of :func:`gm_mlic.bench.shares`.
-        images: in a batch.
-        detector: its name.
+        seconds: result of :func:`gm_mlic.bench.shares`.
+        images: images per batch.
+        detector: name of the detector.
     """
-    table = Table(title=f"from a photo to its labels, dense, batches of {images}", title_justify="left")
+    table = Table(title=f"time from photo to labels, dense, batches of {images}", title_justify="left")
     for head in ("", "ms/image", "share"):
         table.add_column(head, justify="left" if head == "" else "right")
     total = sum(seconds[part] for part in ("detection", "data", "graph"))
     names = {"detection": f"detection ({detector})", "data": "data (from a store)", "graph": "graph network"}
     for part, name in names.items():
         table.add_row(name, f"{1000 * seconds[part]:.1f}", f"{100 * seconds[part] / total:.1f} %")
-    table.add_row("a training step, for comparison", f"{1000 * seconds['train']:.1f}", "")
+    table.add_row("training step, for comparison", f"{1000 * seconds['train']:.1f}", "")
     return table
 
 
 def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Markdown table of the rows."""
     lines = ["| setting | execution | " + " | ".join(_HEAD[1:]) + " |", "| --- | --- |" + " ---: |" * (len(_HEAD) - 1)]
     for case, rows in runtime_rows(results):
         lines += ["| " + " | ".join([case if number == 0 else "", *row]) + " |" for number, row in enumerate(rows)]
@@ -90,7 +90,7 @@ def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Bars of time and memory of each execution, a group for each case."""
+    """Bar charts of time and memory by case and execution."""
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     many = len(results) > 3
     figure, axes = plt.subplots(1, 3, figsize=(13 if many else 11, 3.8), layout="constrained")
@@ -103,8 +103,8 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
                 row[key] / 2**20 if key == "memory" and key in row else row.get(key, {}).get("median", float("nan"))
                 for row in rows
             ]
-            places = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
-            bars = axis.bar(places, values, 0.92 * width, color=_COLORS[name], label=name)
+            positions = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
+            bars = axis.bar(positions, values, 0.92 * width, color=_COLORS[name], label=name)
             axis.bar_label(
                 bars,
                 [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values],
@@ -122,7 +122,7 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def draw_growth(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Forward time, training time and memory against m, C, k and the batch, both axes logarithmic."""
+    """Log-log curves of forward time, training time and memory over m, C, k and the batch."""
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     figure, axes = plt.subplots(
         3, len(curves), figsize=(3 * len(curves), 7.5), layout="constrained", sharey="row", squeeze=False

@@ -1,4 +1,4 @@
-"""Tables and a picture of what is in a dataset."""
+"""Tables and pictures of dataset statistics."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.text import Text
 
 from gm_mlic.datasets.statistics import DatasetStatistics
 
-#: More labels than these would not fit on a page: the picture shows the most frequent ones.
+#: Largest number of labels in the picture; the most frequent ones are drawn.
 MOST_LABELS = 120
 
-#: Up to this many labels, the cells of the heat map have room for their numbers.
+#: Largest number of labels with numbers in the cells of the heat map.
 _NUMBERED = 25
 
 _DARK, _LIGHT = "#0b5394", "#9fc5e8"
@@ -26,31 +26,31 @@ _MAX_NAME = 26
 def overview_table(
     splits: Sequence[DatasetStatistics], unreadable: Mapping[str, Mapping[str, str]] | None = None
 ) -> Table:
-    """One column for each split.
+    """Table of image and label counts, with a column per split.
 
     Args:
-        splits: their statistics.
-        unreadable: by split, the images that cannot be decoded; None where nobody looked.
+        splits: statistics of the splits.
+        unreadable: images that cannot be decoded, by split; None: not checked.
     """
     table = Table(title=Text(f"{splits[0].name}: {len(splits[0].labels)} labels"), title_justify="left")
     table.add_column("")
     for stats in splits:
         table.add_column(stats.split, justify="right")
     table.add_row("images", *(f"{stats.images:,}" for stats in splits))
-    table.add_row("images without label", *(f"{stats.unlabeled:,}" for stats in splits))
+    table.add_row("images without labels", *(f"{stats.unlabeled:,}" for stats in splits))
     table.add_row("labels per image, mean", *(f"{stats.labels_per_image:.2f}" for stats in splits))
-    table.add_row("labels per image, most", *(str(len(stats.per_image) - 1) for stats in splits))
-    table.add_row("labels that never occur", *(str(int((stats.positives == 0).sum())) for stats in splits))
+    table.add_row("labels per image, maximum", *(str(len(stats.per_image) - 1) for stats in splits))
+    table.add_row("labels without positives", *(str(int((stats.positives == 0).sum())) for stats in splits))
     table.add_row("difficult labels", *(f"{stats.difficult.sum():,}" for stats in splits))
     table.add_row("boxes", *("none" if stats.boxes is None else f"{stats.boxes.sum():,}" for stats in splits))
     table.add_row("missing images", *(f"{len(stats.missing):,}" for stats in splits))
-    looked = (None if unreadable is None else len(unreadable[stats.split]) for stats in splits)
-    table.add_row("unreadable images", *("check=true" if bad is None else f"{bad:,}" for bad in looked))
+    counts = (None if unreadable is None else len(unreadable[stats.split]) for stats in splits)
+    table.add_row("unreadable images", *("check=true" if bad is None else f"{bad:,}" for bad in counts))
     return table
 
 
 def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
-    """One row for each label, the most frequent of the first split first: images in each split, r_c of the first."""
+    """Table of images per label and split, and r_c of the first split; the most frequent label is first."""
     first = splits[0]
     table = Table(title="Images with each label", title_justify="left")
     table.add_column("label")
@@ -73,8 +73,8 @@ def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
 
 
 def cooccurrence_table(stats: DatasetStatistics, count: int = 10) -> Table:
-    """The strongest co-occurrences of a split (see :meth:`~DatasetStatistics.strongest`)."""
-    table = Table(title=f"Strongest co-occurrences ({stats.split}; a on 5 images or more)", title_justify="left")
+    """Table of the strongest co-occurrences of a split (:meth:`~DatasetStatistics.strongest`)."""
+    table = Table(title=f"Strongest co-occurrences ({stats.split}; a in 5 images or more)", title_justify="left")
     for name in ("a", "b"):
         table.add_column(name)
     for name in ("P(b | a)", "r_b", "images with both"):
@@ -87,11 +87,10 @@ def cooccurrence_table(stats: DatasetStatistics, count: int = 10) -> Table:
 
 
 def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
-    """Write a PNG: how often each label occurs, and how often with which others.
+    """Write a PNG with label frequencies and co-occurrences.
 
-    Left, labels by frequency. Right, P(b | a) as a heat map; its labels are ordered so that those that go together are
-    neighbours (see :func:`grouped`), and those that never occur come last. Of more than :data:`MOST_LABELS` labels the
-    most frequent are shown.
+    Left, labels by frequency. Right, P(b | a) as a heat map, with co-occurring labels side by side (:func:`grouped`)
+    and labels without positives last. At most :data:`MOST_LABELS` labels are drawn, the most frequent ones.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -103,7 +102,7 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     cell = 0.32 if count <= _NUMBERED else 0.17
     side = max(cell * count, 3.2)
     font = 9.0 if count <= _NUMBERED else 7.5
-    # Inches; a letter of the default font is 0.6 of its size wide on average, wide scripts up to 1.
+    # Inches; the mean width of a letter is 0.6 of the font size, in wide scripts up to 1.
     names = 0.2 + max(sum(0.6 if c.isascii() else 1.0 for c in _short(stats.labels[n])) for n in frequent) * font / 72
     bars, gap, top, bottom, right = 3.6, 0.3, names + 1.2, 0.55, 1.05
     width, height = names + bars + gap + names + side + right, top + side + bottom
@@ -116,16 +115,16 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     def write(left: float, up: float, text: str, **style: Any) -> None:
         figure.text(left / width, up / height, text, parse_math=False, **style)
 
-    shown = "" if count == len(stats.labels) else f", the {count} most frequent"
-    title = f"{stats.name}, {stats.split}: {stats.images:,} images, {len(stats.labels):,} labels{shown}"
+    subset = "" if count == len(stats.labels) else f", the {count} most frequent"
+    title = f"{stats.name}, {stats.split}: {stats.images:,} images, {len(stats.labels):,} labels{subset}"
     write(0.18, height - 0.18, title, fontsize=13, fontweight="bold", va="top")
     write(0.18, height - 0.48, _summary(stats), fontsize=9.5, color="#444444", va="top")
     matrix = names + bars + gap + names
-    explained = "P(column | row): of the images with the row's label,\nthe share that has the column's label too"
-    write(matrix, bottom + side + names, explained, fontsize=10, linespacing=1.3)
+    caption = "P(column | row): share of the images with the row's label\nthat also have the column's label"
+    write(matrix, bottom + side + names, caption, fontsize=10, linespacing=1.3)
     _bars(axes(names, bars), stats, frequent, font)
-    occurring, never = (frequent[stats.positives[frequent] > 0], frequent[stats.positives[frequent] == 0])
-    order = np.concatenate([occurring[grouped(stats.together[np.ix_(occurring, occurring)], stats.images)], never])
+    occurring, absent = (frequent[stats.positives[frequent] > 0], frequent[stats.positives[frequent] == 0])
+    order = np.concatenate([occurring[grouped(stats.together[np.ix_(occurring, occurring)], stats.images)], absent])
     scale = figure.add_axes(((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height))
     _heat_map(axes(matrix, side), scale, stats, order, font)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,31 +132,31 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
 
 
 def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
-    """An order of labels in which those that occur together are neighbours.
+    """Order of labels that places co-occurring labels side by side.
 
-    Average linkage over the correlation of the labels' 0/1 columns (phi, which a label's frequency does not raise),
-    each merge turned so that its two closest ends meet.
+    Average linkage on the phi correlation of the labels' 0/1 columns, which does not depend on label frequency; each
+    merge joins the two most correlated ends.
 
     Args:
-        together: (C, C) images with both labels, on the diagonal with one.
-        images: N.
+        together: (C, C) number of images with both labels; the diagonal counts images with one label.
+        images: number of images N.
     """
     ratio = np.diag(together) / images
     spread = np.sqrt(ratio * (1 - ratio))
     spread[spread == 0] = 1.0
     phi = (together / images - np.outer(ratio, ratio)) / np.outer(spread, spread)
-    likeness = phi.copy()
-    np.fill_diagonal(likeness, -np.inf)
+    similarity = phi.copy()
+    np.fill_diagonal(similarity, -np.inf)
     members = [[c] for c in range(len(phi))]
     for _ in range(len(phi) - 1):
-        a, b = divmod(int(likeness.argmax()), len(phi))
+        a, b = divmod(int(similarity.argmax()), len(phi))
         left, right = members[a], members[b]
         ends = [(phi[x[-1], y[0]], x, y) for x in (left, left[::-1]) for y in (right, right[::-1])]
         _, x, y = max(ends, key=lambda end: float(end[0]))
-        merged = (likeness[a] * len(left) + likeness[b] * len(right)) / (len(left) + len(right))
-        likeness[a], likeness[:, a] = merged, merged
-        likeness[a, a] = -np.inf
-        likeness[b], likeness[:, b] = -np.inf, -np.inf
+        merged = (similarity[a] * len(left) + similarity[b] * len(right)) / (len(left) + len(right))
+        similarity[a], similarity[:, a] = merged, merged
+        similarity[a, a] = -np.inf
+        similarity[b], similarity[:, b] = -np.inf, -np.inf
         members[a], members[b] = x + y, []
     return np.array(max(members, key=len, default=[]), dtype=np.int64)
 
@@ -165,11 +164,11 @@ def grouped(together: NDArray[np.integer], images: int) -> NDArray[np.int64]:
 def _summary(stats: DatasetStatistics) -> str:
     parts = [f"{stats.labels_per_image:.2f} labels per image"]
     if stats.unlabeled:
-        parts.append(f"{stats.unlabeled:,} images without any")
+        parts.append(f"{stats.unlabeled:,} images without labels")
     if stats.boxes is not None:
         parts.append(f"{stats.boxes.sum():,} boxes")
     if stats.missing:
-        parts.append(f"{len(stats.missing):,} files missing")
+        parts.append(f"{len(stats.missing):,} missing images")
     return ", ".join(parts)
 
 
@@ -185,15 +184,13 @@ def _bars(axes: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: f
     if difficult.any():
         axes.barh(rows, difficult, left=positives, height=0.74, color=_LIGHT)
     longest = max(1, int((positives + difficult).max()))
-    for row, (sure, unsure) in enumerate(zip(positives, difficult, strict=True)):
-        text = f"{sure:,}" + (f" + {unsure:,}" if unsure else "")
-        axes.text(sure + unsure + 0.015 * longest, row, text, fontsize=font - 0.5, va="center", color="#333333")
+    for row, (n, n_difficult) in enumerate(zip(positives, difficult, strict=True)):
+        text = f"{n:,}" + (f" + {n_difficult:,}" if n_difficult else "")
+        axes.text(n + n_difficult + 0.015 * longest, row, text, fontsize=font - 0.5, va="center", color="#333333")
     axes.set_xlim(0, 1.22 * longest)
     axes.set_ylim(len(order) - 0.5, -0.5)
     _names(axes.set_yticks, axes.get_yticklabels, rows, stats, order, font)
-    axes.set_title(
-        "images with each label" + (" (light: difficult)" if difficult.any() else ""), fontsize=10, loc="left"
-    )
+    axes.set_title("images per label" + (" (light: difficult)" if difficult.any() else ""), fontsize=10, loc="left")
     axes.set_xlabel("images", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
@@ -209,17 +206,17 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
     probability = stats.conditional[np.ix_(order, order)]
     np.fill_diagonal(probability, np.nan)
     highest = max(0.05, float(np.nan_to_num(probability).max()))
-    # The square root shows differences among small probabilities, which most are.
+    # The square root separates small probabilities, which are the most frequent.
     colors = PowerNorm(0.5, vmin=0.0, vmax=highest)
     axes.set_facecolor("#e6e6e6")
     picture = axes.imshow(probability, cmap="YlGnBu", norm=colors, aspect="auto", interpolation="nearest")
-    places = np.arange(len(order))
+    ticks = np.arange(len(order))
     axes.xaxis.tick_top()
-    _names(axes.set_xticks, axes.get_xticklabels, places, stats, order, font, rotation=90)
-    _names(axes.set_yticks, axes.get_yticklabels, places, stats, order, font)
+    _names(axes.set_xticks, axes.get_xticklabels, ticks, stats, order, font, rotation=90)
+    _names(axes.set_yticks, axes.get_yticklabels, ticks, stats, order, font)
     axes.tick_params(length=0, pad=2)
-    axes.set_xticks(places[1:] - 0.5, minor=True)
-    axes.set_yticks(places[1:] - 0.5, minor=True)
+    axes.set_xticks(ticks[1:] - 0.5, minor=True)
+    axes.set_yticks(ticks[1:] - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
     for spine in axes.spines.values():
@@ -246,12 +243,12 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
 def _names(
     set_ticks: Any,
     get_labels: Any,
-    places: NDArray[np.integer],
+    ticks: NDArray[np.integer],
     stats: DatasetStatistics,
     order: Any,
     font: float,
     **style: Any,
 ) -> None:
-    set_ticks(places, [_short(stats.labels[c]) for c in order], fontsize=font, **style)
+    set_ticks(ticks, [_short(stats.labels[c]) for c in order], fontsize=font, **style)
     for text in get_labels():
-        text.set_parse_math(False)  # a label may hold dollar signs
+        text.set_parse_math(False)  # labels may contain dollar signs

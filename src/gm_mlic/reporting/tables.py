@@ -1,4 +1,4 @@
-"""Tables of metrics, for the terminal and for Markdown."""
+"""Tables of metrics for the terminal and Markdown."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-#: Columns of a table that compares models, in the order of the literature.
+#: Columns of the comparison of models, in the order of the literature.
 COMPARISON = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
 
-#: Columns of a table of one model.
+#: Columns of the table of one model.
 _ONE = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
 def number(value: float | None) -> str:
-    """A metric in per cent with one decimal; a dash where there is none."""
+    """Metric in per cent with one decimal; a dash for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
 def comparison_table(
     rows: Sequence[tuple[str, Mapping[str, Any]]], title: str, columns: Sequence[str] = COMPARISON
 ) -> Table:
-    """One row for each model.
+    """Comparison of models, with one row per model.
 
     Args:
         rows: names and metric values in per cent.
-        title: above the table.
-        columns: which metrics.
+        title: title of the table.
+        columns: names of the metrics.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -41,7 +41,7 @@ def comparison_table(
 
 
 def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON) -> str:
-    """The same as a Markdown table."""
+    """Comparison of models as a Markdown table."""
     head = ["", *(column.replace("top3/", "top-3 ") for column in columns)]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [
@@ -53,13 +53,13 @@ def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: 
 def metrics_table(
     values: Mapping[str, Any], convention: str, title: str, fitted: Mapping[str, Any] | None = None
 ) -> Table:
-    """All metrics of one model: over all labels, and over each image's three best.
+    """Metrics of one model, over all labels and over the top three of each image.
 
     Args:
         values: metric values in per cent.
-        convention: that they follow.
-        title: above the table.
-        fitted: the values with fitted thresholds, for two more rows.
+        convention: convention of the metrics.
+        title: title of the table.
+        fitted: metric values with fitted thresholds, for two more rows.
     """
     table = Table(title=f"{title}: mAP {number(values['mAP'])}", title_justify="left")
     table.add_column(f"{convention}, %")
@@ -79,8 +79,8 @@ def print_metrics(
     """Print :func:`metrics_table` on stdout.
 
     Args:
-        values, convention, title: see there.
-        evaluation: what ``gm-mlic eval`` found beyond the values: ``calibrated``, ``intervals``, ``bootstrap``.
+        values, convention, title: see :func:`metrics_table`.
+        evaluation: further results of ``gm-mlic eval``: ``calibrated``, ``intervals``, ``bootstrap``.
     """
     found = evaluation or {}
     console = Console()
@@ -91,10 +91,10 @@ def print_metrics(
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """Every convention side by side; the six of them fit into 80 columns.
+    """Metrics of all conventions side by side, in 80 columns.
 
     Args:
-        result: of :func:`gm_mlic.metrics.evaluate_scores`.
+        result: result of :func:`gm_mlic.metrics.evaluate_scores`.
     """
     metrics = result["metrics"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
@@ -130,7 +130,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
-    """Print what :func:`gm_mlic.metrics.evaluate_files` returns on stdout: a table, and what to know to read it."""
+    """Print the result of :func:`gm_mlic.metrics.evaluate_files` as a table with notes."""
     console = Console()
     console.print(
         f"{result['scores_file']}: {result['images']:,} images, {result['labels']} labels",
@@ -144,18 +144,18 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
     if "against" in result:
         notes.append(f"Gain: mAP over {result['against_file']}; p two-sided, from the same resamples.")
     if "calibrated" in result:
-        notes.append(f"Fitted: each label's threshold of best F1 on {result['val_images']:,} validation images.")
+        notes.append(f"Fitted: per-label thresholds with the best F1 on {result['val_images']:,} validation images.")
     if result["excluded_labels"]:
         names = result["excluded_labels"]
         listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        notes.append(f"Labels without a positive, in no mean over labels: {listed} ({len(names)}).")
+        notes.append(f"Labels without a positive, excluded from means over labels: {listed} ({len(names)}).")
     for note in notes:
         console.print(note, highlight=False, markup=False)
 
 
 def _resamples(result: Mapping[str, Any]) -> str:
-    made = result["bootstrap"]
-    return f"{made['resamples']} resamples of the images, seed {made['seed']}"
+    bootstrap = result["bootstrap"]
+    return f"{bootstrap['resamples']} resamples of the images, seed {bootstrap['seed']}"
 
 
 def _gap(ours: float | None, other: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: some test photos with predictions, and the learnt label states."""
+"""Artifacts of a run: example test photos with predictions, and the learned label states."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from gm_mlic.graphs.schema import INSTANCE
 from gm_mlic.nn import ModelOutput
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, write_atomically
 
-#: How many photos are kept, and how large (the longer side, in pixels).
+#: Number of example photos, and their longer side in pixels.
 NUMBER, SIDE = 12, 640
 _TOP = 3
 
 
 @dataclass
 class Examples:
-    """The first images of a test split, as the network saw them.
+    """Predictions for the first images of a test split.
 
     Attributes:
-        rows: of the images in their dataset.
-        scores: (C,) of each image, in [0, 1].
-        boxes: (C, 4) of each image: that of the instance that won each label.
-        label_states: (C, d) of each image: the label nodes after the last block; none for models without.
+        rows: rows of the images in the dataset.
+        scores: (C,) per image, in [0, 1].
+        boxes: (C, 4) per image, the argmax box of each label.
+        label_states: (C, d) per image, label nodes after the last block; empty for models without label nodes.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -40,19 +40,19 @@ class Examples:
     label_states: list[Tensor] = field(default_factory=list)
 
     def collect(self, batch: AssignmentBatch | HeteroData, output: ModelOutput) -> None:
-        """Take what is still wanted of a batch."""
-        wanted = min(NUMBER - len(self.rows), len(output.logits))
-        if wanted <= 0:
+        """Add images of a batch until there are :data:`NUMBER`."""
+        count = min(NUMBER - len(self.rows), len(output.logits))
+        if count <= 0:
             return
-        self.rows += batch.row[:wanted].tolist()  # type: ignore[index]
-        self.scores += torch.sigmoid(output.logits[:wanted].float()).cpu()
-        self.boxes += [_winning_boxes(batch, output, i).cpu() for i in range(wanted)]
+        self.rows += batch.row[:count].tolist()  # type: ignore[index]
+        self.scores += torch.sigmoid(output.logits[:count].float()).cpu()
+        self.boxes += [_argmax_boxes(batch, output, i).cpu() for i in range(count)]
         if output.label_states is not None:
-            self.label_states += output.label_states[:wanted].float().cpu()
+            self.label_states += output.label_states[:count].float().cpu()
 
 
-def _winning_boxes(batch: AssignmentBatch | HeteroData, output: ModelOutput, i: int) -> Tensor:
-    """(C, 4): the boxes of the instances that won the labels of image ``i``."""
+def _argmax_boxes(batch: AssignmentBatch | HeteroData, output: ModelOutput, i: int) -> Tensor:
+    """Argmax boxes (C, 4) of image ``i``."""
     if isinstance(batch, AssignmentBatch):
         return batch.box[i, output.argmax_instance[i]]
     first = batch[INSTANCE].ptr[i] if "ptr" in batch[INSTANCE] else 0
@@ -63,41 +63,41 @@ def _winning_boxes(batch: AssignmentBatch | HeteroData, output: ModelOutput, i: 
 def write_examples(
     run_dir: Path, dataset: MultiLabelDataset, examples: Examples, threshold: float | Sequence[float]
 ) -> None:
-    """Write ``RUN/examples/``: the photos as JPEG, and what was predicted in ``examples.json``.
+    """Write ``RUN/examples/``: photos as JPEG, and their predictions in ``examples.json``.
 
-    Of each image: its three labels with the highest scores, then further ones that are predicted or present. Each is
-    ``right`` or ``wrong`` if it is predicted (among the three, or its score reaches the threshold), else ``missed``.
+    Each image has its top three labels and all other labels that are predicted or present. A label is ``right`` or
+    ``wrong`` if it is predicted (in the top three, or its score reaches the threshold), otherwise ``missed``.
     """
     folder = run_dir / EXAMPLES
     folder.mkdir(exist_ok=True)
     thresholds = np.broadcast_to(threshold, len(dataset.labels))
-    described = []
-    seen = np.asarray(dataset.targets) == 1
+    content = []
+    is_present = np.asarray(dataset.targets) == 1
     if dataset.difficult is not None:
-        seen = seen | dataset.difficult
+        is_present = is_present | dataset.difficult
     for n, (row, scores, boxes) in enumerate(zip(examples.rows, examples.scores, examples.boxes, strict=True)):
         image = dataset.image(row)
         size = {"width": image.width, "height": image.height}
         image.thumbnail((SIDE, SIDE))
         image.convert("RGB").save(folder / f"{n:02d}.jpg", quality=88)
         labels = []
-        for place, c in enumerate(scores.argsort(descending=True, stable=True).tolist()):
-            present = bool(seen[row, c])
-            predicted = place < _TOP or bool(scores[c] >= thresholds[c])
+        for rank, c in enumerate(scores.argsort(descending=True, stable=True).tolist()):
+            present = bool(is_present[row, c])
+            predicted = rank < _TOP or bool(scores[c] >= thresholds[c])
             if not (predicted or present):
                 continue
             kind = "missed" if not predicted else "right" if present else "wrong"
             box = [round(float(v), 4) for v in boxes[c]]
             labels.append({"label": dataset.labels[c], "score": round(float(scores[c]), 4), "box": box, "kind": kind})
         names = [dataset.labels[c] for c in np.flatnonzero(dataset.targets[row] > 0)]
-        described.append({"id": dataset.ids[row], "file": f"{n:02d}.jpg", **size, "targets": names, "top": labels})
-    write_atomically(folder / "examples.json", json.dumps(described, indent=1) + "\n")
+        content.append({"id": dataset.ids[row], "file": f"{n:02d}.jpg", **size, "targets": names, "top": labels})
+    write_atomically(folder / "examples.json", json.dumps(content, indent=1) + "\n")
 
 
 def write_label_states(run_dir: Path, labels: tuple[str, ...], examples: Examples, label_vectors: Tensor) -> None:
-    """Write ``RUN/label_states.npz``; nothing for a model without label nodes.
+    """Write ``RUN/label_states.npz``, unless the model has no label nodes.
 
-    It holds ``labels`` (C,), ``states`` (C, d), their mean over the examples, and ``input`` (C, D_l), the vectors.
+    The arrays are ``labels`` (C,), ``states`` (C, d), the mean over the examples, and ``input`` (C, D_l), the vectors.
     """
     if not examples.label_states:
         return

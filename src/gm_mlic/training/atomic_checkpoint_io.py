@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the disk."""
+"""Atomic checkpoint writing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Has Lightning write a checkpoint beside its place, and move it there when the disk has it.
+    """Checkpoint plugin that writes to a temporary file in the same folder and renames it after ``fsync``.
 
-    Lightning's own goes by way of the folder for temporary files. Where that is on another disk, the move is a copy:
-    a process killed, or a disk full, in the middle of it leaves half a checkpoint, and takes the one before along.
+    Lightning's default writes to the system's temporary folder. If that is on another disk, the move is a copy, and a
+    kill or a full disk in the middle of it leaves a truncated checkpoint in place of the previous one.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         target = Path(path)
         part = target.with_name(target.name + ".part")
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # torch's own writer says RuntimeError where the disk is full
+        content = io.BytesIO()  # writing directly, torch.save raises RuntimeError if the disk is full
         torch.save(checkpoint, content)
         try:
             with part.open("wb") as file:
@@ -32,4 +32,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             part.replace(target)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error  # write() does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error  # errors of write() lack the path

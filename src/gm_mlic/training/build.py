@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: datasets, extractor, stores, label vectors, graphs, model, loss."""
+"""Builders of the parts of a run from its config: datasets, detector, stores, graphs, model, loss, metrics."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ SPLITS = ("train", "val", "test")
 
 
 def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
-    """One split of ``config.dataset``.
+    """Build one split of ``config.dataset``.
 
     Raises:
-        ConfigError: for a dataset or a split that does not exist.
+        ConfigError: for an unknown dataset or split.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
@@ -58,7 +58,7 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
 
 
 def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
-    """The extractor of ``config.detector``, on the device that the trainer would use."""
+    """Build the extractor of ``config.detector`` on the trainer's device."""
     settings = section(config, "detector")
     del settings["max_instances"]
     with config_keys("detector"):
@@ -66,7 +66,7 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
-    """Where the store of one split is: ``instances.path``, or a folder named after all that it depends on."""
+    """Path of the store of one split: in ``instances.path``, or a folder with the hash of everything it depends on."""
     instances = config.instances
     if instances.path is not None:
         return Path(instances.path) / dataset.split
@@ -78,19 +78,19 @@ def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: Instan
 
 
 def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore | None:
-    """The store of one split: opened, or extracted first (what a killed extraction left is kept).
+    """Open the store of one split, or extract it; an interrupted extraction is resumed.
 
-    Processes that were started together (torchrun, srun) share the images out among them.
+    Processes of one torchrun or srun job share the images.
 
     Returns:
-        The complete store; None if this process did its shard and others have not yet done theirs.
+        The complete store; None if the shard of this process is finished and others are not.
 
     Raises:
-        StoreError: if the store at ``instances.path`` was made for something else.
+        StoreError: if the store at ``instances.path`` was made for another dataset or detector.
     """
     instances = config.instances
-    here = rank_info()
-    index, shards = (here.rank, here.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
+    ranks = rank_info()
+    index, shards = (ranks.rank, ranks.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
     with config_keys(
         "instances", m="detector.max_instances", views="instances.num_augmentations", path="instances.root"
@@ -118,7 +118,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
 
 
 def _views(config: DictConfig, split: str) -> int:
-    """Only training images have augmented views."""
+    """Number of augmented views; evaluation splits have none."""
     return int(config.instances.num_augmentations) if split == "train" else 0
 
 
@@ -126,13 +126,13 @@ def _views(config: DictConfig, split: str) -> int:
 
 
 def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding:
-    """Vectors for these labels, as ``config.embedding`` says."""
+    """Label vectors of ``config.embedding``."""
     with config_keys("embedding"):
         return embed_labels(labels, **section(config, "embedding"))
 
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
-    """``graph`` of a :class:`ModelMetadata`: ``config.graph``, and the graphs that the model has; no candidates yet."""
+    """``graph`` of a :class:`ModelMetadata`: ``config.graph`` and the model's edge types, without candidates."""
     settings = section(config, "graph")
     del settings["labels_per_class"]
     edge_types = list(config.model.edge_types) if "edge_types" in config.model else []
@@ -140,28 +140,28 @@ def graph_settings(config: DictConfig) -> dict[str, Any]:
 
 
 def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> list[list[int]]:
-    """The labels that each class of the detector may be (:func:`~gm_mlic.graphs.label_candidates`), from a store.
+    """Label candidates of each detector class (:func:`~gm_mlic.graphs.label_candidates`), learned from a store.
 
     Args:
-        store: of the training images.
-        m: how many instances of each image the graphs have.
-        labels_per_class: number of candidates of each class.
+        store: store of the training images.
+        m: instances per image.
+        labels_per_class: candidates per class.
     """
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
-    seen = store.targets[store.rows] == 1
-    if store.difficult is not None:  # difficult objects are seen as well
-        seen |= store.difficult[store.rows]
+    present = store.targets[store.rows] == 1
+    if store.difficult is not None:  # difficult objects are in the image
+        present |= store.difficult[store.rows]
     own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
     with config_keys("graph"):
-        table = label_candidates(detected_label, score, torch.from_numpy(seen), labels_per_class, own)
+        table = label_candidates(detected_label, score, torch.from_numpy(present), labels_per_class, own)
     return [row.nonzero().flatten().tolist() for row in table]
 
 
 def build_graphs(
     store: InstanceStore, graph: AssignmentGraph, *, layout: str, augment: bool = False, seed: int = 0
 ) -> AssignmentBatchDataset | AssignmentGraphDataset:
-    """The assignment graphs of a store, as dense batches or as single ``HeteroData`` (``layout="sparse"``)."""
+    """Dataset of the assignment graphs of a store: dense batches, or ``HeteroData`` (``layout="sparse"``)."""
     kind = AssignmentGraphDataset if layout == "sparse" else AssignmentBatchDataset
     with config_keys("graph"):
         return kind(store, graph, augment=augment, seed=seed)
@@ -173,21 +173,21 @@ def build_graphs(
 def model_settings(
     config: DictConfig, *, instance_dim: int, label_dim: int, labels: Sequence[str], detector_labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Arguments of ``create_model``: ``config.model``, and of what the data decide those that it takes."""
+    """Arguments of ``create_model``: ``config.model`` and the data-dependent arguments that the model accepts."""
     settings = section(config, "model")
-    of_data = {
+    data_arguments = {
         "instance_dim": instance_dim,
         "label_dim": label_dim,
         "num_labels": len(labels),
         "labels": list(labels),
         "detector_labels": list(detector_labels),
     }
-    taken = MODELS.arguments(settings["name"])
-    return settings | {name: value for name, value in of_data.items() if name in taken}
+    accepted = MODELS.arguments(settings["name"])
+    return settings | {name: value for name, value in data_arguments.items() if name in accepted}
 
 
 def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.Module:
-    """The model with fresh weights, and the co-occurrences of the training split where it has a use for them."""
+    """Build the model with new weights; fit the label statistics of models that need them on the training split."""
     with config_keys("model"):
         model = metadata.build_model()
         if isinstance(model, LabelStatistics):
@@ -197,9 +197,9 @@ def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.M
 
 
 def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
-    """The weighted cross-entropy, with r_c from the training split.
+    """Build the weighted cross-entropy with r_c of the training split.
 
-    It does not check targets, which would wait for the GPU at every step: graphs and on-line images checked them.
+    It does not validate targets, which would synchronize the GPU at every step; the datasets validate them.
     """
     ratio = torch.from_numpy(label_ratio(train.targets, train.difficult))
     with config_keys("loss"):
@@ -207,7 +207,7 @@ def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:
-    """The metrics of ``config.metrics``; options that are null are the convention's."""
+    """Build the metrics of ``config.metrics``; null options default to the convention's."""
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
     with config_keys("metrics"):
         return MultiLabelMetrics(len(labels), labels=labels, **options)

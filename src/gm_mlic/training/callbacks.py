@@ -1,4 +1,4 @@
-"""What a run shows and writes after each epoch."""
+"""Progress bar and ``metrics.csv`` of a training run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ log = logging.getLogger(__name__)
 
 
 class EpochProgressBar(Callback):
-    """One bar for each epoch, which ends as one line with train loss, val mAP and the best so far.
+    """Progress bar for each epoch, followed by a log line with train loss, val mAP and best val mAP.
 
-    Where stderr is not a terminal (a log file, CI) only that line is written.
+    If stderr is not a terminal, only the log line is written.
     """
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ class EpochProgressBar(Callback):
 
 
 class EpochCSV(Callback):
-    """``metrics.csv``: one row for each epoch (the first is 1).
+    """Writer of ``metrics.csv``, with one row per epoch (from 1).
 
-    The file is rewritten whole and atomically, so that a killed run loses no row. A resumed run keeps the rows of the
-    epochs that its checkpoint has seen. (Lightning's CSVLogger deletes the file.)
+    The file is replaced atomically at each epoch, so a killed run loses no rows. A resumed run keeps the rows up to the
+    epoch of its checkpoint (Lightning's CSVLogger deletes the file).
 
     Args:
-        path: the file.
+        path: the output file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batches of assignment graphs in an order that depends on seed and epoch alone."""
+"""Data loaders whose order depends on seed and epoch only."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from gm_mlic.instances import OnlineImages
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A permutation for each (seed, epoch), shared out over processes; passes the epoch on to the dataset.
+    """Distributed sampler with a permutation per (seed, epoch); also sets the epoch of the dataset.
 
-    An interrupted run therefore sees the same images in the same order, in the same augmented views, as one that was
-    not.
+    A resumed run reads the same images in the same order and with the same augmentation as an uninterrupted one.
 
     Args:
-        dataset: with ``set_epoch(epoch)`` where its samples depend on the epoch.
+        dataset: a dataset; its ``set_epoch(epoch)`` is called if it has one.
         seed, rank, num_replicas: see :class:`torch.utils.data.DistributedSampler`.
-        first: (epoch, n): of that epoch, the first n images have been seen.
+        first: (epoch, n): skip the first n images of that epoch.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class EpochSampler(DistributedSampler[Any]):
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed)
         self.first = first
-        # On resuming, Lightning starts to read (with workers, at once) before it tells the sampler its epoch.
+        # On resume, Lightning starts to prefetch before it sets the sampler's epoch.
         self.set_epoch(first[0])
 
     def __iter__(self) -> Iterator[Any]:
@@ -46,7 +45,7 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class _DistributedEvalSampler:
-    """Every ``num_replicas``-th index: an evaluation split over processes in which no image counts twice."""
+    """Sampler of every ``num_replicas``-th index, so that distributed evaluation counts no image twice."""
 
     def __init__(self, size: int, rank: int, num_replicas: int) -> None:
         self._indices = range(rank, size, num_replicas)
@@ -59,14 +58,14 @@ class _DistributedEvalSampler:
 
 
 class GraphData(LightningDataModule):
-    """Loaders for the splits of a run.
+    """Data module with the loaders of a run.
 
     Args:
-        splits: a dataset of graphs, of whole batches of them, or of images, for each split that is used.
+        splits: dataset of each split: graphs, dense batches of graphs, or images.
         batch_size: images per step and process.
-        seed: of the order of training images.
-        num_workers: processes that read.
-        first: the epoch, and the step in it, that training starts with; above 0 where a run goes on.
+        seed: seed of the order of training images.
+        num_workers: worker processes of each loader.
+        first: (epoch, step) at which training starts; (0, 0) unless a run is resumed.
     """
 
     def __init__(
@@ -87,17 +86,18 @@ class GraphData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         epoch, steps = self.first
         first = (epoch, steps * self.batch_size)
-        return self._loader("train", EpochSampler(self.splits["train"], self.seed, *self._place(), first=first))
+        return self._loader("train", EpochSampler(self.splits["train"], self.seed, *self._rank(), first=first))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.evaluation_loader("val")
 
     def evaluation_loader(self, split: str) -> DataLoader[Any]:
-        """All images of a split, in order, each once."""
-        rank, world = self._place()
+        """Loader of all images of a split, in order."""
+        rank, world = self._rank()
         return self._loader(split, _DistributedEvalSampler(len(self.splits[split]), rank, world))  # type: ignore[arg-type]
 
-    def _place(self) -> tuple[int, int]:
+    def _rank(self) -> tuple[int, int]:
+        """Rank and world size."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(self, split: str, sampler: Any) -> DataLoader[Any]:

@@ -1,4 +1,4 @@
-"""The Lightning module: loss, scores, metrics, optimiser. The network itself knows nothing of Lightning."""
+"""Lightning module: loss, metrics, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position
 from gm_mlic.zoo.metadata import KEY, ModelMetadata
 
-#: Where a checkpoint keeps the training loss of an unfinished epoch.
+#: Key of the training loss of an unfinished epoch in a checkpoint.
 _LOSS = "train_loss"
-#: How often, in steps, a GPU's loss is looked at (looking waits for the GPU).
+#: Steps between checks of the loss on a GPU; each check synchronizes.
 _CHECK_EVERY = 50
 
 
@@ -31,8 +31,8 @@ class DivergedError(GMMLICError):
     """The loss is NaN or infinite.
 
     Attributes:
-        epoch, step: where it first was so; the epoch from 1.
-        rows: of the images of that batch, on this process.
+        epoch, step: first epoch (from 1) and step with such a loss.
+        rows: dataset rows of the images in that batch, on this process.
     """
 
     def __init__(self, message: str, epoch: int, step: int, rows: list[int]) -> None:
@@ -41,24 +41,22 @@ class DivergedError(GMMLICError):
 
 
 class MLICModule(LightningModule):
-    """Trains ``model`` to minimise ``loss`` and measures it with ``metrics``.
+    """Lightning module that trains and evaluates ``model``.
 
-    Logs ``train/loss`` and, for validation, ``val/loss`` and ``val/NAME`` for each metric NAME (``val/mAP``,
-    ``val/top3/CF1``, ...); for testing, ``test/NAME``. After a test, ``test_values`` holds all of them, with
-    ``AP`` (C,), ``test_scores`` the scores, targets and difficult (n, C) and rows (n,) that they are made of, and
-    ``examples`` what was predicted for some of the images.
+    Logs ``train/loss``, ``val/loss`` and ``val/NAME`` and ``test/NAME`` for each metric NAME (``val/mAP``,
+    ``val/top3/CF1``, ...). After a test, ``test_values`` holds all metrics including ``AP`` (C,), ``test_scores`` the
+    scores, targets and difficult (n, C) and rows (n,), and ``examples`` predictions for some images.
 
     Args:
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
-        loss: from logits (B, C), targets (B, C) in {0, 1} and difficult (B, C) bool or None to a scalar. Targets have
-            been checked.
-        metrics: of the same, with scores in [0, 1].
+        loss: from logits (B, C), valid targets (B, C) in {0, 1} and difficult (B, C) bool or None to a scalar.
+        metrics: from scores (B, C) in [0, 1] and the same targets.
         optimizer: the settings of ``conf/optimizer``.
-        metadata: written into each checkpoint.
-        online: what turns images into graphs, for batches that are images.
-        instance_graph_warmup_epochs: epochs at the beginning that are trained without edges of the instance graph.
-            Parameters that read these edges get zero (not None) gradients until then, so Adam's moments are zero when
-            the graph joins, and the first updates can be a few times the learning rate.
+        metadata: stored in each checkpoint.
+        online: from batches of images to graphs; None for batches of graphs.
+        instance_graph_warmup_epochs: number of first epochs trained without edges of the instance graph. Parameters
+            that read these edges get zero (not None) gradients during the warmup, so Adam's moments are zero when it
+            ends, and the first updates can be a few times the learning rate.
     """
 
     def __init__(
@@ -75,7 +73,7 @@ class MLICModule(LightningModule):
         self.model = model
         self.loss = loss
         self.metrics = metrics
-        # Means over images, of all processes, however many each of them has.
+        # Means over the images of all processes.
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.online = online
         self.instance_graph_warmup_epochs = instance_graph_warmup_epochs
@@ -85,7 +83,7 @@ class MLICModule(LightningModule):
         self.test_scores: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
         self.examples = Examples()
         self._bad_step: Tensor | None = None
-        #: Steps and the rows of their batches, as far back as the loss has not been looked at.
+        #: Steps whose loss has not been checked yet, with the rows of their batches.
         self._recent: deque[tuple[int, Tensor | None]] = deque(maxlen=_CHECK_EVERY + 1)
         self._label_cache: LabelCache | None = None
 
@@ -93,12 +91,12 @@ class MLICModule(LightningModule):
         return self.model(batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if isinstance(batch, OnlineBatch):  # the detector takes its images where it needs them
+        if isinstance(batch, OnlineBatch):  # the detector moves its images to its own device
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _graphs(self, batch: Any) -> Any:
-        """The assignment graphs of a batch; None if none of its images can be read."""
+        """Assignment graphs of a batch; None if none of its images is readable."""
         if not isinstance(batch, OnlineBatch):
             return batch
         assert self.online is not None
@@ -119,7 +117,7 @@ class MLICModule(LightningModule):
         return loss
 
     def _watch(self, loss: Tensor, batch: Any) -> None:
-        """Remember the first step with a loss that is not finite; look seldom, since looking waits for the device."""
+        """Record the first step with a non-finite loss; check it rarely, since a check synchronizes the GPU."""
         if self._bad_step is None:
             self._bad_step = torch.full((), -1, dtype=torch.int64, device=loss.device)
         self._recent.append((self.global_step, batch.row))
@@ -135,7 +133,7 @@ class MLICModule(LightningModule):
             raise DivergedError(
                 f"The loss is not finite at epoch {self.current_epoch + 1}, step {step}: lower optimizer.lr (now "
                 f"{self.optimizer_settings['lr']:g}) or set trainer.gradient_clip_val. The images of that step are in "
-                "diverged.json, what was good before is in checkpoints/.",
+                "diverged.json, earlier checkpoints in checkpoints/.",
                 self.current_epoch + 1,
                 step,
                 [] if rows is None else rows.tolist(),
@@ -145,7 +143,7 @@ class MLICModule(LightningModule):
         self.stop_if_diverged()
 
     def on_validation_epoch_start(self) -> None:
-        self.stop_if_diverged()  # before a checkpoint of such weights is written
+        self.stop_if_diverged()  # before a checkpoint is saved
 
     # Evaluation
 
@@ -159,7 +157,7 @@ class MLICModule(LightningModule):
         self.examples = Examples()
 
     def _output(self, batch: Any) -> ModelOutput:
-        """The network's output in evaluation; what does not depend on the images is computed at the first batch."""
+        """Output of the network in evaluation; image-independent terms are cached at the first batch."""
         if not isinstance(self.model, GMMLIC) or not isinstance(batch, AssignmentBatch):
             output: ModelOutput = self.model(batch)
             return output
@@ -205,15 +203,15 @@ class MLICModule(LightningModule):
         output = self._output(batch)
         return batch.row, torch.sigmoid(output.logits.float()), output.argmax_instance
 
-    # Optimisation
+    # Optimization
 
     def configure_optimizers(self) -> Any:
         settings = self.optimizer_settings
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        learning = [] if self.online is None else [p for p in self.online.parameters() if p.requires_grad]
-        if learning:
+        trainable = [] if self.online is None else [p for p in self.online.parameters() if p.requires_grad]
+        if trainable:
             lr = settings["detector_lr"] if settings["detector_lr"] is not None else settings["lr"] / 10
-            groups.append({"params": learning, "lr": lr})
+            groups.append({"params": trainable, "lr": lr})
         optimizer: torch.optim.Optimizer
         if settings["name"] == "sgd":
             optimizer = torch.optim.SGD(
@@ -232,14 +230,14 @@ class MLICModule(LightningModule):
         else:
             rates = [group["lr"] for group in optimizer.param_groups]
             schedule = one_cycle(optimizer, rates, steps, settings["pct_start"])
-        # Both count steps: a checkpoint at the end of an epoch is written before an epoch-wise schedule would move on.
+        # Per step: the checkpoint at the end of an epoch is saved before a per-epoch scheduler would step.
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = self.metadata.to_checkpoint()
-        # Of the steps so far, for an epoch that is saved within; an equal part of it for each process.
+        # Loss of the steps so far, for checkpoints within an epoch; each process resumes with the mean over processes.
         mean = self.train_loss
         parts = self.trainer.strategy.reduce(torch.stack([mean.mean_value, mean.weight]), reduce_op="mean")
         checkpoint[_LOSS] = [*parts.tolist(), mean.update_count]
@@ -253,6 +251,6 @@ class MLICModule(LightningModule):
 
 
 def _difficult(batch: Any) -> Tensor | None:
-    """Which labels of a batch are difficult; None where the dataset does not say."""
+    """Mask of difficult labels of a batch; None for datasets without one."""
     mask: Tensor | None = getattr(batch, "difficult", None)
     return mask

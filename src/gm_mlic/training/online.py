@@ -1,4 +1,4 @@
-"""On-line mode: from the images of a step to its assignment graphs, by way of the detector."""
+"""On-line detection: from the images of a training step to assignment graphs."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from gm_mlic.instances import OnlineBatch
 
 
 class OnlineGraphs(nn.Module):
-    """Detects in a batch of images and joins what was found with the labels.
+    """Detector and assignment-graph transform for batches of images.
 
     Args:
-        extractor: the detector. Only one that is trained along becomes part of this module and its checkpoints.
+        extractor: the detector. Only a trained one is registered as a sub-module and saved in checkpoints.
         graph: the transform with label vectors and m.
-        dense: make an :class:`~gm_mlic.graphs.AssignmentBatch`; else a batch of ``HeteroData``.
-        trained: whether the detector learns.
+        dense: return an :class:`~gm_mlic.graphs.AssignmentBatch`; otherwise a batch of ``HeteroData``.
+        trained: whether the detector is trained.
     """
 
     def __init__(self, extractor: InstanceExtractor, graph: AssignmentGraph, *, dense: bool, trained: bool) -> None:
         super().__init__()
-        self._frozen = None if trained else [extractor]  # in a list, so that torch does not register it
+        self._frozen = None if trained else [extractor]  # a list, so that torch does not register it
         self.detector = extractor if trained else None
         self.graph = graph
         self.dense = dense
 
     @property
     def extractor(self) -> Any:
-        """The detector, learning or not."""
+        """The detector, trained or frozen."""
         return self.detector if self._frozen is None else self._frozen[0]
 
     def forward(self, batch: OnlineBatch, device: torch.device) -> AssignmentBatch | HeteroData:
-        """The assignment graphs of the batch's images, on ``device``."""
-        with torch.autocast(device.type, enabled=False):  # as extraction does it, whatever the precision of training
+        """Assignment graphs of the batch, on ``device``."""
+        with torch.autocast(device.type, enabled=False):  # full precision, as in extraction
             found = self.extractor(batch.images, self.graph.m)
         targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
         difficult = None if batch.difficult is None else batch.difficult.to(device)
@@ -50,5 +50,5 @@ class OnlineGraphs(nn.Module):
             if difficult is not None:
                 data.difficult = difficult[i, None]
             graphs.append(self.graph(data.to("cpu")))
-        together: HeteroData = Batch.from_data_list(graphs).to(device)
-        return together
+        collated: HeteroData = Batch.from_data_list(graphs).to(device)
+        return collated

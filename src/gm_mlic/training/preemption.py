@@ -1,4 +1,4 @@
-"""Stop between two steps when asked to, save, and go on exactly there."""
+"""Preemption: save a checkpoint after the current step on SIGINT or SIGTERM, and resume exactly there."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from gm_mlic.errors import Terminated
 
 log = logging.getLogger(__name__)
 
-#: Where a checkpoint keeps the epoch (from 0) and the number of its steps that a run goes on with.
+#: Key of the position in a checkpoint: the epoch (from 0) to resume, and its number of finished steps.
 POSITION = "position"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def position(checkpoint: dict[str, Any]) -> tuple[int, int]:
-    """The epoch, and how many of its steps are done."""
+    """Epoch (from 0) to resume, and its number of finished steps."""
     found = checkpoint.get(POSITION)
     return (found["epoch"], found["steps"]) if found else (checkpoint["epoch"] + 1, 0)
 
 
 @contextlib.contextmanager
 def restored_signal_handlers() -> Iterator[None]:
-    """Whoever handled Ctrl-C and SIGTERM before handles them again afterwards."""
+    """Restore the handlers of SIGINT and SIGTERM on exit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,14 +44,14 @@ def restored_signal_handlers() -> Iterator[None]:
 
 
 class PreemptionCheckpoint(Callback):
-    """Ends a run after the step in which Ctrl-C or SIGTERM comes, and saves it first; saves it every so often, too.
+    """Callback that saves a checkpoint and stops after the step in which SIGINT or SIGTERM arrives.
 
-    During validation, which is not saved half done, it ends after the epoch. A second signal does not wait.
-    All processes of a run stop at the same step. Train within :func:`restored_signal_handlers`.
+    During validation, the run stops after the epoch. A second signal stops it immediately. All processes stop at the
+    same step. The callback can also save periodically. Train within :func:`restored_signal_handlers`.
 
     Args:
-        path: the checkpoint to write.
-        minutes: between saves within an epoch; None for no other than at its end and on a signal.
+        path: the checkpoint file.
+        minutes: minutes between saves within an epoch; None: save on a signal only.
     """
 
     def __init__(self, path: Path, minutes: float | None) -> None:
@@ -62,9 +62,7 @@ class PreemptionCheckpoint(Callback):
 
     # Signals
 
-    def on_train_start(
-        self, trainer: Trainer, module: LightningModule
-    ) -> None:  # Lightning has set its handlers by now
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:  # after Lightning sets its handlers
         self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
@@ -74,7 +72,7 @@ class PreemptionCheckpoint(Callback):
         if self.received is not None:
             self._leave(number)
         self.received = number
-        log.warning("Stopping after this step (once more: at once).")
+        log.warning("Stopping after this step; a second signal stops immediately.")
 
     @staticmethod
     def _leave(number: int) -> None:
@@ -85,26 +83,26 @@ class PreemptionCheckpoint(Callback):
     # Steps
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        if i + 1 >= trainer.num_training_batches:  # the epoch is saved when it is validated
+        if i + 1 >= trainer.num_training_batches:  # the epoch is saved after validation
             return
-        stop = self._is_agreed(trainer, self.received is not None)
+        stop = self._any_rank(trainer, self.received is not None)
         due = self.minutes is not None and time.monotonic() - self._saved > 60 * self.minutes
-        if stop or self._is_agreed(trainer, due):
+        if stop or self._any_rank(trainer, due):
             self._save(trainer, module, steps=i + 1)
         if stop:
             self._leave(self.received or signal.SIGTERM)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._is_agreed(trainer, self.received is not None):
+        if self._any_rank(trainer, self.received is not None):
             self._leave(self.received or signal.SIGTERM)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.received is not None:  # the test is not begun
+        if self.received is not None:  # skip the test
             self._leave(self.received)
 
     @staticmethod
-    def _is_agreed(trainer: Trainer, wanted: bool) -> bool:
-        return wanted if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(wanted, all=False)
+    def _any_rank(trainer: Trainer, flag: bool) -> bool:
+        return flag if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(flag, all=False)
 
     def _save(self, trainer: Trainer, module: LightningModule, steps: int) -> None:
         module.stop_if_diverged()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A run: from a config to a run folder with checkpoints, ``metrics.csv``, ``metrics.json`` and ``config.yaml``."""
+"""Training and evaluation runs, from a config to checkpoints and metrics in a run folder."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
 
-#: Packages whose versions a run records.
+#: Packages whose versions are recorded.
 _VERSIONS = ("torch", "torchvision", "torch-geometric", "lightning")
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """One split of a run's data: images, and their instances in a store; or, in on-line mode, no store but readers."""
+    """One split of a run's data: the dataset with its instance store, or with its images in on-line mode."""
 
     dataset: MultiLabelDataset
     store: InstanceStore | None
@@ -63,27 +63,27 @@ class SplitData:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Images that cannot be read, by id, with the reason."""
+        """Reasons of unreadable images, by image id."""
         if self.store is not None:
             return dict(self.store.manifest.skipped)
         return {} if self.online is None else dict.fromkeys(self.online.unreadable, "unreadable")
 
 
 def train(config: DictConfig, sweep: str | None = None, command: str | None = None) -> dict[str, Any]:
-    """Train as ``config`` says, or go on where an earlier call with the same ``run_dir`` stopped.
+    """Train a model, or resume the unfinished run in ``config.run_dir``.
 
-    Builds missing instance stores, trains, chooses the epoch with the best val mAP and tests it.
+    Extracts missing instance stores, trains, and tests the epoch with the best val mAP.
 
     Args:
         config: the composed config of ``conf/train.yaml``.
-        sweep: the folder of the multirun that this run belongs to.
-        command: that makes this run again, for the record; default: that of this process.
+        sweep: folder of the multirun of this run.
+        command: recorded command that reproduces this run; default: the command line of this process.
 
     Returns:
-        What ``metrics.json`` holds: test metrics (all, top-3, AP per label), best validation, epoch, sizes, versions.
+        Content of ``metrics.json``: test metrics (all, top-3, AP per label), best val metrics, epoch, sizes, versions.
 
     Raises:
-        GMMLICError: for anything the user can mend.
+        GMMLICError: for errors that the user can fix.
     """
     check(config)
     run_dir = Path(config.run_dir)
@@ -100,7 +100,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
     else:
         _check_same_run(config, run_dir)
     if finished.exists():
-        log.info("%s: finished already (overwrite=true starts again).", run_dir)
+        log.info("%s: already finished (overwrite=true starts it again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
     state.begin()
@@ -108,7 +108,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
-    # All that can be wrong comes before the stores, which may take hours.
+    # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     extractor = build.build_detector(config)
     module, graph = build_module(config, datasets["train"], extractor)
@@ -118,7 +118,7 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
-            assert store is not None  # settings.check sees to it
+            assert store is not None  # validation.check excludes on-line mode
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.metadata = module.metadata.with_candidates(candidates)
             graph = module.metadata.build_graph()
@@ -150,21 +150,21 @@ def evaluate(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metrics of a checkpoint on one split, with the settings of the run that made it.
+    """Evaluate a checkpoint on one split, with the settings of its run.
 
     Args:
-        checkpoint: ``RUN/checkpoints/NAME.ckpt``; ``RUN/config.yaml`` says what data it was made with.
+        checkpoint: ``RUN/checkpoints/NAME.ckpt``; the settings are read from ``RUN/config.yaml``.
         split: ``train``, ``val`` or ``test``.
-        overrides: changes to those settings, as ``dataset.root=/elsewhere``.
-        out: a folder; the result is written to ``SPLIT.json`` there, and the scores to ``SPLIT.npz``, as
-            :func:`gm_mlic.metrics.read_scored_images` reads them.
-        calibrate: fit a threshold for each label on ``val``, and give the metrics with those too (``calibrated``).
-        bootstrap: resamples of the images for the 95 % interval of mAP (``intervals``); 0 for none.
-        seed: of the resamples.
+        overrides: changed settings, e.g. ``dataset.root=/elsewhere``.
+        out: output folder for the result, ``SPLIT.json``, and the scores, ``SPLIT.npz``
+            (:func:`gm_mlic.metrics.read_scored_images`); default: nothing is written.
+        calibrate: also compute the metrics with per-label thresholds fitted on ``val`` (``calibrated``).
+        bootstrap: resamples of the images for the 95 % interval of mAP (``intervals``); 0: none.
+        seed: seed of the resampling.
 
     Raises:
-        ConfigError: if thresholds are to be fitted on the split that is evaluated.
-        WeightsError: if it is not such a checkpoint, or was made for other labels or another detector.
+        ConfigError: if thresholds would be fitted on the evaluated split.
+        WeightsError: if it is not a checkpoint of ``gm-mlic train``, or labels or detector differ.
     """
     path = Path(checkpoint)
     metadata, _ = read_checkpoint(path)
@@ -173,7 +173,7 @@ def evaluate(
     _quieten_lightning()
     dataset = build.build_dataset(config, split)
     if calibrate and split == "val":
-        raise ConfigError("calibrate=true fits thresholds on val: evaluate another split with them, as split=test.")
+        raise ConfigError("calibrate=true fits thresholds on val: evaluate another split, e.g. split=test.")
     metadata.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config)
     metadata.check_detector(extractor.name, extractor.fingerprint, path)
@@ -208,17 +208,17 @@ def evaluate(
 
 
 def split_data(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> SplitData:
-    """A split and its instance store, extracted if it is missing; or its images, for on-line detection."""
+    """A split with its instance store, extracted if missing; or with its images, for on-line detection."""
     train = dataset.split == "train"
-    # A frozen detector sees the same in an evaluation image at every epoch, so a store serves there.
+    # Evaluation images are not augmented: with a frozen detector their instances can be stored.
     if _trains_detector(config) or (config.instances.online and train):
         images = OnlineImages(dataset, train=train, size=config.instances.view_size, seed=config.seed)
         return SplitData(dataset, None, images)
     store = build.build_store(config, dataset, extractor)
     if store is None:
         raise StoreError(
-            f"instances.shard={config.instances.shard}: the other shards are not done; leave instances.shard out to "
-            "have this process extract the rest."
+            f"instances.shard={config.instances.shard}: other shards are not finished; leave instances.shard out to "
+            "extract the rest in this process."
         )
     return SplitData(dataset, store)
 
@@ -233,7 +233,7 @@ def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: Assignmen
 
 
 def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
-    """The Lightning module for the labels of ``dataset`` and the features of ``extractor``, and the graphs it reads."""
+    """Build the Lightning module and its graph transform for the labels of ``dataset``."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
     metadata = ModelMetadata(
@@ -255,7 +255,7 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
     )
     with config_keys("graph"):
         graph = metadata.build_graph()
-    seed_everything(config.seed, workers=True, verbose=False)  # right before the weights are drawn
+    seed_everything(config.seed, workers=True, verbose=False)  # directly before the weights are initialized
     module = MLICModule(
         build.build_model(metadata, dataset),
         build.build_loss(config, dataset),
@@ -287,25 +287,25 @@ def _fit(
         first = position(content)
         if _stopped_early(content) or first[0] >= config.trainer.max_epochs:
             return
-        log.info("continuing %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
+        log.info("resuming %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = config.trainer.num_workers
     if workers is None:
         workers = 0 if resolve_device(config.trainer.accelerator) == "cpu" else 2
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
-        # In place, so that names in checkpoints stay as they are; once for batches of all sizes.
+        # In place, which keeps the names in checkpoints; dynamic, for batches of all sizes.
         module.model.compile(dynamic=True)
     try:
         with restored_signal_handlers():
             trainer.fit(module, loaders, ckpt_path=None if content is None else str(last), weights_only=True)
     except Terminated:
         raise
-    except SystemExit as stop:  # what Lightning makes of Ctrl-C
+    except SystemExit as stop:  # Lightning's translation of Ctrl-C
         raise KeyboardInterrupt from stop
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The checkpoint to go on from, and what is in it: the last, or if that is damaged the best; None if none is."""
+    """Path and content of the checkpoint to resume from: last, or best if last is damaged; None without a last one."""
     last, best = folder / "last.ckpt", folder / "best.ckpt"
     if not last.exists():
         return last, None
@@ -315,7 +315,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
         if not best.exists():
             raise
         content = read_checkpoint(best)[1]
-        log.warning("%s Going on from %s, after epoch %d.", error, best, position(content)[0])
+        log.warning("%s Resuming from %s, after epoch %d.", error, best, position(content)[0])
         part = last.with_suffix(".part")
         shutil.copyfile(best, part)
         part.replace(last)
@@ -323,7 +323,7 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def _readable(data: SplitData, graph: AssignmentGraph, layout: str, **settings: Any) -> Any:
-    """What a loader reads: the graphs of the split's store, or its images."""
+    """Dataset for a loader: the graphs of the split's store, or its images."""
     if data.store is None:
         return data.online
     return build.build_graphs(data.store, graph, layout=layout, **settings)
@@ -334,16 +334,16 @@ def _stopped_early(content: dict[str, Any]) -> bool:
 
 
 def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (n,) of the readable images, their scores (n, C), and which instance won each label (n, C)."""
+    """Rows (n,), scores (n, C) and argmax instances (n, C) of the readable images."""
     module, loader = _trained(config, checkpoint, data, None)
     batches = build_trainer(config, None).predict(module, loader)
-    rows, scores, winners = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
-    return rows, scores, winners
+    rows, scores, argmax_instance = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
+    return rows, scores, argmax_instance
 
 
 @dataclass(frozen=True)
 class _TestResult:
-    """Metric values, and what they are made of: scores, targets and difficult (n, C) of the dataset's rows (n,)."""
+    """Metric values with the scores, targets and difficult (n, C) of the dataset's rows (n,)."""
 
     values: dict[str, Any]
     scores: Tensor
@@ -358,14 +358,14 @@ class _TestResult:
         write_scored_images(path, self.scores, self.targets, ids, dataset.labels, self.difficult)
 
     def write(self, run_dir: Path, dataset: MultiLabelDataset, metadata: ModelMetadata) -> None:
-        """What the run folder keeps of its test beside the metrics."""
+        """Write scores, example photos and label states to the run folder."""
         self.write_scores(run_dir / SCORES, dataset)
         write_examples(run_dir, dataset, self.examples, self.rules.threshold)
         write_label_states(run_dir, metadata.labels, self.examples, metadata.label_vectors)
 
 
 def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _TestResult:
-    """Metrics of a checkpoint on one split. The run's own test and ``gm-mlic eval`` are this same function."""
+    """Test a checkpoint on one split; used by ``gm-mlic train`` and ``gm-mlic eval``."""
     module, loader = _trained(config, checkpoint, data, extractor)
     build_trainer(config, None).test(module, loader, verbose=False)
     assert module.test_scores is not None
@@ -384,7 +384,7 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
 def _trained(
     config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any
 ) -> tuple[MLICModule, DataLoader[Any]]:
-    """The checkpoint's model, and the images of ``data`` as it reads them."""
+    """Lightning module of a checkpoint and an evaluation loader for ``data``."""
     metadata, content = read_checkpoint(checkpoint)
     model = metadata.build_model()
     load_weights(model, content, checkpoint)
@@ -404,7 +404,7 @@ def _trained(
 
 
 def _check_same_run(config: DictConfig, run_dir: Path) -> None:
-    """Raise ConfigError if ``run_dir`` holds a run with other settings: going on with it would mix the two."""
+    """Raise ConfigError if ``run_dir`` holds a run with other settings, which must not be resumed."""
     path = run_dir / "config.yaml"
     begun = any((run_dir / name).exists() for name in ("checkpoints/last.ckpt", "metrics.json"))
     if not begun or not path.is_file():
@@ -420,7 +420,7 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
 
 
 def _forget(run_dir: Path, wait: bool) -> None:
-    """Delete what would be gone on from; or wait until the first of our processes, which speaks for the run, has."""
+    """Delete the state of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
     for name in (RESULT, "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
         while wait and (run_dir / name).exists():
             time.sleep(0.1)
@@ -430,15 +430,15 @@ def _forget(run_dir: Path, wait: bool) -> None:
 def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
     path = checkpoint.parent.parent / "config.yaml"
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file; a checkpoint is evaluated with the config of its run folder.")
+        raise WeightsError(f"{path}: no such file; checkpoints are evaluated with the config of their run folder.")
     text = path.read_text()
     try:
         config = OmegaConf.create(text)
     except (ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise WeightsError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    # Ours are resolved; somebody else's does not get to read our environment (${oc.env:...}).
+    # Configs of runs are resolved. Interpolations in untrusted files could read the environment (${oc.env:...}).
     if not isinstance(config, DictConfig) or "${" in text:
-        raise WeightsError(f"{path} is not the config of a run: evaluate a checkpoint in the folder that train made.")
+        raise WeightsError(f"{path} is not the config of a run: evaluate a checkpoint in its run folder.")
     OmegaConf.set_struct(config, True)
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -470,7 +470,7 @@ def _summary(
             "sizes": {split: len(part.dataset) for split, part in data.items()},
             "fingerprints": {split: part.dataset.fingerprint for split, part in data.items()},
         },
-        # The hash of a manifest covers the hash of every array.
+        # A manifest contains the hashes of all arrays.
         "stores": {
             split: {"path": str(part.store.path), "manifest_sha256": sha256(part.store.path / MANIFEST)}
             for split, part in data.items()
@@ -491,7 +491,7 @@ def _summary(
 
 
 def _revision() -> str | None:
-    """The git revision of the code, where it runs from a checkout."""
+    """Git revision of the code, if it runs from a checkout."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -500,7 +500,7 @@ def _revision() -> str | None:
 
 
 def _quieten_lightning() -> None:
-    """Lightning's tips and banners tell users of gm-mlic nothing that they can act upon."""
+    """Silence Lightning's tips and banners."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\..*")

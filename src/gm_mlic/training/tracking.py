@@ -1,8 +1,8 @@
-"""Weights & Biases beside ``metrics.csv``.
+"""Weights & Biases logging, in addition to ``metrics.csv``.
 
 Names are those of ``metrics.csv`` and ``metrics.json``: ``train/loss``, ``val/mAP``, ``test/top3/CF1``, ... over
-``epoch``; summaries keep the best values. The run's id stands in ``RUN/wandb_id``, so that a run that is taken up again
-goes on there too.
+``epoch``; summaries keep the best values. The W&B run id is stored in ``RUN/wandb_id``, so a resumed run continues the
+same W&B run.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from gm_mlic.runs import EXAMPLES, write_atomically
 log = logging.getLogger(__name__)
 
 ID_FILE = "wandb_id"
-#: How long to wait for the server before saying that there is none; and, at the end, for what is still to be sent (a
-#: server that is gone by then must not keep the next job from its turn; WANDB_FINISH_TIMEOUT says otherwise).
+#: Timeouts of the first connection, and of the last upload (WANDB_FINISH_TIMEOUT overrides it): an unreachable server
+#: must not block the next job.
 _TIMEOUT_S, _FINISH_TIMEOUT_S = 20, 1800
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
-#: W&B's colors of boxes are by class; these are what a prediction turned out to be.
+#: Box classes at W&B, which colors boxes by class.
 _KINDS = {"right": 1, "wrong": 2, "missed": 3}
 
 
 class Tracker:
-    """A context in which one W&B run is open; without ``logger=wandb`` it does nothing.
+    """Context manager for one W&B run; does nothing without ``logger=wandb``.
 
-    What fails at W&B once the run is open is a warning: the run folder has it all, and training goes on.
+    Errors of W&B after the start are logged as warnings and training continues: the run folder is complete without it.
 
     Args:
-        config: with ``logger``.
+        config: a config with the section ``logger``.
         run_dir: the run folder.
-        sweep: the folder of the multirun that the run belongs to: its name becomes the group.
-        revision: of the code, for W&B's config.
+        sweep: folder of the multirun of this run; its name is the default W&B group.
+        revision: revision of the code, added to W&B's config.
 
     Raises:
-        ConfigError: on entering, if W&B is not installed, nobody is logged in, or there is no server.
+        ConfigError: on entering, if W&B is not installed, not logged in or not reachable.
     """
 
     def __init__(self, config: DictConfig, run_dir: Path, sweep: str | None, revision: str | None) -> None:
@@ -59,14 +59,14 @@ class Tracker:
 
     def __enter__(self) -> Tracker:
         if self.config.logger.name == "wandb" and rank_info().rank == 0:
-            self._wandb = _imported()
-            self.run = self._begun(self._wandb)
+            self._wandb = _import_wandb()
+            self.run = self._start(self._wandb)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Always: a second wandb.init in this process would go on with a run that was left open.
+        # Always: a second wandb.init in this process would reuse an open run.
         if self.run is not None:
             with _not_fatal("the end of the run"):
                 self.run.finish(exit_code=0 if error is None else 1)
@@ -74,17 +74,17 @@ class Tracker:
 
     @property
     def callbacks(self) -> list[Callback]:
-        """What the trainer needs."""
+        """Callbacks for the trainer."""
         return [] if self.run is None else [_Epochs(self.run)]
 
-    def _begun(self, wandb: ModuleType) -> Any:
+    def _start(self, wandb: ModuleType) -> Any:
         settings = self.config.logger
         if os.environ.get("WANDB_MODE") not in (None, "", *_MODES):
             raise ConfigError(f"WANDB_MODE={os.environ['WANDB_MODE']}: expected one of {', '.join(_MODES)}.")
         offline = settings.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun")
         disabled = os.environ.get("WANDB_MODE") == "disabled"
         group = settings.group or (Path(self.sweep).name if self.sweep else None)
-        identity = self.run_dir / ID_FILE
+        id_file = self.run_dir / ID_FILE
         arguments: dict[str, Any] = {
             "project": settings.project,
             "entity": settings.entity,
@@ -94,7 +94,7 @@ class Tracker:
             "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
             "dir": str(self.run_dir),
             "config": {**_container(self.config), "ablation": _ablation(self.config), "revision": self.revision},
-            "id": identity.read_text().strip() if identity.is_file() else None,
+            "id": id_file.read_text().strip() if id_file.is_file() else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
             "settings": _settings(wandb),
@@ -104,15 +104,15 @@ class Tracker:
                 run = wandb.init(**arguments)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
-                f"logger=wandb: {_first_line(error)}: set WANDB_API_KEY or run `wandb login`, or write to the run "
-                "folder only with logger.offline=true."
+                f"logger=wandb: {_first_line(error)}: set WANDB_API_KEY or run `wandb login`, or set "
+                "logger.offline=true to write to the run folder only."
             ) from error
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"logger=wandb: no answer from W&B ({_first_line(error)}): check the connection and logger.entity, or "
-                "write to the run folder only with logger.offline=true."
+                f"logger=wandb: no connection to W&B ({_first_line(error)}): check the network and logger.entity, or "
+                "set logger.offline=true to write to the run folder only."
             ) from error
-        write_atomically(identity, f"{run.id}\n")
+        write_atomically(id_file, f"{run.id}\n")
         run.define_metric("epoch", hidden=True)
         for split in ("train", "val"):
             run.define_metric(f"{split}/*", step_metric="epoch")
@@ -124,7 +124,7 @@ class Tracker:
         return run
 
     def log_result(self, result: Mapping[str, Any]) -> None:
-        """The test: metrics as summaries, tables of AP per label and of photos with boxes, and the best checkpoint."""
+        """Log the test: metrics as summaries, tables of AP per label and of example photos, and the best checkpoint."""
         if self.run is not None:
             with _not_fatal("the result"):
                 self._log_result(self._wandb, self.run, result)
@@ -149,7 +149,7 @@ class Tracker:
 
 
 class _Epochs(Callback):
-    """Logs what ``metrics.csv`` gets."""
+    """Callback that logs the values of ``metrics.csv``."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
@@ -162,7 +162,7 @@ class _Epochs(Callback):
                 self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
 
 
-def _imported() -> ModuleType:
+def _import_wandb() -> ModuleType:
     try:
         import wandb
     except ImportError as error:
@@ -172,27 +172,27 @@ def _imported() -> ModuleType:
 
 def _settings(wandb: ModuleType) -> Any:
     settings: dict[str, Any] = {"init_timeout": _TIMEOUT_S, "silent": True}
-    known = getattr(wandb.Settings, "model_fields", {})  # not all releases can give up at the end
-    if "finish_timeout" in known and "WANDB_FINISH_TIMEOUT" not in os.environ:
+    fields = getattr(wandb.Settings, "model_fields", {})  # not all releases have finish_timeout
+    if "finish_timeout" in fields and "WANDB_FINISH_TIMEOUT" not in os.environ:
         settings["finish_timeout"] = _FINISH_TIMEOUT_S
     return wandb.Settings(**settings)
 
 
 @contextlib.contextmanager
 def _not_fatal(what: str) -> Iterator[None]:
-    """W&B raises whatever its service, files and HTTP library do."""
+    """Log exceptions as warnings; W&B passes on those of its service, files and HTTP library."""
     try:
         yield
     except Exception as error:
-        log.warning("W&B did not get %s (%s); it is in the run folder.", what, _first_line(error))
+        log.warning("W&B: logging %s failed (%s); the run folder has the data.", what, _first_line(error))
 
 
 @contextlib.contextmanager
 def _no_stdin() -> Iterator[None]:
-    """No input, even on a terminal: a missing login is an error then, not a question that a batch job waits on."""
+    """Replace stdin by /dev/null, so that a missing login is an error instead of a prompt."""
     terminal = sys.stdin
-    with Path(os.devnull).open() as nothing:
-        sys.stdin = nothing
+    with Path(os.devnull).open() as devnull:
+        sys.stdin = devnull
         try:
             yield
         finally:
@@ -206,7 +206,7 @@ def _container(config: DictConfig) -> dict[str, Any]:
 
 
 def _ablation(config: DictConfig) -> str:
-    """``full``, or which relations of the model are left out, as in ``conf/ablation``: to group runs by."""
+    """``full``, or the edge types that the model lacks, named as in ``conf/ablation``."""
     present = config.model.get("edge_types", RELATIONS)
     return "+".join(f"no_{name}" for name in RELATIONS if name not in present) or "full"
 
@@ -217,7 +217,7 @@ def _metric_names() -> list[str]:
 
 
 def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[Any]:
-    """A row of the table of photos: W&B draws the boxes over the picture, and lets people choose which."""
+    """Row of the table of photos, with boxes as a W&B overlay."""
     boxes = [
         {
             "position": dict(zip(("minX", "minY", "maxX", "maxY"), found["box"], strict=True)),
@@ -227,7 +227,7 @@ def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[
         }
         for found in example["top"]
     ]
-    overlay = {"winners": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
+    overlay = {"argmax boxes": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
     with Image.open(folder / example["file"]) as image:
         photo = wandb.Image(image.copy(), boxes=overlay)
     return [example["id"], photo, ", ".join(example["targets"]), _label_list(example["top"])]

@@ -1,4 +1,4 @@
-"""From a config to a Lightning trainer and its callbacks."""
+"""Lightning trainer and callbacks, built from the config."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from gm_mlic.training.preemption import PreemptionCheckpoint
 
 
 def strategies() -> tuple[str, ...]:
-    """The values of ``trainer.strategy``."""
+    """Allowed values of ``trainer.strategy``."""
     return ("auto", *StrategyRegistry.available_strategies())
 
 
 def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
-    """A Lightning trainer with our log lines instead of its own.
+    """Build a Lightning trainer without Lightning's own logger, progress bar and summary.
 
     Args:
-        config: with ``trainer``.
-        run_dir: None for evaluation only.
-        callbacks: besides those that the config asks for.
+        config: a config with the section ``trainer``.
+        run_dir: the run folder; None for evaluation, which saves no checkpoints.
+        callbacks: callbacks of the trainer.
 
     Raises:
-        ConfigError: if there is no such accelerator, device, strategy or precision here.
+        ConfigError: if accelerator, devices, strategy or precision are not available.
     """
     settings = config.trainer
     if settings.num_nodes > 1 and launcher() not in ("torchrun", "srun"):
         raise ConfigError(
-            f"trainer.num_nodes={settings.num_nodes}: start the processes of several machines with torchrun or srun "
-            "(docs/reliability.md has the commands)."
+            f"trainer.num_nodes={settings.num_nodes}: start multi-node runs with torchrun or srun (see "
+            "docs/reliability.md)."
         )
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
     try:
@@ -67,25 +67,25 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
-            f"precision={settings.precision} cannot be had here: {str(error).splitlines()[0]}"
+            f"precision={settings.precision} is not available: {str(error).splitlines()[0]}"
         ) from error
     count = rank_info().world_size
     if trainer.world_size != count and launcher() in ("torchrun", "srun"):
         raise ConfigError(
             f"{launcher()} started {count} processes, but trainer.devices={settings.devices} and trainer.num_nodes="
-            f"{settings.num_nodes} make a run of {trainer.world_size}: set them to the processes of a machine and the "
-            "number of machines, and trainer.strategy=ddp."
+            f"{settings.num_nodes} give a world size of {trainer.world_size}: set trainer.devices to the processes per "
+            "node, trainer.num_nodes to the number of nodes, and trainer.strategy=ddp."
         )
     return trainer
 
 
 def _is_deterministic(config: DictConfig) -> bool:
-    wanted = config.trainer.deterministic
-    return bool(resolve_device(config.trainer.accelerator) == "cpu" if wanted == "auto" else wanted)
+    value = config.trainer.deterministic
+    return bool(resolve_device(config.trainer.accelerator) == "cpu" if value == "auto" else value)
 
 
 def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
-    """Bar, CSV log, checkpoints of best and last epoch, and what the config asks for."""
+    """Build the callbacks: progress bar, CSV log, checkpoints of the best and last epoch, and optional ones."""
     settings = config.trainer
     checkpoints: dict[str, Any] = {
         "dirpath": run_dir / "checkpoints",
@@ -95,8 +95,8 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
     callbacks: list[Callback] = [
         EpochProgressBar(),
         EpochCSV(run_dir / "metrics.csv"),
-        # Two of them, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. The best
-        # comes first: last.ckpt then knows of it, and a run killed between the two repeats that epoch.
+        # Two callbacks, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. Best
+        # is first: last.ckpt then contains its state, and a run killed between the two repeats the epoch.
         ModelCheckpoint(filename="best", monitor="val/mAP", mode="max", **checkpoints),
         ModelCheckpoint(filename="last", **checkpoints),
     ]
@@ -106,7 +106,7 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
         callbacks.append(
             EarlyStopping("val/mAP", mode="max", patience=settings.early_stopping, check_on_train_epoch_end=True)
         )
-    # After those that change something at the end of a step.
+    # Last, so that it saves the changes of the other callbacks at the end of a step.
     return [
         *callbacks,
         PreemptionCheckpoint(run_dir / "checkpoints" / "last.ckpt", settings.checkpoint_every_n_minutes),

@@ -1,4 +1,4 @@
-"""Trained models: what they say of themselves, how they are read, and what they say of images."""
+"""Trained models: metadata, loading, prediction, explanation and sharing."""
 
 from gm_mlic.zoo.explain import ExplainedModel, Explanation, Influence, explain
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint

@@ -26,13 +26,12 @@ class Influence:
     r"""The contribution of one edge of the graph to one label's logit.
 
     Attributes:
-        edge_type: of the edge.
-        source: type of the node that sends the message, ``instance`` or ``label``.
-        target: type of the node that receives it: ``instance`` for the argmax instance, ``label`` for the explained
-            label.
+        edge_type: type of the edge.
+        source: type of the sending node, ``instance`` or ``label``.
+        target: type of the receiving node: ``instance`` for the argmax instance, ``label`` for the explained label.
         neighbor: index of the sending instance, or name of the sending label.
-        change: :math:`s_c - s_c^{without}`, the label's logit minus that of the same graph without this edge. Above 0,
-            the edge supports the label. (Messages are averaged, so without one the others weigh more.)
+        change: :math:`s_c - s_c^{without}`, the label's logit minus its logit in the graph without this edge. The edge
+            supports the label if it is positive. Messages are averaged, so removing one gives the others more weight.
     """
 
     edge_type: tuple[str, str, str]
@@ -44,14 +43,14 @@ class Influence:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One label of one photo.
+    """Explanation of one label of one photo.
 
     Attributes:
-        prediction: all predictions for the photo, with the match logits of all instances and labels.
+        prediction: the prediction for the photo, with the match logits of all instances and labels.
         label: the explained label.
-        instance: the argmax instance.
-        logit: its logit.
-        influences: every edge to the argmax instance and to the label, the largest change first.
+        instance: index of the argmax instance.
+        logit: the label's logit.
+        influences: all edges to the argmax instance and to the label, largest absolute change first.
     """
 
     prediction: Prediction
@@ -62,54 +61,55 @@ class Explanation:
 
 
 def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Explanation:
-    """Remove each edge to the argmax instance and to the label, one at a time, and predict again.
+    """Influence of each edge: remove the edges to the argmax instance and to the label one at a time.
 
-    Exact, with a forward pass for each of the up to K + (C - 1) + (M - 1) + (C - 1) edges. Influences do not add up,
-    since the network is not linear in its edges. The last edge of another label is not removed.
+    Each of the up to K + (C - 1) + (M - 1) + (C - 1) edges takes one forward pass. Influences do not add up, since the
+    network is not linear in its edges. The last matching edge of a label is kept.
 
     Args:
-        predictor: with a GM-MLIC model.
+        predictor: a predictor with a GM-MLIC model.
         photo: a file or an open image.
-        label: one of the predictor's; default: the most probable.
+        label: a label of the predictor; default: the most probable one.
 
     Raises:
-        ConfigError: if the model has no graph, or no such label.
+        ConfigError: if the model has no graph, or the label is unknown.
         UnreadableImage: if the photo cannot be read.
     """
     model = predictor.model
     if not isinstance(model, GMMLIC):
-        raise ConfigError(f"{type(model).__name__} has no assignment graph whose edges could be explained.")
+        raise ConfigError(f"{type(model).__name__} has no assignment graph to explain.")
     (prediction,) = predictor([photo])
     names = prediction.labels
     if label is not None and label not in names:
         raise ArgumentError(
-            "label", f"is {label!r}: the model knows {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}."
+            "label",
+            f"is {label!r}: the labels are {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}.",
         )
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)
     with torch.no_grad():
-        whole = model(data)
-    instance, logit = int(whole.argmax_instance[0, c]), float(whole.logits[0, c])
+        output = model(data)
+    instance, logit = int(output.argmax_instance[0, c]), float(output.logits[0, c])
     removals = _removals(data, {INSTANCE: instance, LABEL: c}, names)
     influences = []
     size = max(1, _BATCH_EDGES // sum(data[t].edge_index.shape[1] for t in data.edge_types))
-    while some := list(islice(removals, size)):
+    while batch := list(islice(removals, size)):
         with torch.no_grad():
-            logits = model(Batch.from_data_list([graph for _, graph in some])).logits[:, c].tolist()
-        influences += [Influence(*edge, logit - other) for (edge, _), other in zip(some, logits, strict=True)]
+            logits = model(Batch.from_data_list([graph for _, graph in batch])).logits[:, c].tolist()
+        influences += [Influence(*edge, logit - other) for (edge, _), other in zip(batch, logits, strict=True)]
     influences.sort(key=lambda influence: -abs(influence.change))
     return Explanation(prediction, names[c], instance, logit, tuple(influences))
 
 
 class ExplainedModel(nn.Module):
-    """A model with the signature that :class:`torch_geometric.explain.Explainer` expects of heterogeneous ones.
+    """Adapter of a model for :class:`torch_geometric.explain.Explainer` on heterogeneous graphs.
 
-    Node masks apply to ``x_dict``; edge masks to all messages along an edge type, in both directions of the matching
-    edges.
+    Node masks apply to ``x_dict``. Edge masks apply to all messages along an edge type; for matching edges, in both
+    directions.
 
     Args:
-        model: the model, which is copied.
-        data: the explained graph; its edge attributes and boxes are used unchanged.
+        model: the model; it is copied.
+        data: the graph to explain; its edge attributes and boxes are used unchanged.
     """
 
     def __init__(self, model: GMMLIC, data: HeteroData) -> None:
@@ -131,10 +131,10 @@ class ExplainedModel(nn.Module):
 def _removals(
     data: HeteroData, explained: Mapping[str, int], names: tuple[str, ...]
 ) -> Iterator[tuple[tuple[Any, str, str, int | str], HeteroData]]:
-    """Each edge that carries a message to one of the ``explained`` nodes, and the graph without it.
+    """Edges that carry a message to one of the ``explained`` nodes, each with the graph without it.
 
     Yields:
-        (edge type, type of the sender, type of the receiver, sender) and the graph.
+        (edge type, source type, target type, sender) and the graph without the edge.
     """
     for edge_type in data.edge_types:
         edge_index = data[edge_type].edge_index.cpu()
@@ -142,7 +142,7 @@ def _removals(
         for sender, receiver in ((0, 1), (1, 0)) if edge_type == MATCHES else ((0, 1),):
             source, target = edge_type[::2][sender], edge_type[::2][receiver]
             edges = edge_index[receiver] == explained[target]
-            if edge_type == MATCHES:  # the scored edge itself carries no evidence of its own
+            if edge_type == MATCHES:  # not the scored edge itself
                 edges &= edge_index[sender] != explained[source]
             for e in edges.nonzero().flatten().tolist():
                 if edge_type == MATCHES and degree[edge_index[1, e]] == 1:
@@ -153,6 +153,7 @@ def _removals(
 
 
 def _without(data: HeteroData, edge_type: Any, edge: int) -> HeteroData:
+    """Copy of a graph without one edge."""
     graph = copy.copy(data)
     kept = torch.arange(data[edge_type].edge_index.shape[1], device=data[LABEL].x.device) != edge
     graph[edge_type].edge_index = data[edge_type].edge_index[:, kept]

@@ -1,4 +1,4 @@
-"""Trained models as programs that need no gm-mlic to run: ``torch.export`` and ONNX."""
+"""Export of trained models to ``torch.export`` and ONNX, which run without gm-mlic."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ from gm_mlic.zoo.predictor import Predictor
 FORMATS = ("torch", "onnx")
 PARTS = ("network", "detector", "all")
 MATCH_OUTPUTS = ["logits", "match_logits", "argmax_instance"]
-#: Largest difference of a logit between a written program and the model, on the data of its check.
+#: Largest allowed difference of an output between an exported program and the model.
 TOLERANCE = 1e-4
 
 
 class MatchNetwork(nn.Module):
-    """The graph network of a predictor, for the labels that it has: from instances to logits.
+    """Graph network of a predictor with fixed labels, from instances to logits.
 
     Shapes:
-        - **features:** (B, M, D_o), **boxes:** (B, M, 4) divided by the image's width and height, **mask:** (B, M)
-          bool, False where padded; the instances of each image come first. B and M are dynamic; M must exceed the
-          number of neighbors in the instance graph (``min_instances``), so pad smaller inputs. If the model's matching
-          edges lead to candidates only, also **detected_labels:** (B, M) int64, the detector's class of each, -1 for
-          none
-        - **logits:** (B, C), **match_logits:** (B, M, C), -inf where there is no instance or no matching edge,
-          **argmax_instance:** (B, C) int64
+        - **features:** (B, M, D_o), **boxes:** (B, M, 4) divided by image width and height, **mask:** (B, M) bool,
+          False for padding, which follows the instances. B and M are dynamic; pad M to at least ``min_instances``, one
+          more than the number of neighbors in the instance graph. For models with label candidates also
+          **detected_labels:** (B, M) int64, detector classes, -1 for none
+        - **logits:** (B, C), **match_logits:** (B, M, C), -inf for padding and absent edges, **argmax_instance:**
+          (B, C) int64
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -50,8 +49,8 @@ class MatchNetwork(nn.Module):
         self.edge_types, self.num_neighbors = graph.edge_types, graph.num_neighbors
         if "instance_dim" not in predictor.metadata.model:
             raise ConfigError(
-                f"{predictor.metadata.model['name']} reads the detector's own labels, not features: there is no "
-                "network to export. Predictor.save_pretrained (format=pretrained) shares it."
+                f"{predictor.metadata.model['name']} reads detector classes, not features: it has no network to "
+                "export. Save it with Predictor.save_pretrained (format=pretrained)."
             )
         self.feature_dim = int(predictor.metadata.model["instance_dim"])
         self.min_instances = self.num_neighbors + 1 if SPATIAL in self.edge_types else 1
@@ -77,7 +76,7 @@ class MatchNetwork(nn.Module):
     def batch(
         self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
     ) -> AssignmentBatch:
-        """The assignment graphs of the inputs."""
+        """Assignment graphs of the inputs."""
         return AssignmentBatch.from_padded(
             features,
             boxes,
@@ -91,7 +90,7 @@ class MatchNetwork(nn.Module):
         )
 
     def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs; the first image has all its instances, others fewer."""
+        """Random inputs; the first image has all instances, later images have fewer."""
         generator = torch.Generator().manual_seed(seed)
         features = torch.randn(images, instances, self.feature_dim, generator=generator)
         corners = torch.rand(images, instances, 2, 2, generator=generator).sort(dim=2).values
@@ -103,12 +102,12 @@ class MatchNetwork(nn.Module):
 
 
 class PhotoNetwork(nn.Module):
-    """Detector and graph network as one, for photos of one size.
+    """Detector and graph network in one module, for photos of a fixed size.
 
     Shapes:
         - **image:** (3, H, W) in [0, 1]
         - **logits:** (1, C), **match_logits:** (1, m, C), **argmax_instance:** (1, C) int64, **boxes:** (m, 4) divided
-          by width and height, **mask:** (m,) bool, False where padded
+          by image width and height, **mask:** (m,) bool, False for padding
     """
 
     def __init__(self, detector: FixedDetector, network: MatchNetwork) -> None:
@@ -127,25 +126,25 @@ class PhotoNetwork(nn.Module):
 def export(
     predictor: Predictor, path: str | Path, form: str, part: str = "network", size: tuple[int, int] | None = None
 ) -> float:
-    """Write a predictor, or a part of it, as a program, load it again, and compare it with the model.
+    """Export a predictor or a part of it, reload the program and compare its outputs with the model's.
 
-    The labels' names go along, as ``labels``, and those of the detector's classes, as ``detector_labels``.
+    The file stores label names as ``labels`` and detector classes as ``detector_labels``.
 
     Args:
-        predictor: the model, with the labels that the program is to know.
-        path: the file.
-        form: ``torch``: :func:`torch.export.save`, conventionally ``.pt2``; ``onnx``: an ONNX file (extra ``export``).
-        part: ``network``: :class:`MatchNetwork`, for images and instances in any number; ``detector``:
+        predictor: the model with its labels.
+        path: the output file.
+        form: ``torch``: :func:`torch.export.save` (``.pt2``); ``onnx``: ONNX (needs the extra ``export``).
+        part: ``network``: :class:`MatchNetwork`, with any number of images and instances; ``detector``:
             :class:`~gm_mlic.detection.FixedDetector`; ``all``: :class:`PhotoNetwork`.
-        size: height and width of the photos, in pixels, for programs with a detector: what an exporter can follow has
-            fixed shapes. Default: the detector's shorter side, squared.
+        size: height and width of the photos in pixels. Programs with a detector have fixed shapes. Default: a square
+            of the detector's shorter side.
 
     Returns:
-        The largest difference from the model's own outputs: on chance instances in other numbers, on drawn scenes.
+        Largest difference from the model's outputs, on random instances (``network``) or scenes (with a detector).
 
     Raises:
-        ConfigError: for an unknown form or part, a detector of one's own, or without the extra.
-        ExportError: if the written program says something else than the model.
+        ConfigError: for an unknown form or part, a custom detector, or a missing extra.
+        ExportError: if the outputs of the program and the model differ.
     """
     if part not in PARTS or form not in FORMATS:
         raise ConfigError(
@@ -163,9 +162,7 @@ def export(
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)
     extractor = predictor.extractor
     if not isinstance(extractor, FasterRCNNExtractor):
-        raise ArgumentError(
-            "part", f"is {part!r}, but the detector {extractor.name} is none of gm-mlic's: export `part='network'`."
-        )
+        raise ArgumentError("part", f"is {part!r}, but {extractor.name} is a custom detector: export `part='network'`.")
     extractor = copy.deepcopy(extractor).cpu()
     side = int(extractor.detector.transform.min_size[-1])
     height, width = size or (side, side)
@@ -184,7 +181,7 @@ def export(
 
 
 class ExportError(GMMLICError):
-    """A program was written that does not compute what the model computes."""
+    """An exported program whose outputs differ from the model's."""
 
 
 def _export(
@@ -215,7 +212,7 @@ def _export(
                 worst = max(worst, _difference(name, found, expected))
     if not worst <= TOLERANCE:
         unchecked.unlink()
-        raise ExportError(f"{path}: differs from the model by {worst:.1e}: not kept. Please report it.")
+        raise ExportError(f"{path}: differs from the model by {worst:.1e}, file removed. Please report this.")
     unchecked.replace(path)
     return worst
 
@@ -223,7 +220,7 @@ def _export(
 def _difference(name: str, found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         return float("inf")
-    if name == "argmax_instance":  # of two that are equal up to rounding, either may come out
+    if name == "argmax_instance":  # ties are broken by rounding
         return 0.0
     difference = torch.where(found == expected, 0.0, found.float() - expected.float())  # both may be -inf
     return float(difference.abs().nan_to_num(nan=float("inf"), posinf=float("inf")).max())
@@ -245,13 +242,13 @@ def _write_onnx(
 ) -> None:
     try:
         import onnx
-        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401 - for the check, which comes after minutes of work
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401 - fail before the export, which takes minutes
         from onnxscript import opset18 as op
     except ImportError as error:
         raise ConfigError("`form='onnx'` needs the extra: pip install 'gm-mlic[export]'.") from error
 
     def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-        # of equal values ONNX's TopK takes the one that comes first
+        # TopK is stable: among equal values, the lower index comes first
         length = op.Shape(self, start=dim, end=dim + 1)
         return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)
 
@@ -285,7 +282,7 @@ def _loaded_onnx(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters tell at length what they do; what is wrong they raise."""
+    """Silence logs and warnings of the exporters; errors are raised."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx", "torch.export")]
     before = [logger.level for logger in loggers]
     try:

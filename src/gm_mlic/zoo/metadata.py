@@ -1,4 +1,4 @@
-"""Metadata stored with a trained model: enough to use it, or to refuse it, without the run that made it."""
+"""Metadata stored with a trained model: everything needed to use or reject it without its run folder."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.registry import MODELS
 from gm_mlic.safe_load import load_tensors
 
-#: Where a Lightning checkpoint keeps the metadata.
+#: Key of the metadata in a Lightning checkpoint.
 KEY = "gm_mlic"
 
 
 @dataclass(frozen=True)
 class ModelMetadata:
-    """Everything besides weights that a trained model needs.
+    """Metadata of a trained model: everything except its weights.
 
     Attributes:
-        labels: the C label names, in the order of the outputs.
+        labels: the C label names, in output order.
         label_vectors: (C, D_l) float32.
-        label_source: where the vectors came from.
-        model: arguments of :func:`~gm_mlic.create_model`, with ``name``.
-        graph: settings of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` as a list of label indices for
-            each class of the detector; and ``layout``, ``dense`` or ``sparse``.
+        label_source: source of the vectors.
+        model: arguments of :func:`~gm_mlic.create_model`, including ``name``.
+        graph: arguments of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` as a list of label indices per
+            detector class, plus ``layout``: ``dense`` or ``sparse``.
         detector: name of the instance extractor.
-        detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, with ``max_instances``.
-        detector_fingerprint: of the extractor whose features the model was trained on.
-        embedding: arguments of :func:`~gm_mlic.embeddings.embed_labels` that made the vectors; for further labels.
+        detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, plus ``max_instances``.
+        detector_fingerprint: fingerprint of the extractor that the model was trained with.
+        embedding: arguments of :func:`~gm_mlic.embeddings.embed_labels` that made the vectors; used for new labels.
     """
 
     labels: tuple[str, ...]
@@ -46,31 +46,31 @@ class ModelMetadata:
     embedding: dict[str, Any]
 
     def build_model(self) -> torch.nn.Module:
-        """The model, with fresh weights."""
+        """Build the model with newly initialized weights."""
         return MODELS.build(**self.model)  # type: ignore[no-any-return]
 
     def build_graph(self) -> AssignmentGraph:
-        """The transform that joins instances with these labels.
+        """Build the assignment-graph transform for these labels.
 
         Raises:
-            ConfigError, TypeError, ValueError: for settings that cannot work.
+            ConfigError, TypeError, ValueError: for invalid settings.
         """
         settings = {name: value for name, value in self.graph.items() if name != "layout"}
         if (lists := settings.get("candidates")) is not None:
             C = len(self.labels)
             if not isinstance(lists, list) or not lists or not all(isinstance(numbers, list) for numbers in lists):
-                raise ValueError("graph.candidates is no list of labels for each class")
+                raise ValueError("graph.candidates is not a list of labels for each class")
             if not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
-                raise ValueError(f"graph.candidates are not numbers of its {C} labels")
+                raise ValueError(f"graph.candidates are not indices of its {C} labels")
             settings["candidates"] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
         return AssignmentGraph(self.label_vectors, **settings)
 
     def with_candidates(self, candidates: list[list[int]]) -> ModelMetadata:
-        """The same, with the labels that each of the detector's classes may be."""
+        """Copy with label candidates for each detector class."""
         return replace(self, graph={**self.graph, "candidates": candidates})
 
     def with_labels(self, labels: tuple[str, ...], label_vectors: Tensor, label_source: str) -> ModelMetadata:
-        """The same for other labels; one that it was not trained on may be an instance of any class."""
+        """Copy for other labels; labels that the model was not trained on are candidates of every class."""
         graph = self.graph
         if (lists := graph.get("candidates")) is not None:
             before = {label: c for c, label in enumerate(self.labels)}
@@ -84,7 +84,7 @@ class ModelMetadata:
         return replace(self, labels=labels, label_vectors=label_vectors, label_source=label_source, graph=graph)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """As plain containers and tensors, which load with ``weights_only=True``."""
+        """Plain containers and tensors, which load with ``weights_only=True``."""
         return {**asdict(self), "labels": list(self.labels)}
 
     @classmethod
@@ -92,31 +92,31 @@ class ModelMetadata:
         return cls(**{**content, "labels": tuple(content["labels"])})
 
     def to_config(self) -> dict[str, Any]:
-        """Everything but the label vectors, for JSON."""
+        """JSON-compatible dict of everything except the label vectors."""
         return {name: value for name, value in self.to_checkpoint().items() if name != "label_vectors"}
 
     @classmethod
     def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> ModelMetadata:
-        """The other way.
+        """Metadata from the output of :meth:`to_config`.
 
         Raises:
-            TypeError, ValueError: if ``content`` is not what :meth:`to_config` gives.
+            TypeError, ValueError: for invalid content.
         """
         metadata = cls.from_checkpoint({**content, "label_vectors": label_vectors})
         kinds: dict[str, type] = {"model": dict, "graph": dict, "detector_settings": dict, "embedding": dict}
         kinds |= {"label_source": str, "detector": str, "detector_fingerprint": str}
         for name, kind in kinds.items():
             if not isinstance(getattr(metadata, name), kind):
-                raise TypeError(f"{name} is no {kind.__name__}")
+                raise TypeError(f"{name} is not a {kind.__name__}")
         labels = metadata.labels
         if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
-            raise ValueError("labels are not different texts")
+            raise ValueError("labels are not unique strings")
         if label_vectors.dim() != 2 or len(label_vectors) != len(labels):
             raise ValueError(f"{len(labels)} labels, but label vectors of shape {tuple(label_vectors.shape)}")
         return metadata
 
     def check_labels(self, labels: tuple[str, ...], path: Path) -> None:
-        """Raise :class:`WeightsError` unless the checkpoint was made for exactly these labels in this order."""
+        """Raise :class:`WeightsError` unless the model has exactly these labels in this order."""
         if labels == self.labels:
             return
         if len(labels) != len(self.labels):
@@ -124,22 +124,22 @@ class ModelMetadata:
         else:
             i = next(i for i, (a, b) in enumerate(zip(self.labels, labels, strict=True)) if a != b)
             difference = f"its label {i} is {self.labels[i]!r}, the dataset's is {labels[i]!r}"
-        raise WeightsError(f"{path}: made for other labels ({difference}): choose the dataset it was trained on.")
+        raise WeightsError(f"{path}: trained on other labels ({difference}): choose the dataset it was trained on.")
 
     def check_detector(self, name: str, fingerprint: str, path: Path) -> None:
-        """Raise :class:`WeightsError` unless the checkpoint was trained on instances of this extractor."""
+        """Raise :class:`WeightsError` unless the model was trained with this extractor."""
         if fingerprint != self.detector_fingerprint:
             raise WeightsError(
-                f"{path}: trained on instances of {self.detector} ({self.detector_fingerprint[:8]}), these are of "
+                f"{path}: trained with detector {self.detector} ({self.detector_fingerprint[:8]}), got "
                 f"{name} ({fingerprint[:8]}): use the detector, weights and settings it was trained with."
             )
 
 
 def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
-    """The metadata in a checkpoint, and the whole checkpoint.
+    """Read a checkpoint; returns its metadata and its full content.
 
     Raises:
-        WeightsError: if there is no such file, or it is not a checkpoint of ``gm-mlic train``.
+        WeightsError: if the file does not exist or is not a checkpoint of ``gm-mlic train``.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such checkpoint; gm-mlic train writes runs/NAME/checkpoints/best.ckpt.")
@@ -149,13 +149,13 @@ def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: not a checkpoint of gm-mlic train, or a damaged one ({reason[:120]}): put a copy in its "
-            "place, or delete it and start its run again."
+            f"{path}: not a checkpoint of gm-mlic train, or damaged ({reason[:120]}): restore a copy, or delete it "
+            "and run its command again."
         ) from error
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:
-    """Put those of a checkpoint's weights whose names begin with ``prefix`` into ``model``.
+    """Load the checkpoint's weights whose names start with ``prefix`` into ``model``.
 
     Raises:
         WeightsError: if names or shapes differ.
@@ -165,5 +165,5 @@ def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, pr
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise WeightsError(
-            f"{path}: its weights do not fit the model ({str(error).splitlines()[1].strip()})."
+            f"{path}: the weights do not fit the model ({str(error).splitlines()[1].strip()})."
         ) from error

@@ -1,4 +1,4 @@
-"""From photos to labels, and to the boxes that explain them, with a trained model."""
+"""Prediction of photo labels and their boxes with a trained model."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_sa
 
 log = logging.getLogger(__name__)
 
-#: A file, or an image that is open already.
+#: A file or an open image.
 Photo: TypeAlias = "str | Path | Image.Image"
 
 
 @dataclass(frozen=True)
 class LabelPrediction:
-    """One label of one photo.
+    """Predicted probability and argmax instance of one label of a photo.
 
     Attributes:
-        label: its name.
+        label: name of the label.
         probability: p of eq. 14, in [0, 1].
-        box: (x1, y1, x2, y2) in pixels: the instance that won the label (its match logit is the largest).
-        instance: that instance's number; 0 is the detector's most confident one.
+        box: (x1, y1, x2, y2) of the argmax instance (largest match logit) in pixels.
+        instance: index of the argmax instance; 0 is the detector's most confident instance.
     """
 
     label: str
@@ -49,18 +49,17 @@ class LabelPrediction:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one photo.
+    """Model outputs for one photo.
 
     Attributes:
-        photo: its file, or None for an image that was open.
+        photo: the file; None for an open image.
         size: width and height in pixels.
-        labels: the C names.
+        labels: the C label names.
         probabilities: (C,) p of eq. 14.
-        matches: (M, C) match logits of eq. 13: how well each instance fits each label; -inf where no edge joins the two
-            (``graph.candidates``).
-        boxes: (M, 4) of the instances, (x1, y1, x2, y2) in pixels.
-        scores: (M,) confidences of the detector.
-        detected: (M,) the detector's own names of them; None where it has none.
+        matches: (M, C) match logits of eq. 13; -inf without a matching edge (``graph.candidates``).
+        boxes: (M, 4) instance boxes (x1, y1, x2, y2) in pixels.
+        scores: (M,) detector confidences.
+        detected: (M,) detector class names; None for an instance without a class.
     """
 
     photo: Path | None
@@ -73,31 +72,31 @@ class Prediction:
     detected: tuple[str | None, ...]
 
     def top(self, k: int = 3) -> list[LabelPrediction]:
-        """The k most probable labels, best first."""
+        """The k most probable labels, highest probability first."""
         order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [self._found(int(c)) for c in order]
+        return [self._label(int(c)) for c in order]
 
     def above(self, threshold: float = 0.5) -> list[LabelPrediction]:
-        """The labels whose probability reaches ``threshold``, best first."""
-        return [found for found in self.top(len(self.labels)) if found.probability >= threshold]
+        """The labels with a probability of at least ``threshold``, highest first."""
+        return [label for label in self.top(len(self.labels)) if label.probability >= threshold]
 
-    def _found(self, c: int) -> LabelPrediction:
-        winner = int(self.matches[:, c].argmax())
-        x1, y1, x2, y2 = map(float, self.boxes[winner])
-        return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), winner)
+    def _label(self, c: int) -> LabelPrediction:
+        instance = int(self.matches[:, c].argmax())
+        x1, y1, x2, y2 = map(float, self.boxes[instance])
+        return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), instance)
 
 
 class Predictor:
-    """Predicts the labels of photos.
+    """Predictor of photo labels.
 
     Args:
-        model: from assignment graphs to :class:`~gm_mlic.nn.ModelOutput`, with trained weights.
-        metadata: what it was trained on.
-        extractor: the detector it was trained with.
-        card: what its model card tells, where it has one.
+        model: a trained model, from assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
+        metadata: metadata of the model.
+        extractor: the detector that the model was trained with.
+        card: content of the model card; default: empty.
 
     Raises:
-        WeightsError: if it was trained with candidates for another number of the detector's classes.
+        WeightsError: if the model's candidates are for another number of detector classes.
     """
 
     def __init__(
@@ -112,13 +111,13 @@ class Predictor:
         if (table := self.graph.candidates) is not None and len(table) != len(extractor.labels):
             raise WeightsError(
                 f"The model's candidates are for {len(table)} classes, its detector {extractor.name} has "
-                f"{len(extractor.labels)}: it is damaged, or this is another detector."
+                f"{len(extractor.labels)}: the model is damaged, or the detector is another one."
             )
         self._label_cache: Any = None
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", **detector_settings: Any) -> Predictor:
-        """:meth:`from_checkpoint` for files, :meth:`from_pretrained` for folders and names on the hub."""
+        """Load a model: :meth:`from_checkpoint` for files, :meth:`from_pretrained` for folders and names on the hub."""
         is_file = Path(name).is_file() or Path(name).suffix == ".ckpt"
         return (cls.from_checkpoint if is_file else cls.from_pretrained)(name, device, **detector_settings)
 
@@ -126,23 +125,22 @@ class Predictor:
     def from_checkpoint(
         cls, path: str | Path, device: str | torch.device = "cpu", **detector_settings: Any
     ) -> Predictor:
-        """The model of ``RUN/checkpoints/NAME.ckpt``.
+        """Load the model of a checkpoint, ``RUN/checkpoints/NAME.ckpt``.
 
         Args:
             path: the checkpoint.
-            device: where to predict.
-            **detector_settings: changes to the detector's, as ``weights="elsewhere.safetensors"``.
+            device: device of the model and the detector.
+            **detector_settings: changed detector settings, e.g. ``weights="elsewhere.safetensors"``.
 
         Raises:
-            WeightsError: if it is not such a checkpoint, or the detector is not the one it was trained with.
+            WeightsError: if it is not a checkpoint of ``gm-mlic train``, or the detector differs from training.
         """
         path = Path(path)
         metadata, content = read_checkpoint(path)
         settings = {**metadata.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
         extractor = _built(settings, device, path)
-        trained = any(name.startswith("online.detector.") for name in content["state_dict"])
-        if trained:  # along with the model
+        if any(name.startswith("online.detector.") for name in content["state_dict"]):  # trained with the model
             load_weights(extractor, content, path, prefix="online.detector.")
         else:
             metadata.check_detector(extractor.name, extractor.fingerprint, path)
@@ -160,67 +158,66 @@ class Predictor:
         extractor: InstanceExtractor | None = None,
         **detector_settings: Any,
     ) -> Predictor:
-        """A model that :meth:`save_pretrained` wrote.
+        """Load a model saved with :meth:`save_pretrained`.
 
         Args:
-            name: its folder, which needs no network; or USER/NAME on the Hugging Face hub (extra ``hub``).
-            device: where to predict.
+            name: a local folder, or USER/NAME on the Hugging Face hub (needs the extra ``hub``).
+            device: device of the model and the detector.
             revision: branch, tag or commit on the hub.
-            extractor: the detector, where it is one of your own.
-            **detector_settings: changes to the detector's, as ``weights="elsewhere.safetensors"``.
+            extractor: the detector, if it is a custom one.
+            **detector_settings: changed detector settings, e.g. ``weights="elsewhere.safetensors"``.
 
         Raises:
-            WeightsError: if there is no such model, it is damaged, or the detector is not the one it was trained with.
+            WeightsError: if the model does not exist or is damaged, or the detector differs from training.
         """
         folder = find_pretrained(name, revision)
         metadata, model, card = read_pretrained(folder)
         settings = {**metadata.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
-        of_body = None
+        body_weights = None
         if settings.get("weights") == DETECTOR:
-            of_body = folder / DETECTOR if settings.get("grid_size") is not None else None
-            settings["weights"] = None if of_body else folder / DETECTOR
+            body_weights = folder / DETECTOR if settings.get("grid_size") is not None else None
+            settings["weights"] = None if body_weights else folder / DETECTOR
         if extractor is None:
             if "name" not in settings:
                 raise WeightsError(
-                    f"{folder}: its detector, {metadata.detector}, is none of gm-mlic's: give it as extractor=."
+                    f"{folder}: its detector, {metadata.detector}, is a custom one: pass it as extractor=."
                 )
             extractor = _built(settings, device, folder)
-            if of_body is not None and isinstance(extractor, GridExtractor):
-                load_weights(extractor.body, {"state_dict": load_safely(of_body)}, of_body, prefix="")
+            if body_weights is not None and isinstance(extractor, GridExtractor):
+                load_weights(extractor.body, {"state_dict": load_safely(body_weights)}, body_weights, prefix="")
         metadata.check_detector(extractor.name, extractor.fingerprint, folder)
         return cls(model.to(device), metadata, extractor, card)
 
     def save_pretrained(self, folder: str | Path, card: ModelCard | None = None) -> Path:
-        """Write a folder that holds all :meth:`from_pretrained` needs, in the conventions of the Hugging Face hub.
+        """Save the model as a folder for :meth:`from_pretrained`, in the format of the Hugging Face hub.
 
-        Weights as safetensors, ``config.json``, the label vectors, the detector's weights unless they have a name that
-        gm-mlic knows, and a model card, ``README.md``. No path of this machine goes into it.
+        The folder holds the weights as safetensors, ``config.json``, the label vectors, the detector's weights unless
+        they are shipped or torchvision's, and a model card, ``README.md``. It contains no local paths.
 
         Args:
-            folder: where; a model that is there is replaced.
-            card: what the model card is to tell of data, metrics and license; default: what this model's own tells.
+            folder: output folder; an existing model in it is replaced.
+            card: content of the model card; default: the card of this model.
         """
         return write_pretrained(Path(folder), self.model, self.metadata, self.extractor, card or self.card)
 
     def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
-        """The same model for other labels: no parameter of GM-MLIC belongs to a label.
+        """Predictor with the same model for other labels; GM-MLIC has no per-label parameters.
 
-        How well it does on labels that it was not trained on depends on how their vectors relate to those of the labels
-        that it was. Where only candidates have matching edges (``graph.candidates``), each instance may be any of the
-        new ones.
+        Accuracy on unseen labels depends on how their vectors relate to those of the training labels. With
+        ``graph.candidates``, unseen labels are candidates of every instance.
 
         Args:
-            labels: C' different names.
-            **embedding: changes to the settings of :func:`~gm_mlic.embeddings.embed_labels` that made the vectors of
-                training, as ``path="elsewhere.txt"``.
+            labels: C' unique label names.
+            **embedding: changed arguments of :func:`~gm_mlic.embeddings.embed_labels`, e.g. ``path="elsewhere.txt"``;
+                default: those of training.
 
         Raises:
             ConfigError: if the model has a classifier for each label.
-            DataError: for labels out of vocabulary.
+            DataError: for out-of-vocabulary labels.
         """
         if not isinstance(self.model, GMMLIC):
-            raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: it knows no others.")
+            raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: labels are fixed.")
         found = embed_labels(labels, **{**self.metadata.embedding, **embedding})
         metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source)
         return Predictor(self.model, metadata, self.extractor)
@@ -228,15 +225,15 @@ class Predictor:
     def __call__(
         self, photos: Iterable[Photo], batch_size: int = 8, skipped: dict[str, str] | None = None
     ) -> Iterator[Prediction]:
-        """Predict, batch by batch, in the order of ``photos``.
+        """Predict photos batch by batch, in order.
 
         Args:
-            photos: files, or open images.
-            batch_size: photos at a time.
-            skipped: where given, photos that cannot be read are entered here with the reason, and left out.
+            photos: files or open images.
+            batch_size: photos per batch.
+            skipped: receives unreadable photos with the reason; they are left out of the output. Default: raise.
 
         Raises:
-            UnreadableImage: for the first photo that cannot be read, unless ``skipped`` is given.
+            UnreadableImage: for an unreadable photo, unless ``skipped`` is given.
         """
         if batch_size < 1:
             raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
@@ -248,7 +245,7 @@ class Predictor:
 
     @torch.no_grad()
     def assignment_graph(self, photo: Photo) -> HeteroData:
-        """The assignment graph of one photo, as PyG has graphs, on the predictor's device.
+        """Assignment graph of one photo as ``HeteroData``, on the predictor's device.
 
         Raises:
             UnreadableImage: if the photo cannot be read.
@@ -256,8 +253,8 @@ class Predictor:
         image = self._read(photo, None)
         assert image is not None
         assert self.graph.m is not None
-        (found,) = self.extractor([to_tensor(image)], self.graph.m)
-        return self._joined(found)
+        (instances,) = self.extractor([to_tensor(image)], self.graph.m)
+        return self._to_graph(instances)
 
     @staticmethod
     def _read(photo: Photo, skipped: dict[str, str] | None) -> Image.Image | None:
@@ -293,10 +290,10 @@ class Predictor:
             )
 
     def _scored(self, found: list[Instances]) -> tuple[Tensor, list[Tensor]]:
-        """Label logits (B, C), and of each image the match logits (M, C)."""
+        """Label logits (B, C), and for each image its match logits (M, C)."""
         counts = [len(instances) for instances in found]
         if self.metadata.graph["layout"] == "sparse":
-            output = self.model(Batch.from_data_list([self._joined(instances) for instances in found]))
+            output = self.model(Batch.from_data_list([self._to_graph(instances) for instances in found]))
         else:
             batch = collate_instances(found, self.graph, self.device)
             if isinstance(self.model, GMMLIC) and self._label_cache is None:
@@ -305,15 +302,15 @@ class Predictor:
         matrix = output.match_logits.float().cpu()
         return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
-    def _joined(self, instances: Instances) -> HeteroData:
+    def _to_graph(self, instances: Instances) -> HeteroData:
         graph: HeteroData = self.graph(to_hetero_data(instances).to("cpu"))
         return graph.to(self.device)
 
 
 def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor | GridExtractor:
-    """The detector of a model's settings, which may come from anywhere."""
+    """Build the detector of a model; its settings are not trusted."""
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)
     except TypeError as error:
-        raise WeightsError(f"{source}: its detector cannot be built ({error}).") from error
+        raise WeightsError(f"{source}: the detector cannot be built ({error}).") from error

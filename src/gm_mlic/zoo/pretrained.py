@@ -1,12 +1,12 @@
-"""Trained models as folders to share, in the Hugging Face hub's conventions; nothing in them is ever unpickled.
+"""Pretrained model folders in the format of the Hugging Face hub; reading them unpickles nothing.
 
 ::
 
-    FOLDER/config.json                  everything but weights: ModelMetadata and ModelCard
-    FOLDER/model.safetensors            the network's weights
-    FOLDER/label_vectors.safetensors    (C, D_l) of the labels that it was trained on
-    FOLDER/detector.safetensors         the detector's, unless they have a name that gm-mlic knows
-    FOLDER/README.md                    the model card
+    FOLDER/config.json                  ModelMetadata and ModelCard
+    FOLDER/model.safetensors            weights of the network
+    FOLDER/label_vectors.safetensors    (C, D_l) vectors of the training labels
+    FOLDER/detector.safetensors         weights of the detector, unless shipped or torchvision's
+    FOLDER/README.md                    model card
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jinja2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from safetensors.torch import save as serialise
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from gm_mlic._version import __version__
@@ -35,30 +35,30 @@ from gm_mlic.zoo.metadata import ModelMetadata
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
-#: What a folder holds; nothing else that lies in it is ever fetched or pushed.
+#: Files of a model folder; no other file is downloaded or uploaded.
 FILES = (CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD)
 
-#: Folders of the models that come with this package.
+#: Folder of the shipped models.
 SHIPPED = Path(__file__).parent / "models"
 
-#: Of the layout above. A reader refuses a later one.
+#: Version of the folder layout. Other versions are rejected.
 FORMAT = 1
-#: Detector weights that need no file: shipped, torchvision's, and (None) random ones, which the seed makes again.
+#: Detector weights that need no file: shipped, torchvision's, or (None) random ones, given by the seed.
 NAMED_WEIGHTS = ("scenes", "coco", None)
 _NAME_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model card tells besides what the model knows of itself.
+    """Content of a model card beyond the model's metadata.
 
     Attributes:
-        dataset: name of what it was trained on.
-        sizes: images of each split.
-        metrics: name to per cent, on the test split.
-        convention: of the metrics.
-        license: of the weights, as the hub spells it (``mit``, ``cc-by-4.0``); None: not stated.
-        training: further facts, name to value: seed, epochs, revision.
+        dataset: name of the training dataset.
+        sizes: number of images per split.
+        metrics: test metrics in per cent, by name.
+        convention: convention of the metrics.
+        license: license of the weights, an identifier of the hub (``mit``, ``cc-by-4.0``); None: not stated.
+        training: further facts by name: seed, epochs, revision.
     """
 
     dataset: str | None = None
@@ -70,29 +70,29 @@ class ModelCard:
 
     @classmethod
     def from_config(cls, content: Any) -> ModelCard:
-        """What :func:`dataclasses.asdict` made of one, from JSON.
+        """Model card from the JSON form of :func:`dataclasses.asdict`.
 
         Raises:
-            TypeError, ValueError: if it is none.
+            TypeError, ValueError: for invalid content.
         """
         card = cls(**content)
         for name in ("dataset", "convention", "license"):
             if not isinstance(getattr(card, name), (str, NoneType)):
-                raise TypeError(f"card.{name} is no text")
+                raise TypeError(f"card.{name} is not a string")
         for name, kinds in (("sizes", int), ("metrics", (int, float)), ("training", object)):
             value = getattr(card, name)
             if not isinstance(value, dict) or not all(isinstance(v, kinds) for v in value.values()):
-                raise TypeError(f"card.{name} is no table of numbers")
+                raise TypeError(f"card.{name} is not a table of numbers")
         return card
 
 
 def write_pretrained(
     folder: Path, model: nn.Module, metadata: ModelMetadata, extractor: InstanceExtractor, card: ModelCard
 ) -> Path:
-    """Write the folder; a model that stands there is replaced file by file, ``config.json`` last."""
+    """Write a model folder; an existing model is replaced file by file, ``config.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
-    metadata = _without_places(metadata, extractor, folder)
+    metadata = _without_paths(metadata, extractor, folder)
     _save(folder / MODEL, model.state_dict())
     _save(folder / LABEL_VECTORS, {"label_vectors": metadata.label_vectors})
     _write(folder / CARD, model_card(folder.name, metadata, card, sum(p.numel() for p in model.parameters())))
@@ -103,10 +103,10 @@ def write_pretrained(
 
 
 def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
-    """ModelMetadata, model with its weights, and what its card tells, of a folder that :func:`write_pretrained` wrote.
+    """Read a folder of :func:`write_pretrained`; returns metadata, model with weights, and model card.
 
     Raises:
-        WeightsError: if it is none, was written by a later version, or is damaged.
+        WeightsError: if it is not a model folder, has another format version, or is damaged.
     """
     content = _read_config(folder)
     try:
@@ -118,22 +118,22 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
     weights = load_safely(folder / MODEL)
     try:
         if type(metadata.build_graph().m) is not int:
-            raise ValueError("graph.m is no number")
-        with torch.device("meta"):  # a config that lies about sizes costs nothing
+            raise ValueError("graph.m is not a number")
+        with torch.device("meta"):  # allocates nothing if the config has wrong sizes
             shapes = {name: tensor.shape for name, tensor in metadata.build_model().state_dict().items()}
     except (GMMLICError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / CONFIG}: its model or graph cannot be built ({_reason(error)}).") from error
+        raise WeightsError(f"{folder / CONFIG}: the model or graph cannot be built ({_reason(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
         mismatch = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
-        raise WeightsError(f"{folder / MODEL}: its weights do not fit the model of {CONFIG} ({mismatch}).")
+        raise WeightsError(f"{folder / MODEL}: the weights do not fit the model of {CONFIG} ({mismatch}).")
     model = metadata.build_model()
     model.load_state_dict(weights)
     return metadata, model, card
 
 
 def pretrained_models(pattern: str = "*") -> list[str]:
-    """Names of all models whose weights come with this package, sorted."""
+    """Sorted names of the models with shipped weights that match ``pattern``."""
     return sorted(fnmatch.filter([folder.parent.name for folder in SHIPPED.glob(f"*/{CONFIG}")], pattern))
 
 
@@ -141,21 +141,21 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     """Build a registered model.
 
     Args:
-        name: one of :func:`~gm_mlic.list_models`.
-        pretrained: True: with the weights that come with this package, for the names in :func:`pretrained_models`; a
-            folder that ``gm-mlic export`` wrote: with its settings and weights.
-        **overrides: arguments of the model's constructor, over the named preset's or the folder's.
+        name: a name of :func:`~gm_mlic.list_models`.
+        pretrained: True: shipped weights, for names of :func:`pretrained_models`; a folder of ``gm-mlic export``: its
+            settings and weights; default: random weights.
+        **overrides: arguments of the model's constructor; they override those of the preset or the folder.
 
     Raises:
-        WeightsError: if there are no such weights, or they do not fit.
-        ConfigError: for an unknown name, naming the closest one, or an unknown or missing argument, naming it.
+        WeightsError: if the weights do not exist or do not fit.
+        ConfigError: for an unknown name, or an unknown or missing argument.
     """
     if pretrained is False:
         return MODELS.build(name, **overrides)  # type: ignore[no-any-return]
     MODELS.entry(name)
     if pretrained is True and name not in pretrained_models():
         raise WeightsError(
-            f"No weights of {name!r} come with this package: there are some of {', '.join(pretrained_models())}. Give "
+            f"{name!r} has no shipped weights; models that do: {', '.join(pretrained_models())}. Pass "
             "pretrained=FOLDER for others."
         )
     folder = SHIPPED / name if pretrained is True else Path(pretrained)
@@ -168,48 +168,49 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     except RuntimeError as error:
         mismatch = str(error).splitlines()[1].strip()
         raise WeightsError(
-            f"{folder}: its weights do not fit {name} with these settings ({mismatch[:200]})."
+            f"{folder}: the weights do not fit {name} with these settings ({mismatch[:200]})."
         ) from error
     return model
 
 
 def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of ``name``: itself, a shipped one, or what the hub has as USER/NAME, fetched once and kept.
+    """Find the folder of a model: local, shipped, or downloaded from the hub and cached.
 
     Args:
-        name: a folder, a model that comes with this package (``gm_mlic_scenes``), or a name on the hub.
-        revision: on the hub: branch, tag or commit; default: its main branch.
+        name: a folder, a shipped model (``gm_mlic_scenes``), or USER/NAME on the hub.
+        revision: branch, tag or commit on the hub; default: the main branch.
 
     Raises:
-        WeightsError: if there is no such folder, or it cannot be fetched.
-        ConfigError: if huggingface_hub, which fetches, is not installed.
+        WeightsError: if the model does not exist or cannot be downloaded.
+        ConfigError: if ``huggingface_hub`` is not installed.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if revision is not None:
             raise ArgumentError(
-                "revision", f"is {revision!r}, but {folder} is a folder: revisions are for names on the hub."
+                "revision", f"is {revision!r}, but {folder} is a local folder: only models on the hub have revisions."
             )
         return folder
     if revision is None and str(name) in pretrained_models():
         return SHIPPED / str(name)
     if not isinstance(name, str) or not _NAME_ON_HUB.fullmatch(name):
         raise WeightsError(
-            f"{name}: no such folder, none of {', '.join(pretrained_models())}, and no name on the hub (USER/NAME)."
+            f"{name}: no such folder, not a shipped model ({', '.join(pretrained_models())}), and not a name on the "
+            "hub (USER/NAME)."
         )
     hub = _hub()
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # of several libraries: network, names, permissions, disks
-        raise WeightsError(f"{name}: there is no such folder, and the hub gave none ({_reason(error)}).") from error
+        raise WeightsError(f"{name}: no such folder, and download from the hub failed ({_reason(error)}).") from error
 
 
 def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
-    """Upload a folder of :func:`write_pretrained` to the hub; returns its address.
+    """Upload a folder of :func:`write_pretrained` to the hub; returns its URL.
 
     Raises:
-        WeightsError: if it is no such folder, or the hub refuses it.
-        ConfigError: if huggingface_hub is not installed.
+        WeightsError: if it is not a model folder, or the upload fails.
+        ConfigError: if ``huggingface_hub`` is not installed.
     """
     _read_config(folder)
     hub = _hub()
@@ -221,26 +222,25 @@ def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
         )
     except Exception as error:
         raise WeightsError(
-            f"`repo_id={repo_id!r}`: the hub did not take it ({_reason(error)}); is HF_TOKEN set, or hf auth login "
-            "done?"
+            f"`repo_id={repo_id!r}`: upload to the hub failed ({_reason(error)}): set HF_TOKEN or run `hf auth login`."
         ) from error
     return str(address)
 
 
 def model_card(name: str, metadata: ModelMetadata, card: ModelCard, parameters: int) -> str:
-    """The model card, in Markdown with the hub's YAML header."""
+    """Model card in Markdown, with the YAML header of the hub."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gm_mlic", "zoo"), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
     environment.filters["yaml"] = lambda value: json.dumps(str(value), ensure_ascii=False)
-    # HTML tags and line ends of a label's name would become part of the page.
+    # Label names must not add HTML tags or line breaks to the page.
     environment.filters["plain"] = lambda value: " ".join(str(value).replace("<", "&lt;").split())
     template = environment.get_template("model_card.md.jinja")
     return template.render(name=name, metadata=metadata, card=card, parameters=parameters, version=__version__)
 
 
-def _without_places(metadata: ModelMetadata, extractor: InstanceExtractor, folder: Path) -> ModelMetadata:
-    """The metadata without paths of this machine; the detector's weights go into the folder where they need to."""
+def _without_paths(metadata: ModelMetadata, extractor: InstanceExtractor, folder: Path) -> ModelMetadata:
+    """Metadata without local paths; writes the detector's weights to the folder unless they are named."""
     settings = dict(metadata.detector_settings)
     settings.pop("trainable", None)
     named = settings.get("weights") in NAMED_WEIGHTS and extractor.fingerprint == metadata.detector_fingerprint
@@ -269,21 +269,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         best = folder / "checkpoints" / "best.ckpt"
         hint = f"it is a run folder: its model is {best}" if best.is_file() else f"it has no {CONFIG}"
-        raise WeightsError(f"{folder}: no model of gm-mlic to share ({hint}).") from error
+        raise WeightsError(f"{folder}: not a gm-mlic model folder ({hint}).") from error
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: cannot be read ({_reason(error)}).") from error
     if not isinstance(content, dict) or content.pop("library", None) != "gm-mlic":
         raise WeightsError(f"{path}: not the config of a gm-mlic model.")
     written_by = content.pop("version", "?")
     if (version := content.pop("format", None)) != FORMAT:
-        raise WeightsError(f"{path}: of format {version}, by gm-mlic {written_by}; this one reads {FORMAT}: update it.")
+        raise WeightsError(
+            f"{path}: format {version}, written by gm-mlic {written_by}; this version reads format {FORMAT}: update it."
+        )
     return content
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     part = path.with_name(path.name + ".part")
-    part.write_bytes(serialise(on_cpu, metadata={"format": "pt"}))
+    part.write_bytes(serialize(on_cpu, metadata={"format": "pt"}))
     part.replace(path)
 
 
@@ -294,11 +296,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def load_safely(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """Load the tensors of a safetensors file."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read ({_reason(error)}): fetch or write it again.") from error
+        raise WeightsError(f"{path}: cannot be read ({_reason(error)}): download or export it again.") from error
     return tensors
 
 
@@ -306,7 +308,7 @@ def _hub() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ConfigError("Names on the hub need the extra: pip install 'gm-mlic[hub]'.") from error
+        raise ConfigError("Models on the hub need the extra: pip install 'gm-mlic[hub]'.") from error
     return huggingface_hub
 
 
