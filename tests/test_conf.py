@@ -298,7 +298,7 @@ def test_every_option_builds_its_objects(group: str, option: str, tmp_path: Path
             build.build_dataset(config, "train")
         config.dataset = compose("train", ["dataset.sizes.train=2"]).dataset
     dataset = build.build_dataset(config, "train")
-    module, graph = build_module(config, dataset, build.build_detector(config))
+    module, graph, _ = build_module(config, dataset, build.build_detector(config))
     assert graph.m == config.graph.m
     assert type(module.model) is MODELS.get(config.model.name, GMMLIC)
     trainer = build_trainer(config, tmp_path, training_callbacks(config, tmp_path))

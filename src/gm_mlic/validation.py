@@ -151,6 +151,13 @@ RULES: Mapping[str, Rule] = {
     "model.fusion": one_of("concat", "product"),
     "model.norm": one_of("none", "encoder", "all"),
     "model.edge_types": some_of("spatial", "semantic", "matches"),
+    "model.prior": BOOLEAN,
+    "model.linear": BOOLEAN,
+    "model.class_words": BOOLEAN,
+    "model.components": or_null(integer(1)),
+    "model.shrinkage": number(0),
+    "model.ridge": number(0),
+    "model.pooling": one_of("max", "logsumexp"),
     "model.gradient_checkpointing": BOOLEAN,
     "model.tau": number(0, 1),
     "model.p": (lambda v: is_number(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
@@ -172,6 +179,7 @@ RULES: Mapping[str, Rule] = {
     "optimizer.gamma": number(0, 1, open_low=True),
     "optimizer.pct_start": (lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1"),
     "trainer.max_epochs": integer(1),
+    "trainer.min_steps": integer(0),
     "trainer.batch_size": integer(1),
     "trainer.num_workers": or_null(integer(0)),
     "trainer.precision": one_of("32-true", "16-mixed", "bf16-mixed"),
@@ -338,6 +346,11 @@ def _check_together(config: DictConfig) -> None:
         raise ConfigError(
             f"detector.trainable={get('detector.trainable')} needs instances.online=true: stores hold instances of a "
             "frozen detector."
+        )
+    if get("detector.trainable") not in (None, "none") and get("model.components") is not None:
+        raise ConfigError(
+            f"model.components={get('model.components')}: statistics of the features of a detector that is trained "
+            "would not stay valid. Set model.components=null."
         )
 
     if get("graph.labels_per_class") is not None:

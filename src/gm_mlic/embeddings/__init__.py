@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.labels import LabelEmbedding, embed_labels
-from gm_mlic.embeddings.words import ALIASES, labels_of, words_of
+from gm_mlic.embeddings.words import ALIASES, labels_of, labels_of_classes, words_of
 
-__all__ = ["ALIASES", "LabelEmbedding", "embed_labels", "hashed_vectors", "labels_of", "words_of"]
+__all__ = ["ALIASES", "LabelEmbedding", "embed_labels", "hashed_vectors", "labels_of", "labels_of_classes", "words_of"]

@@ -5,6 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+#: Smallest cosine similarity of a class and a label of different names. With GloVe, couch and sofa have 0.63, airplane
+#: and aeroplane 0.49 (an alternative spelling), couch and bed 0.47.
+_SIMILAR = 0.5
+
 #: Alternative spellings, tried in order and only for missing words. VOC's compounds are first (tvmonitor is tv in
 #: published vectors); the others are compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one
 #: table can be used for all of them.
@@ -71,6 +77,48 @@ def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
             if label_of[k] < 0:
                 label_of[k] = next((known[spelling] for spelling in spellings(name) if spelling in known), -1)
     return label_of
+
+
+def labels_of_classes(
+    classes: Sequence[str],
+    labels: Sequence[str],
+    class_vectors: np.ndarray | None = None,
+    label_vectors: np.ndarray | None = None,
+) -> list[list[int]]:
+    """All labels that each detector class is.
+
+    First by :func:`labels_of`. Then a label that no class names yet goes to all classes with the same name or an
+    alternative spelling of it, which may be another label's class already (``dining table`` is ``diningtable`` and
+    ``table``). Labels that are still left go by word vectors: class and label must be nearest to each other, with a
+    cosine similarity of at least 0.5, and the class must not be another label's.
+
+    Args:
+        classes: D names.
+        labels: C names.
+        class_vectors, label_vectors: (D, n) and (C, n), zeros for unknown words; None to compare names only.
+
+    Returns:
+        D lists of label indices.
+    """
+    found = [[c] if c >= 0 else [] for c in labels_of(classes, labels)]
+    for c in _unnamed(found, labels):
+        for k, match in enumerate(labels_of(classes, [labels[c]])):
+            found[k] += [c] if match == 0 else []
+    rest, free = _unnamed(found, labels), [k for k, named in enumerate(found) if not named]
+    if class_vectors is None or label_vectors is None or not rest or not free:
+        return found
+    left, right = (v / np.linalg.norm(v, axis=1, keepdims=True).clip(1e-12) for v in (class_vectors, label_vectors))
+    similarity = left[free] @ right.T
+    for c in rest:
+        k = int(similarity[:, c].argmax())
+        if similarity[k, c] >= _SIMILAR and int(similarity[k].argmax()) == c:
+            found[free[k]].append(c)
+    return found
+
+
+def _unnamed(found: list[list[int]], labels: Sequence[str]) -> list[int]:
+    named = {c for of_class in found for c in of_class}
+    return [c for c in range(len(labels)) if c not in named]
 
 
 def _exact(name: str) -> Iterable[str]:

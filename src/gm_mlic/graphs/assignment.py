@@ -11,7 +11,7 @@ from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
 from gm_mlic.errors import ArgumentError, ConfigError
-from gm_mlic.graphs.candidates import candidate_edges
+from gm_mlic.graphs.candidates import candidate_edges, class_confidence
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, edge_table
 
 
@@ -94,6 +94,9 @@ class AssignmentGraph(BaseTransform):
             pairs that are scored.
         candidates: (D, C) bool, the labels to which an instance of each of the detector's classes is joined (see
             :func:`label_candidates`). None joins every pair (the paper).
+        class_labels: (D, C) bool, the labels that each of the detector's classes is. Adds ``confidence`` (E,) to the
+            matching edges: the score of instances that are detected as the label, 0 on all other edges.
+        label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,).
         edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model forms
             them where they are absent. Graphs that store them have no dense form.
 
@@ -112,6 +115,8 @@ class AssignmentGraph(BaseTransform):
         *,
         edge_types: Sequence[str] = RELATIONS,
         candidates: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        label_counts: Tensor | None = None,
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
@@ -128,16 +133,16 @@ class AssignmentGraph(BaseTransform):
         ):
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(name, f"must be a whole number of 1 or more, got {value!r}.")
-        if candidates is not None and (
-            candidates.dtype != torch.bool or candidates.shape[1:] != label_vectors.shape[:1]
-        ):
-            raise ArgumentError(
-                "candidates",
-                f"must be a bool table of classes and {label_vectors.shape[0]} labels, got "
-                f"{candidates.dtype} {tuple(candidates.shape)}.",
-            )
+        C = label_vectors.shape[0]
+        for name, table in (("candidates", candidates), ("class_labels", class_labels)):
+            if table is not None and (table.dtype != torch.bool or table.shape[1:] != (C,)):
+                raise ArgumentError(
+                    name, f"must be a bool table of classes and {C} labels, got {table.dtype} {tuple(table.shape)}."
+                )
+        if label_counts is not None and (label_counts.shape != (C,) or bool((label_counts < 0).any())):
+            raise ArgumentError("label_counts", f"must be {C} numbers of images, got {label_counts!r:.60}.")
         self.label_vectors = label_vectors
-        self.candidates = candidates
+        self.candidates, self.class_labels, self.label_counts = candidates, class_labels, label_counts
         self.m = m
         self.num_neighbors = num_neighbors
         self.num_label_neighbors = num_label_neighbors
@@ -163,6 +168,8 @@ class AssignmentGraph(BaseTransform):
             raise ConfigError("An image without instances: give it one, the whole image (see InstanceExtractor).")
 
         data[LABEL].x = W
+        if self.label_counts is not None:
+            data[LABEL].count = self.label_counts.to(x.dtype)
         if SPATIAL in self.edge_types:
             source, target = data[SPATIAL].edge_index = knn_edge_index(box, self.num_neighbors)
             data[SPATIAL].edge_attr = torch.cat([box[source], box[target]], dim=1).to(x.dtype)
@@ -178,6 +185,11 @@ class AssignmentGraph(BaseTransform):
         source, target = data[MATCHES].edge_index = matches[0].nonzero().t().contiguous()
         if self.edge_attr:
             data[MATCHES].edge_attr = torch.cat([x[source], W[target]], dim=1)
+        if self.class_labels is not None:
+            if "detected_label" not in instances or "score" not in instances:
+                raise ConfigError(f"Class labels need data['{INSTANCE}'].detected_label and .score.")
+            q = class_confidence(self.class_labels, instances.detected_label, instances.score.to(x.dtype))
+            data[MATCHES].confidence = q[source, target]
         return data
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.candidates import candidate_edges
+from gm_mlic.graphs.candidates import candidate_edges, class_confidence
 from gm_mlic.graphs.dense import Bipartite, DenseEdges, NeighborLists
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, NodeType
 
@@ -39,6 +39,8 @@ class AssignmentBatch:
         row: (B,) int64 row of each image in its store, or None.
         score: (B, M), the detector's confidence in each instance, or None.
         detected_label: (B, M) int64, the detector's class of each instance, -1 for none; or None.
+        confidence: (B, M, C), q_ic: the detector's confidence where instance i is detected as label c, or 0; or None.
+        label_counts: (C,), training images with each label, or None.
     """
 
     x: Tensor
@@ -52,6 +54,8 @@ class AssignmentBatch:
     row: Tensor | None = None
     score: Tensor | None = None
     detected_label: Tensor | None = None
+    confidence: Tensor | None = None
+    label_counts: Tensor | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -95,10 +99,14 @@ class AssignmentBatch:
 
     def split(self, size: int) -> list[AssignmentBatch]:
         """The same images in batches of up to ``size``."""
-        B, W = self.num_graphs, self.label_vectors
+        B, of_labels = self.num_graphs, (self.label_vectors, self.label_counts)
 
         def part(start: int) -> AssignmentBatch:
-            return self.map(lambda value: value if value is W or len(value) != B else value[start : start + size])
+            def sliced(value: Tensor) -> Tensor:
+                shared = len(value) != B or any(value is tensor for tensor in of_labels)
+                return value if shared else value[start : start + size]
+
+            return self.map(sliced)
 
         return [part(start) for start in range(0, B, size)] if size < B else [self]
 
@@ -114,7 +122,9 @@ class AssignmentBatch:
         label_neighbors: Tensor | None = None,
         edge_types: Sequence[str] | Sequence[EdgeType] = RELATIONS,
         candidates: Tensor | None = None,
+        class_labels: Tensor | None = None,
         detected_label: Tensor | None = None,
+        score: Tensor | None = None,
         **others: Tensor | None,
     ) -> AssignmentBatch:
         """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
@@ -126,11 +136,12 @@ class AssignmentBatch:
             label_neighbors: (C, K), the neighbors of each label; None for all other labels.
             edge_types: of the paper's edge types those to add; ``matches`` is always added.
             candidates: (D, C) bool, the labels to which an instance of each detected class is joined; None for all.
-            detected_label: (B, M) int64.
-            **others: ``y``, ``difficult``, ``row`` and ``score``; see the class.
+            class_labels: (D, C) bool, the labels that each detected class is; fills ``confidence``.
+            detected_label, score: (B, M) int64, (B, M).
+            **others: ``y``, ``difficult``, ``row`` and ``label_counts``; see the class.
 
         Raises:
-            ConfigError: for candidates without detected labels, or of other classes.
+            ConfigError: for candidates or class labels without detected labels, or of other classes.
         """
         names = {edge_type if isinstance(edge_type, str) else edge_type[1] for edge_type in edge_types}
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
@@ -156,7 +167,23 @@ class AssignmentBatch:
                 raise ConfigError("Candidates need the detected label of each instance.")
             matches = candidate_edges(candidates, detected_label, mask)
         edges[MATCHES] = Bipartite(matches)
-        return cls(x, box, mask, label_vectors, edges, attrs, detected_label=detected_label, **others)
+        confidence = None
+        if class_labels is not None:
+            if detected_label is None or score is None:
+                raise ConfigError("Class labels need the detected label and the score of each instance.")
+            confidence = class_confidence(class_labels, detected_label, score.masked_fill(~mask, 0))
+        return cls(
+            x,
+            box,
+            mask,
+            label_vectors,
+            edges,
+            attrs,
+            detected_label=detected_label,
+            score=score,
+            confidence=confidence,
+            **others,
+        )
 
     @classmethod
     def collate(cls, graphs: Sequence[HeteroData]) -> AssignmentBatch:
@@ -209,6 +236,12 @@ class AssignmentBatch:
         others = {name: data[name] for name in ("y", "difficult", "row") if name in data}
         others |= {"score": padded(instances.score)} if "score" in instances else {}
         others |= {"detected_label": padded(instances.detected_label, -1)} if "detected_label" in instances else {}
+        others |= {"label_counts": data[LABEL].count[:C]} if "count" in data[LABEL] else {}
+        if MATCHES in data.edge_types and "confidence" in data[MATCHES]:
+            source, target = data[MATCHES].edge_index
+            confidence = data[MATCHES].confidence.new_zeros(x.shape[0], C)
+            confidence[source, target % C] = data[MATCHES].confidence
+            others["confidence"] = padded(confidence)
         return cls(padded(x), padded(instances.box), mask, W[:C], edges, attrs, **others)
 
 

@@ -1,4 +1,4 @@
-"""Candidate labels of each detector class: matching edges to these only."""
+"""What a detected class says of the labels: candidate matching edges, and the confidence of a match."""
 
 from __future__ import annotations
 
@@ -67,12 +67,35 @@ def candidate_edges(table: Tensor, detected_label: Tensor, mask: Tensor) -> Tens
     Raises:
         ConfigError: for a class that the table does not have.
     """
-    if not torch.compiler.is_compiling() and int(detected_label.max()) >= table.shape[0]:
-        raise ConfigError(
-            f"An instance is of the detector's class {int(detected_label.max())}, but there are candidates for classes "
-            f"0 to {table.shape[0] - 1}: use the detector that the candidates were learnt with."
-        )
+    _check_classes(table, detected_label)
     allowed = (table[detected_label.clamp(min=0)] | (detected_label < 0)[..., None]) & mask[..., None]
     isolated = ~allowed.any(dim=1, keepdim=True)
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
     return allowed | (isolated & last[..., None])
+
+
+def class_confidence(table: Tensor, detected_label: Tensor, score: Tensor) -> Tensor:
+    r"""The detector's confidence in each match: :math:`q_{ic} = s_i` where the class of instance i is label c, else 0.
+
+    Args:
+        table: (D, C) bool, the labels that each detector class is.
+        detected_label: (..., M) int64, -1 for none.
+        score: (..., M), the confidence of each instance.
+
+    Returns:
+        (..., M, C), with the dtype of ``score``.
+
+    Raises:
+        ConfigError: for a class that the table does not have.
+    """
+    _check_classes(table, detected_label)
+    named = table[detected_label.clamp(min=0)] & (detected_label >= 0)[..., None]
+    return named * score[..., None]
+
+
+def _check_classes(table: Tensor, detected_label: Tensor) -> None:
+    if not torch.compiler.is_compiling() and int(detected_label.max()) >= table.shape[0]:
+        raise ConfigError(
+            f"An instance is of the detector's class {int(detected_label.max())}, but the table is of classes 0 to "
+            f"{table.shape[0] - 1}: use the detector that the model was trained with."
+        )

@@ -197,11 +197,6 @@ def collate_instances(
 
 def _settings(graph: AssignmentGraph, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Arguments of :meth:`AssignmentBatch.from_padded` that make the same graphs as ``graph``."""
-    neighbors, candidates = (None if t is None else t.to(device) for t in (graph.label_neighbors, graph.candidates))
-    return {
-        "label_vectors": graph.label_vectors.to(device),
-        "num_neighbors": graph.num_neighbors,
-        "label_neighbors": neighbors,
-        "edge_types": graph.edge_types,
-        "candidates": candidates,
-    }
+    names = ("label_vectors", "label_neighbors", "candidates", "class_labels", "label_counts")
+    tables = {name: None if (table := getattr(graph, name)) is None else table.to(device) for name in names}
+    return {"num_neighbors": graph.num_neighbors, "edge_types": graph.edge_types, **tables}

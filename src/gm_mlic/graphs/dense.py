@@ -147,6 +147,13 @@ def edge_ends(edge_index: Tensor | DenseEdges, x_source: Tensor, x_target: Tenso
     return x_source[edge_index[0]], x_target[edge_index[1]]
 
 
+def edge_dot(edge_index: Tensor | DenseEdges, x_source: Tensor, x_target: Tensor) -> Tensor:
+    """The inner product of both ends of each edge: (E,) of ``edge_index``, (B, N_source, N_target) if bipartite."""
+    if isinstance(edge_index, DenseEdges):
+        return x_source @ x_target.transpose(1, 2)
+    return (x_source[edge_index[0]] * x_target[edge_index[1]]).sum(dim=-1)
+
+
 def _finished(values: EdgeTensor | Tensor, mean: Tensor, count: Tensor | None) -> Tensor:
     """The pending map after the mean; nothing, not even the bias, for a node without edges."""
     mean = values.finish(mean) if isinstance(values, EdgeTensor) else mean

@@ -9,7 +9,8 @@ from gm_mlic.nn.baselines.ssgrl import SSGRL
 from gm_mlic.nn.conv import EdgeUpdate, GraphNetworkBlock, MessageMLP, NodeConv
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, LabelCache
 from gm_mlic.nn.mlp import ConcatMLP, Decoder, HadamardFusion
-from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.nn.output import ModelOutput, pool_instances
+from gm_mlic.nn.prior import DetectorPrior, FeatureStatistics, LinearMatch, MatchHead, Penalized, Standardize
 
 __all__ = [
     "GMMLIC",
@@ -18,16 +19,22 @@ __all__ = [
     "ConcatMLP",
     "Decoder",
     "DetectorLabels",
+    "DetectorPrior",
     "EdgeUpdate",
     "Encoder",
+    "FeatureStatistics",
     "GAPLinear",
     "GraphNetworkBlock",
     "HadamardFusion",
     "LabelCache",
+    "LinearMatch",
     "MILMax",
+    "MatchHead",
     "MessageMLP",
     "ModelOutput",
     "NodeConv",
+    "Penalized",
     "Query2Label",
-    "max_pool_instances",
+    "Standardize",
+    "pool_instances",
 ]

@@ -26,7 +26,8 @@ from gm_mlic.graphs.schema import (
 )  # fmt: skip
 from gm_mlic.nn.conv import GraphNetworkBlock, node_types
 from gm_mlic.nn.mlp import ConcatMLP, Decoder
-from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.nn.output import POOLINGS, ModelOutput, pool_instances
+from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
 
 FUSIONS = ("concat", "product")
@@ -175,6 +176,16 @@ class GMMLIC(nn.Module):
         edge_types: a table of edge types, :data:`~gm_mlic.graphs.EDGE_TYPES` (default) or one of your own, or the names
             of some of its rows. The paper's ablations leave one row out. Without ``matches``, the decoder reads
             :math:`[v^o_i, v^l_c]`.
+        prior: start from the detector's labels: add :class:`~gm_mlic.nn.DetectorPrior` to the match logits. The last
+            Linear of the decoder is then zero before training (default: no, the paper).
+        linear: add :class:`~gm_mlic.nn.LinearMatch` to the match logits (default: no).
+        class_words: number D of detector classes whose word vector and score become part of the instance's attribute:
+            :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: 0, none). :meth:`fit_features` sets the vectors.
+        components: standardize instance features, and keep at most that many principal axes
+            (:class:`~gm_mlic.nn.Standardize`; default: None, features as they are).
+        shrinkage, ridge: how strongly what is learnt is held back; see :class:`~gm_mlic.nn.MatchHead`.
+        pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
+            :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
         gradient_checkpointing: keep next to nothing for the backward pass and recompute it there, a few images at a
             time: a fraction of the memory for about a third more time, same results (default: no). For a
             ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
@@ -200,6 +211,13 @@ class GMMLIC(nn.Module):
         norm: str = "all",
         *,
         edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str] = RELATIONS,
+        prior: bool = False,
+        linear: bool = False,
+        class_words: int = 0,
+        components: int | None = None,
+        shrinkage: float = 0.0,
+        ridge: float = 1000.0,
+        pooling: str = "max",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -212,17 +230,36 @@ class GMMLIC(nn.Module):
         for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
             if size < 1 and size != -1:
                 raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
-        for name, value, allowed in (("fusion", fusion, FUSIONS), ("norm", norm, NORMS)):
+        for name, value, allowed in (
+            ("fusion", fusion, FUSIONS),
+            ("norm", norm, NORMS),
+            ("pooling", pooling, POOLINGS),
+        ):
             if value not in allowed:
                 raise ArgumentError(name, f"must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
         self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
         self.edge_types = edge_table(edge_types)
+        self.pooling = pooling
         self.gradient_checkpointing = gradient_checkpointing
 
         product, norm_all, last = fusion == "product", norm == "all", widths[-1]
+        self.head = MatchHead(
+            instance_dim,
+            label_dim,
+            prior=prior,
+            linear=linear,
+            components=components,
+            shrinkage=shrinkage,
+            ridge=ridge,
+        )
+        self.class_vectors: Tensor
+        if class_words:  # one row of zeros, for instances without a class
+            self.register_buffer("class_vectors", torch.zeros(class_words + 1, label_dim))
+        self.class_words = class_words
+        in_channels = self.head.out_channels + (label_dim + 1 if class_words else 0)
         self.encoder = Encoder(
-            {INSTANCE: instance_dim, LABEL: label_dim},
+            {INSTANCE: in_channels, LABEL: label_dim},
             encoder_width,
             self.edge_types,
             product=product,
@@ -237,12 +274,36 @@ class GMMLIC(nn.Module):
             )
             self.blocks.append(block)
         self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last)
+        self._start_at_prior()
 
     def reset_parameters(self) -> None:
         self.encoder.reset_parameters()
         for block in self.blocks:
             block.reset_parameters()  # type: ignore[operator]
         self.decoder.reset_parameters()
+        self.head.reset_parameters()
+        self._start_at_prior()
+
+    def _start_at_prior(self) -> None:
+        if self.head.prior is not None:
+            nn.init.zeros_(self.decoder.lin2.weight)
+
+    @torch.no_grad()
+    def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
+        """Compute the statistics of the training data; without settings that need them, nothing.
+
+        Args:
+            features: (N, D_o) features of training instances.
+            label_vectors: (C, D_l).
+            class_vectors: (D, D_l) word vectors of the detector's classes, zeros where there is none.
+        """
+        self.head.fit(features, label_vectors)
+        if self.class_words and class_vectors is not None:
+            self.class_vectors[:-1] = class_vectors
+
+    def penalty(self) -> Tensor | float:
+        """What the training loss adds; see :meth:`MatchHead.penalty`."""
+        return self.head.penalty()
 
     def forward(self, data: HeteroData | AssignmentBatch, label_cache: LabelCache | None = None) -> ModelOutput:
         """Score every label of every image.
@@ -258,17 +319,28 @@ class GMMLIC(nn.Module):
             match_logits, label_states = self._checkpointed(data, label_cache)
         else:
             match_logits, label_states = self._match(data, label_cache, _checkpoint if checkpointed else _call)
-        return max_pool_instances(match_logits, data, label_states)
+        return pool_instances(match_logits, data, label_states, self.pooling)
 
     def _match(self, graph: Any, cache: LabelCache | None, call: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
-        edge_index_dict = graph.edge_index_dict
-        x_dict, edge_attr_dict = call(self.encoder, graph.x_dict, edge_index_dict, _edge_attr_dict(graph), cache)
+        edge_index_dict, inputs = graph.edge_index_dict, dict(graph.x_dict)
+        x, w = self.head.features(inputs[INSTANCE]), inputs[LABEL]
+        inputs[INSTANCE] = self._with_class_words(x, graph)
+        x_dict, edge_attr_dict = call(self.encoder, inputs, edge_index_dict, _edge_attr_dict(graph), cache)
         for block in self.blocks:
             x_dict, edge_attr_dict = call(block, x_dict, edge_index_dict, edge_attr_dict)
         ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
         parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
-        return call(self.decoder, *parts).squeeze(-1), x_dict[LABEL]
+        return self.head(call(self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
+
+    def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:
+        if not self.class_words:
+            return x
+        instances = graph if isinstance(graph, AssignmentBatch) else graph[INSTANCE]
+        score, detected_label = (getattr(instances, name, None) for name in ("score", "detected_label"))
+        if score is None or detected_label is None:
+            raise ConfigError("The model reads class words, and the graph has no score and detected_label.")
+        return torch.cat([x, self.class_vectors[detected_label], score[..., None].to(x.dtype)], dim=-1)
 
     def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
         """Compute what does not depend on images, for :meth:`forward` to take instead of computing it for each batch.

@@ -1,4 +1,4 @@
-"""The output of a model, and max-pooling over instances (eq. 14)."""
+"""The output of a model, and pooling over instances (eq. 14)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch_geometric.data import HeteroData
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
-from gm_mlic.nn.scatter import scatter_max
+from gm_mlic.nn.scatter import scatter_logsumexp, scatter_max
+
+POOLINGS = ("max", "logsumexp")
 
 _ISOLATED = "Label nodes {} have no matching edge: join each to at least one instance."
 
@@ -48,12 +50,15 @@ class ModelOutput:
         return empty.index_put((image, instance, label), self._matches)
 
 
-def max_pool_instances(
-    match_logits: Tensor, data: HeteroData | AssignmentBatch, label_states: Tensor | None = None
+def pool_instances(
+    match_logits: Tensor,
+    data: HeteroData | AssignmentBatch,
+    label_states: Tensor | None = None,
+    pooling: str = "max",
 ) -> ModelOutput:
-    """Max-pooling over instances, on logits (eq. 14).
+    """Pooling over instances, on logits (eq. 14).
 
-    The gradient goes to the instance of the maximum, the first one where several are equal. NaN counts as the largest
+    The gradient of the maximum goes to one instance, the first one where several are equal. NaN counts as the largest
     value, so that a diverged network shows.
 
     Args:
@@ -61,16 +66,17 @@ def max_pool_instances(
             :class:`~gm_mlic.graphs.AssignmentBatch`.
         data: the graphs.
         label_states: (B * C, d) or (B or 1, C, d), passed on to the output.
+        pooling: ``max`` (the paper), or ``logsumexp``, by which several weak matches add up.
 
     Raises:
         ConfigError: if images differ in their number of labels, or a label has no matching edge.
     """
     if isinstance(data, AssignmentBatch):
-        return _pool_dense(match_logits, data, label_states)
-    return _pool_sparse(match_logits, data, label_states)
+        return _pool_dense(match_logits, data, label_states, pooling)
+    return _pool_sparse(match_logits, data, label_states, pooling)
 
 
-def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tensor | None) -> ModelOutput:
+def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tensor | None, pooling: str) -> ModelOutput:
     mask = batch.match_mask
     if mask.shape[2] > 1 and not torch.compiler.is_compiling() and not bool(mask.any(dim=1).all()):
         raise ConfigError(_ISOLATED.format((~mask.any(dim=1)).flatten().nonzero().flatten().tolist()[:5]))
@@ -80,12 +86,14 @@ def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tens
     largest = (values == values.amax(dim=1, keepdim=True)) | values.isnan()
     argmax = torch.where(largest, position, values.shape[1]).amin(dim=1)
     logits = match_logits.gather(1, argmax[:, None]).squeeze(1)
+    if pooling == "logsumexp":
+        logits = match_logits.logsumexp(dim=1)
     if label_states is not None:
         label_states = label_states.expand(logits.shape[0], -1, -1)  # len() would fix B in torch.export
     return ModelOutput(logits, argmax, label_states, match_logits)
 
 
-def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | None) -> ModelOutput:
+def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | None, pooling: str) -> ModelOutput:
     source, target = data[MATCHES].edge_index
     labels, instances = data[LABEL], data[INSTANCE]
     B, N = int(getattr(data, "num_graphs", 1)), labels.x.shape[0]
@@ -97,7 +105,9 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
         isolated = (torch.bincount(target, minlength=N) == 0).nonzero().flatten().tolist()
         if isolated:
             raise ConfigError(_ISOLATED.format(isolated[:5]))
-    largest, edge = scatter_max(match_logits, target, N)
+    logits, edge = scatter_max(match_logits, target, N)
+    if pooling == "logsumexp":
+        logits = scatter_logsumexp(match_logits, target, logits.detach())
     image = target // C
     # Of a single graph without ptr: [0, M].
     ptr = instances.ptr if "ptr" in instances else torch.arange(2, device=target.device) * instances.x.shape[0]
@@ -105,4 +115,4 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
     if label_states is not None:
         label_states = label_states.view(B, C, -1)
     edges = (image, instance, target - image * C, ptr)
-    return ModelOutput(largest.view(B, C), instance[edge].view(B, C), label_states, match_logits, edges)
+    return ModelOutput(logits.view(B, C), instance[edge].view(B, C), label_states, match_logits, edges)

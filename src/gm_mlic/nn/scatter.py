@@ -43,3 +43,17 @@ def scatter_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Te
     argmax = position.new_full((num_groups,), src.numel())
     argmax.scatter_reduce_(0, index, position, "amin", include_self=True)
     return src[argmax], argmax
+
+
+def scatter_logsumexp(src: Tensor, index: Tensor, largest: Tensor) -> Tensor:
+    r"""The logarithm of the sum of exponentials of each group: :math:`\log \sum_{e: \mathrm{index}_e = g} e^{src_e}`.
+
+    Args:
+        src: (E,) values.
+        index: (E,) group of each value, in any order.
+        largest: (G,) the maximum of each group, without gradient.
+
+    Returns:
+        (G,).
+    """
+    return largest + torch.zeros_like(largest).index_add(0, index, (src - largest[index]).exp()).log()

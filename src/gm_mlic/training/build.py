@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
@@ -16,12 +17,13 @@ from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import rank_info
-from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of
+from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of, labels_of_classes
 from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.registry import MODELS
 from gm_mlic.validation import section
@@ -63,6 +65,11 @@ def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
     del settings["max_instances"]
     with config_keys("detector"):
         return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
+
+
+def is_built_in(extractor: InstanceExtractor) -> bool:
+    """Whether :func:`build_detector` can build it."""
+    return isinstance(extractor, (FasterRCNNExtractor, GridExtractor))
 
 
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
@@ -139,6 +146,42 @@ def graph_settings(config: DictConfig) -> dict[str, Any]:
     return settings | {"edge_types": edge_types, "candidates": None}
 
 
+def class_vectors(config: DictConfig, classes: Sequence[str]) -> torch.Tensor | None:
+    """Word vectors (D, D_l) of detector classes, zeros for unknown words; None without classes."""
+    if not classes:
+        return None
+    settings = section(config, "embedding") | {"oov": "zeros"}
+    with config_keys("embedding"):
+        return embed_labels(list(dict.fromkeys(classes)), **settings).vectors[_first_positions(classes)]
+
+
+def _first_positions(names: Sequence[str]) -> list[int]:
+    position = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return [position[name] for name in names]
+
+
+def prior_tables(
+    dataset: MultiLabelDataset, extractor: InstanceExtractor, label_vectors: torch.Tensor, words: torch.Tensor | None
+) -> dict[str, Any]:
+    """``class_labels`` and ``label_counts`` of ``graph``, for models that read the detector's classes."""
+    lists = labels_of_classes(
+        extractor.labels, dataset.labels, None if words is None else words.numpy(), label_vectors.numpy()
+    )
+    named = sorted({c for of_class in lists for c in of_class})
+    if not named:
+        log.warning(
+            "The prior is off: no label has the name of a class of the detector %s (%s), or a similar one.",
+            extractor.name, ", ".join(extractor.labels[:3]) or "it has no classes",
+        )  # fmt: skip
+    elif len(named) < len(dataset.labels):
+        rest = [label for c, label in enumerate(dataset.labels) if c not in named]
+        log.info("%d labels without a class of the detector: %s", len(rest), ", ".join(rest[:5]))
+    present = dataset.targets == 1
+    if dataset.difficult is not None:
+        present = present | dataset.difficult
+    return {"class_labels": lists or [[]], "label_counts": present.sum(axis=0).tolist()}
+
+
 def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> list[list[int]]:
     """Label candidates of each detector class (:func:`~gm_mlic.graphs.label_candidates`), learned from a store.
 
@@ -182,6 +225,8 @@ def model_settings(
         "labels": list(labels),
         "detector_labels": list(detector_labels),
     }
+    if "class_words" in settings:
+        settings["class_words"] = len(detector_labels) if settings["class_words"] else 0
     accepted = MODELS.arguments(settings["name"])
     return settings | {name: value for name, value in data_arguments.items() if name in accepted}
 
@@ -194,6 +239,18 @@ def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.M
             difficult = None if train.difficult is None else torch.from_numpy(train.difficult)
             model.fit(torch.from_numpy(train.targets), difficult)
     return model
+
+
+def fit_features(
+    model: torch.nn.Module, store: InstanceStore, m: int, label_vectors: torch.Tensor, words: torch.Tensor | None
+) -> None:
+    """Fit the feature statistics of models that need them on the training instances, up to 100,000 of them."""
+    if not isinstance(model, FeatureStatistics):
+        return
+    rows = store.rows[:: max(1, len(store.rows) * m // 100_000)]
+    used = np.arange(min(m, store.features.shape[2])) < np.asarray(store.counts)[rows, :1]
+    features = torch.from_numpy(np.asarray(store.features[rows, 0, :m])[used]).float()
+    model.fit_features(features, label_vectors, words)
 
 
 def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
@@ -211,3 +268,11 @@ def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetric
     options = {name: value for name, value in section(config, "metrics").items() if value is not None}
     with config_keys("metrics"):
         return MultiLabelMetrics(len(labels), labels=labels, **options)
+
+
+def epochs(config: DictConfig, num_images: int) -> int:
+    """``trainer.max_epochs``, or as many as give ``trainer.min_steps`` steps."""
+    trainer = config.trainer
+    steps = max(1, -(-num_images // (trainer.batch_size * rank_info().world_size)))  # of an epoch
+    epochs: int = max(trainer.max_epochs, -(-trainer.min_steps // steps))
+    return epochs

@@ -14,7 +14,7 @@ from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import SPATIAL, AssignmentBatch, drop_edges
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
-from gm_mlic.nn import GMMLIC, LabelCache, ModelOutput
+from gm_mlic.nn import GMMLIC, LabelCache, ModelOutput, Penalized
 from gm_mlic.optim import one_cycle
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.online import OnlineGraphs
@@ -57,6 +57,7 @@ class MLICModule(LightningModule):
         instance_graph_warmup_epochs: number of first epochs trained without edges of the instance graph. Parameters
             that read these edges get zero (not None) gradients during the warmup, so Adam's moments are zero when it
             ends, and the first updates can be a few times the learning rate.
+        num_images: N of the training split; the loss gets the model's ``penalty()``, if it has one, divided by N C.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MLICModule(LightningModule):
         metadata: ModelMetadata,
         online: OnlineGraphs | None = None,
         instance_graph_warmup_epochs: int = 0,
+        num_images: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -77,6 +79,7 @@ class MLICModule(LightningModule):
         self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
         self.online = online
         self.instance_graph_warmup_epochs = instance_graph_warmup_epochs
+        self.num_images = num_images
         self.optimizer_settings = optimizer
         self.metadata = metadata
         self.test_values: dict[str, Any] = {}
@@ -114,6 +117,8 @@ class MLICModule(LightningModule):
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        if isinstance(self.model, Penalized):
+            loss = loss + self.model.penalty() / (self.num_images * batch.y.shape[1])
         return loss
 
     def _watch(self, loss: Tensor, batch: Any) -> None:

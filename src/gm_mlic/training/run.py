@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.detection import InstanceExtractor
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
@@ -69,7 +70,12 @@ class SplitData:
         return {} if self.online is None else dict.fromkeys(self.online.unreadable, "unreadable")
 
 
-def train(config: DictConfig, sweep: str | None = None, command: str | None = None) -> dict[str, Any]:
+def train(
+    config: DictConfig,
+    sweep: str | None = None,
+    command: str | None = None,
+    extractor: InstanceExtractor | None = None,
+) -> dict[str, Any]:
     """Train a model, or resume the unfinished run in ``config.run_dir``.
 
     Extracts missing instance stores, trains, and tests the epoch with the best val mAP.
@@ -78,6 +84,7 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
         config: the composed config of ``conf/train.yaml``.
         sweep: folder of the multirun of this run.
         command: recorded command that reproduces this run; default: the command line of this process.
+        extractor: a detector of one's own, instead of that of ``config.detector``.
 
     Returns:
         Content of ``metrics.json``: test metrics (all, top-3, AP per label), best val metrics, epoch, sizes, versions.
@@ -89,10 +96,12 @@ def train(config: DictConfig, sweep: str | None = None, command: str | None = No
     run_dir = Path(config.run_dir)
     # Only rank 0 writes the state of the run.
     with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_info().rank > 0) as state:
-        return _train(config, run_dir, state, sweep)
+        return _train(config, run_dir, state, sweep, extractor)
 
 
-def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None) -> dict[str, Any]:
+def _train(
+    config: DictConfig, run_dir: Path, state: RunState, sweep: str | None, extractor: InstanceExtractor | None
+) -> dict[str, Any]:
     finished = run_dir / RESULT
     first = rank_info().rank == 0
     if config.overwrite:
@@ -110,11 +119,11 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
 
     # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
-    extractor = build.build_detector(config)
-    module, graph = build_module(config, datasets["train"], extractor)
+    extractor = build.build_detector(config) if extractor is None else extractor
+    module, graph, words = build_module(config, datasets["train"], extractor)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
-        trainer = build_trainer(config, run_dir, callbacks)
+        trainer = build_trainer(config, run_dir, callbacks, build.epochs(config, len(datasets["train"])))
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
@@ -122,6 +131,9 @@ def _train(config: DictConfig, run_dir: Path, state: RunState, sweep: str | None
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.metadata = module.metadata.with_candidates(candidates)
             graph = module.metadata.build_graph()
+        fitted_on = data["train"].store or data["val"].store  # on-line, the training images have none
+        if fitted_on is not None:
+            build.fit_features(module.model, fitted_on, config.graph.m, graph.label_vectors, words)
         try:
             _fit(config, trainer, module, graph, data, run_dir)
         except DivergedError as error:
@@ -232,25 +244,33 @@ def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: Assignmen
     return OnlineGraphs(extractor, graph, dense=dense, trained=_trains_detector(config))
 
 
-def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -> tuple[MLICModule, AssignmentGraph]:
-    """Build the Lightning module and its graph transform for the labels of ``dataset``."""
+def build_module(
+    config: DictConfig, dataset: MultiLabelDataset, extractor: Any
+) -> tuple[MLICModule, AssignmentGraph, Tensor | None]:
+    """Build the Lightning module, its graph transform for the labels of ``dataset``, and the vectors of the classes."""
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
+    model = build.model_settings(
+        config,
+        instance_dim=extractor.feature_dim,
+        label_dim=int(embedding.vectors.shape[1]),
+        labels=labels,
+        detector_labels=extractor.labels,
+    )
+    tables, words = {}, None
+    if any(model.get(name) for name in ("prior", "linear", "class_words", "shrinkage")):
+        words = build.class_vectors(config, extractor.labels)
+        tables = build.prior_tables(dataset, extractor, embedding.vectors, words)
     metadata = ModelMetadata(
         labels=labels,
         label_vectors=embedding.vectors,
         label_source=embedding.source,
-        model=build.model_settings(
-            config,
-            instance_dim=extractor.feature_dim,
-            label_dim=int(embedding.vectors.shape[1]),
-            labels=labels,
-            detector_labels=extractor.labels,
-        ),
-        graph=build.graph_settings(config),
+        model=model,
+        graph=build.graph_settings(config) | tables,
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
-        detector_settings=section(config, "detector"),
+        # A detector of one's own is passed to Predictor again.
+        detector_settings=section(config, "detector") if build.is_built_in(extractor) else {},
         embedding=section(config, "embedding"),
     )
     with config_keys("graph"):
@@ -264,8 +284,9 @@ def build_module(config: DictConfig, dataset: MultiLabelDataset, extractor: Any)
         metadata,
         _online_graphs(config, metadata, graph, extractor) if config.instances.online else None,
         config.trainer.instance_graph_warmup_epochs or 0,
+        len(dataset),
     )
-    return module, graph
+    return module, graph, words
 
 
 def _fit(
@@ -285,7 +306,7 @@ def _fit(
     first = (0, 0)
     if content is not None:
         first = position(content)
-        if _stopped_early(content) or first[0] >= config.trainer.max_epochs:
+        if _stopped_early(content) or first[0] >= build.epochs(config, len(data["train"].dataset)):
             return
         log.info("resuming %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = config.trainer.num_workers

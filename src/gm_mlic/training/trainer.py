@@ -26,13 +26,16 @@ def strategies() -> tuple[str, ...]:
     return ("auto", *StrategyRegistry.available_strategies())
 
 
-def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
+def build_trainer(
+    config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = (), epochs: int | None = None
+) -> Trainer:
     """Build a Lightning trainer without Lightning's own logger, progress bar and summary.
 
     Args:
         config: a config with the section ``trainer``.
         run_dir: the run folder; None for evaluation, which saves no checkpoints.
         callbacks: callbacks of the trainer.
+        epochs: number of epochs; default: ``trainer.max_epochs``.
 
     Raises:
         ConfigError: if accelerator, devices, strategy or precision are not available.
@@ -52,7 +55,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             strategy=settings.strategy,
             precision=settings.precision,
             deterministic="warn" if _is_deterministic(config) else None,
-            max_epochs=settings.max_epochs,
+            max_epochs=epochs or settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
             plugins=[AtomicCheckpointIO()],

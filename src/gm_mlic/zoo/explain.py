@@ -156,7 +156,6 @@ def _without(data: HeteroData, edge_type: Any, edge: int) -> HeteroData:
     """Copy of a graph without one edge."""
     graph = copy.copy(data)
     kept = torch.arange(data[edge_type].edge_index.shape[1], device=data[LABEL].x.device) != edge
-    graph[edge_type].edge_index = data[edge_type].edge_index[:, kept]
-    if "edge_attr" in data[edge_type]:
-        graph[edge_type].edge_attr = data[edge_type].edge_attr[kept]
+    for name, value in data[edge_type].items():
+        graph[edge_type][name] = value[:, kept] if name == "edge_index" else value[kept]
     return graph

@@ -26,6 +26,8 @@ from gm_mlic.zoo.predictor import Predictor
 FORMATS = ("torch", "onnx")
 PARTS = ("network", "detector", "all")
 MATCH_OUTPUTS = ["logits", "match_logits", "argmax_instance"]
+#: Tables of a graph transform.
+_TABLES = ("label_vectors", "label_neighbors", "candidates", "class_labels", "label_counts")
 #: Largest allowed difference of an output between an exported program and the model.
 TOLERANCE = 1e-4
 
@@ -36,8 +38,8 @@ class MatchNetwork(nn.Module):
     Shapes:
         - **features:** (B, M, D_o), **boxes:** (B, M, 4) divided by image width and height, **mask:** (B, M) bool,
           False for padding, which follows the instances. B and M are dynamic; pad M to at least ``min_instances``, one
-          more than the number of neighbors in the instance graph. For models with label candidates also
-          **detected_labels:** (B, M) int64, detector classes, -1 for none
+          more than the number of neighbors in the instance graph. For models that read the detector's classes also
+          **detected_labels:** (B, M) int64, detector classes, -1 for none, and **scores:** (B, M)
         - **logits:** (B, C), **match_logits:** (B, M, C), -inf for padding and absent edges, **argmax_instance:**
           (B, C) int64
     """
@@ -54,39 +56,51 @@ class MatchNetwork(nn.Module):
             )
         self.feature_dim = int(predictor.metadata.model["instance_dim"])
         self.min_instances = self.num_neighbors + 1 if SPATIAL in self.edge_types else 1
-        self.register_buffer("label_vectors", graph.label_vectors.cpu())
-        self.register_buffer("candidates", None if graph.candidates is None else graph.candidates.cpu())
-        self.register_buffer("label_neighbors", None if graph.label_neighbors is None else graph.label_neighbors.cpu())
-        self.label_vectors: Tensor
-        self.label_neighbors: Tensor | None
-        self.candidates: Tensor | None
+        for name in _TABLES:
+            table = getattr(graph, name)
+            self.register_buffer(name, None if table is None else table.cpu())
+        self.reads_classes = len(predictor.extractor.labels) > 0 and (
+            self.candidates is not None or self.class_labels is not None or bool(getattr(self.model, "class_words", 0))
+        )
+        self.num_classes = len(predictor.extractor.labels)
         self.label_cache = None
         if isinstance(self.model, GMMLIC):
             with torch.no_grad():
                 self.label_cache = self.model.precompute_labels(self.batch(*self.example(1, self.min_instances)))
 
     def forward(
-        self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
+        self,
+        features: Tensor,
+        boxes: Tensor,
+        mask: Tensor,
+        detected_labels: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, match logits, argmax instances."""
-        batch = self.batch(features, boxes, mask, detected_labels)
+        batch = self.batch(features, boxes, mask, detected_labels, scores)
         output = self.model(batch) if self.label_cache is None else self.model(batch, self.label_cache)
         return output.logits, output.match_logits, output.argmax_instance
 
     def batch(
-        self, features: Tensor, boxes: Tensor, mask: Tensor, detected_labels: Tensor | None = None
+        self,
+        features: Tensor,
+        boxes: Tensor,
+        mask: Tensor,
+        detected_labels: Tensor | None = None,
+        scores: Tensor | None = None,
     ) -> AssignmentBatch:
         """Assignment graphs of the inputs."""
+        if self.class_labels is not None and detected_labels is None:  # a detector without classes
+            detected_labels, scores = torch.full(mask.shape, -1), torch.zeros_like(boxes[..., 0])
         return AssignmentBatch.from_padded(
             features,
             boxes,
             mask,
-            self.label_vectors,
             num_neighbors=self.num_neighbors,
-            label_neighbors=self.label_neighbors,
             edge_types=self.edge_types,
             detected_label=detected_labels,
-            candidates=self.candidates,
+            score=scores,
+            **{name: getattr(self, name) for name in _TABLES},
         )
 
     def example(self, images: int, instances: int, seed: int = 0) -> tuple[Tensor, ...]:
@@ -96,9 +110,10 @@ class MatchNetwork(nn.Module):
         corners = torch.rand(images, instances, 2, 2, generator=generator).sort(dim=2).values
         counts = torch.arange(instances, instances - images, -1).clamp(min=1)
         inputs = (features, corners.flatten(2), torch.arange(instances) < counts[:, None])
-        if self.candidates is None:
+        if not self.reads_classes:
             return inputs
-        return *inputs, torch.randint(-1, len(self.candidates), (images, instances), generator=generator)
+        detected_labels = torch.randint(-1, self.num_classes, (images, instances), generator=generator)
+        return *inputs, detected_labels, torch.rand(images, instances, generator=generator)
 
 
 class PhotoNetwork(nn.Module):
@@ -116,10 +131,9 @@ class PhotoNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Logits, match logits, argmax instances, boxes, mask."""
-        features, boxes, mask, _, detected_labels = self.detector(image)
-        inputs = (
-            (features, boxes, mask) if self.network.candidates is None else (features, boxes, mask, detected_labels)
-        )
+        features, boxes, mask, scores, detected_labels = self.detector(image)
+        classes = (detected_labels, scores) if self.network.reads_classes else ()
+        inputs = (features, boxes, mask, *classes)
         return *self.network(*(tensor[None] for tensor in inputs)), boxes, mask
 
 
@@ -156,7 +170,7 @@ def export(
     if part == "network":
         images, instances = Dim("images"), Dim("instances", min=network.min_instances)
         inputs = network.example(3, network.min_instances + 3)
-        arguments = ("features", "boxes", "mask", "detected_labels")
+        arguments = ("features", "boxes", "mask", "detected_labels", "scores")
         free = {name: {0: images, 1: instances} for name, _ in zip(arguments, inputs, strict=False)}
         trials = [network.example(5, network.min_instances + 8, 1), network.example(1, network.min_instances, 2)]
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
@@ -27,8 +28,8 @@ class ModelMetadata:
         label_vectors: (C, D_l) float32.
         label_source: source of the vectors.
         model: arguments of :func:`~gm_mlic.create_model`, including ``name``.
-        graph: arguments of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` as a list of label indices per
-            detector class, plus ``layout``: ``dense`` or ``sparse``.
+        graph: arguments of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` and ``class_labels`` as lists
+            of label indices per detector class, ``label_counts`` as a list, and ``layout``: ``dense`` or ``sparse``.
         detector: name of the instance extractor.
         detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, plus ``max_instances``.
         detector_fingerprint: fingerprint of the extractor that the model was trained with.
@@ -56,31 +57,58 @@ class ModelMetadata:
             ConfigError, TypeError, ValueError: for invalid settings.
         """
         settings = {name: value for name, value in self.graph.items() if name != "layout"}
-        if (lists := settings.get("candidates")) is not None:
-            C = len(self.labels)
+        C = len(self.labels)
+        for name in ("candidates", "class_labels"):
+            if (lists := settings.get(name)) is None:
+                continue
             if not isinstance(lists, list) or not lists or not all(isinstance(numbers, list) for numbers in lists):
-                raise ValueError("graph.candidates is not a list of labels for each class")
+                raise ValueError(f"graph.{name} is not a list of labels for each class")
             if not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
-                raise ValueError(f"graph.candidates are not indices of its {C} labels")
-            settings["candidates"] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
+                raise ValueError(f"graph.{name} are not indices of its {C} labels")
+            settings[name] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
+        if (counts := settings.get("label_counts")) is not None:
+            if not isinstance(counts, list) or not all(type(n) in (int, float) for n in counts):
+                raise ValueError("graph.label_counts is not a list of numbers")
+            settings["label_counts"] = torch.tensor(counts, dtype=torch.float32)
         return AssignmentGraph(self.label_vectors, **settings)
 
     def with_candidates(self, candidates: list[list[int]]) -> ModelMetadata:
         """Copy with label candidates for each detector class."""
         return replace(self, graph={**self.graph, "candidates": candidates})
 
-    def with_labels(self, labels: tuple[str, ...], label_vectors: Tensor, label_source: str) -> ModelMetadata:
-        """Copy for other labels; labels that the model was not trained on are candidates of every class."""
-        graph = self.graph
+    def with_labels(
+        self,
+        labels: tuple[str, ...],
+        label_vectors: Tensor,
+        label_source: str,
+        class_labels: list[list[int]] | None = None,
+    ) -> ModelMetadata:
+        """Copy for other labels.
+
+        Labels that the model was not trained on are candidates of every class. They count as many training images as
+        the trained label with the nearest vector, times the cosine similarity.
+
+        Args:
+            labels: C' names.
+            label_vectors: (C', D_l).
+            label_source: source of the vectors.
+            class_labels: indices of the labels of each detector class, for models that read classes.
+        """
+        graph, before = dict(self.graph), {label: c for c, label in enumerate(self.labels)}
         if (lists := graph.get("candidates")) is not None:
-            before = {label: c for c, label in enumerate(self.labels)}
-            graph = {
-                **graph,
-                "candidates": [
-                    [new for new, label in enumerate(labels) if label not in before or before[label] in numbers]
-                    for numbers in lists
-                ],
-            }
+            graph["candidates"] = [
+                [new for new, label in enumerate(labels) if label not in before or before[label] in numbers]
+                for numbers in lists
+            ]
+        if graph.get("class_labels") is not None:
+            graph["class_labels"] = class_labels or [[] for _ in graph["class_labels"]]
+        if (counts := graph.get("label_counts")) is not None:
+            similarity = normalize(label_vectors, dim=1) @ normalize(self.label_vectors, dim=1).T
+            nearest = similarity.clamp(min=0).max(dim=1)
+            graph["label_counts"] = [
+                counts[before[label]] if label in before else float(cosine) * counts[int(c)]
+                for label, cosine, c in zip(labels, nearest.values, nearest.indices, strict=True)
+            ]
         return replace(self, labels=labels, label_vectors=label_vectors, label_source=label_source, graph=graph)
 
     def to_checkpoint(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
-from gm_mlic.embeddings import embed_labels
+from gm_mlic.embeddings import embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC
@@ -108,11 +108,12 @@ class Predictor:
         self.card = card or ModelCard()
         self.device = next(model.parameters()).device
         self.graph = metadata.build_graph()
-        if (table := self.graph.candidates) is not None and len(table) != len(extractor.labels):
-            raise WeightsError(
-                f"The model's candidates are for {len(table)} classes, its detector {extractor.name} has "
-                f"{len(extractor.labels)}: the model is damaged, or the detector is another one."
-            )
+        for table in (self.graph.candidates, self.graph.class_labels):
+            if table is not None and len(table) != max(1, len(extractor.labels)):
+                raise WeightsError(
+                    f"The model's tables are for {len(table)} classes, its detector {extractor.name} has "
+                    f"{len(extractor.labels)}: the model is damaged, or the detector is another one."
+                )
         self._label_cache: Any = None
 
     @classmethod
@@ -123,13 +124,19 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, device: str | torch.device = "cpu", **detector_settings: Any
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        extractor: InstanceExtractor | None = None,
+        **detector_settings: Any,
     ) -> Predictor:
         """Load the model of a checkpoint, ``RUN/checkpoints/NAME.ckpt``.
 
         Args:
             path: the checkpoint.
             device: device of the model and the detector.
+            extractor: the detector, if it is a custom one.
             **detector_settings: changed detector settings, e.g. ``weights="elsewhere.safetensors"``.
 
         Raises:
@@ -139,7 +146,8 @@ class Predictor:
         metadata, content = read_checkpoint(path)
         settings = {**metadata.detector_settings, **detector_settings}
         settings.pop("max_instances", None)
-        extractor = _built(settings, device, path)
+        if extractor is None:
+            extractor = _built(settings, device, path, metadata.detector)
         if any(name.startswith("online.detector.") for name in content["state_dict"]):  # trained with the model
             load_weights(extractor, content, path, prefix="online.detector.")
         else:
@@ -179,11 +187,7 @@ class Predictor:
             body_weights = folder / DETECTOR if settings.get("grid_size") is not None else None
             settings["weights"] = None if body_weights else folder / DETECTOR
         if extractor is None:
-            if "name" not in settings:
-                raise WeightsError(
-                    f"{folder}: its detector, {metadata.detector}, is a custom one: pass it as extractor=."
-                )
-            extractor = _built(settings, device, folder)
+            extractor = _built(settings, device, folder, metadata.detector)
             if body_weights is not None and isinstance(extractor, GridExtractor):
                 load_weights(extractor.body, {"state_dict": load_safely(body_weights)}, body_weights, prefix="")
         metadata.check_detector(extractor.name, extractor.fingerprint, folder)
@@ -218,8 +222,14 @@ class Predictor:
         """
         if not isinstance(self.model, GMMLIC):
             raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: labels are fixed.")
-        found = embed_labels(labels, **{**self.metadata.embedding, **embedding})
-        metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source)
+        settings = {**self.metadata.embedding, **embedding}
+        found = embed_labels(labels, **settings)
+        classes, class_labels = self.extractor.labels, None
+        if classes and self.graph.class_labels is not None:
+            words = embed_labels(list(dict.fromkeys(classes)), **{**settings, "oov": "zeros"})
+            vectors = words.vectors[[words.labels.index(name) for name in classes]]
+            class_labels = labels_of_classes(classes, labels, vectors.numpy(), found.vectors.numpy())
+        metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source, class_labels)
         return Predictor(self.model, metadata, self.extractor)
 
     def __call__(
@@ -307,8 +317,12 @@ class Predictor:
         return graph.to(self.device)
 
 
-def _built(settings: dict[str, Any], device: str | torch.device, source: Path) -> FasterRCNNExtractor | GridExtractor:
+def _built(
+    settings: dict[str, Any], device: str | torch.device, source: Path, name: str
+) -> FasterRCNNExtractor | GridExtractor:
     """Build the detector of a model; its settings are not trusted."""
+    if "name" not in settings:
+        raise WeightsError(f"{source}: its detector, {name}, is a custom one: pass it as extractor=.")
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)

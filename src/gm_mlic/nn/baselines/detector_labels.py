@@ -12,7 +12,7 @@ from gm_mlic.embeddings import labels_of
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import as_batch
-from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.nn.output import ModelOutput, pool_instances
 from gm_mlic.registry import register_model
 
 #: Confidence of a label that the detector did not predict for an instance, before calibration.
@@ -70,7 +70,7 @@ class DetectorLabels(nn.Module):
             raise ConfigError("DetectorLabels needs graphs with score and detected_label.")
         named = self.column[batch.detected_label][..., None] == torch.arange(self.num_labels, device=self.column.device)
         q = torch.where(named, batch.score.to(self.shift.dtype)[..., None], FLOOR).clamp(FLOOR, 1 - 1e-6)
-        return max_pool_instances(self.log_scale.exp() * q.logit() + self.shift, batch)
+        return pool_instances(self.log_scale.exp() * q.logit() + self.shift, batch)
 
     def __repr__(self) -> str:
         named = len(set(self.column.tolist()) - {-1})

@@ -1,22 +1,24 @@
-"""Baseline without graphs: a classifier of single instances, max-pooled over the image."""
+"""Baseline without graphs: a classifier of single instances, pooled over the image."""
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
+from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import standardize_boxes
 from gm_mlic.nn.baselines._common import as_batch
 from gm_mlic.nn.mlp import ConcatMLP, Decoder
-from gm_mlic.nn.output import ModelOutput, max_pool_instances
+from gm_mlic.nn.output import POOLINGS, ModelOutput, pool_instances
+from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
 
 
 @register_model("mil_max")
 class MILMax(nn.Module):
-    r"""Max-pooled per-instance classifier.
+    r"""Pooled per-instance classifier.
 
     .. math::
         s_i = \mathrm{Dec}(\mathrm{Enc}([f_i, \sqrt{12} (B_i - 1/2)])) \in \mathbb{R}^C, \qquad
@@ -28,32 +30,85 @@ class MILMax(nn.Module):
     Args:
         instance_dim: size of an instance's feature.
         num_labels: C.
-        width: of the hidden layer (default: 512).
+        width: of the hidden layer (default: 512). None for no hidden layer: only what ``prior`` and ``linear`` add.
+        prior, linear, components, shrinkage, ridge, pooling: as for :class:`~gm_mlic.nn.GMMLIC`, with a one-hot vector
+            for each label.
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are read
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
-        ArgumentError: for a size below 1.
+        ArgumentError: for a size below 1, and if nothing is left to compute.
     """
 
-    def __init__(self, instance_dim: int, num_labels: int, width: int = 512) -> None:
+    one_hot: Tensor
+
+    def __init__(
+        self,
+        instance_dim: int,
+        num_labels: int,
+        width: int | None = 512,
+        *,
+        prior: bool = False,
+        linear: bool = False,
+        components: int | None = None,
+        shrinkage: float = 0.0,
+        ridge: float = 1000.0,
+        pooling: str = "max",
+    ) -> None:
         super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width)
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
-        self.encoder = ConcatMLP([instance_dim, 4], width, width, norm=True)
-        self.decoder = Decoder([width], width, num_labels)
+        check_positive(instance_dim=instance_dim, num_labels=num_labels)
+        if pooling not in POOLINGS:
+            raise ArgumentError("pooling", f"must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
+        self.instance_dim, self.num_labels, self.width, self.pooling = instance_dim, num_labels, width, pooling
+        self.head = MatchHead(
+            instance_dim,
+            num_labels,
+            prior=prior,
+            linear=linear,
+            components=components,
+            shrinkage=shrinkage,
+            ridge=ridge,
+        )
+        self.register_buffer("one_hot", torch.eye(num_labels)[None], persistent=False)
+        if width is not None:
+            check_positive(width=width)
+            self.encoder = ConcatMLP([self.head.out_channels, 4], width, width, norm=True)
+            self.decoder = Decoder([width], width, num_labels)
+            self._start_at_prior()
+        elif not prior and not linear:
+            raise ArgumentError("width", "is None: the model needs a hidden layer, `prior` or `linear`.")
 
     def reset_parameters(self) -> None:
-        self.encoder.reset_parameters()
-        self.decoder.reset_parameters()
+        self.head.reset_parameters()
+        if self.width is not None:
+            self.encoder.reset_parameters()
+            self.decoder.reset_parameters()
+            self._start_at_prior()
+
+    def _start_at_prior(self) -> None:
+        if self.head.prior is not None:
+            nn.init.zeros_(self.decoder.lin2.weight)
+
+    def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
+        """Compute the statistics of training instances (N, D); the other arguments are not used."""
+        if self.head.standardize is not None:
+            self.head.standardize.fit(features)
+
+    def penalty(self) -> Tensor | float:
+        """What the training loss adds; see :meth:`MatchHead.penalty`."""
+        return self.head.penalty()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         """Score every label of every image."""
         batch = as_batch(data, self.num_labels, self.instance_dim, complete=False)
-        match_logits = self.decoder(self.encoder(batch.x, standardize_boxes(batch.box)))
-        return max_pool_instances(match_logits, batch)
+        x = self.head.features(batch.x)
+        if self.width is None:
+            match_logits = x.new_zeros(*batch.mask.shape, self.num_labels)
+        else:
+            match_logits = self.decoder(self.encoder(x, standardize_boxes(batch.box)))
+        return pool_instances(self.head(match_logits, x, self.one_hot, batch), batch, pooling=self.pooling)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width})"
