@@ -132,15 +132,15 @@ function draw() {
   if (chosen.label !== undefined) {
     const c = chosen.label;
     $("matchhead").textContent = `Instances that match “${labels[c]}”`;
-    const joined = boxes.map((_, i) => i).filter((i) => match_probabilities[i][c] !== null);
-    const order = joined.sort((a, b) => match_probabilities[b][c] - match_probabilities[a][c]);
+    const linked = boxes.map((_, i) => i).filter((i) => match_probabilities[i][c] !== null);
+    const order = linked.sort((a, b) => match_probabilities[b][c] - match_probabilities[a][c]);
     $("matches").replaceChildren(...order.map(
       (i) => entry(instanceName(i), match_probabilities[i][c], argmax_instance[c] === i, choose({ instance: i }))));
   } else {
     const i = chosen.instance;
     $("matchhead").textContent = `Labels that ${instanceName(i)}, matches`;
-    const joined = labels.map((_, c) => c).filter((c) => match_probabilities[i][c] !== null);
-    const order = joined.sort((a, b) => match_probabilities[i][b] - match_probabilities[i][a]).slice(0, LISTED);
+    const linked = labels.map((_, c) => c).filter((c) => match_probabilities[i][c] !== null);
+    const order = linked.sort((a, b) => match_probabilities[i][b] - match_probabilities[i][a]).slice(0, LISTED);
     $("matches").replaceChildren(...order.map(
       (c) => entry(labels[c], match_probabilities[i][c], argmax_instance[c] === i, choose({ label: c }))));
   }
