@@ -165,7 +165,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         MemoryError("Unable to allocate 8 TiB"),
     ],
 )
-def test_no_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_out_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(error))
     assert run(["train"]) == 2
     assert "out of memory: lower trainer.batch_size" in last_line(capsys)

@@ -127,7 +127,7 @@ def test_torch_network_with_other_labels(predictor: Predictor, tmp_path: Path):
     assert network(torch.randn(2, 7, 256), torch.rand(2, 7, 4), torch.ones(2, 7, dtype=torch.bool))[0].shape == (2, 2)
 
 
-def test_a_program_that_differs_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_differing_export_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "network.pt2").write_text("previous file")
     loaded = module._loaded_program
 

@@ -54,7 +54,7 @@ def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Pr
         assert min(raised[candidates]) >= max(np.delete(raised, candidates)) - 1e-9
 
 
-def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]):
+def test_match_logits_are_finite_on_edges_only(predictor: Predictor, photos: list[Path]):
     table = predictor.graph.candidates
     assert table is not None
     for photo, prediction in zip(photos, predictor(photos), strict=True):
@@ -67,7 +67,7 @@ def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]
         np.testing.assert_allclose(1 / (1 + np.exp(-best)), prediction.probabilities, rtol=1e-5)
 
 
-def test_sparse_and_dense_graphs_give_the_same(predictor: Predictor, photos: list[Path]):
+def test_sparse_and_dense_graphs_give_equal_predictions(predictor: Predictor, photos: list[Path]):
     metadata = replace(predictor.metadata, graph={**predictor.metadata.graph, "layout": "sparse"})
     model = metadata.build_model()
     model.load_state_dict(predictor.model.state_dict())
@@ -133,7 +133,7 @@ def test_difficult_objects_count_as_present_for_candidates():
     assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]
 
 
-def test_absent_edges_have_no_match_in_outputs(predictor: Predictor, photos: list[Path], tmp_path: Path):
+def test_absent_edges_are_null_in_json(predictor: Predictor, photos: list[Path], tmp_path: Path):
     """Outputs of ``gm-mlic serve`` and ``gm-mlic explain`` are valid JSON with null for absent edges."""
     (prediction,) = predictor(photos[:1])
     joined = np.isfinite(prediction.match_logits)

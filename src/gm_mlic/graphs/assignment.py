@@ -159,7 +159,9 @@ class AssignmentGraph(BaseTransform):
         x, box, W = instances.x, instances.box, self.label_vectors.to(instances.x.dtype)
         M, C = x.shape[0], W.shape[0]
         if M == 0:
-            raise ConfigError("An image without instances: use the whole image as its instance (see InstanceExtractor).")
+            raise ConfigError(
+                "An image without instances: use the whole image as its instance (see InstanceExtractor)."
+            )
 
         data[LABEL].x = W
         if SPATIAL in self.edge_types:
