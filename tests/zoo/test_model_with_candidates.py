@@ -136,12 +136,12 @@ def test_difficult_objects_count_as_present_for_candidates():
 def test_absent_edges_are_null_in_json(predictor: Predictor, photos: list[Path], tmp_path: Path):
     """Outputs of ``gm-mlic serve`` and ``gm-mlic explain`` are valid JSON with null for absent edges."""
     (prediction,) = predictor(photos[:1])
-    joined = np.isfinite(prediction.match_logits)
+    edges = np.isfinite(prediction.match_logits)
     served = json.loads(json.dumps(app.as_dict(prediction), allow_nan=False))
     order = [prediction.labels.index(label) for label in served["labels"]]
-    assert [[p is not None for p in row] for row in served["match_probabilities"]] == joined[:, order].tolist()
+    assert [[p is not None for p in row] for row in served["match_probabilities"]] == edges[:, order].tolist()
     found = explain(predictor, photos[0])
     written = json.loads(json.dumps(cli_explain.as_dict(found, "0.png"), allow_nan=False))
-    assert [[v is not None for v in row] for row in written["match_logits"]] == joined.tolist()
+    assert [[v is not None for v in row] for row in written["match_logits"]] == edges.tolist()
     explanation_picture(found, Image.open(photos[0]), tmp_path / "picture.png")
     assert Image.open(tmp_path / "picture.png").width > 1000
