@@ -71,7 +71,7 @@ def label_edge_index(num_labels: int, neighbors: Tensor | None = None) -> Tensor
 
 @functional_transform("assignment_graph")
 class AssignmentGraph(BaseTransform):
-    r"""Connects detected instances and label vectors to the assignment graph (functional name: ``assignment_graph``).
+    r"""Builds the assignment graph of detected instances and label vectors (functional name: ``assignment_graph``).
 
     Takes a ``HeteroData`` whose ``instance`` store holds ``x`` (M, D_o) and ``box`` (M, 4) and adds
 
@@ -159,9 +159,7 @@ class AssignmentGraph(BaseTransform):
         x, box, W = instances.x, instances.box, self.label_vectors.to(instances.x.dtype)
         M, C = x.shape[0], W.shape[0]
         if M == 0:
-            raise ConfigError(
-                "An image without instances: use the whole image as its instance (see InstanceExtractor)."
-            )
+            raise ConfigError("An image without instances: use the whole image as one (see InstanceExtractor).")
 
         data[LABEL].x = W
         if SPATIAL in self.edge_types:
