@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from gm_mlic.bench import CASES, EXECUTIONS
 from gm_mlic.cli import validation
 from gm_mlic.cli.compose import compose
 from gm_mlic.datasets import Scenes
+from gm_mlic.device import resolve_num_workers
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import RELATIONS
 from gm_mlic.losses import DIFFICULT_POLICIES
@@ -232,6 +234,44 @@ def test_every_file_starts_with_a_comment():
         assert path.read_text().startswith("#"), path
 
 
+def keys_and_comments(path: Path) -> dict[str, bool]:
+    """The keys of a file, each with True if a comment is above it, beside it or above a key that contains it."""
+    found: dict[str, bool] = {}
+    parents: list[tuple[int, str, bool]] = []
+    above = False
+    for line in path.read_text().splitlines():
+        match = re.match(r"( *)(\w+):", line)
+        if match:
+            indent = len(match[1])
+            parents = [parent for parent in parents if parent[0] < indent]
+            key = ".".join([*(name for _, name, _ in parents), match[2]])
+            found[key] = above or " #" in line or any(commented for *_, commented in parents)
+            parents.append((indent, match[2], found[key]))
+        above = line.lstrip().startswith("#")
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONF.rglob("*.yaml")) if "hydra" not in p.parts], ids=lambda p: str(p.relative_to(CONF))
+)
+def test_every_key_has_a_comment(path: Path):
+    """A setting is described where it is defined: not in overrides, and not in options that inherit it."""
+    if path.read_text().startswith("# @package _global_"):
+        return
+    content = OmegaConf.load(path)
+    inherited: set[str] = set()
+    for base in content.get("defaults", []):
+        if isinstance(base, str) and base != "_self_":
+            inherited.update(keys_and_comments(path.parent / f"{base}.yaml"))
+    exempt = {"defaults", "hydra", *([] if path.parent == CONF else ["name"])}  # the header describes `name`
+    settings = {key for key in leaves(content) if key.partition(".")[0] not in exempt}
+    assert [
+        key
+        for key, comment in keys_and_comments(path).items()
+        if key in settings and key not in inherited and not comment
+    ] == []
+
+
 def test_every_setting_has_a_rule():
     """All settings have a rule, except those that are checked by a stage."""
     keys: set[str] = set()
@@ -253,6 +293,21 @@ def test_every_setting_has_a_rule():
     keys.update(set(leaves(compose("export"))) - {"checkpoint", "embedding.path"})
     assert keys <= set(validation.RULES)
     assert set(validation.RULES) <= keys
+
+
+def test_num_workers_have_one_rule():
+    config, detector = compose("train"), compose("train_detector")
+    assert [config.instances.num_workers, config.trainer.num_workers, detector.num_workers] == [None] * 3
+    assert [resolve_num_workers(None, device) for device in ("cpu", "cuda:0")] == [0, 2]
+    assert [resolve_num_workers(n, device) for n in (0, 3) for device in ("cpu", "cuda:0")] == [0, 0, 3, 3]
+    for command, key in (
+        ("train", "instances.num_workers"),
+        ("train", "trainer.num_workers"),
+        ("train_detector", "num_workers"),
+    ):
+        validation.check(compose(command, [f"{key}=3"]))
+        with pytest.raises(ConfigError, match=f"{key}=-1: expected an integer of at least 0"):
+            compose(command, [f"{key}=-1"])
 
 
 def test_invalid_values_fail_at_composition():

@@ -125,7 +125,7 @@ RULES: Mapping[str, Rule] = {
     "instances.num_augmentations": integer(0),
     "instances.view_size": integer(32),
     "instances.batch_size": integer(1),
-    "instances.num_workers": integer(0),
+    "instances.num_workers": or_null(integer(0)),
     "instances.overwrite": BOOLEAN,
     "instances.shard": or_null(
         (lambda v: isinstance(v, str) and _is_shard(v), "i/n with 0 <= i < n, e.g. instances.shard=0/4")

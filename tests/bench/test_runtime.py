@@ -30,7 +30,7 @@ def test_cases_of_the_paper() -> None:
 
 @pytest.mark.parametrize("fusion", ["concat", "product"])
 @pytest.mark.parametrize("num_label_neighbors", [None, 2])
-def test_all_executions_compute_the_same(fusion: str, num_label_neighbors: int | None) -> None:
+def test_all_executions_give_equal_results(fusion: str, num_label_neighbors: int | None) -> None:
     case = Case("tiny", m=3, C=4, batch=2, fusion=fusion, num_label_neighbors=num_label_neighbors)
     sparse, dense = Execution(case, "sparse"), Execution(case, "dense")
     assert isinstance(sparse.data, HeteroData)
@@ -105,7 +105,7 @@ def test_dense_execution_needs_less_memory() -> None:
     assert memory["dense"] < memory["sparse"] / 1.5
 
 
-def test_gradient_checkpointing_needs_less_memory_still() -> None:
+def test_gradient_checkpointing_needs_the_least_memory() -> None:
     case = Case("small", m=30, C=60, batch=6)
     kept, checkpointed = (peak_bytes(Execution(case, name).train) for name in ("dense", "checkpointed"))
     assert checkpointed < kept / 1.5

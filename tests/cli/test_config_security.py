@@ -34,7 +34,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("attack", HOSTILE)
-def test_a_hostile_config_is_refused_before_anything_runs(attack, tmp_path, monkeypatch, capsys):
+def test_untrusted_config_is_refused_before_running(attack, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pwned = tmp_path / "pwned"
     folder = tmp_path / "configs" / "experiment"

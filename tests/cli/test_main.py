@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._inductor.exc import InvalidCxxCompiler
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler, TritonMissing
 
 from gm_mlic.cli import commands
 from gm_mlic.cli.compose import compose
@@ -164,7 +165,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         MemoryError("Unable to allocate 8 TiB"),
     ],
 )
-def test_no_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_out_of_memory(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setitem(commands._TASKS, "train", raising(error))
     assert run(["train"]) == 2
     assert "out of memory: lower trainer.batch_size" in last_line(capsys)
@@ -176,10 +177,42 @@ def test_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "run the same command again to resume" in last_line(capsys)
 
 
-def test_missing_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(commands._TASKS, "train", raising(InvalidCxxCompiler()))
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            InvalidCxxCompiler("g++"),
+            "(InvalidCxxCompiler: Compiler: g++ is not found.): install a C++ compiler, or set",
+        ),
+        (InductorError(InvalidCxxCompiler(), None), "install a C++ compiler, or set"),
+        (
+            CppCompileError(["g++"], "no Python.h"),
+            "(CppCompileError: C++ compile error): install a C++ compiler, or set",
+        ),
+        (InductorError(RuntimeError("Failed to find C compiler."), None), "install a C++ compiler, or set"),
+        (Unsupported("Unsupported function call\n  Explanation: ..."), "(Unsupported: Unsupported function call): set"),
+        (
+            BackendCompilerFailed("inductor", AssertionError("wrong stride"), None),
+            "torch.compile failed (AssertionError: wrong stride): set",
+        ),
+    ],
+)
+def test_compile_errors(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Only errors of the compiler advise to install one."""
+    monkeypatch.setitem(commands._TASKS, "train", raising(error))
     assert run(["train"]) == 2
-    assert last_line(capsys).endswith("install a C++ compiler, or set trainer.compile=false.")
+    assert last_line(capsys).endswith(f"{message} trainer.compile=false.")
+
+
+def test_compile_errors_of_other_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(commands._TASKS, "bench", raising(TritonMissing(None)))
+    assert run(["bench"]) == 2
+    assert last_line(capsys).endswith(": remove compiled from bench.executions.")
+    monkeypatch.setitem(commands._TASKS, "export", raising(Unsupported("Data-dependent branching")))
+    assert run(["export", "checkpoint=x", "out=y"]) == 1  # export does not call torch.compile
+    assert "internal error: Unsupported: Data-dependent branching" in last_line(capsys)
 
 
 def test_internal_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -44,7 +44,7 @@ def epochs(run_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_train_killed_and_started_again(tmp_path: Path, number: signal.Signals):
+def test_killed_training_resumes(tmp_path: Path, number: signal.Signals):
     """A run that is interrupted and resumed ends with the weights of an uninterrupted run."""
     folder = tmp_path / "run"
     arguments = ["train", *SMALL, "trainer.max_epochs=12", f"instances.root={tmp_path}/instances"]
@@ -136,7 +136,7 @@ TWO = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["lightning", "torchrun", "srun"])
-def test_two_processes_are_one_run(tmp_path: Path, launcher: str):
+def test_two_processes_give_the_results_of_one(tmp_path: Path, launcher: str):
     """DDP on the CPU writes one log, table and checkpoint, with the losses, weights and metrics of one process."""
     ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "run_dir=two"]
     if launcher == "srun":
@@ -202,7 +202,7 @@ def test_one_of_two_processes_is_killed(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_memory_that_is_not_there(tmp_path: Path):
+def test_out_of_memory_names_the_setting_to_lower(tmp_path: Path):
     """With a memory limit, the error names the setting to lower; the run succeeds with a lower value."""
     limited = ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "-"]
     arguments = ["train", *SMALL, "dataset.sizes.train=1024", "trainer.max_epochs=1", "model.widths=[256,8]"]
@@ -213,7 +213,7 @@ def test_memory_that_is_not_there(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_reading_process_that_is_killed(tmp_path: Path):
+def test_killed_data_loader_worker_is_reported(tmp_path: Path):
     """A killed data loader worker is reported, and the same command resumes from the last epoch."""
     arguments = ["train", *SMALL, "trainer.max_epochs=30", "trainer.num_workers=1", "run_dir=run"]
     process = subprocess.Popen(
@@ -244,7 +244,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_preempted_ddp_run_goes_on(tmp_path: Path):
+def test_preempted_ddp_run_resumes(tmp_path: Path):
     """On SIGTERM to torchrun, all processes save and stop at the same step; the resumed run is identical."""
     run = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=40"]
     process = subprocess.Popen(

@@ -244,7 +244,7 @@ class TestFetch:
         fetch([server.archive("a.tar", TAR), test], tmp_path)
         assert tree(tmp_path) == CONTENT | other
 
-    def test_into(self, server: Server, tmp_path: Path) -> None:
+    def test_archive_is_unpacked_into_a_subfolder(self, server: Server, tmp_path: Path) -> None:
         fetch([server.archive("a.zip", zip_bytes({"x.json": b"{}"}), into="notes", holds=("notes/x.json",))], tmp_path)
         assert tree(tmp_path) == {"notes/x.json": b"{}"}
 
@@ -444,7 +444,7 @@ class TestBrokenTransfers:
         fetch([server.archive("a.tar", TAR)], tmp_path)
         assert tree(tmp_path) == CONTENT
 
-    def test_chunks(self, server: Server, tmp_path: Path) -> None:
+    def test_chunked_download_resumes(self, server: Server, tmp_path: Path) -> None:
         server.chunked = True
         server.breaks = [100_000]
         fetch([server.archive("a.tar", TAR)], tmp_path)
@@ -804,7 +804,7 @@ class TestUnpack:
         st.sampled_from(["tar", "zip"]),
     )
     @example(["", "..", "a"], "/", "tar")
-    def test_nothing_leaves_the_target(self, parts: list[str], slash: str, suffix: str) -> None:
+    def test_nothing_is_written_outside_the_target(self, parts: list[str], slash: str, suffix: str) -> None:
         assume(suffix == "tar" or slash.join(parts))  # zipfile cannot write a name without a letter
         content = {slash.join(parts): b"data"}
         with tempfile.TemporaryDirectory() as folder:

@@ -204,7 +204,7 @@ def test_sampling_frequencies(many: Scenes) -> None:
 # --- Images ---
 
 
-def test_bytes_are_pinned() -> None:
+def test_images_and_targets_are_unchanged() -> None:
     scenes = Scenes("test", size=8)
     pictures = hashlib.sha256(scenes.images_uint8(range(8)).tobytes()).hexdigest()
     targets = hashlib.sha256((2 * Scenes("test").targets - 1).tobytes()).hexdigest()

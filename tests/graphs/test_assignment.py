@@ -275,7 +275,7 @@ def test_graphs_without_a_dense_form() -> None:
     crossed[MATCHES].edge_index[0, 0] = 3
     other = graph(instances(2))
     other["label", "of", "topic"].edge_index = torch.zeros(2, 1, dtype=torch.int64)
-    cases += [(twice, "an edge occurs twice"), (crossed, "joins two images"), (other, "other node types")]
+    cases += [(twice, "an edge occurs twice"), (crossed, "connects two images"), (other, "other node types")]
     for data, reason in cases:
         with pytest.raises(ConfigError, match=rf"no dense form: .*{reason}.*pass the HeteroData itself"):
             AssignmentBatch.from_hetero_data(data)

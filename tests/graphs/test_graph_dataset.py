@@ -117,7 +117,7 @@ def test_more_instances_than_the_store_has(store: Store) -> None:
 
 
 def test_different_number_of_labels(store: Store) -> None:
-    with pytest.raises(StoreError, match="has 3 labels, the label vectors are 2"):
+    with pytest.raises(StoreError, match="has 3 labels, but the graph 2"):
         AssignmentGraphDataset(replace(store, targets=np.zeros((N, 3), np.int8), difficult=None), transform())
 
 

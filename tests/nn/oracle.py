@@ -61,11 +61,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result: logits (B, C); match_logits: per image (M, C); winners (B, C)."""
+    """Result: logits (B, C); match_logits: per image (M, C); argmax_instance (B, C)."""
 
     logits: Vector
     match_logits: list[Vector]
-    winners: npt.NDArray[np.int64]
+    argmax_instance: npt.NDArray[np.int64]
 
 
 def _relu(x: Vector) -> Vector:
@@ -249,13 +249,13 @@ def oracle_forward(state_dict: Mapping[str, object], settings: Settings, images:
     """Eq. 1 to 14 per image; ties of the argmax are resolved to the lower instance."""
     w = _Weights(state_dict)
     match_logits = [_forward_image(w, settings, image, np.asarray(W, dtype=np.float64)) for image in images]
-    winners = [
+    argmax_instance = [
         [max(range(len(logits)), key=lambda i: (logits[i, c], -i)) for c in range(len(W))] for logits in match_logits
     ]
     pooled = [
-        [logits[winner[c], c] for c in range(len(W))] for logits, winner in zip(match_logits, winners, strict=True)
+        [logits[best[c], c] for c in range(len(W))] for logits, best in zip(match_logits, argmax_instance, strict=True)
     ]
-    return Outcome(np.array(pooled), match_logits, np.array(winners))
+    return Outcome(np.array(pooled), match_logits, np.array(argmax_instance))
 
 
 def oracle_loss(logits: Vector, targets: Vector, ratio: Vector, beta: float, difficult: str = "positive") -> float:

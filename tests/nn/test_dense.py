@@ -169,7 +169,7 @@ def test_cache_of_other_labels_is_refused() -> None:
     cache = net.precompute_labels(dense(graphs(plain_case(C=4))))
     with pytest.raises(ConfigError, match="5 labels, but 4 are in the label cache"):
         net(batch, cache)
-    with pytest.raises(ConfigError, match="goes with an AssignmentBatch"):
+    with pytest.raises(ConfigError, match="needs an AssignmentBatch"):
         net(graphs(case), cache)
 
 

@@ -603,7 +603,7 @@ def test_label_graph_without_edges_sends_zeros() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nan_in_nan_out(layout: str) -> None:
+def test_nan_propagates(layout: str) -> None:
     """A diverged run has a NaN loss instead of an index error."""
     data = Batch.from_data_list([graph(3, vectors()), graph(2, vectors(), 1)])
     data["instance"].x[0, 0] = float("nan")

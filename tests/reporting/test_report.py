@@ -112,7 +112,7 @@ def test_ablations_are_grouped_with_their_full_model(study: Path) -> None:
     assert paired(family[2], family[0], "mAP") == [10, 9, 8]
 
 
-def test_a_sweep_is_a_family(study: Path) -> None:
+def test_runs_of_a_sweep_are_one_family(study: Path) -> None:
     (family,) = families(group_runs(runs(study)), "graph.m")
     assert sorted(group.setting("graph.m") for group in family) == [5, 10]
     assert {group.ablation for group in family} == {"full"}

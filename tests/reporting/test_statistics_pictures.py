@@ -136,7 +136,7 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tmp_path: Path, monkeypa
         assert picture.width / picture.height == pytest.approx(whole.width / whole.height, rel=0.01)
 
 
-def test_labels_that_are_hard_to_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_labels_with_markup_other_scripts_or_excess_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     labels = ["$\\frac{", "猫", "a very long name of a label that would not fit", "100 % ^_{x}", "no\\such"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

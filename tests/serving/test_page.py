@@ -71,8 +71,8 @@ def test_response_equals_the_predictor(folder: Path, address: tuple[str, int]):
     assert answer["labels"][:5] == [found.label for found in expected.top(5)]
     for c, found in enumerate(expected.top(5)):
         assert answer["probabilities"][c] == pytest.approx(found.probability, abs=1e-3)
-        assert answer["boxes"][answer["winners"][c]] == pytest.approx(found.box, abs=0.1)
-        column = [row[c] for row in answer["matches"]]
+        assert answer["boxes"][answer["argmax_instance"][c]] == pytest.approx(found.box, abs=0.1)
+        column = [row[c] for row in answer["match_probabilities"]]
         assert max(column) == pytest.approx(found.probability, abs=1e-3)
     assert (answer["width"], answer["height"]) == expected.size
     status, answer, _ = ask(
@@ -129,17 +129,17 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         assert page.locator("#boxes rect").count() == M
         # select the second label: its box is highlighted, and instances are sorted by match
         page.locator("#found li button").nth(1).click()
-        won = page.locator("#boxes rect.won")
-        assert won.count() == 1
-        assert int(won.get_attribute("data-instance") or -1) == top[1].instance
+        highlighted = page.locator("#boxes rect.highlighted")
+        assert highlighted.count() == 1
+        assert int(highlighted.get_attribute("data-instance") or -1) == top[1].instance
         assert f"“{top[1].label}”" in page.locator("#matchhead").inner_text()
         c = expected.labels.index(top[1].label)
-        order = [f"instance {i}" for i in (-expected.matches[:, c]).argsort(kind="stable")]
+        order = [f"instance {i}" for i in (-expected.match_logits[:, c]).argsort(kind="stable")]
         shown = [text.split(",")[0] for text in page.locator("#matches li span:first-child").all_text_contents()]
         assert sorted(shown) == sorted(order)
         assert shown[0] == order[0]
         # the box is drawn at the correct position
-        picture, box = page.locator("#photo").bounding_box(), won.bounding_box()
+        picture, box = page.locator("#photo").bounding_box(), highlighted.bounding_box()
         assert picture is not None
         assert box is not None
         scale = picture["width"] / expected.size[0]
@@ -150,7 +150,7 @@ def test_in_a_browser(folder: Path, address: tuple[str, int], tmp_path: Path):
         page.locator(f'#boxes rect[data-instance="{M - 1}"]').focus()
         page.keyboard.press("Enter")
         assert f"instance {M - 1}" in page.locator("#matchhead").inner_text()
-        best = expected.labels[int(expected.matches[M - 1].argmax())]
+        best = expected.labels[int(expected.match_logits[M - 1].argmax())]
         assert page.locator("#matches li span:first-child").first.inner_text() == best
         # other labels
         page.locator("#edit summary").click()

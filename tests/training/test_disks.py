@@ -44,7 +44,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_no_finished_epoch(tmp_path: Path, disk: Callable[..., Path]):
+def test_full_disk_keeps_finished_epochs(tmp_path: Path, disk: Callable[..., Path]):
     whole = gm_mlic("run_dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     size = (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size

@@ -98,7 +98,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def test_a_run_leaves_what_was_promised(run_config: Config, tmp_path: Path):
+def test_contents_of_the_run_folder(run_config: Config, tmp_path: Path):
     result = run.train(run_config())
     folder = tmp_path / "run"
     for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "metrics.csv", "metrics.json", "config.yaml"):
@@ -174,7 +174,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     ],
     ids=lambda overrides: " ".join(overrides),
 )
-def test_a_run_killed_after_a_save_within_an_epoch_goes_on_there(
+def test_killed_run_resumes_within_the_epoch(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ):
     overrides = [*overrides, "trainer.max_epochs=3", "trainer.batch_size=5"]
@@ -236,14 +236,16 @@ def test_a_resumed_run_with_workers_sees_the_same_views(
     assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(other)["state_dict"])
 
 
-def test_a_run_killed_before_its_test_only_tests(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_run_killed_before_testing_resumes_with_the_test(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     whole = run.train(run_config())
     (tmp_path / "run/metrics.json").unlink()
     monkeypatch.setattr(MLICModule, "training_step", lambda *_: pytest.fail("trained again"))
     assert run.train(run_config()) == whole
 
 
-def test_seeds_differ_and_repeat(run_config: Config, tmp_path: Path):
+def test_equal_seeds_give_identical_weights(run_config: Config, tmp_path: Path):
     losses = []
     for i, seed in enumerate((0, 1, 0)):
         run.train(run_config(f"seed={seed}", "trainer.max_epochs=1", f"run_dir={tmp_path}/{i}"))
@@ -307,7 +309,7 @@ def test_other_files_are_rejected_as_checkpoints(tmp_path: Path, content: bytes)
         run.evaluate(tmp_path / "y.ckpt")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_non_finite_loss_stops_the_run(run_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     class Bad(torch.nn.Module):
         calls = 0
 
@@ -333,7 +335,7 @@ def damage(path: Path, at: float) -> None:
 
 
 @pytest.mark.parametrize("at", [0.1, 0.5, 0.9])
-def test_a_damaged_last_checkpoint_is_noticed(run_config: Config, tmp_path: Path, at: float, caplog: Any):
+def test_resume_from_best_if_last_is_damaged(run_config: Config, tmp_path: Path, at: float, caplog: Any):
     """The run resumes from the best checkpoint and ends with the same weights."""
     whole = run.train(run_config("trainer.max_epochs=3"))
     folder = tmp_path / "run"
@@ -380,7 +382,7 @@ def test_a_store_for_another_dataset_or_detector_is_rejected(run_config: Config,
         run.train(run_config(stores, f"run_dir={tmp_path}/b", "dataset.seed=5"))
 
 
-def test_one_store_serves_all_smaller_m(run_config: Config, tmp_path: Path):
+def test_store_is_used_for_smaller_m(run_config: Config, tmp_path: Path):
     run.train(run_config("graph.m=2", "trainer.max_epochs=1"))
     stores = sorted(p.name for p in (tmp_path / "instances/scenes").iterdir())
     run.train(run_config("graph.m=6", "trainer.max_epochs=1", f"run_dir={tmp_path}/b"))
@@ -450,7 +452,7 @@ def test_a_missing_accelerator_is_reported(run_config: Config):
         run.train(run_config("trainer.accelerator=mps"))
 
 
-def test_a_compiled_run_is_the_same_run(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_run_gives_identical_results(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The eager backend of the compiler gives bit-identical results."""
     compiled = []
 
@@ -532,7 +534,7 @@ def test_training_does_not_check_targets_at_every_step(run_config: Config):
 # Artifacts
 
 
-def test_a_run_keeps_its_state_scores_examples_and_label_states(run_config: Config):
+def test_state_scores_examples_and_label_states_are_saved(run_config: Config):
     config = run_config()
     result = run.train(config, sweep="a-sweep")
     path = Path(config.run_dir)

@@ -92,7 +92,7 @@ def test_detector_labels(root: Path):
         run.train(compose("train", [*SMALL, "model=detector_labels", *GRID, f"run_dir={root}/grid"]))
 
 
-def test_a_backbone_trained_with_the_model(root: Path):
+def test_backbone_is_trained_with_the_model(root: Path):
     overrides = [
         *SMALL, "baseline=ml_gcn", "detector.grid_size=4", "detector.trainable=all", "instances.online=true",
         "instances.view_size=96", f"run_dir={root}/online",

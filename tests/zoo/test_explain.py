@@ -82,7 +82,7 @@ def test_explain_does_not_change_the_model(predictor: Predictor, photos: list[Pa
     assert not predictor.model.training
     assert all(torch.equal(value, before[name]) for name, value in predictor.model.state_dict().items())
     (again,) = predictor(photos[:1])
-    np.testing.assert_array_equal(again.matches, prediction.matches)
+    np.testing.assert_array_equal(again.match_logits, prediction.match_logits)
 
 
 def test_pyg_explainer_learns_node_and_edge_masks(predictor: Predictor, photos: list[Path]):

@@ -91,7 +91,7 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
             boxes = torch.nn.functional.pad(instances.boxes, (0, 0, 0, pad))[None]
             logits, match_logits, _ = program(features, boxes, (torch.arange(M) < len(instances))[None])
             np.testing.assert_allclose(logits.sigmoid()[0].numpy(), prediction.probabilities, atol=1e-5)
-            np.testing.assert_allclose(match_logits[0, : len(instances)].numpy(), prediction.matches, atol=1e-4)
+            np.testing.assert_allclose(match_logits[0, : len(instances)].numpy(), prediction.match_logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gm", "candidates"])
@@ -108,7 +108,7 @@ def test_onnx_of_detector_and_network_equals_predictor(folder: Path, photos: lis
         assert out["mask"].tolist() == [True] * n + [False] * (len(out["mask"]) - n)
         np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
         np.testing.assert_allclose(out["boxes"][:n] * 96, prediction.boxes, atol=1e-2)
-        np.testing.assert_allclose(out["match_logits"][0, :n], prediction.matches, atol=1e-3)
+        np.testing.assert_allclose(out["match_logits"][0, :n], prediction.match_logits, atol=1e-3)
 
 
 def test_torch_detector(predictor: Predictor, photos: list[Path], tmp_path: Path):
@@ -127,7 +127,7 @@ def test_torch_network_with_other_labels(predictor: Predictor, tmp_path: Path):
     assert network(torch.randn(2, 7, 256), torch.rand(2, 7, 4), torch.ones(2, 7, dtype=torch.bool))[0].shape == (2, 2)
 
 
-def test_a_program_that_differs_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_differing_export_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "network.pt2").write_text("previous file")
     loaded = module._loaded_program
 

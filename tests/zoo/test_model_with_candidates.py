@@ -54,26 +54,26 @@ def test_candidates_are_those_of_the_training_images(folder: Path, predictor: Pr
         assert min(raised[candidates]) >= max(np.delete(raised, candidates)) - 1e-9
 
 
-def test_matches_are_those_of_the_edges(predictor: Predictor, photos: list[Path]):
+def test_match_logits_are_finite_on_edges_only(predictor: Predictor, photos: list[Path]):
     table = predictor.graph.candidates
     assert table is not None
     for photo, prediction in zip(photos, predictor(photos), strict=True):
         edges = predictor.assignment_graph(photo)["instance", "matches", "label"].edge_index
-        mask = np.zeros(prediction.matches.shape, dtype=bool)
+        mask = np.zeros(prediction.match_logits.shape, dtype=bool)
         mask[edges[0], edges[1]] = True
         assert not mask.all()
-        np.testing.assert_array_equal(np.isfinite(prediction.matches), mask)
-        best = prediction.matches.max(axis=0)
+        np.testing.assert_array_equal(np.isfinite(prediction.match_logits), mask)
+        best = prediction.match_logits.max(axis=0)
         np.testing.assert_allclose(1 / (1 + np.exp(-best)), prediction.probabilities, rtol=1e-5)
 
 
-def test_sparse_and_dense_graphs_give_the_same(predictor: Predictor, photos: list[Path]):
+def test_sparse_and_dense_graphs_give_equal_predictions(predictor: Predictor, photos: list[Path]):
     metadata = replace(predictor.metadata, graph={**predictor.metadata.graph, "layout": "sparse"})
     model = metadata.build_model()
     model.load_state_dict(predictor.model.state_dict())
     sparse = Predictor(model, metadata, predictor.extractor)
     for ours, theirs in zip(predictor(photos), sparse(photos), strict=True):
-        np.testing.assert_allclose(ours.matches, theirs.matches, atol=1e-4)
+        np.testing.assert_allclose(ours.match_logits, theirs.match_logits, atol=1e-4)
         np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-5)
 
 
@@ -86,14 +86,14 @@ def test_unseen_labels_are_candidates_of_every_class(predictor: Predictor, photo
     assert torch.equal(after[:, [0, 2]], before[:, [3, 0]])
     assert after[:, 1].all()
     for prediction in other(photos):
-        assert np.isfinite(prediction.matches[:, 1]).all()
+        assert np.isfinite(prediction.match_logits[:, 1]).all()
 
 
 def test_an_explanation_removes_existing_edges_only(predictor: Predictor, photos: list[Path]):
     for photo in photos[:4]:
         found = explain(predictor, photo)
         c = found.prediction.labels.index(found.label)
-        edges = np.isfinite(found.prediction.matches)
+        edges = np.isfinite(found.prediction.match_logits)
         matching = [influence for influence in found.influences if influence.edge_type == MATCHES]
         assert [influence.target for influence in matching].count("label") == edges[:, c].sum() - 1
         others = edges[found.instance] & (edges.sum(axis=0) > 1)
@@ -133,15 +133,15 @@ def test_difficult_objects_count_as_present_for_candidates():
     assert build.learn_candidates(store, 1, 1)[0] == [1]  # type: ignore[arg-type]
 
 
-def test_absent_edges_have_no_match_in_outputs(predictor: Predictor, photos: list[Path], tmp_path: Path):
+def test_absent_edges_are_null_in_json(predictor: Predictor, photos: list[Path], tmp_path: Path):
     """Outputs of ``gm-mlic serve`` and ``gm-mlic explain`` are valid JSON with null for absent edges."""
     (prediction,) = predictor(photos[:1])
-    joined = np.isfinite(prediction.matches)
+    edges = np.isfinite(prediction.match_logits)
     served = json.loads(json.dumps(app.as_dict(prediction), allow_nan=False))
     order = [prediction.labels.index(label) for label in served["labels"]]
-    assert [[p is not None for p in row] for row in served["matches"]] == joined[:, order].tolist()
+    assert [[p is not None for p in row] for row in served["match_probabilities"]] == edges[:, order].tolist()
     found = explain(predictor, photos[0])
     written = json.loads(json.dumps(cli_explain.as_dict(found, "0.png"), allow_nan=False))
-    assert [[v is not None for v in row] for row in written["match_logits"]] == joined.tolist()
+    assert [[v is not None for v in row] for row in written["match_logits"]] == edges.tolist()
     explanation_picture(found, Image.open(photos[0]), tmp_path / "picture.png")
     assert Image.open(tmp_path / "picture.png").width > 1000

@@ -35,15 +35,17 @@ def test_prediction_shapes_and_argmax_boxes(folder: Path, photos: list[Path]):
     M = len(prediction.boxes)
     assert prediction.photo == photos[0]
     assert prediction.size == (96, 96)
-    assert prediction.matches.shape == (M, 22)
+    assert prediction.match_logits.shape == (M, 22)
     assert prediction.scores.shape == (M,)
     assert len(prediction.detected) == M
-    np.testing.assert_allclose(1 / (1 + np.exp(-prediction.matches.max(axis=0))), prediction.probabilities, rtol=1e-5)
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(-prediction.match_logits.max(axis=0))), prediction.probabilities, rtol=1e-5
+    )
     top = prediction.top(5)
     assert [found.probability for found in top] == sorted(prediction.probabilities, reverse=True)[:5]
     for found in top:
         column = prediction.labels.index(found.label)
-        assert found.instance == prediction.matches[:, column].argmax()
+        assert found.instance == prediction.match_logits[:, column].argmax()
         assert found.box == tuple(prediction.boxes[found.instance].tolist())
         assert 0 <= found.box[0] < found.box[2] <= 96
     threshold = top[2].probability

@@ -35,7 +35,7 @@ class Timings:
 class FlopCounter(FlopCounterMode):
     """FLOP counter for matrix products, including in-place ones.
 
-    Unlike torch's counter it registers no module hooks, since modules with hooks skip the fused computation.
+    Unlike torch's counter it registers no module hooks, since modules with hooks do not use the fused computation.
     """
 
     def __init__(self) -> None:

@@ -175,7 +175,7 @@ def compare(
         executions: names from :data:`EXECUTIONS`.
         repeats: timed rounds of forward passes and of training steps, after a warm-up of each.
         device: ``cpu`` or ``cuda``.
-        memory_limit: leave out executions whose training step is expected to need more bytes.
+        memory_limit: maximum memory in bytes; executions with a higher estimate are left out.
         log: callback for progress messages.
 
     Returns:

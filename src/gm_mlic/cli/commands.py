@@ -218,10 +218,11 @@ def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     check(config)
     from gm_mlic.detection.training import train_detector as start
-    from gm_mlic.device import resolve_device
+    from gm_mlic.device import resolve_device, resolve_num_workers
     from gm_mlic.training import build
 
-    settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed", "num_workers")}
+    device = resolve_device(config.device)
+    settings = {key: config[key] for key in ("epochs", "batch_size", "lr", "weight_decay", "seed")}
     record = start(
         build.build_dataset(config, "train"),
         build.build_dataset(config, "val"),
@@ -230,7 +231,8 @@ def train_detector(config: DictConfig) -> None:
         weights=config.detector.weights,
         min_size=config.detector.min_size,
         max_size=config.detector.get("max_size"),
-        device=resolve_device(config.device),
+        num_workers=resolve_num_workers(config.num_workers, device),
+        device=device,
         command=" ".join(sys.argv),
         **settings,
     )

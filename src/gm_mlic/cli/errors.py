@@ -43,6 +43,10 @@ _LESS_MEMORY = {
     "explain": "scale the photo down.",
     "export": "set a smaller size.",
 }
+#: How to run commands that call torch.compile without it.
+_WITHOUT_COMPILE = {"train": "set trainer.compile=false", "bench": "remove compiled from bench.executions"}
+#: Errors of torch.compile for a missing or broken C++ compiler. The last one is the message of Triton.
+_NO_COMPILER = re.compile(r"^(InvalidCxxCompiler|CppCompileError):|Failed to find C compiler")
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memory")
 
 
@@ -77,18 +81,22 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
             "instances.num_workers and trainer.num_workers (0: no workers), then run the same command again to resume.",
             2,
         )
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        reason = _one_line(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        return (
-            f"error: torch.compile failed ({reason}): install a C++ compiler, or set trainer.compile=false.",
-            2,
-        )
+    if command in _WITHOUT_COMPILE and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"error: {_compile_error(error, command)}", 2
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
         return f"error: {_invalid_option(arguments)}", 2
     if isinstance(error, ValueError) and "StudyDirection" in str(error):
         return "error: hydra.sweeper.direction: expected one of minimize, maximize.", 2
     message = _one_line(f"{type(error).__name__}: {error}")
     return f"internal error: {message} (run with --verbose for the traceback, and please report it)", 1
+
+
+def _compile_error(error: BaseException, command: str) -> str:
+    """Message for an error of torch.compile."""
+    cause: BaseException = getattr(error, "inner_exception", error)  # the first line of the outer error names no cause
+    lines = f"{type(cause).__name__}: {cause}".splitlines()
+    install = "install a C++ compiler, or " if _NO_COMPILER.search(lines[0]) else ""
+    return f"torch.compile failed ({_one_line(lines[0])}): {install}{_WITHOUT_COMPILE[command]}."
 
 
 def _config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:

@@ -61,7 +61,7 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
         "boxes": prediction.boxes.round(1).tolist(),
         "detected": list(prediction.detected),
         "match_logits": [
-            [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.matches.tolist()
+            [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.match_logits.tolist()
         ],
         "influences": [
             {

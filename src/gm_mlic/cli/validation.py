@@ -41,7 +41,7 @@ RULES: Mapping[str, Rule] = {
     "batch_size": integer(1),
     "lr": number(0, open_low=True),
     "weight_decay": number(0),
-    "num_workers": integer(0),
+    "num_workers": or_null(integer(0)),
     "check": BOOLEAN,
     "splits": (
         lambda v: isinstance(v, list) and len(v) > 0 and all(name in ("train", "val", "test") for name in v),

@@ -1,4 +1,4 @@
-"""From detected instances and label vectors to the assignment graph GA, a ``HeteroData`` (eq. 1 to 3)."""
+"""Assignment graph of detected instances and label vectors, as ``HeteroData`` (eq. 1 to 3)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC,
 
 
 def knn_edge_index(box: Tensor, num_neighbors: int) -> Tensor:
-    """Edges of the instance graph: from each of an instance's nearest neighbors to it.
+    """Edges of the instance graph, from the nearest neighbors of each instance to it.
 
-    The distance is that of box centers. An instance is no neighbor of itself. Of equal distances the lower index comes
-    first.
+    The distance is that of box centers. There are no self-loops. Among equal distances, the lower index comes first.
 
     Args:
         box: (M, 4) as (x1, y1, x2, y2).
-        num_neighbors: neighbors of each instance; fewer where M is smaller.
+        num_neighbors: neighbors of each instance; at most M - 1.
 
     Returns:
         ``edge_index`` (2, M * min(num_neighbors, M - 1)), sorted by target, the nearest source first.
@@ -72,7 +71,7 @@ def label_edge_index(num_labels: int, neighbors: Tensor | None = None) -> Tensor
 
 @functional_transform("assignment_graph")
 class AssignmentGraph(BaseTransform):
-    r"""Joins detected instances and label vectors into the assignment graph (functional name: ``assignment_graph``).
+    r"""Builds the assignment graph of detected instances and label vectors (functional name: ``assignment_graph``).
 
     Takes a ``HeteroData`` whose ``instance`` store holds ``x`` (M, D_o) and ``box`` (M, 4) and adds
 
@@ -88,17 +87,17 @@ class AssignmentGraph(BaseTransform):
     Args:
         label_vectors: (C, D_l), the word vector of each label.
         m: keep the m first (most confident) instances; None keeps all.
-        num_neighbors: of each instance, by distance of box centers (default: 5; the paper names no number).
-        num_label_neighbors: None joins all labels (the paper); a number keeps each label's nearest by cosine.
+        num_neighbors: of each instance, by distance of box centers (default: 5; not stated in the paper).
+        num_label_neighbors: None connects all labels (the paper); a number keeps the nearest of each label by cosine.
         edge_types: names of the edge types to add (default: all three). ``matches`` is always added: its edges are the
             pairs that are scored.
-        candidates: (D, C) bool, the labels to which an instance of each of the detector's classes is joined (see
-            :func:`label_candidates`). None joins every pair (the paper).
+        candidates: (D, C) bool, the labels with an edge from instances of each detector class (see
+            :func:`label_candidates`). None: all pairs have an edge (the paper).
         class_labels: (D, C) bool, the labels that each of the detector's classes is. Adds ``confidence`` (E,) to the
             matching edges: the score of instances that are detected as the label, 0 on all other edges.
         label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,).
-        edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model forms
-            them where they are absent. Graphs that store them have no dense form.
+        edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model
+            computes them if absent. Graphs that store them have no dense form.
 
     Raises:
         ArgumentError: for label vectors of a wrong shape or with NaN or infinite values, for a number below 1, and for
@@ -165,7 +164,7 @@ class AssignmentGraph(BaseTransform):
         x, box, W = instances.x, instances.box, self.label_vectors.to(instances.x.dtype)
         M, C = x.shape[0], W.shape[0]
         if M == 0:
-            raise ConfigError("An image without instances: give it one, the whole image (see InstanceExtractor).")
+            raise ConfigError("An image without instances: use the whole image as one (see InstanceExtractor).")
 
         data[LABEL].x = W
         if self.label_counts is not None:

@@ -127,15 +127,15 @@ class AssignmentBatch:
         score: Tensor | None = None,
         **others: Tensor | None,
     ) -> AssignmentBatch:
-        """Join padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
+        """Connect padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
 
         Args:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l).
             num_neighbors: of each instance, by distance of box centers.
             label_neighbors: (C, K), the neighbors of each label; None for all other labels.
-            edge_types: of the paper's edge types those to add; ``matches`` is always added.
-            candidates: (D, C) bool, the labels to which an instance of each detected class is joined; None for all.
+            edge_types: edge types of the paper to add; ``matches`` is always added.
+            candidates: (D, C) bool, the labels with an edge from instances of each detector class; None for all.
             class_labels: (D, C) bool, the labels that each detected class is; fills ``confidence``.
             detected_label, score: (B, M) int64, (B, M).
             **others: ``y``, ``difficult``, ``row`` and ``label_counts``; see the class.
@@ -148,7 +148,7 @@ class AssignmentBatch:
         edges: dict[EdgeType, DenseEdges] = {}
         attrs: dict[EdgeType, Tensor] = {}
         if SPATIAL[1] in names:
-            # written so that torch.export can leave B and M open
+            # written such that B and M stay dynamic in torch.export
             B, M = x.shape[:2]
             center = (box[..., :2] + box[..., 2:]) / 2
             distance = (center[:, :, None] - center[:, None]).square().sum(dim=-1)
@@ -194,11 +194,11 @@ class AssignmentBatch:
     def from_hetero_data(cls, data: HeteroData) -> AssignmentBatch:
         """The dense form of one assignment graph or a PyG batch of them.
 
-        Edge types between instances, or between labels, may be others than the paper's, and carry attributes.
+        Edge types between instances or between labels can be custom ones with attributes.
 
         Raises:
-            ConfigError: if there is none: if images differ in their labels or label edges, if a label edge joins two
-                images, if an edge occurs twice, or if matching edges carry attributes of their own.
+            ConfigError: if there is no dense form: images differ in their labels or label edges, a label edge connects
+                two images, an edge occurs twice, or matching edges have attributes.
         """
         B = int(getattr(data, "num_graphs", 1))
         x, W = data[INSTANCE].x, data[LABEL].x
@@ -229,7 +229,7 @@ class AssignmentBatch:
             elif ends == (LABEL, LABEL):
                 edges[edge_type], attr = _label_lists(store.edge_index, B, C, attr)
             else:
-                _require(False, f"{' '.join(edge_type)} joins other node types than instance and label")
+                _require(False, f"{' '.join(edge_type)} connects other node types than instance and label")
             if attr is not None:
                 attrs[edge_type] = attr
         instances = data[INSTANCE]
@@ -279,7 +279,7 @@ def _bipartite(edge_index: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Biparti
     source, target = edge_index
     image = target // C
     inside = (source >= ptr[image]) & (source < ptr[image + 1])
-    _require(bool(inside.all()), "an edge joins two images")
+    _require(bool(inside.all()), "an edge connects two images")
     exists = torch.zeros(*mask.shape, C, dtype=torch.bool, device=mask.device)
     exists[image, source - ptr[image], target % C] = True
     _require(int(exists.sum()) == source.numel(), "an edge occurs twice")
@@ -308,7 +308,7 @@ def _neighbor_lists(edge_index: Tensor, position: Tensor, attr: Tensor | None) -
 def _label_lists(edge_index: Tensor, B: int, C: int, attr: Tensor | None) -> tuple[NeighborLists, Tensor | None]:
     """Label edges, which are the same in each of B images."""
     source, target = edge_index
-    _require(torch.equal(source // C, target // C), "an edge joins two images")
+    _require(torch.equal(source // C, target // C), "an edge connects two images")
     key, order = (target * C + source % C).sort(stable=True)
     same = key.numel() % B == 0
     if same:

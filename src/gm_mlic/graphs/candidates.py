@@ -18,8 +18,8 @@ def label_candidates(
     .. math::
         \mathrm{lift}_{dc} = \frac{1}{r_c} \cdot \frac{\sum_n s_{nd} [c \in n] + r_c}{\sum_n s_{nd} + 1}
 
-    with :math:`s_{nd}` the largest confidence of an instance of class d in image n, and :math:`r_c` the share of images
-    with label c. The added terms are one pseudo-image with average labels. The lift of a frequent label is bounded by
+    with :math:`s_{nd}` the largest confidence of an instance of class d in image n, and :math:`r_c` the label ratio, as
+    in eq. 15. The added terms are one pseudo-image with average labels. The lift of a frequent label is bounded by
     :math:`1 / r_c`, which is why the class's own label is included first. A class that is never detected gets all
     labels.
 
@@ -41,7 +41,7 @@ def label_candidates(
     if int(detected_label.max()) < 0:
         raise ConfigError("Candidate labels need detected classes, and no instance has one.")
     D = int(detected_label.max()) + 1 if own is None else len(own)
-    strength = score.new_zeros(N, D + 1)  # the last column takes those that have no class
+    strength = score.new_zeros(N, D + 1)  # the last column is for instances without a class
     strength.scatter_reduce_(1, torch.where(detected_label < 0, D, detected_label), score, "amax")
     strength, y = strength[:, :D].double(), present.double()
     share = y.mean(dim=0).clamp(min=1 / (2 * N))
@@ -56,7 +56,7 @@ def label_candidates(
 def candidate_edges(table: Tensor, detected_label: Tensor, mask: Tensor) -> Tensor:
     """The matching edges to candidate labels: (B, M, C) bool.
 
-    An instance without a class is joined to all labels. A label that is a candidate of no instance is joined to the
+    An instance without a class has edges to all labels. A label that is a candidate of no instance has an edge from the
     least confident one, since each label needs a match logit.
 
     Args:

@@ -55,7 +55,7 @@ class _StoreGraphs:
             )
         if store.targets.shape[1] != graph.label_vectors.shape[0]:
             raise StoreError(
-                f"The store has {store.targets.shape[1]} labels, the label vectors are {graph.label_vectors.shape[0]}."
+                f"The store has {store.targets.shape[1]} labels, but the graph {graph.label_vectors.shape[0]}."
             )
         normalize_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
@@ -89,7 +89,7 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
         store: an opened instance store.
         graph: the transform that builds the graphs.
         augment: take an augmented view instead of the original one, drawn in each epoch (see :meth:`set_epoch`).
-        seed: of that draw.
+        seed: seed of that draw.
 
     Raises:
         StoreError: if the store holds fewer than m instances, or other labels.
@@ -133,7 +133,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
         store, graph, augment, seed: as for :class:`AssignmentGraphDataset`.
 
     Raises:
-        StoreError, ArgumentError: likewise.
+        StoreError, ArgumentError: as for :class:`AssignmentGraphDataset`.
     """
 
     def __len__(self) -> int:
@@ -164,7 +164,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
 
     @staticmethod
     def collate(batch: AssignmentBatch) -> AssignmentBatch:
-        """For ``DataLoader(collate_fn=...)``: the batch is one already."""
+        """For ``DataLoader(collate_fn=...)``: the input is already a batch."""
         return batch
 
 
@@ -174,9 +174,9 @@ def collate_instances(
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
     Args:
-        instances: of each image, at most m.
+        instances: instances of each image, at most m.
         graph: the transform with label vectors.
-        device: of the batch.
+        device: device of the batch.
         **others: ``y``, ``difficult`` and ``row`` of the images.
     """
 

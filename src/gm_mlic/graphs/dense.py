@@ -1,15 +1,15 @@
 r"""Edges of a batch of graphs as dense tensors, and values on them in factored form.
 
-A layer that reads ``edge_index`` (2, E) reads one of these classes as well. They implement the two primitives that
+Layers accept these classes in place of an ``edge_index`` (2, E). They implement the two primitives that
 differ between sparse and dense graphs: the values at both ends of each edge (:meth:`DenseEdges.ends`), and the mean of
-messages (:meth:`DenseEdges.mean`). Nothing is gathered or scattered, and by exact algebra far less is computed:
+messages (:meth:`DenseEdges.mean`). Nothing is gathered or scattered, and exact algebra reduces the computation:
 
 1. a Linear over a concatenation is a sum of Linears. Each is applied where its argument lives, at N nodes and not at
    N x C edges, and the results are added by broadcasting (:class:`EdgeTensor` holds the ends compactly);
 2. an affine map at the end of an edge value (an MLP's last Linear; the scale and shift of a LayerNorm) is not applied
    to the edges. It is composed with the Linear that reads the value next (:meth:`EdgeTensor.read`), or it is applied
    after the mean, with which it commutes;
-3. what does not depend on the image has batch size 1, and is computed once for a batch.
+3. values that do not depend on the image have batch size 1, and are computed once for a batch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a call of ``module`` does what ``kind.forward`` does and nothing else: no subclass, wrapper or hook.
+    """Whether a call of ``module`` is equal to ``kind.forward``: no subclass, wrapper or hook.
 
-    Only then may an equal computation take the place of the call.
+    Only then can the call be replaced by an equal computation.
     """
     return (
         type(module) is kind
@@ -40,15 +40,15 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 class EdgeTensor:
-    r"""Values on the edges of a dense graph: :math:`A x + s`, with x of a shape that broadcasts, and A and s pending.
+    r"""Values on the edges of a dense graph: :math:`A x + s`, with a broadcastable x, and A and s pending.
 
-    Any torch function or tensor method that is applied to it sees the tensor itself, :meth:`tensor`.
+    Torch functions and tensor methods are applied to the tensor itself, :meth:`tensor`.
 
     Args:
         x: (B, N, K, d), where each of the first three sizes may be 1.
         weight: A, (d', d), or (d,) if A is diagonal; None for the identity.
         bias: s, (d',).
-        outputs: results that modules would compute from these values, known beforehand; by module.
+        outputs: precomputed results of modules for these values, by module.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv"
 
 
 def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
-    """``lin(x)``; of an :class:`EdgeTensor`, with the pending map composed and the compact shape kept."""
+    """``lin(x)``; for an :class:`EdgeTensor`, the pending map is composed and the compact shape is kept."""
     if not isinstance(x, EdgeTensor):
         return lin(x)  # type: ignore[no-any-return]
     if lin in x.outputs:
@@ -155,7 +155,7 @@ def edge_dot(edge_index: Tensor | DenseEdges, x_source: Tensor, x_target: Tensor
 
 
 def _finished(values: EdgeTensor | Tensor, mean: Tensor, count: Tensor | None) -> Tensor:
-    """The pending map after the mean; nothing, not even the bias, for a node without edges."""
+    """Apply the pending map after the mean; zero, without the bias, for a node without edges."""
     mean = values.finish(mean) if isinstance(values, EdgeTensor) else mean
     return mean if count is None else mean * (count > 0)
 
@@ -166,7 +166,7 @@ class NeighborLists(DenseEdges):
 
     Args:
         index: (B or 1, N_target, K) int64, the sources of each target; None: all nodes in order, K = N_source.
-        mask: (B or 1, N_target, K) bool, the edges that exist; None: all.
+        mask: (B or 1, N_target, K) bool, the existing edges; None: all.
     """
 
     index: Tensor | None = None
@@ -198,10 +198,10 @@ class NeighborLists(DenseEdges):
 
 @dataclass(frozen=True, eq=False)
 class Bipartite(DenseEdges):
-    """An edge from every source to every target, but for those that are masked. Values are (B, N_source, N_target, d).
+    """An edge from every source to every target, except masked ones. Values are (B, N_source, N_target, d).
 
     Args:
-        mask: (B, N_source) bool, the sources that exist, or (B, N_source, N_target), the edges that exist.
+        mask: (B, N_source) bool, the existing sources, or (B, N_source, N_target), the existing edges.
     """
 
     mask: Tensor

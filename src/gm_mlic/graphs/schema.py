@@ -1,4 +1,4 @@
-"""Node and edge types of an assignment graph, and the table of what each edge type has."""
+"""Node and edge types of an assignment graph, and the table of edge types."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def relative_boxes(edge_attr: Tensor) -> Tensor:
     r""":math:`[B_j, B_i]` of eq. 1 to :math:`[16 (B_j - B_i), \sqrt{12} (B_i - 1/2)]`, (..., 8) to (..., 8).
 
     The map is linear and invertible, so the Linear that follows can express the same functions as on eq. 1 itself. It
-    makes the relative position the larger part of the input. Without it, nothing spatial is learnt in reasonable time
-    (``experiments/recipe``).
+    makes the relative position the larger part of the input. Without it, spatial relations are not learned in
+    reasonable time (``experiments/recipe``).
     """
     B_j, B_i = edge_attr.chunk(2, dim=-1)
     return torch.cat([16 * (B_j - B_i), standardize_boxes(B_i)], dim=-1)
@@ -40,13 +40,13 @@ def relative_boxes(edge_attr: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EdgeSpec:
-    r"""One row of the table of edge types: what the network computes on the edges of one type.
+    r"""One row of the table of edge types: what the network computes on edges of this type.
 
     Args:
-        attr_dim: length of the edge attribute that the graph carries; None (default) if the attribute is the
+        attr_dim: length of the stored edge attribute; None (default) if the attribute is the
             concatenation of both ends, :math:`[x_j, x_i]` (eq. 2 and 3), which is then never stored.
         transform: function of the edge attribute before it is encoded; default: none.
-        bidirectional: messages also flow from target to source (eq. 6), over the same ``edge_index``.
+        bidirectional: messages also flow from target to source (eq. 5), over the same ``edge_index``.
         fused: functions of both ends get the third argument :class:`~gm_mlic.nn.HadamardFusion`, if the network has
             ``fusion="product"``.
     """
@@ -69,10 +69,10 @@ RELATIONS = tuple(relation for _, relation, _ in EDGE_TYPES)
 
 
 def edge_table(edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str]) -> dict[EdgeType, EdgeSpec]:
-    """The rows of a table of edge types; names of relations stand for rows of :data:`EDGE_TYPES`.
+    """The rows of a table of edge types; names of relations select rows of :data:`EDGE_TYPES`.
 
     Raises:
-        ArgumentError: for a name that is in no row.
+        ArgumentError: for an unknown name.
     """
     if isinstance(edge_types, Mapping):
         return dict(edge_types)

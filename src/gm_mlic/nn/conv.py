@@ -1,9 +1,9 @@
 r"""The graph network block of GM-MLIC: node convolution (eq. 5 to 8), then edge convolution (eq. 9 to 12).
 
-The layers read ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``, as PyG's heterogeneous layers do, under node and
-edge types of the caller's own. An entry of ``edge_index_dict`` is an ``edge_index`` (2, E) with node features (N, d)
+The layers read ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``, as PyG's heterogeneous layers do, with any node
+and edge types. An entry of ``edge_index_dict`` is an ``edge_index`` (2, E) with node features (N, d)
 and edge features (E, d), or :class:`~gm_mlic.graphs.DenseEdges` with node features (B, N, d). The two differ in how the
-ends of an edge are read and how messages are averaged; what is computed is the same, and so are the parameters.
+ends of an edge are read and how messages are averaged. The formulas and the parameters are the same.
 
 Indices follow PyG: an edge leads from source j to target i.
 """
@@ -38,7 +38,7 @@ def node_types(edge_types: Iterable[EdgeType]) -> list[NodeType]:
 
 
 class MessageMLP(MessagePassing):
-    r"""The mean of messages from neighbors, either half of eq. 5 or 7 of the `GM-MLIC paper
+    r"""The mean of messages from neighbors, as in eq. 5 and 7 of the `GM-MLIC paper
     <https://www.ijcai.org/proceedings/2021/163>`_:
 
     .. math::
@@ -49,9 +49,9 @@ class MessageMLP(MessagePassing):
     Args:
         in_channels: size of node features; a tuple for source and target of a bipartite graph; -1 to take the size
             from the first input.
-        edge_dim: size of edge features; -1 likewise.
+        edge_dim: size of edge features, or -1.
         out_channels: size of the result.
-        reverse: messages flow from target to source of ``edge_index``: eq. 6 reads the matching edges that way
+        reverse: messages flow from target to source of ``edge_index``, as over the matching edges in eq. 5
             (default: no).
         **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`.
 
@@ -98,7 +98,7 @@ class MessageMLP(MessagePassing):
 
 class NodeConv(nn.Module):
     r"""The node convolution of the `GM-MLIC paper <https://www.ijcai.org/proceedings/2021/163>`_ (eq. 5 to 8), with one
-    aggregator for each edge type that leads to a node:
+    mean for each edge type that leads to a node:
 
     .. math::
         \hat{v}^o_i &= \operatorname{mean}_{j \in \mathcal{N}_o(i)} \rho_n^{oo}([e^o_{ij}, v^o_j]), \quad
@@ -114,8 +114,8 @@ class NodeConv(nn.Module):
     Args:
         in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
         out_channels: size of the new node features.
-        edge_types: the edge types, with what each of them has.
-        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``, a number.
+        edge_types: table of edge types.
+        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is a number.
         norm: LayerNorm on the new features (default: no).
 
     Shapes:
@@ -180,7 +180,7 @@ class EdgeUpdate(MessagePassing):
     Args:
         in_channels: size of node features; a tuple for source and target of a bipartite graph; -1 to take the size
             from the first input.
-        edge_dim: size of edge features; -1 likewise.
+        edge_dim: size of edge features, or -1.
         out_channels: size of the new edge features.
         product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: no).
         norm: LayerNorm on the new features (default: no).
@@ -238,12 +238,12 @@ class GraphNetworkBlock(nn.Module):
     Args:
         in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
         out_channels: size of all new features.
-        edge_types: the edge types, with what each of them has.
-        edge_dim: size of edge features; -1 or a dictionary by edge type likewise. Default: ``in_channels``, a number.
+        edge_types: table of edge types.
+        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is a number.
         product: fusion ``product`` for the edge types that are ``fused`` (default: no).
         norm: LayerNorm on new node and edge features (default: no).
-        updated: the edge types whose features are updated (default: all). After the last block only the matching edges
-            are read.
+        updated: the edge types whose features are updated (default: all). After the last block, only the matching
+            edges are read.
 
     Shapes:
         - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``

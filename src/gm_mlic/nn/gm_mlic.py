@@ -33,8 +33,8 @@ from gm_mlic.registry import register_model
 FUSIONS = ("concat", "product")
 NORMS = ("none", "encoder", "all")
 
-#: Edges, of images taken together, that gradient checkpointing computes at a time: enough to keep a processor busy, and
-#: at the widths of the paper about 200 MB.
+#: Number of edges that gradient checkpointing computes at a time, over all images: enough to use all cores, and about
+#: 200 MB at the widths of the paper.
 CHECKPOINTED_EDGES = 2**13
 
 
@@ -56,13 +56,13 @@ class Encoder(nn.Module):
     Args:
         in_channels: size of the attribute of each node type; -1 to take it from the first input.
         out_channels: size of all encoded features.
-        edge_types: the edge types, with what each of them has.
+        edge_types: table of edge types.
         product: fusion ``product`` for the edge types that are ``fused`` (default: no).
         norm: LayerNorm on the encoded features (default: yes).
 
     Shapes:
         - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) by edge type,
-          ``edge_attr_dict`` (E, attr_dim) by edge type; attributes of eq. 2 and 3 are formed where they are absent
+          ``edge_attr_dict`` (E, attr_dim) by edge type; attributes of eq. 2 and 3 are computed if absent
         - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
     """
 
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
         edge_attr_dict: Mapping[EdgeType, Any],
         cache: LabelCache | None = None,
     ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
-        """Encode the nodes and edges of a graph; node types and edge types that are not in it are left out.
+        """Encode the nodes and edges of a graph; types that are not in the graph are left out.
 
         Args:
             x_dict, edge_index_dict, edge_attr_dict: the graph.
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
     label_dim=300,
     fusion="concat",
 )
-@register_model("gm_mlic", "GM-MLIC, all arguments to be given")
+@register_model("gm_mlic", "GM-MLIC without preset arguments")
 class GMMLIC(nn.Module):
     r"""The network of `"GM-MLIC: Graph Matching based Multi-Label Image Classification"
     <https://www.ijcai.org/proceedings/2021/163>`_ (Wu et al., IJCAI 2021).
@@ -159,7 +159,7 @@ class GMMLIC(nn.Module):
     The parameters do not depend on the number of labels or instances: one model takes any C and M. C must be the same
     for all images of a batch.
 
-    The kind of graph decides how it is computed. A ``HeteroData`` is processed by message passing over ``edge_index``,
+    The type of the graph selects the computation. A ``HeteroData`` is processed by message passing over ``edge_index``,
     an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, several times faster. Parameters
     and results are the same. Under autocast, logits and pooling stay in float32.
 
@@ -173,7 +173,7 @@ class GMMLIC(nn.Module):
             or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
         norm: LayerNorm on ``none``, on the ``encoder``'s features, or on ``all`` encoded and updated features
             (default).
-        edge_types: a table of edge types, :data:`~gm_mlic.graphs.EDGE_TYPES` (default) or one of your own, or the names
+        edge_types: a table of edge types, :data:`~gm_mlic.graphs.EDGE_TYPES` (default) or a custom one, or the names
             of some of its rows. The paper's ablations leave one row out. Without ``matches``, the decoder reads
             :math:`[v^o_i, v^l_c]`.
         prior: start from the detector's labels: add :class:`~gm_mlic.nn.DetectorPrior` to the match logits. The last
@@ -186,8 +186,8 @@ class GMMLIC(nn.Module):
         shrinkage, ridge: how strongly what is learnt is held back; see :class:`~gm_mlic.nn.MatchHead`.
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
-        gradient_checkpointing: keep next to nothing for the backward pass and recompute it there, a few images at a
-            time: a fraction of the memory for about a third more time, same results (default: no). For a
+        gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
+            no). It needs a fraction of the memory and about a third more time; results are the same. For a
             ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
 
     Shapes:
@@ -196,7 +196,7 @@ class GMMLIC(nn.Module):
         - **output:** :class:`ModelOutput`
 
     Raises:
-        ArgumentError: for an argument that cannot work.
+        ArgumentError: for an invalid argument.
         ConfigError: when called, for a graph of other sizes or dtypes than the model, or without an edge type.
     """
 
@@ -343,9 +343,9 @@ class GMMLIC(nn.Module):
         return torch.cat([x, self.class_vectors[detected_label], score[..., None].to(x.dtype)], dim=-1)
 
     def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
-        """Compute what does not depend on images, for :meth:`forward` to take instead of computing it for each batch.
+        """Compute the values that do not depend on images once, as an argument of :meth:`forward`.
 
-        Valid as long as weights and labels stay. It carries gradients if they are enabled.
+        Valid until weights or labels change. Gradients are recorded if they are enabled.
 
         Args:
             data: any batch with these labels.
@@ -366,7 +366,7 @@ class GMMLIC(nn.Module):
         return LabelCache(x_dict, edge_attr_dict)
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
-        """A few images at a time, of which only the inputs are kept; what all of them share is computed once."""
+        """Process a few images at a time and keep only their inputs; image-independent values are computed once."""
         cache = self.precompute_labels(batch) if cache is None else cache
         M, C = batch.mask.shape[1], batch.num_labels
         parts = batch.split(max(1, CHECKPOINTED_EDGES // (M * C + C**2)))
@@ -392,7 +392,7 @@ class GMMLIC(nn.Module):
                     f"The model reads {' '.join(edge_type)} edges, the graph has none: give both the same edge_types."
                 )
         if cache is not None and not isinstance(data, AssignmentBatch):
-            raise ConfigError("A label cache goes with an AssignmentBatch, not with a HeteroData.")
+            raise ConfigError("A label cache needs an AssignmentBatch, not a HeteroData.")
         if cache is not None and cache.x_dict[LABEL].shape[1] != x_dict[LABEL].shape[1]:
             raise ConfigError(
                 f"The graph has {x_dict[LABEL].shape[1]} labels, but {cache.x_dict[LABEL].shape[1]} are in the label "

@@ -1,9 +1,9 @@
 r"""The building block of every function of the network: ``Linear, ReLU, Linear`` over a concatenation.
 
-Every layer draws its parameters in ``__init__``; ``reset_parameters`` draws them anew.
+Every layer initializes its parameters in ``__init__``; ``reset_parameters`` initializes them again.
 
-He initialization: a path through k blocks passes some ten Linears, most of them without a norm. torch's default
-initialization scales the signal by about 0.4 at each, and with ``fusion="product"`` messages may then never be learnt
+He initialization: a path through k blocks passes about ten Linears, most of them without a norm. torch's default
+initialization scales the signal by about 0.4 at each, and with ``fusion="product"`` messages may then never be learned
 (``experiments/recipe``).
 """
 
@@ -45,7 +45,7 @@ def draw_linear(lin: Any) -> None:
 class ConcatLinear(nn.Module):
     r"""A Linear over a concatenation, as a sum of Linears: :math:`W [x_1, \ldots, x_n] + b = \sum_k W_k x_k + b`.
 
-    The parts may broadcast against each other: what is equal for many edges is multiplied once.
+    The parts may broadcast against each other: values shared by many edges are multiplied once.
 
     Args:
         in_channels: the size of each part; -1 to take it from the first input.
@@ -102,12 +102,12 @@ def _shape(part: Tensor | EdgeTensor) -> torch.Size:
 
 
 def _owns_result(lin: nn.Module, part: Tensor | EdgeTensor) -> bool:
-    """Whether nothing else can hold the result of ``lin(part)``: no hook, no foreign module, no cache."""
+    """Whether nothing else can hold a reference to the result of ``lin(part)``: no hook, other module or cache."""
     return is_plain(lin) and not (isinstance(part, EdgeTensor) and lin in part.outputs)
 
 
 def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bool) -> Tensor:
-    """``total + lin(part)``, in the memory of one of the two where that is allowed and the sum fits."""
+    """``total + lin(part)``, in place where that is allowed and the sum fits."""
     if not _owns_result(lin, part):
         return total + apply_linear(lin, part)
     weight, bias = lin.weight, lin.bias
@@ -118,7 +118,7 @@ def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bo
     if writable and total.shape[:-1] == x.shape[:-1]:
         if bias is not None:
             total.add_(bias)
-        # The matrix product itself adds to what is there. Under autocast it takes the dtype of the sum.
+        # The matrix product adds to the sum in place. Under autocast it has the dtype of the sum.
         rows = x.reshape(-1, x.shape[-1]).to(total.dtype)
         total.view(-1, total.shape[-1]).addmm_(rows, weight.t().to(total.dtype))
         return total
@@ -149,7 +149,7 @@ class HadamardFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # Keep the variance, as in ConcatMLP: a product of small values is not learnt in time.
+        # Keep the variance, as in ConcatMLP: a product of small values is learned too slowly.
         draw_linear(self.A)
         draw_linear(self.B)
 
@@ -166,7 +166,7 @@ class HadamardFusion(nn.Module):
 
 
 class ConcatMLP(nn.Module):
-    r"""``Linear, ReLU, Linear`` over a concatenation, followed by LayerNorm if asked for.
+    r"""``Linear, ReLU, Linear`` over a concatenation, optionally followed by LayerNorm.
 
     .. math::
         f(x_1, \ldots, x_n) = \mathrm{Norm}(W' \, \mathrm{ReLU}(W [x_1, \ldots, x_n] + b) + b')
@@ -239,7 +239,7 @@ class ConcatMLP(nn.Module):
 
 
 class Normalize(torch.autograd.Function):
-    """LayerNorm without scale and shift. It saves its result for the backward pass, which is in memory in any case."""
+    """LayerNorm without scale and shift. It saves its result, which is kept in memory anyway, for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,7 @@ from gm_mlic.nn.scatter import scatter_logsumexp, scatter_max
 
 POOLINGS = ("max", "logsumexp")
 
-_ISOLATED = "Label nodes {} have no matching edge: join each to at least one instance."
+_ISOLATED = "Label nodes {} have no matching edge: connect each to at least one instance."
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +24,8 @@ class ModelOutput:
 
     Attributes:
         logits: (B, C) label logits; their ``sigmoid`` is :math:`p_c` of eq. 14.
-        argmax_instance: (B, C) int64, the instance with the largest match logit of each label. The instances of an
-            image are counted from 0, the most confident first.
+        argmax_instance: (B, C) int64, the instance with the largest match logit of each label. Instances are numbered
+            per image from 0, the most confident first.
         label_states: (B, C, d) features of the labels after the last block; None from a model without label nodes.
     """
 
@@ -39,7 +39,7 @@ class ModelOutput:
     def match_logits(self) -> Tensor:
         r"""(B, M, C) match logits :math:`s_{ic}` (eq. 13), -inf where there is no instance or no matching edge.
 
-        Whole-image baselines put something else per location and label here, which their docstrings name.
+        Whole-image baselines return other values per location and label; see their docstrings.
         """
         assert self._matches is not None
         if self._edges is None:

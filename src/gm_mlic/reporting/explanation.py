@@ -66,7 +66,7 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     rows = list(range(min(len(prediction.boxes), _ROWS)))
     if explanation.instance not in rows:
         rows[-1] = explanation.instance
-    logits = prediction.matches[np.ix_(rows, columns)].astype(np.float64)
+    logits = prediction.match_logits[np.ix_(rows, columns)].astype(np.float64)
     matrix = np.where(np.isfinite(logits), 1 / (1 + np.exp(-logits)), np.nan)  # NaN without an edge
     image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axis.set_facecolor("0.85")
@@ -76,7 +76,7 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     for x, c in enumerate(columns):
         if prediction.probabilities[c] < _PREDICTED:
             continue
-        y = rows.index(instance) if (instance := int(prediction.matches[:, c].argmax())) in rows else None
+        y = rows.index(instance) if (instance := int(prediction.match_logits[:, c].argmax())) in rows else None
         if y is not None:
             axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=1.5, ec="white"))
     mark = (columns.index(chosen) - 0.5, rows.index(explanation.instance) - 0.5)

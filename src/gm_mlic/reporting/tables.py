@@ -17,7 +17,7 @@ _ONE = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
 def number(value: float | None) -> str:
-    """Metric in per cent with one decimal; a dash for None."""
+    """Metric in percent with one decimal; a dash for None."""
     return "-" if value is None else f"{value:.1f}"
 
 
@@ -27,7 +27,7 @@ def comparison_table(
     """Comparison of models, with one row per model.
 
     Args:
-        rows: names and metric values in per cent.
+        rows: names and metric values in percent.
         title: title of the table.
         columns: names of the metrics.
     """
@@ -56,7 +56,7 @@ def metrics_table(
     """Metrics of one model, over all labels and over the top three of each image.
 
     Args:
-        values: metric values in per cent.
+        values: metric values in percent.
         convention: convention of the metrics.
         title: title of the table.
         fitted: metric values with fitted thresholds, for two more rows.

@@ -52,19 +52,19 @@ def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] 
 def as_dict(prediction: Prediction) -> dict[str, Any]:
     """Convert a prediction to JSON: labels by descending probability, match probabilities (M, C) in the same order.
 
-    A match is None if there is no edge between instance and label.
+    A match probability is None if there is no edge between instance and label.
     """
     order = np.argsort(-prediction.probabilities, kind="stable")
-    logits = prediction.matches[:, order].astype(np.float64)
-    matches = (1 / (1 + np.exp(-logits))).round(4)
-    rows = zip(matches.tolist(), np.isfinite(logits).tolist(), strict=True)
+    logits = prediction.match_logits[:, order].astype(np.float64)
+    probabilities = (1 / (1 + np.exp(-logits))).round(4)
+    rows = zip(probabilities.tolist(), np.isfinite(logits).tolist(), strict=True)
     return {
         "width": prediction.size[0],
         "height": prediction.size[1],
         "labels": [prediction.labels[c] for c in order],
         "probabilities": prediction.probabilities[order].astype(float).round(4).tolist(),
-        "winners": prediction.matches.argmax(axis=0)[order].tolist(),
-        "matches": [[p if joined else None for p, joined in zip(*row, strict=True)] for row in rows],
+        "argmax_instance": prediction.match_logits.argmax(axis=0)[order].tolist(),
+        "match_probabilities": [[p if edge else None for p, edge in zip(*row, strict=True)] for row in rows],
         "boxes": prediction.boxes.astype(float).round(1).tolist(),
         "scores": prediction.scores.astype(float).round(4).tolist(),
         "detected": list(prediction.detected),

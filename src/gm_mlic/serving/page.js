@@ -101,7 +101,7 @@ function instanceName(i) {
 }
 
 function draw() {
-  const { labels, probabilities, winners, matches, boxes } = result;
+  const { labels, probabilities, argmax_instance, match_probabilities, boxes } = result;
   const choose = (what) => () => { chosen = what; draw(); };
   $("found").replaceChildren(...labels.slice(0, LISTED).map(
     (name, c) => entry(name, probabilities[c], chosen.label === c, choose({ label: c }))));
@@ -115,10 +115,10 @@ function draw() {
     const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const place = { x: x1, y: y1, width: x2 - x1, height: y2 - y1 };
     for (const [key, value] of Object.entries(place)) rect.setAttribute(key, value);
-    const won = chosen.label === undefined ? chosen.instance === i : winners[chosen.label] === i;
-    const p = chosen.label === undefined ? (won ? 1 : 0) : matches[i][chosen.label] ?? 0;
-    rect.classList.toggle("won", won);
-    rect.style.opacity = won ? 1 : 0.25 + 0.6 * p;
+    const highlighted = chosen.label === undefined ? chosen.instance === i : argmax_instance[chosen.label] === i;
+    const p = chosen.label === undefined ? (highlighted ? 1 : 0) : match_probabilities[i][chosen.label] ?? 0;
+    rect.classList.toggle("highlighted", highlighted);
+    rect.style.opacity = highlighted ? 1 : 0.25 + 0.6 * p;
     rect.dataset.instance = i;
     rect.setAttribute("tabindex", "0");
     rect.setAttribute("role", "button");
@@ -132,17 +132,17 @@ function draw() {
   if (chosen.label !== undefined) {
     const c = chosen.label;
     $("matchhead").textContent = `Instances that match “${labels[c]}”`;
-    const joined = boxes.map((_, i) => i).filter((i) => matches[i][c] !== null);
-    const order = joined.sort((a, b) => matches[b][c] - matches[a][c]);
+    const linked = boxes.map((_, i) => i).filter((i) => match_probabilities[i][c] !== null);
+    const order = linked.sort((a, b) => match_probabilities[b][c] - match_probabilities[a][c]);
     $("matches").replaceChildren(...order.map(
-      (i) => entry(instanceName(i), matches[i][c], winners[c] === i, choose({ instance: i }))));
+      (i) => entry(instanceName(i), match_probabilities[i][c], argmax_instance[c] === i, choose({ instance: i }))));
   } else {
     const i = chosen.instance;
     $("matchhead").textContent = `Labels that ${instanceName(i)}, matches`;
-    const joined = labels.map((_, c) => c).filter((c) => matches[i][c] !== null);
-    const order = joined.sort((a, b) => matches[i][b] - matches[i][a]).slice(0, LISTED);
+    const linked = labels.map((_, c) => c).filter((c) => match_probabilities[i][c] !== null);
+    const order = linked.sort((a, b) => match_probabilities[i][b] - match_probabilities[i][a]).slice(0, LISTED);
     $("matches").replaceChildren(...order.map(
-      (c) => entry(labels[c], matches[i][c], winners[c] === i, choose({ label: c }))));
+      (c) => entry(labels[c], match_probabilities[i][c], argmax_instance[c] === i, choose({ label: c }))));
   }
 }
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
-from gm_mlic.device import resolve_device
+from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of, labels_of_classes
 from gm_mlic.errors import ConfigError, config_keys
@@ -110,7 +110,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             views=_views(config, dataset.split),
             view_size=instances.view_size,
             batch_size=instances.batch_size,
-            num_workers=instances.num_workers,
+            num_workers=resolve_num_workers(instances.num_workers, resolve_device(config.trainer.accelerator)),
             overwrite=instances.overwrite,
             shard=(index, shards),
             together=instances.shard is None,

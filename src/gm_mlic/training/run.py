@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection import InstanceExtractor
-from gm_mlic.device import resolve_device
+from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
@@ -309,9 +309,7 @@ def _fit(
         if _stopped_early(content) or first[0] >= build.epochs(config, len(data["train"].dataset)):
             return
         log.info("resuming %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
-    workers = config.trainer.num_workers
-    if workers is None:
-        workers = 0 if resolve_device(config.trainer.accelerator) == "cpu" else 2
+    workers = resolve_num_workers(config.trainer.num_workers, resolve_device(config.trainer.accelerator))
     loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
         # In place, which keeps the names in checkpoints; dynamic, for batches of all sizes.

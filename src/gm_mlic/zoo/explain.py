@@ -30,8 +30,8 @@ class Influence:
         source: type of the sending node, ``instance`` or ``label``.
         target: type of the receiving node: ``instance`` for the argmax instance, ``label`` for the explained label.
         neighbor: index of the sending instance, or name of the sending label.
-        change: :math:`s_c - s_c^{without}`, the label's logit minus its logit in the graph without this edge. The edge
-            supports the label if it is positive. Messages are averaged, so removing one gives the others more weight.
+        change: :math:`s_c - s_c^{without}`, the label's logit minus its logit in the graph without this edge; positive
+            if the edge supports the label. Messages are averaged, so removing one gives the others more weight.
     """
 
     edge_type: tuple[str, str, str]

@@ -56,7 +56,7 @@ class Prediction:
         size: width and height in pixels.
         labels: the C label names.
         probabilities: (C,) p of eq. 14.
-        matches: (M, C) match logits of eq. 13; -inf without a matching edge (``graph.candidates``).
+        match_logits: (M, C) match logits of eq. 13; -inf without a matching edge (``graph.candidates``).
         boxes: (M, 4) instance boxes (x1, y1, x2, y2) in pixels.
         scores: (M,) detector confidences.
         detected: (M,) detector class names; None for an instance without a class.
@@ -66,7 +66,7 @@ class Prediction:
     size: tuple[int, int]
     labels: tuple[str, ...]
     probabilities: np.ndarray
-    matches: np.ndarray
+    match_logits: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     detected: tuple[str | None, ...]
@@ -81,7 +81,7 @@ class Prediction:
         return [label for label in self.top(len(self.labels)) if label.probability >= threshold]
 
     def _label(self, c: int) -> LabelPrediction:
-        instance = int(self.matches[:, c].argmax())
+        instance = int(self.match_logits[:, c].argmax())
         x1, y1, x2, y2 = map(float, self.boxes[instance])
         return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), instance)
 
@@ -148,7 +148,8 @@ class Predictor:
         settings.pop("max_instances", None)
         if extractor is None:
             extractor = _built(settings, device, path, metadata.detector)
-        if any(name.startswith("online.detector.") for name in content["state_dict"]):  # trained with the model
+        trained = any(name.startswith("online.detector.") for name in content["state_dict"])
+        if trained and isinstance(extractor, nn.Module):
             load_weights(extractor, content, path, prefix="online.detector.")
         else:
             metadata.check_detector(extractor.name, extractor.fingerprint, path)
@@ -283,9 +284,9 @@ class Predictor:
         m = self.graph.m
         assert m is not None
         found = [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
-        logits, matches = self._scored(found)
+        logits, match_logits = self._scored(found)
         probabilities = torch.sigmoid(logits.float()).cpu().numpy()
-        for (photo, image), instances, p, matrix in zip(read, found, probabilities, matches, strict=True):
+        for (photo, image), instances, p, matrix in zip(read, found, probabilities, match_logits, strict=True):
             scale = torch.tensor([image.width, image.height] * 2)
             names = [self.extractor.labels[i] if i >= 0 else None for i in instances.detected_labels.tolist()]
             yield Prediction(

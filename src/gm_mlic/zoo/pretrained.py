@@ -55,7 +55,7 @@ class ModelCard:
     Attributes:
         dataset: name of the training dataset.
         sizes: number of images per split.
-        metrics: test metrics in per cent, by name.
+        metrics: test metrics in percent, by name.
         convention: convention of the metrics.
         license: license of the weights, an identifier of the hub (``mit``, ``cc-by-4.0``); None: not stated.
         training: further facts by name: seed, epochs, revision.

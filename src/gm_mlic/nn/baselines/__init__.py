@@ -1,4 +1,4 @@
-"""Models that GM-MLIC is compared with, one file each."""
+"""Baselines, one file each."""
 
 from gm_mlic.nn.baselines._common import LabelStatistics
 

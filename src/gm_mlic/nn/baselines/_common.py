@@ -32,11 +32,11 @@ def as_batch(
     Args:
         data: the graphs.
         num_labels: C of the model.
-        instance_dim, label_dim: sizes that the model was built for; None for any.
+        instance_dim, label_dim: sizes that the model was built for; None for any size.
         complete: refuse graphs whose matching edges lead to candidates only.
 
     Raises:
-        ConfigError: if the graphs have no dense form, or other sizes.
+        ConfigError: if the graphs have no dense form, or their sizes differ from the model's.
     """
     batch = data if isinstance(data, AssignmentBatch) else AssignmentBatch.from_hetero_data(data)
     for what, tensor, size in (
@@ -55,13 +55,13 @@ def as_batch(
 def location_output(
     logits: Tensor, values: Tensor, batch: AssignmentBatch, label_states: Tensor | None = None
 ) -> ModelOutput:
-    """The output of a whole-image model: label logits (B, C), and a value for each location and label (B, M, C)."""
+    """The output of a whole-image model from label logits (B, C) and a value per location and label (B, M, C)."""
     values = values.masked_fill(~batch.mask[..., None], float("-inf"))
     return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
 
 
 class HeLinear(nn.Linear):
-    """A Linear with He initialization that no ReLU follows."""
+    """A Linear with He initialization, for use without a ReLU after it."""
 
     def reset_parameters(self) -> None:
         draw_linear(self)
@@ -70,8 +70,8 @@ class HeLinear(nn.Linear):
 class LabelClassifiers(nn.Module):
     r"""A linear classifier for each label, on a vector for each label: :math:`s_c = w_c^\top x_c + b_c`.
 
-    Under autocast it keeps the dtype of the parameters, since rounded logits would be equal, and equal logits decide
-    rankings.
+    Under autocast it keeps the dtype of the parameters, since rounding would make logits equal, and the ranking would
+    depend on their order.
 
     Args:
         num_labels: C.
@@ -110,14 +110,14 @@ class LabelStatistics(Protocol):
 
 
 def conditional_probabilities(targets: Tensor, num_labels: int, difficult: Tensor | None = None) -> Tensor:
-    r"""How often label j is there where label i is: :math:`P_{ij} = P(L_j | L_i) = M_{ij} / N_{ij}`.
+    r"""Probability of label j given label i: :math:`P_{ij} = P(L_j | L_i) = M_{ij} / N_{ij}`.
 
-    :math:`M_{ij}` counts the images with both, :math:`N_{ij}` those with i of which it is known whether they have j.
-    Difficult labels (VOC) are not known, and count for neither. A label without images has zeros.
+    :math:`M_{ij}` counts the images with both, :math:`N_{ij}` those with i for which j is known.
+    Difficult labels (VOC) are unknown, and count for neither. The row of a label without images is zero.
 
     Args:
         targets: (N, C) in {0, 1}.
-        num_labels: C, as the model has it.
+        num_labels: C of the model.
         difficult: (N, C) bool, or None.
 
     Returns:

@@ -33,7 +33,7 @@ class GAPLinear(nn.Module):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
-        ArgumentError: for an argument that cannot work.
+        ArgumentError: for an invalid argument.
     """
 
     def __init__(self, instance_dim: int, num_labels: int) -> None:

@@ -25,12 +25,12 @@ class MILMax(nn.Module):
         p_c = \sigma(\max_i s_{ic})
 
     Multiple-instance learning as in HCP (Wei et al., 2015), on the instances of GM-MLIC: same features and boxes, same
-    pooling, no graph and no word vectors. The gain of GM-MLIC over it is the gain from the graphs.
+    pooling, no graph and no word vectors. The difference between GM-MLIC and this model is the effect of the graphs.
 
     Args:
         instance_dim: size of an instance's feature.
         num_labels: C.
-        width: of the hidden layer (default: 512). None for no hidden layer: only what ``prior`` and ``linear`` add.
+        width: size of the hidden layer (default: 512). None for no hidden layer: only what ``prior`` and ``linear`` add.
         prior, linear, components, shrinkage, ridge, pooling: as for :class:`~gm_mlic.nn.GMMLIC`, with a one-hot vector
             for each label.
 

@@ -23,12 +23,12 @@ def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
         A'_{ij} = \begin{cases} p A_{ij} / \sum_{k \ne i} A_{ik} & i \ne j \\ 1 - p & i = j \end{cases}
         \text{ (eq. 8)}, \qquad \hat A = D^{-1/2} A' D^{-1/2}
 
-    with :math:`D_{ii} = \sum_j A'_{ij}`. A label that no other is joined to keeps only itself.
+    with :math:`D_{ii} = \sum_j A'_{ij}`. A label without neighbors keeps only its self-loop.
 
     Args:
         P: (C, C), :math:`P_{ij} = P(L_j | L_i)` (eq. 6).
-        tau: :math:`\tau`, below which a co-occurrence is taken for noise.
-        p: how much of a label's new state comes from its neighbours.
+        tau: :math:`\tau`, below which co-occurrences are treated as noise.
+        p: weight of the neighbors in a label's new state.
 
     Returns:
         (C, C), :math:`\hat A`.
@@ -45,7 +45,7 @@ class GCNLayer(nn.Module):
 
     Args:
         in_channels: length of a node's state.
-        out_channels: of its new state.
+        out_channels: length of its new state.
 
     Shapes:
         - **input:** H (C, in_channels), :math:`\hat A` (C, C)
@@ -87,16 +87,16 @@ class MLGCN(nn.Module):
         instance_dim: D, size of a location's feature.
         label_dim: D_l, size of a label's vector.
         num_labels: C.
-        width: between the two convolutions (default: 1024, the paper's).
+        width: size between the two convolutions (default: 1024, the paper's).
         tau: see :func:`reweighted_adjacency` (default: 0.4, the paper's).
-        p: likewise (default: 0.2, the paper's).
+        p: see :func:`reweighted_adjacency` (default: 0.2, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only instances and label vectors are read
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
-        ArgumentError: for an argument that cannot work.
+        ArgumentError: for an invalid argument.
     """
 
     adjacency: Tensor

@@ -1,4 +1,4 @@
-"""Query2Label: a transformer decoder with one learnt query for each label."""
+"""Query2Label: a transformer decoder with one learned query for each label."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ class Query2Label(nn.Module):
         Q_l, a &= \mathrm{DecoderLayer}(Q_{l-1}, F), \qquad l = 1, \ldots, L \\
         s_c &= w_c^\top Q_{L,c} + b_c
 
-    :math:`Q_0` are learnt queries, one for each label: neither word vectors nor co-occurrences are given. Positions are
+    :math:`Q_0` are learned queries, one for each label; neither word vectors nor co-occurrences are used. Positions are
     encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The match logits
     are the last layer's attention a.
 
     Args:
         instance_dim: D, size of a location's feature.
         num_labels: C.
-        width: d of the transformer; default D, as the paper has it (2048, of ResNet-101). A multiple of 4 and of
+        width: d of the transformer; default D, as in the paper (2048 for ResNet-101). A multiple of 4 and of
             ``heads``. The layers' MLPs have 4 d hidden units.
         layers: L (default: 2, the paper's).
         heads: of each attention (default: 4, the paper's).
@@ -106,7 +106,7 @@ class Query2Label(nn.Module):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
 
     Raises:
-        ArgumentError: for an argument that cannot work.
+        ArgumentError: for an invalid argument.
     """
 
     def __init__(

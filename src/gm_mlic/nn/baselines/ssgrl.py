@@ -20,15 +20,15 @@ from gm_mlic.registry import register_model
 
 
 class SemanticDecoupling(nn.Module):
-    r"""A feature for each label, by attention that its word vector guides (the paper's semantic decoupling).
+    r"""A feature for each label, by attention guided by its word vector (the paper's semantic decoupling).
 
     .. math::
         a_{ic} = \underset{i}{\mathrm{softmax}} \;
             p^\top \tanh ( (U^\top f_i) \odot (V^\top w_c) ), \qquad f_c = \sum_i a_{ic} f_i
 
-    The paper has :math:`P^\top \tanh(\cdot) + b` and a linear :math:`f_a` behind it. Two linear maps in a row are one,
-    the vector p, and what they add to all locations alike cancels in the softmax: the same functions with fewer
-    parameters, and without a state of length d for each location and label.
+    The paper has :math:`P^\top \tanh(\cdot) + b` and a linear :math:`f_a` behind it. Two linear maps in a row are
+    equal to one, the vector p, and constants cancel in the softmax: the same functions with fewer parameters, and
+    without a state of length d for each location and label.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -51,8 +51,8 @@ class SemanticDecoupling(nn.Module):
             module.reset_parameters()
 
     def forward(self, x: Tensor, mask: Tensor, label_vectors: Tensor) -> tuple[Tensor, Tensor]:
-        met = torch.tanh(self.U(x)[:, :, None] * self.V(label_vectors))
-        scores = self.p(met).squeeze(-1).masked_fill(~mask[..., None], float("-inf"))
+        fused = torch.tanh(self.U(x)[:, :, None] * self.V(label_vectors))
+        scores = self.p(fused).squeeze(-1).masked_fill(~mask[..., None], float("-inf"))
         attention = scores.softmax(dim=1).to(x.dtype)
         return attention.transpose(1, 2) @ x, attention
 
@@ -69,7 +69,7 @@ class GGNNStep(nn.Module):
         \tilde h_c &= \tanh(W' [m_c, r_c \odot h_c] + b') \\
         h_c &\leftarrow (1 - z_c) \odot h_c + z_c \odot \tilde h_c
 
-    (``torch.nn.GRUCell`` applies r behind a linear map of h instead.)
+    (``torch.nn.GRUCell`` applies r after a linear map of h instead.)
 
     Args:
         channels: d, length of a label's state.
@@ -126,7 +126,7 @@ class SSGRL(nn.Module):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`h^T`
 
     Raises:
-        ArgumentError: for an argument that cannot work.
+        ArgumentError: for an invalid argument.
     """
 
     adjacency: Tensor

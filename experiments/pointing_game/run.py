@@ -1,8 +1,8 @@
-"""Localization: is the argmax box of a label on an object of this label? See README.md.
+"""Pointing game: is the argmax box of a label on an object of this label? See README.md.
 
-    python experiments/winners/run.py            # trains missing runs (a few minutes each), then measures
-    python experiments/winners/run.py measure    # measures finished runs
-    python experiments/winners/run.py FOLDER...  # measures the runs of GM-MLIC on scenes in these folders
+    python experiments/pointing_game/run.py            # trains missing runs (a few minutes each), then measures
+    python experiments/pointing_game/run.py measure    # measures finished runs
+    python experiments/pointing_game/run.py FOLDER...  # measures the runs of GM-MLIC on scenes in these folders
 
 Prints the tables of README.md. results.csv has a row per model, seed and label (except for runs in folders).
 """
@@ -28,7 +28,7 @@ from gm_mlic.graphs import RELATIONS, AssignmentBatchDataset
 from gm_mlic.instances import InstanceStore
 from gm_mlic.runs import find_runs
 
-HERE, RUNS = Path(__file__).parent, Path("runs/winners")
+HERE, RUNS = Path(__file__).parent, Path("runs/pointing_game")
 #: Overrides of experiment=scenes.
 MODELS = {
     "product": [],
@@ -50,8 +50,8 @@ KINDS = {
 IOU, MARGIN, RANGE, BATCH = 0.5, 1.0, 5.0, 50
 #: Rules that select an instance for a label: the argmax of eq. 14; the instance with the highest detector confidence
 #: within MARGIN of the maximum logit; the instance with the largest softmax over labels, of all instances or of those
-#: within RANGE.
-RULES = ("argmax", "confident", "share", "share of near")
+#: within RANGE of the maximum logit.
+RULES = ("argmax", "confident", "softmax", "softmax in range")
 
 
 def run_dir(model: str, seed: int) -> Path:
@@ -67,12 +67,12 @@ def train_all() -> None:
 
 def chosen(match: torch.Tensor) -> dict[str, torch.Tensor]:
     """The selected instances (C,) of each rule, from match logits (M, C), the most confident instance first."""
-    best, share = match.amax(dim=0), match.softmax(dim=1)
+    best, softmax = match.amax(dim=0), match.softmax(dim=1)
     return {
         "argmax": match.argmax(dim=0),
         "confident": (match >= best - MARGIN).int().argmax(dim=0),
-        "share": share.argmax(dim=0),
-        "share of near": share.where(match >= best - RANGE, -1.0).argmax(dim=0),
+        "softmax": softmax.argmax(dim=0),
+        "softmax in range": softmax.where(match >= best - RANGE, -1.0).argmax(dim=0),
     }
 
 
@@ -154,7 +154,7 @@ def measure_all() -> list[dict[str, Any]]:
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Print the tables of README.md."""
-    print("| model | seeds | argmax | plain | context | spatial | confident | share | share of near |")
+    print("| model | seeds | argmax | plain | context | spatial | confident | softmax | softmax in range |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for model, group in itertools.groupby(rows, key=lambda row: row["model"]):
         runs = [list(run) for _, run in itertools.groupby(group, key=lambda row: row["seed"])]
