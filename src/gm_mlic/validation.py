@@ -136,6 +136,7 @@ RULES: Mapping[str, Rule] = {
     "embedding.dim": integer(1),
     "embedding.oov": one_of("error", "zeros", "hashed", "skip_words"),
     "graph.m": integer(1),
+    "graph.views": integer(1, 6),
     "graph.num_neighbors": integer(1),
     "graph.num_label_neighbors": or_null(integer(1)),
     "graph.labels_per_class": or_null(integer(1)),
@@ -347,11 +348,15 @@ def _check_together(config: DictConfig) -> None:
             f"detector.trainable={get('detector.trainable')} needs instances.online=true: stores hold instances of a "
             "frozen detector."
         )
-    if get("detector.trainable") not in (None, "none") and get("model.components") is not None:
-        raise ConfigError(
-            f"model.components={get('model.components')}: statistics of the features of a detector that is trained "
-            "would not stay valid. Set model.components=null."
-        )
+    if get("detector.trainable") not in (None, "none"):
+        for key, off, reason in (
+            ("model.components", None, "the statistics of its features would not stay valid"),
+            ("graph.views", 1, "its photos are detected in one view"),
+        ):
+            if get(key) not in (None, off):
+                raise ConfigError(
+                    f"{key}={get(key)} with a detector that is trained: {reason}. Set {key}={_as_typed(off)}."
+                )
 
     if get("graph.labels_per_class") is not None:
         for key, excluded, reason in (

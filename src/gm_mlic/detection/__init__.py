@@ -12,6 +12,7 @@ from gm_mlic._lazy import lazy_attributes
 if TYPE_CHECKING:
     from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, build_extractor, save_detector
     from gm_mlic.detection.grid import GridExtractor
+    from gm_mlic.detection.multi_view import MultiViewExtractor
     from gm_mlic.detection.protocol import InstanceExtractor, Instances
     from gm_mlic.detection.static_shape import FixedDetector
 
@@ -22,6 +23,7 @@ __all__ = [
     "GridExtractor",
     "InstanceExtractor",
     "Instances",
+    "MultiViewExtractor",
     "build_extractor",
     "save_detector",
 ]
@@ -35,6 +37,7 @@ __getattr__ = lazy_attributes(
         "GridExtractor": "grid",
         "InstanceExtractor": "protocol",
         "Instances": "protocol",
+        "MultiViewExtractor": "multi_view",
         "build_extractor": "faster_rcnn",
         "save_detector": "faster_rcnn",
     },

@@ -76,7 +76,7 @@ class _StoreGraphs:
         if not self.augment:
             return 0
         rng = np.random.Generator(np.random.Philox(key=[self.seed, (int(self._epoch) << 32) | row]))
-        return int(rng.integers(1, self.store.features.shape[1]))
+        return int(rng.integers(self.store.features.shape[1]))
 
 
 class AssignmentGraphDataset(_StoreGraphs, Dataset):

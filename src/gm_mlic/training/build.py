@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
-from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, build_extractor
+from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of, labels_of_classes
@@ -72,13 +72,19 @@ def is_built_in(extractor: InstanceExtractor) -> bool:
     return isinstance(extractor, (FasterRCNNExtractor, GridExtractor))
 
 
+def evaluation_extractor(config: DictConfig, extractor: InstanceExtractor) -> InstanceExtractor:
+    """The extractor of evaluated photos, with ``graph.views``."""
+    with config_keys("graph"):
+        return extractor if config.graph.views == 1 else MultiViewExtractor(extractor, config.graph.views)
+
+
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
     """Path of the store of one split: in ``instances.path``, or a folder with the hash of everything it depends on."""
     instances = config.instances
     if instances.path is not None:
         return Path(instances.path) / dataset.split
     views = _views(config, dataset.split)
-    depends_on = [dataset.fingerprint, extractor.fingerprint, config.detector.max_instances, instances.batch_size]
+    depends_on = [dataset.fingerprint, extractor.fingerprint, _stored(config, dataset.split), instances.batch_size]
     depends_on += [views, instances.view_size] if views else []
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
     return Path(instances.root) / dataset.name / f"{dataset.split}-{extractor.name}-{digest}"
@@ -96,6 +102,8 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         StoreError: if the store at ``instances.path`` was made for another dataset or detector.
     """
     instances = config.instances
+    if dataset.split != "train":
+        extractor = evaluation_extractor(config, extractor)
     ranks = rank_info()
     index, shards = (ranks.rank, ranks.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
@@ -106,7 +114,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             dataset,
             extractor,
             path,
-            m=config.detector.max_instances,
+            m=_stored(config, dataset.split),
             views=_views(config, dataset.split),
             view_size=instances.view_size,
             batch_size=instances.batch_size,
@@ -122,6 +130,11 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             dataset.split, len(names), len(dataset), ", ".join(names[:5]), ", ..." if len(names) > 5 else "",
         )  # fmt: skip
     return store
+
+
+def _stored(config: DictConfig, split: str) -> int:
+    """Instances per image in the store of a split."""
+    return int(config.detector.max_instances * (1 if split == "train" else config.graph.views))
 
 
 def _views(config: DictConfig, split: str) -> int:

@@ -299,8 +299,10 @@ def _fit(
 ) -> None:
     layout = module.metadata.graph["layout"]
     augment = {"train": config.instances.num_augmentations > 0, "val": False}
+    graphs = {"train": graph, "val": module.metadata.build_graph(evaluation=True)}
     splits = {
-        split: _readable(data[split], graph, layout, augment=augment[split], seed=config.seed) for split in augment
+        split: _readable(data[split], graphs[split], layout, augment=augment[split], seed=config.seed)
+        for split in augment
     }
     last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
@@ -407,7 +409,7 @@ def _trained(
     metadata, content = read_checkpoint(checkpoint)
     model = metadata.build_model()
     load_weights(model, content, checkpoint)
-    graph = metadata.build_graph()
+    graph = metadata.build_graph(evaluation=data.dataset.split != "train")
     online = None
     if data.store is None:
         load_weights(extractor, content, checkpoint, prefix="online.detector.")

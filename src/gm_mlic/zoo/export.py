@@ -174,7 +174,13 @@ def export(
         free = {name: {0: images, 1: instances} for name, _ in zip(arguments, inputs, strict=False)}
         trials = [network.example(5, network.min_instances + 8, 1), network.example(1, network.min_instances, 2)]
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)
-    extractor = predictor.extractor
+    extractor = predictor.detector
+    if part == "all" and predictor.metadata.views > 1:
+        raise ArgumentError(
+            "part",
+            f"is {part!r}, but the model reads {predictor.metadata.views} views of a photo: export "
+            "`part='network'` and `part='detector'`.",
+        )
     if not isinstance(extractor, FasterRCNNExtractor):
         raise ArgumentError("part", f"is {part!r}, but {extractor.name} is a custom detector: export `part='network'`.")
     extractor = copy.deepcopy(extractor).cpu()

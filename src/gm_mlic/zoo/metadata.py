@@ -29,7 +29,8 @@ class ModelMetadata:
         label_source: source of the vectors.
         model: arguments of :func:`~gm_mlic.create_model`, including ``name``.
         graph: arguments of :class:`~gm_mlic.graphs.AssignmentGraph`, with ``candidates`` and ``class_labels`` as lists
-            of label indices per detector class, ``label_counts`` as a list, and ``layout``: ``dense`` or ``sparse``.
+            of label indices per detector class, ``label_counts`` as a list, ``layout``: ``dense`` or ``sparse``,
+            and ``views`` of each photo in evaluation (default: 1).
         detector: name of the instance extractor.
         detector_settings: arguments of :func:`~gm_mlic.detection.build_extractor`, plus ``max_instances``.
         detector_fingerprint: fingerprint of the extractor that the model was trained with.
@@ -50,13 +51,23 @@ class ModelMetadata:
         """Build the model with newly initialized weights."""
         return MODELS.build(**self.model)  # type: ignore[no-any-return]
 
-    def build_graph(self) -> AssignmentGraph:
+    @property
+    def views(self) -> int:
+        """Views of each photo in evaluation, whose instances are in one graph."""
+        return int(self.graph.get("views", 1))
+
+    def build_graph(self, *, evaluation: bool = False) -> AssignmentGraph:
         """Build the assignment-graph transform for these labels.
+
+        Args:
+            evaluation: with m instances of each of the views of evaluation.
 
         Raises:
             ConfigError, TypeError, ValueError: for invalid settings.
         """
-        settings = {name: value for name, value in self.graph.items() if name != "layout"}
+        settings = {name: value for name, value in self.graph.items() if name not in ("layout", "views")}
+        if evaluation and settings.get("m") is not None:
+            settings["m"] *= self.views
         C = len(self.labels)
         for name in ("candidates", "class_labels"):
             if (lists := settings.get(name)) is None:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
-from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, Instances, build_extractor
+from gm_mlic.detection import (
+    FasterRCNNExtractor,
+    GridExtractor,
+    InstanceExtractor,
+    Instances,
+    MultiViewExtractor,
+    build_extractor,
+)
 from gm_mlic.embeddings import embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
@@ -104,10 +111,11 @@ class Predictor:
     ) -> None:
         self.model = model.eval()
         self.metadata = metadata
-        self.extractor = extractor
+        self.detector = extractor
+        self.extractor = extractor if metadata.views == 1 else MultiViewExtractor(extractor, metadata.views)
         self.card = card or ModelCard()
         self.device = next(model.parameters()).device
-        self.graph = metadata.build_graph()
+        self.graph = metadata.build_graph(evaluation=True)
         for table in (self.graph.candidates, self.graph.class_labels):
             if table is not None and len(table) != max(1, len(extractor.labels)):
                 raise WeightsError(
@@ -204,7 +212,7 @@ class Predictor:
             folder: output folder; an existing model in it is replaced.
             card: content of the model card; default: the card of this model.
         """
-        return write_pretrained(Path(folder), self.model, self.metadata, self.extractor, card or self.card)
+        return write_pretrained(Path(folder), self.model, self.metadata, self.detector, card or self.card)
 
     def with_labels(self, labels: Sequence[str], **embedding: Any) -> Predictor:
         """Predictor with the same model for other labels; GM-MLIC has no per-label parameters.
@@ -231,7 +239,7 @@ class Predictor:
             vectors = words.vectors[[words.labels.index(name) for name in classes]]
             class_labels = labels_of_classes(classes, labels, vectors.numpy(), found.vectors.numpy())
         metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source, class_labels)
-        return Predictor(self.model, metadata, self.extractor)
+        return Predictor(self.model, metadata, self.detector)
 
     def __call__(
         self, photos: Iterable[Photo], batch_size: int = 8, skipped: dict[str, str] | None = None

@@ -30,7 +30,7 @@ class MILMax(nn.Module):
     Args:
         instance_dim: size of an instance's feature.
         num_labels: C.
-        width: size of the hidden layer (default: 512). None for no hidden layer: only what ``prior`` and ``linear`` add.
+        width: size of the hidden layer (default: 512). None: only what ``prior`` and ``linear`` add, no hidden layer.
         prior, linear, components, shrinkage, ridge, pooling: as for :class:`~gm_mlic.nn.GMMLIC`, with a one-hot vector
             for each label.
 
