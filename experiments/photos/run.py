@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,11 +117,9 @@ def voc(shared: Path, *, size: int | None = None, seed: int = 0, fold: int | Non
     if fold is not None:
         both = parts["train"] + parts["val"]
         of = np.random.default_rng(seed).permutation(len(both)) % 5
-        parts = {
-            "train": [row for row, f in zip(both, of, strict=True) if f != fold],
-            "val": [row for row, f in zip(both, of, strict=True) if f == fold],
-            "test": [row for row, f in zip(both, of, strict=True) if f == fold],
-        }
+        rest = [row for row, f in zip(both, of, strict=True) if f != fold]
+        held_out = [row for row, f in zip(both, of, strict=True) if f == fold]
+        parts = {"train": rest[20:], "val": rest[:20], "test": held_out}
         return [*base, *write_split(f"fold-{seed}-{fold}", parts)]
     return base
 
@@ -181,7 +180,8 @@ def train(shared: Path, extractor: Cached, name: str, data: list[str], overrides
     from gm_mlic.cli.compose import compose
     from gm_mlic.training.run import train as run
 
-    run_dir = RUNS / "runs" / f"{name.replace(' ', '_').replace('/', '')}-{seed}"
+    part, _, rest = name.partition("/")
+    run_dir = RUNS / part / f"{re.sub(r'[^a-zA-Z0-9.]+', '_', rest).strip('_')}-{seed}"
     if not (run_dir / "metrics.json").exists():
         settings = ["experiment=photos", *data, "embedding=glove", f"embedding.path={words(shared)}"]
         settings += [f"instances.root={RUNS / 'stores'}", *overrides, f"seed={seed}", f"run_dir={run_dir}"]

@@ -197,6 +197,7 @@ RULES: Mapping[str, Rule] = {
     "trainer.instance_graph_warmup_epochs": or_null(integer(0)),
     "trainer.checkpoint_every_n_minutes": or_null(number(0)),
     "trainer.ema_decay": or_null((lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")),
+    "trainer.checkpoint": one_of("best", "last"),
     "trainer.early_stopping": or_null(integer(1)),
     "logger.name": one_of("csv", "wandb"),
     "logger.project": STRING,

@@ -78,7 +78,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a model, or resume the unfinished run in ``config.run_dir``.
 
-    Extracts missing instance stores, trains, and tests the epoch with the best val mAP.
+    Extracts missing instance stores, trains, and tests ``trainer.checkpoint``.
 
     Args:
         config: the composed config of ``conf/train.yaml``.
@@ -142,8 +142,8 @@ def _train(
             write_atomically(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
             raise
 
-        best = run_dir / "checkpoints" / "best.ckpt"
-        tested = _test(config, best, data["test"], extractor)
+        chosen = run_dir / "checkpoints" / f"{config.trainer.checkpoint}.ckpt"
+        tested = _test(config, chosen, data["test"], extractor)
         result = _summary(config, run_dir, module, data, tested.values) | {"command": state.command}
         if first:
             tested.write(run_dir, datasets["test"], module.metadata)
