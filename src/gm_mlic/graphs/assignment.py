@@ -86,7 +86,7 @@ class AssignmentGraph(BaseTransform):
 
     Args:
         label_vectors: (C, D_l), the word vector of each label.
-        m: keep the m first (most confident) instances; None keeps all.
+        m: keep the m first (most confident) instances, times ``views``; None keeps all.
         num_neighbors: of each instance, by distance of box centers (default: 5; not stated in the paper).
         num_label_neighbors: None connects all labels (the paper); a number keeps the nearest of each label by cosine.
         edge_types: names of the edge types to add (default: all three). ``matches`` is always added: its edges are the
@@ -95,6 +95,8 @@ class AssignmentGraph(BaseTransform):
             :func:`label_candidates`). None: all pairs have an edge (the paper).
         class_labels: (D, C) bool, the labels that each of the detector's classes is. Adds ``confidence`` (E,) to the
             matching edges: the score of instances that are detected as the label, 0 on all other edges.
+        views: number of views of the image whose instances are in one graph (see
+            :class:`~gm_mlic.detection.MultiViewExtractor`; default: 1).
         label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,).
         edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model
             computes them if absent. Graphs that store them have no dense form.
@@ -116,6 +118,7 @@ class AssignmentGraph(BaseTransform):
         candidates: Tensor | None = None,
         class_labels: Tensor | None = None,
         label_counts: Tensor | None = None,
+        views: int = 1,
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
@@ -129,6 +132,7 @@ class AssignmentGraph(BaseTransform):
             ("m", m, True),
             ("num_neighbors", num_neighbors, False),
             ("num_label_neighbors", num_label_neighbors, True),
+            ("views", views, False),
         ):
             if not (optional and value is None) and (not isinstance(value, int) or value < 1):
                 raise ArgumentError(name, f"must be a whole number of 1 or more, got {value!r}.")
@@ -142,7 +146,8 @@ class AssignmentGraph(BaseTransform):
             raise ArgumentError("label_counts", f"must be {C} numbers of images, got {label_counts!r:.60}.")
         self.label_vectors = label_vectors
         self.candidates, self.class_labels, self.label_counts = candidates, class_labels, label_counts
-        self.m = m
+        self.m = None if m is None else m * views
+        self.views = views
         self.num_neighbors = num_neighbors
         self.num_label_neighbors = num_label_neighbors
         self.edge_types = tuple(edge_table(edge_types))
@@ -167,6 +172,8 @@ class AssignmentGraph(BaseTransform):
             raise ConfigError("An image without instances: use the whole image as one (see InstanceExtractor).")
 
         data[LABEL].x = W
+        if self.views > 1:
+            data.views = self.views
         if self.label_counts is not None:
             data[LABEL].count = self.label_counts.to(x.dtype)
         if SPATIAL in self.edge_types:

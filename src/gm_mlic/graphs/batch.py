@@ -41,6 +41,7 @@ class AssignmentBatch:
         detected_label: (B, M) int64, the detector's class of each instance, -1 for none; or None.
         confidence: (B, M, C), q_ic: the detector's confidence where instance i is detected as label c, or 0; or None.
         label_counts: (C,), training images with each label, or None.
+        views: of each image, whose instances are in one graph.
     """
 
     x: Tensor
@@ -56,6 +57,7 @@ class AssignmentBatch:
     detected_label: Tensor | None = None
     confidence: Tensor | None = None
     label_counts: Tensor | None = None
+    views: int = 1
 
     @property
     def num_graphs(self) -> int:
@@ -125,6 +127,7 @@ class AssignmentBatch:
         class_labels: Tensor | None = None,
         detected_label: Tensor | None = None,
         score: Tensor | None = None,
+        views: int = 1,
         **others: Tensor | None,
     ) -> AssignmentBatch:
         """Connect padded instances and label vectors, as :class:`AssignmentGraph` does for one image.
@@ -138,6 +141,7 @@ class AssignmentBatch:
             candidates: (D, C) bool, the labels with an edge from instances of each detector class; None for all.
             class_labels: (D, C) bool, the labels that each detected class is; fills ``confidence``.
             detected_label, score: (B, M) int64, (B, M).
+            views: of each image, whose instances are in one graph.
             **others: ``y``, ``difficult``, ``row`` and ``label_counts``; see the class.
 
         Raises:
@@ -182,6 +186,7 @@ class AssignmentBatch:
             detected_label=detected_label,
             score=score,
             confidence=confidence,
+            views=views,
             **others,
         )
 
@@ -236,6 +241,7 @@ class AssignmentBatch:
         others = {name: data[name] for name in ("y", "difficult", "row") if name in data}
         others |= {"score": padded(instances.score)} if "score" in instances else {}
         others |= {"detected_label": padded(instances.detected_label, -1)} if "detected_label" in instances else {}
+        others |= {"views": int(torch.as_tensor(data.views).flatten()[0])} if "views" in data else {}
         others |= {"label_counts": data[LABEL].count[:C]} if "count" in data[LABEL] else {}
         if MATCHES in data.edge_types and "confidence" in data[MATCHES]:
             source, target = data[MATCHES].edge_index

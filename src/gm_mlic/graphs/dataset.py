@@ -199,4 +199,4 @@ def _settings(graph: AssignmentGraph, device: str | torch.device = "cpu") -> dic
     """Arguments of :meth:`AssignmentBatch.from_padded` that make the same graphs as ``graph``."""
     names = ("label_vectors", "label_neighbors", "candidates", "class_labels", "label_counts")
     tables = {name: None if (table := getattr(graph, name)) is None else table.to(device) for name in names}
-    return {"num_neighbors": graph.num_neighbors, "edge_types": graph.edge_types, **tables}
+    return {"num_neighbors": graph.num_neighbors, "edge_types": graph.edge_types, "views": graph.views, **tables}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ def pool_instances(
     label_states: Tensor | None = None,
     pooling: str = "max",
 ) -> ModelOutput:
-    """Pooling over instances, on logits (eq. 14).
+    r"""Pooling over instances, on logits (eq. 14).
 
     The gradient of the maximum goes to one instance, the first one where several are equal. NaN counts as the largest
     value, so that a diverged network shows.
@@ -66,7 +67,8 @@ def pool_instances(
             :class:`~gm_mlic.graphs.AssignmentBatch`.
         data: the graphs.
         label_states: (B * C, d) or (B or 1, C, d), passed on to the output.
-        pooling: ``max`` (the paper), or ``logsumexp``, by which several weak matches add up.
+        pooling: ``max`` (the paper), or ``logsumexp``, by which several weak matches add up: the logarithm of the mean
+            over views of :math:`\sum_i e^{s_{ic}}`.
 
     Raises:
         ConfigError: if images differ in their number of labels, or a label has no matching edge.
@@ -87,7 +89,7 @@ def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tens
     argmax = torch.where(largest, position, values.shape[1]).amin(dim=1)
     logits = match_logits.gather(1, argmax[:, None]).squeeze(1)
     if pooling == "logsumexp":
-        logits = match_logits.logsumexp(dim=1)
+        logits = match_logits.logsumexp(dim=1) - math.log(batch.views)
     if label_states is not None:
         label_states = label_states.expand(logits.shape[0], -1, -1)  # len() would fix B in torch.export
     return ModelOutput(logits, argmax, label_states, match_logits)
@@ -107,7 +109,8 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
             raise ConfigError(_ISOLATED.format(isolated[:5]))
     logits, edge = scatter_max(match_logits, target, N)
     if pooling == "logsumexp":
-        logits = scatter_logsumexp(match_logits, target, logits.detach())
+        views = torch.as_tensor(getattr(data, "views", 1), device=target.device).flatten()[0]
+        logits = scatter_logsumexp(match_logits, target, logits.detach()) - views.log()
     image = target // C
     # Of a single graph without ptr: [0, M].
     ptr = instances.ptr if "ptr" in instances else torch.arange(2, device=target.device) * instances.x.shape[0]

@@ -65,9 +65,8 @@ class ModelMetadata:
         Raises:
             ConfigError, TypeError, ValueError: for invalid settings.
         """
-        settings = {name: value for name, value in self.graph.items() if name not in ("layout", "views")}
-        if evaluation and settings.get("m") is not None:
-            settings["m"] *= self.views
+        settings = {name: value for name, value in self.graph.items() if name != "layout"}
+        settings["views"] = self.views if evaluation else 1
         C = len(self.labels)
         for name in ("candidates", "class_labels"):
             if (lists := settings.get(name)) is None:
