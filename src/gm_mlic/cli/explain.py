@@ -39,6 +39,10 @@ def explain_photo(config: DictConfig) -> Path:
     table = Table(
         title=f"{found.label}: argmax instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
     )
+    if found.prior is not None:
+        learned = found.match_logit - found.prior
+        table.caption = f"match logit {found.match_logit:.2f} = detector {found.prior:+.2f}, learned {learned:+.2f}"
+        table.caption_justify = "left"
     table.add_column("edge", overflow="fold")
     table.add_column("contribution to the logit", justify="right")
     for influence in found.influences[:_PRINTED]:
@@ -57,6 +61,8 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
         "label": found.label,
         "instance": found.instance,
         "logit": round(found.logit, 6),
+        "match_logit": round(found.match_logit, 6),
+        "prior": None if found.prior is None else round(found.prior, 6),
         "labels": list(prediction.labels),
         "boxes": prediction.boxes.round(1).tolist(),
         "detected": list(prediction.detected),

@@ -303,6 +303,13 @@ class MatchHead(nn.Module):
             r = r * _at_labels(edge_index, n / (n + self.shrinkage))
         return r if self.prior is None else r + self.prior(q, edge_index, w)
 
+    def prior_logits(self, data: Any) -> Tensor | None:
+        """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""
+        if self.prior is None:
+            return None
+        w = normalize(data.x_dict[LABEL] - self.center, dim=-1)
+        return self.prior(match_confidence(data), data.edge_index_dict[MATCHES], w)  # type: ignore[no-any-return]
+
     def penalty(self) -> Tensor | float:
         r""":math:`\lambda / 2` times the sum of squares of the linear classifier; the loss adds it, divided by N C."""
         return 0.0 if self.linear is None else self.ridge / 2 * self.linear.penalty()

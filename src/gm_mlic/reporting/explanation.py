@@ -29,7 +29,13 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
     _matrix(axes[1], explanation)
     _influences(axes[2], explanation)
     p = explanation.prediction.probabilities[explanation.prediction.labels.index(explanation.label)]
-    figure.suptitle(f"{explanation.label}: probability {p:.3f}, argmax instance {explanation.instance}")
+    title = f"{explanation.label}: probability {p:.3f}, argmax instance {explanation.instance}"
+    if explanation.prior is not None:
+        learned = explanation.match_logit - explanation.prior
+        title += (
+            f" (match logit {explanation.match_logit:.2f}: detector {explanation.prior:+.2f}, learned {learned:+.2f})"
+        )
+    figure.suptitle(title)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may hold dollar signs
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +46,8 @@ def _photo(axis: Axes, explanation: Explanation, photo: Image.Image) -> None:
     axis.imshow(photo)
     prediction = explanation.prediction
     plates: dict[tuple[float, float], list[int]] = {}  # boxes with nearly the same corner share a plate
-    order = [*(i for i in range(len(prediction.boxes)) if i != explanation.instance), explanation.instance]
+    shown = range(min(len(prediction.boxes), _ROWS))
+    order = [*(i for i in shown if i != explanation.instance), explanation.instance]
     for i in order:
         x1, y1, x2, y2 = prediction.boxes[i]
         is_argmax = i == explanation.instance

@@ -50,6 +50,8 @@ class Explanation:
         label: the explained label.
         instance: index of the argmax instance.
         logit: the label's logit.
+        match_logit: match logit of the argmax instance and the label.
+        prior: the detector's part of the match logit; None for a model without prior.
         influences: all edges to the argmax instance and to the label, largest absolute change first.
     """
 
@@ -57,6 +59,8 @@ class Explanation:
     label: str
     instance: int
     logit: float
+    match_logit: float
+    prior: float | None
     influences: tuple[Influence, ...]
 
 
@@ -88,7 +92,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)
     with torch.no_grad():
-        output = model(data)
+        output, priors = model(data), model.head.prior_logits(data)
     instance, logit = int(output.argmax_instance[0, c]), float(output.logits[0, c])
     removals = _removals(data, {INSTANCE: instance, LABEL: c}, names)
     influences = []
@@ -98,7 +102,10 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
             logits = model(Batch.from_data_list([graph for _, graph in batch])).logits[:, c].tolist()
         influences += [Influence(*edge, logit - other) for (edge, _), other in zip(batch, logits, strict=True)]
     influences.sort(key=lambda influence: -abs(influence.change))
-    return Explanation(prediction, names[c], instance, logit, tuple(influences))
+    edge = (data[MATCHES].edge_index == torch.tensor([[instance], [c]], device=data[LABEL].x.device)).all(dim=0)
+    prior = None if priors is None else float(priors[edge])
+    match_logit = float(output.match_logits[0, instance, c])
+    return Explanation(prediction, names[c], instance, logit, match_logit, prior, tuple(influences))
 
 
 class ExplainedModel(nn.Module):
