@@ -159,8 +159,8 @@ class GMMLIC(nn.Module):
     for all images of a batch.
 
     The type of the graph selects the computation. A ``HeteroData`` is processed by message passing over ``edge_index``,
-    an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, several times faster. Parameters
-    and results are the same. Under autocast, logits and pooling stay in float32.
+    an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, about three times faster.
+    Parameters and results are the same. Under autocast, logits and pooling stay in float32.
 
     Args:
         instance_dim: D_o, size of an instance's feature f.
@@ -176,7 +176,7 @@ class GMMLIC(nn.Module):
             of some of its rows. The paper's ablations leave one row out. Without ``matches``, the decoder reads
             :math:`[v^o_i, v^l_c]`.
         gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
-            no). It needs a fraction of the memory and about a third more time; results are the same. For a
+            no). It needs a fraction of the memory and about 40 % more time; results are the same. For a
             ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
 
     Shapes:
