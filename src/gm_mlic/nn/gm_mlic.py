@@ -160,8 +160,8 @@ class GMMLIC(nn.Module):
     for all images of a batch.
 
     The type of the graph selects the computation. A ``HeteroData`` is processed by message passing over ``edge_index``,
-    an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, several times faster. Parameters
-    and results are the same. Under autocast, logits and pooling stay in float32.
+    an :class:`~gm_mlic.graphs.AssignmentBatch` by the same layers on dense tensors, about three times faster.
+    Parameters and results are the same. Under autocast, logits and pooling stay in float32.
 
     Args:
         instance_dim: D_o, size of an instance's feature f.
@@ -187,7 +187,7 @@ class GMMLIC(nn.Module):
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
         gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
-            no). It needs a fraction of the memory and about a third more time; results are the same. For a
+            no). It needs a fraction of the memory and about 40 % more time; results are the same. For a
             ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
 
     Shapes:
