@@ -96,9 +96,9 @@ class DetectorPrior(nn.Module):
         \end{cases}
         \qquad b_c = u^\top w_c + b
 
-    :math:`\alpha` (1), :math:`\phi` (the logit of 0.001), u and b (0) are learned. :math:`q_{ic}` is clamped to the range
-    0.001 to 0.999. Within it, the initial logits rank images as the detector does. The bias is a function of the label
-    vector, so that it exists for labels that were not trained.
+    :math:`\alpha` (1), :math:`\phi` (the logit of 0.001), u and b (0) are learned. :math:`q_{ic}` is clamped to
+    0.001 to 0.999. Within this range, the initial logits rank images as the detector does. The bias is a function of
+    the label vector, so that it exists for labels that were not trained.
 
     Args:
         label_dim: D_l.
