@@ -41,6 +41,19 @@ def test_more_devices_and_views():
     assert result["bytes"]["stores"] > 2 * planned()["bytes"]["stores"]
 
 
+def test_views_of_evaluated_photos_are_detected_and_stored():
+    one, two = planned(), planned("graph.views=2")
+    assert two["images"]["extract"] == 100 + 2 * (20 + 40)
+    assert two["seconds"]["extract"] == pytest.approx(one["seconds"]["extract"] + 60)
+    assert two["bytes"]["stores"] == one["bytes"]["stores"] + 60 * 6 * (4 * 2 + 4 * 4 + 4 + 4)
+
+
+def test_epochs_of_the_smallest_number_of_steps():
+    assert planned("trainer.min_steps=100")["images"]["train"] == 8 * 100  # 13 steps per epoch
+    assert planned("trainer.min_steps=100", "devices=4")["images"]["train"] == 25 * 100  # 4 steps per epoch
+    assert planned("trainer.min_steps=60")["images"]["train"] == 5 * 100
+
+
 def test_online_detection_counts_in_each_epoch():
     frozen, trained = (planned("instances.online=true", f"detector.trainable={part}") for part in ("none", "box_head"))
     assert frozen["seconds"]["extract"] == 60 + 500
@@ -48,10 +61,18 @@ def test_online_detection_counts_in_each_epoch():
     assert trained["bytes"]["stores"] == 0
 
 
-@pytest.mark.parametrize("model", ["gm_mlic_small", "mil_max"])
-def test_plan_of_an_existing_dataset(model: str, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "model",
+    [
+        ["model=gm_mlic_small"],
+        ["model=mil_max"],
+        ["model.prior=true", "model.linear=true", "model.class_words=true", "model.shrinkage=10"],
+    ],
+    ids=lambda model: model[0],
+)
+def test_plan_of_an_existing_dataset(model: list[str], tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    overrides = ["experiment=scenes_smoke", f"model={model}", "dataset.sizes={train: 24, val: 8, test: 8}"]
+    overrides = ["experiment=scenes_smoke", *model, "dataset.sizes={train: 24, val: 8, test: 8}"]
     result = plan(compose("plan", [*overrides, "dataset.image_size=96"]))
     assert all(seconds > 0 for seconds in result["seconds"].values())
     assert result["bytes"]["memory"] > result["bytes"]["checkpoints"] / 2

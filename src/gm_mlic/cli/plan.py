@@ -110,22 +110,23 @@ def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
         ``seconds`` per phase on ``config.devices`` devices, with their ``total``; ``bytes`` of ``stores``,
         ``checkpoints`` and ``memory`` (per device, in training); ``images`` per phase.
     """
-    N, epochs, n = sizes.images, config.trainer.max_epochs, config.devices
+    N, n = sizes.images, config.devices
+    epochs = build.epochs(config, N["train"], n)
     views, online = config.instances.num_augmentations, config.instances.online
     trained = config.detector.trainable != "none"
     stored = [split for split in N if not (trained or (online and split == "train"))]
     again = (epochs * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
     batch = config.trainer.batch_size
     steps = math.ceil(math.ceil(N["train"] / n) / batch)
+    detected = sum(N[split] * (1 if split == "train" else config.graph.views) for split in stored) + again
     images = {
-        "extract": sum(N[split] for split in stored) + (views * N["train"] if "train" in stored else 0) + again,
+        "extract": detected + (views * N["train"] if "train" in stored else 0),
         "train": epochs * N["train"],
         "validate": epochs * N["val"],
         "test": N["test"],
     }
     seconds = {
-        "extract": (sum(N[s] for s in stored) + again) * probe.detect / n
-        + (views * N["train"] * probe.view / n if "train" in stored else 0.0),
+        "extract": detected * probe.detect / n + (views * N["train"] * probe.view / n if "train" in stored else 0.0),
         "train": epochs * steps * batch * probe.train,
         "validate": images["validate"] * probe.evaluate / n,
         "test": images["test"] * probe.evaluate / n,
@@ -164,7 +165,7 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
     manifest = Manifest(
         **names, ids=("",) * images, labels=("",) * sizes.labels, detector_labels=(), feature_dim=feature_dim,
         difficult=sizes.dataset is not None and sizes.dataset.difficult is not None,
-        m=config.detector.max_instances, views=views, view_size=None, view_seed=None, batch_size=1, versions={},
+        m=build.stored_instances(config, split), views=views, view_size=None, view_seed=None, batch_size=1, versions={},
     )  # fmt: skip
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
 
@@ -217,6 +218,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     dim = config.embedding.get("dim") or 300
     graph_settings = build.graph_settings(config)
     layout = graph_settings.pop("layout")
+    graph_settings |= {"class_labels": torch.eye(C, dtype=torch.bool), "label_counts": torch.ones(C)}
     with config_keys("graph"):
         graph = AssignmentGraph(torch.randn(C, dim), **graph_settings)
     names = [str(c) for c in range(C)]
@@ -275,7 +277,7 @@ def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequ
     views = config.instances.num_augmentations
     words = {
         "extract": "images" + (f", {views} views per training image" if views else ""),
-        "train": f"images in {config.trainer.max_epochs} epochs",
+        "train": f"images in {build.epochs(config, sizes.images['train'], config.devices)} epochs",
         "validate": "images",
         "test": "images",
     }

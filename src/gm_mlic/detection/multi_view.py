@@ -26,8 +26,8 @@ class MultiViewExtractor:
     """The instances of an extractor in several views of each photo, as one list.
 
     The views are the photo, its mirror image, and its four corners, of three quarters of its width and height, two of
-    them mirrored. Boxes are in the photo's coordinates. Duplicates are kept: an object that is found in several views
-    has several instances, whose match logits add up with ``pooling="logsumexp"``.
+    them mirrored. The m most confident instances of all views are kept. Boxes are in the photo's coordinates. An object
+    that is found in several views has several instances, whose match logits add up with ``pooling="logsumexp"``.
 
     Args:
         extractor: finds instances in each view.
@@ -52,6 +52,8 @@ class MultiViewExtractor:
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
         """Detect instances; see :class:`InstanceExtractor`."""
+        if not len(images):
+            return []
         found: list[list[Instances]] = [[] for _ in images]
         for view in VIEWS[: self.views]:
             crops, places = zip(*(_crop(image, *view) for image in images), strict=True)

@@ -175,7 +175,7 @@ class AssignmentBatch:
         if class_labels is not None:
             if detected_label is None or score is None:
                 raise ConfigError("Class labels need the detected label and the score of each instance.")
-            confidence = class_confidence(class_labels, detected_label, score.masked_fill(~mask, 0))
+            confidence = class_confidence(class_labels, detected_label, score.masked_fill(~mask, 0).to(x.dtype))
         return cls(
             x,
             box,

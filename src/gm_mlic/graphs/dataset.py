@@ -43,7 +43,7 @@ def to_hetero_data(instances: Instances) -> HeteroData:
 
 
 class _StoreGraphs:
-    """The readable images of a store, and the augmented view of each in an epoch."""
+    """The readable images of a store, and the view of each in an epoch."""
 
     def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class _StoreGraphs:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the augmented views of this epoch. They depend on seed and epoch only."""
+        """Draw the views of this epoch. They depend on seed and epoch only."""
         self._epoch.fill_(epoch)
 
     def view(self, row: int) -> int:
@@ -88,7 +88,7 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
     Args:
         store: an opened instance store.
         graph: the transform that builds the graphs.
-        augment: take an augmented view instead of the original one, drawn in each epoch (see :meth:`set_epoch`).
+        augment: take the original or an augmented view, drawn in each epoch (see :meth:`set_epoch`).
         seed: seed of that draw.
 
     Raises:

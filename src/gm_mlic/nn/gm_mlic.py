@@ -183,7 +183,7 @@ class GMMLIC(nn.Module):
             :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: 0, none). :meth:`fit_features` sets the vectors.
         components: standardize instance features, and keep at most that many principal axes
             (:class:`~gm_mlic.nn.Standardize`; default: None, features as they are).
-        shrinkage, ridge: how strongly what is learnt is held back; see :class:`~gm_mlic.nn.MatchHead`.
+        shrinkage, ridge: how strongly what is learned is held back; see :class:`~gm_mlic.nn.MatchHead`.
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
         gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
@@ -253,6 +253,10 @@ class GMMLIC(nn.Module):
             shrinkage=shrinkage,
             ridge=ridge,
         )
+        if not isinstance(class_words, int) or class_words < 0:
+            raise ArgumentError("class_words", f"must be the number of detector classes, got {class_words!r}.")
+        if class_words and min(instance_dim, label_dim) < 1:
+            raise ArgumentError("class_words", "needs instance_dim and label_dim, not -1.")
         self.class_vectors: Tensor
         if class_words:  # one row of zeros, for instances without a class
             self.register_buffer("class_vectors", torch.zeros(class_words + 1, label_dim))
@@ -397,6 +401,11 @@ class GMMLIC(nn.Module):
             raise ConfigError(
                 f"The graph has {x_dict[LABEL].shape[1]} labels, but {cache.x_dict[LABEL].shape[1]} are in the label "
                 "cache: precompute the graph's own."
+            )
+        if MATCHES in _edge_attr_dict(data) and (self.class_words or self.head.standardize is not None):
+            raise ConfigError(
+                "The graph stores the attributes of matching edges, and the model changes the instance features in "
+                "them: give AssignmentGraph edge_attr=False."
             )
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
         if dtype is None or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):

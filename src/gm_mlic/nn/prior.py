@@ -96,8 +96,9 @@ class DetectorPrior(nn.Module):
         \end{cases}
         \qquad b_c = u^\top w_c + b
 
-    :math:`\alpha` (1), :math:`\phi` (the logit of 0.001), u and b (0) are learnt. The initial logits rank images as the
-    detector does. The bias is a function of the label vector, so that it exists for labels that were not trained.
+    :math:`\alpha` (1), :math:`\phi` (the logit of 0.001), u and b (0) are learned. :math:`q_{ic}` is clamped to
+    0.001 to 0.999. Within this range, the initial logits rank images as the detector does. The bias is a function of
+    the label vector, so that it exists for labels that were not trained.
 
     Args:
         label_dim: D_l.
@@ -124,8 +125,10 @@ class DetectorPrior(nn.Module):
         nn.init.zeros_(self.bias.bias)
 
     def forward(self, q: Tensor, edge_index: Tensor | DenseEdges, w: Tensor) -> Tensor:
-        logit = (self.SCALE * self.alpha) * q.clamp(FLOOR, 1 - FLOOR).logit()
-        logit = torch.where(q > 0, logit, self.SCALE * self.floor)
+        # bfloat16 has no number between 0.996 and 1.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logit = q.to(wide).clamp(FLOOR, 1 - FLOOR).logit().to(w.dtype)
+        logit = torch.where(q > 0, self.SCALE * self.alpha * logit, self.SCALE * self.floor)
         return logit + _at_labels(edge_index, self.SCALE * self.bias(w).squeeze(-1))
 
     def __repr__(self) -> str:
@@ -216,21 +219,23 @@ class Standardize(nn.Module):
             self.axes.copy_(torch.linalg.eigh(z.T @ z).eigenvectors.T.flip(0)[: self.out_channels])
 
     def forward(self, x: Tensor) -> Tensor:
-        z = ((x - self.mean) * self.scale).clamp(-6, 6)
-        return z if self.axes is None else linear(z, self.axes)
+        with torch.autocast(x.device.type, enabled=False):
+            z = ((x.to(self.mean.dtype) - self.mean) * self.scale).clamp(-6, 6)
+            return z if self.axes is None else linear(z, self.axes)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
 class MatchHead(nn.Module):
-    r"""The match logits of a model: what the detector says, and what is learnt beyond it.
+    r"""The match logits of a model: what the detector says, and what is learned beyond it.
 
     .. math::
         s_{ic} = \mathrm{Prior}_{ic} + h_c \, (\mathrm{Linear}_{ic} + r_{ic}), \qquad h_c = n_c / (n_c + \tau)
 
     with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: labels with few
-    images stay near the detector's. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's.
+    images stay near the detector's. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it
+    is computed in the dtype of the parameters.
 
     Args:
         instance_dim: D, size of an instance's feature.
@@ -263,6 +268,8 @@ class MatchHead(nn.Module):
         super().__init__()
         if (prior or linear) and min(instance_dim, label_dim) < 1:
             raise ArgumentError("prior" if prior else "linear", "needs instance_dim and label_dim, not -1.")
+        if components is not None and (components < 1 or instance_dim < 1):
+            raise ArgumentError("components", f"must be 1 or more, with instance_dim, got {components}.")
         for name, value in (("shrinkage", shrinkage), ("ridge", ridge)):
             if not 0 <= value < float("inf"):
                 raise ArgumentError(name, f"must be 0 or more, got {value}.")
@@ -293,15 +300,19 @@ class MatchHead(nn.Module):
 
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
         edge_index = data.edge_index_dict[MATCHES]
-        q = match_confidence(data) if self.prior is not None or self.linear is not None else None
-        if q is not None:
-            w = normalize(w - self.center, dim=-1)
-        if self.linear is not None:
-            r = r + self.linear(x, w, q, data)
-        if self.shrinkage:
-            n = label_counts(data).to(r.dtype)
-            r = r * _at_labels(edge_index, n / (n + self.shrinkage))
-        return r if self.prior is None else r + self.prior(q, edge_index, w)
+        with torch.autocast(r.device.type, enabled=False):
+            q = match_confidence(data) if self.prior is not None or self.linear is not None else None
+            if q is not None:
+                w = w.to(self.center.dtype)
+                difference = (w - self.center).to(torch.promote_types(w.dtype, torch.float32))
+                w = normalize(difference, dim=-1).to(w.dtype)
+            if self.linear is not None:
+                r = r + self.linear(x.to(w.dtype), w, q, data)
+            if self.shrinkage:
+                n = label_counts(data).to(torch.promote_types(r.dtype, torch.float32))
+                h = 1 - self.shrinkage / (n + self.shrinkage)  # 1 where a count is inf in float16
+                r = r * _at_labels(edge_index, h.to(r.dtype))
+            return r if self.prior is None else r + self.prior(q, edge_index, w)
 
     def prior_logits(self, data: Any) -> Tensor | None:
         """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""

@@ -56,4 +56,5 @@ def scatter_logsumexp(src: Tensor, index: Tensor, largest: Tensor) -> Tensor:
     Returns:
         (G,).
     """
-    return largest + torch.zeros_like(largest).index_add(0, index, (src - largest[index]).exp()).log()
+    terms = (src - largest[index]).exp()
+    return largest + terms.new_zeros(largest.shape).index_add(0, index, terms).log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: Instan
     if instances.path is not None:
         return Path(instances.path) / dataset.split
     views = _views(config, dataset.split)
-    depends_on = [dataset.fingerprint, extractor.fingerprint, _stored(config, dataset.split), instances.batch_size]
+    depends_on = [
+        dataset.fingerprint,
+        extractor.fingerprint,
+        stored_instances(config, dataset.split),
+        instances.batch_size,
+    ]
     depends_on += [views, instances.view_size] if views else []
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
     return Path(instances.root) / dataset.name / f"{dataset.split}-{extractor.name}-{digest}"
@@ -114,7 +120,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
             dataset,
             extractor,
             path,
-            m=_stored(config, dataset.split),
+            m=stored_instances(config, dataset.split),
             views=_views(config, dataset.split),
             view_size=instances.view_size,
             batch_size=instances.batch_size,
@@ -132,7 +138,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     return store
 
 
-def _stored(config: DictConfig, split: str) -> int:
+def stored_instances(config: DictConfig, split: str) -> int:
     """Instances per image in the store of a split."""
     return int(config.detector.max_instances * (1 if split == "train" else config.graph.views))
 
@@ -283,9 +289,9 @@ def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetric
         return MultiLabelMetrics(len(labels), labels=labels, **options)
 
 
-def epochs(config: DictConfig, num_images: int) -> int:
+def epochs(config: DictConfig, num_images: int, world_size: int) -> int:
     """``trainer.max_epochs``, or as many as give ``trainer.min_steps`` steps."""
     trainer = config.trainer
-    steps = max(1, -(-num_images // (trainer.batch_size * rank_info().world_size)))  # of an epoch
-    epochs: int = max(trainer.max_epochs, -(-trainer.min_steps // steps))
+    steps = max(1, math.ceil(math.ceil(num_images / world_size) / trainer.batch_size))  # of an epoch
+    epochs: int = max(trainer.max_epochs, math.ceil(trainer.min_steps / steps))
     return epochs

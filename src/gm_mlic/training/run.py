@@ -123,7 +123,7 @@ def _train(
     module, graph, words = build_module(config, datasets["train"], extractor)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
-        trainer = build_trainer(config, run_dir, callbacks, build.epochs(config, len(datasets["train"])))
+        trainer = build_trainer(config, run_dir, callbacks, len(datasets["train"]))
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
@@ -161,6 +161,7 @@ def evaluate(
     calibrate: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
+    extractor: InstanceExtractor | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on one split, with the settings of its run.
 
@@ -173,6 +174,7 @@ def evaluate(
         calibrate: also compute the metrics with per-label thresholds fitted on ``val`` (``calibrated``).
         bootstrap: resamples of the images for the 95 % interval of mAP (``intervals``); 0: none.
         seed: seed of the resampling.
+        extractor: the detector of the run, if it is a custom one.
 
     Raises:
         ConfigError: if thresholds would be fitted on the evaluated split.
@@ -187,7 +189,7 @@ def evaluate(
     if calibrate and split == "val":
         raise ConfigError("calibrate=true fits thresholds on val: evaluate another split, e.g. split=test.")
     metadata.check_labels(tuple(dataset.labels), path)
-    extractor = build.build_detector(config)
+    extractor = build.build_detector(config) if extractor is None else extractor
     metadata.check_detector(extractor.name, extractor.fingerprint, path)
     data = split_data(config, dataset, extractor)
     tested = _test(config, path, data, extractor)
@@ -308,7 +310,7 @@ def _fit(
     first = (0, 0)
     if content is not None:
         first = position(content)
-        if _stopped_early(content) or first[0] >= build.epochs(config, len(data["train"].dataset)):
+        if _stopped_early(content) or first[0] >= (trainer.max_epochs or 0):
             return
         log.info("resuming %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = resolve_num_workers(config.trainer.num_workers, resolve_device(config.trainer.accelerator))

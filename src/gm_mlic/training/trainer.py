@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import launcher, rank_info
 from gm_mlic.errors import ConfigError
+from gm_mlic.training import build
 from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
 from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
 from gm_mlic.training.preemption import PreemptionCheckpoint
@@ -27,7 +28,7 @@ def strategies() -> tuple[str, ...]:
 
 
 def build_trainer(
-    config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = (), epochs: int | None = None
+    config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = (), images: int | None = None
 ) -> Trainer:
     """Build a Lightning trainer without Lightning's own logger, progress bar and summary.
 
@@ -35,7 +36,7 @@ def build_trainer(
         config: a config with the section ``trainer``.
         run_dir: the run folder; None for evaluation, which saves no checkpoints.
         callbacks: callbacks of the trainer.
-        epochs: number of epochs; default: ``trainer.max_epochs``.
+        images: number of training images, for ``trainer.min_steps``; default: ``trainer.max_epochs`` epochs.
 
     Raises:
         ConfigError: if accelerator, devices, strategy or precision are not available.
@@ -55,7 +56,7 @@ def build_trainer(
             strategy=settings.strategy,
             precision=settings.precision,
             deterministic="warn" if _is_deterministic(config) else None,
-            max_epochs=epochs or settings.max_epochs,
+            max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
             plugins=[AtomicCheckpointIO()],
@@ -79,6 +80,8 @@ def build_trainer(
             f"{settings.num_nodes} give a world size of {trainer.world_size}: set trainer.devices to the processes per "
             "node, trainer.num_nodes to the number of nodes, and trainer.strategy=ddp."
         )
+    if images is not None:  # the trainer knows the world size before Lightning starts the other processes
+        trainer.fit_loop.max_epochs = build.epochs(config, images, trainer.world_size)
     return trainer
 
 

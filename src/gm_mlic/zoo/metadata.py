@@ -60,7 +60,7 @@ class ModelMetadata:
         """Build the assignment-graph transform for these labels.
 
         Args:
-            evaluation: with m instances of each of the views of evaluation.
+            evaluation: with m times as many instances as evaluation has views.
 
         Raises:
             ConfigError, TypeError, ValueError: for invalid settings.
