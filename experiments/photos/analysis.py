@@ -1,0 +1,410 @@
+"""Boxes, labels outside the training set, and tables of finished runs of ``run.py``."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import itertools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from run import COCO, CURVE, HERE, ONE_VIEW, ORDER, SIZES, TWELVE, UNSEEN, Run, raw, stores, true_boxes, voc
+from scipy.stats import ttest_1samp
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.ops import box_iou
+
+from gm_mlic import Predictor
+from gm_mlic.embeddings import labels_of
+from gm_mlic.graphs import AssignmentBatchDataset
+from gm_mlic.instances import InstanceStore
+from gm_mlic.metrics import average_precision, bootstrap_map, get_convention, interval, read_scored_images
+
+#: Models whose argmax boxes are measured. That of the detector is the most confident box of the label's class.
+EXPLAINED = ("detector", "max-pooled, prior", "paper, product", "GM-MLIC", "GM-MLIC, one view")
+#: What the models of the main part are compared with.
+REFERENCES = ("detector", "max-pooled, prior", "linear stack")
+REMOVED = ("w/o Gl", "w/o Go", "w/o ILM edges", "w/o prior", "w/o linear", "w/o holding back", "GM-MLIC, one view")
+RESAMPLES = 1000
+BATCH = 32
+
+
+# Boxes
+
+
+def measure_boxes(shared: Path, runs: Sequence[Run], extractor: Any, limit: int | None) -> None:
+    """Write boxes.json to the main runs of EXPLAINED: for each label, the boxes that are on an object of the label."""
+    wanted = [run for run in runs if run.part == "main" and run.model in EXPLAINED and run.finished]
+    if not wanted:
+        return
+    truth = true_boxes(shared)
+    (one_view,) = stores(shared, extractor, voc(shared, limit=limit), ONE_VIEW, ["test"])
+    for run in wanted:
+        file = run.path / "boxes.json"
+        if not file.exists():
+            predictor = Predictor.from_checkpoint(run.path / "checkpoints/last.ckpt", extractor=extractor)
+            store = InstanceStore.open(run.result["stores"]["test"]["path"])
+            counts = boxes_on_objects(predictor, store, one_view, truth)
+            file.write_text(json.dumps(counts, indent=1) + "\n")
+        counts = json.loads(file.read_text())
+        right, hits = (sum(row[name] for row in counts.values()) for name in ("right", "iou"))
+        print("boxes", run.model, run.seed, f"{hits} of {right} on an object (IoU)", flush=True)
+
+
+@torch.no_grad()
+def boxes_on_objects(
+    predictor: Predictor, store: InstanceStore, one_view: InstanceStore, truth: dict[str, tuple[np.ndarray, list[str]]]
+) -> dict[str, dict[str, int]]:
+    """Counts by label.
+
+    ``right``: photos with the label, and p >= 0.5; ``iou`` and ``center``: of these, with an argmax box of IoU >= 0.5
+    with an object of the label, or with its center in one; ``detector_iou``, ``detector_center``: the same for the
+    most confident box of the label's class in the photo itself.
+    """
+    labels = predictor.metadata.labels
+    counts: dict[str, Counter[str]] = {label: Counter() for label in labels}
+    column = np.array([*labels_of(one_view.manifest.detector_labels, labels), -1])
+    for batch in DataLoader(AssignmentBatchDataset(store, predictor.graph), BATCH, collate_fn=lambda batch: batch):
+        output = predictor.model(batch)
+        for b, c in ((output.logits >= 0) & (batch.y == 1)).nonzero().tolist():
+            row, label = int(batch.row[b]), labels[c]
+            boxes, names = truth[store.manifest.ids[row]]
+            objects = torch.from_numpy(boxes[[name == label for name in names]]).float()
+            found = on_object(batch.box[b, output.argmax_instance[b, c]], objects)
+            n = int(one_view.counts[row, 0])
+            own = np.flatnonzero(column[one_view.detected_labels[row, 0, :n]] == c)[:1]
+            best = [on_object(torch.tensor(one_view.boxes[row, 0, i]), objects) for i in own] or [(False, False)]
+            counts[label].update(
+                right=1, iou=found[0], center=found[1], detector_iou=best[0][0], detector_center=best[0][1]
+            )
+    names = ("right", "iou", "center", "detector_iou", "detector_center")
+    return {label: {name: int(count[name]) for name in names} for label, count in counts.items()}
+
+
+def on_object(box: Tensor, objects: Tensor) -> tuple[bool, bool]:
+    """Whether a box (4,) has IoU >= 0.5 with one of the objects (n, 4), and whether its center is in one."""
+    x, y = (box[:2] + box[2:]) / 2
+    inside = (objects[:, 0] <= x) & (x <= objects[:, 2]) & (objects[:, 1] <= y) & (y <= objects[:, 3])
+    return bool((box_iou(box[None], objects) >= 0.5).any()), bool(inside.any())
+
+
+# Labels outside the training set
+
+
+def measure_unseen(shared: Path, runs: Sequence[Run], extractor: Any, limit: int | None) -> None:
+    """Write unseen.json to the runs of the part: AP of the twelve labels by method."""
+    trained = {run.seed: run for run in runs if (run.part, run.model) == ("main", "GM-MLIC") and run.finished}
+    for run in runs:
+        if run.part != "unseen" or not run.finished:
+            continue
+        file = run.path / "unseen.json"
+        if not file.exists():
+            content = unseen_labels(shared, run, extractor, limit)
+            file.write_text(json.dumps(content, indent=1) + "\n")
+        content = json.loads(file.read_text())
+        if run.seed in trained and "GM-MLIC, trained on all labels" not in content["AP"]:
+            of = trained[run.seed].result["test"]["AP"]
+            content["AP"]["GM-MLIC, trained on all labels"] = {label: of[label] for label in TWELVE}
+            file.write_text(json.dumps(content, indent=1) + "\n")
+        for method, AP in content["AP"].items():
+            print("unseen", run.seed, method, [round(v, 1) for v in seen_and_unseen(AP, UNSEEN[run.seed])], flush=True)
+
+
+def unseen_labels(shared: Path, run: Run, extractor: Any, limit: int | None) -> dict[str, Any]:
+    """AP by method and label, and what holds back each label left out of training."""
+    predictor = Predictor.from_checkpoint(run.path / "checkpoints/last.ckpt", extractor=extractor)
+    data = voc(shared, limit=limit)
+    train, one_view = stores(shared, extractor, data, ONE_VIEW, ("train", "test"))
+    (six_views,) = stores(shared, extractor, data, [], ["test"])
+    labels = one_view.manifest.labels
+    wide = predictor.with_labels(labels)
+    counts = dict(zip(labels, wide.metadata.graph["label_counts"], strict=True))
+    unseen = UNSEEN[run.seed]
+    vectors = wide.metadata.label_vectors
+    seen = torch.tensor([label not in unseen for label in labels])
+    scores = {
+        "detector": torch.from_numpy(raw([one_view])[0]),
+        "prior, 6 views": graph_scores(with_counts(wide, dict.fromkeys(labels, 0.0)), six_views),
+        "ridge regression": regression(train, one_view, vectors, seen),
+        "GM-MLIC, unseen labels by the prior": graph_scores(
+            with_counts(wide, counts | dict.fromkeys(unseen, 0.0)), six_views
+        ),
+        "GM-MLIC": graph_scores(wide, six_views),
+    }
+    targets = torch.from_numpy(np.asarray(six_views.targets)[six_views.rows])
+    AP = {}
+    for method, of in scores.items():
+        values = (100 * average_precision(of.float(), targets)).tolist()
+        AP[method] = {label: values[labels.index(label)] for label in TWELVE}
+    tau = predictor.metadata.model["shrinkage"]
+    held = {label: {"count": counts[label], "factor": counts[label] / (counts[label] + tau)} for label in unseen}
+    return {"AP": AP, "held_back": held}
+
+
+def with_counts(predictor: Predictor, counts: dict[str, float]) -> Predictor:
+    """The predictor with other numbers of training photos; 0 leaves the prior alone."""
+    graph = {**predictor.metadata.graph, "label_counts": [counts[label] for label in predictor.metadata.labels]}
+    return Predictor(predictor.model, replace(predictor.metadata, graph=graph), predictor.detector)
+
+
+@torch.no_grad()
+def graph_scores(predictor: Predictor, store: InstanceStore) -> Tensor:
+    loader = DataLoader(AssignmentBatchDataset(store, predictor.graph), BATCH, collate_fn=lambda batch: batch)
+    return torch.cat([predictor.model(batch).logits.double().sigmoid() for batch in loader])
+
+
+def regression(train: InstanceStore, test: InstanceStore, vectors: Tensor, seen: Tensor) -> Tensor:
+    """Ridge regression from an instance to the mean label vector of its photo, as in open_labels."""
+    spec = importlib.util.spec_from_file_location("open_labels", HERE.parent / "open_labels/run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    used = np.asarray(train.features[train.rows, 0], dtype=np.float32)
+    used = used[np.arange(used.shape[1]) < np.asarray(train.counts)[train.rows, :1]]
+    center, scale = used.mean(axis=0), used.std(axis=0) + 1e-6
+    views = {}
+    for name, store in (("train", train), ("test", test)):
+        features = (np.asarray(store.features[store.rows, :1], dtype=np.float32) - center) / scale
+        counts, targets = np.asarray(store.counts)[store.rows], np.asarray(store.targets)[store.rows]
+        views[name] = SimpleNamespace(features=features, counts=counts, targets=targets)
+    scores: Tensor = module.regression(views, vectors, seen)
+    return scores
+
+
+def seen_and_unseen(AP: dict[str, float], unseen: Sequence[str]) -> tuple[float, float, float]:
+    """Mean AP of seen and of unseen labels of the twelve, and their harmonic mean."""
+    a, b = ([AP[label] for label in TWELVE if (label in unseen) == (kind == 1)] for kind in (0, 1))
+    s, u = statistics.mean(a), statistics.mean(b)
+    return s, u, 2 * s * u / (s + u)
+
+
+# Results
+
+
+def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
+    """Write the tables of finished runs as CSV, print them as Markdown, and draw the figures."""
+    from figures import draw_curve, draw_m_and_k, draw_models
+
+    done = [run for run in runs if run.finished]
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "results.csv", [row(run) for run in done if run.part != "coco"])
+    write(out / "results_coco.csv", [row(run) for run in done if run.part == "coco"])
+    write(out / "boxes.csv", list(box_rows(done)))
+    write(out / "unseen.csv", list(unseen_rows(done)))
+    main = of_part(done, "main")
+    if main:
+        drawn = resampled(done, "main", TWELVE)
+        print("## What each graph and each addition is worth\n")
+        print_differences(main, drawn, [("GM-MLIC", name) for name in REMOVED])
+        print("\n## Models\n")
+        print_values([run for run in done if run.part == "main"])
+        for name in REFERENCES:
+            print(f"\nDifference to {name}:\n")
+            print_differences(main, drawn, [(model, name) for model in ORDER if model != name])
+        print("\n## AP of each label\n")
+        print_labels([run for run in done if run.part == "main"], shared)
+        draw_models(main, {m: interval(r - drawn["detector"]) for m, r in drawn.items()}, out / "models.png")
+    curve = {model: by_size(done, model) for model in CURVE}
+    print("\n## Training photos\n")
+    print_grid(curve, [*SIZES, 1800], "photos")
+    draw_curve(curve, out / "curve.png")
+    for part, default in (("m", 20), ("k", 1)):
+        print(f"\n## {part}\n")
+        print_grid({"GM-MLIC": by_setting(done, part, default)}, sorted(by_setting(done, part, default)), part)
+    draw_m_and_k(by_setting(done, "m", 20), by_setting(done, "k", 1), out / "m_k.png")
+    coco = of_part(done, "coco")
+    if coco:
+        print("\n## COCO\n")
+        print_values([run for run in done if run.part == "coco"])
+        print()
+        drawn = resampled(done, "coco", None)
+        print_differences(coco, drawn, [(m, r) for r in REFERENCES for m in COCO if m != r])
+    print("\n## True boxes\n")
+    print_values([run for run in done if run.part == "oracle"])
+    print("\n## Argmax boxes\n")
+    print_boxes(list(box_rows(done)))
+    print("\n## Labels outside the training set\n")
+    print_unseen(list(unseen_rows(done)))
+
+
+def row(run: Run) -> dict[str, Any]:
+    """A row of results.csv. ``mAP12`` is the mean over the twelve labels, ``val mAP`` that of the tested epoch."""
+    test = run.result["test"]
+    val = run.result["val"]["mAP"]
+    if (run.path / "metrics.csv").exists():
+        with (run.path / "metrics.csv").open(newline="") as file:
+            val = float(list(csv.DictReader(file))[-1]["val/mAP"])
+    values = {} if run.part == "coco" else {"mAP12": run.mean()}
+    values |= {"mAP": test["mAP"], "CF1": test["CF1"], "OF1": test["OF1"], "val mAP": val}
+    values |= {f"AP {label}": value for label, value in test["AP"].items()}
+    what = {"part": run.part, "model": run.model, "setting": run.setting, "seed": run.seed}
+    what |= {"photos": run.result["dataset"]["sizes"]["train"]}
+    return what | {name: "" if value is None else round(value, 2) for name, value in values.items()}
+
+
+def box_rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
+    for run in runs:
+        file = run.path / "boxes.json"
+        if run.part == "main" and file.exists():
+            for label, counts in json.loads(file.read_text()).items():
+                yield {"model": run.model, "seed": run.seed, "label": label, **counts}
+
+
+def unseen_rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
+    for run in runs:
+        file = run.path / "unseen.json"
+        if run.part != "unseen" or not file.exists():
+            continue
+        content = json.loads(file.read_text())
+        for method, AP in content["AP"].items():
+            names = ("seen", "unseen", "harmonic")
+            means = dict(zip(names, seen_and_unseen(AP, UNSEEN[run.seed]), strict=True))
+            held = {f"factor {i}": round(of["factor"], 3) for i, of in enumerate(content["held_back"].values(), 1)}
+            left_out = {"labels": ";".join(UNSEEN[run.seed])} | held
+            values = {name: round(value, 2) for name, value in (means | {f"AP {n}": v for n, v in AP.items()}).items()}
+            yield {"method": method, "seed": run.seed, **left_out, **values}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        columns = dict.fromkeys(name for of in rows for name in of)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def of_part(runs: Iterable[Run], part: str) -> dict[str, dict[int, float]]:
+    """Test mAP by model and seed."""
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run.part == part:
+            found.setdefault(run.model, {})[run.seed] = run.mean()
+    return found
+
+
+def by_size(runs: Sequence[Run], model: str) -> dict[int, list[float]]:
+    """Test mAP of each seed by the number of training photos; those of the main part last."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if run.model == model and run.part in ("curve", "main"):
+            size = int(run.setting[2:]) if run.setting else 1800
+            found.setdefault(size, []).append(run.mean())
+    return dict(sorted(found.items()))
+
+
+def by_setting(runs: Sequence[Run], part: str, default: int) -> dict[int, list[float]]:
+    """Test mAP of the seeds of the part by m or k; the default is from the main part."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if run.part == part:
+            found.setdefault(int(run.setting[2:]), []).append(run.mean())
+        elif (run.part, run.model) == ("main", "GM-MLIC") and run.seed < 3:
+            found.setdefault(default, []).append(run.mean())
+    return dict(sorted(found.items()))
+
+
+def resampled(runs: Sequence[Run], part: str, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Test mAP (RESAMPLES,) of each model over the same resamples of the test photos, averaged over seeds."""
+    chosen = [run for run in runs if run.part == part]
+    files = [run.path / "scores.npz" for run in chosen]
+    images = read_scored_images(files, files[0])
+    assert images.labels is not None
+    columns = [c for c, label in enumerate(images.labels) if labels is None or label in labels]
+    scores, targets = [of[:, columns] for of in images.scores], images.targets[:, columns].to(torch.int8)
+    values = bootstrap_map(scores, targets, [get_convention("mlgcn")], RESAMPLES)[:, 0]
+    models = dict.fromkeys(run.model for run in chosen)
+    return {m: values[[i for i, run in enumerate(chosen) if run.model == m]].mean(axis=0) for m in models}
+
+
+# Tables
+
+
+def print_values(runs: Sequence[Run]) -> None:
+    """Test mAP and F1 of each model, mean and standard deviation over seeds."""
+    rows = [row(run) for run in runs]
+    columns = [name for name in ("mAP12", "mAP", "CF1", "OF1", "val mAP") if rows and name in rows[0]]
+    print(f"| model | seeds | {' | '.join(columns)} |\n| --- | ---: |{' ---: |' * len(columns)}")
+    for model in ORDER:
+        some = [of for of in rows if of["model"] == model]
+        if some:
+            cells = [mean_and_std([of[name] for of in some]) for name in columns]
+            print(f"| {model} | {len(some)} | {' | '.join(cells)} |")
+
+
+def print_differences(
+    values: dict[str, dict[int, float]], drawn: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]
+) -> None:
+    """Paired differences of mAP: over seeds, with p of the t-test, and the 95 % interval over resampled photos."""
+    print("| model | minus | difference | p (seeds) | 95 % (photos) |\n| --- | --- | ---: | ---: | ---: |")
+    for model, other in pairs:
+        if model in values and other in values:
+            d = differences(values[model], values[other])
+            varies = len(d) > 1 and max(d) - min(d) > 1e-9
+            p = f"{ttest_1samp(d, 0).pvalue:.3f}" if varies else "-"
+            low, high = interval(drawn[model] - drawn[other])
+            print(f"| {model} | {other} | {mean_and_std(d, '+')} | {p} | {low:+.2f} to {high:+.2f} |")
+
+
+def differences(values: dict[int, float], other: dict[int, float]) -> list[float]:
+    """Differences with the same seed; a model with one run is compared with every seed of the other."""
+    seeds = sorted(set(values) & set(other)) if min(len(values), len(other)) > 1 else sorted({*values, *other})
+    of = [[v[seed] if len(v) > 1 else next(iter(v.values())) for seed in seeds] for v in (values, other)]
+    return [a - b for a, b in zip(*of, strict=True)]
+
+
+def print_labels(runs: Sequence[Run], shared: Path) -> None:
+    """AP of each label, mean over seeds, and the numbers of photos with it."""
+    models = [m for m in (*CURVE, "paper, product") if any(run.model == m for run in runs)]
+    with (shared / "data/voc2012-animals/labels.csv").open(newline="") as file:
+        count = Counter((of["split"], label) for of in csv.DictReader(file) for label in of["labels"].split(";"))
+    print(f"| label | train | test | {' | '.join(models)} |\n| --- | ---: | ---: |{' ---: |' * len(models)}")
+    for label in sorted(TWELVE, key=lambda name: -count["train", name]):
+        of = [[run.result["test"]["AP"][label] for run in runs if run.model == model] for model in models]
+        cells = [f"{statistics.mean(v):.1f}" if None not in v else "-" for v in of]
+        print(f"| {label} | {count['train', label]} | {count['test', label]} | {' | '.join(cells)} |")
+
+
+def print_grid(values: dict[str, dict[int, list[float]]], columns: Sequence[int], name: str) -> None:
+    print(f"| {name} | {' | '.join(map(str, columns))} |\n| --- |{' ---: |' * len(columns)}")
+    for model, of in values.items():
+        print(f"| {model} | {' | '.join(mean_and_std(of[c]) if c in of else '-' for c in columns)} |")
+
+
+def print_boxes(rows: Sequence[dict[str, Any]]) -> None:
+    """Shares of argmax boxes on an object, beside the detector's boxes for the same photos and labels."""
+    print("| model | right labels | IoU >= 0.5 | center | detector: IoU >= 0.5 | center |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for model in EXPLAINED:
+        some = sorted((of for of in rows if of["model"] == model), key=lambda of: of["seed"])
+        runs = [list(run) for _, run in itertools.groupby(some, key=lambda of: of["seed"])]
+        if runs:
+            right = [sum(of["right"] for of in run) for run in runs]
+            names = ("iou", "center", "detector_iou", "detector_center")
+            shares = [
+                [100 * sum(of[name] for of in run) / max(1, n) for run, n in zip(runs, right, strict=True)]
+                for name in names
+            ]
+            print(f"| {model} | {statistics.mean(right):.0f} | {' | '.join(map(mean_and_std, shares))} |")
+
+
+def print_unseen(rows: Sequence[dict[str, Any]]) -> None:
+    print("| method | seen | unseen | harmonic mean |\n| --- | ---: | ---: | ---: |")
+    for method in dict.fromkeys(of["method"] for of in rows):
+        some = [of for of in rows if of["method"] == method]
+        cells = [mean_and_std([of[name] for of in some]) for name in ("seen", "unseen", "harmonic")]
+        print(f"| {method} | {' | '.join(cells)} |")
+
+
+def mean_and_std(values: Sequence[float], sign: str = "") -> str:
+    mean, no_break = f"{statistics.mean(values):{sign}.2f}", "\u00a0"
+    return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.2f}" if len(values) > 1 else mean
