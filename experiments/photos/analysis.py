@@ -249,8 +249,11 @@ def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """A row of results.csv. ``mAP12`` is the mean over the twelve labels (of part unseen: over the eight trained ones),
-    ``val mAP`` that of the tested epoch."""
+    """A row of results.csv.
+
+    ``mAP12`` is the mean over the twelve labels (of part unseen: over the eight trained ones), ``val mAP`` that of the
+    tested epoch, over all labels.
+    """
     test = run.result["test"]
     val = run.result["val"]["mAP"]
     if (run.path / "metrics.csv").exists():
