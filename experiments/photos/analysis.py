@@ -27,12 +27,23 @@ from gm_mlic.embeddings import labels_of
 from gm_mlic.graphs import AssignmentBatchDataset
 from gm_mlic.instances import InstanceStore
 from gm_mlic.metrics import average_precision, bootstrap_map, get_convention, interval, read_scored_images
+from gm_mlic.runs import SCORES
 
 #: Models whose argmax boxes are measured. That of the detector is the most confident box of the label's class.
 EXPLAINED = ("detector", "max-pooled, prior", "paper, product", "GM-MLIC", "GM-MLIC, one view")
 #: What the models of the main part are compared with.
 REFERENCES = ("detector", "max-pooled, prior", "linear stack")
-REMOVED = ("w/o Gl", "w/o Go", "w/o ILM edges", "w/o prior", "w/o linear", "w/o holding back", "GM-MLIC, one view")
+#: Models without one part of GM-MLIC, and the part. logsumexp-pooled is without graphs, and has one-hot labels.
+REMOVED = {
+    "w/o Gl": "label graph Gl",
+    "w/o Go": "instance graph Go",
+    "w/o ILM edges": "matching edges",
+    "logsumexp-pooled, prior": "the whole network (logsumexp-pooled, prior)",
+    "w/o prior": "prior",
+    "w/o linear": "linear classifier",
+    "w/o holding back": "holding back of labels with few photos",
+    "GM-MLIC, one view": "six views",
+}
 RESAMPLES = 1000
 BATCH = 32
 
@@ -142,7 +153,8 @@ def unseen_labels(shared: Path, run: Run, extractor: Any, limit: int | None) -> 
     targets = torch.from_numpy(np.asarray(six_views.targets)[six_views.rows])
     AP = {}
     for method, of in scores.items():
-        values = (100 * average_precision(of.float(), targets)).tolist()
+        values = (100 * average_precision(of, targets)).tolist()
+        values = [None if np.isnan(value) else value for value in values]
         AP[method] = {label: values[labels.index(label)] for label in TWELVE}
     tau = predictor.metadata.model["shrinkage"]
     held = {label: {"count": counts[label], "factor": counts[label] / (counts[label] + tau)} for label in unseen}
@@ -180,10 +192,11 @@ def regression(train: InstanceStore, test: InstanceStore, vectors: Tensor, seen:
     return scores
 
 
-def seen_and_unseen(AP: dict[str, float], unseen: Sequence[str]) -> tuple[float, float, float]:
+def seen_and_unseen(AP: dict[str, float | None], unseen: Sequence[str]) -> tuple[float, float, float]:
     """Mean AP of seen and of unseen labels of the twelve, and their harmonic mean."""
-    a, b = ([AP[label] for label in TWELVE if (label in unseen) == (kind == 1)] for kind in (0, 1))
-    s, u = statistics.mean(a), statistics.mean(b)
+    known = {label: value for label in TWELVE if (value := AP[label]) is not None}  # all, without a limit
+    s = statistics.mean(value for label, value in known.items() if label not in unseen)
+    u = statistics.mean(value for label, value in known.items() if label in unseen)
     return s, u, 2 * s * u / (s + u)
 
 
@@ -201,15 +214,14 @@ def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
     write(out / "boxes.csv", list(box_rows(done)))
     write(out / "unseen.csv", list(unseen_rows(done)))
     main = of_part(done, "main")
-    if main:
+    if "detector" in main:
         drawn = resampled(done, "main", TWELVE)
         print("## What each graph and each addition is worth\n")
-        print_differences(main, drawn, [("GM-MLIC", name) for name in REMOVED])
+        print_worth(main, drawn)
         print("\n## Models\n")
         print_values([run for run in done if run.part == "main"])
-        for name in REFERENCES:
-            print(f"\nDifference to {name}:\n")
-            print_differences(main, drawn, [(model, name) for model in ORDER if model != name])
+        print()
+        print_differences(main, drawn, ORDER, REFERENCES)
         print("\n## AP of each label\n")
         print_labels([run for run in done if run.part == "main"], shared)
         draw_models(main, {m: interval(r - drawn["detector"]) for m, r in drawn.items()}, out / "models.png")
@@ -227,7 +239,7 @@ def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
         print_values([run for run in done if run.part == "coco"])
         print()
         drawn = resampled(done, "coco", None)
-        print_differences(coco, drawn, [(m, r) for r in REFERENCES for m in COCO if m != r])
+        print_differences(coco, drawn, COCO, REFERENCES)
     print("\n## True boxes\n")
     print_values([run for run in done if run.part == "oracle"])
     print("\n## Argmax boxes\n")
@@ -237,7 +249,11 @@ def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """A row of results.csv. ``mAP12`` is the mean over the twelve labels, ``val mAP`` that of the tested epoch."""
+    """A row of results.csv.
+
+    ``mAP12`` is the mean over the twelve labels (of part unseen: over the eight trained ones), ``val mAP`` that of the
+    tested epoch, over all labels.
+    """
     test = run.result["test"]
     val = run.result["val"]["mAP"]
     if (run.path / "metrics.csv").exists():
@@ -270,7 +286,8 @@ def unseen_rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
             means = dict(zip(names, seen_and_unseen(AP, UNSEEN[run.seed]), strict=True))
             held = {f"factor {i}": round(of["factor"], 3) for i, of in enumerate(content["held_back"].values(), 1)}
             left_out = {"labels": ";".join(UNSEEN[run.seed])} | held
-            values = {name: round(value, 2) for name, value in (means | {f"AP {n}": v for n, v in AP.items()}).items()}
+            values = means | {f"AP {label}": value for label, value in AP.items() if value is not None}
+            values = {name: round(value, 2) for name, value in values.items()}
             yield {"method": method, "seed": run.seed, **left_out, **values}
 
 
@@ -316,7 +333,7 @@ def by_setting(runs: Sequence[Run], part: str, default: int) -> dict[int, list[f
 def resampled(runs: Sequence[Run], part: str, labels: Sequence[str] | None) -> dict[str, np.ndarray]:
     """Test mAP (RESAMPLES,) of each model over the same resamples of the test photos, averaged over seeds."""
     chosen = [run for run in runs if run.part == part]
-    files = [run.path / "scores.npz" for run in chosen]
+    files = [run.path / SCORES for run in chosen]
     images = read_scored_images(files, files[0])
     assert images.labels is not None
     columns = [c for c, label in enumerate(images.labels) if labels is None or label in labels]
@@ -342,17 +359,36 @@ def print_values(runs: Sequence[Run]) -> None:
 
 
 def print_differences(
-    values: dict[str, dict[int, float]], drawn: dict[str, np.ndarray], pairs: Sequence[tuple[str, str]]
+    values: dict[str, dict[int, float]],
+    drawn: dict[str, np.ndarray],
+    models: Sequence[str],
+    others: Sequence[str],
 ) -> None:
-    """Paired differences of mAP: over seeds, with p of the t-test, and the 95 % interval over resampled photos."""
-    print("| model | minus | difference | p (seeds) | 95 % (photos) |\n| --- | --- | ---: | ---: | ---: |")
-    for model, other in pairs:
-        if model in values and other in values:
-            d = differences(values[model], values[other])
-            varies = len(d) > 1 and max(d) - min(d) > 1e-9
-            p = f"{ttest_1samp(d, 0).pvalue:.3f}" if varies else "-"
-            low, high = interval(drawn[model] - drawn[other])
-            print(f"| {model} | {other} | {mean_and_std(d, '+')} | {p} | {low:+.2f} to {high:+.2f} |")
+    """Differences of mAP to other models; see :func:`difference`."""
+    models, others = ([name for name in names if name in values] for names in (models, others))
+    print(f"| model | {' | '.join(f'minus {other}' for other in others)} |\n| --- |{' ---: |' * len(others)}")
+    for model in models:
+        cells = ["" if model == other else difference(values, drawn, model, other) for other in others]
+        print(f"| {model} | {' | '.join(cells)} |")
+
+
+def difference(values: dict[str, dict[int, float]], drawn: dict[str, np.ndarray], model: str, other: str) -> str:
+    """Over seeds, and in parentheses p of the t-test over seeds and the 95 % interval over resampled photos."""
+    d = differences(values[model], values[other])
+    low, high = interval(drawn[model] - drawn[other])
+    p = ""
+    if len(d) > 1 and max(d) - min(d) > 1e-9:
+        value = ttest_1samp(d, 0).pvalue
+        p = f"p = {value:.3f}; " if value >= 0.001 else "p < 0.001; "
+    return f"{mean_and_std(d, '+')} ({p}{low:+.2f} to {high:+.2f})"
+
+
+def print_worth(values: dict[str, dict[int, float]], drawn: dict[str, np.ndarray]) -> None:
+    """What GM-MLIC loses without each part."""
+    print("| part | GM-MLIC minus the model without it |\n| --- | ---: |")
+    for model, part in REMOVED.items():
+        if "GM-MLIC" in values and model in values:
+            print(f"| {part} | {difference(values, drawn, 'GM-MLIC', model)} |")
 
 
 def differences(values: dict[int, float], other: dict[int, float]) -> list[float]:
@@ -403,6 +439,10 @@ def print_unseen(rows: Sequence[dict[str, Any]]) -> None:
         some = [of for of in rows if of["method"] == method]
         cells = [mean_and_std([of[name] for of in some]) for name in ("seen", "unseen", "harmonic")]
         print(f"| {method} | {' | '.join(cells)} |")
+    print("\nn / (n + tau) of the labels left out:\n")
+    for of in (of for of in rows if of["method"] == "GM-MLIC"):
+        names = of["labels"].split(";")
+        print(f"- seed {of['seed']}:", ", ".join(f"{name} {of[f'factor {i}']}" for i, name in enumerate(names, 1)))
 
 
 def mean_and_std(values: Sequence[float], sign: str = "") -> str:

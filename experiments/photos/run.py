@@ -1,7 +1,7 @@
 """Real photos: GM-MLIC beside the detector whose boxes it reads. See README.md.
 
     python experiments/photos/run.py SHARED                   # everything; finished runs are not repeated
-    python experiments/photos/run.py SHARED --only main m     # some parts
+    python experiments/photos/run.py SHARED --only main m     # some parts; also --models and --seeds
     python experiments/photos/run.py SHARED --select NAME     # cross-validation of one model on train and val
     python experiments/photos/run.py SHARED --report          # tables and figures of finished runs
 
@@ -116,10 +116,12 @@ def write_split(name: str, splits: dict[str, list[dict[str, str]]]) -> list[str]
     files = {}
     for split, rows in splits.items():
         files[split] = (folder / f"{name}-{split}.csv").absolute()
-        with files[split].open("w", newline="") as out:
+        part = files[split].with_suffix(f".{os.getpid()}")  # another process may read the file
+        with part.open("w", newline="") as out:
             writer = csv.DictWriter(out, ["file", "labels"], extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
+        part.replace(files[split])
     return ["dataset.annotations={" + ",".join(f"{split}: {file}" for split, file in files.items()) + "}"]
 
 
@@ -353,11 +355,12 @@ def stack(parts: Sequence[Any]) -> list[np.ndarray]:
 
 
 def fit_closed(run: Run, shared: Path, extractor: Cached, changed: list[str]) -> None:
-    """Fit and test a model of CLOSED, and write metrics.json and scores.npz as a training run does."""
+    """Fit and test a model of CLOSED, and write metrics and scores as a training run does."""
     import torch
 
     from gm_mlic.metrics import get_convention, write_scored_images
     from gm_mlic.metrics.evaluation import metrics_of
+    from gm_mlic.runs import SCORES
 
     parts = stores(shared, extractor, run.data(), [*ONE_VIEW, *changed], ("train", "val", "test"))
     scores = (raw if run.model == "detector, raw" else stack)(parts)
@@ -367,7 +370,7 @@ def fit_closed(run: Run, shared: Path, extractor: Cached, changed: list[str]) ->
         values.append(metrics_of(torch.from_numpy(of), y, get_convention("mlgcn"), store.manifest.labels))
     ids = [store.manifest.ids[row] for row in store.rows]
     run.path.mkdir(parents=True, exist_ok=True)
-    write_scored_images(run.path / "scores.npz", torch.from_numpy(of), y, ids, store.manifest.labels)
+    write_scored_images(run.path / SCORES, torch.from_numpy(of), y, ids, store.manifest.labels)
     sizes = {split: len(store.rows) for split, store in zip(("train", "val", "test"), parts, strict=True)}
     content = {"test": values[1], "val": values[0], "seed": run.seed, "dataset": {"sizes": sizes}}
     (run.path / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -481,6 +484,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--select", metavar="NAME")
     parser.add_argument("--report", action="store_true")
@@ -501,7 +505,7 @@ def main() -> None:
     import analysis
 
     for run in runs:
-        if run.part in given.only and run.seed in given.seeds:
+        if run.part in given.only and run.seed in given.seeds and (not given.models or run.model in given.models):
             execute(run, given.shared, true if run.boxes == "true" else detected, given.override)
             print(run.part, run.model, run.setting, run.seed, round(run.mean(), 2), flush=True)
     for part, measure in (("boxes", analysis.measure_boxes), ("unseen", analysis.measure_unseen)):
