@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from gm_mlic.detection.multi_view import VIEWS
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.registry import MODELS
@@ -54,7 +55,10 @@ class ModelMetadata:
     @property
     def views(self) -> int:
         """Views of each photo in evaluation, whose instances are in one graph."""
-        return int(self.graph.get("views", 1))
+        views = self.graph.get("views", 1)
+        if type(views) is not int or not 1 <= views <= len(VIEWS):
+            raise ValueError(f"graph.views is not 1 to {len(VIEWS)}")
+        return views
 
     def build_graph(self, *, evaluation: bool = False) -> AssignmentGraph:
         """Build the assignment-graph transform for these labels.

@@ -117,7 +117,7 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
     weights = load_safely(folder / MODEL)
     try:
-        if type(metadata.build_graph().m) is not int:
+        if type(metadata.build_graph(evaluation=True).m) is not int:
             raise ValueError("graph.m is not a number")
         with torch.device("meta"):  # allocates nothing if the config has wrong sizes
             shapes = {name: tensor.shape for name, tensor in metadata.build_model().state_dict().items()}
