@@ -183,6 +183,7 @@ class GMMLIC(nn.Module):
             :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: 0, none). :meth:`fit_features` sets the vectors.
         components: standardize instance features, and keep at most that many principal axes
             (:class:`~gm_mlic.nn.Standardize`; default: None, features as they are).
+        dropout: probability of zeros in the features that enter the encoder and the decoder (default: 0).
         shrinkage, ridge: how strongly what is learned is held back; see :class:`~gm_mlic.nn.MatchHead`.
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
@@ -215,6 +216,7 @@ class GMMLIC(nn.Module):
         linear: bool = False,
         class_words: int = 0,
         components: int | None = None,
+        dropout: float = 0.0,
         shrinkage: float = 0.0,
         ridge: float = 1000.0,
         pooling: str = "max",
@@ -240,7 +242,9 @@ class GMMLIC(nn.Module):
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
         self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
         self.edge_types = edge_table(edge_types)
-        self.pooling = pooling
+        if not 0 <= dropout < 1:
+            raise ArgumentError("dropout", f"must be at least 0 and below 1, got {dropout}.")
+        self.pooling, self.dropout = pooling, nn.Dropout(dropout)
         self.gradient_checkpointing = gradient_checkpointing
 
         product, norm_all, last = fusion == "product", norm == "all", widths[-1]
@@ -329,12 +333,14 @@ class GMMLIC(nn.Module):
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
         edge_index_dict, inputs = graph.edge_index_dict, dict(graph.x_dict)
         x, w = self.head.features(inputs[INSTANCE]), inputs[LABEL]
-        inputs[INSTANCE] = self._with_class_words(x, graph)
+        inputs[INSTANCE] = self.dropout(self._with_class_words(x, graph))
         x_dict, edge_attr_dict = call(self.encoder, inputs, edge_index_dict, _edge_attr_dict(graph), cache)
         for block in self.blocks:
             x_dict, edge_attr_dict = call(block, x_dict, edge_index_dict, edge_attr_dict)
         ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
         parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
+        if self.training and self.dropout.p:
+            parts = [self.dropout(part) for part in parts]
         return self.head(call(self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
 
     def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:
