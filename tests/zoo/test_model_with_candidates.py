@@ -117,7 +117,7 @@ def test_invalid_candidates_are_rejected(predictor: Predictor, tmp_path: Path):
             Predictor.load(saved)
     config["graph"]["candidates"] = [[0, 1]]
     (saved / "config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="candidates are for 1 classes, its detector scenes_tiny has 22"):
+    with pytest.raises(WeightsError, match="tables are for 1 classes, its detector scenes_tiny has 22"):
         Predictor.load(saved)
 
 

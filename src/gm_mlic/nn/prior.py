@@ -304,6 +304,8 @@ class MatchHead(nn.Module):
         return x if self.standardize is None else self.standardize(x)  # type: ignore[no-any-return]
 
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
+        if self.prior is None and self.linear is None and not self.shrinkage:
+            return r
         edge_index = data.edge_index_dict[MATCHES]
         with torch.autocast(r.device.type, enabled=False):
             q = match_confidence(data) if self.prior is not None or self.linear is not None else None
