@@ -654,7 +654,7 @@ def test_penalty_is_half_the_ridge_times_the_squares() -> None:
     linear = net.head.linear
     assert linear is not None
     squares = sum(float((weight.detach().numpy() ** 2).sum()) for weight in linear.parameters())
-    assert float(net.penalty()) == pytest.approx(20 * 9 * squares, rel=1e-5)
+    assert float(net.penalty()) == pytest.approx(20 * 9 * squares.item(), rel=1e-5)
     assert MILMax(D_O, 3, prior=True).penalty() == 0
 
 
