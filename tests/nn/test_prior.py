@@ -161,13 +161,8 @@ def logit(q: float) -> float:
     return math.log(q) - math.log1p(-q)
 
 
-def whitened(w: Array, trained: Array) -> Array:
-    """Label vectors of length 1, in the axes in which those of the training labels are nearly orthonormal."""
-    unit, of_training = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (w, trained))
-    values, axes = np.linalg.eigh(of_training.T @ of_training)
-    keep = values > 1e-9 * values.max()
-    scale = 1 / np.sqrt(values[keep] + 0.05**2 * values.max())
-    return unit @ axes[:, keep] @ np.diag(scale) @ axes[:, keep].T
+def normalized(w: Array, center: Array) -> Array:
+    return np.stack([(v - center) / np.linalg.norm(v - center) for v in w])
 
 
 def confidence(case: dict[str, Any], data: HeteroData) -> Array:
@@ -182,8 +177,8 @@ def confidence(case: dict[str, Any], data: HeteroData) -> Array:
 
 
 def prior_by_hand(prior: DetectorPrior, q: Array, w: Array) -> Array:
-    alpha, floor = 10 * prior.alpha.item(), 10 * prior.floor.item()
-    bias = 10 * (w @ prior.bias.weight.detach().numpy()[0] + prior.bias.bias.item())
+    alpha, floor = 3 * prior.alpha.item(), 3 * prior.floor.item()
+    bias = 3 * (w @ prior.bias.weight.detach().numpy()[0] + prior.bias.bias.item())
     out = np.zeros(q.shape)
     for i, c in np.ndindex(q.shape):
         out[i, c] = (alpha * logit(q[i, c]) if q[i, c] > 0 else floor) + bias[c]
@@ -196,7 +191,7 @@ def linear_by_hand(linear: LinearMatch, x: Array, box: Array, q: Array, w: Array
     mean = sum(a[i] * x[i] for i in range(len(x))) / a.sum()
     out = np.zeros(q.shape)
     for i, c in np.ndindex(q.shape):
-        out[i, c] = 3 * (A @ x[i] + (q[i, c] > 0) * (G @ x[i]) + H @ mean) @ w[c]
+        out[i, c] = (A @ x[i] + (q[i, c] > 0) * (G @ x[i]) + H @ mean) @ w[c]
     return out
 
 
@@ -205,13 +200,13 @@ def standardized(standardize: Standardize, x: Array) -> Array:
     return z if standardize.axes is None else z @ standardize.axes.numpy().T
 
 
-def head_by_hand(head: MatchHead, case: dict[str, Any], data: HeteroData, r: Array, trained: Array) -> Array:
+def head_by_hand(head: MatchHead, case: dict[str, Any], data: HeteroData, r: Array) -> Array:
     """Match logits (M, C) of one image from the network's logits r (M, C)."""
     x, q = data["instance"].x.numpy(), confidence(case, data)
     x = x if head.standardize is None else standardized(head.standardize, x)
     w = vectors(case["C"], case["seed"]).numpy()
     if head.prior is not None or head.linear is not None:
-        w = whitened(w, trained)
+        w = normalized(w, head.center.numpy())
     if head.linear is not None:
         r = r + linear_by_hand(head.linear, x, data["instance"].box.numpy(), q, w)
     if head.shrinkage:
@@ -230,8 +225,8 @@ def test_head_computes_its_formula(layout: str, case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])
     head = perturbed(MatchHead(D_O, D_L, **options).double())
     features = torch.randn(40, D_O, dtype=torch.float64) + 2
-    trained = torch.cat([vectors(case["C"], case["seed"]), torch.ones(2, D_L)])
-    head.fit(features, trained)
+    # One label, or equal ones, have no direction after centering.
+    head.fit(features, torch.cat([vectors(case["C"], case["seed"]), torch.ones(2, D_L)]))
     batch = as_layout(data, layout)
     source, target = data[MATCHES].edge_index
     dense_r = torch.randn(len(case["counts"]), max(case["counts"]), case["C"], dtype=torch.float64)
@@ -240,9 +235,7 @@ def test_head_computes_its_formula(layout: str, case: dict[str, Any]) -> None:
     r, w = (dense_r[edges], batch.x_dict["label"]) if layout == "sparse" else (dense_r, batch.x_dict["label"])
     found = head(r, head.features(batch.x_dict["instance"]), w, batch)
     for b, alone in enumerate(data.to_data_list()):
-        expected = torch.from_numpy(
-            head_by_hand(head, case, alone, dense_r[b, : case["counts"][b]].numpy(), trained.numpy())
-        )
+        expected = torch.from_numpy(head_by_hand(head, case, alone, dense_r[b, : case["counts"][b]].numpy()))
         on = image == b
         i, c = edges[1][on], edges[2][on]
         close(found[on] if layout == "sparse" else found[b, i, c], expected[i, c])
@@ -271,7 +264,7 @@ def test_model_computes_the_head_of_its_network(layout: str) -> None:
         changed["instance"].x = torch.from_numpy(np.concatenate([x, words, found.score.numpy()[:, None]], axis=1))
         with torch.no_grad():
             r = plain(changed).match_logits[0].numpy()
-        expected = head_by_hand(net.head, case, data, r, vectors(case["C"], case["seed"]).numpy())
+        expected = head_by_hand(net.head, case, data, r)
         close(output.match_logits[b, : len(x)], expected)
         close(output.logits[b], logsumexp(expected, axis=0))
         assert output.argmax_instance[b].tolist() == expected.argmax(axis=0).tolist()
@@ -455,8 +448,8 @@ def test_reset_parameters() -> None:
     prior, linear = net.head.prior, net.head.linear
     assert prior is not None
     assert linear is not None
-    assert 10 * prior.alpha.item() == pytest.approx(1)
-    assert 10 * prior.floor.item() == pytest.approx(math.log(0.001 / 0.999))
+    assert 3 * prior.alpha.item() == pytest.approx(1)
+    assert 3 * prior.floor.item() == pytest.approx(math.log(0.001 / 0.999))
     assert not any(p.any() for p in (*prior.bias.parameters(), *linear.parameters(), net.decoder.lin2.weight))
     assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
     mil = perturbed(MILMax(D_O, 3, width=4, prior=True, linear=True))
@@ -612,8 +605,8 @@ def test_half_precision(layout: str, dtype: torch.dtype) -> None:
     )
 
 
-def test_one_label() -> None:
-    """Its vector can be whitened, in half precision too."""
+def test_one_label_has_no_direction_after_centering() -> None:
+    """Its centered vector is zero, in half precision too."""
     case = case_of(C=1, label_counts=[4], class_labels=[[True], [False], [False]])
     data, net = graphs(case), network(case)
     assert bool(net(data).logits.isfinite().all())
@@ -654,7 +647,7 @@ def test_penalty_is_half_the_ridge_times_the_squares() -> None:
     linear = net.head.linear
     assert linear is not None
     squares = sum(float((weight.detach().numpy() ** 2).sum()) for weight in linear.parameters())
-    assert float(net.penalty()) == pytest.approx(20 * 9 * squares.item(), rel=1e-5)
+    assert float(net.penalty()) == pytest.approx(20 * squares, rel=1e-5)
     assert MILMax(D_O, 3, prior=True).penalty() == 0
 
 

@@ -44,8 +44,6 @@ class Penalized(Protocol):
 
 #: Confidence of an instance that is not detected as a label, before training.
 FLOOR = 1e-3
-#: Softness of the whitening of label vectors: directions of singular values below this share of the largest are damped.
-_SOFT = 0.05
 
 
 def match_confidence(data: Any) -> Tensor:
@@ -244,15 +242,6 @@ class MatchHead(nn.Module):
     images stay near the detector's. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it
     is computed in the dtype of the parameters.
 
-    Both terms take label vectors of length 1 that are whitened over the training labels, with the singular values and
-    vectors S, V of the latter:
-
-    .. math::
-        \hat w_c = V (S^2 + \epsilon^2)^{-1/2} V^\top w_c / |w_c|, \qquad \epsilon = 0.05 \max S
-
-    They are nearly orthonormal for the training labels, which then have independent classifiers. Another label is
-    described by the training labels with similar vectors.
-
     Args:
         instance_dim: D, size of an instance's feature.
         label_dim: D_l.
@@ -268,7 +257,7 @@ class MatchHead(nn.Module):
         - **output:** the shape of r
     """
 
-    label_map: Tensor
+    center: Tensor
 
     def __init__(
         self,
@@ -295,7 +284,7 @@ class MatchHead(nn.Module):
         self.prior = DetectorPrior(label_dim) if prior else None
         self.linear = LinearMatch(self.out_channels, label_dim) if linear else None
         if prior or linear:
-            self.register_buffer("label_map", torch.eye(label_dim))
+            self.register_buffer("center", torch.zeros(label_dim))
 
     def reset_parameters(self) -> None:
         for module in (self.prior, self.linear):
@@ -308,8 +297,7 @@ class MatchHead(nn.Module):
         if self.standardize is not None:
             self.standardize.fit(features)
         if self.prior is not None or self.linear is not None:
-            _, S, Vh = torch.linalg.svd(normalize(label_vectors.double(), dim=1), full_matrices=False)
-            self.label_map.copy_(Vh.T / (S**2 + (_SOFT * S[0]) ** 2).sqrt() @ Vh)
+            self.center.copy_(label_vectors.mean(dim=0))
 
     def features(self, x: Tensor) -> Tensor:
         """The features that the model computes with."""
@@ -322,7 +310,9 @@ class MatchHead(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             q = match_confidence(data) if self.prior is not None or self.linear is not None else None
             if q is not None:
-                w = self.whitened(w)
+                w = w.to(self.center.dtype)
+                difference = (w - self.center).to(torch.promote_types(w.dtype, torch.float32))
+                w = normalize(difference, dim=-1).to(w.dtype)
             if self.linear is not None:
                 r = r + self.linear(x.to(w.dtype), w, q, data)
             if self.shrinkage:
@@ -335,13 +325,8 @@ class MatchHead(nn.Module):
         """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""
         if self.prior is None:
             return None
-        w = self.whitened(data.x_dict[LABEL])
+        w = normalize(data.x_dict[LABEL] - self.center, dim=-1)
         return self.prior(match_confidence(data), data.edge_index_dict[MATCHES], w)  # type: ignore[no-any-return]
-
-    def whitened(self, w: Tensor) -> Tensor:
-        r""":math:`\hat w_c` of label vectors (..., D_l)."""
-        unit = normalize(w.to(torch.promote_types(w.dtype, torch.float32)), dim=-1)
-        return unit.to(self.label_map.dtype) @ self.label_map
 
     def penalty(self) -> Tensor | float:
         r""":math:`\lambda / 2` times the sum of squares of the linear classifier; the loss adds it, divided by N C."""
