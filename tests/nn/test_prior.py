@@ -177,8 +177,8 @@ def confidence(case: dict[str, Any], data: HeteroData) -> Array:
 
 
 def prior_by_hand(prior: DetectorPrior, q: Array, w: Array) -> Array:
-    alpha, floor = 3 * prior.alpha.item(), 3 * prior.floor.item()
-    bias = 3 * (w @ prior.bias.weight.detach().numpy()[0] + prior.bias.bias.item())
+    alpha, floor = 10 * prior.alpha.item(), 10 * prior.floor.item()
+    bias = 10 * (w @ prior.bias.weight.detach().numpy()[0] + prior.bias.bias.item())
     out = np.zeros(q.shape)
     for i, c in np.ndindex(q.shape):
         out[i, c] = (alpha * logit(q[i, c]) if q[i, c] > 0 else floor) + bias[c]
@@ -191,7 +191,7 @@ def linear_by_hand(linear: LinearMatch, x: Array, box: Array, q: Array, w: Array
     mean = sum(a[i] * x[i] for i in range(len(x))) / a.sum()
     out = np.zeros(q.shape)
     for i, c in np.ndindex(q.shape):
-        out[i, c] = (A @ x[i] + (q[i, c] > 0) * (G @ x[i]) + H @ mean) @ w[c]
+        out[i, c] = 3 * (A @ x[i] + (q[i, c] > 0) * (G @ x[i]) + H @ mean) @ w[c]
     return out
 
 
@@ -448,8 +448,8 @@ def test_reset_parameters() -> None:
     prior, linear = net.head.prior, net.head.linear
     assert prior is not None
     assert linear is not None
-    assert 3 * prior.alpha.item() == pytest.approx(1)
-    assert 3 * prior.floor.item() == pytest.approx(math.log(0.001 / 0.999))
+    assert 10 * prior.alpha.item() == pytest.approx(1)
+    assert 10 * prior.floor.item() == pytest.approx(math.log(0.001 / 0.999))
     assert not any(p.any() for p in (*prior.bias.parameters(), *linear.parameters(), net.decoder.lin2.weight))
     assert all(torch.equal(value, statistics[name]) for name, value in net.named_buffers())
     mil = perturbed(MILMax(D_O, 3, width=4, prior=True, linear=True))
@@ -647,7 +647,7 @@ def test_penalty_is_half_the_ridge_times_the_squares() -> None:
     linear = net.head.linear
     assert linear is not None
     squares = sum(float((weight.detach().numpy() ** 2).sum()) for weight in linear.parameters())
-    assert float(net.penalty()) == pytest.approx(20 * squares, rel=1e-5)
+    assert float(net.penalty()) == pytest.approx(20 * 9 * squares, rel=1e-5)
     assert MILMax(D_O, 3, prior=True).penalty() == 0
 
 
