@@ -33,9 +33,9 @@ def normalize_targets(
             present, 0 difficult, -1 absent.
         difficult: (N, C) bool mask of difficult pairs, with ``binary`` only; their targets are ignored.
         target_format: ``binary`` (default) or ``voc``.
-        allow_all_present: with ``voc``, accept targets without any -1 (default: refuse them, since they are usually in
-            {0, 1} and absent labels would be read as difficult).
-        validate_args: check the values of ``targets`` (default: True). The check synchronizes with the GPU and is
+        allow_all_present: with ``voc``, accept targets without any -1 (default: ``False``, since they are usually in
+            {0, 1}, and absent labels would count as difficult).
+        validate_args: check the values of ``targets`` (default: ``True``). The check synchronizes with the GPU and is
             skipped under ``torch.compile``.
 
     Returns:
