@@ -102,7 +102,7 @@ class ModelMetadata:
             labels: C' names.
             label_vectors: (C', D_l).
             label_source: source of the vectors.
-            class_labels: indices of the labels of each detector class, for models that use classes.
+            class_labels: indices of the labels of each detector class, for models that read classes.
         """
         graph, before = dict(self.graph), {label: c for c, label in enumerate(self.labels)}
         if (lists := graph.get("candidates")) is not None:
