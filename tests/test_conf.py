@@ -22,6 +22,7 @@ from gm_mlic.losses import DIFFICULT_POLICIES
 from gm_mlic.metrics import CONVENTIONS
 from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GAPLinear, MILMax, Query2Label
 from gm_mlic.nn.gm_mlic import FUSIONS, NORMS
+from gm_mlic.nn.output import POOLINGS
 from gm_mlic.training import build
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.run import build_module
@@ -327,11 +328,18 @@ def test_choices_equal_those_of_the_stages():
     for key, choices in {
         "model.fusion": FUSIONS,
         "model.norm": NORMS,
+        "model.pooling": POOLINGS,
+        "bench.norm": NORMS,
         "metrics.convention": CONVENTIONS,
         "loss.difficult": DIFFICULT_POLICIES,
     }.items():
         assert validation.RULES[key][1] == f"one of {', '.join(choices)}"
-    for key, choices in {"model.edge_types": RELATIONS, "bench.executions": EXECUTIONS, "bench.cases": CASES}.items():
+    for key, choices in {
+        "model.edge_types": RELATIONS,
+        "bench.executions": EXECUTIONS,
+        "bench.cases": CASES,
+        "bench.fusions": FUSIONS,
+    }.items():
         assert validation.RULES[key][1] == validation.some_of(*choices)[1]
 
 

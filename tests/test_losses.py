@@ -136,5 +136,18 @@ def test_invalid_arguments(ratio: list[float], options: dict[str, object], messa
         WeightedBCE(torch.tensor(ratio), **options)  # type: ignore[arg-type]
 
 
+def test_logits_of_another_kind_are_refused() -> None:
+    loss = WeightedBCE(torch.rand(3))
+    with pytest.raises(ConfigError, match=r"^logits are torch.int64: expected floating-point"):
+        loss(torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3))
+    for logits in (torch.rand(2, 4), torch.tensor(0.5)):
+        with pytest.raises(ConfigError, match=r"^logits have shape .*, label_ratio has 3 labels"):
+            loss(logits, torch.ones(2, 4))
+
+
+def test_empty_batch_is_nan() -> None:
+    assert WeightedBCE(torch.rand(3))(torch.rand(0, 3), torch.ones(0, 3)).isnan()
+
+
 def test_repr() -> None:
     assert repr(WeightedBCE(torch.rand(3), 0.4, "ignore")) == "WeightedBCE(C=3, beta=0.4, difficult='ignore')"

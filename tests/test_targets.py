@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from gm_mlic.metrics import (
     fit_thresholds,
     get_convention,
     precision_recall,
+    predicted,
     write_scored_images,
 )
 from gm_mlic.targets import normalize_targets
@@ -207,7 +210,7 @@ def test_invalid_targets_are_refused(use: str) -> None:
             r"^difficult must be a bool mask \(2, 3\), got torch.int32",
         ),
         (bad(1), {"difficult": mask[:1]}, ArgumentError, "^difficult must be a bool mask"),
-        (bad(1), {"difficult": [0, 1]}, ArgumentError, r"^difficult must be a bool mask \(2, 3\), got list"),
+        (bad(1), {"difficult": [0, 1]}, ArgumentError, r"^difficult must be a bool mask \(2, 3\), got torch.int64"),
         (bad(1), {"target_format": "pm1"}, ArgumentError, "^target_format is 'pm1': choose binary"),
     ):
         with pytest.raises(error, match=message) as caught:
@@ -221,7 +224,7 @@ def test_shapes_of_the_loss() -> None:
     loss = WeightedBCE(torch.rand(3))
     with pytest.raises(ArgumentError, match=r"^targets have shape \(3,\), logits \(2, 3\)"):
         loss(torch.zeros(2, 3), torch.zeros(3))
-    with pytest.raises(ArgumentError, match=r"^logits have 4 labels, label_ratio has 3\."):
+    with pytest.raises(ArgumentError, match=r"^logits have shape \(2, 4\), label_ratio has 3 labels\."):
         loss(torch.zeros(2, 4), torch.zeros(2, 4))
 
 
@@ -314,3 +317,56 @@ def test_label_ratio_ignores_difficult_labels() -> None:
     targets, difficult = np.array([[1, 0], [1, 1], [0, 0], [0, 1]]), np.zeros((4, 2), dtype=bool)
     difficult[1, 0] = True
     np.testing.assert_array_equal(label_ratio(targets, difficult), [0.25, 0.5])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_unsigned_voc_targets_have_no_absent_labels(dtype: torch.dtype) -> None:
+    """-1 that was stored as an unsigned integer is not read as -1."""
+    largest = bad(torch.iinfo(dtype).max, torch.int64).to(dtype)
+    for targets in (largest, largest.numpy()):
+        with pytest.raises(DataError, match=rf"^targets contain {torch.iinfo(dtype).max}: use 1 .*int.* has no -1"):
+            normalize_targets(targets, target_format="voc")
+        with pytest.raises(DataError, match=r"^targets contain .*: use 1 \(present\) and 0 \(absent\)\.$"):
+            normalize_targets(targets)
+    with pytest.raises(DataError, match=r"^targets contain no -1"):
+        normalize_targets(bad(1, torch.int64).to(dtype), target_format="voc")
+    present, difficult = normalize_targets(bad(1).to(dtype), target_format="voc", allow_all_present=True)
+    assert difficult is not None
+    assert int(present.sum()) == 2
+    assert int(difficult.sum()) == 4
+
+
+def as_lists(table: Tensor) -> object:
+    return table.tolist()
+
+
+@pytest.mark.parametrize("convert", [Tensor.numpy, as_lists], ids=["array", "list"])
+def test_arrays_and_lists_equal_tensors(convert: Callable[[Tensor], Any]) -> None:
+    logits, targets = binary()
+    logits, mask = logits.float(), torch.rand(N, C) < 0.1
+    scores, rules = logits.sigmoid(), get_convention("mmpretrain")
+
+    def results(of: Callable[[Tensor], Any]) -> dict[str, Any]:
+        s, t, d = of(scores), of(targets), of(mask)
+        metrics = MultiLabelMetrics(C, rules)
+        metrics.update(s, t, d)
+        return {
+            "loss": WeightedBCE(of(torch.full((C,), 0.3)), 0.4, "ignore")(of(logits), t, d),
+            "ap": average_precision(s, t, difficult=d),
+            "f1": precision_recall(s, t, rules, difficult=d).CF1,
+            "thresholds": fit_thresholds(s, t, rules, difficult=d),
+            "bootstrap": bootstrap_map([s], t, [rules], 2, difficult=d),
+            "predicted": predicted(s, rules, top=2),
+            "map": metrics.compute()["mAP"],
+        }
+
+    expected, found = results(lambda table: table), results(convert)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(value), err_msg=name)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_ragged_lists_are_refused_in_one_line(use: str) -> None:
+    with pytest.raises(DataError, match=r"^targets must be a tensor, an array or a list .*got list") as caught:
+        USES[use]([[1, 0, 1], [1]])
+    assert "\n" not in str(caught.value)

@@ -48,7 +48,7 @@ class Row:
     """A row of the table: name, input, overrides of experiment=scenes, learning rates."""
 
     model: str
-    reads: str
+    input: str
     overrides: list[str]
     rates: tuple[str, ...]
 
@@ -196,9 +196,9 @@ def collect() -> None:
     rows = read()
     limit = " | ".join(f"{value:.1f}" for value in known_limit().values())
     lines = [
-        "| model | reads | lr | mAP | plain | context | spatial | parameters | GFLOPs per image | images/s |",
+        "| model | input | lr | mAP | plain | context | spatial | parameters | GFLOPs per image | images/s |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| known limit | | | {limit} | | | |",
+        f"| upper bound | | | {limit} | | | |",
     ]
     cost = costs()
     for name, row in ROWS.items():
@@ -207,7 +207,7 @@ def collect() -> None:
             parameters, gflops, speed = cost[name]
             cells = [mean_and_std([float(r[measure]) for r in of]) for measure in MEASURES]
             lines.append(
-                f"| {row.model} | {row.reads} | {float(of[0]['lr']):g} | {' | '.join(cells)} | {parameters:,} | "
+                f"| {row.model} | {row.input} | {float(of[0]['lr']):g} | {' | '.join(cells)} | {parameters:,} | "
                 f"{gflops:.3g} | {speed:,.0f} |"
             )
     machine = describe_machine("cpu")

@@ -1,4 +1,4 @@
-"""GM-MLIC: graph matching based multi-label image classification, as a PyTorch Geometric plugin.
+"""GM-MLIC: graph matching based multi-label image classification, built on PyTorch Geometric.
 
 The names below are the public interface; each is imported when it is first used.
 """

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
-from gm_mlic.targets import TargetFormat, check_target_format, normalize_targets
+from gm_mlic.targets import (
+    DifficultRule,
+    TargetFormat,
+    as_table,
+    check_target_format,
+    normalize_targets,
+    positives_and_counted,
+)
 
-DIFFICULT_POLICIES = ("positive", "negative", "ignore")
+DIFFICULT_POLICIES: tuple[str, ...] = get_args(DifficultRule)
 
 
 class WeightedBCE(nn.Module):
-    r"""Weighted binary cross-entropy over images and labels (eq. 15; the paper prints it without its minus sign).
+    r"""Weighted binary cross-entropy, averaged over images and labels (eq. 15).
 
     .. math::
         L = -\frac{1}{BC} \sum_{i,c} w_{ic} \left[ y_{ic} \log p_{ic} + (1 - y_{ic}) \log(1 - p_{ic}) \right], \quad
         w_{ic} = y_{ic} e^{\beta (1 - r_c)} + (1 - y_{ic}) e^{\beta r_c}
 
-    (with ``difficult="ignore"``, the mean over the pairs that are not difficult), computed from logits in float32
-    (float64 stays float64), so that no logarithm underflows. With ``beta=0`` it equals
-    :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+    The paper sums over images and labels instead of averaging, and omits the minus sign. For numerical stability, the
+    loss is computed from logits, in float32 (float64 stays float64). With ``beta=0`` it equals
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`. With ``difficult="ignore"``, it is the mean over the
+    pairs that are not difficult. The loss of an empty batch is NaN, as in torch.
 
     Args:
         label_ratio: (C,) :math:`r_c`, the fraction of training images with label c.
@@ -30,12 +40,13 @@ class WeightedBCE(nn.Module):
             or ``ignore`` (no loss).
         target_format: ``binary`` (default): targets in {0, 1}, difficult pairs as a mask. ``voc``: targets in
             {1, 0, -1}, where 0 is difficult and -1 absent.
-        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
-        validate_args: check the values of the targets (default: True). The check synchronizes with the GPU and is
+        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: ``False``).
+        validate_args: check the values of the targets (default: ``True``). The check synchronizes with the GPU and is
             skipped under ``torch.compile``. Disable it for targets that are known to be valid.
 
     Shapes:
-        - **input:** logits (B, C); targets (B, C) of bool, integers or floats; difficult (B, C) bool, or None
+        - **input:** logits (B, C); targets (B, C) of bool, integers or floats; difficult (B, C) bool, or None. Arrays
+          and nested lists are converted to tensors
         - **output:** scalar
 
     Raises:
@@ -50,14 +61,14 @@ class WeightedBCE(nn.Module):
         self,
         label_ratio: Tensor,
         beta: float = 0.0,
-        difficult: str = "positive",
+        difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
         *,
         allow_all_present: bool = False,
         validate_args: bool = True,
     ) -> None:
         super().__init__()
-        ratio = torch.as_tensor(label_ratio, dtype=torch.float64)
+        ratio = as_table("label_ratio", label_ratio).to(torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
             raise ArgumentError("label_ratio", "must be in [0, 1].")
         if not 0 <= beta < float("inf"):
@@ -73,9 +84,14 @@ class WeightedBCE(nn.Module):
         self.register_buffer("label_ratio", ratio)
 
     def forward(self, logits: Tensor, targets: Tensor, difficult: Tensor | None = None) -> Tensor:
+        logits = as_table("logits", logits, self.label_ratio.device)
+        targets = as_table("targets", targets, logits.device)
+        difficult = None if difficult is None else as_table("difficult", difficult, logits.device)
         C = self.label_ratio.numel()
-        if logits.shape[-1] != C:
-            raise ArgumentError("logits", f"have {logits.shape[-1]} labels, label_ratio has {C}.")
+        if not logits.is_floating_point():
+            raise ArgumentError("logits", f"are {logits.dtype}: expected floating-point numbers.")
+        if logits.shape[-1:] != (C,):
+            raise ArgumentError("logits", f"have shape {tuple(logits.shape)}, label_ratio has {C} labels.")
         if targets.shape != logits.shape:
             raise ArgumentError("targets", f"have shape {tuple(targets.shape)}, logits {tuple(logits.shape)}.")
         present, difficult = normalize_targets(
@@ -85,17 +101,17 @@ class WeightedBCE(nn.Module):
             allow_all_present=self.allow_all_present,
             validate_args=self.validate_args,
         )
-        if difficult is not None and self.difficult == "positive":
-            present = present | difficult
+        positive, counted = positives_and_counted(present, difficult, self.difficult)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         ratio = self.label_ratio.to(logits.dtype)
-        weight = torch.where(present, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
-        counted: Tensor | int = logits.numel()
-        if difficult is not None and self.difficult == "ignore":
-            weight = weight * ~difficult
-            counted = (~difficult).sum().clamp(min=1)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, present.to(logits.dtype), weight, reduction="sum")
-        return loss / counted
+        weight = torch.where(positive, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
+        pairs: Tensor | int = logits.numel()
+        if counted is not None:
+            weight = weight * counted
+            pairs = counted.sum().clamp(min=1)
+        y = positive.to(logits.dtype)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
+        return loss / pairs
 
     def __repr__(self) -> str:
         voc = ", target_format='voc'" if self.target_format == "voc" else ""

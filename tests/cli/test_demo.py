@@ -40,13 +40,13 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     ]  # fmt: skip
     assert run(["demo", *small]) == 0
     printed = capsys.readouterr().out
-    rows = ["known limit", "detector's own labels", "max-pooled, no graphs", "GM-MLIC, concat", "GM-MLIC, product"]
+    rows = ["upper bound", "detector's own labels", "max-pooled, no graphs", "GM-MLIC, concat", "GM-MLIC, product"]
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert list(results) == rows
     for name in rows:
         assert name in printed
         assert 0 <= results[name]["mAP"] <= 100
-    assert results["known limit"]["mAP"] >= results["max-pooled, no graphs"]["mAP"]
+    assert results["upper bound"]["mAP"] >= results["max-pooled, no graphs"]["mAP"]
     assert (tmp_path / "demo/scenes.png").read_bytes().startswith(b"\x89PNG")
     assert "run folder: demo" in printed
     assert "demo/scenes.png" in printed

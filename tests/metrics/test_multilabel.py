@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from gm_mlic.errors import ConfigError, DataError
+from gm_mlic.errors import ArgumentError, ConfigError, DataError
 from gm_mlic.metrics import (
     CONVENTIONS,
     Convention,
     MultiLabelMetrics,
     average_precision,
+    bootstrap_map,
+    fit_thresholds,
     functional,
     get_convention,
+    precision_recall,
     predicted,
 )
 
@@ -61,7 +65,7 @@ def loop_predicted(row: list[float], rule: Convention, top: int | None) -> list[
     if top is None:
         return passed
     best = sorted(range(len(row)), key=lambda c: -row[c])[:top]
-    if rule.topk_ties == "kept":
+    if rule.topk_ties == "all":
         best = [c for c in range(len(row)) if row[c] >= row[best[-1]]]
     return [c in best and (rule.topk == "no_threshold" or passed[c]) for c in range(len(row))]
 
@@ -87,7 +91,7 @@ def loop_precision_recall(
     CP, CR, CF1 = math.nan, math.nan, math.nan
     if each:
         CP, CR = (sum(column) / len(each) for column in zip(*each, strict=True))
-        CF1 = f1(CP, CR) if rule.f1 == "of_means" else sum(f1(p, r) for p, r in each) / len(each)
+        CF1 = f1(CP, CR) if rule.f1 == "f1_of_means" else sum(f1(p, r) for p, r in each) / len(each)
     OP = sum(correct) / sum(picked) if sum(picked) else 0.0
     OR = sum(correct) / sum(true) if sum(true) else 0.0
     return {"CP": CP, "CR": CR, "CF1": CF1, "OP": OP, "OR": OR, "OF1": f1(OP, OR)}
@@ -145,9 +149,9 @@ def test_every_convention_equals_the_loops(convention: str, table: tuple[np.ndar
         "ap": st.sampled_from(["rank", "envelope", "voc11", "sklearn"]),
         "difficult_ap": st.sampled_from(["ignore", "negative", "positive"]),
         "difficult_f1": st.sampled_from(["ignore", "negative", "positive"]),
-        "f1": st.sampled_from(["of_means", "mean_of"]),
+        "f1": st.sampled_from(["f1_of_means", "mean_f1"]),
         "topk": st.sampled_from(["threshold", "no_threshold"]),
-        "topk_ties": st.sampled_from(["stable", "kept"]),
+        "topk_ties": st.sampled_from(["stable", "all"]),
         "threshold": st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]),
         "compare": st.sampled_from(["ge", "gt"]),
     }),
@@ -163,12 +167,12 @@ def test_conventions_of_the_literature() -> None:
         for name, p in CONVENTIONS.items()
     }
     assert facts == {
-        "mlgcn": ("rank", "ignore", "negative", "of_means", 0.5, "ge", "threshold", "stable"),
-        "ssgrl": ("envelope", "negative", "negative", "of_means", 0.5, "ge", "threshold", "stable"),
-        "ctran": ("sklearn", "negative", "negative", "of_means", 0.5, "ge", "threshold", "kept"),
-        "asl": ("rank", "negative", "negative", "mean_of", 0.8, "gt", "threshold", "stable"),
-        "mmpretrain": ("rank", "ignore", "ignore", "mean_of", 0.5, "ge", "no_threshold", "stable"),
-        "voc11": ("voc11", "ignore", "ignore", "of_means", 0.5, "ge", "threshold", "stable"),
+        "mlgcn": ("rank", "ignore", "negative", "f1_of_means", 0.5, "ge", "threshold", "stable"),
+        "ssgrl": ("envelope", "negative", "negative", "f1_of_means", 0.5, "ge", "threshold", "stable"),
+        "ctran": ("sklearn", "negative", "negative", "f1_of_means", 0.5, "ge", "threshold", "all"),
+        "asl": ("rank", "negative", "negative", "mean_f1", 0.8, "gt", "threshold", "stable"),
+        "mmpretrain": ("rank", "ignore", "ignore", "mean_f1", 0.5, "ge", "no_threshold", "stable"),
+        "voc11": ("voc11", "ignore", "ignore", "f1_of_means", 0.5, "ge", "threshold", "stable"),
     }
 
 
@@ -264,7 +268,7 @@ def test_no_positives_give_nan_means_and_zero_overall() -> None:
     assert [result[name].item() for name in ("OP", "OR", "OF1")] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("ties", "expected"), [("stable", [1, 1, 1, 0, 0]), ("kept", [1, 1, 1, 1, 0])])
+@pytest.mark.parametrize(("ties", "expected"), [("stable", [1, 1, 1, 0, 0]), ("all", [1, 1, 1, 1, 0])])
 def test_top3_ties(ties: str, expected: list[int]) -> None:
     scores = torch.tensor([[0.7, 0.9, 0.7, 0.7, 0.6]])
     assert predicted(scores, Convention(topk_ties=ties), top=3).int().tolist() == [expected]
@@ -431,7 +435,7 @@ def test_float32_and_float64_agree(convention: str, table: tuple[np.ndarray, np.
 def test_per_label_thresholds_equal_single_labels() -> None:
     scores, targets = random_table(40, 3)
     each = (0.3, 0.5, 0.9)
-    result = evaluate(scores, targets, threshold=torch.tensor(each, dtype=torch.float64), f1="mean_of")
+    result = evaluate(scores, targets, threshold=torch.tensor(each, dtype=torch.float64), f1="mean_f1")
     alone = [evaluate(scores[:, [c]], targets[:, [c]], threshold=each[c]) for c in range(3)]
     for name in ("CP", "CR", "CF1"):
         np.testing.assert_allclose(result[name], np.mean([one[name] for one in alone]))
@@ -498,6 +502,35 @@ def test_invalid_ids_are_refused() -> None:
 def test_invalid_arguments(options: dict) -> None:
     with pytest.raises(ConfigError):
         MultiLabelMetrics(**({"num_labels": 3} | options))
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: average_precision(GOOD, ABSENT, "11point"), "^ap is '11point': choose one of rank, envelope"),
+        (lambda: average_precision(GOOD, ABSENT, difficult_ap="foo"), "^difficult_ap is 'foo': choose one of positive"),
+        (lambda: precision_recall(GOOD, ABSENT, "coco"), "^convention is 'coco': choose one of mlgcn"),
+        (lambda: precision_recall(GOOD, ABSENT, "mlgcn", top=0), "^top must be 1 or more, got 0"),
+        (lambda: predicted(GOOD, "mlgcn", top=0), "^top must be 1 or more, got 0"),
+        (lambda: predicted(GOOD, None), "^convention is None"),
+        (lambda: fit_thresholds(GOOD, ABSENT, {}), "^convention is {}"),
+        (lambda: bootstrap_map([GOOD], ABSENT, ["coco"]), "^convention is 'coco'"),
+    ],
+)
+def test_invalid_arguments_of_functions(use: Callable[[], object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        use()
+
+
+def test_conventions_by_name() -> None:
+    scores, targets = (torch.from_numpy(array) for array in random_table(40, 5))
+    targets = (targets == 1).int()
+    rules = get_convention("asl")
+    assert vars(precision_recall(scores, targets, "asl")) == vars(precision_recall(scores, targets, rules))
+    assert torch.equal(predicted(scores, "asl", top=3), predicted(scores, rules, top=3))
+    assert torch.equal(fit_thresholds(scores, targets, "asl"), fit_thresholds(scores, targets, rules))
+    assert np.array_equal(bootstrap_map([scores], targets, ["asl"], 3), bootstrap_map([scores], targets, [rules], 3))
+    assert get_convention(rules, threshold=0.3) == get_convention("asl", threshold=0.3)
 
 
 def test_metrics_do_not_depend_on_label_order() -> None:

@@ -89,7 +89,7 @@ def test_fitted_thresholds_do_not_lower_f1_on_fitted_images() -> None:
     scores = torch.sigmoid(torch.randn(300, 6, generator=generator) + 4 * targets - 3)
     values = []
     for threshold in (0.5, fit_thresholds(scores, targets)):
-        metrics = MultiLabelMetrics(6, f1="mean_of", threshold=threshold)
+        metrics = MultiLabelMetrics(6, f1="mean_f1", threshold=threshold)
         metrics.update(scores, targets)
         values.append(metrics.compute())
     assert values[1]["CF1"] > values[0]["CF1"]

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import HeteroData
 from torch_geometric.explain import Explainer, GNNExplainer
 
 from gm_mlic import Predictor
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, SEMANTIC, SPATIAL
+from gm_mlic.graphs import EDGE_TYPES, INSTANCE, LABEL, MATCHES, SEMANTIC, SPATIAL, EdgeSpec
+from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo import ExplainedModel, explain
 
 #: Edge type, source type and target type of the messages to the argmax instance and to the label.
@@ -60,6 +62,34 @@ def test_influences_equal_predictions_without_each_edge(predictor: Predictor, ph
     sizes = [abs(influence.change) for influence in found.influences]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 1e-4
+
+
+def test_bidirectional_types_are_explained_in_both_directions(
+    predictor: Predictor, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    """A custom type from instances to labels, and an ablation of the messages along matching edges."""
+    NAMES = (INSTANCE, "names", LABEL)
+    build = predictor.graph
+
+    def with_names(data: HeteroData) -> HeteroData:
+        data = build(data)
+        data[NAMES].edge_index = data[MATCHES].edge_index
+        return data
+
+    def messages(bidirectional: bool) -> set[tuple[str, str]]:
+        edge_types = {**EDGE_TYPES, NAMES: EdgeSpec(bidirectional=bidirectional)}
+        del edge_types[MATCHES]
+        torch.manual_seed(0)
+        monkeypatch.setattr(predictor, "model", GMMLIC(256, 300, widths=(8, 8), edge_types=edge_types).eval())
+        found = explain(predictor, photos[0]).influences
+        assert {(i.source, i.target) for i in found if i.edge_type == MATCHES} == {(INSTANCE, LABEL)}
+        return {(i.source, i.target) for i in found if i.edge_type == NAMES and abs(i.change) > 0}
+
+    monkeypatch.setattr(predictor, "graph", with_names)
+    with_names.m = build.m
+    monkeypatch.setitem(predictor.metadata.graph, "layout", "sparse")
+    assert messages(bidirectional=True) == {(INSTANCE, LABEL), (LABEL, INSTANCE)}
+    assert messages(bidirectional=False) == {(INSTANCE, LABEL)}
 
 
 def test_the_most_probable_label_is_the_default(predictor: Predictor, photos: list[Path]):

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gm_mlic import Predictor, Scenes
 from gm_mlic.cli.compose import compose
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
 from gm_mlic.metrics import read_scored_images
+from gm_mlic.nn import GMMLIC
 from gm_mlic.training import run
 
 
@@ -125,3 +127,22 @@ def test_prediction_loads_no_training_framework(folder: Path, photos: list[Path]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in Scenes("test", size=1).labels
+
+
+def test_labels_are_precomputed_once_per_call_with_the_current_weights(
+    folder: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+):
+    model, fresh = predictor(folder), predictor(folder)
+    computed = []
+    precompute = GMMLIC.precompute_labels
+    monkeypatch.setattr(GMMLIC, "precompute_labels", lambda *args: computed.append(1) or precompute(*args))
+    before = [prediction.probabilities for prediction in model(photos, 4)]
+    assert len(computed) == 1
+    with torch.no_grad():
+        for net in (model.model, fresh.model):
+            for parameter in net.encoder.x["label"].parameters():
+                parameter.mul_(-2)
+    found, expected = ([prediction.probabilities for prediction in p(photos, 4)] for p in (model, fresh))
+    assert len(computed) == 3
+    np.testing.assert_array_equal(found, expected)
+    assert not np.allclose(found, before, atol=1e-3)

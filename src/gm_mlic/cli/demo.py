@@ -35,7 +35,7 @@ _PICTURED, _PANELS = "product", 12
 
 
 def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Train the models of ``config.rows`` on one instance store; compare them with the known limit and the detector.
+    """Train the models of ``config.rows`` on one instance store; compare them with the upper bound and the detector.
 
     Returns:
         Rows of the table: names and test metrics.
@@ -54,7 +54,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     readable = test.store.rows
     targets = test.store.targets[readable]
     rows = [
-        ("known limit", test.dataset.limit_scores[readable]),
+        ("upper bound", test.dataset.limit_scores[readable]),
         ("detector's own labels", detector_scores(test.store)[readable]),
     ]
     table = [(name, _measure(config, scores, targets)) for name, scores in rows]

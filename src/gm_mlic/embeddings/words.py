@@ -85,12 +85,13 @@ def labels_of_classes(
     class_vectors: np.ndarray | None = None,
     label_vectors: np.ndarray | None = None,
 ) -> list[list[int]]:
-    """All labels that each detector class is.
+    """Labels with the same meaning as each detector class; a class can have several.
 
-    First by :func:`labels_of`. Then a label that no class names yet goes to all classes with the same name or an
-    alternative spelling of it, which may be another label's class already (``dining table`` is ``diningtable`` and
-    ``table``). Labels that are still left go by word vectors: class and label must be nearest to each other, with a
-    cosine similarity of at least 0.5, and the class must not be another label's.
+    1. Classes and labels are matched by name (:func:`labels_of`).
+    2. Each label without a class is compared by name with all classes, including those with a label. For example,
+       ``diningtable`` and ``table`` both match the class ``dining table``.
+    3. The remaining labels and classes are matched by word vectors: label and class must be nearest to each other, with
+       a cosine similarity of at least 0.5.
 
     Args:
         classes: D names.

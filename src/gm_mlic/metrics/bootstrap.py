@@ -11,17 +11,16 @@ import numpy as np
 from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
-from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
+from gm_mlic.metrics.conventions import APRule, Convention, get_convention
 from gm_mlic.metrics.functional import (
     check_scores,
     eleven_points,
     for_each_label,
     in_threads,
-    positives_and_counted,
     ranking,
     tie_ends,
 )
-from gm_mlic.targets import TargetFormat, normalize_targets
+from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +51,7 @@ def p_value(resampled_difference: Array) -> float:
 def bootstrap_map(
     scores: Sequence[Tensor],
     targets: Tensor,
-    conventions: Sequence[Convention],
+    conventions: Sequence[Convention | str],
     resamples: int = 1000,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -67,9 +66,9 @@ def bootstrap_map(
     the same resamples, so that differences are paired. Labels are sorted once; each resample costs N C additions.
 
     Args:
-        scores: one (N, C) tensor per model.
+        scores: (N, C) of each model.
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        conventions: M conventions; only ``ap`` and ``difficult_ap`` are used.
+        conventions: names or options of M conventions; only ``ap`` and ``difficult_ap`` are used.
         resamples: B.
         seed: seed of the draws; a smaller B gives the first resamples of a larger one.
         progress: callback with the number of resamples since the last call.
@@ -80,10 +79,13 @@ def bootstrap_map(
 
     Raises:
         DataError: if scores and targets cannot be evaluated together.
-        ArgumentError: if ``resamples`` is below 1.
+        ArgumentError: if ``resamples`` is below 1, or a convention is unknown.
     """
     if resamples < 1:
         raise ArgumentError("resamples", f"must be 1 or more, got {resamples}.")
+    chosen = [get_convention(convention) for convention in conventions]
+    scores, targets = [as_table("scores", table) for table in scores], as_table("targets", targets)
+    difficult = None if difficult is None else as_table("difficult", difficult, targets.device)
     if not len(targets):
         raise DataError("There are no scores to evaluate: pass at least one image.")
     for table in scores:
@@ -91,7 +93,7 @@ def bootstrap_map(
     present, difficult = normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
     # Without difficult labels, the rules for them are equivalent.
     any_difficult = difficult is not None and bool(difficult.any())
-    wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in conventions]
+    wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in chosen]
     rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
     ranked = [
         (model, rule, _ranked_labels(table, present, difficult, rule, {ap for ap, d in rules if d == rule}))

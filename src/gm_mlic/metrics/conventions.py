@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from gm_mlic.errors import ArgumentError
+from gm_mlic.targets import DifficultRule
 
 APRule = Literal["rank", "envelope", "voc11", "sklearn"]
-DifficultRule = Literal["ignore", "negative", "positive"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Convention:
             same with each precision replaced by the maximum at this or a lower rank (VOC 2010 on); ``voc11``: mean of
             that envelope at recalls 0, 0.1, ..., 1 (VOC 2007); ``sklearn``: rank AP with tied scores as one rank. In
             the other three, tied scores are ranked in row order.
-        difficult_ap: treatment of difficult image-label pairs (VOC) in AP: ``ignore``, ``negative`` or ``positive``.
+        difficult_ap: treatment of difficult image-label pairs (VOC) in AP: ``positive``, ``negative`` or ``ignore``.
         difficult_f1: the same for precision, recall and F1.
-        f1: CF1 is the F1 ``of_means`` (of CP and CR) or the ``mean_of`` the labels' F1.
+        f1: CF1 is the F1 of CP and CR (``f1_of_means``) or the mean F1 over labels (``mean_f1``).
         topk: under ``top3/``, a label must be among the image's 3 highest scores and pass the threshold
             (``threshold``), or only be among the 3 highest (``no_threshold``).
-        topk_ties: for scores equal to the third highest, use the first in label order (``stable``) or all (``kept``).
+        topk_ties: for scores equal to the third highest, use the first in label order (``stable``) or ``all``.
         threshold: threshold of predicted labels: one number, or one per label. It is rounded to the precision of the
             scores.
         compare: ``ge`` for score >= threshold, ``gt`` for score > threshold.
@@ -38,9 +38,9 @@ class Convention:
     ap: APRule = "rank"
     difficult_ap: DifficultRule = "ignore"
     difficult_f1: DifficultRule = "negative"
-    f1: Literal["of_means", "mean_of"] = "of_means"
+    f1: Literal["f1_of_means", "mean_f1"] = "f1_of_means"
     topk: Literal["threshold", "no_threshold"] = "threshold"
-    topk_ties: Literal["stable", "kept"] = "stable"
+    topk_ties: Literal["stable", "all"] = "stable"
     threshold: float | tuple[float, ...] = 0.5
     compare: Literal["ge", "gt"] = "ge"
 
@@ -67,23 +67,29 @@ class Convention:
 CONVENTIONS: dict[str, Convention] = {
     "mlgcn": Convention(),
     "ssgrl": Convention(ap="envelope", difficult_ap="negative"),
-    "ctran": Convention(ap="sklearn", difficult_ap="negative", topk_ties="kept"),
-    "asl": Convention(difficult_ap="negative", f1="mean_of", threshold=0.8, compare="gt"),
-    "mmpretrain": Convention(difficult_f1="ignore", f1="mean_of", topk="no_threshold"),
+    "ctran": Convention(ap="sklearn", difficult_ap="negative", topk_ties="all"),
+    "asl": Convention(difficult_ap="negative", f1="mean_f1", threshold=0.8, compare="gt"),
+    "mmpretrain": Convention(difficult_f1="ignore", f1="mean_f1", topk="no_threshold"),
     "voc11": Convention(ap="voc11", difficult_f1="ignore"),
 }
 
 
-def get_convention(name: str = "mlgcn", **options: Any) -> Convention:
+def get_convention(convention: str | Convention = "mlgcn", **options: Any) -> Convention:
     """Return a convention, with some options replaced.
+
+    Args:
+        convention: a key of :data:`CONVENTIONS`, or a :class:`Convention`.
+        **options: options of :class:`Convention` to replace.
 
     Raises:
         ArgumentError: if the convention, an option or a value is unknown.
     """
-    if name not in CONVENTIONS:
-        raise ArgumentError("convention", f"is {name!r}: choose one of {', '.join(CONVENTIONS)}.")
+    if not isinstance(convention, Convention):
+        if not isinstance(convention, str) or convention not in CONVENTIONS:
+            raise ArgumentError("convention", f"is {convention!r}: choose one of {', '.join(CONVENTIONS)}.")
+        convention = CONVENTIONS[convention]
     known = [field.name for field in fields(Convention)]
     for option in options:
         if option not in known:
             raise ArgumentError(option, f"is not an option: choose one of {', '.join(known)}.")
-    return replace(CONVENTIONS[name], **options)
+    return replace(convention, **options)

@@ -1,7 +1,8 @@
 """Functional metrics of scores (N, C) and targets (N, C).
 
 Targets are in {0, 1} (bool, integers or floats), with an optional mask ``difficult`` (N, C) bool; or, with
-``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalize_targets`.
+``target_format="voc"``, in {1, 0, -1}. See :func:`~gm_mlic.targets.normalize_targets`. Tensors, arrays and nested lists
+are accepted.
 
 Results are fractions in [0, 1], float64, on the device of the scores; inputs are not modified. Counting uses numpy on
 the CPU, in blocks of a few labels (AP) or a few thousand images (precision, recall), on ``torch.get_num_threads()``
@@ -19,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import ArgumentError, DataError
-from gm_mlic.metrics.conventions import APRule, Convention, DifficultRule
-from gm_mlic.targets import TargetFormat, normalize_targets
+from gm_mlic.errors import ArgumentError, DataError, check_positive
+from gm_mlic.metrics.conventions import APRule, Convention, get_convention
+from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -41,10 +42,18 @@ def checked_targets(
     target_format: TargetFormat,
     allow_all_present: bool,
     num_labels: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Check scores and targets; returns ``present`` and ``difficult`` (:func:`~gm_mlic.targets.normalize_targets`)."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check scores and targets.
+
+    Returns:
+        The scores, and ``present`` and ``difficult`` of :func:`~gm_mlic.targets.normalize_targets`, as tensors.
+    """
+    scores = as_table("scores", scores)
+    targets = as_table("targets", targets, scores.device)
+    difficult = None if difficult is None else as_table("difficult", difficult, scores.device)
     check_scores(scores, targets, num_labels)
-    return normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
+    present, difficult = normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
+    return scores, present, difficult
 
 
 def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None) -> None:
@@ -98,13 +107,18 @@ def average_precision(
         scores: (N, C).
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
         ap: AP rule.
-        difficult_ap: treatment of difficult image-label pairs: ``ignore``, ``negative`` or ``positive``.
+        difficult_ap: treatment of difficult image-label pairs: ``positive``, ``negative`` or ``ignore``.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (C,) float64 in [0, 1]; NaN for labels without positives.
+
+    Raises:
+        ArgumentError: if a rule is unknown.
+        DataError: if scores and targets cannot be evaluated together.
     """
-    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
+    Convention(ap=ap, difficult_ap=difficult_ap)  # checks both
+    scores, present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     return _average_precision(scores, present, difficult, ap, difficult_ap)
 
 
@@ -206,17 +220,21 @@ class PrecisionRecall:
     OF1: Tensor
 
 
-def predicted(scores: Tensor, convention: Convention, top: int | None = None) -> Tensor:
+def predicted(scores: Tensor, convention: Convention | str, top: int | None = None) -> Tensor:
     """Predicted labels as a mask (N, C) bool.
 
     Args:
         scores: (N, C).
-        convention: its ``threshold``, ``compare`` and, with ``top``, its ``topk`` and ``topk_ties`` are used.
+        convention: name or options; ``threshold``, ``compare`` and, with ``top``, ``topk`` and ``topk_ties`` are used.
         top: restrict predictions to the ``top`` highest scores of each image.
 
     Raises:
-        ArgumentError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention is unknown or has thresholds for another number of labels, or ``top`` is below
+            1.
     """
+    scores, convention = as_table("scores", scores), get_convention(convention)
+    if top is not None:
+        check_positive(top=top)
     array = _array(scores)
     (chosen,) = _predicted(array, _thresholds(convention, array), convention, (top,))
     return torch.from_numpy(chosen).to(scores.device)
@@ -229,7 +247,7 @@ def _predicted(scores: Array, thresholds: Array, convention: Convention, tops: S
         if top is None or scores.size == 0:
             yield passed
             continue
-        among = _among_highest(scores, top, convention.topk_ties == "kept")
+        among = _among_highest(scores, top, convention.topk_ties == "all")
         yield among if convention.topk == "no_threshold" else among & passed
 
 
@@ -251,7 +269,7 @@ def _among_highest(scores: Array, top: int, keep_ties: bool) -> Array:
 def precision_recall(
     scores: Tensor,
     targets: Tensor,
-    convention: Convention,
+    convention: Convention | str,
     top: int | None = None,
     *,
     difficult: Tensor | None = None,
@@ -269,14 +287,19 @@ def precision_recall(
     Args:
         scores: (N, C).
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        convention: its F1 options are used.
+        convention: name or options; those of precision, recall and F1 are used.
         top: restrict predictions to the ``top`` highest scores of each image.
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Raises:
-        ArgumentError: if the convention has thresholds for another number of labels.
+        ArgumentError: if the convention is unknown or has thresholds for another number of labels, or ``top`` is below
+            1.
+        DataError: if scores and targets cannot be evaluated together.
     """
-    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
+    convention = get_convention(convention)
+    if top is not None:
+        check_positive(top=top)
+    scores, present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     (numbers,) = _precision_recalls(scores, present, difficult, convention, (top,))
     return numbers
 
@@ -310,7 +333,7 @@ def _numbers(correct: Tensor, picked: Tensor, true: Tensor, convention: Conventi
     known = true > 0
     precision, recall = correct[known] / picked[known].clamp(min=1), correct[known] / true[known]
     CP, CR = precision.mean(), recall.mean()
-    CF1 = _f1(CP, CR) if convention.f1 == "of_means" else _f1(precision, recall).mean()
+    CF1 = _f1(CP, CR) if convention.f1 == "f1_of_means" else _f1(precision, recall).mean()
     OP, OR = correct.sum() / picked.sum().clamp(min=1), correct.sum() / true.sum().clamp(min=1)
     return PrecisionRecall(CP=CP, CR=CR, CF1=CF1, OP=OP, OR=OR, OF1=_f1(OP, OR))
 
@@ -318,13 +341,6 @@ def _numbers(correct: Tensor, picked: Tensor, true: Tensor, convention: Conventi
 def _f1(precision: Tensor, recall: Tensor) -> Tensor:
     both = precision + recall
     return torch.where(both == 0, 0.0, 2 * precision * recall / both)
-
-
-def positives_and_counted(present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array | None]:
-    """Masks of positives and of counted pairs (None: all). All positives are counted."""
-    if difficult is None:
-        return present, None
-    return present | difficult if rule == "positive" else present, ~difficult if rule == "ignore" else None
 
 
 def _thresholds(convention: Convention, scores: Array) -> Array:

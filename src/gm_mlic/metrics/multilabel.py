@@ -11,9 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from gm_mlic.errors import ArgumentError, DataError
-from gm_mlic.metrics.conventions import get_convention
+from gm_mlic.metrics.conventions import Convention, get_convention
 from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
-from gm_mlic.targets import TargetFormat, check_target_format
+from gm_mlic.targets import TargetFormat, as_table, check_target_format
 
 _STATES = ("scores", "targets", "difficult", "ids")
 
@@ -27,12 +27,13 @@ class MultiLabelMetrics(Metric):
 
     Args:
         num_labels: C.
-        convention: a key of :data:`~gm_mlic.metrics.conventions.CONVENTIONS`.
+        convention: a key of :data:`~gm_mlic.metrics.conventions.CONVENTIONS`, or a
+            :class:`~gm_mlic.metrics.conventions.Convention`.
         labels: the C names, used in ``excluded_labels``; default: column numbers.
         target_format: ``binary`` (default) for targets in {0, 1} and a difficult mask; ``voc`` for targets in
             {1, 0, -1}, where 0 is difficult.
-        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: refuse it).
-        options: options of :class:`~gm_mlic.metrics.conventions.Convention` that override the convention.
+        allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: ``False``).
+        **options: options of :class:`~gm_mlic.metrics.conventions.Convention` that override the convention.
 
     Attributes:
         convention: the resulting options.
@@ -54,7 +55,7 @@ class MultiLabelMetrics(Metric):
     def __init__(
         self,
         num_labels: int,
-        convention: str = "mlgcn",
+        convention: str | Convention = "mlgcn",
         *,
         labels: Sequence[str] | None = None,
         target_format: TargetFormat = "binary",
@@ -84,7 +85,7 @@ class MultiLabelMetrics(Metric):
         *,
         ids: Tensor | Sequence[int] | None = None,
     ) -> None:
-        """Accumulate a batch.
+        """Accumulate a batch of tensors, arrays or nested lists.
 
         Args:
             scores: (N, C) probabilities in [0, 1].
@@ -97,11 +98,12 @@ class MultiLabelMetrics(Metric):
             DataError: if scores are NaN or outside [0, 1], targets have other values, or shapes do not match.
             ArgumentError: if ``difficult`` is not a bool mask of this shape, or is given with ``voc``.
         """
+        scores = as_table("scores", scores)
         # Half precision is converted to float32 exactly (ties stay ties); float64 is kept.
         kept = scores.detach().to(torch.promote_types(scores.dtype, torch.float32), copy=True)
         if not scores.is_floating_point():
             kept = scores
-        present, difficult = checked_targets(
+        _, present, difficult = checked_targets(
             kept, targets, difficult, self.target_format, self.allow_all_present, self.num_labels
         )
         if ids is None:

@@ -68,7 +68,7 @@ def read_scored_images(
         scores: one file per model, see :func:`read_table`.
         targets: target file; it may be one of the ``scores`` if that contains both.
         target_format: ``binary`` (default) for {0, 1}; ``voc`` for {1, 0, -1}, where 0 is difficult.
-        allow_all_present: with ``voc``, accept targets without any -1 (default: refuse them).
+        allow_all_present: with ``voc``, accept targets without any -1 (default: ``False``).
 
     Raises:
         DataError: if a file cannot be read, has invalid values, repeats ids or labels, or does not match the others.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gm_mlic.errors import DataError
-from gm_mlic.metrics.conventions import Convention
-from gm_mlic.metrics.functional import checked_targets, for_each_label, positives_and_counted, ranking, tie_ends
-from gm_mlic.targets import TargetFormat
+from gm_mlic.metrics.conventions import Convention, get_convention
+from gm_mlic.metrics.functional import checked_targets, for_each_label, ranking, tie_ends
+from gm_mlic.targets import TargetFormat, positives_and_counted
 
 Array = np.ndarray[Any, Any]
 
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 def fit_thresholds(
     scores: Tensor,
     targets: Tensor,
-    convention: Convention | None = None,
+    convention: Convention | str = "mlgcn",
     *,
     difficult: Tensor | None = None,
     target_format: TargetFormat = "binary",
@@ -36,17 +36,18 @@ def fit_thresholds(
     Args:
         scores: (N, C) in [0, 1].
         targets: (N, C) in {0, 1}, or in {1, 0, -1} with ``target_format="voc"``.
-        convention: its ``difficult_f1``, ``compare`` and ``threshold`` are used; default: ``mlgcn``.
+        convention: name or options; ``difficult_f1``, ``compare`` and ``threshold`` are used (default: ``mlgcn``).
         difficult, target_format, allow_all_present: see :func:`~gm_mlic.targets.normalize_targets`.
 
     Returns:
         (C,) float64 in [0, 1], exact in the precision of the scores.
 
     Raises:
+        ArgumentError: if the convention is unknown.
         DataError: if scores and targets cannot be evaluated together, or are empty.
     """
-    rules = Convention() if convention is None else convention
-    present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
+    rules = get_convention(convention)
+    scores, present, difficult = checked_targets(scores, targets, difficult, target_format, allow_all_present)
     if not len(scores):
         raise DataError("There are no scores to fit thresholds on: pass at least one image.")
 

@@ -182,7 +182,7 @@ def _first_positions(names: Sequence[str]) -> list[int]:
 def prior_tables(
     dataset: MultiLabelDataset, extractor: InstanceExtractor, label_vectors: torch.Tensor, words: torch.Tensor | None
 ) -> dict[str, Any]:
-    """``class_labels`` and ``label_counts`` of ``graph``, for models that read the detector's classes."""
+    """``class_labels`` and ``label_counts`` of ``graph``, for models that use the detector's classes."""
     lists = labels_of_classes(
         extractor.labels, dataset.labels, None if words is None else words.numpy(), label_vectors.numpy()
     )
@@ -214,9 +214,9 @@ def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> lis
     present = store.targets[store.rows] == 1
     if store.difficult is not None:  # difficult objects are in the image
         present |= store.difficult[store.rows]
-    own = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
+    class_to_label = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
     with config_keys("graph"):
-        table = label_candidates(detected_label, score, torch.from_numpy(present), labels_per_class, own)
+        table = label_candidates(detected_label, score, torch.from_numpy(present), labels_per_class, class_to_label)
     return [row.nonzero().flatten().tolist() for row in table]
 
 

@@ -55,8 +55,8 @@ class MLICModule(LightningModule):
         metadata: stored in each checkpoint.
         online: from batches of images to graphs; None for batches of graphs.
         instance_graph_warmup_epochs: number of first epochs trained without edges of the instance graph. Parameters
-            that read these edges get zero (not None) gradients during the warmup, so Adam's moments are zero when it
-            ends, and the first updates can be a few times the learning rate.
+            that depend on these edges get zero (not None) gradients during the warmup, so Adam's moments are zero when
+            it ends, and the first updates can be a few times the learning rate.
         num_images: N of the training split; the loss gets the model's ``penalty()``, if it has one, divided by N C.
     """
 

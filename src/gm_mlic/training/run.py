@@ -84,7 +84,7 @@ def train(
         config: the composed config of ``conf/train.yaml``.
         sweep: folder of the multirun of this run.
         command: recorded command that reproduces this run; default: the command line of this process.
-        extractor: a detector of one's own, instead of that of ``config.detector``.
+        extractor: a custom detector, instead of that of ``config.detector``.
 
     Returns:
         Content of ``metrics.json``: test metrics (all, top-3, AP per label), best val metrics, epoch, sizes, versions.
@@ -271,7 +271,7 @@ def build_module(
         graph=build.graph_settings(config) | tables,
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
-        # A detector of one's own is passed to Predictor again.
+        # A custom detector is passed to Predictor again.
         detector_settings=section(config, "detector") if build.is_built_in(extractor) else {},
         embedding=section(config, "embedding"),
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ArgumentError, ConfigError
-from gm_mlic.graphs import INSTANCE, LABEL, MATCHES
+from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, EdgeSpec
+from gm_mlic.graphs.schema import EdgeType
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Photo, Prediction, Predictor
 
@@ -67,8 +68,9 @@ class Explanation:
 def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Explanation:
     """Influence of each edge: remove the edges to the argmax instance and to the label one at a time.
 
-    Each of the up to K + (C - 1) + (M - 1) + (C - 1) edges takes one forward pass. Influences do not add up, since the
-    network is not linear in its edges. The last matching edge of a label is kept.
+    Edges of bidirectional types count in both directions. Each edge takes one forward pass; with the edge types of the
+    paper and K neighbors, there are up to K + (C - 1) + (M - 1) + (C - 1). Influences do not add up, since the network
+    is not linear in its edges. The last matching edge of a label is kept.
 
     Args:
         predictor: a predictor with a GM-MLIC model.
@@ -94,7 +96,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     with torch.no_grad():
         output, priors = model(data), model.head.prior_logits(data)
     instance, logit = int(output.argmax_instance[0, c]), float(output.logits[0, c])
-    removals = _removals(data, {INSTANCE: instance, LABEL: c}, names)
+    removals = _removals(data, model.edge_types, {INSTANCE: instance, LABEL: c}, names)
     influences = []
     size = max(1, _BATCH_EDGES // sum(data[t].edge_index.shape[1] for t in data.edge_types))
     while batch := list(islice(removals, size)):
@@ -111,8 +113,8 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
 class ExplainedModel(nn.Module):
     """Adapter of a model for :class:`torch_geometric.explain.Explainer` on heterogeneous graphs.
 
-    Node masks apply to ``x_dict``. Edge masks apply to all messages along an edge type; for matching edges, in both
-    directions.
+    Node masks apply to ``x_dict``. Edge masks apply to all messages along an edge type; for bidirectional types, such
+    as matching edges, in both directions.
 
     Args:
         model: the model; it is copied.
@@ -136,7 +138,7 @@ class ExplainedModel(nn.Module):
 
 
 def _removals(
-    data: HeteroData, explained: Mapping[str, int], names: tuple[str, ...]
+    data: HeteroData, edge_types: Mapping[EdgeType, EdgeSpec], explained: Mapping[str, int], names: tuple[str, ...]
 ) -> Iterator[tuple[tuple[Any, str, str, int | str], HeteroData]]:
     """Edges that carry a message to one of the ``explained`` nodes, each with the graph without it.
 
@@ -146,7 +148,8 @@ def _removals(
     for edge_type in data.edge_types:
         edge_index = data[edge_type].edge_index.cpu()
         degree = torch.bincount(edge_index[1])
-        for sender, receiver in ((0, 1), (1, 0)) if edge_type == MATCHES else ((0, 1),):
+        bidirectional = edge_type in edge_types and edge_types[edge_type].bidirectional
+        for sender, receiver in ((0, 1), (1, 0)) if bidirectional else ((0, 1),):
             source, target = edge_type[::2][sender], edge_type[::2][receiver]
             edges = edge_index[receiver] == explained[target]
             if edge_type == MATCHES:  # not the scored edge itself

@@ -38,7 +38,7 @@ class MatchNetwork(nn.Module):
     Shapes:
         - **features:** (B, M, D_o), **boxes:** (B, M, 4) divided by image width and height, **mask:** (B, M) bool,
           False for padding, which follows the instances. B and M are dynamic; pad M to at least ``min_instances``, one
-          more than the number of neighbors in the instance graph. For models that read the detector's classes also
+          more than the number of neighbors in the instance graph. For models that use the detector's classes also
           **detected_labels:** (B, M) int64, detector classes, -1 for none, and **scores:** (B, M)
         - **logits:** (B, C), **match_logits:** (B, M, C), -inf for padding and absent edges, **argmax_instance:**
           (B, C) int64
@@ -51,7 +51,7 @@ class MatchNetwork(nn.Module):
         self.edge_types, self.num_neighbors = graph.edge_types, graph.num_neighbors
         if "instance_dim" not in predictor.metadata.model:
             raise ConfigError(
-                f"{predictor.metadata.model['name']} reads detector classes, not features: it has no network to "
+                f"{predictor.metadata.model['name']} uses detector classes, not features: it has no network to "
                 "export. Save it with Predictor.save_pretrained (format=pretrained)."
             )
         self.feature_dim = int(predictor.metadata.model["instance_dim"])
@@ -178,7 +178,7 @@ def export(
     if part == "all" and predictor.metadata.views > 1:
         raise ArgumentError(
             "part",
-            f"is {part!r}, but the model reads {predictor.metadata.views} views of a photo: export "
+            f"is {part!r}, but the model uses {predictor.metadata.views} views of a photo: export "
             "`part='network'` and `part='detector'`.",
         )
     if not isinstance(extractor, FasterRCNNExtractor):

@@ -27,7 +27,7 @@ from gm_mlic.detection import (
 from gm_mlic.embeddings import embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
-from gm_mlic.nn import GMMLIC
+from gm_mlic.nn import GMMLIC, LabelCache
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
 
@@ -122,7 +122,6 @@ class Predictor:
                     f"The model's tables are for {len(table)} classes, its detector {extractor.name} has "
                     f"{len(extractor.labels)}: the model is damaged, or the detector is another one."
                 )
-        self._label_cache: Any = None
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu", **detector_settings: Any) -> Predictor:
@@ -246,6 +245,8 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Predict photos batch by batch, in order.
 
+        Features that depend on labels only are computed once per call.
+
         Args:
             photos: files or open images.
             batch_size: photos per batch.
@@ -256,11 +257,16 @@ class Predictor:
         """
         if batch_size < 1:
             raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
+        label_cache = None
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
             read = [(photo, image) for photo in batch if (image := self._read(photo, skipped)) is not None]
-            if read:
-                yield from self._predict(read)
+            if not read:
+                continue
+            found = self._detected(read)
+            if label_cache is None:
+                label_cache = self._precomputed(found)
+            yield from self._predict(read, found, label_cache)
 
     @torch.no_grad()
     def assignment_graph(self, photo: Photo) -> HeteroData:
@@ -288,11 +294,22 @@ class Predictor:
             return None
 
     @torch.no_grad()
-    def _predict(self, read: list[tuple[Photo, Image.Image]]) -> Iterator[Prediction]:
+    def _detected(self, read: list[tuple[Photo, Image.Image]]) -> list[Instances]:
         m = self.graph.m
         assert m is not None
-        found = [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
-        logits, match_logits = self._scored(found)
+        return [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
+
+    @torch.no_grad()
+    def _precomputed(self, found: list[Instances]) -> LabelCache | None:
+        if self.metadata.graph["layout"] == "sparse" or not isinstance(self.model, GMMLIC):
+            return None
+        return self.model.precompute_labels(collate_instances(found[:1], self.graph, self.device))
+
+    @torch.no_grad()
+    def _predict(
+        self, read: list[tuple[Photo, Image.Image]], found: list[Instances], label_cache: LabelCache | None
+    ) -> Iterator[Prediction]:
+        logits, match_logits = self._scored(found, label_cache)
         probabilities = torch.sigmoid(logits.float()).cpu().numpy()
         for (photo, image), instances, p, matrix in zip(read, found, probabilities, match_logits, strict=True):
             scale = torch.tensor([image.width, image.height] * 2)
@@ -308,16 +325,14 @@ class Predictor:
                 tuple(names),
             )
 
-    def _scored(self, found: list[Instances]) -> tuple[Tensor, list[Tensor]]:
+    def _scored(self, found: list[Instances], label_cache: LabelCache | None) -> tuple[Tensor, list[Tensor]]:
         """Label logits (B, C), and for each image its match logits (M, C)."""
         counts = [len(instances) for instances in found]
         if self.metadata.graph["layout"] == "sparse":
             output = self.model(Batch.from_data_list([self._to_graph(instances) for instances in found]))
         else:
             batch = collate_instances(found, self.graph, self.device)
-            if isinstance(self.model, GMMLIC) and self._label_cache is None:
-                self._label_cache = self.model.precompute_labels(batch)
-            output = self.model(batch) if self._label_cache is None else self.model(batch, self._label_cache)
+            output = self.model(batch) if label_cache is None else self.model(batch, label_cache)
         matrix = output.match_logits.float().cpu()
         return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
