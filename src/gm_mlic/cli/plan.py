@@ -217,7 +217,7 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
     graph_settings = build.graph_settings(config)
-    layout = graph_settings.pop("layout")
+    layout, _ = graph_settings.pop("layout"), graph_settings.pop("views")
     graph_settings |= {"class_labels": torch.eye(C, dtype=torch.bool), "label_counts": torch.ones(C)}
     with config_keys("graph"):
         graph = AssignmentGraph(torch.randn(C, dim), **graph_settings)
