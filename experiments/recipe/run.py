@@ -33,7 +33,7 @@ def torch_init() -> None:
         nn.init.uniform_(self.lins[0].bias, -bound, bound)
 
     mlp.ConcatLinear.reset_parameters = reset_parameters  # type: ignore[method-assign]
-    mlp.draw_linear = lambda lin: lin.reset_parameters()
+    mlp.init_linear = lambda lin: lin.reset_parameters()
 
 
 def torch_product() -> None:

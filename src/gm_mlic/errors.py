@@ -10,6 +10,7 @@ config keys (``dataset.download=true``).
 from __future__ import annotations
 
 import contextlib
+import numbers
 import re
 from collections.abc import Iterator
 
@@ -51,8 +52,10 @@ class ArgumentError(ConfigError, ValueError):
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise :class:`ArgumentError` for the first argument below 1."""
+    """Raise :class:`ArgumentError` for the first argument that is not a whole number, or below 1."""
     for argument, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise ArgumentError(argument, f"must be a whole number, got {size!r}.")
         if size < 1:
             raise ArgumentError(argument, f"must be 1 or more, got {size}.")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
 from torch_geometric.transforms import Compose, ToDevice
 
+from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import (
     INSTANCE,
@@ -20,9 +22,11 @@ from gm_mlic.graphs import (
     SPATIAL,
     AssignmentBatch,
     AssignmentGraph,
+    collate_instances,
     knn_edge_index,
     label_edge_index,
     label_neighbors,
+    to_hetero_data,
 )
 
 
@@ -41,7 +45,7 @@ def instances(M: int, D: int = 3) -> HeteroData:
     data = HeteroData()
     generator = torch.Generator().manual_seed(M)
     data[INSTANCE].x = torch.randn(M, D, generator=generator)
-    data[INSTANCE].box = torch.rand(M, 4, generator=generator)
+    data[INSTANCE].box = torch.rand(M, 4, generator=generator).sort(dim=1).values
     data[INSTANCE].score = torch.rand(M, generator=generator)
     data[INSTANCE].detected_label = torch.arange(M)
     return data
@@ -173,9 +177,11 @@ def test_works_in_a_pipeline() -> None:
         (torch.zeros(4), {}, r"\(C, D_l\)"),
         (torch.zeros(0, 3), {}, "C >= 1"),
         (torch.tensor([[1.0], [float("nan")], [float("inf")]]), {}, r"labels \[1, 2\]"),
-        (W.numpy(), {}, r"\(C, D_l\)"),
-        (W, {"m": 0}, "^m must be a whole number of 1 or more, got 0"),
+        (W.numpy(), {}, r"\(C, D_l\) with C >= 1, got ndarray \(4, 2\)\.$"),
+        (W, {"m": 0}, "^m must be 1 or more, got 0"),
         (W, {"m": 2.5}, "^m .* got 2.5"),
+        (W, {"m": True}, "^m .* got True"),
+        (W, {"edge_types": None}, "^edge_types must be names among"),
         (W, {"m": -3}, "^m must"),
         (W, {"num_neighbors": 0}, "^num_neighbors"),
         (W, {"num_neighbors": None}, "^num_neighbors .* got None"),
@@ -188,7 +194,7 @@ def test_invalid_arguments(vectors: Any, options: dict[str, Any], message: str) 
 
 
 def test_image_without_instances() -> None:
-    with pytest.raises(ConfigError, match="without instances"):
+    with pytest.raises(ConfigError, match="has no instances: pass at least one"):
         AssignmentGraph(W)(instances(0))
 
 
@@ -279,3 +285,114 @@ def test_graphs_without_a_dense_form() -> None:
     for data, reason in cases:
         with pytest.raises(ConfigError, match=rf"no dense form: .*{reason}.*pass the HeteroData itself"):
             AssignmentBatch.from_hetero_data(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, box: (x, 100 * box), "divided by image width and height"),
+        (lambda x, box: (x, box.flip(1)), "with x1 <= x2 and y1 <= y2"),
+        (lambda x, box: (x[0], box), r"must be \(M, D_o\) and .box \(M, 4\), got \(3,\) and \(3, 4\)"),
+        (lambda x, box: (x, box[:2]), r"got \(3, 3\) and \(2, 4\)"),
+    ],
+)
+def test_invalid_instances(change: Any, message: str) -> None:
+    data = instances(3)
+    data[INSTANCE].x, data[INSTANCE].box = change(data[INSTANCE].x, data[INSTANCE].box)
+    with pytest.raises(ConfigError, match=message):
+        AssignmentGraph(W)(data)
+
+
+def test_m_of_numpy() -> None:
+    assert AssignmentGraph(W, m=np.int64(3)).m == 3
+
+
+# Instances of several images
+
+
+def found(M: int, seed: int = 0) -> Instances:
+    generator = torch.Generator().manual_seed(seed)
+    boxes, features = torch.rand(M, 4, generator=generator).sort(dim=1).values, torch.randn(M, 3, generator=generator)
+    return Instances(boxes, torch.linspace(0.9, 0.1, M), torch.zeros(M, dtype=torch.int64), features)
+
+
+def test_collated_instances_are_at_most_m() -> None:
+    few, one = found(2), found(5, 1)
+    graph = AssignmentGraph(W, m=3)
+    batch = collate_instances([few, one], graph)
+    expected = AssignmentBatch.collate([graph(to_hetero_data(image)) for image in (few, one)])
+    for name in ("x", "box", "mask", "score"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+    assert batch.edge_index_dict[SPATIAL].index.shape == (2, 3, 2)
+
+
+def test_collated_instances_are_checked() -> None:
+    graph, bad = AssignmentGraph(W), found(2)
+    bad.features[1, 0] = float("nan")
+    with pytest.raises(ConfigError, match="x holds NaN or infinite"):
+        collate_instances([found(3), bad], graph)
+    for images in ([], [found(2), found(0)]):
+        with pytest.raises(ConfigError, match="at least one image, and each image an instance"):
+            collate_instances(images, graph)
+    with pytest.raises(ConfigError, match="at least one graph"):
+        AssignmentBatch.collate([])
+
+
+def test_padded_label_vectors_and_boxes_get_the_dtype_of_the_features() -> None:
+    graph, images = AssignmentGraph(W.double()), [found(3), found(2, 1)]
+    batch = collate_instances(images, graph)
+    assert batch.label_vectors.dtype == batch.edge_attr_dict[SPATIAL].dtype == torch.float32
+    x = batch.x.to(torch.bfloat16)
+    half = AssignmentBatch.from_padded(x, batch.box, batch.mask, W.double())
+    assert half.label_vectors.dtype == half.edge_attr_dict[SPATIAL].dtype == torch.bfloat16
+
+
+def test_unknown_edge_types_of_padded_instances() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="edge_types must be names among"):
+        AssignmentBatch.from_padded(torch.randn(1, 2, 4), torch.rand(1, 2, 4), mask, W, edge_types=["near"])
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_images_with_different_numbers_of_labels(targets: bool) -> None:
+    """There is no layout for them, so PyG's loader is not the advice."""
+    graphs = [AssignmentGraph(W)(instances(2)), AssignmentGraph(W[:3])(instances(2))]
+    for graph in graphs:
+        if targets:
+            graph.y = torch.ones(1, len(graph[LABEL].x))
+    with pytest.raises(
+        ConfigError, match=r"^All images of a batch must have the same number of labels, got \[4, 3\]\.$"
+    ):
+        AssignmentBatch.collate(graphs)
+    if not targets:
+        with pytest.raises(ConfigError, match=r"the same number of labels, got \[4, 3\]\.$"):
+            AssignmentBatch.from_hetero_data(joined(*graphs))
+
+
+def test_conversion_as_in_torch() -> None:
+    batch = collate_instances([found(3)], AssignmentGraph(W))
+    for converted in (
+        batch.to("cpu", torch.float64),
+        batch.to(device="cpu", dtype=torch.float64),
+        batch.to(torch.zeros(1, dtype=torch.float64)),
+        batch.cpu().to(torch.float64, non_blocking=True),
+    ):
+        assert converted.x.dtype == converted.edge_attr_dict[SPATIAL].dtype == torch.float64
+        assert converted.detected_label.dtype == converted.edge_index_dict[SPATIAL].index.dtype == torch.int64
+        assert converted.mask.dtype == torch.bool
+    assert batch.to(device="meta").edge_index_dict[SPATIAL].mask.device.type == "meta"
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda|nvidia"):
+            batch.cuda()
+
+
+def test_short_repr() -> None:
+    text = repr(collate_instances([found(3)], AssignmentGraph(W)))
+    assert text.startswith(
+        "AssignmentBatch(x=[1, 3, 3], box=[1, 3, 4], mask=[1, 3], label_vectors=[4, 2], edge_index_dict="
+    )
+    assert "NeighborLists(index=[1, 3, 2], mask=[1, 3, 2])" in text
+    assert "views=1" in text
+    assert "tensor" not in text
+    assert "None" not in text
+    assert len(text) < 500

@@ -74,7 +74,7 @@ def test_graph_and_batch_have_the_same_edges() -> None:
     table = torch.tensor([[True, False, False], [False, True, True]])
     W = torch.randn(3, 4)
     data = HeteroData()
-    data["instance"].x, data["instance"].box = torch.randn(2, 5), torch.rand(2, 4)
+    data["instance"].x, data["instance"].box = torch.randn(2, 5), torch.rand(2, 4).sort().values
     data["instance"].detected_label = torch.tensor([1, 0])
     graph = AssignmentGraph(W, candidates=table)(data)
     edges = graph["instance", "matches", "label"].edge_index
@@ -87,7 +87,7 @@ def test_graph_and_batch_have_the_same_edges() -> None:
 
 def test_invalid_candidates() -> None:
     W, data = torch.randn(3, 4), HeteroData()
-    data["instance"].x, data["instance"].box = torch.randn(1, 5), torch.rand(1, 4)
+    data["instance"].x, data["instance"].box = torch.randn(1, 5), torch.rand(1, 4).sort().values
     with pytest.raises(ConfigError, match="candidates must be"):
         AssignmentGraph(W, candidates=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ConfigError, match="detected_label"):

@@ -198,7 +198,7 @@ def test_both_layouts_of_a_store_have_the_same_confidence() -> None:
     counts = rng.integers(1, M + 1, (N, 1))
     store: Any = SimpleNamespace(
         features=rng.normal(size=(N, 1, M, 4)).astype(np.float16),
-        boxes=rng.random((N, 1, M, 4)).astype(np.float32),
+        boxes=np.sort(rng.random((N, 1, M, 4)), axis=-1).astype(np.float32),
         scores=rng.random((N, 1, M)).astype(np.float32),
         detected_labels=rng.integers(-1, CLASSES, (N, 1, M)).astype(np.int32),
         counts=counts,

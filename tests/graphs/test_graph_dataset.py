@@ -45,7 +45,7 @@ def store() -> Store:
     there = np.arange(M) < counts[..., None]
     return Store(
         features=(rng.normal(size=(N, V, M, D)) * there[..., None]).astype(np.float16),
-        boxes=(rng.random((N, V, M, 4)) * there[..., None]).astype(np.float32),
+        boxes=(np.sort(rng.random((N, V, M, 4)), axis=-1) * there[..., None]).astype(np.float32),
         scores=(rng.random((N, V, M)) * there).astype(np.float32),
         detected_labels=rng.integers(0, 9, (N, V, M)).astype(np.int32),
         counts=counts,

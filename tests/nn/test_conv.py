@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_mlic.detection.protocol import Instances
+from gm_mlic.errors import ArgumentError
 from gm_mlic.graphs import (
     EDGE_TYPES,
     MATCHES,
@@ -146,10 +147,10 @@ def test_isolated_node_receives_zeros() -> None:
     assert bool(out[2].any())
 
 
-def test_edge_update_reads_source_before_target() -> None:
+def test_edge_update_takes_source_before_target() -> None:
     x_dict, edge_index_dict, edge_attr_dict = graph()
-    for fused in (False, True):
-        layer = EdgeUpdate(D, D, OUT, product=fused, norm=True)
+    for product_ in (False, True):
+        layer = EdgeUpdate(D, D, OUT, product=product_, norm=True)
         out = layer((x_dict["instance"], x_dict["label"]), edge_index_dict[MATCHES], edge_attr_dict[MATCHES])
         for e, (i, c) in enumerate(edge_index_dict[MATCHES].t().tolist()):
             close(
@@ -202,11 +203,13 @@ def test_omitted_edge_type_is_not_read(names: tuple[str, ...]) -> None:
         close(after[node_type], before[node_type])
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_encoder_computes_missing_edge_attributes(fused: bool) -> None:
+@pytest.mark.parametrize("fusion", [False, True])
+def test_encoder_computes_missing_edge_attributes(fusion: bool) -> None:
     W = normal(N_L, D)
-    rows = Instances(torch.rand(3, 4), torch.rand(3), torch.zeros(3, dtype=torch.int64), normal(3, 5))
-    encoder = Encoder({"instance": 5, "label": D}, OUT, EDGE_TYPES, product=fused)
+    rows = Instances(
+        torch.rand(3, 4).sort(dim=1).values, torch.rand(3), torch.zeros(3, dtype=torch.int64), normal(3, 5)
+    )
+    encoder = Encoder({"instance": 5, "label": D}, OUT, EDGE_TYPES, product=fusion)
 
     def encoded(edge_attr: bool) -> tuple[dict[str, Tensor], dict[Any, Tensor]]:
         data = AssignmentGraph(W, edge_attr=edge_attr)(to_hetero_data(rows))
@@ -235,7 +238,7 @@ def ratings() -> tuple[dict[str, Tensor], dict[Any, Tensor], dict[Any, Tensor]]:
 
 
 def test_custom_names_and_sizes() -> None:
-    table = {FRIENDS: EdgeSpec(), RATES: EdgeSpec(bidirectional=True, fused=True)}
+    table = {FRIENDS: EdgeSpec(), RATES: EdgeSpec(bidirectional=True, product=True)}
     layer = GraphNetworkBlock({"user": 3, "film": 7}, OUT, table, {FRIENDS: 2, RATES: 1}, product=True)
     x, e = layer(*ratings())
     assert {t: v.shape for t, v in x.items()} == {"user": (5, OUT), "film": (4, OUT)}
@@ -262,27 +265,21 @@ def test_lazy_layers() -> None:
     assert update.phi_e.lin1.in_channels == (1, OUT)
     assert (update.rho_e.product.A.in_features, update.rho_e.product.B.in_features) == (3, 7)
     std = torch.cat([lin.weight for lin in update.rho_e.lin1.lins], dim=1).std()
-    assert float(std) == pytest.approx((2 / 16) ** 0.5, rel=0.3)  # He initialization, not torch's default
+    assert float(std) == pytest.approx((2 / 16) ** 0.5, rel=0.3)  # not torch's default
 
 
 # Dense edges
 
 
-def test_edge_tensor_supports_tensor_functions() -> None:
+def test_an_mlp_of_edge_tensors_is_one() -> None:
     full = ConcatMLP([3, 2], 4, 5)
     a, b = EdgeTensor(normal(2, 3, 1, 3)), EdgeTensor(normal(2, 1, 4, 2))
     out = full(a, b)
     assert isinstance(out, EdgeTensor)
-    parts = a.x.expand(2, 3, 4, -1), b.x.expand(2, 3, 4, -1)
-    expected = full(*parts)
-    assert isinstance(expected, Tensor)
-    close(out.tensor(), expected)
-    close(torch.tanh(out), torch.tanh(expected))
-    close(out.exp(), expected.exp())
-    close(2 * out + 1 - out / 3, 2 * expected + 1 - expected / 3)
-    close(torch.cat([a, b], dim=-1), torch.cat(parts, dim=-1))
-    assert out.shape == expected.shape
-    close(out[0, 1], expected[0, 1])
+    assert repr(out) == "EdgeTensor([2, 3, 4, 4], affine)"
+    close(out.tensor(), full(a.x.expand(2, 3, 4, -1), b.x.expand(2, 3, 4, -1)))
+    with pytest.raises(TypeError, match="must be Tensor"):
+        torch.tanh(out)
 
 
 def test_dense_edges() -> None:
@@ -309,3 +306,45 @@ def test_no_graph_breaks() -> None:
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(GraphNetworkBlock(D, OUT, EDGE_TYPES, product=True))(*graph())
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+# Arguments
+
+TABLE = {FRIENDS: EdgeSpec(), RATES: EdgeSpec()}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: NodeConv({"user": 8, "film": 10}, 12, TABLE),
+            r"^edge_dim has no size for \('user', 'knows', 'user'\)",
+        ),
+        (lambda: NodeConv((8, 10), 12, TABLE), r"^in_channels must be an int or a dict .* got \(8, 10\)"),  # type: ignore[arg-type]
+        (lambda: GraphNetworkBlock({"user": 8}, 12, TABLE, 4), "^in_channels has no size for film"),
+        (
+            lambda: GraphNetworkBlock(8, 12, TABLE, {FRIENDS: 2}),
+            r"^edge_dim has no size for \('user', 'rates', 'film'\)",
+        ),
+        (lambda: Encoder({"film": 8}, 12, TABLE), "^in_channels has no size for user"),
+    ],
+)
+def test_missing_sizes(make: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()
+
+
+def test_encoder_with_one_size_for_all_types() -> None:
+    x_dict, edge_index_dict, _ = ratings()
+    encoder = Encoder(-1, OUT, TABLE)
+    x, e = encoder(x_dict, edge_index_dict, {})
+    assert {t: v.shape for t, v in x.items()} == {"user": (5, OUT), "film": (4, OUT)}
+    assert e[RATES].shape == (9, OUT)
+
+
+@pytest.mark.parametrize("options", [{"flow": "target_to_source"}, {"aggr": "max"}])
+@pytest.mark.parametrize("layer", [MessageMLP, EdgeUpdate])
+def test_flow_and_aggregation_are_fixed(layer: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="multiple values"):
+        layer(3, 4, 6, **options)
+    assert layer(3, 4, 6, node_dim=0).node_dim == 0

@@ -16,7 +16,7 @@ from torch_geometric.loader import DataLoader
 
 from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs import EDGE_TYPES, MATCHES, SEMANTIC, SPATIAL, AssignmentBatch, AssignmentGraph, EdgeSpec
-from gm_mlic.nn import GMMLIC, MILMax
+from gm_mlic.nn import GMMLIC, MILMax, ModelOutput, pool_instances
 
 D_O, D_L, C = 5, 4, 3
 EDGE_SUBSETS = [
@@ -441,6 +441,11 @@ def test_model_accepts_other_labels() -> None:
         ({"norm": "batch"}, "none, encoder, all"),
         ({"edge_types": ["near"]}, "^edge_types must be names among spatial, semantic, matches"),
         ({"edge_types": "spatial"}, "^edge_types must be names among"),
+        ({"edge_types": SPATIAL}, "^edge_types must be names among"),
+        ({"edge_types": None}, "^edge_types must be names among .* got None"),
+        ({"k": 2.0}, "^k must be a whole number, got 2.0"),
+        ({"k": True}, "^k must be a whole number, got True"),
+        ({"widths": 5}, "^widths must be a list of sizes, got 5"),
     ],
 )
 def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
@@ -616,7 +621,7 @@ def test_images_with_different_numbers_of_labels_are_refused() -> None:
     graphs = [graph(3, vectors(2)), graph(3, vectors(4))]
     for data in graphs:
         del data["y"]  # PyG refuses to concatenate targets of different lengths
-    with pytest.raises(ConfigError, match=r"have \[2, 4\] labels"):
+    with pytest.raises(ConfigError, match=r"same number of labels, got \[2, 4\]"):
         model()(Batch.from_data_list(graphs))
 
 
@@ -633,7 +638,7 @@ def test_label_without_matching_edges(layout: str) -> None:
 def test_graph_without_an_edge_type_of_the_model(missing: str, layout: str) -> None:
     data = graph(3, vectors(), edge_types=[name for name in ("spatial", "semantic") if name != missing])
     before = data.edge_types
-    with pytest.raises(ConfigError, match=f"The model reads .* {missing} .* edges, the graph has none"):
+    with pytest.raises(ConfigError, match=f"The model uses .* {missing} .* edges, the graph has none"):
         model()(as_layout(data, layout))
     assert data.edge_types == before
 
@@ -653,3 +658,55 @@ def test_inputs_of_another_size(D: int, L: int, layout: str) -> None:
     net = GMMLIC(D, L, widths=(4, 4)).double()
     with pytest.raises(ConfigError, match="the model was built for"):
         net(as_layout(graph(3, vectors()), layout))
+
+
+def test_unusable_inputs() -> None:
+    net, data = model(), graph(3, vectors())
+    with pytest.raises(ConfigError, match="takes a HeteroData or an AssignmentBatch, not Tensor"):
+        net(torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match="no instance nodes with features x"):
+        net(HeteroData())
+    nodes = HeteroData({name: {"x": data[name].x} for name in ("instance", "label")})
+    with pytest.raises(ConfigError, match="uses instance spatial instance edges, the graph has none"):
+        net(nodes)
+    with pytest.raises(ConfigError, match="label cache needs an AssignmentBatch"):
+        net.precompute_labels(data)
+    for layout in LAYOUTS:
+        for attr, found in ((data[SPATIAL].edge_attr[:, :6], "6"), (None, "none")):
+            changed_ = data.clone()
+            del changed_[SPATIAL]["edge_attr"]
+            if attr is not None:
+                changed_[SPATIAL].edge_attr = attr
+            with pytest.raises(ConfigError, match=f"spatial instance edges need edge_attr of length 8, got {found}"):
+                net(as_layout(changed_, layout))
+
+
+def test_edge_types_by_tuple() -> None:
+    data = graph(3, vectors(), edge_types=[SPATIAL])
+    assert data.edge_types == [SPATIAL, MATCHES]
+    by_tuple, by_name = model(edge_types=[SPATIAL, MATCHES]), model(edge_types=["spatial", "matches"])
+    close(by_tuple(data).logits, by_name(data).logits)
+
+
+def test_match_logits_of_another_shape() -> None:
+    data = graph(3, vectors())
+    for layout, shape in (("sparse", (3,)), ("dense", (1, 3, 2))):
+        with pytest.raises(ArgumentError, match=r"^match_logits must be \("):
+            pool_instances(torch.zeros(shape), as_layout(data, layout))
+
+
+def test_output_of_ones_own() -> None:
+    logits, values = torch.zeros(2, C), torch.randn(2, 4, C)
+    with pytest.raises(ConfigError, match="must give ModelOutput `matches`"):
+        ModelOutput(logits, logits.long()).match_logits  # noqa: B018
+    output = ModelOutput(logits, logits.long(), matches=values)
+    assert output.match_logits is values
+    assert repr(output) == "ModelOutput(logits=[2, 3], argmax_instance=[2, 3], matches=[2, 4, 3])"
+    half = output.to(device="cpu", dtype=torch.float16)
+    assert (half.logits.dtype, half.matches.dtype, half.argmax_instance.dtype) == (
+        torch.float16,
+        torch.float16,
+        torch.int64,
+    )
+    sparse = model()(graph(3, vectors())).cpu()
+    assert torch.equal(sparse.to(torch.float32).match_logits, sparse.match_logits.float())

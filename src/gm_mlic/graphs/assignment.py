@@ -10,9 +10,9 @@ from torch_geometric.data import HeteroData
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
-from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.graphs.candidates import candidate_edges, class_confidence
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, edge_table
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, edge_table
 
 
 def knn_edge_index(box: Tensor, num_neighbors: int) -> Tensor:
@@ -69,17 +69,34 @@ def label_edge_index(num_labels: int, neighbors: Tensor | None = None) -> Tensor
     return torch.stack([source, target])
 
 
+def check_instances(x: Tensor, box: Tensor) -> None:
+    """Raise :class:`ConfigError` for features (..., M, D_o) and boxes (..., M, 4) that are not valid instances."""
+    if x.ndim < 2 or box.shape != (*x.shape[:-1], 4):
+        problem = f".x must be (M, D_o) and .box (M, 4), got {tuple(x.shape)} and {tuple(box.shape)}"
+    elif x.shape[-2] == 0:
+        problem = " has no instances: pass at least one, e.g. the whole image"
+    else:
+        finite, inside = x.isfinite().all(), box.abs().amax() <= 2  # boxes may exceed the image a little
+        if bool(finite & inside & (box[..., 2:] >= box[..., :2]).all()):
+            return
+        problem = ".box must be (x1, y1, x2, y2), divided by image width and height, with x1 <= x2 and y1 <= y2"
+        if not (bool(finite) and bool(box.isfinite().all())):
+            problem = f".{'box' if bool(finite) else 'x'} holds NaN or infinite values"
+    raise ConfigError(f"data['{INSTANCE}']{problem}.")
+
+
 @functional_transform("assignment_graph")
 class AssignmentGraph(BaseTransform):
     r"""Builds the assignment graph of detected instances and label vectors (functional name: ``assignment_graph``).
 
-    Takes a ``HeteroData`` whose ``instance`` store holds ``x`` (M, D_o) and ``box`` (M, 4) and adds
+    Takes a ``HeteroData`` whose ``instance`` store holds ``x`` (M, D_o) and ``box`` (M, 4), (x1, y1, x2, y2)
+    divided by image width and height, and adds
 
     - ``label.x`` (C, D_l): :math:`v^l_i = w_i`;
     - ``instance spatial instance``: from each of the nearest neighbors j to i, :math:`e^o_{ij} = [B_j, B_i]`, source
       box first (eq. 1);
     - ``label semantic label``: between every ordered pair of different labels, :math:`e^l_{ij} = [w_j, w_i]` (eq. 2);
-    - ``instance matches label``: every pair, :math:`e^m_{ij} = [v^o_i, v^l_j]` (eq. 3). The same edges serve the
+    - ``instance matches label``: every pair, :math:`e^m_{ic} = [v^o_i, v^l_c]` (eq. 3). The same edges serve the
       messages in both directions.
 
     Label vectors and edge attributes get the dtype of ``instance.x``.
@@ -89,8 +106,8 @@ class AssignmentGraph(BaseTransform):
         m: keep the m first (most confident) instances, times ``views``; None keeps all.
         num_neighbors: of each instance, by distance of box centers (default: 5; not stated in the paper).
         num_label_neighbors: None connects all labels (the paper); a number keeps the nearest of each label by cosine.
-        edge_types: names of the edge types to add (default: all three). ``matches`` is always added: its edges are the
-            pairs that are scored.
+        edge_types: the edge types to add, or their names (default: all three). ``matches`` is always added: its edges
+            are the pairs that are scored.
         candidates: (D, C) bool, the labels with an edge from instances of each detector class (see
             :func:`label_candidates`). None: all pairs have an edge (the paper).
         class_labels: (D, C) bool, the labels that each of the detector's classes is. Adds ``confidence`` (E,) to the
@@ -98,13 +115,13 @@ class AssignmentGraph(BaseTransform):
         views: number of views of the image whose instances are in one graph (see
             :class:`~gm_mlic.detection.MultiViewExtractor`; default: 1).
         label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,).
-        edge_attr: also store the attributes of eq. 2 and 3 (default: no). They repeat node attributes; the model
+        edge_attr: also store the attributes of eq. 2 and 3 (default: ``False``). They repeat node attributes; the model
             computes them if absent. Graphs that store them have no dense form.
 
     Raises:
         ArgumentError: for label vectors of a wrong shape or with NaN or infinite values, for a number below 1, and for
             an unknown edge type.
-        ConfigError: when called, for an image without instances or with NaN or infinite features or boxes.
+        ConfigError: when called, for an image without instances, with NaN or infinite values, or with other boxes.
     """
 
     def __init__(
@@ -114,7 +131,7 @@ class AssignmentGraph(BaseTransform):
         num_neighbors: int = 5,
         num_label_neighbors: int | None = None,
         *,
-        edge_types: Sequence[str] = RELATIONS,
+        edge_types: Sequence[str | EdgeType] = RELATIONS,
         candidates: Tensor | None = None,
         class_labels: Tensor | None = None,
         label_counts: Tensor | None = None,
@@ -122,20 +139,15 @@ class AssignmentGraph(BaseTransform):
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
-            raise ArgumentError("label_vectors", f"must be (C, D_l) with C >= 1, got {label_vectors!r:.60}.")
+            raise ArgumentError("label_vectors", f"must be a tensor (C, D_l) with C >= 1, got {_shape(label_vectors)}.")
         if not bool(torch.isfinite(label_vectors).all()):
             invalid = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
             raise ArgumentError(
                 "label_vectors", f"of labels {invalid[:10]} hold NaN or infinite values: correct the embedding file."
             )
-        for name, value, optional in (
-            ("m", m, True),
-            ("num_neighbors", num_neighbors, False),
-            ("num_label_neighbors", num_label_neighbors, True),
-            ("views", views, False),
-        ):
-            if not (optional and value is None) and (not isinstance(value, int) or value < 1):
-                raise ArgumentError(name, f"must be a whole number of 1 or more, got {value!r}.")
+        optional = {"m": m, "num_label_neighbors": num_label_neighbors}
+        check_positive(num_neighbors=num_neighbors, views=views)
+        check_positive(**{name: value for name, value in optional.items() if value is not None})
         C = label_vectors.shape[0]
         for name, table in (("candidates", candidates), ("class_labels", class_labels)):
             if table is not None and (table.dtype != torch.bool or table.shape[1:] != (C,)):
@@ -143,7 +155,7 @@ class AssignmentGraph(BaseTransform):
                     name, f"must be a bool table of classes and {C} labels, got {table.dtype} {tuple(table.shape)}."
                 )
         if label_counts is not None and (label_counts.shape != (C,) or bool((label_counts < 0).any())):
-            raise ArgumentError("label_counts", f"must be {C} numbers of images, got {label_counts!r:.60}.")
+            raise ArgumentError("label_counts", f"must be {C} numbers of images, got {_shape(label_counts)}.")
         self.label_vectors = label_vectors
         self.candidates, self.class_labels, self.label_counts = candidates, class_labels, label_counts
         self.m = None if m is None else m * views
@@ -160,16 +172,13 @@ class AssignmentGraph(BaseTransform):
         for name in ("x", "box"):
             if name not in instances:
                 raise ConfigError(f"AssignmentGraph needs data['{INSTANCE}'].{name}.")
-            if not bool(torch.isfinite(instances[name]).all()):
-                raise ConfigError(f"data['{INSTANCE}'].{name} holds NaN or infinite values.")
+        check_instances(instances.x, instances.box)
         if self.m is not None:
             for name, value in list(instances.items()):
                 if isinstance(value, Tensor) and value.ndim > 0:
                     instances[name] = value[: self.m]
         x, box, W = instances.x, instances.box, self.label_vectors.to(instances.x.dtype)
         M, C = x.shape[0], W.shape[0]
-        if M == 0:
-            raise ConfigError("An image without instances: use the whole image as one (see InstanceExtractor).")
 
         data[LABEL].x = W
         if self.views > 1:
@@ -203,3 +212,7 @@ class AssignmentGraph(BaseTransform):
             f"{type(self).__name__}(C={self.label_vectors.shape[0]}, m={self.m}, num_neighbors={self.num_neighbors}, "
             f"num_label_neighbors={self.num_label_neighbors})"
         )
+
+
+def _shape(value: object) -> str:
+    return f"{type(value).__name__} {tuple(getattr(value, 'shape', ()))}"

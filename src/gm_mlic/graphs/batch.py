@@ -7,8 +7,8 @@ since they repeat node attributes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,12 +17,28 @@ from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.candidates import candidate_edges, class_confidence
-from gm_mlic.graphs.dense import Bipartite, DenseEdges, NeighborLists
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, NodeType
+from gm_mlic.graphs.dense import Bipartite, DenseEdges, NeighborLists, TensorFields
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, edge_table
 
 
-@dataclass(frozen=True, eq=False)
-class AssignmentBatch:
+def check_sizes(x_dict: Mapping[str, Tensor], instance_dim: int | None, label_dim: int | None) -> None:
+    """Raise :class:`ConfigError` for features of other sizes than a model's; None and -1 accept any size."""
+    for what, node_type, size in (("instance features", INSTANCE, instance_dim), ("label vectors", LABEL, label_dim)):
+        if node_type not in x_dict:
+            raise ConfigError(f"The graph has no {node_type} nodes with features x.")
+        length = x_dict[node_type].shape[-1]
+        if size not in (None, -1, length):
+            raise ConfigError(f"The graph's {what} have length {length}, the model was built for {size}.")
+
+
+def check_label_counts(counts: Sequence[int]) -> None:
+    """Raise :class:`ConfigError` if images of a batch differ in their number of labels."""
+    if len(set(counts)) > 1:
+        raise ConfigError(f"All images of a batch must have the same number of labels, got {list(counts)}.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AssignmentBatch(TensorFields):
     """B assignment graphs over the same C labels, padded to M instances.
 
     It has the dictionaries of a ``HeteroData``: ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``.
@@ -70,7 +86,7 @@ class AssignmentBatch:
         return int(self.label_vectors.shape[0])
 
     @property
-    def x_dict(self) -> dict[NodeType, Tensor]:
+    def x_dict(self) -> dict[str, Tensor]:
         """Node attributes: instances (B, M, D_o), labels (1, C, D_l)."""
         return {INSTANCE: self.x, LABEL: self.label_vectors[None]}
 
@@ -79,21 +95,6 @@ class AssignmentBatch:
         """(B, M, C or 1) bool, the matching edges that exist."""
         mask: Tensor = getattr(self.edge_index_dict.get(MATCHES), "mask", self.mask)
         return mask if mask.dim() == 3 else mask[..., None]
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> AssignmentBatch:
-        """The same batch, with ``function`` applied to each tensor."""
-        changed: dict[str, Any] = {
-            f.name: function(value) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        edges = {edge_type: edges.map(function) for edge_type, edges in self.edge_index_dict.items()}
-        attrs = {edge_type: function(attr) for edge_type, attr in self.edge_attr_dict.items()}
-        return replace(self, **changed, edge_index_dict=edges, edge_attr_dict=attrs)
-
-    def to(self, target: torch.device | str | torch.dtype, *, non_blocking: bool = False) -> AssignmentBatch:
-        """The same batch on another device, or with its floating-point tensors in another dtype."""
-        if isinstance(target, torch.dtype):
-            return self.map(lambda value: value.to(target) if value.is_floating_point() else value)
-        return self.map(lambda value: value.to(target, non_blocking=non_blocking))
 
     def pin_memory(self) -> AssignmentBatch:
         """The same batch in page-locked memory, for copies to a GPU that overlap with computation."""
@@ -122,7 +123,7 @@ class AssignmentBatch:
         *,
         num_neighbors: int = 5,
         label_neighbors: Tensor | None = None,
-        edge_types: Sequence[str] | Sequence[EdgeType] = RELATIONS,
+        edge_types: Sequence[str | EdgeType] = RELATIONS,
         candidates: Tensor | None = None,
         class_labels: Tensor | None = None,
         detected_label: Tensor | None = None,
@@ -134,10 +135,10 @@ class AssignmentBatch:
 
         Args:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
-            label_vectors: (C, D_l).
+            label_vectors: (C, D_l); they get the dtype of ``x``, as do edge attributes.
             num_neighbors: of each instance, by distance of box centers.
             label_neighbors: (C, K), the neighbors of each label; None for all other labels.
-            edge_types: edge types of the paper to add; ``matches`` is always added.
+            edge_types: edge types of the paper to add, or their names; ``matches`` is always added.
             candidates: (D, C) bool, the labels with an edge from instances of each detector class; None for all.
             class_labels: (D, C) bool, the labels that each detected class is; fills ``confidence``.
             detected_label, score: (B, M) int64, (B, M).
@@ -145,13 +146,14 @@ class AssignmentBatch:
             **others: ``y``, ``difficult``, ``row`` and ``label_counts``; see the class.
 
         Raises:
+            ArgumentError: for an unknown edge type.
             ConfigError: for candidates or class labels without detected labels, or of other classes.
         """
-        names = {edge_type if isinstance(edge_type, str) else edge_type[1] for edge_type in edge_types}
+        table, label_vectors = edge_table(edge_types), label_vectors.to(x.dtype)
         x, box = x.masked_fill(~mask[..., None], 0), box.masked_fill(~mask[..., None], 0)
         edges: dict[EdgeType, DenseEdges] = {}
         attrs: dict[EdgeType, Tensor] = {}
-        if SPATIAL[1] in names:
+        if SPATIAL in table:
             # written such that B and M stay dynamic in torch.export
             B, M = x.shape[:2]
             center = (box[..., :2] + box[..., 2:]) / 2
@@ -162,8 +164,8 @@ class AssignmentBatch:
             index, exists = index[..., :K], distance[..., :K].isfinite() & mask[..., None]
             sources = torch.gather(box, 1, index.reshape(B, M * K, 1).expand(-1, -1, 4)).view(B, M, K, 4)
             edges[SPATIAL] = NeighborLists(index, exists)
-            attrs[SPATIAL] = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1)
-        if SEMANTIC[1] in names:
+            attrs[SPATIAL] = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1).to(x.dtype)
+        if SEMANTIC in table:
             edges[SEMANTIC] = _label_edges(label_neighbors, len(label_vectors), x.device)
         matches = mask
         if candidates is not None:
@@ -176,23 +178,15 @@ class AssignmentBatch:
             if detected_label is None or score is None:
                 raise ConfigError("Class labels need the detected label and the score of each instance.")
             confidence = class_confidence(class_labels, detected_label, score.masked_fill(~mask, 0).to(x.dtype))
-        return cls(
-            x,
-            box,
-            mask,
-            label_vectors,
-            edges,
-            attrs,
-            detected_label=detected_label,
-            score=score,
-            confidence=confidence,
-            views=views,
-            **others,
-        )
+        others |= {"detected_label": detected_label, "score": score, "confidence": confidence}
+        return cls(x, box, mask, label_vectors, edges, attrs, views=views, **others)  # type: ignore[arg-type]
 
     @classmethod
     def collate(cls, graphs: Sequence[HeteroData]) -> AssignmentBatch:
         """For ``DataLoader(collate_fn=AssignmentBatch.collate)``: the dense form of a list of graphs."""
+        if not len(graphs):
+            raise ConfigError("A batch needs at least one graph.")
+        check_label_counts([len(graph[LABEL].x) for graph in graphs])  # before PyG fails to concatenate targets
         return cls.from_hetero_data(Batch.from_data_list(list(graphs)))
 
     @classmethod
@@ -207,6 +201,7 @@ class AssignmentBatch:
         """
         B = int(getattr(data, "num_graphs", 1))
         x, W = data[INSTANCE].x, data[LABEL].x
+        check_label_counts(data[LABEL].ptr.diff().tolist() if "ptr" in data[LABEL] else [])
         _require(W.shape[0] % B == 0 and torch.equal(W, W[: W.shape[0] // B].repeat(B, 1)), "images differ in labels")
         C = W.shape[0] // B
         ptr = data[INSTANCE].ptr if "ptr" in data[INSTANCE] else torch.tensor([0, x.shape[0]], device=x.device)
@@ -252,7 +247,7 @@ class AssignmentBatch:
 
 
 def drop_edges(batch: AssignmentBatch | HeteroData, edge_type: EdgeType) -> AssignmentBatch | HeteroData:
-    """The same graphs without any edge of one type. The edge type itself stays, for models that read it."""
+    """The same graphs without any edge of one type. The edge type itself stays, for models that need it."""
     if edge_type not in batch.edge_index_dict:
         return batch
     if isinstance(batch, AssignmentBatch):

@@ -9,7 +9,7 @@ from gm_mlic.errors import ConfigError
 
 
 def label_candidates(
-    detected_label: Tensor, score: Tensor, present: Tensor, labels_per_class: int, own: Tensor | None = None
+    detected_label: Tensor, score: Tensor, present: Tensor, labels_per_class: int, class_to_label: Tensor | None = None
 ) -> Tensor:
     r"""For each detector class, the labels with the highest lift :math:`P(c \mid d) / P(c)` in the training images.
 
@@ -28,8 +28,8 @@ def label_candidates(
         score: (N, M), its confidence.
         present: (N, C) bool, the labels of each image.
         labels_per_class: number of candidates of each class.
-        own: (D,) int64, the label with the name of each detector class, -1 for none. Default: no class has one, and D
-            is the largest detected class plus one.
+        class_to_label: (D,) int64, the label with the name of each detector class, -1 for none. Default: no
+            class has one, and D is the largest detected class plus one.
 
     Returns:
         (D, C) bool.
@@ -40,15 +40,15 @@ def label_candidates(
     N, C = present.shape
     if int(detected_label.max()) < 0:
         raise ConfigError("Candidate labels need detected classes, and no instance has one.")
-    D = int(detected_label.max()) + 1 if own is None else len(own)
+    D = int(detected_label.max()) + 1 if class_to_label is None else len(class_to_label)
     strength = score.new_zeros(N, D + 1)  # the last column is for instances without a class
     strength.scatter_reduce_(1, torch.where(detected_label < 0, D, detected_label), score, "amax")
     strength, y = strength[:, :D].double(), present.double()
     share = y.mean(dim=0).clamp(min=1 / (2 * N))
     lift = (strength.t() @ y + share) / (strength.sum(dim=0)[:, None] + 1) / share
-    if own is not None:
-        named = (own >= 0).nonzero().flatten()
-        lift[named, own[named]] = float("inf")
+    if class_to_label is not None:
+        named = (class_to_label >= 0).nonzero().flatten()
+        lift[named, class_to_label[named]] = float("inf")
     best = lift.argsort(dim=1, descending=True, stable=True)[:, :labels_per_class]
     return torch.zeros(D, C, dtype=torch.bool).scatter_(1, best, True) | (strength.sum(dim=0) == 0)[:, None]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch_geometric.data import Dataset, HeteroData
 
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, StoreError
-from gm_mlic.graphs.assignment import AssignmentGraph
+from gm_mlic.errors import ArgumentError, ConfigError, StoreError
+from gm_mlic.graphs.assignment import AssignmentGraph, check_instances
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
 from gm_mlic.targets import normalize_targets
@@ -174,20 +174,27 @@ def collate_instances(
     """The assignment graphs of the instances of B images, as one :class:`AssignmentBatch`.
 
     Args:
-        instances: instances of each image, at most m.
+        instances: instances of each image; the first m of each are kept.
         graph: the transform with label vectors.
         device: device of the batch.
         **others: ``y``, ``difficult`` and ``row`` of the images.
+
+    Raises:
+        ConfigError: without images, and for what :class:`AssignmentGraph` refuses.
     """
+    if not all(map(len, instances)) or not len(instances):
+        raise ConfigError("A batch needs at least one image, and each image an instance, e.g. the whole image.")
 
     def pad(parts: list[Tensor], padding: float = 0) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([part.to(device) for part in parts], True, padding)
+        return torch.nn.utils.rnn.pad_sequence([part[: graph.m].to(device) for part in parts], True, padding)
 
+    x, box = pad([found.features for found in instances]), pad([found.boxes for found in instances])
+    check_instances(x, box)
     counts = torch.tensor([len(found) for found in instances], device=device)
     return AssignmentBatch.from_padded(
-        x=pad([found.features for found in instances]),
-        box=pad([found.boxes for found in instances]),
-        mask=torch.arange(int(counts.max()), device=device) < counts[:, None],
+        x=x,
+        box=box,
+        mask=torch.arange(x.shape[1], device=device) < counts[:, None],
         score=pad([found.scores for found in instances]),
         detected_label=pad([found.detected_labels for found in instances], -1),
         **_settings(graph, device),

@@ -4,33 +4,39 @@ Layers accept these classes in place of an ``edge_index`` (2, E). They implement
 differ between sparse and dense graphs: the values at both ends of each edge (:meth:`DenseEdges.ends`), and the mean of
 messages (:meth:`DenseEdges.mean`). Nothing is gathered or scattered, and exact algebra reduces the computation:
 
-1. a Linear over a concatenation is a sum of Linears. Each is applied where its argument lives, at N nodes and not at
-   N x C edges, and the results are added by broadcasting (:class:`EdgeTensor` holds the ends compactly);
+1. a Linear over a concatenation is a sum of Linears. Each is applied to the N node features rather than to N x C edge
+   features, and the results are added by broadcasting (:class:`EdgeTensor` holds the ends compactly);
 2. an affine map at the end of an edge value (an MLP's last Linear; the scale and shift of a LayerNorm) is not applied
-   to the edges. It is composed with the Linear that reads the value next (:meth:`EdgeTensor.read`), or it is applied
-   after the mean, with which it commutes;
+   to the edges. It is composed with the next Linear (:meth:`EdgeTensor.compose`), or it is applied after the mean, with
+   which it commutes;
 3. values that do not depend on the image have batch size 1, and are computed once for a batch.
+
+Only plain layers of this package get these values. :func:`call` gives a module with hooks, a subclass or another module
+tensors of full size, and such a layer returns tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
+
+T = TypeVar("T", bound="TensorFields")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether a call of ``module`` is equal to ``kind.forward``: no subclass, wrapper or hook.
+    """Whether a call of ``module`` is equal to ``kind.forward``: no subclass, wrapper, hook or replaced ``forward``.
 
     Only then can the call be replaced by an equal computation.
     """
     return (
         type(module) is kind
+        and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -40,88 +46,105 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 class EdgeTensor:
-    r"""Values on the edges of a dense graph: :math:`A x + s`, with a broadcastable x, and A and s pending.
+    r"""Values on the edges of a dense graph: :math:`A x + s`, with a broadcastable x, and A and s not yet applied.
 
-    Torch functions and tensor methods are applied to the tensor itself, :meth:`tensor`.
+    It is not a Tensor: torch functions need :meth:`tensor`.
 
     Args:
         x: (B, N, K, d), where each of the first three sizes may be 1.
         weight: A, (d', d), or (d,) if A is diagonal; None for the identity.
-        bias: s, (d',).
-        outputs: precomputed results of modules for these values, by module.
+        bias: s, (d',); None for zero.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        outputs: dict[nn.Module, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
         self.x, self.weight, self.bias = x, weight, bias
-        self.outputs = {} if outputs is None else outputs
+        #: Precomputed results of modules for these values.
+        self.outputs: dict[nn.Module, Tensor] = {}
 
     def finish(self, x: Tensor) -> Tensor:
         """:math:`A x + s` of values (..., d)."""
-        if self.weight is None:
-            return x
-        if self.weight.dim() == 2:
+        if self.weight is not None and self.weight.dim() == 2:
             return linear(x, self.weight, self.bias)
-        assert self.bias is not None
-        return x * self.weight + self.bias
+        x = x if self.weight is None else x * self.weight
+        return x if self.bias is None else x + self.bias
 
     def tensor(self) -> Tensor:
         """The values, with sizes of 1 where they are equal along an axis."""
         return self.finish(self.x)
 
-    def read(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        r"""The weight and bias by which a Linear with ``weight`` reads x: :math:`W (A x + s) = (W A) x + W s`."""
-        if self.weight is None:
-            return weight, None
-        assert self.bias is not None
-        composed = weight * self.weight if self.weight.dim() == 1 else weight @ self.weight
-        return composed, weight @ self.bias
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        sizes: Any = torch.broadcast_shapes(*(leaf.x.shape[:-1] for leaf in leaves if isinstance(leaf, EdgeTensor)))  # type: ignore[no-untyped-call]
-        args, kwargs = tree_map_only(EdgeTensor, lambda e: e.tensor().expand(*sizes, -1), (args, kwargs))
-        return function(*args, **(kwargs or {}))
+    def compose(self, lin: Any) -> tuple[Tensor, Tensor | None]:
+        r"""The weight and bias of ``lin`` as a function of x: :math:`W (A x + s) + b = (W A) x + (W s + b)`."""
+        weight, bias = lin.weight, lin.bias
+        if self.bias is not None:
+            shift = weight @ self.bias
+            bias = shift if bias is None else bias + shift
+        if self.weight is not None:
+            weight = weight * self.weight if self.weight.dim() == 1 else weight @ self.weight
+        return weight, bias
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(x={tuple(self.x.shape)}, pending={self.weight is not None})"
+        return f"{type(self).__name__}({list(self.x.shape)}{'' if self.weight is None else ', affine'})"
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    return lambda self, *arguments: getattr(self.tensor(), name)(*arguments)
+def shape_of(part: Tensor | EdgeTensor) -> torch.Size:
+    """The compact shape of values on edges, without the affine map."""
+    return part.x.shape if isinstance(part, EdgeTensor) else part.shape
 
 
-# Python looks operators up on the class, not through __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "neg", "matmul", "getitem"):
-    setattr(EdgeTensor, f"__{_name}__", _operator(f"__{_name}__"))
+def expanded(*parts: Any) -> tuple[Any, ...]:
+    """Values on the same edges as tensors of full size; among or within other arguments, each EdgeTensor for itself."""
+    if all(isinstance(part, (Tensor, EdgeTensor)) for part in parts):
+        sizes: Any = torch.broadcast_shapes(*(shape_of(part)[:-1] for part in parts))  # type: ignore[no-untyped-call]
+        tensors = (part.tensor() if isinstance(part, EdgeTensor) else part for part in parts)
+        return tuple(tensor.expand(*sizes, -1).contiguous() for tensor in tensors)
+    return tree_map_only(EdgeTensor, lambda values: expanded(values)[0], parts)  # type: ignore[no-any-return]
+
+
+def call(kind: type[nn.Module], module: nn.Module, *arguments: Any) -> Any:
+    """``module(*arguments)``; of :func:`expanded` arguments, unless it is a plain module of the class ``kind``."""
+    return module(*(arguments if is_plain(module, kind) else expanded(*arguments)))
 
 
 def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
-    """``lin(x)``; for an :class:`EdgeTensor`, the pending map is composed and the compact shape is kept."""
+    """``lin(x)``; for an :class:`EdgeTensor`, the affine map is composed and the compact shape is kept."""
     if not isinstance(x, EdgeTensor):
         return lin(x)  # type: ignore[no-any-return]
     if lin in x.outputs:
         return x.outputs[lin]
     if x.weight is None or not is_plain(lin):
         return lin(x.tensor())  # type: ignore[no-any-return]
-    weight, shift = x.read(lin.weight)
-    return linear(x.x, weight, shift if lin.bias is None else lin.bias + shift)
+    return linear(x.x, *x.compose(lin))
 
 
-class DenseEdges:
+class TensorFields:
+    """Base of dataclasses of tensors: conversion as in torch, and a short ``repr``."""
+
+    def map(self: T, function: Callable[[Tensor], Tensor]) -> T:
+        """The same values, with ``function`` applied to each tensor."""
+
+        def mapped(value: Any) -> Any:
+            nested = isinstance(value, TensorFields)
+            return value.map(function) if nested else function(value) if isinstance(value, Tensor) else value
+
+        return replace(self, **{name: tree_map(mapped, value) for name, value in vars(self).items()})  # type: ignore[type-var]
+
+    def to(self: T, *args: Any, **kwargs: Any) -> T:
+        """With the arguments of :meth:`torch.nn.Module.to`: a dtype applies to floating-point tensors only."""
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        return self.map(lambda value: value.to(device, dtype if value.is_floating_point() else None, non_blocking))
+
+    def cpu(self: T) -> T:
+        return self.to("cpu")
+
+    def cuda(self: T, device: int | str | torch.device = "cuda", *, non_blocking: bool = False) -> T:
+        return self.to(device, non_blocking=non_blocking)
+
+    def __repr__(self) -> str:
+        shapes = tree_map_only(Tensor, lambda tensor: list(tensor.shape), vars(self))
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in shapes.items() if v is not None)})"
+
+
+class DenseEdges(TensorFields):
     """Edges of one type in each graph of a batch of B: :class:`NeighborLists` or :class:`Bipartite`."""
 
     def ends(self, x_source: Tensor, x_target: Tensor) -> tuple[EdgeTensor, EdgeTensor]:
@@ -133,10 +156,6 @@ class DenseEdges:
 
         It is zero for a node without edges.
         """
-        raise NotImplementedError
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> DenseEdges:
-        """The same edges, with ``function`` applied to each tensor that describes them."""
         raise NotImplementedError
 
 
@@ -155,12 +174,12 @@ def edge_dot(edge_index: Tensor | DenseEdges, x_source: Tensor, x_target: Tensor
 
 
 def _finished(values: EdgeTensor | Tensor, mean: Tensor, count: Tensor | None) -> Tensor:
-    """Apply the pending map after the mean; zero, without the bias, for a node without edges."""
+    """Apply the affine map after the mean; zero, without the bias, for a node without edges."""
     mean = values.finish(mean) if isinstance(values, EdgeTensor) else mean
     return mean if count is None else mean * (count > 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class NeighborLists(DenseEdges):
     """K sources for each target. Values on the edges are (B, N_target, K, d).
 
@@ -191,12 +210,8 @@ class NeighborLists(DenseEdges):
         total = (self.mask.to(x.dtype)[:, :, None] @ x).squeeze(2)
         return _finished(values, total / count.clamp(min=1), count)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> NeighborLists:
-        index, mask = (None if tensor is None else function(tensor) for tensor in (self.index, self.mask))
-        return NeighborLists(index, mask)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Bipartite(DenseEdges):
     """An edge from every source to every target, except masked ones. Values are (B, N_source, N_target, d).
 
@@ -225,6 +240,3 @@ class Bipartite(DenseEdges):
             count = self.mask.sum(dim=1)[:, None, None]
             total = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:])
         return _finished(values, total / count.clamp(min=1), count)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Bipartite:
-        return Bipartite(function(self.mask))

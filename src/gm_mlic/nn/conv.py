@@ -1,6 +1,6 @@
 r"""The graph network block of GM-MLIC: node convolution (eq. 5 to 8), then edge convolution (eq. 9 to 12).
 
-The layers read ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``, as PyG's heterogeneous layers do, with any node
+The layers take ``x_dict``, ``edge_index_dict`` and ``edge_attr_dict``, as PyG's heterogeneous layers do, with any node
 and edge types. An entry of ``edge_index_dict`` is an ``edge_index`` (2, E) with node features (N, d)
 and edge features (E, d), or :class:`~gm_mlic.graphs.DenseEdges` with node features (B, N, d). The two differ in how the
 ends of an edge are read and how messages are averaged. The formulas and the parameters are the same.
@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch_geometric.nn import MessagePassing
+from torch_geometric.nn import MeanAggregation, MessagePassing
 from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, edge_ends
+from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, call, edge_ends, expanded, is_plain
 from gm_mlic.graphs.schema import EdgeSpec, EdgeType, NodeType
 from gm_mlic.nn.mlp import ConcatMLP
 
@@ -27,14 +28,44 @@ def pair(channels: int | tuple[int, int]) -> tuple[int, int]:
     return (channels, channels) if isinstance(channels, int) else channels
 
 
-def by_type(channels: Any, types: Iterable[Any]) -> dict[Any, int]:
-    """A size for each node or edge type: a dictionary, or one size for all."""
-    return dict(channels) if isinstance(channels, Mapping) else dict.fromkeys(types, channels)
+def by_type(name: str, channels: Any, types: Iterable[Any]) -> dict[Any, int]:
+    """A size for each node or edge type, from a dictionary or one size for all.
+
+    Raises:
+        ArgumentError: for anything else, or if a size is missing.
+    """
+    if isinstance(channels, int):
+        return dict.fromkeys(types, channels)
+    if not isinstance(channels, Mapping):
+        raise ArgumentError(name, f"must be an int or a dict from type to size, got {channels!r}.")
+    missing = [t for t in types if t not in channels]
+    if missing:
+        raise ArgumentError(name, f"has no size for {', '.join(map(str, missing))}.")
+    return dict(channels)
 
 
 def node_types(edge_types: Iterable[EdgeType]) -> list[NodeType]:
     """The node types at the ends of edge types, in order of appearance."""
     return list(dict.fromkeys(end for source, _, target in edge_types for end in (source, target)))
+
+
+_STEPS = ("propagate", "message", "aggregate", "edge_update")
+_HOOKS = [f"_{step}_{hooks}" for step in _STEPS for hooks in ("forward_hooks", "forward_pre_hooks")]
+
+
+def _dense_parts(layer: Any, kind: type[nn.Module], *parts: Any) -> tuple[Any, ...]:
+    """The arguments of a layer's formula on dense edges, where PyG's hooks and aggregations do not apply."""
+    own, cls = vars(layer), type(layer)
+    other = [name for name in ("propagate", "edge_updater", "aggregate", "update") if name in own]
+    other += [name for name in ("aggregate", "update") if getattr(cls, name) is not getattr(kind, name)]
+    other += [name for name in _HOOKS if own[name]]
+    aggr = layer.aggr_module
+    if aggr is not None and (type(aggr) is not MeanAggregation or aggr._forward_hooks or aggr._forward_pre_hooks):
+        other.append("aggr_module")
+    if other:
+        raise ConfigError(f"{cls.__name__} has its own {other[0]}, which needs edge_index: pass a HeteroData.")
+    plain = is_plain(layer, kind) and "message" not in own and "edge_update" not in own
+    return parts if plain else expanded(*parts)
 
 
 class MessageMLP(MessagePassing):
@@ -52,8 +83,8 @@ class MessageMLP(MessagePassing):
         edge_dim: size of edge features, or -1.
         out_channels: size of the result.
         reverse: messages flow from target to source of ``edge_index``, as over the matching edges in eq. 5
-            (default: no).
-        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`.
+            (default: ``False``).
+        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`, except ``aggr`` and ``flow``.
 
     Shapes:
         - **input:** node features (N, in_channels) or a pair of them, ``edge_index`` (2, E), edge features
@@ -83,14 +114,14 @@ class MessageMLP(MessagePassing):
         if isinstance(edge_index, DenseEdges):
             if isinstance(edge_attr, EdgeTensor) and self in edge_attr.outputs:
                 return edge_attr.outputs[self]
-            x_j: Any = edge_index.ends(*x)[self.reverse]
-            return edge_index.mean(self.message(x_j, edge_attr), to_source=self.reverse)
+            parts = _dense_parts(self, MessageMLP, edge_index.ends(*x)[self.reverse], edge_attr)
+            return edge_index.mean(self.message(*parts), to_source=self.reverse)
         # Sizes are in the order of edge_index, (source, target), in both directions.
         size = (x[0].shape[0], x[1].shape[0])
         return self.propagate(edge_index, x=x[self.reverse], edge_attr=edge_attr, size=size)  # type: ignore[no-any-return]
 
     def message(self, x_j: Tensor, edge_attr: Tensor) -> Tensor:
-        return self.rho_n(edge_attr, x_j)  # type: ignore[no-any-return]  # dense: EdgeTensor in and out
+        return call(ConcatMLP, self.rho_n, edge_attr, x_j)  # type: ignore[no-any-return]  # dense: EdgeTensor in and out
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.edge_dim}, {self.out_channels})"
@@ -112,16 +143,20 @@ class NodeConv(nn.Module):
     function ``rho_n``; ``phi_n[node_type]`` is the function of the update.
 
     Args:
-        in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
+        in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type. Its
+            types are updated, also those without edges.
         out_channels: size of the new node features.
-        edge_types: table of edge types.
-        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is a number.
-        norm: LayerNorm on the new features (default: no).
+        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`.
+        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is one size.
+        norm: LayerNorm on the new features (default: ``False``).
 
     Shapes:
         - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``
           (E, edge_dim) by edge type
         - **output:** ``x_dict`` (N, out_channels)
+
+    Raises:
+        ArgumentError: if ``in_channels`` or ``edge_dim`` has no size for a type.
     """
 
     def __init__(
@@ -135,8 +170,8 @@ class NodeConv(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        size = by_type(in_channels, node_types(edge_types))
-        dims = by_type(in_channels if edge_dim is None else edge_dim, edge_types)
+        size = by_type("in_channels", in_channels, node_types(edge_types))
+        dims = by_type("edge_dim", in_channels if edge_dim is None else edge_dim, edge_types)
         self.message = ModuleDict({edge_type: ModuleDict() for edge_type in edge_types})
         parts = {node_type: [size[node_type]] for node_type in size}
         for node_type in size:
@@ -161,9 +196,9 @@ class NodeConv(nn.Module):
     ) -> dict[NodeType, Tensor]:
         parts = {node_type: [x_dict[node_type]] for node_type, _ in self.phi_n.items()}
         for edge_type, by_receiver in self.message.items():
-            ends = (x_dict[edge_type[0]], x_dict[edge_type[2]])
+            ends, edge_index = (x_dict[edge_type[0]], x_dict[edge_type[2]]), edge_index_dict[edge_type]
             for node_type, message in by_receiver.items():
-                parts[node_type].append(message(ends, edge_index_dict[edge_type], edge_attr_dict[edge_type]))
+                parts[node_type].append(call(MessageMLP, message, ends, edge_index, edge_attr_dict[edge_type]))
         return {node_type: phi_n(*parts[node_type]) for node_type, phi_n in self.phi_n.items()}
 
     def __repr__(self) -> str:
@@ -182,9 +217,9 @@ class EdgeUpdate(MessagePassing):
             from the first input.
         edge_dim: size of edge features, or -1.
         out_channels: size of the new edge features.
-        product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: no).
-        norm: LayerNorm on the new features (default: no).
-        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`.
+        product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: ``False``).
+        norm: LayerNorm on the new features (default: ``False``).
+        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`, except ``aggr`` and ``flow``.
 
     Shapes:
         - **input:** node features (N, in_channels) or a pair of them, ``edge_index`` (2, E), edge features
@@ -202,7 +237,7 @@ class EdgeUpdate(MessagePassing):
         norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(aggr=None, **kwargs)
+        super().__init__(aggr=None, flow="source_to_target", **kwargs)
         self.in_channels, self.edge_dim, self.out_channels = in_channels, edge_dim, out_channels
         self.rho_e = ConcatMLP(pair(in_channels), out_channels, out_channels, product=product)
         self.phi_e = ConcatMLP([edge_dim, out_channels], out_channels, out_channels, norm=norm)
@@ -216,12 +251,12 @@ class EdgeUpdate(MessagePassing):
         x = (x, x) if isinstance(x, Tensor) else x
         if isinstance(edge_index, DenseEdges):
             x_j, x_i = edge_ends(edge_index, *x)
-            return self.edge_update(x_i, x_j, edge_attr)
+            return self.edge_update(*_dense_parts(self, EdgeUpdate, x_i, x_j, edge_attr))
         size = (x[0].shape[0], x[1].shape[0])
         return self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=size)
 
     def edge_update(self, x_i: Tensor, x_j: Tensor, edge_attr: Tensor) -> Tensor:
-        return self.phi_e(edge_attr, self.rho_e(x_j, x_i))  # type: ignore[no-any-return]
+        return call(ConcatMLP, self.phi_e, edge_attr, call(ConcatMLP, self.rho_e, x_j, x_i))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.edge_dim}, {self.out_channels})"
@@ -238,17 +273,20 @@ class GraphNetworkBlock(nn.Module):
     Args:
         in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
         out_channels: size of all new features.
-        edge_types: table of edge types.
-        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is a number.
-        product: fusion ``product`` for the edge types that are ``fused`` (default: no).
-        norm: LayerNorm on new node and edge features (default: no).
-        updated: the edge types whose features are updated (default: all). After the last block, only the matching
-            edges are read.
+        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`.
+        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is one size.
+        product: fusion ``product`` for the edge types with ``product`` (default: ``False``).
+        norm: LayerNorm on new node and edge features (default: ``False``).
+        updated: the edge types whose features are updated (default: all). After the last block, only those that the
+            decoder uses are needed.
 
     Shapes:
         - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``
           (E, edge_dim) by edge type
         - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
+
+    Raises:
+        ArgumentError: if ``in_channels`` or ``edge_dim`` has no size for a type.
     """
 
     def __init__(
@@ -264,11 +302,11 @@ class GraphNetworkBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        dims = by_type(in_channels if edge_dim is None else edge_dim, edge_types)
+        dims = by_type("edge_dim", in_channels if edge_dim is None else edge_dim, edge_types)
         self.node_conv = NodeConv(in_channels, out_channels, edge_types, dims, norm=norm)
         self.edge_conv = ModuleDict(
             {
-                t: EdgeUpdate(out_channels, dims[t], out_channels, product=product and spec.fused, norm=norm)
+                t: EdgeUpdate(out_channels, dims[t], out_channels, product=product and spec.product, norm=norm)
                 for t, spec in edge_types.items()
                 if updated is None or t in updated
             }
@@ -285,12 +323,12 @@ class GraphNetworkBlock(nn.Module):
         edge_index_dict: Mapping[EdgeType, Any],
         edge_attr_dict: Mapping[EdgeType, Any],
     ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
-        v = self.node_conv(x_dict, edge_index_dict, edge_attr_dict)
+        v = call(NodeConv, self.node_conv, x_dict, edge_index_dict, edge_attr_dict)
         e = {
-            t: edge_conv((v[t[0]], v[t[2]]), edge_index_dict[t], edge_attr_dict[t])
+            t: call(EdgeUpdate, edge_conv, (v[t[0]], v[t[2]]), edge_index_dict[t], edge_attr_dict[t])
             for t, edge_conv in self.edge_conv.items()
         }
-        return v, e
+        return v, e if is_plain(self, GraphNetworkBlock) else expanded(e)[0]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"

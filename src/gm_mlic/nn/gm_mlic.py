@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,20 +13,11 @@ from torch_geometric.data import HeteroData
 from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
-from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, edge_ends
-from gm_mlic.graphs.schema import (
-    INSTANCE,
-    LABEL,
-    MATCHES,
-    RELATIONS,
-    EdgeSpec,
-    EdgeType,
-    NodeType,
-    edge_table,
-)  # fmt: skip
-from gm_mlic.nn.conv import GraphNetworkBlock, node_types
-from gm_mlic.nn.mlp import ConcatMLP, Decoder
+from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
+from gm_mlic.nn.conv import GraphNetworkBlock, MessageMLP, by_type, node_types
+from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
 from gm_mlic.nn.output import POOLINGS, ModelOutput, pool_instances
 from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
@@ -51,24 +43,28 @@ class Encoder(nn.Module):
 
     .. math::
         v_i \leftarrow f(v_i), \qquad e_{ij} \leftarrow f(e_{ij}), \text{ or } f(v_j, v_i)
-        \text{ where } e_{ij} = [v_j, v_i] \text{ (eq. 2 and 3)}
+        \text{ where } e^l_{ij} = [v^l_j, v^l_i] \text{ (eq. 2) and } e^m_{ic} = [v^o_i, v^l_c] \text{ (eq. 3)}
 
     Args:
-        in_channels: size of the attribute of each node type; -1 to take it from the first input.
+        in_channels: dict from node type to size of its attribute, or one size for all; -1 to take it from the first
+            input.
         out_channels: size of all encoded features.
-        edge_types: table of edge types.
-        product: fusion ``product`` for the edge types that are ``fused`` (default: no).
-        norm: LayerNorm on the encoded features (default: yes).
+        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`.
+        product: fusion ``product`` for the edge types with ``product`` (default: ``False``).
+        norm: LayerNorm on the encoded features (default: ``True``).
 
     Shapes:
         - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) by edge type,
           ``edge_attr_dict`` (E, attr_dim) by edge type; attributes of eq. 2 and 3 are computed if absent
         - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
+
+    Raises:
+        ArgumentError: if ``in_channels`` has no size for a type.
     """
 
     def __init__(
         self,
-        in_channels: Mapping[NodeType, int],
+        in_channels: int | Mapping[NodeType, int],
         out_channels: int,
         edge_types: Mapping[EdgeType, EdgeSpec],
         *,
@@ -76,16 +72,16 @@ class Encoder(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = dict(in_channels), out_channels
-        self.edge_types = dict(edge_types)
+        self.in_channels = in_channels = by_type("in_channels", in_channels, node_types(edge_types))
+        self.out_channels, self.edge_types = out_channels, dict(edge_types)
 
         self.x, self.edge_attr = ModuleDict(), ModuleDict()
         for node_type, size in in_channels.items():
             self.x[node_type] = ConcatMLP([size], out_channels, out_channels, norm=norm)
         for t, spec in edge_types.items():
             parts = [in_channels[t[0]], in_channels[t[2]]] if spec.attr_dim is None else [spec.attr_dim]
-            fused = product and spec.fused
-            self.edge_attr[t] = ConcatMLP(parts, out_channels, out_channels, product=fused, norm=norm)
+            fusion = product and spec.product
+            self.edge_attr[t] = ConcatMLP(parts, out_channels, out_channels, product=fusion, norm=norm)
 
     def reset_parameters(self) -> None:
         for mlp in (*self.x.values(), *self.edge_attr.values()):
@@ -111,8 +107,9 @@ class Encoder(nn.Module):
                 x[node_type] = mlp(x_dict[node_type])
         for edge_type, mlp in self.edge_attr.items():
             if edge_type in edge_index_dict and edge_type not in e:
-                e[edge_type] = mlp(*self._attributes(edge_type, x_dict, edge_index_dict, edge_attr_dict))
-        return x, e
+                parts = self._attributes(edge_type, x_dict, edge_index_dict, edge_attr_dict)
+                e[edge_type] = call(ConcatMLP, mlp, *parts)
+        return x, e if is_plain(self, Encoder) else expanded(e)[0]
 
     def _attributes(
         self,
@@ -169,16 +166,16 @@ class GMMLIC(nn.Module):
         k: number of blocks (default: 2, the paper's).
         widths: size of the features after each block. Default: k - 1 times 512, then 256 (the paper's).
         encoder_width: size of the encoded features. Default: that of the first block.
-        fusion: arguments of the functions of both ends of a matching edge: ``concat``, :math:`[v_j, v_i]` (the paper),
-            or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
-        norm: LayerNorm on ``none``, on the ``encoder``'s features, or on ``all`` encoded and updated features
+        fusion: input of the MLPs on source and target of a matching edge: ``concat``, :math:`[v^o_i, v^l_c]` (the
+            paper), or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
+        norm: where LayerNorm is applied: ``none``; ``encoder``: encoded features; ``all``: encoded and updated features
             (default).
-        edge_types: a table of edge types, :data:`~gm_mlic.graphs.EDGE_TYPES` (default) or a custom one, or the names
-            of some of its rows. The paper's ablations leave one row out. Without ``matches``, the decoder reads
-            :math:`[v^o_i, v^l_c]`.
+        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`, :data:`~gm_mlic.graphs.EDGE_TYPES`
+            (default) or a custom one, or some of the paper's edge types or their names. The paper's ablations leave one
+            out. Without ``matches``, the decoder takes :math:`[v^o_i, v^l_c]`.
         prior: start from the detector's labels: add :class:`~gm_mlic.nn.DetectorPrior` to the match logits. The last
-            Linear of the decoder is then zero before training (default: no, the paper).
-        linear: add :class:`~gm_mlic.nn.LinearMatch` to the match logits (default: no).
+            Linear of the decoder is then zero before training (default: ``False``, the paper).
+        linear: add :class:`~gm_mlic.nn.LinearMatch` to the match logits (default: ``False``).
         class_words: number D of detector classes whose word vector and score become part of the instance's attribute:
             :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: 0, none). :meth:`fit_features` sets the vectors.
         components: standardize instance features, and keep at most that many principal axes
@@ -188,7 +185,7 @@ class GMMLIC(nn.Module):
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
         gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
-            no). It needs a fraction of the memory and about 40 % more time; results are the same. For a
+            ``False``). It needs a fraction of the memory and about 40 % more time; results are the same. For a
             ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
 
     Shapes:
@@ -211,7 +208,7 @@ class GMMLIC(nn.Module):
         fusion: str = "product",
         norm: str = "all",
         *,
-        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str] = RELATIONS,
+        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str | EdgeType] = RELATIONS,
         prior: bool = False,
         linear: bool = False,
         class_words: int = 0,
@@ -224,11 +221,15 @@ class GMMLIC(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(k=k)
+        if not isinstance(widths, Iterable | None):
+            raise ArgumentError("widths", f"must be a list of sizes, got {widths!r}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
         encoder_width = widths[0] if encoder_width is None else encoder_width
-        check_positive(encoder_width=encoder_width, widths=min(widths))
+        for width in widths:
+            check_positive(widths=width)
+        check_positive(encoder_width=encoder_width)
         for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
             if size < 1 and size != -1:
                 raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
@@ -249,13 +250,7 @@ class GMMLIC(nn.Module):
 
         product, norm_all, last = fusion == "product", norm == "all", widths[-1]
         self.head = MatchHead(
-            instance_dim,
-            label_dim,
-            prior=prior,
-            linear=linear,
-            components=components,
-            shrinkage=shrinkage,
-            ridge=ridge,
+            instance_dim, label_dim, prior=prior, linear=linear, components=components, shrinkage=shrinkage, ridge=ridge
         )
         if not isinstance(class_words, int) or class_words < 0:
             raise ArgumentError("class_words", f"must be the number of detector classes, got {class_words!r}.")
@@ -276,7 +271,7 @@ class GMMLIC(nn.Module):
         self.blocks = nn.ModuleList()
         for b, (size, width) in enumerate(zip((encoder_width, *widths), widths, strict=False)):
             sizes = dict.fromkeys([INSTANCE, LABEL, *node_types(self.edge_types)], size)
-            updated = (MATCHES,) if b == k - 1 else None  # the decoder reads no other edges
+            updated = (MATCHES,) if b == k - 1 else None  # the decoder uses no other edges
             block = GraphNetworkBlock(
                 sizes, width, self.edge_types, size, product=product, norm=norm_all, updated=updated
             )
@@ -326,22 +321,24 @@ class GMMLIC(nn.Module):
         if checkpointed and isinstance(data, AssignmentBatch):
             match_logits, label_states = self._checkpointed(data, label_cache)
         else:
-            match_logits, label_states = self._match(data, label_cache, _checkpoint if checkpointed else _call)
+            run: Any = partial(checkpoint, call, use_reentrant=False) if checkpointed else call
+            match_logits, label_states = self._match(data, label_cache, run)
         return pool_instances(match_logits, data, label_states, self.pooling)
 
-    def _match(self, graph: Any, cache: LabelCache | None, call: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+    def _match(self, graph: Any, cache: LabelCache | None, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
         edge_index_dict, inputs = graph.edge_index_dict, dict(graph.x_dict)
         x, w = self.head.features(inputs[INSTANCE]), inputs[LABEL]
         inputs[INSTANCE] = self.dropout(self._with_class_words(x, graph))
-        x_dict, edge_attr_dict = call(self.encoder, inputs, edge_index_dict, _edge_attr_dict(graph), cache)
+        attributes = _collect(graph, "edge_attr")
+        x_dict, edge_attr_dict = run(Encoder, self.encoder, inputs, edge_index_dict, attributes, cache)
         for block in self.blocks:
-            x_dict, edge_attr_dict = call(block, x_dict, edge_index_dict, edge_attr_dict)
+            x_dict, edge_attr_dict = run(GraphNetworkBlock, block, x_dict, edge_index_dict, edge_attr_dict)
         ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
         parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
         if self.training and self.dropout.p:
             parts = [self.dropout(part) for part in parts]
-        return self.head(call(self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
+        return self.head(run(Decoder, self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
 
     def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:
         if not self.class_words:
@@ -360,19 +357,20 @@ class GMMLIC(nn.Module):
         Args:
             data: any batch with these labels.
         """
-        self._check(data, None)
+        self._check(data, None, dense=True)
         edges = {t: edge_index for t, edge_index in data.edge_index_dict.items() if t[0] == t[2] == LABEL}
-        x_dict, edge_attr_dict = self.encoder({LABEL: data.x_dict[LABEL]}, edges, data.edge_attr_dict)
+        x_dict, edge_attr_dict = call(Encoder, self.encoder, {LABEL: data.x_dict[LABEL]}, edges, data.edge_attr_dict)
         first: Any = self.blocks[0]
         ends = (x_dict[LABEL], x_dict[LABEL])
-        for edge_type, attr in edge_attr_dict.items():
-            message = first.node_conv.message[edge_type][LABEL]
-            outputs = {message: message(ends, edges[edge_type], attr)}
-            phi_e = first.edge_conv[edge_type].phi_e if edge_type in first.edge_conv else None
-            if isinstance(phi_e, ConcatMLP):
+        for t, attr in edge_attr_dict.items():
+            if not (isinstance(attr, EdgeTensor) and is_plain(first, GraphNetworkBlock)):
+                continue
+            message: Any = first.node_conv.message[t][LABEL]
+            outputs = {message: call(MessageMLP, message, ends, edges[t], attr)}
+            phi_e: Any = first.edge_conv[t].phi_e if t in first.edge_conv else None
+            if is_plain(phi_e, ConcatMLP) and is_plain(phi_e.lin1, ConcatLinear):
                 outputs[phi_e.lin1.lins[0]] = apply_linear(phi_e.lin1.lins[0], attr)
-            if isinstance(attr, EdgeTensor):
-                attr.outputs = outputs
+            attr.outputs = outputs
         return LabelCache(x_dict, edge_attr_dict)
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
@@ -380,35 +378,35 @@ class GMMLIC(nn.Module):
         cache = self.precompute_labels(batch) if cache is None else cache
         M, C = batch.mask.shape[1], batch.num_labels
         parts = batch.split(max(1, CHECKPOINTED_EDGES // (M * C + C**2)))
-        results = [_checkpoint(self._match, part, cache, _call) for part in parts]
+        results = [checkpoint(self._match, part, cache, call, use_reentrant=False) for part in parts]
         match_logits, label_states = zip(*results, strict=True)
         sizes = [part.num_graphs for part in parts]
         states = [states.expand(size, -1, -1) for states, size in zip(label_states, sizes, strict=True)]
         return torch.cat(match_logits), torch.cat(states)
 
-    def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None) -> None:
-        x_dict, edge_index_dict = data.x_dict, data.edge_index_dict
-        sizes = (("instance features", INSTANCE, self.instance_dim), ("label vectors", LABEL, self.label_dim))
-        for what, node_type, size in sizes:
-            if node_type not in x_dict:
-                raise ConfigError(f"The graph has no {node_type} nodes with features x.")
-            if size not in (-1, x_dict[node_type].shape[-1]):
-                raise ConfigError(
-                    f"The graph's {what} have length {x_dict[node_type].shape[-1]}, the model was built for {size}."
-                )
-        for edge_type in (*self.edge_types, MATCHES):
-            if edge_type not in edge_index_dict:
-                raise ConfigError(
-                    f"The model reads {' '.join(edge_type)} edges, the graph has none: give both the same edge_types."
-                )
-        if cache is not None and not isinstance(data, AssignmentBatch):
+    def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None, *, dense: bool = False) -> None:
+        if not isinstance(data, HeteroData | AssignmentBatch):
+            raise ConfigError(f"The model takes a HeteroData or an AssignmentBatch, not {type(data).__name__}.")
+        if (dense or cache is not None) and not isinstance(data, AssignmentBatch):
             raise ConfigError("A label cache needs an AssignmentBatch, not a HeteroData.")
+        x_dict, edge_index_dict, edge_attr_dict = (_collect(data, name) for name in ("x", "edge_index", "edge_attr"))
+        check_sizes(x_dict, self.instance_dim, self.label_dim)
+        for t in (*self.edge_types, MATCHES):
+            if t not in edge_index_dict:
+                raise ConfigError(
+                    f"The model uses {' '.join(t)} edges, the graph has none: give both the same edge_types."
+                )
+        for t, spec in self.edge_types.items():
+            width = x_dict[t[0]].shape[-1] + x_dict[t[2]].shape[-1] if spec.attr_dim is None else spec.attr_dim
+            found = edge_attr_dict[t].shape[-1] if t in edge_attr_dict else None
+            if found not in (width, None if spec.attr_dim is None else width) and width != -1:
+                raise ConfigError(f"{' '.join(t)} edges need edge_attr of length {width}, got {found or 'none'}.")
         if cache is not None and cache.x_dict[LABEL].shape[1] != x_dict[LABEL].shape[1]:
             raise ConfigError(
                 f"The graph has {x_dict[LABEL].shape[1]} labels, but {cache.x_dict[LABEL].shape[1]} are in the label "
-                "cache: precompute the graph's own."
+                "cache: call precompute_labels on this batch."
             )
-        if MATCHES in _edge_attr_dict(data) and (self.class_words or self.head.standardize is not None):
+        if MATCHES in edge_attr_dict and (self.class_words or self.head.standardize is not None):
             raise ConfigError(
                 "The graph stores the attributes of matching edges, and the model changes the instance features in "
                 "them: give AssignmentGraph edge_attr=False."
@@ -417,7 +415,7 @@ class GMMLIC(nn.Module):
         if dtype is None or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
             return
         tensors = {f"x_dict[{t!r}]": x for t, x in x_dict.items()}
-        for name, tensor in (tensors | {f"edge_attr_dict[{t!r}]": e for t, e in _edge_attr_dict(data).items()}).items():
+        for name, tensor in (tensors | {f"edge_attr_dict[{t!r}]": e for t, e in edge_attr_dict.items()}).items():
             if tensor.dtype != dtype:
                 raise ConfigError(
                     f"{name} of the graph is {tensor.dtype}, the model's parameters are {dtype}: convert one of them, "
@@ -431,15 +429,8 @@ class GMMLIC(nn.Module):
         )
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _checkpoint(function: Callable[..., Any], *arguments: Any) -> Any:
-    return checkpoint(function, *arguments, use_reentrant=False)
-
-
-def _edge_attr_dict(data: Any) -> dict[EdgeType, Tensor]:
+def _collect(data: HeteroData | AssignmentBatch, name: str) -> dict[Any, Any]:
+    """``data.x_dict`` or another dictionary, empty where a ``HeteroData`` has none."""
     if isinstance(data, AssignmentBatch):
-        return data.edge_attr_dict
-    return {edge_type: data[edge_type].edge_attr for edge_type in data.edge_types if "edge_attr" in data[edge_type]}
+        return getattr(data, f"{name}_dict")  # type: ignore[no-any-return]
+    return data.collect(name, allow_empty=True)  # type: ignore[no-any-return]

@@ -2,9 +2,9 @@ r"""The building block of every function of the network: ``Linear, ReLU, Linear`
 
 Every layer initializes its parameters in ``__init__``; ``reset_parameters`` initializes them again.
 
-He initialization: a path through k blocks passes about ten Linears, most of them without a norm. torch's default
-initialization scales the signal by about 0.4 at each, and with ``fusion="product"`` messages may then never be learned
-(``experiments/recipe``).
+Initialization keeps the variance (He et al. before a ReLU, LeCun et al. elsewhere): a path through k blocks passes
+about ten Linears, most of them without a norm. torch's default scales the signal by about 0.4 at each, and with
+``fusion="product"`` messages may then never be learned (``experiments/recipe``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, relu
 
-from gm_mlic.graphs.dense import EdgeTensor, apply_linear, is_plain
+from gm_mlic.graphs.dense import EdgeTensor, apply_linear, call, expanded, is_plain, shape_of
 
 
 def make_linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
@@ -33,13 +32,17 @@ def is_lazy(lin: nn.Module) -> bool:
     return isinstance(lin, nn.LazyLinear) and lin.has_uninitialized_params()  # type: ignore[no-untyped-call]
 
 
-def draw_linear(lin: Any) -> None:
-    """He initialization for a Linear that no ReLU follows; zeros for the bias."""
-    if is_lazy(lin):
-        return
-    nn.init.kaiming_normal_(lin.weight, nonlinearity="linear")
-    if lin.bias is not None:
-        nn.init.zeros_(lin.bias)
+def init_linear(lin: Any, weight: Tensor | None = None) -> None:
+    """LeCun normal initialization, for a Linear that no ReLU follows, or the given weight; zeros for the bias.
+
+    A module without a weight, such as a wrapper, initializes itself.
+    """
+    if not isinstance(getattr(lin, "weight", None), Tensor):
+        getattr(lin, "reset_parameters", lambda: None)()
+    elif not is_lazy(lin):
+        nn.init.kaiming_normal_(lin.weight, nonlinearity="linear") if weight is None else lin.weight.data.copy_(weight)
+        if lin.bias is not None:
+            nn.init.zeros_(lin.bias)
 
 
 class ConcatLinear(nn.Module):
@@ -58,38 +61,43 @@ class ConcatLinear(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
-        self.out_channels = out_channels
+        self._in_channels, self.out_channels = tuple(in_channels), out_channels
         self.lins = nn.ModuleList(make_linear(size, out_channels, bias=k == 0) for k, size in enumerate(in_channels))
         self.reset_parameters()
 
     @property
     def in_channels(self) -> tuple[int, ...]:
-        """The size of each part; 0 where it is not known yet."""
-        return tuple(int(lin.in_features) for lin in self.lins)  # type: ignore[arg-type]
+        """The size of each part; 0 or -1 where it is not known yet."""
+        known = zip(self.lins, self._in_channels, strict=True)
+        return tuple(int(getattr(lin, "in_features", size)) for lin, size in known)
 
     def reset_parameters(self) -> None:
         lins: Any = self.lins
         if any(is_lazy(lin) for lin in lins):
             return
         # One draw for all parts: the variance depends on the size of the whole concatenation.
-        weight = lins[0].weight.new_empty(self.out_channels, sum(self.in_channels))
+        weight = next(self.parameters()).new_empty(self.out_channels, sum(self.in_channels))
         nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        with torch.no_grad():
-            for lin, part in zip(lins, torch.split(weight, list(self.in_channels), dim=1), strict=True):
-                lin.weight.copy_(part)
-        nn.init.zeros_(lins[0].bias)
+        for lin, part in zip(lins, torch.split(weight, list(self.in_channels), dim=1), strict=True):
+            init_linear(lin, part)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Tensor:
         if any(is_lazy(lin) for lin in self.lins):
             for lin, part in zip(self.lins, parts, strict=True):
                 apply_linear(lin, part)
             self.reset_parameters()
+        plain = [is_plain(lin) for lin in self.lins]
+        parts = parts if all(plain) else expanded(*parts)
         # Compact parts first, so that few sums are of full size.
-        first, *rest = sorted(range(len(parts)), key=lambda k: len([size for size in _shape(parts[k]) if size != 1]))
+        first, *rest = sorted(range(len(parts)), key=lambda k: len([size for size in shape_of(parts[k]) if size != 1]))
         total = apply_linear(self.lins[first], parts[first])
-        writable = _owns_result(self.lins[first], parts[first])
+        # Whether the sum is a fresh tensor that may be modified in place: no hook, other module or cache has it.
+        writable = plain[first] and not _is_cached(self.lins[first], parts[first])
         for k in rest:
-            total = _add_linear(total, self.lins[k], parts[k], writable)
+            if plain[k] and not _is_cached(self.lins[k], parts[k]):
+                total = _add_linear(total, self.lins[k], parts[k], writable)
+            else:
+                total = total + apply_linear(self.lins[k], parts[k])
             writable = True
         return total
 
@@ -97,24 +105,13 @@ class ConcatLinear(nn.Module):
         return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
 
 
-def _shape(part: Tensor | EdgeTensor) -> torch.Size:
-    return part.x.shape if isinstance(part, EdgeTensor) else part.shape
-
-
-def _owns_result(lin: nn.Module, part: Tensor | EdgeTensor) -> bool:
-    """Whether nothing else can hold a reference to the result of ``lin(part)``: no hook, other module or cache."""
-    return is_plain(lin) and not (isinstance(part, EdgeTensor) and lin in part.outputs)
+def _is_cached(lin: nn.Module, part: Tensor | EdgeTensor) -> bool:
+    return isinstance(part, EdgeTensor) and lin in part.outputs
 
 
 def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bool) -> Tensor:
-    """``total + lin(part)``, in place where that is allowed and the sum fits."""
-    if not _owns_result(lin, part):
-        return total + apply_linear(lin, part)
-    weight, bias = lin.weight, lin.bias
-    if isinstance(part, EdgeTensor):
-        weight, shift = part.read(weight)
-        bias = shift if bias is None else bias if shift is None else bias + shift
-    x: Tensor = part.x if isinstance(part, EdgeTensor) else part
+    """``total + lin(part)`` of a plain Linear, in place where that is allowed and the sum fits."""
+    x, (weight, bias) = (part.x, part.compose(lin)) if isinstance(part, EdgeTensor) else (part, (lin.weight, lin.bias))
     if writable and total.shape[:-1] == x.shape[:-1]:
         if bias is not None:
             total.add_(bias)
@@ -144,25 +141,29 @@ class HadamardFusion(nn.Module):
 
     def __init__(self, in_channels: tuple[int, int], out_channels: int) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = tuple(in_channels), out_channels
         self.A = make_linear(in_channels[0], out_channels, bias=False)
         self.B = make_linear(in_channels[1], out_channels, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         # Keep the variance, as in ConcatMLP: a product of small values is learned too slowly.
-        draw_linear(self.A)
-        draw_linear(self.B)
+        init_linear(self.A)
+        init_linear(self.B)
 
     def forward(self, x_j: Tensor | EdgeTensor, x_i: Tensor | EdgeTensor) -> Any:
         if is_lazy(self.A) or is_lazy(self.B):
             apply_linear(self.A, x_j)
             apply_linear(self.B, x_i)
             self.reset_parameters()
+        dense = isinstance(x_j, EdgeTensor)
+        if not (is_plain(self.A) and is_plain(self.B)):
+            x_j, x_i = expanded(x_j, x_i)
         product = apply_linear(self.A, x_j) * apply_linear(self.B, x_i)
-        return EdgeTensor(product) if isinstance(x_j, EdgeTensor) else product
+        return EdgeTensor(product) if dense else product
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({(self.A.in_features, self.B.in_features)}, {self.A.out_features})"
+        return f"{type(self).__name__}({self.in_channels}, {self.out_channels})"
 
 
 class ConcatMLP(nn.Module):
@@ -177,14 +178,14 @@ class ConcatMLP(nn.Module):
     with its own parameters.
 
     If a part is an :class:`~gm_mlic.graphs.EdgeTensor`, so is the result: its last affine map (the scale and shift of
-    the LayerNorm, or else :math:`W', b'`) is pending.
+    the LayerNorm, or else :math:`W', b'`) is not yet applied.
 
     Args:
         in_channels: the size of each part; -1 to take it from the first input.
         hidden_channels: the size between the two Linears.
         out_channels: the size of the result.
-        product: add :class:`HadamardFusion` of the two parts as a third one (default: no).
-        norm: LayerNorm on the result (default: no).
+        product: add :class:`HadamardFusion` of the two parts as a third one (default: ``False``).
+        norm: LayerNorm on the result (default: ``False``).
 
     Shapes:
         - **input:** parts :math:`x_k` (..., in_channels[k])
@@ -201,17 +202,19 @@ class ConcatMLP(nn.Module):
         norm: bool = False,
     ) -> None:
         super().__init__()
+        self.in_channels, self.out_channels = (*in_channels, *[hidden_channels] * product), out_channels
+        self.hidden_channels = hidden_channels
         self.product = HadamardFusion(tuple(in_channels), hidden_channels) if product else None  # type: ignore[arg-type]
-        self.lin1 = ConcatLinear([*in_channels, *[hidden_channels] * product], hidden_channels)
+        self.lin1 = ConcatLinear(self.in_channels, hidden_channels)
         self.lin2: Any = make_linear(hidden_channels, out_channels)
         self.norm: Any = nn.LayerNorm(out_channels) if norm else nn.Identity()
-        draw_linear(self.lin2)
+        init_linear(self.lin2)
 
     def reset_parameters(self) -> None:
         for module in (self.product, self.lin1, self.norm):
             if isinstance(module, (HadamardFusion, ConcatLinear, nn.LayerNorm)):
                 module.reset_parameters()
-        draw_linear(self.lin2)
+        init_linear(self.lin2)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Any:
         hidden = self.hidden(*parts)
@@ -220,42 +223,51 @@ class ConcatMLP(nn.Module):
         if is_plain(self.norm, nn.Identity) and is_plain(self.lin2):
             return EdgeTensor(hidden, self.lin2.weight, self.lin2.bias)
         if is_plain(self.norm, nn.LayerNorm):
-            x = Normalize.apply(self.lin2(hidden), self.norm.eps)  # type: ignore[no-untyped-call]
+            x, _ = Normalize.apply(self.lin2(hidden), self.norm.eps)  # type: ignore[no-untyped-call]
             return EdgeTensor(x, self.norm.weight, self.norm.bias)
         return EdgeTensor(self.norm(self.lin2(hidden)))
 
     def hidden(self, *parts: Tensor | EdgeTensor) -> Tensor:
         r""":math:`\mathrm{ReLU}(W [x_1, \ldots, x_n] + b)`."""
-        total = self.lin1(*parts) if self.product is None else self.lin1(*parts, self.product(*parts))
-        writable = is_plain(self.lin1, ConcatLinear) and all(is_plain(lin) for lin in self.lin1.lins)
+        product = () if self.product is None else (call(HadamardFusion, self.product, *parts),)
+        plain = is_plain(self.lin1, ConcatLinear)
+        total = self.lin1(*parts, *product) if plain else self.lin1(*expanded(*parts, *product))
+        writable = plain and all(is_plain(lin) for lin in self.lin1.lins)
         return relu(total, inplace=writable)
 
     def __repr__(self) -> str:
         norm = ", norm" if isinstance(self.norm, nn.LayerNorm) else ""
-        return (
-            f"{type(self).__name__}({list(self.lin1.in_channels)}, {self.lin1.out_channels}, "
-            f"{self.lin2.out_features}{norm})"
-        )
+        sizes = list(getattr(self.lin1, "in_channels", self.in_channels))
+        return f"{type(self).__name__}({sizes}, {self.hidden_channels}, {self.out_channels}{norm})"
 
 
 class Normalize(torch.autograd.Function):
-    """LayerNorm without scale and shift. It saves its result, which is kept in memory anyway, for the backward pass."""
+    """LayerNorm without scale and shift. It saves its results, of which one is kept in memory anyway; the other, the
+    inverse deviation r, is a result so that gradients can be differentiated.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        out, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(out, rstd)
-        return out
+    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        return out, r
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out, rstd = ctx.saved_tensors
-        # The result has mean 0 and deviation 1 already; the deviation of the input is a factor.
-        grad_out, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad, out, out.shape[-1:], torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False]
-        )
-        return grad_out.mul_(rstd), None
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_r: Tensor | None) -> tuple[Tensor, None]:
+        out, r = ctx.saved_tensors
+        grad = torch.zeros_like(out) if grad is None else grad
+        if grad_r is None and not torch.is_grad_enabled():
+            # The result has mean 0 and deviation 1 already; the deviation of the input is a factor.
+            mean, one = torch.zeros_like(r), torch.ones_like(r)
+            fast: Any = torch.ops.aten.native_layer_norm_backward
+            grad_x = fast(grad, out, out.shape[-1:], mean, one, None, None, [True, False, False])[0]
+            return grad_x.mul_(r), None
+        grad_x = r * (grad - grad.mean(-1, keepdim=True) - out * (grad * out).mean(-1, keepdim=True))
+        return grad_x if grad_r is None else grad_x - grad_r * r.square() * out / out.shape[-1], None
 
 
 class Decoder(ConcatMLP):

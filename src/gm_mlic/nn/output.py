@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.graphs.batch import AssignmentBatch, check_label_counts
+from gm_mlic.graphs.dense import TensorFields
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn.scatter import scatter_logsumexp, scatter_max
 
@@ -19,8 +20,8 @@ POOLINGS = ("max", "logsumexp")
 _ISOLATED = "Label nodes {} have no matching edge: connect each to at least one instance."
 
 
-@dataclass(frozen=True, eq=False)
-class ModelOutput:
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelOutput(TensorFields):
     r"""The output of a model for a batch of B images with C labels and up to M instances.
 
     Attributes:
@@ -28,39 +29,42 @@ class ModelOutput:
         argmax_instance: (B, C) int64, the instance with the largest match logit of each label. Instances are numbered
             per image from 0, the most confident first.
         label_states: (B, C, d) features of the labels after the last block; None from a model without label nodes.
+        matches: (B, M, C) match logits, or one of each matching edge, (E,), with ``edges``.
+        edges: (E,) image, instance and label of each matching edge, and (B + 1,) the first instance of each image.
     """
 
     logits: Tensor
     argmax_instance: Tensor
     label_states: Tensor | None = None
-    _matches: Tensor | None = None
-    _edges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    matches: Tensor | None = None
+    edges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @property
     def match_logits(self) -> Tensor:
         r"""(B, M, C) match logits :math:`s_{ic}` (eq. 13), -inf where there is no instance or no matching edge.
 
         Whole-image baselines return other values per location and label; see their docstrings.
+
+        Raises:
+            ConfigError: if the model gave none.
         """
-        assert self._matches is not None
-        if self._edges is None:
-            return self._matches
-        image, instance, label, ptr = self._edges
+        if self.matches is None:
+            raise ConfigError("This output has no match logits: the model must give ModelOutput `matches`.")
+        if self.edges is None:
+            return self.matches
+        image, instance, label, ptr = self.edges
         B, C = self.logits.shape
-        empty = self._matches.new_full((B, int(ptr.diff().max()), C), float("-inf"))
-        return empty.index_put((image, instance, label), self._matches)
+        empty = self.matches.new_full((B, int(ptr.diff().max()), C), float("-inf"))
+        return empty.index_put((image, instance, label), self.matches)
 
 
 def pool_instances(
-    match_logits: Tensor,
-    data: HeteroData | AssignmentBatch,
-    label_states: Tensor | None = None,
-    pooling: str = "max",
+    match_logits: Tensor, data: HeteroData | AssignmentBatch, label_states: Tensor | None = None, pooling: str = "max"
 ) -> ModelOutput:
     r"""Pooling over instances, on logits (eq. 14).
 
     The gradient of the maximum goes to one instance, the first one where several are equal. NaN counts as the largest
-    value, so that a diverged network shows.
+    value, so that NaN propagates.
 
     Args:
         match_logits: of each matching edge of ``data``: (E,) for a ``HeteroData``, (B, M, C) for an
@@ -71,8 +75,13 @@ def pool_instances(
             over views of :math:`\sum_i e^{s_{ic}}`.
 
     Raises:
+        ArgumentError: for match logits of another shape.
         ConfigError: if images differ in their number of labels, or a label has no matching edge.
     """
+    dense = isinstance(data, AssignmentBatch)
+    shape = (*data.mask.shape, data.label_vectors.shape[0]) if dense else data[MATCHES].edge_index.shape[1:]  # type: ignore[index,union-attr]
+    if match_logits.shape != shape:
+        raise ArgumentError("match_logits", f"must be {tuple(shape)}, got {tuple(match_logits.shape)}.")
     if isinstance(data, AssignmentBatch):
         return _pool_dense(match_logits, data, label_states, pooling)
     return _pool_sparse(match_logits, data, label_states, pooling)
@@ -100,10 +109,8 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
     labels, instances = data[LABEL], data[INSTANCE]
     B, N = int(getattr(data, "num_graphs", 1)), labels.x.shape[0]
     C = N // B
-    if not torch.compiler.is_compiling():  # these checks read values, which would break a compiled graph
-        counts = labels.ptr.diff().tolist() if "ptr" in labels else []
-        if len(set(counts)) > 1:
-            raise ConfigError(f"Images of one batch have {counts} labels: batch those with the same.")
+    if not torch.compiler.is_compiling():  # the checks depend on values, which would break a compiled graph
+        check_label_counts(labels.ptr.diff().tolist() if "ptr" in labels else [])
         isolated = (torch.bincount(target, minlength=N) == 0).nonzero().flatten().tolist()
         if isolated:
             raise ConfigError(_ISOLATED.format(isolated[:5]))

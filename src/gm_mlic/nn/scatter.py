@@ -18,7 +18,7 @@ def scatter_max(src: Tensor, index: Tensor, num_groups: int) -> tuple[Tensor, Te
     r"""The maximum of each group and its position: :math:`\max_{e: \mathrm{index}_e = g} \mathrm{src}_e`.
 
     The gradient goes to one position, the first one where several values are equal (torch's ``amax`` would distribute
-    it). NaN counts as the largest value, so that a diverged network shows.
+    it). NaN counts as the largest value, so that NaN propagates.
 
     Args:
         src: (E,) values.

@@ -1,6 +1,6 @@
 """Input, output, label statistics and classifiers that the baselines share.
 
-Whole-image baselines read a grid of locations (``detector.grid_size``) as instances; boxes work as well.
+The instances of whole-image baselines are a grid of locations (``detector.grid_size``); boxes work as well.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.mlp import draw_linear
+from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
+from gm_mlic.nn.mlp import init_linear
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.targets import normalize_targets
 
@@ -39,12 +39,7 @@ def as_batch(
         ConfigError: if the graphs have no dense form, or their sizes differ from the model's.
     """
     batch = data if isinstance(data, AssignmentBatch) else AssignmentBatch.from_hetero_data(data)
-    for what, tensor, size in (
-        ("instance features", batch.x, instance_dim),
-        ("label vectors", batch.label_vectors, label_dim),
-    ):
-        if size is not None and tensor.shape[-1] != size:
-            raise ConfigError(f"The graph's {what} have length {tensor.shape[-1]}, the model was built for {size}.")
+    check_sizes(batch.x_dict, instance_dim, label_dim)
     if batch.num_labels != num_labels:
         raise ConfigError(f"The graph has {batch.num_labels} labels, the model {num_labels}.")
     if complete and batch.match_mask.shape[2] > 1:
@@ -60,11 +55,11 @@ def location_output(
     return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
 
 
-class HeLinear(nn.Linear):
-    """A Linear with He initialization, for use without a ReLU after it."""
+class LeCunLinear(nn.Linear):
+    """A Linear with LeCun normal initialization, for use without a ReLU after it."""
 
     def reset_parameters(self) -> None:
-        draw_linear(self)
+        init_linear(self)
 
 
 class LabelClassifiers(nn.Module):

@@ -36,7 +36,7 @@ class DetectorLabels(nn.Module):
         detector_labels: names of the detector's classes, which ``detected_label`` indexes.
 
     Shapes:
-        - **input:** an assignment graph or a batch of them, with ``score`` and ``detected_label``; nothing else is read
+        - **input:** an assignment graph or a batch of them, with ``score`` and ``detected_label``; nothing else is used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:

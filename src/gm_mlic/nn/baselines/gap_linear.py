@@ -8,7 +8,7 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import HeLinear, as_batch, location_output
+from gm_mlic.nn.baselines._common import LeCunLinear, as_batch, location_output
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 
@@ -29,7 +29,7 @@ class GAPLinear(nn.Module):
         num_labels: C.
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; only its instances are read
+        - **input:** an assignment graph or a batch of them; only its instances are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:
@@ -39,7 +39,7 @@ class GAPLinear(nn.Module):
     def __init__(self, instance_dim: int, num_labels: int) -> None:
         super().__init__()
         check_positive(instance_dim=instance_dim, num_labels=num_labels)
-        self.classifier = HeLinear(instance_dim, num_labels)
+        self.classifier = LeCunLinear(instance_dim, num_labels)
 
     def reset_parameters(self) -> None:
         self.classifier.reset_parameters()

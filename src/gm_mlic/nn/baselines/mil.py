@@ -35,7 +35,7 @@ class MILMax(nn.Module):
             for each label.
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; only its instances are read
+        - **input:** an assignment graph or a batch of them; only its instances are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:

@@ -92,7 +92,7 @@ class MLGCN(nn.Module):
         p: see :func:`reweighted_adjacency` (default: 0.2, the paper's).
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; only instances and label vectors are read
+        - **input:** an assignment graph or a batch of them; only instances and label vectors are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
 
     Raises:

@@ -10,7 +10,7 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import HeLinear, LabelClassifiers, as_batch, location_output
+from gm_mlic.nn.baselines._common import LabelClassifiers, LeCunLinear, as_batch, location_output
 from gm_mlic.nn.mlp import ConcatMLP
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
@@ -102,7 +102,7 @@ class Query2Label(nn.Module):
         dropout: see :class:`DecoderLayer` (default: 0.1, the paper's).
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; only its instances are read
+        - **input:** an assignment graph or a batch of them; only its instances are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
 
     Raises:
@@ -126,7 +126,7 @@ class Query2Label(nn.Module):
         if not 0 <= dropout < 1:
             raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
         self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
-        self.project = HeLinear(instance_dim, width)
+        self.project = LeCunLinear(instance_dim, width)
         self.queries = nn.Parameter(torch.empty(num_labels, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
         self.classifiers = LabelClassifiers(num_labels, width)

@@ -9,8 +9,8 @@ from torch_geometric.data import HeteroData
 from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    HeLinear,
     LabelClassifiers,
+    LeCunLinear,
     as_batch,
     conditional_probabilities,
     location_output,
@@ -42,9 +42,9 @@ class SemanticDecoupling(nn.Module):
 
     def __init__(self, instance_dim: int, label_dim: int, width: int) -> None:
         super().__init__()
-        self.U = HeLinear(instance_dim, width, bias=False)
-        self.V = HeLinear(label_dim, width, bias=False)
-        self.p = HeLinear(width, 1, bias=False)
+        self.U = LeCunLinear(instance_dim, width, bias=False)
+        self.V = LeCunLinear(label_dim, width, bias=False)
+        self.p = LeCunLinear(width, 1, bias=False)
 
     def reset_parameters(self) -> None:
         for module in (self.U, self.V, self.p):
@@ -82,8 +82,8 @@ class GGNNStep(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.gates = HeLinear(3 * channels, 2 * channels)
-        self.candidate = HeLinear(3 * channels, channels)
+        self.gates = LeCunLinear(3 * channels, 2 * channels)
+        self.candidate = LeCunLinear(3 * channels, channels)
 
     def reset_parameters(self) -> None:
         self.gates.reset_parameters()
@@ -122,7 +122,7 @@ class SSGRL(nn.Module):
         steps: T (default: 3, the paper's).
 
     Shapes:
-        - **input:** an assignment graph or a batch of them; only instances and label vectors are read
+        - **input:** an assignment graph or a batch of them; only instances and label vectors are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`h^T`
 
     Raises:
@@ -137,7 +137,7 @@ class SSGRL(nn.Module):
         self.instance_dim, self.label_dim, self.num_labels, self.steps = instance_dim, label_dim, num_labels, steps
         self.decoupling = SemanticDecoupling(instance_dim, label_dim, width)
         self.conv = GGNNStep(instance_dim)
-        self.out = HeLinear(2 * instance_dim, instance_dim)
+        self.out = LeCunLinear(2 * instance_dim, instance_dim)
         self.classifiers = LabelClassifiers(num_labels, instance_dim)
         self.register_buffer("adjacency", torch.zeros(num_labels, num_labels))
 
