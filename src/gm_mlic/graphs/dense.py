@@ -36,7 +36,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """
     return (
         type(module) is kind
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
