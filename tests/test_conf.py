@@ -348,7 +348,7 @@ def test_every_option_builds_its_objects(group: str, option: str, tmp_path: Path
     """Each stage accepts its section; downloads (photos, weights, vectors) are replaced."""
     vectors = tmp_path / "glove.txt"
     vectors.write_text("".join(f"{word} 1 {number}\n" for number, word in enumerate(Scenes("test", size=1).labels)))
-    small = ["dataset.sizes.train=2"] if option not in options("dataset") else []
+    small = ["dataset.sizes.train=2"] if option not in {*options("dataset"), "photos"} else []
     config = compose("train", [*small, *chosen(group, option)])
     config.detector.weights = None if config.detector.name != "scenes_tiny" else config.detector.weights
     config.trainer.accelerator = "cpu"

@@ -176,7 +176,7 @@ def test_penalty_is_added_to_the_loss(run_config: Config) -> None:
     module.log = lambda *args, **options: None  # type: ignore[method-assign]
     module._watch = lambda *args: None  # type: ignore[method-assign]
     loss = module.training_step(batch, 0)
-    squares = 0.25 * linear.instance.weight.numel()
+    squares = linear.SCALE**2 * 0.25 * linear.instance.weight.numel()
     assert float(loss.detach()) == pytest.approx(
         float(module.train_loss.compute()) + 250 * squares / (24 * 22), rel=1e-5
     )

@@ -106,7 +106,8 @@ def test_predictions_are_the_scores_of_evaluation(
 
 def test_probabilities_are_pooled_match_logits(predictor: Predictor, photos: list[Path]) -> None:
     for prediction in predictor(photos):
-        logits = np.log(np.exp(prediction.match_logits.astype(np.float64)).sum(axis=0))
+        # The mean over two views of the sum over instances.
+        logits = np.log(np.exp(prediction.match_logits.astype(np.float64)).sum(axis=0) / 2)
         np.testing.assert_allclose(prediction.probabilities, 1 / (1 + np.exp(-logits)), rtol=1e-4)
 
 
@@ -173,7 +174,7 @@ def test_exported_network_reads_classes_and_scores(
 
 
 def test_detector_and_network_of_several_views_are_exported_separately(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reads 2 views of a photo"):
+    with pytest.raises(ConfigError, match="uses 2 views of a photo"):
         export(predictor, tmp_path / "all", "torch", "all", (96, 96))
     export(predictor, tmp_path / "detector", "torch", "detector", (96, 96))
     one_view = replace(predictor.metadata, graph={**predictor.metadata.graph, "views": 1})

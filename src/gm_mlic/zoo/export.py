@@ -48,7 +48,7 @@ class MatchNetwork(nn.Module):
         super().__init__()
         graph = predictor.graph
         self.model = copy.deepcopy(predictor.model).cpu().eval()
-        self.edge_types, self.num_neighbors = graph.edge_types, graph.num_neighbors
+        self.edge_types, self.num_neighbors, self.views = graph.edge_types, graph.num_neighbors, graph.views
         if "instance_dim" not in predictor.metadata.model:
             raise ConfigError(
                 f"{predictor.metadata.model['name']} uses detector classes, not features: it has no network to "
@@ -100,6 +100,7 @@ class MatchNetwork(nn.Module):
             edge_types=self.edge_types,
             detected_label=detected_labels,
             score=scores,
+            views=self.views,
             **{name: getattr(self, name) for name in _TABLES},
         )
 
