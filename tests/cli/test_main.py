@@ -78,7 +78,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (
             ["train", "+graph.q=1"],
             "graph.q: unknown setting. Settings of graph: labels_per_class, layout, m, num_label_neighbors, num_neigh"
-            "bors.",
+            "bors, views.",
         ),
         (["train", "+optimizer.momentum=0.9"], "optimizer.momentum: unknown setting. Settings of optimizer (adamw): "),
         (["train", "+extra=1"], "extra: unknown setting. Settings: dataset, detector, "),
