@@ -260,7 +260,8 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_r: Tensor | None) -> tuple[Tensor, None]:
         out, r = ctx.saved_tensors
         grad = torch.zeros_like(out) if grad is None else grad
-        if grad_r is None and not torch.is_grad_enabled():
+        # Compiled code has no second derivatives, and passes zeros for grad_r.
+        if torch.compiler.is_compiling() or (grad_r is None and not torch.is_grad_enabled()):
             # The result has mean 0 and deviation 1 already; the deviation of the input is a factor.
             mean, one = torch.zeros_like(r), torch.ones_like(r)
             fast: Any = torch.ops.aten.native_layer_norm_backward
