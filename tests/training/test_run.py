@@ -469,6 +469,16 @@ def test_compiled_run_gives_identical_results(run_config: Config, tmp_path: Path
     assert_same(checkpoint(tmp_path / "run")["state_dict"], checkpoint(tmp_path / "plain")["state_dict"])
 
 
+@pytest.mark.parametrize("tested", ["best", "last"])
+def test_metrics_are_those_of_the_tested_checkpoint(tested: str, run_config: Config, tmp_path: Path):
+    result = run.train(run_config(f"trainer.checkpoint={tested}"))
+    with (tmp_path / "run/metrics.csv").open(newline="") as file:
+        of_epochs = [float(row["val/mAP"]) for row in csv.DictReader(file)]
+    assert result["val"]["mAP"] == (max(of_epochs) if tested == "best" else of_epochs[-1])
+    path = tmp_path / f"run/checkpoints/{tested}.ckpt"
+    assert run.evaluate(path, "test", bootstrap=0)["metrics"] == result["test"]
+
+
 def test_gradient_checkpointing_does_not_change_results(run_config: Config, tmp_path: Path):
     plain = run.train(run_config(f"run_dir={tmp_path}/plain"))
     result = run.train(run_config("model.gradient_checkpointing=true"))

@@ -87,7 +87,8 @@ def train(
         extractor: a custom detector, instead of that of ``config.detector``.
 
     Returns:
-        Content of ``metrics.json``: test metrics (all, top-3, AP per label), best val metrics, epoch, sizes, versions.
+        Content of ``metrics.json``: test metrics (all, top-3, AP per label), val metrics of the tested epoch, best
+        epoch, sizes, versions.
 
     Raises:
         GMMLICError: for errors that the user can fix.
@@ -480,9 +481,10 @@ def _summary(
     with (run_dir / "metrics.csv").open(newline="") as file:
         epochs = list(csv.DictReader(file))
     best = max(epochs, key=lambda row: float(row["val/mAP"]))
+    tested = epochs[-1] if config.trainer.checkpoint == "last" else best
     return {
         "test": by_name(values, data["test"].dataset.labels),
-        "val": {name.removeprefix("val/"): float(best[name]) for name in best if name.startswith("val/")},
+        "val": {name.removeprefix("val/"): float(tested[name]) for name in tested if name.startswith("val/")},
         "best_epoch": int(best["epoch"]),
         "epochs": len(epochs),
         "seed": config.seed,

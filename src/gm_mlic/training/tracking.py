@@ -124,7 +124,7 @@ class Tracker:
         return run
 
     def log_result(self, result: Mapping[str, Any]) -> None:
-        """Log the test: metrics as summaries, tables of AP per label and of example photos, and the best checkpoint."""
+        """Log the test: metrics as summaries, tables of AP per label and of photos, and the tested checkpoint."""
         if self.run is not None:
             with _not_fatal("the result"):
                 self._log_result(self._wandb, self.run, result)
@@ -143,9 +143,11 @@ class Tracker:
             tables["test/photos"] = wandb.Table(columns=columns, data=rows)
         run.log(tables)
         if self.config.logger.log_model:
-            artifact = wandb.Artifact(f"{run.id}-best", type="model", metadata={"val/mAP": result["val"]["mAP"]} | test)
-            artifact.add_file(str(self.run_dir / "checkpoints" / "best.ckpt"))
-            run.log_artifact(artifact, aliases=["best"])
+            name = self.config.trainer.checkpoint
+            metadata = {"val/mAP": result["val"]["mAP"]} | test
+            artifact = wandb.Artifact(f"{run.id}-{name}", type="model", metadata=metadata)
+            artifact.add_file(str(self.run_dir / "checkpoints" / f"{name}.ckpt"))
+            run.log_artifact(artifact, aliases=[name])
 
 
 class _Epochs(Callback):
