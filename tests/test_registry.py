@@ -34,7 +34,8 @@ def test_every_model_is_built_by_name(name: str) -> None:
 
 
 def test_arguments_equal_the_constructor() -> None:
-    assert MODELS.arguments("mil_max")[:4] == ["instance_dim", "num_labels", "width", "prior"]
+    head = ["prior", "linear", "components", "shrinkage", "ridge", "pooling"]
+    assert MODELS.arguments("mil_max") == ["instance_dim", "num_labels", "width", *head]
     assert MODELS.arguments("gm_mlic_paper") == MODELS.arguments("gm_mlic")
     for name in list_models():
         assert INPUTS.get(name, {"instance_dim": 4, "label_dim": 3}).keys() <= set(MODELS.arguments(name))

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from gm_mlic.embeddings.hashed import hashed_vectors
-from gm_mlic.embeddings.labels import LabelEmbedding, embed_labels
+from gm_mlic.embeddings.labels import LabelEmbedding, embed_classes, embed_labels
 from gm_mlic.embeddings.words import ALIASES, labels_of, labels_of_classes, words_of
 
-__all__ = ["ALIASES", "LabelEmbedding", "embed_labels", "hashed_vectors", "labels_of", "labels_of_classes", "words_of"]
+__all__ = [
+    "ALIASES",
+    "LabelEmbedding",
+    "embed_classes",
+    "embed_labels",
+    "hashed_vectors",
+    "labels_of",
+    "labels_of_classes",
+    "words_of",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -97,6 +97,18 @@ def embed_labels(
         entries, dim = read_words(path, _wanted(labels))
         pieces = {label: [_word(word, entries, str) for word in words_of(label)] for label in labels}
     return _assemble(labels, pieces, entries, dim, oov, seed, path)
+
+
+def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
+    """Vectors (D, n) of detector classes, whose names may repeat; zeros for classes out of vocabulary.
+
+    Args:
+        classes: D >= 1 names.
+        **settings: arguments of :func:`embed_labels`.
+    """
+    found = embed_labels(tuple(dict.fromkeys(classes)), **{**settings, "oov": "zeros"})
+    position = {name: row for row, name in enumerate(found.labels)}
+    return found.vectors[[position[name] for name in classes]]
 
 
 #: Source entries of each word of a label; None for words that are missing under every spelling.

@@ -1,7 +1,7 @@
-r"""What the detector says of the labels, and a linear classifier that adds to it.
+r"""Match logits from the detector's classes and confidences, and a linear classifier that is added to them.
 
 The paper gives each instance "a preliminary class label c with a confidence score s", which the equations do not use.
-With :class:`DetectorPrior` a model starts at the detector's own labels, and learns what to add to them.
+With :class:`DetectorPrior`, training starts at the detector's own labels and learns corrections.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class LinearMatch(nn.Module):
         s_{ic} = \langle A x_i + [q_{ic} > 0] \, G x_i + H \bar x, w_c \rangle, \qquad
         \bar x = \sum_i a_i x_i / \sum_i a_i
 
-    with :math:`a_i` the square root of the box's area. A adds to all matches, G to those that the detector names, H to
-    all matches of an image. All three are zero at the start.
+    with :math:`a_i` the square root of the box's area. A adds to all matches, G to those of an instance and its
+    detected label, H to all matches of an image. All three are zero at the start.
 
     Args:
         in_channels: size of an instance's feature.
@@ -233,7 +233,7 @@ class Standardize(nn.Module):
 
 
 class MatchHead(nn.Module):
-    r"""The match logits of a model: what the detector says, and what is learned beyond it.
+    r"""The match logits of a model: the detector's, plus learned corrections.
 
     .. math::
         s_{ic} = \mathrm{Prior}_{ic} + h_c \, (\mathrm{Linear}_{ic} + r_{ic}), \qquad h_c = n_c / (n_c + \tau)
@@ -310,9 +310,7 @@ class MatchHead(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             q = match_confidence(data) if self.prior is not None or self.linear is not None else None
             if q is not None:
-                w = w.to(self.center.dtype)
-                difference = (w - self.center).to(torch.promote_types(w.dtype, torch.float32))
-                w = normalize(difference, dim=-1).to(w.dtype)
+                w = self._centered(w)
             if self.linear is not None:
                 r = r + self.linear(x.to(w.dtype), w, q, data)
             if self.shrinkage:
@@ -325,8 +323,14 @@ class MatchHead(nn.Module):
         """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""
         if self.prior is None:
             return None
-        w = normalize(data.x_dict[LABEL] - self.center, dim=-1)
+        w = self._centered(data.x_dict[LABEL])
         return self.prior(match_confidence(data), data.edge_index_dict[MATCHES], w)  # type: ignore[no-any-return]
+
+    def _centered(self, w: Tensor) -> Tensor:
+        """Label vectors minus the mean of the training labels, of length 1."""
+        w = w.to(self.center.dtype)
+        difference = (w - self.center).to(torch.promote_types(w.dtype, torch.float32))
+        return normalize(difference, dim=-1).to(w.dtype)
 
     def penalty(self) -> Tensor | float:
         r""":math:`\lambda / 2` times the sum of squares of the linear classifier; the loss adds it, divided by N C."""

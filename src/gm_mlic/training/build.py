@@ -18,7 +18,7 @@ from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
-from gm_mlic.embeddings import LabelEmbedding, embed_labels, labels_of, labels_of_classes
+from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
 from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
@@ -169,14 +169,8 @@ def class_vectors(config: DictConfig, classes: Sequence[str]) -> torch.Tensor | 
     """Word vectors (D, D_l) of detector classes, zeros for unknown words; None without classes."""
     if not classes:
         return None
-    settings = section(config, "embedding") | {"oov": "zeros"}
     with config_keys("embedding"):
-        return embed_labels(list(dict.fromkeys(classes)), **settings).vectors[_first_positions(classes)]
-
-
-def _first_positions(names: Sequence[str]) -> list[int]:
-    position = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return [position[name] for name in names]
+        return embed_classes(classes, **section(config, "embedding"))
 
 
 def prior_tables(

@@ -24,7 +24,7 @@ from gm_mlic.detection import (
     MultiViewExtractor,
     build_extractor,
 )
-from gm_mlic.embeddings import embed_labels, labels_of_classes
+from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC, LabelCache
@@ -234,9 +234,8 @@ class Predictor:
         found = embed_labels(labels, **settings)
         classes, class_labels = self.extractor.labels, None
         if classes and self.graph.class_labels is not None:
-            words = embed_labels(list(dict.fromkeys(classes)), **{**settings, "oov": "zeros"})
-            vectors = words.vectors[[words.labels.index(name) for name in classes]]
-            class_labels = labels_of_classes(classes, labels, vectors.numpy(), found.vectors.numpy())
+            words = embed_classes(classes, **settings)
+            class_labels = labels_of_classes(classes, labels, words.numpy(), found.vectors.numpy())
         metadata = self.metadata.with_labels(tuple(labels), found.vectors, found.source, class_labels)
         return Predictor(self.model, metadata, self.detector)
 
