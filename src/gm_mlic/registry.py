@@ -1,23 +1,37 @@
-"""Model registry, as in timm: ``list_models("gm*")``, ``create_model("gm_mlic", ...)``.
+"""Registries of models, detectors, datasets and embeddings, as in timm.
 
-Classes and functions are registered by a decorator::
+Classes and functions are registered by a decorator. Their arguments are the settings of their config section::
 
     @register_model("my_model")
     class MyModel(nn.Module): ...
+
+A package makes its own ones known by an entry point of the group ``gm_mlic.plugins`` that names a module. ``gm-mlic``
+also imports the modules of ``plugins=[MODULE]``.
 """
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import importlib
+import importlib.metadata
 import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gm_mlic.errors import ConfigError
+from gm_mlic.schema import Setting, settings_of, summary_of
+
+log = logging.getLogger(__name__)
+
+#: Group of entry points.
+PLUGINS = "gm_mlic.plugins"
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
@@ -36,11 +50,12 @@ class Registry:
 
     Args:
         kind: noun for error messages, for example ``"model"``.
-        home: module that registers the built-in entries, imported on first use.
+        homes: modules, or packages with all their modules, that register the built-in entries; imported on first use.
+        given: arguments that are no settings, since the program supplies them.
     """
 
-    def __init__(self, kind: str, home: str) -> None:
-        self.kind, self.home = kind, home
+    def __init__(self, kind: str, homes: Sequence[str], given: Sequence[str] = ()) -> None:
+        self.kind, self.homes, self.given = kind, homes, given
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
@@ -55,15 +70,16 @@ class Registry:
         def decorate(build: Builder) -> Builder:
             if name in self._entries:
                 raise ValueError(f"A {self.kind} named {name!r} is already registered.")
-            first = (inspect.getdoc(build) or "").partition("\n")[0].rstrip(".")
-            self._entries[name] = Entry(build, preset, summary or re.sub(r":class:`(\w+)`", r"`\1`", first))
+            self._entries[name] = Entry(build, preset, summary or summary_of(build))
             return build
 
         return decorate
 
     def names(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell-style pattern."""
-        importlib.import_module(self.home)
+        for home in self.homes:
+            _import_all(home)
+        import_entry_points()
         return sorted(fnmatch.filter(self._entries, pattern))
 
     def entry(self, name: str) -> Entry:
@@ -83,6 +99,12 @@ class Registry:
         """Argument names of a registered class or function."""
         return list(inspect.signature(self.entry(name).build).parameters)
 
+    def settings(self, name: str) -> dict[str, Setting]:
+        """Settings of a registered class or function: its arguments, with the defaults of the preset."""
+        entry = self.entry(name)
+        found = settings_of(entry.build, self.given)
+        return {key: replace(s, default=entry.preset.get(key, s.default)) for key, s in found.items()}
+
     def build(self, name: str, **overrides: Any) -> Any:
         """Call a registered class or function.
 
@@ -97,22 +119,29 @@ class Registry:
         entry = self.entry(name)
         arguments = {**entry.preset, **overrides}
         parameters = inspect.signature(entry.build).parameters.values()
-        named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         unknown = sorted(arguments.keys() - {p.name for p in named}) if len(named) == len(parameters) else []
         missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+        called = getattr(entry.build, "__name__", name)
         if unknown:
             allowed = ", ".join(p.name for p in named)
-            raise ConfigError(f"{entry.build.__name__} has no argument {unknown[0]!r}. It takes: {allowed}.")
+            raise ConfigError(f"{called} has no argument {unknown[0]!r}. It takes: {allowed}.")
         if missing:
-            raise ConfigError(f"{entry.build.__name__} needs {' and '.join(missing)}.")
+            raise ConfigError(f"{called} needs {' and '.join(missing)}.")
         return entry.build(**arguments)
 
 
-MODELS = Registry("model", "gm_mlic.nn")
+MODELS = Registry(
+    "model", ["gm_mlic.nn", "gm_mlic.nn.baselines"], given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels")
+)
+DETECTORS = Registry("detector", ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"], given=("device", "labels", "seed"))
+DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split",))
+EMBEDDINGS = Registry("embedding", ["gm_mlic.embeddings"], given=("labels",))
 
 
 def register_model(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
-    """Decorator: make a class or function known to :func:`create_model <gm_mlic.create_model>` under ``name``.
+    """Decorator: register a model, a class or function that returns a module, for ``model.name`` and
+    :func:`create_model <gm_mlic.create_model>`.
 
     Args:
         name: a new name.
@@ -122,6 +151,80 @@ def register_model(name: str, summary: str | None = None, **preset: Any) -> Call
     return MODELS.register(name, summary, **preset)
 
 
+def register_detector(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
+    """Decorator: register a detector, a class or function that returns an
+    :class:`~gm_mlic.detection.InstanceExtractor`, for ``detector.name``.
+
+    It is called with its settings and, if it has such an argument, ``device``.
+
+    Args:
+        name, summary, **preset: see :func:`register_model`.
+    """
+    return DETECTORS.register(name, summary, **preset)
+
+
+def register_dataset(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
+    """Decorator: register a dataset, a class or function that returns a
+    :class:`~gm_mlic.datasets.MultiLabelDataset`, for ``dataset.name``.
+
+    It is called with its settings and ``split``: ``train``, ``val`` or ``test``.
+
+    Args:
+        name, summary, **preset: see :func:`register_model`.
+    """
+    return DATASETS.register(name, summary, **preset)
+
+
+def register_embedding(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
+    """Decorator: register a function from labels to a :class:`~gm_mlic.embeddings.LabelEmbedding`, for
+    ``embedding.name``.
+
+    It is called with its settings and ``labels``, unique names.
+
+    Args:
+        name, summary, **preset: see :func:`register_model`.
+    """
+    return EMBEDDINGS.register(name, summary, **preset)
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Sorted names of registered models that match a shell-style pattern."""
     return MODELS.names(pattern)
+
+
+@functools.cache
+def _import_all(home: str) -> None:
+    module = importlib.import_module(home)
+    for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
+        importlib.import_module(f"{home}.{found.name}")
+
+
+@functools.cache
+def import_entry_points() -> None:
+    """Import the plugins of installed packages, once; one that fails is reported and left out."""
+    for point in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            point.load()
+        except Exception as error:
+            log.warning("The plugin %s cannot be imported and is left out: %s", point.value, _first_line(error))
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import modules that register models, detectors, datasets or embeddings; the current folder is searched too.
+
+    Raises:
+        ConfigError: if a module does not exist or cannot be imported.
+    """
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+            hint = "no such module; install it, or start gm-mlic in its folder" if missing else _first_line(error)
+            raise ConfigError(f"plugins={name}: {hint}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from gm_mlic._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, build_extractor, save_detector
+    from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, save_detector
     from gm_mlic.detection.grid import GridExtractor
     from gm_mlic.detection.multi_view import MultiViewExtractor
-    from gm_mlic.detection.protocol import InstanceExtractor, Instances
+    from gm_mlic.detection.protocol import InstanceExtractor, Instances, build_extractor
     from gm_mlic.detection.static_shape import FixedDetector
 
 __all__ = [
@@ -38,7 +38,7 @@ __getattr__ = lazy_attributes(
         "InstanceExtractor": "protocol",
         "Instances": "protocol",
         "MultiViewExtractor": "multi_view",
-        "build_extractor": "faster_rcnn",
+        "build_extractor": "protocol",
         "save_detector": "faster_rcnn",
     },
 )

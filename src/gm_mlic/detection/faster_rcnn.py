@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Interval
 from torch import Tensor, nn
 from torchvision.models.detection import (
     FasterRCNN,
@@ -19,10 +22,11 @@ from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.fingerprint import Fingerprint
-from gm_mlic.detection.grid import CLASSIFIERS, GridExtractor, build_classifier_grid
+from gm_mlic.detection.grid import GridExtractor
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.registry import register_detector
 
 #: Values of ``trainable``; see :class:`FasterRCNNExtractor`.
 TRAINABLE = ("none", "box_head", "all")
@@ -35,7 +39,7 @@ _BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
     "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
     "scenes_tiny": (scenes_tiny, 160),
 }
-#: Detector names for :func:`build_extractor`.
+#: Architectures of :func:`faster_rcnn`.
 ARCHITECTURES = tuple(_BUILDERS)
 
 
@@ -246,51 +250,49 @@ def build_detector(
         )
 
 
-def build_extractor(
-    name: str,
+def faster_rcnn(
+    arch: str,
+    *,
     labels: Sequence[str] | None = None,
     weights: str | Path | None = None,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
+    min_size: Annotated[int, Ge(32)] | None = None,
+    max_size: Annotated[int, Ge(32)] | None = None,
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
+    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    grid_size: Annotated[int, Ge(1)] | None = None,
+    trainable: Literal["none", "box_head", "all"] = "none",
     seed: int = 0,
     device: str | torch.device = "cpu",
-    trainable: str = "none",
-    grid_size: int | None = None,
 ) -> FasterRCNNExtractor | GridExtractor:
-    """Build an instance extractor.
+    """Build an instance extractor from a torchvision Faster R-CNN.
 
     Args:
-        name: one of :data:`ARCHITECTURES`; with ``grid_size`` also ``resnet101``.
+        arch: one of :data:`ARCHITECTURES`.
         labels: class names, for random weights (default: the 80 of COCO; for scenes_tiny those of its built-in weights)
             and ``.pt`` files. Other weights include their labels.
-        weights: None for random weights; ``coco`` for torchvision's, downloaded once; ``scenes`` for the built-in ones
-            of scenes_tiny; or a file: ``.safetensors`` from ``gm-mlic train-detector``, or ``.pt`` / ``.pth`` with a
-            torchvision ``state_dict``, loaded with ``weights_only``. For ``resnet101``, see
-            :func:`~gm_mlic.detection.checkpoints.read_classifier`.
-        min_size: see :func:`build_detector`; the default is the size in training, if recorded.
-        max_size: see :func:`build_detector`.
-        score_threshold: see :func:`build_detector`.
-        nms_threshold: see :func:`build_detector`.
-        seed: see :func:`build_detector`.
-        device: device of the detector.
-        trainable: see :class:`FasterRCNNExtractor`; for grids, :class:`~gm_mlic.detection.grid.GridExtractor`.
+        weights: ``coco`` (torchvision's COCO weights, downloaded once, 75 to 170 MB), ``scenes`` (the built-in ones of
+            scenes_tiny), or a file: ``.safetensors`` of ``gm-mlic train-detector``, or ``.pt`` / ``.pth`` with a
+            torchvision ``state_dict``; null: random weights.
+        min_size: shorter side of resized images in pixels; null: as in training (random weights: 448, scenes_tiny 160).
+        max_size: limit of the longer side in pixels; null: as in training (random weights: 5/3 of min_size).
+        score_threshold: detections below this confidence are dropped before non-maximum suppression.
+        nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
+            label.
         grid_size: G, to use the G x G cells of the backbone's feature map instead of boxes; thresholds and ``max_size``
-            then have no effect.
+            then have no effect; null: boxes.
+        trainable: trained layers: ``none`` (frozen), ``box_head`` or ``all`` (both need instances.online=true).
+        seed: seed of random weights.
+        device: device of the detector.
 
     Raises:
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
-    if name in CLASSIFIERS:
-        return build_classifier_grid(name, grid_size, weights, min_size, seed, trainable).to(device)
-    check_architecture(name)
-    checkpoint = read_checkpoint(name, weights, labels)
+    checkpoint = read_checkpoint(arch, weights, labels)
     if labels is not None:
         checkpoint.check_labels(labels)
     detector = build_detector(
-        name,
+        arch,
         len(checkpoint.categories),
         min_size=min_size or checkpoint.min_size,
         max_size=max_size or checkpoint.max_size,
@@ -299,18 +301,27 @@ def build_extractor(
         seed=seed,
     )
     if checkpoint.tensors is not None:
-        load_into(detector, checkpoint, name)
+        load_into(detector, checkpoint, arch)
     if grid_size is not None:
-        return GridExtractor.of_detector(detector, grid_size, f"{name}-grid{grid_size}", trainable).to(device)
+        return GridExtractor.of_detector(detector, grid_size, f"{arch}-grid{grid_size}", trainable).to(device)
     used = [(i, label) for i, label in enumerate(checkpoint.categories) if i > 0 and label != UNUSED]
     extractor = FasterRCNNExtractor(
-        detector, [label for _, label in used], name=name, class_index=[i for i, _ in used], trainable=trainable
+        detector, [label for _, label in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
     )
     return extractor.to(device)
 
 
+for _arch, _summary in {
+    "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
+    "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
+    "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
+    "scenes_tiny": "small Faster R-CNN for scenes, with built-in weights",
+}.items():
+    register_detector(_arch, _summary)(partial(faster_rcnn, _arch))
+
+
 def save_detector(extractor: FasterRCNNExtractor, path: Path, name: str) -> None:
-    """Save an extractor's weights, labels and input size as a ``weights`` file for :func:`build_extractor`.
+    """Save an extractor's weights, labels and input size as a ``weights`` file for :func:`faster_rcnn`.
 
     Thresholds are not saved.
     """

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torchvision.models import resnet101
 from torchvision.models.detection import FasterRCNN
@@ -16,6 +19,7 @@ from gm_mlic.detection.fingerprint import Fingerprint
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
 from gm_mlic.errors import ArgumentError
+from gm_mlic.registry import register_detector
 
 #: Classifier backbones, available only as a grid.
 _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
@@ -156,40 +160,44 @@ def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
     return maps if isinstance(maps, Tensor) else list(maps.values())[-1]
 
 
-def build_classifier_grid(
-    name: str,
-    grid_size: int | None,
+def classifier_grid(
+    arch: str,
+    *,
     weights: str | Path | None = None,
-    size: int | None = None,
+    min_size: Annotated[int, Ge(32)] | None = None,
+    grid_size: Annotated[int, Ge(1)] = 14,
+    trainable: Literal["none", "all"] = "none",
     seed: int = 0,
-    trainable: str = "none",
+    device: str | torch.device = "cpu",
 ) -> GridExtractor:
     """Build a grid from a classifier backbone, without its pooling and last layer.
 
     Args:
-        name: one of :data:`CLASSIFIERS`.
-        grid_size: see :class:`GridExtractor`.
-        weights: see :func:`~gm_mlic.detection.checkpoints.read_classifier`.
-        size: see :class:`GridExtractor`; default 448.
+        arch: one of :data:`CLASSIFIERS`.
+        weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file, see
+            :func:`~gm_mlic.detection.checkpoints.read_classifier`; null: random weights.
+        min_size: images are scaled to min_size x min_size pixels; null: 448.
+        grid_size: G, to use the G x G cells of the feature map as instances.
+        trainable: trained layers: ``none`` (frozen) or ``all`` (needs instances.online=true).
         seed: seed of random weights; the global random state is unchanged.
-        trainable: see :class:`GridExtractor`.
+        device: device of the backbone.
 
     Raises:
-        ConfigError: if ``grid_size`` is None or an argument is invalid.
+        ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
-    if grid_size is None:
-        raise ArgumentError(
-            "grid_size", f"is required, since {name} detects no boxes: set it, for example, to 14 and m to its square."
-        )
-    checkpoint = read_classifier(name, weights)
+    checkpoint = read_classifier(arch, weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        whole = _CLASSIFIERS[name](weights=None)
+        whole = _CLASSIFIERS[arch](weights=None)
     layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
     body = nn.Sequential(OrderedDict(layers))
     if checkpoint.tensors is not None:
-        load_into(body, checkpoint, name)
-    return GridExtractor(
-        body, grid_size, _SIZE if size is None else size, f"{name}-grid{grid_size}", trainable=trainable
-    )
+        load_into(body, checkpoint, arch)
+    size = _SIZE if min_size is None else min_size
+    return GridExtractor(body, grid_size, size, f"{arch}-grid{grid_size}", trainable=trainable).to(device)
+
+
+register_detector("resnet101", "ResNet-101 as in published baselines: grid cells of its feature map")(
+    partial(classifier_grid, "resnet101")
+)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from gm_mlic.registry import DETECTORS
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,20 @@ class InstanceExtractor(Protocol):
             detected label -1, and the feature pooled over all of it.
         """
         ...
+
+
+def build_extractor(name: str, device: str | torch.device = "cpu", **settings: Any) -> InstanceExtractor:
+    """Build a registered detector.
+
+    Args:
+        name: a registered name, e.g. ``fasterrcnn_resnet50_fpn`` or that of a plugin (:mod:`gm_mlic.registry`).
+        device: device of the detector.
+        **settings: arguments of the registered class or function.
+
+    Raises:
+        ConfigError: if the name or an argument is unknown or invalid.
+        WeightsError: if weights are missing or do not fit.
+    """
+    if "device" in DETECTORS.arguments(name):
+        settings["device"] = device
+    return DETECTORS.build(name, **settings)  # type: ignore[no-any-return]

@@ -1,0 +1,175 @@
+"""Settings of a class or function: its arguments, their annotations, and their descriptions in the docstring.
+
+A class that is built from a config needs no second description of its settings::
+
+    class MyDetector:
+        '''A detector.
+
+        Args:
+            weights: file of the weights.
+            score_threshold: lowest confidence of an instance.
+        '''
+
+        def __init__(self, weights: str, score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05) -> None: ...
+
+Annotations are checked by pydantic. Bounds are those of ``annotated_types``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+#: Default of a setting that must be given.
+REQUIRED = "???"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        annotation: its type, with bounds.
+        default: its default; :data:`REQUIRED` if it has none.
+        text: its description, in one line; empty without one.
+    """
+
+    annotation: Any
+    default: Any
+    text: str
+
+    @property
+    def expected(self) -> str:
+        """Description of valid values, e.g. ``an integer of at least 1, or null``."""
+        return describe(self.annotation)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether ``value``, as read from YAML, is valid."""
+        from pydantic import ValidationError
+
+        if value == "" and self.default != "":
+            return False
+        try:
+            _adapter(self.annotation).validate_python(value, strict=Path not in _parts(self.annotation))
+        except ValidationError:
+            return False
+        return True
+
+
+def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dict[str, Setting]:
+    """Settings of a class or function, in the order of its arguments.
+
+    Args:
+        build: the class or function, or a :class:`functools.partial` of one.
+        leave_out: arguments that are no settings, such as the device.
+    """
+    inner = build.func if isinstance(build, functools.partial) else build
+    hints = typing.get_type_hints(inner.__init__ if isinstance(inner, type) else inner, include_extras=True)
+    texts = argument_texts(inner)
+    return {
+        name: Setting(
+            hints.get(name, Any), REQUIRED if p.default is p.empty else _plain(p.default), texts.get(name, "")
+        )
+        for name, p in inspect.signature(build).parameters.items()
+        if name not in leave_out and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+
+
+def summary_of(build: Callable[..., Any]) -> str:
+    """First line of the docstring, without the period."""
+    inner = build.func if isinstance(build, functools.partial) else build
+    return re.sub(r":class:`(\w+)`", r"`\1`", (inspect.getdoc(inner) or "").partition("\n")[0].rstrip("."))
+
+
+def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
+    """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
+    texts: dict[str, str] = {}
+    for part in (inspect.getdoc(build), inspect.getdoc(build.__init__) if isinstance(build, type) else None):
+        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
+        for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
+            names, _, text = entry.strip().partition(":")
+            for name in names.split(","):
+                texts.setdefault(name.strip().lstrip("*"), _without_roles(" ".join(text.split())))
+    return texts
+
+
+def describe(annotation: Any) -> str:
+    """Description of the values that an annotation allows."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return describe(arguments[0]) + _bounds(arguments[1:])
+    if origin in (Union, types.UnionType):
+        texts = [describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)]
+        return ", or ".join([*dict.fromkeys(texts), *(["null"] if type(None) in arguments else [])])
+    if origin is Literal:
+        return f"one of {', '.join(map(as_typed, arguments))}"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of names to {_plural(arguments[1])}"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        inner = [a for a in arguments if a is not Ellipsis]
+        return f"a list of {_plural(inner[0])}" if len(set(inner)) == 1 else "a list"
+    return _NAMES.get(annotation, "a value")
+
+
+def as_typed(value: Any) -> str:
+    """Value in the syntax of YAML and the command line."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {as_typed(item)}' for key, item in value.items())}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+_NAMES = {
+    int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a path", type(None): "null",
+}  # fmt: skip
+
+
+def _plural(annotation: Any) -> str:
+    text = describe(annotation)
+    return {"an integer": "integers", "a number": "numbers", "a string": "strings"}.get(text, text)
+
+
+def _bounds(constraints: Sequence[Any]) -> str:
+    parts = [part for c in constraints for part in (c if hasattr(c, "__iter__") else [c])]
+    limits = {key: getattr(part, key) for part in parts for key in _WORDS if getattr(part, key, None) is not None}
+    if limits.keys() == {"ge", "le"}:
+        return f" from {limits['ge']:g} to {limits['le']:g}"
+    return " " + " and ".join(f"{_WORDS[key]} {limits[key]:g}" for key in _WORDS if key in limits) if limits else ""
+
+
+_WORDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _plain(value: Any) -> Any:
+    """Default as YAML writes it."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parts(annotation: Any) -> set[Any]:
+    return {annotation}.union(*map(_parts, get_args(annotation))) if get_args(annotation) else {annotation}
+
+
+@functools.cache
+def _adapter(annotation: Any) -> Any:
+    from pydantic import ConfigDict, TypeAdapter
+
+    # YAML reads .inf and .nan as numbers.
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+
+
+def _without_roles(text: str) -> str:
+    """Text without reStructuredText markup."""
+    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?: <[^>]*>)?`", r"\1", text)
+    return text.replace("``", "")
