@@ -384,6 +384,39 @@ def test_checkpointed_parts_of_a_batch_keep_their_confidence(monkeypatch: pytest
     )
 
 
+class Clipped(nn.Module):
+    """A dropout without randomness."""
+
+    p = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x.clamp(min=-0.3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), checkpointing=st.booleans())
+def test_dropout_of_decoder_inputs_is_that_of_their_values(case: dict[str, Any], checkpointing: bool) -> None:
+    data, net = graphs(case), network(case, gradient_checkpointing=checkpointing)
+    net.train().dropout = Clipped()
+    sparse, dense = (outputs_and_gradients(net, as_layout(data, layout)) for layout in LAYOUTS)
+    assert_equal(dense, sparse)
+    torch.testing.assert_close(net.eval()(data).logits, net(as_layout(data, "dense")).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("edge_types", [["spatial", "semantic", "matches"], ["spatial", "semantic"], []])
+def test_dropout_in_training_only(edge_types: list[str], layout: str) -> None:
+    case = case_of(edge_types=edge_types)
+    net, batch = network(case, dropout=0.5), as_layout(graphs(case), layout)
+    first, second = (net.train()(batch).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in net.decoder.parameters())
+    first, second = (net.eval()(batch).logits for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, network(case)(batch).logits)
+
+
 # Before training
 
 

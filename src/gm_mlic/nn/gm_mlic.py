@@ -337,7 +337,7 @@ class GMMLIC(nn.Module):
         ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
         parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
         if self.training and self.dropout.p:
-            parts = [self.dropout(part) for part in parts]
+            parts = [EdgeTensor(self.dropout(p.tensor())) if isinstance(p, EdgeTensor) else self.dropout(p) for p in parts]
         return self.head(run(Decoder, self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
 
     def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:
