@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
+from gm_mlic.registry import LOSSES
 from gm_mlic.targets import (
     DifficultRule,
     TargetFormat,
@@ -20,6 +21,7 @@ from gm_mlic.targets import (
 DIFFICULT_POLICIES: tuple[str, ...] = get_args(DifficultRule)
 
 
+@LOSSES.register("weighted_bce")
 class WeightedBCE(nn.Module):
     r"""Weighted binary cross-entropy, averaged over images and labels (eq. 15).
 

@@ -1,21 +1,82 @@
-"""Learning-rate schedules for detector and model training."""
+"""Optimizers and learning-rate schedules: those of torch, by name and with their own arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
 import torch
+from annotated_types import Interval
+from torch.optim import lr_scheduler
+
+from gm_mlic.registry import OPTIMIZERS, SCHEDULERS
 
 
 def one_cycle(
-    optimizer: torch.optim.Optimizer, rates: list[float], steps: int, pct_start: float
-) -> torch.optim.lr_scheduler.OneCycleLR:
-    """One-cycle schedule of torch, adjusted for short runs, where a phase of one step would divide by zero.
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    pct_start: Annotated[float, Interval(gt=0, lt=1)] = 0.1,
+) -> lr_scheduler.OneCycleLR:
+    """One cycle over all steps: the learning rate rises, then falls to zero (torch's OneCycleLR).
+
+    It is adjusted for short runs, where a phase of one step would divide by zero.
 
     Args:
-        optimizer: optimizer to schedule.
-        rates: maximum learning rate per parameter group.
+        optimizer: optimizer to schedule; its learning rates are the maxima.
         steps: total number of steps.
-        pct_start: fraction of steps with increasing learning rate; at least two steps.
+        pct_start: fraction of the steps with a rising learning rate; at least two steps.
     """
     steps = max(steps, 4)
     pct_start = min(max(pct_start, 2 / steps), 1 - 1 / steps)
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start)
+
+
+SCHEDULERS.register("OneCycleLR")(one_cycle)
+#: Not available: ReduceLROnPlateau waits for a metric of validation, the others take functions or schedulers.
+_LEFT_OUT = {
+    "LRScheduler", "ReduceLROnPlateau", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler",
+    "OneCycleLR",
+}  # fmt: skip
+for _name in sorted(set(lr_scheduler.__all__) - _LEFT_OUT):
+    # T_max: the length of training, which is filled in.
+    SCHEDULERS.register(_name, **({"T_max": None} if _name == "CosineAnnealingLR" else {}))(
+        getattr(lr_scheduler, _name)
+    )
+for _name, _class in vars(torch.optim).items():
+    if isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer) and _class is not torch.optim.Optimizer:
+        OPTIMIZERS.register(_name)(_class)
+
+
+def build_optimizer(settings: Mapping[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
+    """Build ``optimizer.name`` with its arguments.
+
+    Args:
+        settings: the config section, without ``detector_lr``.
+        groups: parameters, or parameter groups.
+    """
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.build(**arguments, params=groups)
+    return optimizer
+
+
+def build_scheduler(
+    settings: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int, epochs: int
+) -> dict[str, Any]:
+    """Build ``scheduler.name`` with its arguments, as Lightning's ``lr_scheduler``.
+
+    OneCycleLR advances with each step, all others with the last step of each epoch: the checkpoint at the end of an
+    epoch is saved before Lightning would advance them.
+
+    Args:
+        settings: the config section.
+        optimizer: the optimizer.
+        steps: steps of the whole training.
+        epochs: epochs of the whole training.
+    """
+    given = {"optimizer": optimizer, "steps": steps}
+    arguments = {**settings, **{key: v for key, v in given.items() if key in SCHEDULERS.arguments(settings["name"])}}
+    if arguments.get("T_max", 0) is None:
+        arguments["T_max"] = epochs
+    frequency = 1 if settings["name"] == "OneCycleLR" else max(1, steps // epochs)
+    return {"scheduler": SCHEDULERS.build(**arguments), "interval": "step", "frequency": frequency}

@@ -18,11 +18,11 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
-import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gm_mlic.errors import ConfigError
@@ -105,6 +105,10 @@ class Registry:
         found = settings_of(entry.build, self.given)
         return {key: replace(s, default=entry.preset.get(key, s.default)) for key, s in found.items()}
 
+    def attribute(self, name: str, attribute: str, default: Any = None) -> Any:
+        """Attribute of a registered class or function."""
+        return getattr(self.entry(name).build, attribute, default)
+
     def build(self, name: str, **overrides: Any) -> Any:
         """Call a registered class or function.
 
@@ -132,11 +136,22 @@ class Registry:
 
 
 MODELS = Registry(
-    "model", ["gm_mlic.nn", "gm_mlic.nn.baselines"], given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels")
+    "model",
+    ["gm_mlic.nn", "gm_mlic.nn.baselines"],
+    given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels"),
 )
-DETECTORS = Registry("detector", ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"], given=("device", "labels", "seed"))
-DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split",))
+DETECTORS = Registry(
+    "detector",
+    ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"],
+    given=("device",),
+)
+DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split", "size"))
 EMBEDDINGS = Registry("embedding", ["gm_mlic.embeddings"], given=("labels",))
+LOSSES = Registry(
+    "loss", ["gm_mlic.losses"], given=("label_ratio", "validate_args", "target_format", "allow_all_present")
+)
+OPTIMIZERS = Registry("optimizer", ["gm_mlic.optim"], given=("params",))
+SCHEDULERS = Registry("scheduler", ["gm_mlic.optim"], given=("optimizer", "steps", "last_epoch"))
 
 
 def register_model(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
@@ -215,8 +230,8 @@ def import_plugins(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: if a module does not exist or cannot be imported.
     """
-    if modules and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if modules and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     for name in modules:
         try:
             importlib.import_module(name)

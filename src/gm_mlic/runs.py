@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 #: Settings, by section, that affect paths and speed but not results; they are not part of a run's identity.
 NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
-    "": frozenset({"hydra", "run_dir", "overwrite", "out", "num_workers", "logger", "sweep"}),
+    "": frozenset({"hydra", "run_dir", "overwrite", "out", "num_workers", "logger", "sweep", "plugins"}),
     "dataset": frozenset({"download", "mirror"}),
     "instances": frozenset({"root", "num_workers", "overwrite", "shard"}),
     "trainer": frozenset({"num_workers", "checkpoint_every_n_minutes"}),

@@ -5,7 +5,7 @@ A class that is built from a config needs no second description of its settings:
     class MyDetector:
         '''A detector.
 
-        Args:
+Args:
             weights: file of the weights.
             score_threshold: lowest confidence of an instance.
         '''
@@ -21,11 +21,18 @@ import functools
 import inspect
 import re
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Interval
+
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
+#: A fraction of images, or a probability of dropout, of which 1 would leave none.
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
 
 #: Default of a setting that must be given.
 REQUIRED = "???"
@@ -71,7 +78,7 @@ def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dic
         leave_out: arguments that are no settings, such as the device.
     """
     inner = build.func if isinstance(build, functools.partial) else build
-    hints = typing.get_type_hints(inner.__init__ if isinstance(inner, type) else inner, include_extras=True)
+    hints = _annotations(inner.__init__ if isinstance(inner, type) else inner)
     texts = argument_texts(inner)
     return {
         name: Setting(
@@ -80,6 +87,19 @@ def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dic
         for name, p in inspect.signature(build).parameters.items()
         if name not in leave_out and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
+
+
+def _annotations(function: Any) -> dict[str, Any]:
+    """Evaluated annotations; Any for names that exist only for type checkers."""
+    found = {}
+    for name, annotation in getattr(function, "__annotations__", {}).items():
+        try:
+            if isinstance(annotation, str):
+                annotation = eval(annotation, getattr(function, "__globals__", {}))
+        except (NameError, TypeError):
+            annotation = Any
+        found[name] = annotation
+    return found
 
 
 def summary_of(build: Callable[..., Any]) -> str:
@@ -95,7 +115,7 @@ def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
             names, _, text = entry.strip().partition(":")
-            for name in names.split(","):
+            for name in re.sub(r"\(.*?\)", "", names).split(","):
                 texts.setdefault(name.strip().lstrip("*"), _without_roles(" ".join(text.split())))
     return texts
 
@@ -103,6 +123,8 @@ def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
 def describe(annotation: Any) -> str:
     """Description of the values that an annotation allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if is_dataclass(annotation):
+        return f"settings: {', '.join(settings_of(annotation))}"  # type: ignore[arg-type]
     if origin is Annotated:
         return describe(arguments[0]) + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
@@ -152,6 +174,8 @@ _WORDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 def _plain(value: Any) -> Any:
     """Default as YAML writes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value

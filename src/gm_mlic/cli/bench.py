@@ -16,10 +16,10 @@ from rich.console import Console
 
 from gm_mlic._version import __version__
 from gm_mlic.bench import CASES, compare, grow, ratios, shares
+from gm_mlic.config import section
 from gm_mlic.device import resolve_device
 from gm_mlic.reporting.runtime import draw_comparison, draw_growth, runtime_markdown, runtime_tables, shares_table
 from gm_mlic.training import build
-from gm_mlic.validation import section
 
 log = logging.getLogger(__name__)
 

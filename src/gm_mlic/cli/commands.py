@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import run_job
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from gm_mlic.cli.compose import CONFIG_MODULE, compose, register_resolvers
-from gm_mlic.cli.config_schema import check_keys
+from gm_mlic.cli.compose import CONFIG_MODULE, compose, prepare
 from gm_mlic.cli.config_security import check_arguments
 from gm_mlic.cli.environment import prepare_process
-from gm_mlic.cli.validation import check
+from gm_mlic.cli.help import print_help
+from gm_mlic.cli.settings import fields_of
+from gm_mlic.config import finish
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import config_keys
+from gm_mlic.registry import import_plugins
 from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
 
 log = logging.getLogger(__name__)
@@ -37,38 +41,55 @@ _SCRIPT = str(Path(sys.argv[0]).absolute())
 
 # At import, not in run(): processes of a launcher import this module and compose the config of their job.
 prepare_process()
-register_resolvers()
+prepare("train")
 
 
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     """Compose the config of a command from ``arguments`` and run the command."""
     if command in _FOLDERS:
         arguments = _folders_as_setting(arguments)
-    failures: list[Exception] = []
-    task = _collecting_failures(command, failures)
     one_run = not _MULTIRUN.intersection(arguments)
     arguments = [_with_quoted_name(_with_quoted_items(argument), one_run) for argument in arguments]
     folders = check_arguments(arguments)
-    # Hydra's parser accepts flags only before or after all settings.
-    arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
-    name = command.replace("-", "_")
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
     settings = [argument for argument in arguments if _is_override(argument)]
-    if not flags & (_MULTIRUN | _EXPLAINS) and not _is_multirun(settings):
-        # Before hydra.main, which creates the run folder first, and with --cfg runs no task. The jobs of a multirun are
-        # checked individually.
-        config = compose(name, settings, folders)
-        if not flags & _SHOWS_CONFIG:
-            check(config, complete=command != "plan")
+    if flags & {"--help", "-h"}:
+        print_help(command, compose(command, settings, folders))
+    elif flags - {"--config-dir", "-cd"} or _is_multirun(settings):
+        prepare(command, settings)
+        _run_hydra(command, arguments, flags)
+    else:
+        config = compose(command, settings, folders, return_hydra_config=True, complete=command != "plan")
+        _run_once(command, config)
+
+
+def _run_once(command: str, config: DictConfig) -> None:
+    """Run a command as Hydra would, with a config that is composed and checked."""
+    task = _TASKS[command]
+
+    def without_hydra(config: DictConfig) -> Any:
+        with config_keys(**_KEYS.get(command, {})):
+            return task(config)
+
+    context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
+    done = run_job(without_hydra, config, "hydra.run.dir", None, context)
+    _ = done.return_value  # raises the error of the task
+
+
+def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
+    """Start Hydra for its flags and for multiruns."""
+    failures: list[Exception] = []
+    # Hydra's parser accepts flags only before or after all settings.
+    arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if rank_info().rank and flags & _MULTIRUN:  # only rank 0 writes the folder of a multirun
         arguments = [*arguments, f"hydra.sweep.dir={tempfile.mkdtemp()}"]
     sys.argv = [f"gm-mlic {command}", *arguments]
     SweepFolder.started.clear()
-    start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=name)
+    start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command)
     try:
-        start(task)()
+        start(_collecting_failures(command, failures))()
     finally:  # also if a multirun raises the error of a failed job
         for folder, _ in SweepFolder.started:
             _show_sweep(folder)
@@ -105,7 +126,6 @@ def _show_sweep(folder: Path) -> None:
 
 def extract(config: DictConfig) -> None:
     """``gm-mlic extract``."""
-    check(config)
     from gm_mlic.training import build
 
     extractor = build.build_detector(config)
@@ -119,7 +139,6 @@ def extract(config: DictConfig) -> None:
 
 def train(config: DictConfig) -> float:
     """``gm-mlic train``; returns val mAP as the objective of sweepers."""
-    check(config)
     from gm_mlic.reporting.tables import print_metrics
     from gm_mlic.training import run as training
 
@@ -157,7 +176,6 @@ def _record_job(config: DictConfig, error: Exception | None = None) -> Path:
 
 def evaluate(config: DictConfig) -> None:
     """``gm-mlic eval``."""
-    check(config)
     from gm_mlic.reporting.tables import print_evaluation, print_metrics
 
     resampling = {"bootstrap": config.bootstrap, "seed": config.seed}
@@ -184,7 +202,6 @@ def evaluate(config: DictConfig) -> None:
 
 def predict(config: DictConfig) -> None:
     """``gm-mlic predict``."""
-    check(config)
     from gm_mlic.cli.predict import predict as start
 
     start(config)
@@ -192,7 +209,6 @@ def predict(config: DictConfig) -> None:
 
 def serve(config: DictConfig) -> None:
     """``gm-mlic serve``."""
-    check(config)
     from gm_mlic.cli.serve import serve as start
 
     start(config)
@@ -200,7 +216,6 @@ def serve(config: DictConfig) -> None:
 
 def explain(config: DictConfig) -> None:
     """``gm-mlic explain``."""
-    check(config)
     from gm_mlic.cli.explain import explain_photo as start
 
     start(config)
@@ -208,7 +223,6 @@ def explain(config: DictConfig) -> None:
 
 def export(config: DictConfig) -> None:
     """``gm-mlic export``."""
-    check(config)
     from gm_mlic.cli.export import export as start
 
     start(config)
@@ -216,7 +230,6 @@ def export(config: DictConfig) -> None:
 
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
-    check(config)
     from gm_mlic.detection.training import train_detector as start
     from gm_mlic.device import resolve_device, resolve_num_workers
     from gm_mlic.training import build
@@ -241,7 +254,6 @@ def train_detector(config: DictConfig) -> None:
 
 def dataset(config: DictConfig) -> None:
     """``gm-mlic dataset``."""
-    check(config)
     from gm_mlic.cli.dataset import describe
 
     describe(config)
@@ -249,7 +261,6 @@ def dataset(config: DictConfig) -> None:
 
 def bench(config: DictConfig) -> None:
     """``gm-mlic bench``."""
-    check(config)
     from gm_mlic.cli.bench import bench as start
 
     start(config)
@@ -257,7 +268,6 @@ def bench(config: DictConfig) -> None:
 
 def plan(config: DictConfig) -> None:
     """``gm-mlic plan``."""
-    check(config, complete=False)
     from gm_mlic.cli.plan import plan as start
 
     start(config)
@@ -308,7 +318,6 @@ def dashboard(config: DictConfig) -> None:
 
 def demo(config: DictConfig) -> None:
     """``gm-mlic demo``."""
-    check(config)
     from gm_mlic.cli.demo import demo as start
 
     start(config)
@@ -323,7 +332,8 @@ def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[D
 
     def wrapped(config: DictConfig) -> Any:
         try:
-            check_keys(config, command.replace("-", "_"))
+            import_plugins(list(config.get("plugins") or ()))  # in processes of a launcher
+            finish(config, fields_of(command), complete=command != "plan")
             with config_keys(**_KEYS.get(command, {})):
                 return task(config)
         except Exception as error:

@@ -1,81 +1,140 @@
-"""Config composition with Hydra: resolvers of ``conf/``, and composition without a command line."""
+"""Config composition with Hydra: the options of ``conf/`` and of the registries."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.resources
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from gm_mlic.cli.config_schema import check_keys
-from gm_mlic.cli.validation import check_values
-from gm_mlic.validation import run_identity
+from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
+from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
+from gm_mlic.registry import Registry, import_plugins
+from gm_mlic.schema import Setting
 
 CONFIG_MODULE = "gm_mlic.conf"
-#: Grid size by detector; default 14, the last feature map of a ResNet at 448 pixels. For scenes_tiny (40 x 40 at 160
-#: pixels), 10 x 10 cells of 16 pixels suit its objects of 8 to 45 pixels.
-_GRIDS = {"scenes_tiny": 10}
-
-
-def register_resolvers() -> None:
-    """Register the ``gm_mlic.*`` resolvers of ``conf/`` with OmegaConf."""
-    OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.grid", lambda name: _GRIDS.get(name, 14), replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.repeat", _repeat, replace=True)
-    OmegaConf.register_new_resolver("gm_mlic.square", _square, replace=True)
 
 
 def compose(
-    config_name: str, overrides: Sequence[str] = (), folders: Sequence[Path] = (), return_hydra_config: bool = False
+    command: str,
+    overrides: Sequence[str] = (),
+    folders: Sequence[Path] = (),
+    return_hydra_config: bool = False,
+    *,
+    complete: bool = False,
 ) -> DictConfig:
-    """Compose the config of ``gm-mlic COMMAND OVERRIDES``.
+    """Compose and check the config of ``gm-mlic COMMAND OVERRIDES``.
 
     Args:
-        config_name: name of a file in ``conf/`` without its suffix, e.g. ``train``.
+        command: name of the command, e.g. ``train``.
         overrides: Hydra overrides, as on the command line.
         folders: further folders of configs.
         return_hydra_config: keep the ``hydra`` section.
+        complete: whether all settings must have a value.
 
     Raises:
         ConfigError: for an unknown or missing key, or an invalid value.
     """
-    register_resolvers()
+    prepare(command, overrides)
     if folders:
         paths = [f"'file://{folder.absolute()}'" for folder in folders]
         overrides = [*overrides, f"hydra.searchpath=[{','.join(paths)}]"]
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config: DictConfig = hydra_compose(
-            config_name, overrides=list(overrides), return_hydra_config=return_hydra_config
-        )
-    check_keys(config, config_name)
-    check_values(config)
-    return config
+        config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
+    return finish(config, fields_of(command), complete=complete)
+
+
+def prepare(command: str, overrides: Sequence[str] = ()) -> None:
+    """Import plugins, and register the resolvers and options of a command with Hydra."""
+    import_plugins(_plugins(overrides))
+    OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
+    OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
+    store = ConfigStore.instance()
+    store.store(name=command, node=_primary(command))
+    for group in COMMANDS[command].groups:
+        if group in SECTIONS:
+            for option, node in _nodes(group).items():
+                # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
+                store.store(group=group, name=f"_{option}", node=node)
+                if option not in _files(group):
+                    store.store(group=group, name=option, node=node)
+
+
+def options(group: str) -> list[str]:
+    """Options of a config group."""
+    kind = SECTIONS.get(group)
+    names = kind.names() if isinstance(kind, Registry) else ["default"] if kind else []
+    return sorted({*names, *_files(group)})
+
+
+def _files(group: str) -> list[str]:
+    return [file.stem for file in (Path(str(importlib.resources.files(CONFIG_MODULE))) / group).glob("*.yaml")]
+
+
+def _nodes(group: str) -> dict[str, dict[str, Any]]:
+    """Options of a group that the code defines, with all settings."""
+    kind = SECTIONS[group]
+    if not isinstance(kind, Registry):
+        return {"default": _defaults(settings_of_section(group))}
+    nodes = {name: {"name": name, **_defaults(settings_of_section(group, name))} for name in kind.names()}
+    if group == "dataset":  # each selects its detector
+        for name, node in nodes.items():
+            detector = kind.attribute(name, "detector", "resnet50_fpn")
+            nodes[name] = {"defaults": ["_self_", {"override /detector@_global_.detector": detector}], **node}
+    return nodes
+
+
+def _defaults(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    return {name: dict(s.default) if isinstance(s.default, Mapping) else s.default for name, s in settings.items()}
+
+
+def _primary(command: str) -> dict[str, Any]:
+    """The config of a command: its groups and settings, and where Hydra writes."""
+    kind, name = COMMANDS[command], {"job": {"name": command}}
+    without = command in WITHOUT_FOLDER
+    groups = [{group: option} for group, option in kind.groups.items()]
+    log = {"override hydra/job_logging": "console" if without else "gm_mlic"}
+    defaults = [*groups, "_self_", log] if kind.changed else ["_self_", *groups, log]
+    each = "" if command in ("train", "extract", "demo", "dataset", "train-detector") else "/${hydra:job.num}"
+    sweep = {
+        # Folder of multirun.yaml. Each job has its own run_dir, so multiruns resume like single runs.
+        "dir": "runs/multirun/${now:%Y-%m-%d_%H-%M-%S}",
+        "subdir": "${gm_mlic.absolute:${run_dir}}" + each,
+    }
+    hydra: dict[str, Any] = {**name, "run": {"dir": "."}, "output_subdir": None}
+    if not without:
+        hydra = {**name, "run": {"dir": "${run_dir}"}, "sweep": sweep}
+    if command == "train":
+        hydra["callbacks"] = {"sweep_folder": {"_target_": "gm_mlic.cli.commands.SweepFolder"}}
+    return {"defaults": defaults, **_defaults(fields_of(command)), **kind.changed, "hydra": hydra}
+
+
+def _plugins(overrides: Sequence[str]) -> list[str]:
+    given = [text for text in overrides if re.match(r"\+*plugins=", text)]
+    values = [OverridesParser.create().parse_override(text).value() for text in given]
+    return [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
+
+
+# Resolvers
 
 
 def _digest(*sections: str, _root_: DictConfig) -> str:
     """Hash of the settings of a config, or of some sections, as eight hex digits."""
-    content = run_identity(_root_)
+    content = run_identity(finished_copy(_root_))
     chosen = {key: content[key] for key in sections or content}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def _repeat(value: Any, times: Any) -> list[Any]:
-    """List of ``times`` copies of ``value``; empty for an invalid ``times``, which validation reports."""
-    return [value] * times if isinstance(times, int) else []
-
-
-def _square(value: Any) -> Any:
-    """Square of ``value``; other types are returned unchanged, validation reports them."""
-    return value**2 if isinstance(value, int) else value
 
 
 def _evaluation_of(checkpoint: str | None, scores: str | None) -> str:

@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import track
 
+from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.statistics import statistics, unreadable_images
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.reporting.statistics import cooccurrence_table, labels_table, overview_table, statistics_picture
 from gm_mlic.training import build
-from gm_mlic.validation import section
 
 
 def describe(config: DictConfig) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def describe(config: DictConfig) -> dict[str, Any]:
         bad = {} if unreadable is None else unreadable[split]
         _list(f"{split}: {len(bad):,} unreadable images", list(bad.values()))
     if unknown is not None:
-        title = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({config.embedding.path or 'hashed'})"
+        source = config.embedding.get("path", config.embedding.name)
+        title = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({source})"
         _list(title, unknown, every=True)
 
     folder = Path(config.run_dir)
@@ -71,7 +72,8 @@ def _check(dataset: MultiLabelDataset) -> dict[str, str]:
 
 def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:
     """Labels with an out-of-vocabulary word."""
-    embedding = embed_labels(labels, **section(config, "embedding") | {"oov": "zeros"})
+    settings = section(config, "embedding")
+    embedding = embed_labels(labels, **settings | ({"oov": "zeros"} if "oov" in settings else {}))
     return list(embedding.out_of_vocabulary)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
-from gm_mlic.cli.validation import check
+from gm_mlic.config import finish
 from gm_mlic.datasets import Scenes
 from gm_mlic.embeddings import labels_of
 from gm_mlic.instances import InstanceStore
@@ -25,26 +25,25 @@ from gm_mlic.training.run import SplitData, predict, split_data, train
 
 log = logging.getLogger(__name__)
 
-#: Names in the table of the rows of ``conf/demo.yaml``.
-_NAMES = {
-    "mil_max": "max-pooled, no graphs",
-    "concat": "GM-MLIC, concat",
-    "product": "GM-MLIC, product",
+#: Rows of the table: name, and settings of the model.
+_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mil_max": ("max-pooled, no graphs", {"name": "mil_max"}),
+    "concat": ("GM-MLIC, concat", {"fusion": "concat"}),
+    "product": ("GM-MLIC, product", {"fusion": "product"}),
 }
 _PICTURED, _PANELS = "product", 12
 
 
 def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
-    """Train the models of ``config.rows`` on one instance store; compare them with the upper bound and the detector.
+    """Train three models on one instance store; compare them with the upper bound and the detector.
 
     Returns:
         Rows of the table: names and test metrics.
     """
     begin = time.monotonic()
-    check(config)
     run_dir = Path(config.run_dir)
     results = {}
-    for row, name in _NAMES.items():
+    for row, (name, _) in _ROWS.items():
         log.info("training: %s", name)
         results[row] = train(_row_config(config, row))
 
@@ -58,7 +57,7 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
         ("detector's own labels", detector_scores(test.store)[readable]),
     ]
     table = [(name, _measure(config, scores, targets)) for name, scores in rows]
-    table += [(_NAMES[row], result["test"]) for row, result in results.items()]
+    table += [(_ROWS[row][0], result["test"]) for row, result in results.items()]
 
     picture = run_dir / "scenes.png"
     _draw(_row_config(config, _PICTURED), test, picture)
@@ -83,10 +82,10 @@ def detector_scores(store: InstanceStore) -> np.ndarray:
 
 def _row_config(config: DictConfig, row: str) -> DictConfig:
     """Config of one row, with its model and run folder."""
-    row_config = copy.deepcopy(config)
-    row_config.model = config.rows[row]
+    row_config, model = copy.deepcopy(config), _ROWS[row][1]
+    row_config.model = model if "name" in model else {**config.model, **model}
     row_config.run_dir = str(Path(config.run_dir) / row)
-    return OmegaConf.masked_copy(row_config, [str(key) for key in row_config if key != "rows"])
+    return finish(row_config)
 
 
 def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
@@ -110,4 +109,4 @@ def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
             build.build_metrics(config, test.dataset.labels).convention.threshold,
         )
         panels.append((test.dataset.image(row), found))
-    picture_grid(path, panels, f"{_NAMES[_PICTURED]}: {len(panels)} test scenes with labels and argmax boxes")
+    picture_grid(path, panels, f"{_ROWS[_PICTURED][0]}: {len(panels)} test scenes with labels and argmax boxes")

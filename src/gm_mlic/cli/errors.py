@@ -16,7 +16,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from gm_mlic.cli.config_schema import groups_of, options, unknown
+from gm_mlic.cli.settings import COMMANDS
+from gm_mlic.config import unknown
 from gm_mlic.errors import GMMLICError
 
 _USER_OS_ERRORS = {
@@ -130,6 +131,8 @@ def _config_error(error: BaseException, command: str, arguments: Sequence[str]) 
 
 def _invalid_option(arguments: Sequence[str]) -> str:
     """Message for a group option that is not a name, e.g. ``model=5``; Hydra's message lacks the group."""
+    from gm_mlic.cli.compose import options
+
     for argument in arguments:
         group = argument.lstrip("+").partition("=")[0]
         if options(group) and not re.search(r"=.*[A-Za-z]", argument.replace("null", "")):
@@ -142,15 +145,14 @@ def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
     from gm_mlic.cli.compose import compose
 
     parent = key.rpartition(".")[0]
-    name = command.replace("-", "_")
     groups = [a for a in arguments if re.fullmatch(r"\w+=\w+", a) and not a.startswith(f"{key}=")]
     try:
-        config: DictConfig = compose(name, groups)
+        config: DictConfig = compose(command, groups)
         section = OmegaConf.select(config, parent) if parent else config
         known = {str(k) for k in section}
     except Exception:
         return f"{key}: unknown setting; see gm-mlic {command} --help."
-    return unknown(key, known if parent else known | set(groups_of(name)))
+    return unknown(key, known if parent else known | set(COMMANDS[command].groups))
 
 
 def _one_line(text: str) -> str:

@@ -18,27 +18,9 @@ from typing import Any
 
 from gm_mlic._version import __version__
 from gm_mlic.cli.environment import prepare_process
+from gm_mlic.cli.settings import COMMANDS, summary
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import Terminated
-
-#: Summaries of the commands.
-COMMANDS = {
-    "demo": "train and compare three models on synthetic scenes, in minutes, without downloads",
-    "train": "train and test a model; resumes an unfinished run",
-    "eval": "evaluate a checkpoint on a split, or the scores of any model in a file",
-    "predict": "predict the labels of photos and their argmax boxes",
-    "explain": "explain a predicted label: match matrix and influence of each edge",
-    "serve": "serve a local web page for interactive prediction",
-    "export": "export a trained model as a folder to share, or to torch.export or ONNX",
-    "dataset": "show statistics of a dataset: images, labels, co-occurrences, missing files",
-    "extract": "run the detector on a dataset and store its instances",
-    "train-detector": "train a detector on a dataset with boxes",
-    "plan": "estimate time, memory and disk space of a run",
-    "runs": "list runs with their state, differing settings and mAP",
-    "report": "write tables and figures of runs beside the paper's, as one page",
-    "dashboard": "create a W&B workspace for runs logged with logger=wandb",
-    "bench": "measure time and memory of dense and sparse execution",
-}
 
 #: Environment variable that passes the command to child processes.
 COMMAND_VARIABLE = "GM_MLIC_COMMAND"
@@ -79,7 +61,7 @@ def run(argv: list[str]) -> int:
     verbose = "--verbose" in argv
     argv = [argument for argument in argv if argument != "--verbose"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<16}{what}" for name, what in COMMANDS.items())), end="")
+        print(_HELP.format(commands="\n".join(f"  {name:<16}{summary(name)}" for name in COMMANDS)), end="")
         return 0
     if argv[0] in ("-V", "--version"):
         print(f"gm-mlic {__version__}")

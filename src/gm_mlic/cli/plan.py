@@ -20,6 +20,7 @@ from torch import Tensor
 from gm_mlic.bench.measure import interleaved, peak_bytes
 from gm_mlic.bench.runtime import RandomStore
 from gm_mlic.cli.bench import describe_machine
+from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import InstanceExtractor
@@ -27,11 +28,10 @@ from gm_mlic.device import resolve_device
 from gm_mlic.errors import DataError, UnreadableImage, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
-from gm_mlic.losses import WeightedBCE
+from gm_mlic.optim import build_optimizer
 from gm_mlic.registry import MODELS
 from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
-from gm_mlic.validation import section
 
 #: Numbers of official training and test images and of labels, for plans without the data; tests check them.
 PUBLISHED: Mapping[str, tuple[int, int, int]] = {
@@ -228,10 +228,9 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     with config_keys("model"):
         model = MODELS.build(**settings).to(device)
     with config_keys("loss"):
-        loss_of = WeightedBCE(torch.full((C,), 0.05), **section(config, "loss"), validate_args=False).to(device)
-    kind = torch.optim.AdamW if config.optimizer.name == "adamw" else torch.optim.SGD
-    options = {} if kind is torch.optim.AdamW else {"momentum": config.optimizer.momentum}
-    optimizer = kind(model.parameters(), lr=1e-6, **options)
+        loss_of = build.loss_of(config, torch.full((C,), 0.05)).to(device)
+    settings = {key: value for key, value in section(config, "optimizer").items() if key != "detector_lr"}
+    optimizer = build_optimizer({**settings, "lr": 1e-6}, model.parameters())
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     full = config.trainer.batch_size
     found: list[tuple[int, int, float, float]] = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
 from gm_mlic.datasets.custom import CustomDataset
@@ -21,15 +19,5 @@ __all__ = [
     "MultiLabelDataset",
     "SceneObject",
     "Scenes",
-    "known_datasets",
     "label_ratio",
 ]
-
-
-def known_datasets() -> dict[str, Any]:
-    """Dataset classes of this module by name. Programs can add a class as a module attribute."""
-    return {cls.name: cls for cls in globals().values() if _is_dataset(cls)}
-
-
-def _is_dataset(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, MultiLabelDataset) and value is not MultiLabelDataset

@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -49,6 +50,8 @@ class MultiLabelDataset(ABC):
     ids: tuple[str, ...]
     targets: np.ndarray
     difficult: np.ndarray | None = None
+    #: Option of the config group ``detector`` that this dataset selects.
+    detector: ClassVar[str] = "resnet50_fpn"
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -14,6 +14,8 @@ from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.registry import register_dataset
+from gm_mlic.schema import Fraction, Natural
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -38,6 +40,7 @@ _ANNOTATIONS = Archive(
 )
 
 
+@register_dataset("coco2014", root="data/coco2014")
 class COCO2014(MultiLabelDataset):
     """MS-COCO 2014 with image-level labels derived from its object annotations.
 
@@ -89,8 +92,8 @@ class COCO2014(MultiLabelDataset):
         self,
         root: str | Path,
         split: str = "train",
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        val_fraction: Fraction = 0.1,
+        seed: Natural = 0,
         unlabeled: Literal["drop", "keep"] = "drop",
         label_order: Literal["name", "id"] = "name",
         download: bool = False,

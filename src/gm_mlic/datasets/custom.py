@@ -29,10 +29,17 @@ from gm_mlic.datasets.coco_format import clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
+from gm_mlic.registry import register_dataset
+from gm_mlic.schema import Fraction, Natural
 
 log = logging.getLogger(__name__)
 
 
+#: Default names of columns.
+COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split": "split"}
+
+
+@register_dataset("custom", root="data/custom")
 class CustomDataset(MultiLabelDataset):
     r"""Image folder with labels from one or several annotation files.
 
@@ -69,23 +76,26 @@ class CustomDataset(MultiLabelDataset):
     ``root``. The fingerprint covers each file's size in bytes, so that changed photos are detected again.
 
     Args:
-        root: base folder of the file names.
+        root: base folder of the file names in the annotations.
         split: ``train``, ``val`` or ``test``.
-        annotations: one annotation file, or one per split as ``{"train": ..., "test": ...}``; relative to ``root``.
-        folders: with one annotation file per split, the base folder of its file names, relative to ``root``, as
-            ``{"train": "train", "test": "test"}``; None (default): ``root``.
-        labels: allowed names in order: a list, or a text file with one per line. Other annotated labels are errors.
-        columns: names of the columns or keys ``file``, ``labels`` and ``split``; None for labels or split if absent.
-            (The key ``boxes`` cannot be renamed.)
-        separator: text between the labels of one cell.
-        suffix: appended to each file name, for example ``.jpg`` if the table has only ids.
-        ignore_columns: columns that are not labels (only needed with one column per label).
-        target_format: ``binary`` or ``voc``, as above.
-        missing: images that do not exist raise (``error``), or are dropped, logged and listed in ``missing``
-            (``drop``).
-        val_fraction: in [0, 1).
-        test_fraction: in [0, 1).
-        seed: seed of the drawn splits.
+        annotations: annotation file, or one per split: {train: a.csv, val: b.csv, test: c.csv}. Relative paths start at
+            root. .csv (also .tsv, .txt): a table with a header. .jsonl: one JSON object per line, with optional boxes.
+            .json: COCO instances format.
+        folders: with one annotation file per split, the base folder of its file names, relative to root, e.g. {train:
+            train, val: valid, test: test}; null: root.
+        labels: allowed labels in output order: a list, or a text file with one label per line; other annotated labels
+            are errors. null: all labels in the annotations.
+        columns: names of the columns (CSV) or keys (JSON) with the file names of the images, their labels (a CSV
+            without this column has one 0/1 column per label), and their split (train, val or test; without this column
+            splits are sampled); null for labels or split if absent. The key ``boxes`` cannot be renamed.
+        separator: separator of labels within a cell.
+        suffix: suffix added to each file name, e.g. .jpg for a table of ids.
+        ignore_columns: columns that are not labels, for tables with one column per label.
+        target_format: values of label columns: binary (1 present, 0 absent) or voc (1 present, 0 difficult, -1 absent).
+        missing: missing images: error (stop) or drop (leave them out and list them).
+        val_fraction: fraction of the training images in a sampled val split, stratified by label.
+        test_fraction: fraction of all images in a sampled test split, stratified by label.
+        seed: seed of the sampled splits.
 
     Attributes:
         missing: file names of this split that were dropped.
@@ -102,18 +112,18 @@ class CustomDataset(MultiLabelDataset):
         self,
         root: str | Path,
         split: str = "train",
-        annotations: str | Path | Mapping[str, str | Path] = "labels.csv",
-        folders: Mapping[str, str] | None = None,
+        annotations: str | Path | Mapping[Literal["train", "val", "test"], str | Path] = "labels.csv",
+        folders: Mapping[Literal["train", "val", "test"], str] | None = None,
         labels: str | Path | Sequence[str] | None = None,
-        columns: Mapping[str, str | None] | None = None,
+        columns: Mapping[str, str | None] = COLUMNS,
         separator: str = ";",
         suffix: str = "",
         ignore_columns: Sequence[str] = (),
         target_format: Literal["binary", "voc"] = "binary",
         missing: Literal["error", "drop"] = "error",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        seed: int = 0,
+        val_fraction: Fraction = 0.1,
+        test_fraction: Fraction = 0.2,
+        seed: Natural = 0,
     ) -> None:
         check_split(split, val_fraction)
         for key, value, allowed in (
@@ -126,7 +136,7 @@ class CustomDataset(MultiLabelDataset):
             raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
         if not separator:
             raise ArgumentError("separator", "is empty: set it to the text between the labels of one cell.")
-        unknown = [key for key in columns or {} if key not in ("file", "labels", "split")]
+        unknown = [key for key in columns if key not in ("file", "labels", "split")]
         if unknown:
             raise ArgumentError("columns", f"has the key {unknown[0]!r}: expected file, labels or split.")
         self.split = split
@@ -134,7 +144,7 @@ class CustomDataset(MultiLabelDataset):
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder: set `root` to the folder with the images.")
         form = TableFormat(
-            **dict(columns or {}),  # type: ignore[arg-type]
+            **columns,  # type: ignore[arg-type]
             separator=separator,
             suffix=suffix,
             ignore=tuple(ignore_columns),

@@ -14,6 +14,8 @@ from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ArgumentError, ConfigError, DataError
+from gm_mlic.registry import register_dataset
+from gm_mlic.schema import Fraction, Natural
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ _BY_HAND = (
 )
 
 
+@register_dataset("nuswide", root="data/nuswide")
 class NUSWIDE(MultiLabelDataset):
     r"""NUS-WIDE with its 81 concepts.
 
@@ -71,8 +74,8 @@ class NUSWIDE(MultiLabelDataset):
         self,
         root: str | Path,
         split: str = "train",
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        val_fraction: Fraction = 0.1,
+        seed: Natural = 0,
         unlabeled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Ge, Interval
 from numpy.typing import NDArray
 from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
 from gm_mlic.errors import ArgumentError
+from gm_mlic.registry import register_dataset
+from gm_mlic.schema import Natural, Positive, Probability
 
 Array = NDArray[Any]
 
@@ -50,7 +53,7 @@ _DISPLACEMENT = 60  # d: distance of the centers of anchor and twin, which lie i
 _JITTER = 4
 _OCCLUDED = (45, 60)  # percent of a glyph's area
 
-_SPLITS = {"train": 2000, "val": 500, "test": 1000}
+SIZES = {"train": 2000, "val": 500, "test": 1000}
 _KIT_SLOTS, _SINGLE_SLOTS, _LONE_SLOT, _SLOTS = (0, 1), slice(2, 7), 7, 8
 _PLAIN, _IS_SMALL, _IS_OCCLUDED = 0, 1, 2
 _CANDIDATES = 48  # positions tried per object before the scene is redrawn
@@ -216,7 +219,7 @@ def _pick(u: Array, low: int, high: int) -> Array:
 
 
 def _streams(seed: int, split: str, purpose: int, *more: int) -> np.random.Generator:
-    entropy = (seed, tuple(_SPLITS).index(split), purpose, *more)
+    entropy = (seed, tuple(SIZES).index(split), purpose, *more)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
@@ -389,6 +392,7 @@ class SceneObject:
     occluded: bool
 
 
+@register_dataset("scenes")
 class Scenes(MultiLabelDataset):
     r"""Synthetic scenes whose labels depend on context and relative position; no download.
 
@@ -415,32 +419,36 @@ class Scenes(MultiLabelDataset):
 
     Args:
         split: ``train``, ``val`` or ``test``: independent random streams.
-        size: number of scenes; default 2000, 500 and 1000. Scene i is the same for every size.
+        size: number of scenes; default: that of ``sizes``. Scene i is the same for every size.
         seed: random seed, >= 0.
         context_pairs: number of context pairs (of 4) that share their look.
         spatial_pairs: number of families (of 2) whose twins share their look.
         hard_fraction: fraction of objects that are small or occluded (half each), in [0, 1].
         image_size: width and height in pixels, 96 to 640; objects scale with it.
+        sizes: number of scenes of each split.
 
     Raises:
         ConfigError: if an argument is out of range.
     """
 
     name = "scenes"
+    detector = "scenes_tiny"
 
     def __init__(
         self,
         split: str = "train",
         size: int | None = None,
-        seed: int = 0,
-        context_pairs: int = 4,
-        spatial_pairs: int = 2,
-        hard_fraction: float = 0.3,
-        image_size: int = 160,
+        seed: Natural = 0,
+        context_pairs: Annotated[int, Interval(ge=0, le=4)] = 4,
+        spatial_pairs: Annotated[int, Interval(ge=0, le=2)] = 2,
+        hard_fraction: Probability = 0.3,
+        image_size: Annotated[int, Ge(32)] = 160,
+        *,
+        sizes: Mapping[str, Positive] = SIZES,
     ) -> None:
-        if split not in _SPLITS:
-            raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(_SPLITS)}.")
-        size = _SPLITS[split] if size is None else size
+        if split not in SIZES:
+            raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(SIZES)}.")
+        size = sizes[split] if size is None else size
         for key, value, low, high in (
             ("size", size, 1, 10_000_000),
             ("seed", seed, 0, 2**63 - 1),

@@ -17,6 +17,8 @@ from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError
+from gm_mlic.registry import register_dataset
+from gm_mlic.schema import Fraction, Natural
 
 #: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
@@ -39,8 +41,8 @@ class _VOC(MultiLabelDataset):
         self,
         root: str | Path,
         split: str = "train",
-        val_fraction: float = 0.1,
-        seed: int = 0,
+        val_fraction: Fraction = 0.1,
+        seed: Natural = 0,
         download: bool = False,
         mirror: str | None = None,
     ) -> None:
@@ -142,6 +144,7 @@ class _VOC(MultiLabelDataset):
         )
 
 
+@register_dataset("voc2007", root="data/voc2007")
 class VOC2007(_VOC):
     """PASCAL VOC 2007 with image-level labels from ``ImageSets/Main``.
 
@@ -202,6 +205,7 @@ class VOC2007(_VOC):
     )
 
 
+@register_dataset("voc2012", root="data/voc2012")
 class VOC2012(_VOC):
     """PASCAL VOC 2012, as :class:`VOC2007`, with the official val set as ``test``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge
 from torch import Tensor, nn
 from torchvision.models.detection import (
     FasterRCNN,
@@ -27,6 +27,7 @@ from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.registry import register_detector
+from gm_mlic.schema import Positive, Probability
 
 #: Values of ``trainable``; see :class:`FasterRCNNExtractor`.
 TRAINABLE = ("none", "box_head", "all")
@@ -257,9 +258,9 @@ def faster_rcnn(
     weights: str | Path | None = None,
     min_size: Annotated[int, Ge(32)] | None = None,
     max_size: Annotated[int, Ge(32)] | None = None,
-    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
-    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
-    grid_size: Annotated[int, Ge(1)] | None = None,
+    score_threshold: Probability = 0.05,
+    nms_threshold: Probability = 0.5,
+    grid_size: Positive | None = None,
     trainable: Literal["none", "box_head", "all"] = "none",
     seed: int = 0,
     device: str | torch.device = "cpu",

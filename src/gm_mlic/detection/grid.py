@@ -20,6 +20,7 @@ from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
 from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
+from gm_mlic.schema import Positive
 
 #: Classifier backbones, available only as a grid.
 _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
@@ -165,7 +166,7 @@ def classifier_grid(
     *,
     weights: str | Path | None = None,
     min_size: Annotated[int, Ge(32)] | None = None,
-    grid_size: Annotated[int, Ge(1)] = 14,
+    grid_size: Positive = 14,
     trainable: Literal["none", "all"] = "none",
     seed: int = 0,
     device: str | torch.device = "cpu",

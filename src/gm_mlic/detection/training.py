@@ -100,7 +100,7 @@ def train_detector(
     detector = _initial_detector(name, train.labels, weights, min_size, max_size, seed).to(device)
     steps = math.ceil(len(rows) / batch_size)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = one_cycle(optimizer, [lr], epochs * steps, pct_start=0.15)
+    schedule = one_cycle(optimizer, epochs * steps, pct_start=0.15)
     record: dict[str, Any] = {
         "arch": name,
         "labels": list(train.labels),

@@ -16,8 +16,9 @@ from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
 from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.registry import EMBEDDINGS, register_embedding
+from gm_mlic.schema import Natural, Positive
 
-_SOURCES = ("hashed", "glove")
 _POLICIES = ("error", "skip_words", "zeros", "hashed")
 
 
@@ -45,50 +46,68 @@ class LabelEmbedding:
 
 
 def embed_labels(
-    labels: Sequence[str],
-    name: Literal["hashed", "glove"] = "hashed",
-    path: str | Path | None = None,
-    dim: int = 300,
-    oov: Literal["error", "skip_words", "zeros", "hashed"] = "error",
-    seed: int = 0,
+    labels: Sequence[str], name: str = "hashed", path: str | Path | None = None, **settings: Any
 ) -> LabelEmbedding:
     """Compute the vectors of ``labels``.
 
-    ``hashed`` needs no file (:func:`~gm_mlic.embeddings.hashed.hashed_vectors`). ``glove`` reads ``path``: a ``.npz``
-    or ``.pt`` table by label name (:func:`~gm_mlic.embeddings.table.read_table`), or GloVe text for any other suffix
-    (:func:`~gm_mlic.embeddings.glove.read_words`). Tables are searched for the full name first, never by position.
-    Otherwise a label is the mean of its words' vectors. Alternative spellings
+    Args:
+        labels: C unique names.
+        name: ``hashed`` (:func:`hashed`), ``glove`` (:func:`glove`), or the registered name of another one.
+        path: its setting ``path``, if it has one.
+        **settings: its other settings.
+
+    Raises:
+        ConfigError: if the name or a setting is unknown or invalid.
+        DataError: if a file is missing, malformed or contains NaN, or labels are out of vocabulary.
+    """
+    labels = tuple(labels)
+    if not labels or len(set(labels)) != len(labels):
+        raise DataError("labels must be unique and not empty.")
+    if path is not None:
+        settings["path"] = path
+    return EMBEDDINGS.build(name, labels=labels, **settings)  # type: ignore[no-any-return]
+
+
+@register_embedding("hashed")
+def hashed(labels: Sequence[str], dim: Positive = 300, seed: Natural = 0) -> LabelEmbedding:
+    """Random vectors seeded by a hash of each word: no download, no semantics.
+
+    See :func:`~gm_mlic.embeddings.hashed.hashed_vectors`.
+
+    Args:
+        labels: C unique names.
+        dim: length of the vectors.
+        seed: seed of the vectors.
+    """
+    if isinstance(dim, bool) or dim < 1:
+        raise ArgumentError("dim", f"is {dim}: expected 1 or more.")
+    words = {label: tuple(words_of(label)) or (label,) for label in labels}
+    vectors = torch.from_numpy(hashed_vectors(labels, dim, seed))
+    return LabelEmbedding(tuple(labels), vectors, f"hashed (dim {dim}, seed {seed})", words)
+
+
+@register_embedding("glove")
+def glove(
+    labels: Sequence[str],
+    path: str | Path,
+    oov: Literal["error", "skip_words", "zeros", "hashed"] = "error",
+    seed: Natural = 0,
+) -> LabelEmbedding:
+    """GloVe vectors, from a text file or a table.
+
+    A table (``.npz`` or ``.pt``, :func:`~gm_mlic.embeddings.table.read_table`) is searched for the full name first,
+    never by position. Otherwise a label is the mean of its words' vectors. Alternative spellings
     (:data:`~gm_mlic.embeddings.words.ALIASES`) are used only for missing names or words. Vectors are not normalized.
 
     Args:
         labels: C unique names.
-        name: ``hashed`` or ``glove``.
-        path: file for ``glove``.
-        dim: D of hashed vectors; ignored for files.
-        oov: policy for labels with out-of-vocabulary words. ``error``: raise; ``skip_words``: mean of the known words
-            (raise if none is known); ``zeros``: a zero vector; ``hashed``: a hashed vector, scaled to the median norm
-            of the known labels.
+        path: GloVe text file (any size), or a table (.npz or .pt) with ``labels`` and ``vectors``.
+        oov: labels with an out-of-vocabulary word: error (stop and list them), zeros, hashed (a hashed vector, scaled
+            to the median norm of the known labels), or skip_words (mean of the known words; an error if none is known).
         seed: seed of hashed vectors.
-
-    Raises:
-        ConfigError: if ``name`` or ``oov`` is unknown, ``path`` is missing or ``dim`` is below 1.
-        DataError: if the file is missing, malformed or contains NaN, or labels are out of vocabulary.
     """
-    labels = tuple(labels)
-    if name not in _SOURCES:
-        raise ArgumentError("name", f"is {name!r}: choose one of {', '.join(_SOURCES)}.")
     if oov not in _POLICIES:
         raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
-    if not labels or len(set(labels)) != len(labels):
-        raise DataError("labels must be unique and not empty.")
-    if name == "hashed":
-        if isinstance(dim, bool) or dim < 1:
-            raise ArgumentError("dim", f"is {dim}: expected 1 or more.")
-        vectors = hashed_vectors(labels, dim, seed)
-        words = {label: tuple(words_of(label)) or (label,) for label in labels}
-        return LabelEmbedding(labels, torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", words)
-    if path is None:
-        raise ArgumentError("path", "is required: `name='glove'` reads a GloVe text file, or a .npz or .pt table.")
     path = Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)
@@ -96,7 +115,7 @@ def embed_labels(
     else:
         entries, dim = read_words(path, _wanted(labels))
         pieces = {label: [_word(word, entries, str) for word in words_of(label)] for label in labels}
-    return _assemble(labels, pieces, entries, dim, oov, seed, path)
+    return _assemble(tuple(labels), pieces, entries, dim, oov, seed, path)
 
 
 def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
@@ -106,7 +125,9 @@ def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
         classes: D >= 1 names.
         **settings: arguments of :func:`embed_labels`.
     """
-    found = embed_labels(tuple(dict.fromkeys(classes)), **{**settings, "oov": "zeros"})
+    if "oov" in EMBEDDINGS.arguments(settings.get("name", "hashed")):
+        settings["oov"] = "zeros"
+    found = embed_labels(tuple(dict.fromkeys(classes)), **settings)
     position = {name: row for row, name in enumerate(found.labels)}
     return found.vectors[[position[name] for name in classes]]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
@@ -18,12 +19,16 @@ from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edg
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
 from gm_mlic.nn.conv import GraphNetworkBlock, MessageMLP, by_type, node_types
 from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
-from gm_mlic.nn.output import POOLINGS, ModelOutput, pool_instances
+from gm_mlic.nn.output import POOLINGS, ModelOutput, Pooling, pool_instances
 from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Fraction, Positive
 
-FUSIONS = ("concat", "product")
-NORMS = ("none", "encoder", "all")
+Fusion = Literal["concat", "product"]
+Norm = Literal["none", "encoder", "all"]
+Relation = Literal["spatial", "semantic", "matches"]
+FUSIONS: tuple[str, ...] = get_args(Fusion)
+NORMS: tuple[str, ...] = get_args(Norm)
 
 #: Number of edges that gradient checkpointing computes at a time, over all images: enough to use all cores, and about
 #: 200 MB at the widths of the paper.
@@ -164,7 +169,8 @@ class GMMLIC(nn.Module):
         instance_dim: D_o, size of an instance's feature f.
         label_dim: D_l, size of a label's vector w (300 for the paper's GloVe).
         k: number of blocks (default: 2, the paper's).
-        widths: size of the features after each block. Default: k - 1 times 512, then 256 (the paper's).
+        widths: size of the features after each block, one for all or a list of k. Default: k - 1 times 512, then 256
+            (the paper's).
         encoder_width: size of the encoded features. Default: that of the first block.
         fusion: input of the MLPs on source and target of a matching edge: ``concat``, :math:`[v^o_i, v^l_c]` (the
             paper), or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
@@ -176,12 +182,16 @@ class GMMLIC(nn.Module):
         prior: start from the detector's labels: add :class:`~gm_mlic.nn.DetectorPrior` to the match logits. The last
             Linear of the decoder is then zero before training (default: ``False``, the paper).
         linear: add :class:`~gm_mlic.nn.LinearMatch` to the match logits (default: ``False``).
-        class_words: number D of detector classes whose word vector and score become part of the instance's attribute:
-            :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: 0, none). :meth:`fit_features` sets the vectors.
+        class_words: word vector and score of the detected class become part of the instance's attribute:
+            :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: ``False``). Without a config, the number D of detector
+            classes; :meth:`fit_features` sets the vectors.
         components: standardize instance features, and keep at most that many principal axes
             (:class:`~gm_mlic.nn.Standardize`; default: None, features as they are).
         dropout: probability of zeros in the features that enter the encoder and the decoder (default: 0).
-        shrinkage, ridge: how strongly what is learned is held back; see :class:`~gm_mlic.nn.MatchHead`.
+        shrinkage: what is learned for a label with n training images is multiplied by n / (n + shrinkage)
+            (:class:`~gm_mlic.nn.MatchHead`; default: 0, no shrinkage).
+        ridge: penalty on the weights of ``linear``: ridge / 2 times the sum of their squares, divided by images times
+            labels.
         pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
         gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
@@ -202,25 +212,27 @@ class GMMLIC(nn.Module):
         self,
         instance_dim: int,
         label_dim: int,
-        k: int = 2,
-        widths: Sequence[int] | None = None,
-        encoder_width: int | None = None,
-        fusion: str = "product",
-        norm: str = "all",
+        k: Positive = 2,
+        widths: Positive | Sequence[Positive] | None = None,
+        encoder_width: Positive | None = None,
+        fusion: Fusion = "product",
+        norm: Norm = "all",
         *,
-        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[str | EdgeType] = RELATIONS,
+        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[Relation | EdgeType] = RELATIONS,
         prior: bool = False,
         linear: bool = False,
-        class_words: int = 0,
-        components: int | None = None,
-        dropout: float = 0.0,
-        shrinkage: float = 0.0,
-        ridge: float = 1000.0,
-        pooling: str = "max",
+        class_words: bool | int = 0,
+        components: Positive | None = None,
+        dropout: Fraction = 0.0,
+        shrinkage: Annotated[float, Ge(0)] = 0.0,
+        ridge: Annotated[float, Ge(0)] = 1000.0,
+        pooling: Pooling = "max",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         check_positive(k=k)
+        if isinstance(widths, int):
+            widths = (widths,) * k
         if not isinstance(widths, Iterable | None):
             raise ArgumentError("widths", f"must be a list of sizes, got {widths!r}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
@@ -337,7 +349,9 @@ class GMMLIC(nn.Module):
         ends = edge_ends(edge_index_dict[MATCHES], x_dict[INSTANCE], x_dict[LABEL])
         parts: Any = [edge_attr_dict[MATCHES]] if MATCHES in edge_attr_dict else ends
         if self.training and self.dropout.p:
-            parts = [EdgeTensor(self.dropout(p.tensor())) if isinstance(p, EdgeTensor) else self.dropout(p) for p in parts]
+            parts = [
+                EdgeTensor(self.dropout(p.tensor())) if isinstance(p, EdgeTensor) else self.dropout(p) for p in parts
+            ]
         return self.head(run(Decoder, self.decoder, *parts).squeeze(-1), x, w, graph), x_dict[LABEL]
 
     def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:

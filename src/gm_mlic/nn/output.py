@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from gm_mlic.graphs.dense import TensorFields
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn.scatter import scatter_logsumexp, scatter_max
 
-POOLINGS = ("max", "logsumexp")
+Pooling = Literal["max", "logsumexp"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 _ISOLATED = "Label nodes {} have no matching edge: connect each to at least one instance."
 

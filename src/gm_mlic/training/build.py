@@ -14,20 +14,19 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from gm_mlic.datasets import MultiLabelDataset, known_datasets, label_ratio
-from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, MultiViewExtractor, build_extractor
+from gm_mlic.config import section
+from gm_mlic.datasets import MultiLabelDataset, label_ratio
+from gm_mlic.detection import InstanceExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
 from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
-from gm_mlic.losses import WeightedBCE
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
-from gm_mlic.registry import MODELS
-from gm_mlic.validation import section
+from gm_mlic.registry import DATASETS, LOSSES, MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
 log = logging.getLogger(__name__)
@@ -46,31 +45,19 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
-    settings = section(config, "dataset")
-    name = settings.pop("name")
-    datasets = known_datasets()
-    if name not in datasets:
-        raise ConfigError(f"dataset.name={name}: expected one of {', '.join(sorted(datasets))}.")
-    if "sizes" in settings:
-        settings["size"] = settings.pop("sizes")[split]
     with config_keys("dataset", split="split", size=f"dataset.sizes.{split}"):
-        return datasets[name](split=split, **settings)  # type: ignore[no-any-return]
+        return DATASETS.build(split=split, **section(config, "dataset"))  # type: ignore[no-any-return]
 
 
 # Detection and instances
 
 
-def build_detector(config: DictConfig) -> FasterRCNNExtractor | GridExtractor:
+def build_detector(config: DictConfig) -> InstanceExtractor:
     """Build the extractor of ``config.detector`` on the trainer's device."""
     settings = section(config, "detector")
     del settings["max_instances"]
     with config_keys("detector"):
         return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
-
-
-def is_built_in(extractor: InstanceExtractor) -> bool:
-    """Whether :func:`build_detector` can build it."""
-    return isinstance(extractor, (FasterRCNNExtractor, GridExtractor))
 
 
 def evaluation_extractor(config: DictConfig, extractor: InstanceExtractor) -> InstanceExtractor:
@@ -238,8 +225,8 @@ def model_settings(
         "labels": list(labels),
         "detector_labels": list(detector_labels),
     }
-    if "class_words" in settings:
-        settings["class_words"] = len(detector_labels) if settings["class_words"] else 0
+    if settings.get("class_words"):
+        settings["class_words"] = len(detector_labels)
     accepted = MODELS.arguments(settings["name"])
     return settings | {name: value for name, value in data_arguments.items() if name in accepted}
 
@@ -266,14 +253,22 @@ def fit_features(
     model.fit_features(features, label_vectors, words)
 
 
-def build_loss(config: DictConfig, train: MultiLabelDataset) -> WeightedBCE:
-    """Build the weighted cross-entropy with r_c of the training split.
+def build_loss(config: DictConfig, train: MultiLabelDataset) -> torch.nn.Module:
+    """Build ``config.loss``, with r_c of the training split if it has such an argument.
 
     It does not validate targets, which would synchronize the GPU at every step; the datasets validate them.
     """
     ratio = torch.from_numpy(label_ratio(train.targets, train.difficult))
+    return loss_of(config, ratio)
+
+
+def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
+    """Build ``config.loss`` for label frequencies (C,)."""
+    settings = section(config, "loss")
+    given = {"label_ratio": ratio, "validate_args": False}
+    accepted = LOSSES.arguments(settings["name"])
     with config_keys("loss"):
-        return WeightedBCE(ratio, **section(config, "loss"), validate_args=False)
+        return LOSSES.build(**settings, **{k: v for k, v in given.items() if k in accepted})  # type: ignore[no-any-return]
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:

@@ -10,12 +10,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from gm_mlic.errors import ConfigError, GMMLICError
+from gm_mlic.errors import GMMLICError, config_keys
 from gm_mlic.graphs import SPATIAL, AssignmentBatch, drop_edges
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import GMMLIC, LabelCache, ModelOutput, Penalized
-from gm_mlic.optim import one_cycle
+from gm_mlic.optim import build_optimizer, build_scheduler
 from gm_mlic.training.artifacts import Examples
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position
@@ -51,7 +51,8 @@ class MLICModule(LightningModule):
         model: from a batch of assignment graphs to :class:`~gm_mlic.nn.ModelOutput`.
         loss: from logits (B, C), valid targets (B, C) in {0, 1} and difficult (B, C) bool or None to a scalar.
         metrics: from scores (B, C) in [0, 1] and the same targets.
-        optimizer: the settings of ``conf/optimizer``.
+        optimizer: settings of the optimizer (:func:`~gm_mlic.optim.build_optimizer`), and ``detector_lr``.
+        scheduler: settings of the schedule (:func:`~gm_mlic.optim.build_scheduler`).
         metadata: stored in each checkpoint.
         online: from batches of images to graphs; None for batches of graphs.
         instance_graph_warmup_epochs: number of first epochs trained without edges of the instance graph. Parameters
@@ -66,6 +67,7 @@ class MLICModule(LightningModule):
         loss: nn.Module,
         metrics: MultiLabelMetrics,
         optimizer: dict[str, Any],
+        scheduler: dict[str, Any],
         metadata: ModelMetadata,
         online: OnlineGraphs | None = None,
         instance_graph_warmup_epochs: int = 0,
@@ -80,7 +82,7 @@ class MLICModule(LightningModule):
         self.online = online
         self.instance_graph_warmup_epochs = instance_graph_warmup_epochs
         self.num_images = num_images
-        self.optimizer_settings = optimizer
+        self.optimizer_settings, self.scheduler_settings = optimizer, scheduler
         self.metadata = metadata
         self.test_values: dict[str, Any] = {}
         self.test_scores: tuple[Tensor, Tensor, Tensor | None, Tensor] | None = None
@@ -211,32 +213,18 @@ class MLICModule(LightningModule):
     # Optimization
 
     def configure_optimizers(self) -> Any:
-        settings = self.optimizer_settings
+        settings = dict(self.optimizer_settings)
+        detector_lr = settings.pop("detector_lr", None)
         groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
         trainable = [] if self.online is None else [p for p in self.online.parameters() if p.requires_grad]
         if trainable:
-            lr = settings["detector_lr"] if settings["detector_lr"] is not None else settings["lr"] / 10
-            groups.append({"params": trainable, "lr": lr})
-        optimizer: torch.optim.Optimizer
-        if settings["name"] == "sgd":
-            optimizer = torch.optim.SGD(
-                groups, lr=settings["lr"], momentum=settings["momentum"], weight_decay=settings["weight_decay"]
-            )
-        elif settings["name"] == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=settings["lr"], weight_decay=settings["weight_decay"])
-        else:
-            raise ConfigError(f"optimizer.name={settings['name']}: expected one of sgd, adamw.")
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule: torch.optim.lr_scheduler.LRScheduler
-        if settings["lr_scheduler"] == "step":
-            assert self.trainer.max_epochs is not None
-            epoch = max(1, steps // self.trainer.max_epochs)
-            schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings["step_size"] * epoch, settings["gamma"])
-        else:
-            rates = [group["lr"] for group in optimizer.param_groups]
-            schedule = one_cycle(optimizer, rates, steps, settings["pct_start"])
-        # Per step: the checkpoint at the end of an epoch is saved before a per-epoch scheduler would step.
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            groups.append({"params": trainable, "lr": settings["lr"] / 10 if detector_lr is None else detector_lr})
+        with config_keys("optimizer"):
+            optimizer = build_optimizer(settings, groups)
+        steps, epochs = int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs
+        with config_keys("scheduler"):
+            schedule = build_scheduler(self.scheduler_settings, optimizer, steps, epochs or 1)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # Checkpoints
 

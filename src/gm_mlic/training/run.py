@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
+from gm_mlic.config import changed_settings, finish, require_values, section
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection import InstanceExtractor
 from gm_mlic.device import resolve_device, resolve_num_workers
@@ -45,7 +46,6 @@ from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position, restored_signal_handlers
 from gm_mlic.training.tracking import Tracker
 from gm_mlic.training.trainer import build_trainer, training_callbacks
-from gm_mlic.validation import changed_settings, check, section
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def train(
     Raises:
         GMMLICError: for errors that the user can fix.
     """
-    check(config)
+    require_values(config)
     run_dir = Path(config.run_dir)
     # Only rank 0 writes the state of the run.
     with RunState(run_dir, command or shlex.join(sys.argv), sweep, silent=rank_info().rank > 0) as state:
@@ -120,8 +120,9 @@ def _train(
 
     # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
-    extractor = build.build_detector(config) if extractor is None else extractor
-    module, graph, words = build_module(config, datasets["train"], extractor)
+    custom = extractor is not None
+    extractor = extractor or build.build_detector(config)
+    module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build_trainer(config, run_dir, callbacks, len(datasets["train"]))
@@ -184,7 +185,6 @@ def evaluate(
     path = Path(checkpoint)
     metadata, _ = read_checkpoint(path)
     config = _run_config(path, overrides)
-    check(config)
     _quieten_lightning()
     dataset = build.build_dataset(config, split)
     if calibrate and split == "val":
@@ -248,9 +248,16 @@ def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: Assignmen
 
 
 def build_module(
-    config: DictConfig, dataset: MultiLabelDataset, extractor: Any
+    config: DictConfig, dataset: MultiLabelDataset, extractor: Any, *, custom: bool = False
 ) -> tuple[MLICModule, AssignmentGraph, Tensor | None]:
-    """Build the Lightning module, its graph transform for the labels of ``dataset``, and the vectors of the classes."""
+    """Build the Lightning module, its graph transform for the labels of ``dataset``, and the vectors of the classes.
+
+    Args:
+        config: the config.
+        dataset: the training split.
+        extractor: the detector.
+        custom: whether it is another one than that of the config; then it is passed to ``Predictor`` again.
+    """
     labels = tuple(dataset.labels)
     embedding = build.build_embedding(config, labels)
     model = build.model_settings(
@@ -272,8 +279,7 @@ def build_module(
         graph=build.graph_settings(config) | tables,
         detector=extractor.name,
         detector_fingerprint=extractor.fingerprint,
-        # A custom detector is passed to Predictor again.
-        detector_settings=section(config, "detector") if build.is_built_in(extractor) else {},
+        detector_settings={} if custom else section(config, "detector"),
         embedding=section(config, "embedding"),
     )
     with config_keys("graph"):
@@ -284,6 +290,7 @@ def build_module(
         build.build_loss(config, dataset),
         build.build_metrics(config, labels),
         section(config, "optimizer"),
+        section(config, "scheduler"),
         metadata,
         _online_graphs(config, metadata, graph, extractor) if config.instances.online else None,
         config.trainer.instance_graph_warmup_epochs or 0,
@@ -472,7 +479,7 @@ def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
             config.merge_with_dotlist([override])
         except OmegaConfBaseException as error:
             raise ConfigError(f"overrides: the run has no setting {key!r}; see {path}.") from error
-    return config
+    return finish(config)
 
 
 def _summary(

@@ -17,7 +17,6 @@ from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import (
-    FasterRCNNExtractor,
     GridExtractor,
     InstanceExtractor,
     Instances,
@@ -340,9 +339,7 @@ class Predictor:
         return graph.to(self.device)
 
 
-def _built(
-    settings: dict[str, Any], device: str | torch.device, source: Path, name: str
-) -> FasterRCNNExtractor | GridExtractor:
+def _built(settings: dict[str, Any], device: str | torch.device, source: Path, name: str) -> InstanceExtractor:
     """Build the detector of a model; its settings are not trusted."""
     if "name" not in settings:
         raise WeightsError(f"{source}: its detector, {name}, is a custom one: pass it as extractor=.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
@@ -35,6 +37,8 @@ class GAPLinear(nn.Module):
     Raises:
         ArgumentError: for an invalid argument.
     """
+
+    input: ClassVar[str] = "grid"
 
     def __init__(self, instance_dim: int, num_labels: int) -> None:
         super().__init__()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
@@ -11,9 +14,10 @@ from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import standardize_boxes
 from gm_mlic.nn.baselines._common import as_batch
 from gm_mlic.nn.mlp import ConcatMLP, Decoder
-from gm_mlic.nn.output import POOLINGS, ModelOutput, pool_instances
+from gm_mlic.nn.output import POOLINGS, ModelOutput, Pooling, pool_instances
 from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Positive
 
 
 @register_model("mil_max")
@@ -31,8 +35,8 @@ class MILMax(nn.Module):
         instance_dim: size of an instance's feature.
         num_labels: C.
         width: size of the hidden layer (default: 512). None: only what ``prior`` and ``linear`` add, no hidden layer.
-        prior, linear, components, shrinkage, ridge, pooling: as for :class:`~gm_mlic.nn.GMMLIC`, with a one-hot vector
-            for each label.
+        prior, linear, components, shrinkage, ridge, pooling: as for ``gm_mlic`` (:class:`~gm_mlic.nn.GMMLIC`), with a
+            one-hot vector for each label.
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
@@ -48,14 +52,14 @@ class MILMax(nn.Module):
         self,
         instance_dim: int,
         num_labels: int,
-        width: int | None = 512,
+        width: Positive | None = 512,
         *,
         prior: bool = False,
         linear: bool = False,
-        components: int | None = None,
-        shrinkage: float = 0.0,
-        ridge: float = 1000.0,
-        pooling: str = "max",
+        components: Positive | None = None,
+        shrinkage: Annotated[float, Ge(0)] = 0.0,
+        ridge: Annotated[float, Ge(0)] = 1000.0,
+        pooling: Pooling = "max",
     ) -> None:
         super().__init__()
         check_positive(instance_dim=instance_dim, num_labels=num_labels)

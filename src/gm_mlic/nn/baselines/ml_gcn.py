@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
@@ -11,6 +13,7 @@ from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import as_batch, conditional_probabilities, location_output
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Fraction, Positive, Probability
 
 _SLOPE = 0.2
 
@@ -88,8 +91,9 @@ class MLGCN(nn.Module):
         label_dim: D_l, size of a label's vector.
         num_labels: C.
         width: size between the two convolutions (default: 1024, the paper's).
-        tau: see :func:`reweighted_adjacency` (default: 0.4, the paper's).
-        p: see :func:`reweighted_adjacency` (default: 0.2, the paper's).
+        tau: threshold of P(label | other label) for an edge of the label graph (:func:`reweighted_adjacency`; default:
+            0.4, the paper's).
+        p: weight of the neighbors in the adjacency (default: 0.2, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only instances and label vectors are used
@@ -99,10 +103,17 @@ class MLGCN(nn.Module):
         ArgumentError: for an invalid argument.
     """
 
+    input: ClassVar[str] = "grid"
     adjacency: Tensor
 
     def __init__(
-        self, instance_dim: int, label_dim: int, num_labels: int, width: int = 1024, tau: float = 0.4, p: float = 0.2
+        self,
+        instance_dim: int,
+        label_dim: int,
+        num_labels: int,
+        width: Positive = 1024,
+        tau: Probability = 0.4,
+        p: Fraction = 0.2,
     ) -> None:
         super().__init__()
         check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from gm_mlic.nn.baselines._common import LabelClassifiers, LeCunLinear, as_batch
 from gm_mlic.nn.mlp import ConcatMLP
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Fraction, Positive
 
 
 def position_encoding(box: Tensor, channels: int) -> Tensor:
@@ -97,9 +99,9 @@ class Query2Label(nn.Module):
         num_labels: C.
         width: d of the transformer; default D, as in the paper (2048 for ResNet-101). A multiple of 4 and of
             ``heads``. The layers' MLPs have 4 d hidden units.
-        layers: L (default: 2, the paper's).
-        heads: of each attention (default: 4, the paper's).
-        dropout: see :class:`DecoderLayer` (default: 0.1, the paper's).
+        layers: L, number of decoder layers (default: 2, the paper's).
+        heads: heads of each attention (default: 4, the paper's).
+        dropout: probability of dropout (:class:`DecoderLayer`; default: 0.1, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
@@ -109,14 +111,16 @@ class Query2Label(nn.Module):
         ArgumentError: for an invalid argument.
     """
 
+    input: ClassVar[str] = "grid"
+
     def __init__(
         self,
         instance_dim: int,
         num_labels: int,
-        width: int | None = None,
-        layers: int = 2,
-        heads: int = 4,
-        dropout: float = 0.1,
+        width: Positive | None = None,
+        layers: Positive = 2,
+        heads: Positive = 4,
+        dropout: Fraction = 0.1,
     ) -> None:
         super().__init__()
         width = instance_dim if width is None else width

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
@@ -17,6 +19,7 @@ from gm_mlic.nn.baselines._common import (
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Positive
 
 
 class SemanticDecoupling(nn.Module):
@@ -118,8 +121,8 @@ class SSGRL(nn.Module):
         instance_dim: D, size of a location's feature, and of a label's state.
         label_dim: D_l, size of a label's vector.
         num_labels: C.
-        width: of the attention (default: 1024, the paper's).
-        steps: T (default: 3, the paper's).
+        width: width of the attention (default: 1024, the paper's).
+        steps: T, number of message-passing steps (default: 3, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only instances and label vectors are used
@@ -129,9 +132,12 @@ class SSGRL(nn.Module):
         ArgumentError: for an invalid argument.
     """
 
+    input: ClassVar[str] = "grid"
     adjacency: Tensor
 
-    def __init__(self, instance_dim: int, label_dim: int, num_labels: int, width: int = 1024, steps: int = 3) -> None:
+    def __init__(
+        self, instance_dim: int, label_dim: int, num_labels: int, width: Positive = 1024, steps: Positive = 3
+    ) -> None:
         super().__init__()
         check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width, steps=steps)
         self.instance_dim, self.label_dim, self.num_labels, self.steps = instance_dim, label_dim, num_labels, steps

@@ -1,0 +1,62 @@
+"""Help of a command: what it does, its config groups, and each setting with its value and description."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+
+from gm_mlic.cli.compose import options
+from gm_mlic.cli.settings import COMMANDS, fields_of
+from gm_mlic.config import SECTIONS, settings_of_section
+from gm_mlic.registry import Registry
+from gm_mlic.schema import Setting, as_typed
+
+_FOOTER = (
+    "--cfg job prints the composed config; -m runs all combinations of comma-separated values; --verbose prints debug "
+    "messages and tracebacks; --hydra-help describes the flags of Hydra."
+)
+
+
+def print_help(command: str, config: DictConfig) -> None:
+    """Print the help of a command, with the settings of a config composed for it."""
+    print("\n".join(help_lines(command, config, max(40, min(100, shutil.get_terminal_size((100, 24)).columns)))))
+
+
+def help_lines(command: str, config: DictConfig, width: int = 100) -> Iterator[str]:
+    """The lines of :func:`print_help`."""
+    kind = COMMANDS[command]
+    text = inspect.getdoc(kind) or ""
+    yield f"gm-mlic {command}: {text.partition('Args:')[0].rstrip()}"
+    if kind.groups:
+        yield "\nConfig groups, set with group=option:"
+    for group in kind.groups:
+        listed = f"{group}: {', '.join(options(group))}"
+        yield textwrap.fill(listed, width, initial_indent="  ", subsequent_indent="      ")
+    yield "\nSettings, changed with KEY=VALUE:"
+    for key, setting in fields_of(command).items():
+        yield from _setting(config, key, key, setting, width)
+    for section in kind.groups:
+        if section not in SECTIONS:
+            continue
+        if config[section] is None:
+            yield f"\n{section}: set {section}=OPTION."
+            continue
+        name = config[section].name if isinstance(SECTIONS[section], Registry) else None
+        yield f"\n{section}" + (f" ({name})" if name else "") + ":"
+        for key, setting in settings_of_section(section, name).items():
+            yield from _setting(config[section], key, f"{section}.{key}", setting, width)
+    yield "\n" + textwrap.fill(_FOOTER, width)
+
+
+def _setting(parent: DictConfig, name: str, path: str, setting: Setting, width: int) -> Iterator[str]:
+    value = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[index, call-overload]
+    yield f"  {path}={as_typed(value)}"
+    text = re.split(r"(?<=[.;]) (?=If |\()", setting.text)[0] if len(setting.text) > 400 else setting.text
+    text = f"{text[:1].upper()}{text[1:]}"
+    expected = "" if setting.expected == "a value" else f" [{setting.expected}]"
+    yield textwrap.fill(f"{text}{expected}".strip(), width, initial_indent="      ", subsequent_indent="      ")
