@@ -293,9 +293,11 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
     """
     OmegaConf.set_struct(config, False)
     for key in [str(key) for key in config if str(key) != "hydra"]:
+        if fields is not None and key in fields:
+            continue
         if key in SECTIONS:
             finish_section(config, key, key)
-        elif fields is not None and key not in fields:
+        elif fields is not None:
             raise ConfigError(unknown(key, [*fields, *(k for k in SECTIONS if k in config)]))
     for key, setting in (fields or {}).items():
         _finish_setting(config, key, key, setting)
@@ -312,9 +314,9 @@ def require_values(config: DictConfig) -> None:
     Raises:
         ConfigError: for the first one that is.
     """
-    for key in sorted(OmegaConf.missing_keys(config)):
-        if not key.startswith("hydra"):
-            raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    for key in sorted(OmegaConf.missing_keys(own)):
+        raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
 
 
 def finish_section(config: DictConfig, key: str, path: str) -> None:
@@ -347,13 +349,14 @@ def _finish_setting(parent: DictConfig, name: str, path: str, setting: Setting) 
         parent[name] = setting.default
     if OmegaConf.is_missing(parent, name):
         return
-    value = _plain(parent, name)
-    if isinstance(setting.default, Mapping) and isinstance(value, dict):  # a nested section
-        for key in value:
+    if isinstance(setting.default, Mapping) and isinstance(parent[name], DictConfig):
+        for key in map(str, parent[name]):
             if key not in setting.default:
                 raise ConfigError(unknown(f"{path}.{key}", setting.default))
-        parent[name] = {**setting.default, **value}
-        value = parent[name] and _plain(parent, name)
+        for key, nested in setting.nested().items():
+            _finish_setting(parent[name], key, f"{path}.{key}", nested)
+        return
+    value = _plain(parent, name)
     if value != setting.default and not setting.accepts(value):
         raise ConfigError(f"{path}={as_typed(value)}: expected {setting.expected}.")
 

@@ -52,6 +52,12 @@ class Setting:
     default: Any
     text: str
 
+    def nested(self) -> dict[str, Setting]:
+        """The settings of a mapping or a dataclass."""
+        if is_dataclass(self.annotation):
+            return settings_of(self.annotation)  # type: ignore[arg-type]
+        return {key: Setting(get_args(self.annotation)[1], value, "") for key, value in self.default.items()}
+
     @property
     def expected(self) -> str:
         """Description of valid values, e.g. ``an integer of at least 1, or null``."""
@@ -157,8 +163,7 @@ _NAMES = {
 
 
 def _plural(annotation: Any) -> str:
-    text = describe(annotation)
-    return {"an integer": "integers", "a number": "numbers", "a string": "strings"}.get(text, text)
+    return re.sub(r"^an? (integer|number|string|path)\b", r"\1s", describe(annotation)).replace("one of", "some of")
 
 
 def _bounds(constraints: Sequence[Any]) -> str:

@@ -106,7 +106,8 @@ def _config_error(error: BaseException, command: str, arguments: Sequence[str]) 
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
             return f"{group}={option} is not installed: pip install 'gm-mlic[sweep]'."
-        return f"{group}={option}: unknown option; choose from {', '.join(sorted(error.options))}."
+        listed = sorted(name for name in error.options if not name.startswith("_"))
+        return f"{group}={option}: unknown option; choose from {', '.join(listed)}."
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
         return _unknown_key(str(cause.full_key), command, arguments)

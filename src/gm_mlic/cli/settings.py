@@ -58,8 +58,8 @@ class Command:
 _PLUGINS = Setting(
     Sequence[str],
     [],
-    "modules that register models, detectors, datasets or embeddings (docs/plugins.md), e.g. plugins=[my_module]. Plugins "
-    "of installed packages are always available.",
+    "modules that register models, detectors, datasets or embeddings (docs/plugins.md), e.g. plugins=[my_module]. "
+    "Plugins of installed packages are always available.",
 )
 
 
