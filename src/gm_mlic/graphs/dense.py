@@ -105,6 +105,11 @@ def call(kind: type[nn.Module], module: nn.Module, *arguments: Any) -> Any:
     return module(*(arguments if is_plain(module, kind) else expanded(*arguments)))
 
 
+def is_cached(module: nn.Module, x: Tensor | EdgeTensor) -> bool:
+    """Whether the result of ``module`` for these values is precomputed."""
+    return isinstance(x, EdgeTensor) and module in x.outputs
+
+
 def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
     """``lin(x)``; for an :class:`EdgeTensor`, the affine map is composed and the compact shape is kept."""
     if not isinstance(x, EdgeTensor):
