@@ -231,17 +231,14 @@ class Bipartite(DenseEdges):
 
     def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
         x = values.x if isinstance(values, EdgeTensor) else values
-        single = self.mask.dim() == 3
-        if to_source and not single:
+        if to_source and self.mask.dim() == 2:
             return _finished(values, x.mean(dim=2), None)
+        count = self.mask.sum(dim=2 if to_source else 1)[..., None]
         weight = self.mask.to(x.dtype)
         if to_source:
-            count = self.mask.sum(dim=2)[..., None]
             total = (weight[:, :, None] @ x).squeeze(2)
-        elif single:
-            count = self.mask.sum(dim=1)[..., None]
+        elif self.mask.dim() == 3:
             total = (weight[..., None] * x).sum(dim=1)
         else:
-            count = self.mask.sum(dim=1)[:, None, None]
-            total = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:])
+            total, count = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:]), count[..., None]
         return _finished(values, total / count.clamp(min=1), count)

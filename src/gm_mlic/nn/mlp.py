@@ -286,14 +286,27 @@ class Decoder(ConcatMLP):
         in_channels: the size of each part of the input: one edge state, or two node states.
         hidden_channels: the size between the two Linears.
         out_channels: logits per input (default: 1).
+        zero: initialize the weight of the last Linear with zeros (default: ``False``).
 
     Shapes:
         - **input:** parts :math:`x_k` (..., in_channels[k])
         - **output:** (..., out_channels)
     """
 
-    def __init__(self, in_channels: Sequence[int], hidden_channels: int, out_channels: int = 1) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], hidden_channels: int, out_channels: int = 1, *, zero: bool = False
+    ) -> None:
         super().__init__(in_channels, hidden_channels, out_channels)
+        self.zero = zero
+        self._start_at_zero()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        if self.zero:
+            nn.init.zeros_(self.lin2.weight)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Tensor:
         hidden = self.hidden(*parts)
