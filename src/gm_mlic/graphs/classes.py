@@ -1,4 +1,4 @@
-"""What a detected class says of the labels: candidate matching edges, and the confidence of a match."""
+"""Labels of detected classes: candidate matching edges, and the confidence of matches."""
 
 from __future__ import annotations
 

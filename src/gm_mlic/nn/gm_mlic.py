@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,17 @@ from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain
+from gm_mlic.graphs.dense import (
+    Compositions,
+    DenseEdges,
+    EdgeTensor,
+    apply_linear,
+    call,
+    edge_ends,
+    expanded,
+    is_plain,
+    reused,
+)
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
 from gm_mlic.nn.conv import EdgeValues, GraphNetworkBlock, MessageMLP, NodeValues, by_type, node_types
 from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
@@ -31,10 +42,13 @@ CHECKPOINTED_EDGES = 2**13
 
 
 class LabelCache(NamedTuple):
-    """Encoded label nodes (1, C, d) and label edges (1, C, K, d), from :meth:`GMMLIC.precompute_labels`."""
+    """Encoded label nodes (1, C, d), label edges (1, C, K, d), and products of weights, which the first forward pass
+    without gradients adds. From :meth:`GMMLIC.precompute_labels`.
+    """
 
     x_dict: dict[NodeType, Tensor]
     edge_attr_dict: dict[EdgeType, EdgeTensor]
+    compositions: Compositions
 
 
 class Encoder(nn.Module):
@@ -291,7 +305,9 @@ class GMMLIC(nn.Module):
             match_logits, label_states = self._checkpointed(data, label_cache)
         else:
             run: Any = partial(checkpoint, call, use_reentrant=False) if checkpointed else call
-            match_logits, label_states = self._match(data, label_cache, run)
+            eager = label_cache is not None and not torch.compiler.is_compiling()
+            with reused(label_cache.compositions) if eager else nullcontext():  # type: ignore[union-attr]
+                match_logits, label_states = self._match(data, label_cache, run)
         return pool_instances(match_logits, data, label_states, self.pooling)
 
     def _match(self, graph: Any, cache: LabelCache | None, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -340,7 +356,7 @@ class GMMLIC(nn.Module):
             if is_plain(phi_e, ConcatMLP) and is_plain(phi_e.lin1, ConcatLinear):
                 outputs[phi_e.lin1.lins[0]] = apply_linear(phi_e.lin1.lins[0], attr)
             attr.outputs = outputs
-        return LabelCache(x_dict, edge_attr_dict)
+        return LabelCache(x_dict, edge_attr_dict, {})
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
         """Process a few images at a time and keep only their inputs; image-independent values are computed once."""
