@@ -15,17 +15,7 @@ from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.graphs.dense import (
-    Compositions,
-    DenseEdges,
-    EdgeTensor,
-    apply_linear,
-    call,
-    edge_ends,
-    expanded,
-    is_plain,
-    reused,
-)
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain, reused
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
 from gm_mlic.nn.conv import EdgeValues, GraphNetworkBlock, MessageMLP, NodeValues, by_type, node_types
 from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
@@ -48,7 +38,7 @@ class LabelCache(NamedTuple):
 
     x_dict: dict[NodeType, Tensor]
     edge_attr_dict: dict[EdgeType, EdgeTensor]
-    compositions: Compositions
+    compositions: dict[Any, Any]
 
 
 class Encoder(nn.Module):
