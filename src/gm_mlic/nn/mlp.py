@@ -88,15 +88,17 @@ class ConcatLinear(nn.Module):
     def sum(self, *parts: Tensor | EdgeTensor) -> tuple[Tensor, bool]:
         """The result, and whether it is a fresh tensor that may be modified in place."""
         lins = list(self.lins)
-        if any(map(is_lazy, lins)):
-            for lin, part in zip(lins, parts, strict=True):
-                apply_linear(lin, part)
-            self.reset_parameters()
         if not all(map(is_plain, lins)):
+            if any(map(is_lazy, lins)):
+                for lin, part in zip(lins, parts, strict=True):
+                    apply_linear(lin, part)
+                self.reset_parameters()
+                return self.sum(*parts)
             terms = [lin(part) for lin, part in zip(lins, expanded(*parts), strict=True)]
             return reduce(torch.add, terms), False
         # Compact parts first, so that few sums are of full size.
-        (lin, part), *rest = sorted(zip(lins, parts, strict=True), key=lambda pair: _num_axes(pair[1]))
+        pairs = zip(lins, parts, strict=True)
+        (lin, part), *rest = sorted(pairs, key=lambda pair: len([n for n in shape_of(pair[1]) if n != 1]))
         total, fresh = apply_linear(lin, part), not is_cached(lin, part)
         for lin, part in rest:
             total = total + apply_linear(lin, part) if is_cached(lin, part) else _add_linear(total, lin, part, fresh)
@@ -105,11 +107,6 @@ class ConcatLinear(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
-
-
-def _num_axes(part: Tensor | EdgeTensor) -> int:
-    """The number of axes along which values differ."""
-    return sum(size != 1 for size in shape_of(part))
 
 
 def _add_linear(total: Tensor, lin: nn.Linear, part: Tensor | EdgeTensor, fresh: bool) -> Tensor:
