@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.errors import ArgumentError
 
 #: Class names that stand for no class, as in torchvision's list of the COCO classes.
 UNUSED = ("N/A", "__background__")
-
-
-def require(module: str, extra: str, what: str) -> Any:
-    """Import an optional library.
-
-    Args:
-        module: its name.
-        extra: the extra of this package that installs it.
-        what: what needs it, e.g. ``The detector onnx``.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{what} needs {module}: pip install 'gm-mlic[{extra}]'.") from error
 
 
 def read_labels(labels: str | Path | Sequence[str]) -> tuple[str, ...]:

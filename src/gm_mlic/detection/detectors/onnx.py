@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
-from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, require, whole_image
+from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, whole_image
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, WeightsError
+from gm_mlic.errors import ArgumentError, ConfigError, WeightsError
 from gm_mlic.registry import register_detector
 
 log = logging.getLogger(__name__)
@@ -235,23 +235,24 @@ class ONNXDetector:
         return form, by_column
 
     def _single(self, form: str | None, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
-        """Format of the only output, by its shape (1, N, K) or (1, K, N)."""
+        """Format of the only output, by its shape, and whether the boxes are its last axis."""
         columns = len(self._label_of_class)
         sizes = {"yolo": 4 + columns, "yolo_objectness": 5 + columns, "rows": 6}
-        axes = shape[-2:] if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] == 1) else ()
-        fits = [key for key, size in sizes.items() if size in axes and form in (None, key)]
+        axes = shape[-2:] if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1) else (0, 0)
+        fits = [
+            key
+            for key, size in sizes.items()
+            if form in (None, key) and (axes[1] == size or (key == "yolo" and axes[0] == size))
+        ]
         if not fits:
-            wanted = ", ".join(f"{key} K = {size}" for key, size in sizes.items() if form in (None, key))
+            wanted = ", ".join(f"K = {size} for {key}" for key, size in sizes.items() if form in (None, key))
             raise WeightsError(
-                f"{self.path}: the output {name!r} has shape {shape}, expected (1, N, K) or (1, K, N) with {columns} "
-                f"classes: {wanted}: set `labels` and `first_class`, or `format` and the names of the outputs."
+                f"{self.path}: the output {name!r} has shape {shape}, expected (1, N, K), or for yolo (1, K, N), with "
+                f"{wanted}, as there are {columns} classes: set `labels`, or `format` and the names of the outputs."
             )
         if len(fits) > 1:
             raise ArgumentError("format", f"is missing: the output {name!r} {shape} can be {' or '.join(fits)}.")
-        (form,) = fits
-        # Ultralytics' first axis is the columns; everywhere else it is the boxes.
-        by_column = axes[0] == sizes[form] and (axes[1] != sizes[form] or form == "yolo")
-        return form, by_column
+        return fits[0], fits[0] == "yolo" and axes[0] == sizes["yolo"]
 
     def _parse(self, found: dict[str, np.ndarray]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Boxes (N, 4), scores (N,) or (N, C), and classes (N,) or None, of the outputs."""
@@ -429,8 +430,11 @@ class ONNXDetector:
 
 def _read(path: Path, device: torch.device) -> tuple[list[Path], Any]:
     """Files of a model, itself first, and its session."""
-    onnx = require("onnx", "onnx", "The detector onnx")
-    runtime = require("onnxruntime", "onnx", "The detector onnx")
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(f"The detector onnx needs {error.name}: pip install 'gm-mlic[onnx]'.") from error
     if not path.is_file():
         raise WeightsError(f"The weights {path} do not exist: expected an .onnx file.")
     try:
@@ -446,18 +450,18 @@ def _read(path: Path, device: torch.device) -> tuple[list[Path], Any]:
         files.append(path.parent / name)
         if not files[-1].is_file():
             raise WeightsError(f"{path} needs its external data, {name}, in the same folder: copy it there.")
-    options = runtime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # fatal; errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
     options.use_deterministic_compute = True
     providers: list[Any] = ["CPUExecutionProvider"]
     if device.type == "cuda":
-        if "CUDAExecutionProvider" in runtime.get_available_providers():
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index or 0}))
         else:
             log.warning("The installed ONNX Runtime has no CUDA support (pip install onnxruntime-gpu): using the CPU.")
     try:
-        return files, runtime.InferenceSession(str(path), options, providers=providers)
+        return files, onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
         raise WeightsError(f"{path} cannot be run by ONNX Runtime ({_one_line(error)}).") from error
 

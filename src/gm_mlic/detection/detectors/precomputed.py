@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, require, whole_image
+from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, whole_image
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ArgumentError, ConfigError, DataError
 from gm_mlic.registry import register_detector
@@ -308,7 +308,7 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         rows = array[:count] if array.ndim else array
         if array.ndim == 2 and key == "classes" and array.shape[1] == 1:
             rows, dimensions = rows[:, :1].reshape(-1), (1,)
-        if rows.ndim not in dimensions or len(rows) != count or (key == "boxes" and rows.shape[1] != 4):
+        if rows.ndim not in dimensions or len(array) != shape[0] or (key == "boxes" and rows.shape[1] != 4):
             wanted = {"boxes": "(M, 4)", "scores": "(M,) or (M, C)", "classes": "(M,)", "features": "(M, D)"}[key]
             raise DataError(f"{where}: {key} have shape {array.shape}, expected {wanted} with M = {count} boxes.")
         finite = np.isfinite(rows) if rows.dtype.kind == "f" else np.ones(rows.shape, bool)
@@ -403,7 +403,6 @@ def _open(path: Path) -> _Source:
         return _Arrays(path, {**_load(path, [name for names in KEYS.values() for name in names])})
     if path.suffix.lower() not in _HDF5:
         raise DataError(f"{path} is neither a folder, an .npz file, nor an HDF5 file ({', '.join(_HDF5)}).")
-    require("h5py", "hdf5", f"The file {path}")
     with _hdf5(path) as file:
         if any(name in file for name in KEYS["ids"]):
             return _HDF5Arrays(path, file)
@@ -567,7 +566,7 @@ class _Groups(_Source):
 
     def _find(self, group: Any, prefix: str, keys: list[str]) -> None:
         """Collect the groups with boxes."""
-        h5py = require("h5py", "hdf5", f"The file {self._path}")
+        h5py = _h5py(self._path)
         for name in group:
             link = group.get(name, getlink=True)
             if not isinstance(link, h5py.HardLink):
@@ -619,10 +618,18 @@ def _load(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         raise DataError(f"{file} cannot be read ({error}): write it again with numpy.savez.") from error
 
 
+def _h5py(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ConfigError(f"The file {path} needs h5py: pip install 'gm-mlic[hdf5]'.") from error
+    return h5py
+
+
 @contextlib.contextmanager
 def _hdf5(path: Path) -> Iterator[Any]:
     """An open HDF5 file; errors of the library become one line."""
-    h5py = require("h5py", "hdf5", f"The file {path}")
+    h5py = _h5py(path)
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -636,7 +643,7 @@ def _datasets(path: Path, group: Any) -> dict[str, Any]:
 
     HDF5 files can refer to any other file of the machine; such files are refused.
     """
-    h5py = require("h5py", "hdf5", f"The file {path}")
+    h5py = _h5py(path)
     found = {}
     for name in (name for names in KEYS.values() for name in names if name in group):
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
