@@ -26,8 +26,8 @@ class Colors(nn.Module):
         boxes = []
         for row in range(CELLS):
             for column in range(CELLS):
-                left, top = column * W / CELLS, row * H / CELLS
-                width, height = W / CELLS * (1 + 0.2 * row), H / CELLS * (1 + 0.3 * column)
+                left, top = column * W / 8, row * H / 8
+                width, height = W / 8 * (3 + 0.3 * row), H / 8 * (3 + 0.3 * column)
                 boxes.append([left - 3, top - 2, left + width, top + height])
         self.register_buffer("anchors", torch.tensor(boxes))
         self.anchors: Tensor
@@ -36,7 +36,8 @@ class Colors(nn.Module):
         cells = nn.functional.adaptive_avg_pool2d(image, CELLS)
         maps = torch.einsum("fc,bchw->bfhw", self.mix, cells)
         scores = torch.softmax(8 * cells[0].flatten(1).T, dim=1)
-        return self.anchors, scores, maps
+        # Exporters do not name an output that is constant.
+        return self.anchors + 0 * image.mean(), scores, maps
 
 
 class Separate(Colors):
@@ -60,7 +61,8 @@ class Yolo(Colors):
     """One output (1, 4 + C, N), center and size in pixels, as of Ultralytics."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.cat([centers(self.anchors), self.parts(image)[1]], dim=1).T[None]
+        boxes, scores, _ = self.parts(image)
+        return torch.cat([centers(boxes), scores], dim=1).T[None]
 
 
 class YoloObjectness(Colors):
@@ -85,9 +87,9 @@ class Averages(Colors):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, x = torch.meshgrid((torch.arange(8) + 0.5) / 8, (torch.arange(12) + 0.5) / 12, indexing="ij")
-        scores = self.parts(image)[1]
+        boxes, scores, _ = self.parts(image)
         features = image.mean(dim=(2, 3)).expand(len(self.anchors), 3)
-        return self.anchors, scores, features, torch.stack([x, y])[None] + 0 * image.mean()
+        return boxes, scores, features, torch.stack([x, y])[None] + 0 * image.mean()
 
 
 class Broken(Colors):
@@ -105,10 +107,10 @@ class Logits(Colors):
     """Logits with a last class without a name, and boxes as fractions, as of DETR."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self.parts(image)[1]
+        boxes, scores, _ = self.parts(image)
         logits = torch.cat([scores.log(), torch.full_like(scores[:, :1], -2.0)], dim=1)
         size = torch.tensor([image.shape[3], image.shape[2]] * 2)
-        return logits[None], (centers(self.anchors) / size)[None]
+        return logits[None], (centers(boxes) / size)[None]
 
 
 def centers(boxes: Tensor) -> Tensor:
