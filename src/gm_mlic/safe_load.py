@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def load_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Load the arrays of an ``.npz`` file without pickles; numpy verifies checksums.
+
+    Args:
+        path: the file.
+        names: arrays to load, if the file has them; default: all.
 
     Raises:
         ValueError: if it is not such a file, is damaged, or is a decompression bomb. The message is one line.
@@ -44,7 +48,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError("not an .npz archive; numpy.savez writes one")
         _check_archive(path)
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+            return {name: content[name] for name in content.files if names is None or name in names}
 
 
 def map_array(path: str | Path) -> np.memmap[Any, Any]:

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +26,7 @@ from rich.text import Text
 from torch import Tensor
 
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
-from gm_mlic.detection.protocol import InstanceExtractor, Instances
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
 from gm_mlic.instances.image_loader import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
@@ -101,6 +101,12 @@ def extract(
     if not 0 <= index < shards:
         raise ArgumentError("shard", f"is ({index}, {shards}): expected (i, n) with 0 <= i < n.")
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
+    if isinstance(extractor, LookupExtractor):
+        if views:
+            raise ArgumentError(
+                "views", f"is {views}: instances of augmented views cannot be looked up in files. Set it to 0."
+            )
+        extractor.check_ids(dataset.ids)
     job = plan(
         dataset,
         extractor,
@@ -170,6 +176,9 @@ def _fill(
     for row in unreadable:
         if CRASHES in reasons[job.ids[row]]:
             continue
+        if isinstance(extractor, LookupExtractor):
+            states[row] = State.PENDING  # an entry may have been added
+            continue
         with contextlib.suppress(UnreadableImage):
             dataset.image(row)
             states[row] = State.PENDING
@@ -180,9 +189,42 @@ def _fill(
         log.info("Resuming %s: %d of %d images are done.", writer.path, total - left, total)
     trace = writer.partial / f"shard-{index}-of-{shards}.reading"
     with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
-        for rows, images in read_batches(Rows(dataset, job), pending, num_workers, trace):
-            writer.write(rows[0], _detect(extractor, images, job))
+        if isinstance(extractor, LookupExtractor) and not extractor.needs_sizes:
+            batches_read: Iterable[tuple[list[int], list[Views]]] = ((rows, [[] for _ in rows]) for rows in pending)
+        else:
+            batches_read = read_batches(Rows(dataset, job), pending, num_workers, trace)
+        for rows, images in batches_read:
+            if isinstance(extractor, LookupExtractor):
+                found = _look_up(extractor, [job.ids[row] for row in rows], images, job.m)
+            else:
+                found = _detect(extractor, images, job)
+            writer.write(rows[0], found)
             meter.advance(len(rows))
+    if isinstance(extractor, LookupExtractor):
+        extractor.log_corrections()
+
+
+def _look_up(
+    extractor: LookupExtractor, ids: Sequence[str], images: Sequence[Views], m: int
+) -> list[list[Instances] | str]:
+    """Looked-up instances of each image, or the reason why it is left out.
+
+    Args:
+        extractor: looks them up.
+        ids: ids of the images.
+        images: the image of each id, for its size; an empty list if no sizes are needed.
+        m: instances per image.
+    """
+    for image in images:
+        if isinstance(image, GMMLICError):
+            raise image
+    found: dict[int, list[Instances] | str] = {i: image for i, image in enumerate(images) if isinstance(image, str)}
+    readable = [(i, image) for i, image in enumerate(images) if isinstance(image, list)]
+    sizes = [(image[0].shape[1], image[0].shape[0]) if image else None for _, image in readable]
+    looked_up = extractor.look_up([ids[i] for i, _ in readable], sizes, m)
+    for (i, _), instances in zip(readable, looked_up, strict=True):
+        found[i] = instances if isinstance(instances, str) else [instances]
+    return [found[i] for i in range(len(ids))]
 
 
 def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) -> list[list[Instances] | str]:

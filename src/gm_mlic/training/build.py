@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset, label_ratio
-from gm_mlic.detection import InstanceExtractor, MultiViewExtractor, build_extractor
+from gm_mlic.detection import InstanceExtractor, LookupExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
@@ -66,6 +66,30 @@ def evaluation_extractor(config: DictConfig, extractor: InstanceExtractor) -> In
         return extractor if config.graph.views == 1 else MultiViewExtractor(extractor, config.graph.views)
 
 
+def check_lookup(config: DictConfig, extractor: InstanceExtractor, datasets: Sequence[MultiLabelDataset]) -> None:
+    """Check that the instances of datasets can be looked up, before any is; other extractors pass.
+
+    Raises:
+        ConfigError: if settings need instances of other images than the photos.
+        DataError: if photos have no instances.
+    """
+    if not isinstance(extractor, LookupExtractor):
+        return
+    for key, value, off in (
+        ("instances.online", bool(config.instances.online), False),
+        ("instances.num_augmentations", config.instances.num_augmentations, 0),
+        ("graph.views", config.graph.views, 1),
+    ):
+        if value != off:
+            raise ConfigError(
+                f"{key}={value} with the detector {extractor.name}: its files have only the instances of whole photos. "
+                f"Set {key}={off}.".replace("True", "true").replace("False", "false")
+            )
+    with config_keys("detector"):
+        for dataset in datasets:
+            extractor.check_ids(dataset.ids)
+
+
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
     """Path of the store of one split: in ``instances.path``, or a folder with the hash of everything it depends on."""
     instances = config.instances
@@ -95,6 +119,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         StoreError: if the store at ``instances.path`` was made for another dataset or detector.
     """
     instances = config.instances
+    check_lookup(config, extractor, [dataset])
     if dataset.split != "train":
         extractor = evaluation_extractor(config, extractor)
     ranks = rank_info()

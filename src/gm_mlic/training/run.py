@@ -122,6 +122,7 @@ def _train(
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     custom = extractor is not None
     extractor = extractor or build.build_detector(config)
+    build.check_lookup(config, extractor, list(datasets.values()))
     module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
@@ -191,7 +192,7 @@ def evaluate(
         raise ConfigError("calibrate=true fits thresholds on val: evaluate another split, e.g. split=test.")
     metadata.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config) if extractor is None else extractor
-    metadata.check_detector(extractor.name, extractor.fingerprint, path)
+    metadata.check_extractor(extractor, path)
     data = split_data(config, dataset, extractor)
     tested = _test(config, path, data, extractor)
     convention, rules = config.metrics.convention, tested.rules

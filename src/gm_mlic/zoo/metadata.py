@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gm_mlic.detection.multi_view import VIEWS
+from gm_mlic.detection.protocol import InstanceExtractor, LookupExtractor
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.registry import MODELS
@@ -167,6 +168,21 @@ class ModelMetadata:
             i = next(i for i, (a, b) in enumerate(zip(self.labels, labels, strict=True)) if a != b)
             difference = f"its label {i} is {self.labels[i]!r}, the dataset's is {labels[i]!r}"
         raise WeightsError(f"{path}: trained on other labels ({difference}): choose the dataset it was trained on.")
+
+    def check_extractor(self, extractor: InstanceExtractor, path: Path) -> None:
+        """Raise :class:`WeightsError` unless the model was trained with this extractor.
+
+        The files of a :class:`~gm_mlic.detection.LookupExtractor` may be others than in training, with other photos.
+        Whether they are of the same detector cannot be told; only the name and the length of features are compared.
+        """
+        if not isinstance(extractor, LookupExtractor) or extractor.name != self.detector:
+            return self.check_detector(extractor.name, extractor.fingerprint, path)
+        expected = self.model.get("instance_dim", extractor.feature_dim)
+        if extractor.feature_dim != expected:
+            raise WeightsError(
+                f"{path}: trained on features of length {expected}, the precomputed ones have length "
+                f"{extractor.feature_dim}: use files of the same detector."
+            )
 
     def check_detector(self, name: str, fingerprint: str, path: Path) -> None:
         """Raise :class:`WeightsError` unless the model was trained with this extractor."""
