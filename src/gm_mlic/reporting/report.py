@@ -19,6 +19,7 @@ from PIL import Image
 from gm_mlic._version import __version__
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import UnreadableImage
+from gm_mlic.io import write_file
 from gm_mlic.reporting import plots
 from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
@@ -113,8 +114,8 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     sections.append(Section("Training", "One line per run.", [Picture("Loss and val mAP by epoch", picture)], groups))
     sections += _unfinished([run for run in runs if not is_complete(run.result)])
     title = "GM-MLIC: " + ", ".join(dict.fromkeys(group.dataset for group in groups))
-    _write(out / "report.md", _markdown(title, sections))
-    _write(out / "report.html", _page(title, sections, out))
+    write_file(out / "report.md", _markdown(title, sections))
+    write_file(out / "report.html", _page(title, sections, out))
     return out / "report.html"
 
 
@@ -434,9 +435,3 @@ def _data_uri(path: Path) -> str:
             image.convert("RGB").save(buffer, "JPEG", quality=85)
         return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
