@@ -1,11 +1,11 @@
-"""Atomic writes, one-line reasons of errors, progress, and the limit of unpacked sizes."""
+"""Atomic writes, texts of messages, progress, and the limit of unpacked sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from logging import Logger
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,11 @@ def first_line(error: BaseException) -> str:
     """First line of an error's message, at most 500 characters; the error's type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].strip()[:500].rstrip(".:") if lines else type(error).__name__
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first names, separated by commas, and ``...`` if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def unpacked_limit(archive: str | Path) -> int:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
-from gm_mlic.errors import ArgumentError
+from gm_mlic.errors import ArgumentError, check_choice
 
 Array = NDArray[Any]
 
@@ -438,8 +438,7 @@ class Scenes(MultiLabelDataset):
         hard_fraction: float = 0.3,
         image_size: int = 160,
     ) -> None:
-        if split not in _SPLITS:
-            raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(_SPLITS)}.")
+        check_choice("split", split, _SPLITS)
         size = _SPLITS[split] if size is None else size
         for key, value, low, high in (
             ("size", size, 1, 10_000_000),

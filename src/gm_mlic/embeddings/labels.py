@@ -15,7 +15,7 @@ from gm_mlic.embeddings.glove import read_words
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import ArgumentError, DataError, check_choice
 
 _SOURCES = ("hashed", "glove")
 _POLICIES = ("error", "skip_words", "zeros", "hashed")
@@ -75,10 +75,8 @@ def embed_labels(
         DataError: if the file is missing, malformed or contains NaN, or labels are out of vocabulary.
     """
     labels = tuple(labels)
-    if name not in _SOURCES:
-        raise ArgumentError("name", f"is {name!r}: choose one of {', '.join(_SOURCES)}.")
-    if oov not in _POLICIES:
-        raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
+    check_choice("name", name, _SOURCES)
+    check_choice("oov", oov, _POLICIES)
     if not labels or len(set(labels)) != len(labels):
         raise DataError("labels must be unique and not empty.")
     if name == "hashed":

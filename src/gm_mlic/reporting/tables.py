@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gm_mlic.io import few
+
 #: Columns of the comparison of models, in the order of the literature.
 COMPARISON = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
 
@@ -147,8 +149,7 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         notes.append(f"Fitted: per-label thresholds with the best F1 on {result['val_images']:,} validation images.")
     if result["excluded_labels"]:
         names = result["excluded_labels"]
-        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        notes.append(f"Labels without a positive, excluded from means over labels: {listed} ({len(names)}).")
+        notes.append(f"Labels without a positive, excluded from means over labels: {few(names, 8)} ({len(names)}).")
     for note in notes:
         console.print(note, highlight=False, markup=False)
 
