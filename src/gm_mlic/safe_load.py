@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Limit against decompression bombs: growth factor, applied above ``ALWAYS_FINE`` bytes.
-MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
+from gm_mlic.io import first_line, unpacked_limit
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -73,8 +72,7 @@ def _opened(path: str | Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:  # torch's message recommends unsafe loading
         raise ValueError("not a torch.save file, or it contains more than tensors and plain values") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(reason[:200]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _check_archive(path: str | Path, *, stored: bool = False) -> None:
@@ -84,7 +82,7 @@ def _check_archive(path: str | Path, *, stored: bool = False) -> None:
         if stored and any(info.compress_type != zipfile.ZIP_STORED for info in infos):
             raise ValueError("compressed, unlike files of torch.save")
         size = sum(info.file_size for info in infos)
-        if size > max(ALWAYS_FINE, MAX_GROWTH * Path(path).stat().st_size):
+        if size > unpacked_limit(path):
             raise ValueError(f"would unpack to {size / 1e9:.1f} GB")
         damaged = archive.testzip() if stored else None
     if damaged is not None:

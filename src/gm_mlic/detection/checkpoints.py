@@ -25,6 +25,7 @@ from torchvision.models.detection import (
 )
 
 from gm_mlic.errors import ArgumentError, WeightsError
+from gm_mlic.io import write_file
 from gm_mlic.safe_load import load_tensors
 
 log = logging.getLogger(__name__)
@@ -170,15 +171,10 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
         tensors: the detector's ``state_dict``.
         record: metadata, at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(record), indent=2, ensure_ascii=False)
-    part = path.with_name(path.name + ".part")
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    part.write_bytes(serialize(on_cpu, metadata={"gm_mlic": text}))
-    part.replace(path)
-    part = path.with_name(path.stem + ".json.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path.with_suffix(".json"))
+    write_file(path, serialize(on_cpu, metadata={"gm_mlic": text}))
+    write_file(path.with_suffix(".json"), text + "\n")
 
 
 def _download_coco(arch: str) -> Checkpoint:

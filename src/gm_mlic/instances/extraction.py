@@ -20,9 +20,6 @@ from types import TracebackType
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor
 
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
@@ -31,12 +28,12 @@ from gm_mlic.errors import ArgumentError, ConfigError, DataError, GMMLICError, S
 from gm_mlic.instances.image_loader import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.writer import State, StoreWriter, plan
+from gm_mlic.io import Progress
 
 log = logging.getLogger(__name__)
 
-#: Seconds between checks whether another process has finished, and between log lines without a terminal.
+#: Seconds between checks whether another process has finished.
 POLL_S = 0.5
-LOG_S = 10.0
 #: Seconds to wait for a shard's lock: DataLoader workers of a killed process inherit its locks and exit only after some
 #: seconds.
 PATIENCE_S = 15.0
@@ -188,7 +185,7 @@ def _fill(
     if 0 < left < total:
         log.info("Resuming %s: %d of %d images are done.", writer.path, total - left, total)
     trace = writer.partial / f"shard-{index}-of-{shards}.reading"
-    with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
+    with Progress(f"{job.dataset}/{job.split}", "images", total, total - left, log, progress) as bar:
         if isinstance(extractor, LookupExtractor) and not extractor.needs_sizes:
             batches_read: Iterable[tuple[list[int], list[Views]]] = ((rows, [[] for _ in rows]) for rows in pending)
         else:
@@ -199,7 +196,7 @@ def _fill(
             else:
                 found = _detect(extractor, images, job)
             writer.write(rows[0], found)
-            meter.advance(len(rows))
+            bar.advance(len(rows))
     if isinstance(extractor, LookupExtractor):
         extractor.log_corrections()
 
@@ -382,51 +379,3 @@ class _ShardLock:
             return file.read_text().strip()
         except OSError:
             return "unknown"
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
-
-
-class _Meter:
-    """Progress in images, with speed and remaining time: a bar on a terminal, else a log line every 10 s."""
-
-    def __init__(self, what: str, total: int, done: int, show: bool) -> None:
-        self.what, self.total, self.done, self.show = what, total, done, show
-        console = Console(stderr=True)
-        self.bar: Progress | None = None
-        if show and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-        self.began = self.logged = time.monotonic()
-        self.resumed = done
-
-    def __enter__(self) -> _Meter:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task(self.what, total=self.total, completed=self.done)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def advance(self, images: int) -> None:
-        self.done += images
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.advance(self.task, images)
-        elif self.show and (now - self.logged > LOG_S or self.done == self.total):
-            speed = (self.done - self.resumed) / max(now - self.began, 1e-9)
-            log.info(
-                "%s: %d of %d images, %.1f images/s, %.0f s left",
-                self.what,
-                self.done,
-                self.total,
-                speed,
-                (self.total - self.done) / speed,
-            )
-            self.logged = now

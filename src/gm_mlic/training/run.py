@@ -35,9 +35,10 @@ from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, co
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.store import MANIFEST, sha256
+from gm_mlic.io import atomic_write, write_file
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.data import GraphData
@@ -115,7 +116,7 @@ def _train(
         return result
     state.begin()
     if first:
-        write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        write_file(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
     # Everything that can fail is built before the stores, which may take hours.
@@ -142,7 +143,7 @@ def _train(
         except DivergedError as error:
             ids = [datasets["train"].ids[row] for row in error.rows]
             record = {"error": str(error), "epoch": error.epoch, "step": error.step, "images": ids}
-            write_atomically(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
+            write_file(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
             raise
 
         chosen = run_dir / "checkpoints" / f"{config.trainer.checkpoint}.ckpt"
@@ -151,7 +152,7 @@ def _train(
         if first:
             tested.write(run_dir, datasets["test"], module.metadata)
             tracker.log_result(result)
-            write_atomically(finished, json.dumps(result, indent=2) + "\n")
+            write_file(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -214,9 +215,8 @@ def evaluate(
     if bootstrap:
         result |= bootstrapped([tested.scores], tested.targets, {convention: rules}, bootstrap, seed, tested.difficult)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
         tested.write_scores(Path(out) / f"{split}.npz", dataset)
-        write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
+        write_file(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -348,9 +348,8 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
             raise
         content = read_checkpoint(best)[1]
         log.warning("%s Resuming from %s, after epoch %d.", error, best, position(content)[0])
-        part = last.with_suffix(".part")
-        shutil.copyfile(best, part)
-        part.replace(last)
+        with atomic_write(last) as part:
+            shutil.copyfile(best, part)
         return last, content
 
 

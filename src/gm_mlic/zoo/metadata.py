@@ -14,6 +14,7 @@ from gm_mlic.detection.multi_view import VIEWS
 from gm_mlic.detection.protocol import InstanceExtractor, LookupExtractor
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.io import first_line
 from gm_mlic.registry import MODELS
 from gm_mlic.safe_load import load_tensors
 
@@ -205,10 +206,9 @@ def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
         content = load_tensors(path)
         return ModelMetadata.from_checkpoint(content[KEY]), content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: not a checkpoint of gm-mlic train, or damaged ({reason[:120]}): restore a copy, or delete it "
-            "and run its command again."
+            f"{path}: not a checkpoint of gm-mlic train, or damaged ({first_line(error)}): restore a copy, or delete "
+            "it and run its command again."
         ) from error
 
 
