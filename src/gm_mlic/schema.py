@@ -76,7 +76,8 @@ class Setting:
         return True
 
 
-def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dict[str, Setting]:
+@functools.cache
+def settings_of(build: Callable[..., Any], leave_out: tuple[str, ...] = ()) -> Mapping[str, Setting]:
     """Settings of a class or function, in the order of its arguments.
 
     Args:

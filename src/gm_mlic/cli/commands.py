@@ -39,9 +39,7 @@ log = logging.getLogger(__name__)
 
 _SCRIPT = str(Path(sys.argv[0]).absolute())
 
-# At import, not in run(): processes of a launcher import this module and compose the config of their job.
-prepare_process()
-prepare("train")
+prepare_process()  # at import, not in run(): processes of a launcher only import this module
 
 
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
