@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Interval, Len
+from annotated_types import DocInfo, Ge, Gt, Interval, Len, Predicate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,6 +21,11 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry
 from gm_mlic.runs import NOT_PART_OF_A_RUN, decisive, flat_settings
 from gm_mlic.schema import Natural, Positive, Probability, Setting, as_typed, settings_of
+
+
+def _is_shard(text: str) -> bool:
+    index, _, shards = text.partition("/")
+    return index.isdecimal() and shards.isdecimal() and int(index) < int(shards)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class InstanceSettings:
     batch_size: Positive = 8
     num_workers: Natural | None = None
     overwrite: bool = False
-    shard: str | None = None
+    shard: Annotated[str, Predicate(_is_shard), DocInfo("i/n with 0 <= i < n, e.g. 0/4")] | None = None
     online: bool = False
 
 
@@ -129,7 +134,7 @@ class TrainerSettings:
     num_workers: Natural | None = None
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    devices: Positive | Literal[-1, "auto"] | Sequence[Natural] = 1
+    devices: Positive | Literal[-1, "auto"] | Annotated[Sequence[Natural], Len(1)] = 1
     num_nodes: Positive = 1
     strategy: str = "auto"
     compile: bool = False
@@ -447,9 +452,6 @@ def _check_together(config: DictConfig) -> None:
             ("model.components", None, "the statistics of its features would not stay valid"),
             ("graph.views", 1, "its photos are detected in one view"),
         )  # fmt: skip
-    shard = str(get("instances.shard") or "0/1").partition("/")
-    if not (shard[0].isdecimal() and shard[2].isdecimal() and int(shard[0]) < int(shard[2])):
-        raise ConfigError(f"instances.shard={get('instances.shard')}: expected i/n with 0 <= i < n, e.g. 0/4, or null.")
     if get("graph.labels_per_class") is not None:
         excluded(
             "graph.labels_per_class", get("graph.labels_per_class"), "is incompatible with",

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +27,15 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from annotated_types import Ge, Interval
+from annotated_types import DocInfo, Ge, Interval, Predicate
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A fraction of images, or a probability of dropout, of which 1 would leave none.
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
+Url = Annotated[str, Predicate(lambda v: v.startswith(("http://", "https://"))), DocInfo("a URL, http://...")]
 
 #: Default of a setting that must be given.
 REQUIRED = "???"
@@ -70,7 +73,8 @@ class Setting:
         if value == "" and self.default != "":
             return False
         try:
-            _adapter(self.annotation).validate_python(value, strict=Path not in _parts(self.annotation))
+            # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions.
+            _adapter(self.annotation).validate_json(json.dumps(value, default=str), strict=True)
         except ValidationError:
             return False
         return True
@@ -133,7 +137,8 @@ def describe(annotation: Any) -> str:
     if is_dataclass(annotation):
         return f"settings: {', '.join(settings_of(annotation))}"  # type: ignore[arg-type]
     if origin is Annotated:
-        return describe(arguments[0]) + _bounds(arguments[1:])
+        words = [part.documentation for part in arguments[1:] if isinstance(part, DocInfo)]
+        return words[0] if words else describe(arguments[0]) + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
         texts = [describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)]
         return ", or ".join([*dict.fromkeys(texts), *(["null"] if type(None) in arguments else [])])
@@ -187,14 +192,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _parts(annotation: Any) -> set[Any]:
-    return {annotation}.union(*map(_parts, get_args(annotation))) if get_args(annotation) else {annotation}
-
-
 @functools.cache
 def _adapter(annotation: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
+    if is_dataclass(annotation):
+        return TypeAdapter(annotation)
     # YAML reads .inf and .nan as numbers.
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
 

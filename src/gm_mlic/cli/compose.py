@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
 from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
+from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry, import_plugins
 from gm_mlic.schema import Setting
 
@@ -53,7 +54,30 @@ def compose(
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
-    return finish(config, fields_of(command), complete=complete)
+    return check(command, config, complete=complete)
+
+
+def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:
+    """Complete and check a composed config; returns it.
+
+    Args:
+        command: name of the command.
+        config: the config; it is changed.
+        complete: whether all settings must have a value.
+
+    Raises:
+        ConfigError: as :func:`compose`.
+    """
+    finish(config, fields_of(command), complete=complete)
+    strategy = OmegaConf.select(config, "trainer.strategy", default="auto")
+    if strategy != "auto":
+        from gm_mlic.training.trainer import strategies
+
+        if strategy not in strategies():
+            raise ConfigError(f"trainer.strategy={strategy}: expected one of {', '.join(strategies())}.")
+    if complete:
+        COMMANDS[command].check(config)  # type: ignore[arg-type]
+    return config
 
 
 def prepare(command: str, overrides: Sequence[str] = ()) -> None:
