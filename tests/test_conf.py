@@ -310,7 +310,11 @@ def test_run_dir_depends_on_settings_that_change_the_result():
 def test_identity_does_not_depend_on_how_settings_were_given():
     """A setting that is given with its default value, and one that is derived, are the same run."""
     plain = compose("train")
-    for same in ([f"optimizer.lr={plain.optimizer.lr}"], ["experiment=null", "graph.views=1"], ["model=gm_mlic", "model.widths=64"]):
+    for same in (
+        [f"optimizer.lr={plain.optimizer.lr}"],
+        ["experiment=null", "graph.views=1"],
+        ["model=gm_mlic", "model.widths=64"],
+    ):
         config = compose("train", same)
         assert (config.run_dir, run_identity(config)) == (plain.run_dir, run_identity(plain))
     grid = compose("train", ["model=ml_gcn"])
@@ -355,7 +359,9 @@ def test_unknown_settings_suggest_the_closest():
         "graph.mm: unknown setting; did you mean graph.m? Settings of graph: m, views."
     )
     assert unknown("x", ["seed"]) == "x: unknown setting. Settings: seed."
-    with pytest.raises(ConfigError, match=r"^dataset\.sizes\.trian: unknown setting; did you mean dataset\.sizes\.train"):
+    with pytest.raises(
+        ConfigError, match=r"^dataset\.sizes\.trian: unknown setting; did you mean dataset\.sizes\.train"
+    ):
         compose("train", ["+dataset.sizes.trian=5"])
     with pytest.raises(ConfigError, match=r"^model\.width: unknown setting; did you mean model\.widths\?"):
         compose("train", ["+model.width=5"])

@@ -50,7 +50,12 @@ class Example:
     """
 
     def __init__(
-        self, weights: str | Path | None, low: Probability = 0.0, high: Probability = 1.0, size: Positive = 2, **other: Any
+        self,
+        weights: str | Path | None,
+        low: Probability = 0.0,
+        high: Probability = 1.0,
+        size: Positive = 2,
+        **other: Any,
     ) -> None: ...
 
 
@@ -125,8 +130,18 @@ SHARD = Annotated[str, Predicate(lambda v: "/" in v), DocInfo("i/n")]
             [0, -2, "all", True],
         ),
         (Sequence[str], "a list of strings", [[], ["a"]], ["a", [1], None, {"a": 1}]),
-        (Annotated[Sequence[Positive], Len(2, 2)], "a list of integers of at least 1", [[1, 2]], [[1], [1, 2, 3], [0, 1]]),
-        (Annotated[Sequence[Literal["a", "b"]], Len(1)], "a list of some of a, b", [["a"], ["a", "b"]], [[], ["c"], "a"]),
+        (
+            Annotated[Sequence[Positive], Len(2, 2)],
+            "a list of integers of at least 1",
+            [[1, 2]],
+            [[1], [1, 2, 3], [0, 1]],
+        ),
+        (
+            Annotated[Sequence[Literal["a", "b"]], Len(1)],
+            "a list of some of a, b",
+            [["a"], ["a", "b"]],
+            [[], ["c"], "a"],
+        ),
         (tuple[float, float], "a list of numbers", [[0.9, 0.99]], [[0.9], [0.9, 1, 2], ["a", 1], [NAN, 1]]),
         (Mapping[str, Positive], "a mapping of names to integers of at least 1", [{"a": 1}], [{"a": 0}, [1], 5]),
         (Mapping[Literal["train"], str], "a mapping of names to strings", [{"train": "a"}], [{"val": "a"}, "a"]),

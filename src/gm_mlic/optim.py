@@ -32,7 +32,8 @@ def one_cycle(
     steps = max(steps, 4)
     pct_start = min(max(pct_start, 2 / steps), 1 - 1 / steps)
     rates = [group["lr"] for group in optimizer.param_groups]
-    return lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start)
+    momentum = bool({"momentum", "betas"} & optimizer.defaults.keys())  # cycled in the opposite direction
+    return lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start, cycle_momentum=momentum)
 
 
 SCHEDULERS.register("OneCycleLR")(one_cycle)

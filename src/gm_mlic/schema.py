@@ -25,7 +25,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import DocInfo, Ge, Interval, Predicate
 
@@ -102,14 +102,13 @@ def settings_of(build: Callable[..., Any], leave_out: tuple[str, ...] = ()) -> M
 
 def _annotations(function: Any) -> dict[str, Any]:
     """Evaluated annotations; Any for names that exist only for type checkers."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         try:
-            if isinstance(annotation, str):
-                annotation = eval(annotation, getattr(function, "__globals__", {}))
+            one = types.SimpleNamespace(__annotations__={name: annotation})
+            found |= get_type_hints(one, getattr(function, "__globals__", {}), include_extras=True)
         except (NameError, TypeError):
-            annotation = Any
-        found[name] = annotation
+            found[name] = Any
     return found
 
 
