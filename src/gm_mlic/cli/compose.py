@@ -68,6 +68,10 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
     Raises:
         ConfigError: as :func:`compose`.
     """
+    OmegaConf.set_struct(config, False)
+    for group in COMMANDS[command].groups:  # Hydra leaves out a group without an option
+        if group in SECTIONS and group not in config:
+            config[group] = None
     finish(config, fields_of(command), complete=complete)
     strategy = OmegaConf.select(config, "trainer.strategy", default="auto")
     if strategy != "auto":
