@@ -80,7 +80,7 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
         if strategy not in strategies():
             raise ConfigError(f"trainer.strategy={strategy}: expected one of {', '.join(strategies())}.")
     if complete:
-        COMMANDS[command].check(config)  # type: ignore[arg-type]
+        COMMANDS[command].exclusions(config)  # type: ignore[arg-type]
     return config
 
 

@@ -47,13 +47,15 @@ class NewLabels:
 
 @dataclass(frozen=True)
 class Moved:
-    """Detector of a trained model.
+    """Files of the detector of a trained model, if they were moved since training; null: as in training.
 
     Args:
-        weights: weights file of the detector, if it was moved since training; null: the path of training.
+        weights: its weights.
+        path: its file or folder of instances (detector.name=precomputed).
     """
 
     weights: str | None = None
+    path: str | None = None
 
 
 class Command:
@@ -65,7 +67,7 @@ class Command:
     changed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     @staticmethod
-    def check(config: Mapping[str, Any]) -> None:
+    def exclusions(config: Mapping[str, Any]) -> None:
         """Raise ConfigError for settings that exclude each other."""
 
 
@@ -215,7 +217,7 @@ class Eval(Command):
     run_dir: str = "${gm_mlic.evaluation_of:${checkpoint},${scores}}"
 
     @staticmethod
-    def check(config: Mapping[str, Any]) -> None:
+    def exclusions(config: Mapping[str, Any]) -> None:
         if (config["checkpoint"] is None) == (config["scores"] is None):
             raise ConfigError("set either checkpoint=FILE, or scores=FILE and targets=FILE.")
         if config["scores"] is not None and config["targets"] is None:
@@ -254,7 +256,7 @@ class Predict(Command):
         device: device of model and detector.
         run_dir: output folder of predictions.jsonl, predictions.csv and pictures/.
         embedding: vectors of new labels.
-        detector: the detector.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -287,6 +289,7 @@ class Explain(Command):
         label: label of the model; null: the most probable one.
         device: device of model and detector.
         run_dir: output folder of the picture and the JSON file.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -294,6 +297,7 @@ class Explain(Command):
     label: str | None = None
     device: _DEVICE = "auto"
     run_dir: str = "runs/explanations"
+    detector: Moved = Moved()
 
 
 @dataclass
@@ -313,6 +317,7 @@ class Serve(Command):
         host: IP address. 127.0.0.1: this machine only; 0.0.0.0: all hosts on the network, without a password.
         port: port; 0: any free port.
         device: device of model and detector.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -320,6 +325,7 @@ class Serve(Command):
     host: Annotated[str, Predicate(_is_address), DocInfo("an IP address, e.g. 127.0.0.1")] = "127.0.0.1"
     port: Annotated[int, Interval(ge=0, le=65535)] = 7860
     device: _DEVICE = "auto"
+    detector: Moved = Moved()
 
 
 @dataclass
@@ -349,6 +355,7 @@ class Export(Command):
         license: license of the weights for the model card (mit, cc-by-4.0, ...); null: not stated.
         push: USER/NAME: upload to the Hugging Face hub (extra hub; log in with HF_TOKEN); null: no upload.
         private: visibility of the uploaded model. true: private; false: public.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -361,6 +368,7 @@ class Export(Command):
     license: str | None = None
     push: Annotated[str, Predicate(lambda v: v.count("/") == 1), DocInfo("USER/NAME")] | None = None
     private: bool = True
+    detector: Moved = Moved()
 
 
 @dataclass

@@ -240,7 +240,7 @@ def split_data(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -
 
 
 def _trains_detector(config: DictConfig) -> bool:
-    return bool(config.detector.trainable != "none")
+    return bool(config.detector.get("trainable", "none") != "none")
 
 
 def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
