@@ -99,7 +99,8 @@ def check_schedule(settings: Mapping[str, Any], optimizer: torch.optim.Optimizer
     Raises:
         ArgumentError: if torch rejects them.
     """
-    with _rejections(settings["name"]), warnings.catch_warnings(action="ignore"):  # steps without optimizer.step()
+    with _rejections(settings["name"]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps without optimizer.step()
         schedule = build_scheduler(settings, optimizer, 8, 4)["scheduler"]
         for _ in range(4):
             schedule.step()

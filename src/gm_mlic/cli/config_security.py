@@ -24,8 +24,8 @@ FLAGS = {
 }  # fmt: skip
 #: Keys with a call, at any depth.
 _CALLS = re.compile(r"_target_|_args_|_partial_|_convert_|job_logging|hydra_logging|callbacks")
-#: An interpolation that calls a resolver.
-_RESOLVER = re.compile(r"\$\{[^}]*:")
+#: An interpolation that calls a resolver, whose name may be an interpolation.
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 #: Sections of Hydra that a custom config may set: sweeps.
 _OF_HYDRA = {"mode", "sweeper"}
 #: Limits on the number of values, which nested YAML aliases can multiply, and on nesting.
