@@ -312,7 +312,7 @@ def test_identity_does_not_depend_on_how_settings_were_given():
     plain = compose("train")
     for same in (
         [f"optimizer.lr={plain.optimizer.lr}"],
-        ["experiment=null", "graph.views=1"],
+        ["graph.views=1", "ablation=full"],
         ["model=gm_mlic", "model.widths=64"],
     ):
         config = compose("train", same)

@@ -44,7 +44,7 @@ class Example:
 
     Args:
         weights: ``coco`` or a file,
-            see :func:`~gm_mlic.schema.describe`; null: none.
+            see :func:`~gm_mlic.schema.describe` and `a page`_; null: none.
         low, high: limits.
         size (int, optional): a size.
     """
@@ -66,7 +66,9 @@ def build(arch: str, *, point: Point = Point(), sizes: tuple[int, ...] = (1, 2),
 def test_settings_of_a_class():
     found = settings_of(Example)
     assert list(found) == ["weights", "low", "high", "size"]
-    assert found["weights"] == Setting(str | Path | None, REQUIRED, "coco or a file, see describe; null: none.")
+    assert found["weights"] == Setting(
+        str | Path | None, REQUIRED, "coco or a file, see describe and a page; null: none."
+    )
     assert (found["low"].text, found["high"].text, found["size"].text) == ("limits.", "limits.", "a size.")
     assert (found["size"].default, found["size"].annotation) == (2, Positive)
 
@@ -118,7 +120,7 @@ SHARD = Annotated[str, Predicate(lambda v: "/" in v), DocInfo("i/n")]
         (Probability, "a number from 0 to 1", [0, 1, 0.5], [-0.1, 1.1, NAN, True]),
         (Fraction, "a number of at least 0 and below 1", [0, 0.99], [1]),
         (bool, "true or false", [True, False], [0, 1, "true", None]),
-        (bool | Literal["auto"], "true or false, or one of auto", [True, "auto"], [1, "on"]),
+        (bool | Literal["auto"], "true or false, or auto", [True, "auto"], [1, "on"]),
         (str, "a string", ["a", "1"], ["", 1, None, True, ["a"]]),
         (str | Path, "a string", ["a/b"], ["", 3]),
         (Path | None, "a path, or null", ["a/b", None], ["", 3]),
@@ -143,6 +145,8 @@ SHARD = Annotated[str, Predicate(lambda v: "/" in v), DocInfo("i/n")]
             [[], ["c"], "a"],
         ),
         (tuple[float, float], "a list of numbers", [[0.9, 0.99]], [[0.9], [0.9, 1, 2], ["a", 1], [NAN, 1]]),
+        (float | complex, "a number", [0.5], ["a"]),
+        (tuple[float | complex, float | complex], "a list of numbers", [[0.9, 1]], [0.9]),
         (Mapping[str, Positive], "a mapping of names to integers of at least 1", [{"a": 1}], [{"a": 0}, [1], 5]),
         (Mapping[Literal["train"], str], "a mapping of names to strings", [{"train": "a"}], [{"val": "a"}, "a"]),
         (Url, "a URL, http://...", ["https://x/y"], ["x", 5, ""]),

@@ -140,16 +140,19 @@ def describe(annotation: Any) -> str:
         words = [part.documentation for part in arguments[1:] if isinstance(part, DocInfo)]
         return words[0] if words else describe(arguments[0]) + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
-        texts = [describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)]
-        return ", or ".join([*dict.fromkeys(texts), *(["null"] if type(None) in arguments else [])])
+        texts = dict.fromkeys(
+            describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)
+        )
+        known = [text for text in texts if text != _OTHER] or [_OTHER]  # of torch: float | Tensor
+        return ", or ".join([*known, *(["null"] if type(None) in arguments else [])])
     if origin is Literal:
-        return f"one of {', '.join(map(as_typed, arguments))}"
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(as_typed, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of names to {_plural(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = [a for a in arguments if a is not Ellipsis]
         return f"a list of {_plural(inner[0])}" if len(set(inner)) == 1 else "a list"
-    return _NAMES.get(annotation, "a value")
+    return _NAMES.get(annotation, _OTHER)
 
 
 def as_typed(value: Any) -> str:
@@ -163,6 +166,7 @@ def as_typed(value: Any) -> str:
     return str(value)
 
 
+_OTHER = "a value"
 _NAMES = {
     int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a path", type(None): "null",
 }  # fmt: skip
@@ -204,5 +208,5 @@ def _adapter(annotation: Any) -> Any:
 
 def _without_roles(text: str) -> str:
     """Text without reStructuredText markup."""
-    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?: <[^>]*>)?`", r"\1", text)
-    return text.replace("``", "")
+    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?: ?<[^>]*>)?`", r"\1", text)
+    return re.sub(r"`([^`]+)`_", r"\1", text.replace("``", ""))

@@ -69,8 +69,10 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
         ConfigError: as :func:`compose`.
     """
     OmegaConf.set_struct(config, False)
-    for group in COMMANDS[command].groups:  # Hydra leaves out a group without an option
+    for group, default in COMMANDS[command].groups.items():  # Hydra leaves out a group without an option
         if group in SECTIONS and group not in config:
+            if default is not None:
+                raise ConfigError(f"{group} has no value: set it with {group}=OPTION.")
             config[group] = None
     finish(config, fields_of(command), complete=complete)
     strategy = OmegaConf.select(config, "trainer.strategy", default="auto")
