@@ -357,7 +357,8 @@ def _finish_setting(parent: DictConfig, name: str, path: str, setting: Setting) 
             _finish_setting(parent[name], key, f"{path}.{key}", nested)
         return
     value = _plain(parent, name)
-    if value != setting.default and not setting.accepts(value):
+    is_default = value == setting.default and type(value) is type(setting.default)  # True == 1
+    if not is_default and not setting.accepts(value):
         raise ConfigError(f"{path}={as_typed(value)}: expected {setting.expected}.")
 
 

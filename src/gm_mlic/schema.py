@@ -64,7 +64,8 @@ class Setting:
     @property
     def expected(self) -> str:
         """Description of valid values, e.g. ``an integer of at least 1, or null``."""
-        return describe(self.annotation)
+        named = isinstance(self.default, Mapping) and bool(self.default)
+        return f"settings: {', '.join(self.default)}" if named else describe(self.annotation)
 
     def accepts(self, value: Any) -> bool:
         """Whether ``value``, as read from YAML, is valid."""
