@@ -73,6 +73,14 @@ def test_settings_of_a_class():
     assert (found["size"].default, found["size"].annotation) == (2, Positive)
 
 
+def test_an_inherited_constructor_is_described_by_its_class():
+    class Small(Example):
+        """A small example."""
+
+    assert settings_of(Small) == settings_of(Example)
+    assert summary_of(Small) == "A small example"
+
+
 def test_settings_of_functions_and_partials():
     assert list(settings_of(build)) == ["arch", "point", "sizes", "device"]
     found = settings_of(partial(build, "resnet"), ("device",))
