@@ -83,6 +83,10 @@ class Registry:
         import_entry_points()
         return sorted(fnmatch.filter(self._entries, pattern))
 
+    def builders(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """What is registered now: names, with their classes or functions."""
+        return tuple((name, self._entries[name].build) for name in self.names())
+
     def entry(self, name: str) -> Entry:
         """Entry of ``name``.
 

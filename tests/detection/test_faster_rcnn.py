@@ -215,7 +215,7 @@ def test_gradients_reach_trainable_parts(images, trainable, head, backbone):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"name": "yolo"}, "name is 'yolo'"),
+        ({"name": "yolo"}, "Unknown detector 'yolo'"),
         ({"trainable": "rpn"}, "trainable is 'rpn'"),
         ({"min_size": 8}, "min_size is 8"),
         ({"min_size": 300, "max_size": 200}, "`max_size` 200"),

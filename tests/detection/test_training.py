@@ -195,8 +195,8 @@ def test_weights_file_must_be_safetensors(tmp_path):
 @pytest.mark.parametrize("pct_start", [0.01, 0.1, 0.15, 0.5, 0.99])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 10, 20, 1000])
 def test_one_cycle_of_any_length(steps, pct_start):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = one_cycle(optimizer, [0.5], steps, pct_start)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = one_cycle(optimizer, steps, pct_start)
     rates = []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])

@@ -14,7 +14,7 @@ from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError, check_choice
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural
+from gm_mlic.schema import Fraction, Natural, Url
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -96,7 +96,7 @@ class COCO2014(MultiLabelDataset):
         unlabeled: Literal["drop", "keep"] = "drop",
         label_order: Literal["name", "id"] = "name",
         download: bool = False,
-        mirror: str | None = None,
+        mirror: Url | None = None,
     ) -> None:
         check_choice("unlabeled", unlabeled, ("drop", "keep"))
         check_choice("label_order", label_order, ("name", "id"))

@@ -221,7 +221,7 @@ class GMMLIC(nn.Module):
         edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[Relation | EdgeType] = RELATIONS,  # type: ignore[assignment]
         prior: bool = False,
         linear: bool = False,
-        class_words: bool | int = 0,
+        class_words: bool | int = False,
         components: Positive | None = None,
         dropout: Fraction = 0.0,
         shrinkage: Annotated[float, Ge(0)] = 0.0,

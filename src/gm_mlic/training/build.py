@@ -26,6 +26,7 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
+from gm_mlic.optim import build_optimizer, check_schedule
 from gm_mlic.registry import DATASETS, LOSSES, MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -294,6 +295,16 @@ def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
     accepted = LOSSES.arguments(settings["name"])
     with config_keys("loss"):
         return LOSSES.build(**settings, **{k: v for k, v in given.items() if k in accepted})  # type: ignore[no-any-return]
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Check the settings of the optimizer and its schedule, which are built only when training starts."""
+    settings = section(config, "optimizer")
+    settings.pop("detector_lr", None)
+    with config_keys("optimizer"):
+        optimizer = build_optimizer(settings, [torch.nn.Parameter(torch.zeros(1, 1))])
+    with config_keys("scheduler"):
+        check_schedule(section(config, "scheduler"), optimizer)
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:

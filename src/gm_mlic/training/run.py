@@ -122,7 +122,8 @@ def _train(
     # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     custom = extractor is not None
-    extractor = extractor or build.build_detector(config)
+    if extractor is None:
+        extractor = build.build_detector(config)
     build.check_lookup(config, extractor, list(datasets.values()))
     module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
@@ -131,7 +132,7 @@ def _train(
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
-            assert store is not None  # validation.check excludes on-line mode
+            assert store is not None  # config.finish excludes on-line mode
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.metadata = module.metadata.with_candidates(candidates)
             graph = module.metadata.build_graph()
@@ -285,6 +286,7 @@ def build_module(
     )
     with config_keys("graph"):
         graph = metadata.build_graph()
+    build.check_optimizer(config)
     seed_everything(config.seed, workers=True, verbose=False)  # directly before the weights are initialized
     module = MLICModule(
         build.build_model(metadata, dataset),
