@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gm_mlic.losses import WeightedBCE
     from gm_mlic.metrics import MultiLabelMetrics
     from gm_mlic.nn import GMMLIC
-    from gm_mlic.registry import list_models, register_model
+    from gm_mlic.registry import list_models, register_dataset, register_detector, register_embedding, register_model
     from gm_mlic.zoo import Predictor, create_model, pretrained_models
 
 _HOME = {
@@ -42,6 +42,9 @@ _HOME = {
     "create_model": "zoo",
     "list_models": "registry",
     "pretrained_models": "zoo",
+    "register_dataset": "registry",
+    "register_detector": "registry",
+    "register_embedding": "registry",
     "register_model": "registry",
     "Predictor": "zoo",
 }
@@ -66,6 +69,9 @@ __all__ = [
     "extract",
     "list_models",
     "pretrained_models",
+    "register_dataset",
+    "register_detector",
+    "register_embedding",
     "register_model",
     "to_hetero_data",
 ]

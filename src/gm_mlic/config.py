@@ -263,9 +263,8 @@ def settings_of_section(key: str, name: str | None = None) -> dict[str, Setting]
         return settings_of(kind)
     known = kind.names()
     if name not in known:
-        raise ConfigError(
-            f"{key}.name={as_typed(name)}: expected one of {', '.join(known)}{_did_you_mean(name, known)}."
-        )
+        hint = _did_you_mean(name, known) or ", or that of a plugin (plugins=[MODULE])."
+        raise ConfigError(f"{key}.name={as_typed(name)}: expected one of {', '.join(known)}{hint}")
     found, narrower = kind.settings(name) | _ALSO.get(key, {}), _NARROWER.get(key, {})
     return {n: replace(s, annotation=narrower.get(n, s.annotation)) for n, s in found.items()}
 

@@ -56,7 +56,7 @@ def build_optimizer(settings: Mapping[str, Any], groups: Iterable[Any]) -> torch
         groups: parameters, or parameter groups.
     """
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS.build(**arguments, params=groups)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.build(str(arguments.pop("name")), **arguments, params=groups)
     return optimizer
 
 

@@ -84,7 +84,7 @@ def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dic
         leave_out: arguments that are no settings, such as the device.
     """
     inner = build.func if isinstance(build, functools.partial) else build
-    hints = _annotations(inner.__init__ if isinstance(inner, type) else inner)
+    hints = _annotations(inner.__init__ if isinstance(inner, type) else inner)  # type: ignore[misc]
     texts = argument_texts(inner)
     return {
         name: Setting(
@@ -117,7 +117,8 @@ def summary_of(build: Callable[..., Any]) -> str:
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
     """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
     texts: dict[str, str] = {}
-    for part in (inspect.getdoc(build), inspect.getdoc(build.__init__) if isinstance(build, type) else None):
+    parts = [build, build.__init__] if isinstance(build, type) else [build]  # type: ignore[misc]
+    for part in map(inspect.getdoc, parts):
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
             names, _, text = entry.strip().partition(":")

@@ -16,7 +16,7 @@ from gm_mlic.detection.protocol import InstanceExtractor
 from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
-from gm_mlic.nn.gm_mlic import CHECKPOINTED_EDGES
+from gm_mlic.nn.gm_mlic import CHECKPOINTED_EDGES, Fusion, Norm
 
 #: ``sparse``: message passing over ``edge_index``, with the attributes of eq. 1 to 3 concatenated on every edge;
 #: ``dense``: dense tensors, eager; ``compiled``: the same after ``torch.compile``; ``checkpointed``: dense, with
@@ -47,8 +47,8 @@ class Case:
     C: int
     k: int = 2
     batch: int = 16
-    fusion: str = "concat"
-    norm: str = "all"
+    fusion: Fusion = "concat"
+    norm: Norm = "all"
     num_label_neighbors: int | None = None
     precision: str = "float32"
 

@@ -67,15 +67,19 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
 
 def _run_once(command: str, config: DictConfig) -> None:
     """Run a command as Hydra would, with a config that is composed and checked."""
-    task = _TASKS[command]
+    task, failures = _TASKS[command], list[Exception]()
 
-    def without_hydra(config: DictConfig) -> Any:
-        with config_keys(**_KEYS.get(command, {})):
-            return task(config)
+    def collecting(config: DictConfig) -> None:  # Hydra would print an error itself
+        try:
+            with config_keys(**_KEYS.get(command, {})):
+                task(config)
+        except Exception as error:
+            failures.append(error)
 
     context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
-    done = run_job(without_hydra, config, "hydra.run.dir", None, context)
-    _ = done.return_value  # raises the error of the task
+    run_job(collecting, config, "hydra.run.dir", None, context)
+    if failures:
+        raise failures[0]
 
 
 def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
@@ -241,8 +245,8 @@ def train_detector(config: DictConfig) -> None:
         build.build_dataset(config, "val"),
         name=config.detector.name,
         out=config.out,
-        weights=config.detector.weights,
-        min_size=config.detector.min_size,
+        weights=config.detector.get("weights"),
+        min_size=config.detector.get("min_size"),
         max_size=config.detector.get("max_size"),
         num_workers=resolve_num_workers(config.num_workers, device),
         device=device,

@@ -11,10 +11,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from gm_mlic.cli.predict import load
 from gm_mlic.datasets.images import read_image
-from gm_mlic.device import require_device
 from gm_mlic.reporting.explanation import explanation_picture
-from gm_mlic.zoo import Explanation, Predictor, explain
+from gm_mlic.zoo import Explanation, explain
 
 #: Number of printed influences; the file has all.
 _PRINTED = 10
@@ -28,7 +28,7 @@ def explain_photo(config: DictConfig) -> Path:
         UnreadableImage: if the photo cannot be read.
         ConfigError: if the label is unknown, or the model has no graph.
     """
-    predictor = Predictor.load(config.checkpoint, require_device(config.device))
+    predictor = load(config)
     photo = read_image(config.image)
     found = explain(predictor, photo, config.label)
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")

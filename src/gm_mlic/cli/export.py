@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from gm_mlic.cli.predict import for_labels
+from gm_mlic.cli.predict import for_labels, load
 from gm_mlic.errors import ConfigError
 from gm_mlic.runs import RESULT, read_run
-from gm_mlic.zoo import ModelCard, Predictor, push
+from gm_mlic.zoo import ModelCard, push
 from gm_mlic.zoo.export import export as write_program
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,11 @@ def export(config: DictConfig) -> Path:
         WeightsError: if the model cannot be loaded, or its upload fails.
         ConfigError: for settings that exclude each other.
     """
+    if config.push is not None and config.push.count("/") != 1:
+        raise ConfigError(f"push={config.push}: expected USER/NAME.")
     if config.push is not None and config.format != "pretrained":
         raise ConfigError(f"push={config.push} needs format=pretrained, got format={config.format}.")
-    predictor = Predictor.load(config.checkpoint)
+    predictor = load(config)
     if config.labels is not None:
         if config.format == "pretrained":
             raise ConfigError("labels needs format=torch or format=onnx: format=pretrained keeps the model's labels.")

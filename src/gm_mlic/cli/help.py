@@ -57,6 +57,5 @@ def _setting(parent: DictConfig, name: str, path: str, setting: Setting, width: 
     value = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[index, call-overload]
     yield f"  {path}={as_typed(value)}"
     text = re.split(r"(?<=[.;]) (?=If |\()", setting.text)[0] if len(setting.text) > 400 else setting.text
-    text = f"{text[:1].upper()}{text[1:]}"
     expected = "" if setting.expected == "a value" else f" [{setting.expected}]"
     yield textwrap.fill(f"{text}{expected}".strip(), width, initial_indent="      ", subsequent_indent="      ")

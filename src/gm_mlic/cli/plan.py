@@ -113,7 +113,7 @@ def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
     N, n = sizes.images, config.devices
     epochs = build.epochs(config, N["train"], n)
     views, online = config.instances.num_augmentations, config.instances.online
-    trained = config.detector.trainable != "none"
+    trained = config.detector.get("trainable", "none") != "none"
     stored = [split for split in N if not (trained or (online and split == "train"))]
     again = (epochs * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
     batch = config.trainer.batch_size
@@ -171,7 +171,7 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
 
 
 def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:
-    weights = config.detector.weights
+    weights = config.detector.get("weights")
     if weights is not None and weights != "scenes" and not Path(weights).is_file():
         # Nothing is downloaded; random weights have the same cost.
         config = OmegaConf.merge(config, {"detector": {"weights": None}})  # type: ignore[assignment]

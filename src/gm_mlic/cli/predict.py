@@ -49,9 +49,7 @@ def predict(config: DictConfig) -> dict[str, str]:
         WeightsError: if the model cannot be loaded.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
-    device = require_device(config.device)
-    detector_settings = {} if config.detector.weights is None else {"weights": config.detector.weights}
-    predictor = Predictor.load(config.checkpoint, device, **detector_settings)
+    predictor = load(config)
     if config.labels is not None:
         predictor = for_labels(predictor, config)
     folder = Path(config.run_dir)
@@ -94,6 +92,13 @@ def predict(config: DictConfig) -> dict[str, str]:
     written = [_LINES, "predictions.csv", *([f"{_PICTURES}/"] if config.pictures else [])]
     print(f"{done} of {len(photos)} photos; folder: {folder} ({', '.join(written)})")
     return skipped
+
+
+def load(config: DictConfig) -> Predictor:
+    """The model of ``config.checkpoint`` on its device, with the files of ``config.detector``."""
+    moved = {name: value for name, value in config.detector.items() if value is not None}
+    device = config.get("device", "cpu")
+    return Predictor.load(config.checkpoint, require_device(device), **moved)
 
 
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:

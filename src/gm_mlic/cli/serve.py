@@ -8,9 +8,8 @@ import socket
 
 from omegaconf import DictConfig
 
-from gm_mlic.device import require_device
+from gm_mlic.cli.predict import load
 from gm_mlic.errors import ConfigError
-from gm_mlic.zoo import Predictor
 
 
 def serve(config: DictConfig) -> None:
@@ -25,8 +24,12 @@ def serve(config: DictConfig) -> None:
         from gm_mlic.serving.app import build_app
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
+    try:
+        ipaddress.ip_address(config.host)
+    except ValueError as error:
+        raise ConfigError(f"host={config.host}: expected an IP address, e.g. 127.0.0.1.") from error
     embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
-    predictor = Predictor.load(config.checkpoint, require_device(config.device))
+    predictor = load(config)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -37,13 +37,15 @@ class NewLabels:
 
 @dataclass(frozen=True)
 class Moved:
-    """Detector of a trained model.
+    """Files of the detector of a trained model, if they were moved since training; null: as in training.
 
     Args:
-        weights: weights file of the detector, if it was moved since training; null: the path of training.
+        weights: its weights.
+        path: its file or folder of instances (detector.name=precomputed).
     """
 
     weights: str | None = None
+    path: str | None = None
 
 
 class Command:
@@ -225,7 +227,7 @@ class Predict(Command):
         device: device of model and detector.
         run_dir: output folder of predictions.jsonl, predictions.csv and pictures/.
         embedding: vectors of new labels.
-        detector: the detector.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -258,6 +260,7 @@ class Explain(Command):
         label: label of the model; null: the most probable one.
         device: device of model and detector.
         run_dir: output folder of the picture and the JSON file.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -265,6 +268,7 @@ class Explain(Command):
     label: str | None = None
     device: _DEVICE = "auto"
     run_dir: str = "runs/explanations"
+    detector: Moved = Moved()
 
 
 @dataclass
@@ -284,6 +288,7 @@ class Serve(Command):
         host: IP address. 127.0.0.1: this machine only; 0.0.0.0: all hosts on the network, without a password.
         port: port; 0: any free port.
         device: device of model and detector.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -291,6 +296,7 @@ class Serve(Command):
     host: str = "127.0.0.1"
     port: Annotated[int, Interval(ge=0, le=65535)] = 7860
     device: _DEVICE = "auto"
+    detector: Moved = Moved()
 
 
 @dataclass
@@ -320,6 +326,7 @@ class Export(Command):
         license: license of the weights for the model card (mit, cc-by-4.0, ...); null: not stated.
         push: USER/NAME: upload to the Hugging Face hub (extra hub; log in with HF_TOKEN); null: no upload.
         private: visibility of the uploaded model. true: private; false: public.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -332,6 +339,7 @@ class Export(Command):
     license: str | None = None
     push: str | None = None
     private: bool = True
+    detector: Moved = Moved()
 
 
 @dataclass

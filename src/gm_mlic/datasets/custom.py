@@ -151,7 +151,7 @@ class CustomDataset(MultiLabelDataset):
             target_format=target_format,
         )
 
-        read = _read_all(self.root, annotations, folders or {}, form)
+        read = _read_all(self.root, annotations, folders or {}, form)  # type: ignore[arg-type]
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
         targets, difficult = (_mask(rows, self.labels, name) for name in ("present", "difficult"))

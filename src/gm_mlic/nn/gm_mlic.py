@@ -218,7 +218,7 @@ class GMMLIC(nn.Module):
         fusion: Fusion = "product",
         norm: Norm = "all",
         *,
-        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[Relation | EdgeType] = RELATIONS,
+        edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[Relation | EdgeType] = RELATIONS,  # type: ignore[assignment]
         prior: bool = False,
         linear: bool = False,
         class_words: bool | int = 0,

@@ -265,7 +265,7 @@ def build_loss(config: DictConfig, train: MultiLabelDataset) -> torch.nn.Module:
 def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
     """Build ``config.loss`` for label frequencies (C,)."""
     settings = section(config, "loss")
-    given = {"label_ratio": ratio, "validate_args": False}
+    given: dict[str, Any] = {"label_ratio": ratio, "validate_args": False}
     accepted = LOSSES.arguments(settings["name"])
     with config_keys("loss"):
         return LOSSES.build(**settings, **{k: v for k, v in given.items() if k in accepted})  # type: ignore[no-any-return]

@@ -239,7 +239,7 @@ def split_data(config: DictConfig, dataset: MultiLabelDataset, extractor: Any) -
 
 
 def _trains_detector(config: DictConfig) -> bool:
-    return bool(config.detector.trainable != "none")
+    return bool(config.detector.get("trainable", "none") != "none")
 
 
 def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: AssignmentGraph, extractor: Any) -> OnlineGraphs:
@@ -425,7 +425,7 @@ def _trained(
         load_weights(extractor, content, checkpoint, prefix="online.detector.")
         online = _online_graphs(config, metadata, graph, extractor)
     metrics = build.build_metrics(config, metadata.labels)
-    module = MLICModule(model, torch.nn.Identity(), metrics, {}, metadata, online)
+    module = MLICModule(model, torch.nn.Identity(), metrics, {}, {}, metadata, online)
     graphs = _readable(data, graph, metadata.graph["layout"])
     loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
     return module, loaders.evaluation_loader(data.dataset.split)

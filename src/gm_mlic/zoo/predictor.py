@@ -27,6 +27,7 @@ from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC, LabelCache
+from gm_mlic.registry import DETECTORS
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
 
@@ -229,7 +230,8 @@ class Predictor:
         """
         if not isinstance(self.model, GMMLIC):
             raise ConfigError(f"{type(self.model).__name__} has a classifier for each label: labels are fixed.")
-        settings = {**self.metadata.embedding, **embedding}
+        same = embedding.get("name") in (None, self.metadata.embedding.get("name"))
+        settings = {**self.metadata.embedding, **embedding} if same else embedding
         found = embed_labels(labels, **settings)
         classes, class_labels = self.extractor.labels, None
         if classes and self.graph.class_labels is not None:
@@ -343,6 +345,11 @@ def _built(settings: dict[str, Any], device: str | torch.device, source: Path, n
     """Build the detector of a model; its settings are not trusted."""
     if "name" not in settings:
         raise WeightsError(f"{source}: its detector, {name}, is a custom one: pass it as extractor=.")
+    if settings["name"] not in DETECTORS.names():
+        raise WeightsError(
+            f"{source}: its detector, {settings['name']}, is not registered: name its module with plugins=[MODULE], or "
+            "install its package."
+        )
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)

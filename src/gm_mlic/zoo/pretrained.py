@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -35,6 +36,8 @@ from gm_mlic.zoo.metadata import ModelMetadata
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
+log = logging.getLogger(__name__)
+
 #: Files of a model folder; no other file is downloaded or uploaded.
 FILES = (CONFIG, MODEL, LABEL_VECTORS, DETECTOR, CARD)
 
@@ -251,6 +254,11 @@ def _without_paths(metadata: ModelMetadata, extractor: InstanceExtractor, folder
     elif not named and settings and isinstance(extractor, GridExtractor):
         _save(folder / DETECTOR, extractor.body.state_dict())
         settings["weights"] = DETECTOR
+    elif not named:
+        paths = {key: value for key, value in settings.items() if isinstance(value, str) and Path(value).exists()}
+        settings |= {key: Path(value).name for key, value in paths.items()}
+        for key, value in paths.items():
+            log.warning("The model folder has no copy of %s: where it is used, set detector.%s=FILE.", value, key)
     embedding = dict(metadata.embedding)
     if embedding.get("path") is not None:
         embedding["path"] = Path(embedding["path"]).name
