@@ -178,8 +178,10 @@ def test_generated_pages_match_the_code(tmp_path: Path, monkeypatch: pytest.Monk
     configuration = (tmp_path / "configuration.md").read_text()
     for key, kind in SECTIONS.items():
         for option in kind.names() if isinstance(kind, Registry) else [None]:
-            assert all(f"`{key}.{setting}` |" in configuration or f"`{setting}" in configuration
-                       for setting in settings_of_section(key, option))
+            assert all(
+                f"`{key}.{setting}` |" in configuration or f"`{setting}" in configuration
+                for setting in settings_of_section(key, option)
+            )
     for file in (ROOT / "conf").rglob("*.yaml"):
         if "hydra" not in file.parts:
             assert f"../../conf/{file.relative_to(ROOT / 'conf')}\n" in configuration

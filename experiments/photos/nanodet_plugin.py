@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from nanodet import NanoDet
 
-from gm_mlic.registry import register_detector
+from gm_mlic import register_detector
 from gm_mlic.schema import Positive, Probability
 
 

@@ -111,13 +111,14 @@ def _annotations(function: Any) -> dict[str, Any]:
 def summary_of(build: Callable[..., Any]) -> str:
     """First line of the docstring, without the period."""
     inner = build.func if isinstance(build, functools.partial) else build
-    return re.sub(r":class:`(\w+)`", r"`\1`", (inspect.getdoc(inner) or "").partition("\n")[0].rstrip("."))
+    return _without_roles((inspect.getdoc(inner) or "").partition("\n")[0].rstrip("."))
 
 
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
     """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
     texts: dict[str, str] = {}
-    parts = [build, build.__init__] if isinstance(build, type) else [build]  # type: ignore[misc]
+    bases = inspect.getmro(build) if isinstance(build, type) else ()
+    parts = [part for base in bases for part in (base, base.__init__)] or [build]
     for part in map(inspect.getdoc, parts):
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
@@ -200,6 +201,8 @@ def _adapter(annotation: Any) -> Any:
 
 
 def _without_roles(text: str) -> str:
-    """Text without reStructuredText markup."""
-    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?: <[^>]*>)?`", r"\1", text)
-    return text.replace("``", "")
+    """Text without reStructuredText markup, and without a default in parentheses, which is shown in any case."""
+    text = re.sub(r":math:`(.*?)`", lambda match: match[1].replace("\\", ""), text)
+    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?:\s*<[^>]*>)?`", r"\1", text)
+    text = re.sub(r"`([^`]+)`_", r"\1", text).replace("``", "")
+    return re.sub(r"\s*\(default: (?:[^\s(),;]+|\([^()]*\))\)", "", text)

@@ -419,7 +419,8 @@ class Demo(Command):
     Args:
         seed: seed of initial weights, order of images and augmentation.
         run_dir: run folder. The default contains a hash of all settings, so the same command resumes an unfinished
-        demo. overwrite: true: delete an earlier demo in run_dir and start again.
+            demo.
+        overwrite: true: delete an earlier demo in run_dir and start again.
     """
 
     groups = MappingProxyType({**_RUN, "logger": "csv", "experiment": "scenes"})
