@@ -1,8 +1,8 @@
 """Generate pages in docs/generated from the code, before each build.
 
 `generated/commands.md` has the help of each command, `generated/configuration.md` the settings and the presets of
-conf/, `generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the studies,
-`generated/tour.md` the notebook, `generated/model_zoo.md` the models, and `generated/models/` the model cards.
+conf/, `generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the
+studies, `generated/tour.md` the notebook, `generated/model_zoo.md` the models, and `generated/models/` the model cards.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import COMMANDS, run
+from gm_mlic.config import SECTIONS, settings_of_section
+from gm_mlic.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -178,10 +180,8 @@ def test_generated_pages_match_the_code(tmp_path: Path, monkeypatch: pytest.Monk
     configuration = (tmp_path / "configuration.md").read_text()
     for key, kind in SECTIONS.items():
         for option in kind.names() if isinstance(kind, Registry) else [None]:
-            assert all(
-                f"`{key}.{setting}` |" in configuration or f"`{setting}" in configuration
-                for setting in settings_of_section(key, option)
-            )
+            for setting in settings_of_section(key, option):
+                assert f"`{key}.{setting}` | " in configuration or f"`{setting}" in configuration, (key, option)
     for file in (ROOT / "conf").rglob("*.yaml"):
         if "hydra" not in file.parts:
             assert f"../../conf/{file.relative_to(ROOT / 'conf')}\n" in configuration
@@ -214,6 +214,20 @@ def test_notebook_is_small_and_has_no_local_paths():
     text = NOTEBOOK.read_text()
     assert "/home/" not in text
     assert str(ROOT) not in text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_temporary_folder")
+def test_plugin_of_the_page_installs(tmp_path: Path):
+    write_files(DOCS / "plugins.md")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", "site", "."], check=True)
+    (tmp_path / "elsewhere").mkdir()
+    code = "from gm_mlic.registry import DETECTORS; print('cells' in DETECTORS.names())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd="elsewhere", capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.slow
