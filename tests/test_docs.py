@@ -114,9 +114,9 @@ def test_documented_commands_compose(page: str, command: list[str]):
     write_files(DOCS / f"{page}.md")
     name, *arguments = command
     assert name in COMMANDS
-    settings = [argument for argument in arguments if "=" in argument]
+    settings = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
     folders = [Path(folder) for flag, folder in itertools.pairwise(arguments) if flag == "--config-dir"]
-    others = [a for a in arguments if "=" not in a and a not in ("--help", "--config-dir") and Path(a) not in folders]
+    others = [a for a in arguments if a not in (*settings, "--help", "--config-dir") and Path(a) not in folders]
     assert all(other == "-m" or (name in ("runs", "report") and not other.startswith("-")) for other in others), others
     if "-m" in others:  # one of the jobs
         parsed = OverridesParser.create().parse_overrides(settings)

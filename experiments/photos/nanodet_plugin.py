@@ -5,6 +5,8 @@ Its module nanodet.py is in SHARED/detector, which has to be on PYTHONPATH, and 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from nanodet import NanoDet
 
 from gm_mlic import register_detector
@@ -12,10 +14,16 @@ from gm_mlic.schema import Positive, Probability
 
 
 @register_detector("nanodet")
-def nanodet(score_threshold: Probability = 0.05, nms_threshold: Probability = 0.5, threads: Positive = 1) -> NanoDet:
+def nanodet(
+    weights: Literal["coco"] = "coco",
+    score_threshold: Probability = 0.05,
+    nms_threshold: Probability = 0.5,
+    threads: Positive = 1,
+) -> NanoDet:
     """NanoDet-m at 416 pixels, trained on MS-COCO and frozen; on the CPU.
 
     Args:
+        weights: coco: the weights beside nanodet.py; there are no others.
         score_threshold: detections below this confidence are dropped.
         nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
             label.
