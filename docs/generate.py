@@ -146,7 +146,7 @@ def _table(key: str, name: str | None) -> str:
 
     lines = ["| setting | default | values | description |", "| --- | --- | --- | --- |"]
     for setting, s in settings_of_section(key, name).items():
-        default = "required" if s.default == REQUIRED else f"`{as_typed(s.default)}`"
+        default = "required" if s.default == REQUIRED else f"`{as_typed(s.default) or chr(39) * 2}`"
         lines.append(f"| `{key}.{setting}` | {default} | {_escaped(s.expected)} | {_escaped(s.text)} |")
     return "\n".join(lines)
 
