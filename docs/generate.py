@@ -1,8 +1,8 @@
 """Generate pages in docs/generated from the code, before each build.
 
-`generated/commands.md` has the help of each command, `generated/configuration.md` the files of conf/, `generated/api/`
-a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the studies,
-`generated/tour.md` the notebook, `generated/model_zoo.md` the models, and `generated/models/` the model cards.
+`generated/commands.md` has the help of each command, `generated/configuration.md` the settings and the presets of
+conf/, `generated/api/` a page for each stage of docs/architecture.md with all its modules, `generated/experiments/` the
+studies, `generated/tour.md` the notebook, `generated/model_zoo.md` the models, and `generated/models/` the model cards.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gm_mlic.registry import Registry
 
 #: Modules that all stages may use.
-COMMON = ("errors", "targets", "safe_load", "registry", "device", "distributed", "optim", "_lazy")
+COMMON = ("errors", "targets", "safe_load", "schema", "registry", "device", "distributed", "optim", "_lazy")
 
 
 def write_pages(root: Path, out: Path) -> None:
@@ -51,15 +55,16 @@ def write_pages(root: Path, out: Path) -> None:
 
 def commands() -> str:
     """The output of ``gm-mlic --help`` and ``gm-mlic COMMAND --help``."""
-    from gm_mlic.cli.main import COMMANDS
+    from gm_mlic.cli.settings import COMMANDS, summary
 
     parts = [
         "# Command line",
-        "The output of each command with `--help`, including all settings and their defaults. [The files of "
-        "conf/](configuration.md) explain each setting.",
+        "The output of each command with `--help`, including its settings. [Configuration](configuration.md) lists the "
+        "settings of all options.",
         _block("text", help_of()),
     ]
-    for command, what in COMMANDS.items():
+    for command in COMMANDS:
+        what = summary(command)
         parts += [f"## gm-mlic {command}", f"{what[0].upper()}{what[1:]}.", _block("text", help_of(command))]
     return "\n\n".join(parts) + "\n"
 
@@ -85,29 +90,95 @@ def help_of(*command: str) -> str:
 
 
 def configuration(root: Path) -> str:
-    """The files of ``conf/``, with a comment on each setting."""
+    """The settings of all sections, from the code, and the presets of ``conf/``."""
+    from gm_mlic.config import SECTIONS
+    from gm_mlic.registry import Registry
+
     conf = root / "conf"
-    groups = sorted(p for p in conf.iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
     parts = [
         "# Configuration",
-        "Settings are changed on the command line: `gm-mlic train graph.m=8`. They are organized in groups, one per "
-        "stage. `gm-mlic train model=mil_max` selects another file of a group. `experiment=`, `ablation=` and `sweep=` "
-        "select files that override keys of several groups. `--config-dir DIR` adds a folder of custom files. All "
-        "files follow.",
-        "## Commands\n\nThe groups and the other settings of each command.",
+        "Settings are changed on the command line: `gm-mlic train graph.m=8`. They are organized in sections, one per "
+        "stage. `dataset=`, `detector=`, `embedding=`, `model=`, `loss=`, `optimizer=`, `scheduler=` and `logger=` "
+        "select one of several options, each with its own settings. `gm-mlic COMMAND --help` prints the settings of a "
+        "command with their values; those outside of sections, such as `seed`, are in [the help of each command]"
+        "(commands.md).",
+        "Presets are YAML files with some values of an option. They are in `conf/` and, for your own, in a folder that "
+        "is given by `--config-dir DIR` ([plugins](../plugins.md#presets)). The groups `experiment`, `ablation` and "
+        "`sweep` have presets of several sections.",
     ]
-    for file in sorted(conf.glob("*.yaml")):
-        parts += [f"### gm-mlic {file.stem.replace('_', '-')}", _include(conf, file)]
-    for group in groups:
-        files = sorted(group.glob("*.yaml"))
-        parts.append(f"## {group.name}\n\nOptions: {', '.join(f'`{group.name}={f.stem}`' for f in files)}.")
-        for file in files:
-            parts += [f"### {group.name}={file.stem}", _include(conf, file)]
+    for key, kind in SECTIONS.items():
+        parts.append(f"## {key}")
+        if not isinstance(kind, Registry):
+            parts.append(_summary(kind.__doc__))
+            parts.append(_table(key, None))
+        elif key in ("optimizer", "scheduler"):
+            parts.append(_torch_table(key, kind))
+        else:
+            parts += _options(key, kind)
+        parts += _presets(conf, key)
+    for group in sorted(p.name for p in conf.iterdir() if p.is_dir()):
+        if group not in (*SECTIONS, "hydra", "__pycache__"):
+            parts += [f"## {group}", *_presets(conf, group)]
     return "\n\n".join(parts) + "\n"
 
 
-def _include(conf: Path, file: Path) -> str:
-    return f"```{{literalinclude}} ../../conf/{file.relative_to(conf).as_posix()}\n:language: yaml\n```"
+def _options(key: str, kind: Registry) -> Iterator[str]:
+    """A table for each option of a section; options of the same class share one."""
+    from gm_mlic.config import settings_of_section
+    from gm_mlic.schema import as_typed
+
+    shown: dict[tuple[str, ...], str] = {}
+    for name in kind.names():
+        settings = settings_of_section(key, name)
+        same = shown.setdefault(tuple(settings[n].text for n in settings) or (name,), name)
+        yield f"### {key}={name}\n\n{_escaped(kind.entry(name).summary)}."
+        if same == name:
+            yield _table(key, name) if settings else "No settings."
+            continue
+        before = settings_of_section(key, same)
+        changed = [f"`{key}.{n}={as_typed(s.default)}`" for n, s in settings.items() if s.default != before[n].default]
+        yield f"Settings as for `{key}={same}`" + (f"; defaults that differ: {', '.join(changed)}." if changed else ".")
+
+
+def _table(key: str, name: str | None) -> str:
+    from gm_mlic.config import settings_of_section
+    from gm_mlic.schema import REQUIRED, as_typed
+
+    lines = ["| setting | default | values | description |", "| --- | --- | --- | --- |"]
+    for setting, s in settings_of_section(key, name).items():
+        default = "required" if s.default == REQUIRED else f"`{as_typed(s.default) or chr(39) * 2}`"
+        lines.append(f"| `{key}.{setting}` | {default} | {_escaped(s.expected)} | {_escaped(s.text)} |")
+    return "\n".join(lines)
+
+
+def _torch_table(key: str, kind: Registry) -> str:
+    """One row for each optimizer or schedule of torch, whose documentation describes the arguments."""
+    from gm_mlic.config import settings_of_section
+    from gm_mlic.schema import REQUIRED, as_typed
+
+    module = {"optimizer": "torch.optim", "scheduler": "torch.optim.lr_scheduler"}[key]
+    page = "https://docs.pytorch.org/docs/stable/generated"
+    lines = [f"| {key} | settings |", "| --- | --- |"]
+    for name in kind.names():
+        settings = settings_of_section(key, name).items()
+        listed = [f"`{n}`" if s.default == REQUIRED else f"`{n}={as_typed(s.default)}`" for n, s in settings]
+        lines.append(f"| [{name}]({page}/{module}.{name}.html) | {', '.join(listed)} |")
+    return "\n".join(lines)
+
+
+def _presets(conf: Path, group: str) -> Iterator[str]:
+    for file in sorted((conf / group).glob("*.yaml")):
+        yield f"### {group}={file.stem} (preset)"
+        yield f"```{{literalinclude}} ../../conf/{group}/{file.name}\n:language: yaml\n```"
+
+
+def _summary(docstring: str | None) -> str:
+    return _escaped((docstring or "").partition("\n")[0])
+
+
+def _escaped(text: str) -> str:
+    """Plain text in a cell of a Markdown table."""
+    return re.sub(r"([\\`*_<>\[\]|${}~^#])", r"\\\1", text)
 
 
 # The API of all modules

@@ -1,11 +1,14 @@
 """Documentation: examples run, commands compose, pages build without warnings.
 
-Python blocks of a page run in order in one namespace, in an empty folder. A shell block after a comment `<!-- run -->`
-runs too, with the overrides in the comment (`<!-- run: seed=1 -->`); the commands of other shell blocks are composed.
+Python blocks of a page run in order in one namespace, in an empty folder. A block after a comment `<!-- file: NAME -->`
+is written to that file instead, before any other runs. A shell block after a comment `<!-- run -->` runs too, with the
+overrides in the comment (`<!-- run: seed=1 -->`); the commands of other shell blocks are composed.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import re
 import shlex
@@ -21,28 +24,45 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import COMMANDS, run
+from gm_mlic.config import SECTIONS, settings_of_section
+from gm_mlic.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 NOTEBOOK = DOCS / "notebooks" / "tour.ipynb"
 
-_BLOCK = re.compile(r"(?:^<!-- (run)(?:: (.*?))? -->\n)?^```(python|sh)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"(?:^<!-- (run|file)(?:: (.*?))? -->\n)?^```(python|sh|yaml|toml)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Code block: language, whether a shell block runs, and the overrides added to its commands."""
+    """Code block: its language, the kind of its comment, if any, and the words of the comment."""
 
     language: str
     code: str
-    runs: bool
-    added: tuple[str, ...]
+    kind: str
+    words: tuple[str, ...]
+
+    @property
+    def runs(self) -> bool:
+        return self.kind == "run" or (self.language == "python" and not self.kind)
 
 
 def blocks(page: Path) -> list[Block]:
     found = _BLOCK.findall(page.read_text())
-    return [Block(language, code, runs == "run", tuple(shlex.split(added))) for runs, added, language, code in found]
+    return [Block(language, code, kind, tuple(shlex.split(words))) for kind, words, language, code in found]
+
+
+def write_files(page: Path) -> None:
+    for block in blocks(page):
+        if block.kind == "file":
+            (name,) = block.words
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(block.code)
+    importlib.invalidate_caches()
 
 
 def commands(code: str) -> Iterator[list[str]]:
@@ -56,40 +76,47 @@ def commands(code: str) -> Iterator[list[str]]:
 
 @pytest.fixture
 def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import gm_mlic.datasets
-    from gm_mlic.registry import MODELS
+    from gm_mlic.registry import DATASETS, DETECTORS, EMBEDDINGS, MODELS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
-    MODELS.names()  # registers the built-in models
-    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
-    monkeypatch.setattr(gm_mlic.datasets, "NamedPhotos", None, raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for registry in (MODELS, DETECTORS, DATASETS, EMBEDDINGS):
+        registry.names()  # registers the built-in ones
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:  # modules of the page
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 @pytest.mark.usefixtures("in_temporary_folder")
-@pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(b.runs or b.language == "python" for b in blocks(p))], ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.runs for b in blocks(p))], ids=lambda p: p.stem)
 def test_page_examples_run(page: Path):
+    write_files(page)
     names: dict = {"__name__": page.stem}
     for block in blocks(page):
-        if block.language == "python":
+        if block.runs and block.language == "python":
             exec(compile(block.code, str(page), "exec"), names)
         elif block.runs:
             for command in commands(block.code):
-                assert run([*command, *block.added]) == 0, command
+                assert run([*command, *block.words]) == 0, command
 
 
 def shown_commands() -> list[tuple[str, list[str]]]:
     return [(p.stem, c) for p in PAGES for b in blocks(p) if b.language == "sh" for c in commands(b.code)]
 
 
+@pytest.mark.usefixtures("in_temporary_folder")
 @pytest.mark.parametrize(("page", "command"), shown_commands(), ids=lambda value: " ".join(value)[:60])
 def test_documented_commands_compose(page: str, command: list[str]):
+    write_files(DOCS / f"{page}.md")
     name, *arguments = command
     assert name in COMMANDS
-    settings = [argument for argument in arguments if "=" in argument]
-    others = [argument for argument in arguments if "=" not in argument]
+    settings = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
+    folders = [Path(folder) for flag, folder in itertools.pairwise(arguments) if flag == "--config-dir"]
+    others = [a for a in arguments if a not in (*settings, "--help", "--config-dir") and Path(a) not in folders]
     assert all(other == "-m" or (name in ("runs", "report") and not other.startswith("-")) for other in others), others
     if "-m" in others:  # one of the jobs
         parsed = OverridesParser.create().parse_overrides(settings)
@@ -97,7 +124,7 @@ def test_documented_commands_compose(page: str, command: list[str]):
             f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else text
             for o, text in zip(parsed, settings, strict=True)
         ]
-    compose(name.replace("-", "_"), settings)
+    compose(name, settings, folders)
 
 
 def test_all_code_blocks_are_found():
@@ -105,11 +132,12 @@ def test_all_code_blocks_are_found():
     for page in PAGES:
         fences = re.findall(r"^ *```+ *(\S*)$", page.read_text(), flags=re.MULTILINE)
         opened = [fence for fence in fences if fence]
-        known = re.compile(r"python|sh|text|\{[\w-]+\}")
+        known = re.compile(r"python|sh|yaml|toml|text|\{[\w-]+\}")
         assert [fence for fence in opened if not known.fullmatch(fence)] == [], page.name
-        assert sum(fence in ("python", "sh") for fence in opened) == len(blocks(page)), page.name
+        assert sum(fence in ("python", "sh", "yaml", "toml") for fence in opened) == len(blocks(page)), page.name
         comments = re.findall(r"<!-- .*? -->", page.read_text())
-        assert len(comments) == sum(b.runs for b in blocks(page)), f"{page.name}: a comment without a block"
+        assert len(comments) == sum(bool(b.kind) for b in blocks(page)), f"{page.name}: a comment without a block"
+        assert all(b.kind == "file" for b in blocks(page) if b.language in ("yaml", "toml")), page.name
 
 
 def test_documented_make_targets_exist():
@@ -150,6 +178,10 @@ def test_generated_pages_match_the_code(tmp_path: Path, monkeypatch: pytest.Monk
     commands_page = (tmp_path / "commands.md").read_text()
     assert all(f"## gm-mlic {command}\n" in commands_page for command in COMMANDS)
     configuration = (tmp_path / "configuration.md").read_text()
+    for key, kind in SECTIONS.items():
+        for option in kind.names() if isinstance(kind, Registry) else [None]:
+            for setting in settings_of_section(key, option):
+                assert f"`{key}.{setting}` | " in configuration or f"`{setting}" in configuration, (key, option)
     for file in (ROOT / "conf").rglob("*.yaml"):
         if "hydra" not in file.parts:
             assert f"../../conf/{file.relative_to(ROOT / 'conf')}\n" in configuration
@@ -182,6 +214,20 @@ def test_notebook_is_small_and_has_no_local_paths():
     text = NOTEBOOK.read_text()
     assert "/home/" not in text
     assert str(ROOT) not in text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_temporary_folder")
+def test_plugin_of_the_page_installs(tmp_path: Path):
+    write_files(DOCS / "plugins.md")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", "site", "."], check=True)
+    (tmp_path / "elsewhere").mkdir()
+    code = "from gm_mlic.registry import DETECTORS; print('cells' in DETECTORS.names())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd="elsewhere", capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 @pytest.mark.slow

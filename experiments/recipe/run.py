@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[int, list[str], Callable[[], None] | None]] = {
     "product-torch_product": (1, ["model.fusion=product"], torch_product),
     "concat-lr3e-3": (1, ["model.fusion=concat", "optimizer.lr=3e-3"], None),
     "product-lr5e-4": (1, ["model.fusion=product", "optimizer.lr=5e-4"], None),
-    "concat-paper_sgd": (1, ["model.fusion=concat", "optimizer=paper"], None),
+    "concat-paper_sgd": (1, ["model.fusion=concat", "optimizer=paper", "scheduler=paper"], None),
 }
 #: Labels that differ only by relative position, and labels that differ only by context.
 SPATIAL = ("gate", "hatch", "comet", "satellite")

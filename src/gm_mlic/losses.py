@@ -37,10 +37,10 @@ class WeightedBCE(nn.Module):
 
     Args:
         label_ratio: (C,) :math:`r_c`, the fraction of training images with label c.
-        beta: :math:`\beta`, the weight of rare labels (default: 0, unweighted; the paper uses 0 on VOC 2007 and 0.4 on
-            COCO and NUS-WIDE).
-        difficult: treatment of difficult image-label pairs (VOC): ``positive`` (default, as in ML-GCN), ``negative``,
-            or ``ignore`` (no loss).
+        beta: :math:`\beta`, the weight of rare labels (0: unweighted; the paper uses 0 on VOC 2007 and 0.4 on COCO and
+            NUS-WIDE).
+        difficult: treatment of difficult image-label pairs (VOC): ``positive`` (as in ML-GCN), ``negative``, or
+            ``ignore`` (no loss).
         target_format: ``binary`` (default): targets in {0, 1}, difficult pairs as a mask. ``voc``: targets in
             {1, 0, -1}, where 0 is difficult and -1 absent.
         allow_all_present: with ``voc``, accept a batch of targets without any -1 (default: ``False``).

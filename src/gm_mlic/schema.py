@@ -116,7 +116,7 @@ def _annotations(function: Any) -> dict[str, Any]:
 def summary_of(build: Callable[..., Any]) -> str:
     """First line of the docstring, without the period."""
     inner = build.func if isinstance(build, functools.partial) else build
-    return re.sub(r":class:`(\w+)`", r"`\1`", (inspect.getdoc(inner) or "").partition("\n")[0].rstrip("."))
+    return _without_roles((inspect.getdoc(inner) or "").partition("\n")[0].rstrip("."))
 
 
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
@@ -208,6 +208,8 @@ def _adapter(annotation: Any) -> Any:
 
 
 def _without_roles(text: str) -> str:
-    """Text without reStructuredText markup."""
-    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?: ?<[^>]*>)?`", r"\1", text)
-    return re.sub(r"`([^`]+)`_", r"\1", text.replace("``", ""))
+    """Text without reStructuredText markup, and without a default in parentheses, which is shown in any case."""
+    text = re.sub(r":math:`(.*?)`", lambda match: match[1].replace("\\", ""), text)
+    text = re.sub(r":\w+(?::\w+)?:`~?(?:[\w.]*\.)?([^`<]+?)(?:\s*<[^>]*>)?`", r"\1", text)
+    text = re.sub(r"`([^`]+)`_", r"\1", text).replace("``", "")
+    return re.sub(r"\s*\(default: (?:[^\s(),;]+|\([^()]*\))\)", "", text)

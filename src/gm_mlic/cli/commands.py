@@ -1,6 +1,6 @@
 """Hydra entry points of the commands.
 
-Settings are checked before torch is imported, so that errors are reported immediately.
+Settings are checked before any command starts its work.
 """
 
 from __future__ import annotations

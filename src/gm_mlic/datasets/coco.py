@@ -69,11 +69,11 @@ class COCO2014(MultiLabelDataset):
     Rows are sorted by image id; ``ids`` are these ids as decimal strings.
 
     Args:
-        root: the folder described above.
+        root: folder with ``train2014``, ``val2014`` and ``annotations``.
         split: ``train``, ``val`` or ``test``.
         val_fraction: fraction of ``train2014`` held out as ``val``, in [0, 1).
-        seed: seed of that permutation.
-        unlabeled: ``drop`` or ``keep`` images without annotations.
+        seed: seed of the random val split.
+        unlabeled: images without annotations: ``drop`` or ``keep`` them.
         label_order: sort labels by ``name`` (alphabetical, as published label embeddings are) or by category ``id``.
         download: download missing files of this split from the official server (13 GB for train2014, 6 GB for val2014,
             0.25 GB of annotations) and verify them.

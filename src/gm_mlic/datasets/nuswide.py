@@ -52,13 +52,13 @@ class NUSWIDE(MultiLabelDataset):
     ============ ============= ========= =================
 
     Args:
-        root: the folder described above.
+        root: folder with the files above.
         split: ``train``, ``val`` or ``test``.
         val_fraction: fraction of the training list held out as ``val``, in [0, 1).
-        seed: seed of that permutation.
+        seed: seed of the random val split.
         unlabeled: ``keep`` (161,789 and 107,859 images, as in the literature) or ``drop`` images without any of the 81
             concepts.
-        download: not supported; ``True`` raises an error that lists what to download manually.
+        download: not supported; true: an error lists what to download manually.
 
     Attributes:
         missing: names of the missing photos of this split.

@@ -420,7 +420,7 @@ class Scenes(MultiLabelDataset):
     Args:
         split: ``train``, ``val`` or ``test``: independent random streams.
         size: number of scenes; default: that of ``sizes``. Scene i is the same for every size.
-        seed: random seed, >= 0.
+        seed: seed of the scenes.
         context_pairs: number of context pairs (of 4) that share their look.
         spatial_pairs: number of families (of 2) whose twins share their look.
         hard_fraction: fraction of objects that are small or occluded (half each), in [0, 1].

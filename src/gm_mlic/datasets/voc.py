@@ -150,10 +150,10 @@ class VOC2007(_VOC):
     ============ ========= ========= ================= ============= =========
 
     Args:
-        root: the folder described above.
+        root: folder with ``VOCdevkit``.
         split: ``train``, ``val`` or ``test``.
         val_fraction: fraction of ``trainval`` held out as ``val``, in [0, 1).
-        seed: seed of that permutation.
+        seed: seed of the random val split.
         download: download missing archives (0.5 GB each) from the official server and verify them.
         mirror: base URL of a mirror (``http://HOST/FOLDER``); its files are verified in the same way.
 
@@ -190,6 +190,14 @@ class VOC2012(_VOC):
 
     The labels of the official test set are not public. ``train`` and ``val`` split the official ``train`` (5,717
     images); ``test`` is the official ``val`` (5,823 images).
+
+    Args:
+        root: folder with ``VOCdevkit``.
+        split: ``train``, ``val`` or ``test``.
+        val_fraction: fraction of the official ``train`` held out as ``val``, in [0, 1).
+        seed: seed of the random val split.
+        download: download the missing archive (2 GB) from the official server and verify it.
+        mirror: base URL of a mirror (``http://HOST/FOLDER``); its files are verified in the same way.
     """
 
     name = "voc2012"

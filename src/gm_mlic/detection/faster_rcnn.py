@@ -316,7 +316,7 @@ for _arch, _summary in {
     "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
     "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
     "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
-    "scenes_tiny": "small Faster R-CNN for scenes, with built-in weights",
+    "scenes_tiny": "Small Faster R-CNN for scenes, with built-in weights",
 }.items():
     register_detector(_arch, _summary)(partial(faster_rcnn, _arch))
 

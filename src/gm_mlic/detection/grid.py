@@ -175,8 +175,8 @@ def classifier_grid(
 
     Args:
         arch: one of :data:`CLASSIFIERS`.
-        weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file, see
-            :func:`~gm_mlic.detection.checkpoints.read_classifier`; null: random weights.
+        weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file
+            (:func:`~gm_mlic.detection.checkpoints.read_classifier`); null: random weights.
         min_size: images are scaled to min_size x min_size pixels; null: 448.
         grid_size: G, to use the G x G cells of the feature map as instances.
         trainable: trained layers: ``none`` (frozen) or ``all`` (needs instances.online=true).

@@ -168,35 +168,35 @@ class GMMLIC(nn.Module):
     Args:
         instance_dim: D_o, size of an instance's feature f.
         label_dim: D_l, size of a label's vector w (300 for the paper's GloVe).
-        k: number of blocks (default: 2, the paper's).
-        widths: size of the features after each block, one for all or a list of k. Default: k - 1 times 512, then 256
-            (the paper's).
-        encoder_width: size of the encoded features. Default: that of the first block.
+        k: number of blocks; 2 in the paper.
+        widths: size of the features after each block, one for all or a list of k; null: k - 1 times 512, then 256 (the
+            paper's).
+        encoder_width: size of the encoded features; null: that of the first block.
         fusion: input of the MLPs on source and target of a matching edge: ``concat``, :math:`[v^o_i, v^l_c]` (the
-            paper), or ``product``, which adds :class:`HadamardFusion` (default; see ``experiments/recipe``).
-        norm: where LayerNorm is applied: ``none``; ``encoder``: encoded features; ``all``: encoded and updated features
-            (default).
-        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`, :data:`~gm_mlic.graphs.EDGE_TYPES`
-            (default) or a custom one, or some of the paper's edge types or their names. The paper's ablations leave one
-            out. Without ``matches``, the decoder takes :math:`[v^o_i, v^l_c]`.
+            paper), or ``product``, which adds :class:`HadamardFusion` (see ``experiments/recipe``).
+        norm: where LayerNorm is applied: ``none``; ``encoder``: encoded features; ``all``: encoded and updated
+            features.
+        edge_types: some of the paper's edge types: ``spatial``, ``semantic``, ``matches``. Its ablations leave one out.
+            Without ``matches``, the decoder takes :math:`[v^o_i, v^l_c]`. In Python, also a dict from edge type to
+            :class:`~gm_mlic.graphs.EdgeSpec`, such as :data:`~gm_mlic.graphs.EDGE_TYPES`.
         prior: start from the detector's labels: add :class:`~gm_mlic.nn.DetectorPrior` to the match logits. The last
-            Linear of the decoder is then zero before training (default: ``False``, the paper).
-        linear: add :class:`~gm_mlic.nn.LinearMatch` to the match logits (default: ``False``).
+            Linear of the decoder is then zero before training.
+        linear: add a linear classifier, :class:`~gm_mlic.nn.LinearMatch`, to the match logits.
         class_words: word vector and score of the detected class become part of the instance's attribute:
-            :math:`v^o_i = [f_i, w_{d(i)}, s_i]` (default: ``False``). Without a config, the number D of detector
-            classes; :meth:`fit_features` sets the vectors.
+            :math:`v^o_i = [f_i, w_{d(i)}, s_i]`. In Python, the number D of detector classes, and :meth:`fit_features`
+            sets the vectors.
         components: standardize instance features, and keep at most that many principal axes
-            (:class:`~gm_mlic.nn.Standardize`; default: None, features as they are).
-        dropout: probability of zeros in the features that enter the encoder and the decoder (default: 0).
+            (:class:`~gm_mlic.nn.Standardize`); null: features as they are.
+        dropout: probability of zeros in the features that enter the encoder and the decoder.
         shrinkage: what is learned for a label with n training images is multiplied by n / (n + shrinkage)
-            (:class:`~gm_mlic.nn.MatchHead`; default: 0, no shrinkage).
+            (:class:`~gm_mlic.nn.MatchHead`); 0: no shrinkage.
         ridge: penalty on the weights of ``linear``: ridge / 2 times the sum of their squares, divided by images times
             labels.
-        pooling: ``max`` over instances (eq. 14; default), or ``logsumexp``,
+        pooling: ``max`` over instances (eq. 14), or ``logsumexp``,
             :math:`p_c = \sigma(\log \sum_i e^{s_{ic}})`.
-        gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time (default:
-            ``False``). It needs a fraction of the memory and about 40 % more time; results are the same. For a
-            ``HeteroData``, the features between blocks are kept. Compiled code ignores it.
+        gradient_checkpointing: recompute intermediate values in the backward pass, a few images at a time. It needs a
+            fraction of the memory and about 40 % more time; results are the same. For a ``HeteroData``, the features
+            between blocks are kept. Compiled code ignores it.
 
     Shapes:
         - **input:** an assignment graph or a batch of them, from :class:`~gm_mlic.graphs.AssignmentGraph`, or an

@@ -82,7 +82,7 @@ def train(
     Extracts missing instance stores, trains, and tests ``trainer.checkpoint``.
 
     Args:
-        config: the composed config of ``conf/train.yaml``.
+        config: the config of ``gm-mlic train``, composed and checked.
         sweep: folder of the multirun of this run.
         command: recorded command that reproduces this run; default: the command line of this process.
         extractor: a custom detector, instead of that of ``config.detector``.

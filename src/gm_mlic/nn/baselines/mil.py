@@ -34,9 +34,9 @@ class MILMax(nn.Module):
     Args:
         instance_dim: size of an instance's feature.
         num_labels: C.
-        width: size of the hidden layer (default: 512). None: only what ``prior`` and ``linear`` add, no hidden layer.
-        prior, linear, components, shrinkage, ridge, pooling: as for ``gm_mlic`` (:class:`~gm_mlic.nn.GMMLIC`), with a
-            one-hot vector for each label.
+        width: size of the hidden layer; null: none, only what ``prior`` and ``linear`` add.
+        prior, linear, components, shrinkage, ridge, pooling: as for the model gm_mlic, with a one-hot vector for each
+            label.
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
