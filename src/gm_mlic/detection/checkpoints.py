@@ -163,8 +163,8 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
     tensors = dict(checkpoint.tensors or {})
     expected = detector.state_dict()
     if arch in _WITHOUT_EPS and not any(key.endswith("num_batches_tracked") for key in tensors):
-        # torchvision's COCO weights of these detectors were trained with frozen batch norm of eps = 0; here eps is 1e-5,
-        # so it is subtracted from the variance.
+        # torchvision's COCO weights of these detectors were trained with frozen batch norm of eps = 0; here eps is
+        # 1e-5, so it is subtracted from the variance.
         tensors = {key: t - 1e-5 if key.endswith("running_var") else t for key, t in tensors.items()}
     # num_batches_tracked is absent in frozen batch norm and unused in evaluation.
     missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
