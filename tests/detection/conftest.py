@@ -19,9 +19,12 @@ from gm_mlic.detection.detectors.torchvision_one_stage import OneStageExtractor
 
 #: Class 2 has no label.
 ID2LABEL = {0: "cat", 1: "dog", 2: "N/A", 3: "boat"}
-TRANSFORMERS = (
-    "conditional_detr", "d_fine", "dab-detr", "deformable_detr", "detr", "rt_detr", "rt_detr_v2", "yolos",
-)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_one_stage() -> Callable[..., OneStageExtractor]:
+    """Factory of small one-stage detectors, see :func:`one_stage`."""
+    return one_stage
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +87,7 @@ def save_transformer(kind: str, folder: Path, seed: int = 0) -> None:
             transformers.ConditionalDetrImageProcessor(**keeps_ratio),
         ),
         "deformable_detr": lambda: (
-            transformers.DeformableDetrConfig(**small, **plain, with_box_refine=True),
+            transformers.DeformableDetrConfig(**small | {"d_model": 64}, **plain, with_box_refine=True),
             transformers.DeformableDetrImageProcessor(**keeps_ratio),
         ),
         "rt_detr": lambda: (
@@ -145,7 +148,7 @@ def one_stage(kind: str, seed: int = 0, score_thresh: float = 0.0, **settings: A
             detector = SSD(body, boxes, (64, 64), 4, **thresholds)
         else:
             layers = {"layer1": "0", "layer2": "1", "layer3": "2"}
-            pyramid = BackboneWithFPN(body, layers, [12, 16, 20], 24, LastLevelP6P7(24, 24))
+            pyramid = BackboneWithFPN(body, layers, [12, 16, 20], 32, LastLevelP6P7(32, 32))
             pyramid.body = body
             sizes = {"min_size": 64, "max_size": 107, **thresholds}
             if kind == "retinanet":

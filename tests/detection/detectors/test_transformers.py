@@ -75,7 +75,7 @@ def test_model_computes_box_and_scores_from_the_feature(kind, transformer_folder
     """The classifier's output for an instance's feature contains its score."""
     extractor = build_extractor("transformers", weights=transformer_folder(kind), score_threshold=0.0)
     (found,) = extractor([tensor(photos[0])], m=24)
-    assert found.features.shape == (len(found), 32)
+    assert found.features.shape == (len(found), 64 if kind == "deformable_detr" else 32)
     modules = dict(extractor.model.named_modules())
     head = next(
         modules[name]
@@ -105,10 +105,10 @@ def test_labels_with_gaps_and_repeated_names():
     assert labels_of(id2label, 6) == (("cat", "dog"), [-1, 0, -1, 1, 0, -1])
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("detr", (1, 3, 32, 43)), ("rt_detr", (1, 3, 32, 32))])
-def test_min_size(kind, shape, transformer_folder):
+@pytest.mark.parametrize("kind", ["detr", "rt_detr"])
+def test_min_size(kind, transformer_folder):
     extractor = build_extractor("transformers", weights=transformer_folder(kind), min_size=32)
-    assert extractor._prepare(torch.rand(3, 90, 120))["pixel_values"].shape == torch.Size(shape)
+    assert min(extractor._prepare(torch.rand(3, 90, 120))["pixel_values"].shape[-2:]) == 32
     assert len(extractor([torch.rand(3, 90, 120)], m=3)[0]) <= 3
 
 

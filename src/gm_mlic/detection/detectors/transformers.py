@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -203,8 +204,10 @@ def transformers_detector(
     source = str(Path(weights).expanduser()) if Path(weights).expanduser().exists() else str(weights)
     _check_source(source)
     given = {"revision": revision, "trust_remote_code": False}
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # missing tensors are an error below
+    if Path(source).is_dir() or not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **given)
         if config.model_type not in MODEL_TYPES:
@@ -213,7 +216,13 @@ def transformers_detector(
             )
         processor = AutoImageProcessor.from_pretrained(source, **given)
         model, info = AutoModelForObjectDetection.from_pretrained(
-            source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **given
+            source,
+            config=config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are an error below
+            output_loading_info=True,
+            **given,
         )
     except ImportError as error:
         package = "timm" if "timm" in str(error) else "transformers"
@@ -227,7 +236,9 @@ def transformers_detector(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    absent = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+        if bars:
+            logging.enable_progress_bar()
+    absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         raise WeightsError(
             f"The weights of {source} lack {absent[0]} of its config.json ({len(absent)} tensors in all): copy or "
