@@ -114,6 +114,9 @@ def save_transformer(kind: str, folder: Path, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():  # else scores hardly depend on the image
             if "bbox" not in name and parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.2)
+    if kind in ("detr", "yolos"):  # else all queries may be of the class without a label
+        last = [m for m in model.class_labels_classifier.modules() if isinstance(m, nn.Linear)][-1]
+        last.bias.data[2] -= 2
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -148,7 +151,7 @@ def one_stage(kind: str, seed: int = 0, score_thresh: float = 0.0, **settings: A
             detector = SSD(body, boxes, (64, 64), 4, **thresholds)
         else:
             layers = {"layer1": "0", "layer2": "1", "layer3": "2"}
-            pyramid = BackboneWithFPN(body, layers, [12, 16, 20], 32, LastLevelP6P7(32, 32))
+            pyramid = BackboneWithFPN(body, layers, [12, 16, 20], 64, LastLevelP6P7(64, 64))
             pyramid.body = body
             sizes = {"min_size": 64, "max_size": 107, **thresholds}
             if kind == "retinanet":
@@ -158,5 +161,5 @@ def one_stage(kind: str, seed: int = 0, score_thresh: float = 0.0, **settings: A
                 detector = FCOS(pyramid, 4, **sizes)
         for name, parameter in detector.named_parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.1 if "head" in name else 0.2)
+                nn.init.normal_(parameter, std=0.03 if "head" in name else 0.2)
     return OneStageExtractor(detector, ["cat", "boat"], f"small_{kind}", class_index=[1, 3])
