@@ -135,6 +135,13 @@ def test_narrow_strip(extractor, size):
     assert found.features.isfinite().all()
 
 
+def test_narrow_strip_does_not_change_later_images(images):
+    """The pooling infers the strides of the maps from its first image."""
+    first, second = (build_extractor("scenes_tiny", weights="scenes") for _ in range(2))
+    second([torch.full((3, 2, 3000), 0.4)], m=5)
+    _same(first(images[:1], m=5)[0], second(images[:1], m=5)[0], atol=0)
+
+
 def test_empty_batch(extractor):
     assert extractor([], m=3) == []
 
