@@ -244,4 +244,3 @@ def import_plugins(modules: Sequence[str]) -> None:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
             hint = "no such module; install it, or start gm-mlic in its folder" if missing else first_line(error)
             raise ConfigError(f"plugins={name}: {hint}.") from error
-

@@ -55,7 +55,7 @@ class Setting:
     default: Any
     text: str
 
-    def nested(self) -> dict[str, Setting]:
+    def nested(self) -> Mapping[str, Setting]:
         """The settings of a mapping or a dataclass."""
         if is_dataclass(self.annotation):
             return settings_of(self.annotation)  # type: ignore[arg-type]
@@ -122,7 +122,9 @@ def summary_of(build: Callable[..., Any]) -> str:
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
     """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
     texts: dict[str, str] = {}
-    parts = [d for c in build.__mro__ for d in (c, c.__init__)] if isinstance(build, type) else [build]
+    parts = [build]
+    if isinstance(build, type):
+        parts = [part for base in build.__mro__ for part in (base, base.__init__)]  # type: ignore[misc]
     for part in map(inspect.getdoc, parts):
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():

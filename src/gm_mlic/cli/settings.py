@@ -563,7 +563,7 @@ WITHOUT_FOLDER = ("explain", "serve", "export", "plan", "runs", "report", "dashb
 
 def fields_of(command: str) -> dict[str, Setting]:
     """Settings of a command outside of its config groups."""
-    own = settings_of(COMMANDS[command])
+    own = settings_of(COMMANDS[command])  # type: ignore[arg-type]
     return {n: replace(s, text=s.text.replace("{checkpoint}", _CHECKPOINT)) for n, s in own.items()} | {
         "plugins": _PLUGINS
     }

@@ -283,7 +283,7 @@ def _neighbor_lists(edge_index: Tensor, position: Tensor, attr: Tensor | None) -
     source, target = edge_index[:, order]
 
     def lists(values: Tensor) -> tuple[Tensor, Tensor]:
-        return to_dense_batch(values, target, batch_size=position.shape[0])
+        return to_dense_batch(values, target, batch_size=position.shape[0])  # type: ignore[no-any-return]
 
     return NeighborLists(*lists(position[source])), None if attr is None else lists(attr[order])[0]
 

@@ -101,7 +101,7 @@ class ConcatLinear(nn.Module):
         (lin, part), *rest = sorted(pairs, key=lambda pair: len([n for n in shape_of(pair[1]) if n != 1]))
         total, fresh = apply_linear(lin, part), not is_cached(lin, part)
         for lin, part in rest:
-            total = total + apply_linear(lin, part) if is_cached(lin, part) else _add_linear(total, lin, part, fresh)
+            total = total + apply_linear(lin, part) if is_cached(lin, part) else _add_linear(total, lin, part, fresh)  # type: ignore[arg-type]
             fresh = True
         return total, fresh
 

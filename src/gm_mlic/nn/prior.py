@@ -274,8 +274,9 @@ class MatchHead(nn.Module):
             self.register_buffer("center", torch.zeros(label_dim))
 
     def reset_parameters(self) -> None:
-        for module in filter(None, (self.prior, self.linear)):
-            module.reset_parameters()
+        for module in (self.prior, self.linear):
+            if module is not None:
+                module.reset_parameters()
 
     @torch.no_grad()
     def fit(self, features: Tensor, label_vectors: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -66,7 +66,7 @@ class MILMax(nn.Module):
         if pooling not in POOLINGS:
             raise ArgumentError("pooling", f"must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
         self.instance_dim, self.num_labels, self.width, self.pooling = instance_dim, num_labels, width, pooling
-        options = {"components": components, "shrinkage": shrinkage, "ridge": ridge}
+        options: dict[str, Any] = {"components": components, "shrinkage": shrinkage, "ridge": ridge}
         self.head = MatchHead(instance_dim, num_labels, prior=prior, linear=linear, **options)
         self.register_buffer("one_hot", torch.eye(num_labels)[None], persistent=False)
         if width is not None:
