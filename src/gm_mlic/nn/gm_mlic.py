@@ -234,7 +234,7 @@ class GMMLIC(nn.Module):
         if isinstance(widths, int):
             widths = (widths,) * k
         if not isinstance(widths, Iterable | None):
-            raise ArgumentError("widths", f"must be a list of sizes, got {widths!r}.")
+            raise ArgumentError("widths", f"must be a size or a list of sizes, got {widths!r}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
