@@ -132,9 +132,15 @@ class Registry:
 
 
 MODELS = Registry(
-    "model", ["gm_mlic.nn", "gm_mlic.nn.baselines"], given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels")
+    "model",
+    ["gm_mlic.nn", "gm_mlic.nn.baselines"],
+    given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels"),
 )
-DETECTORS = Registry("detector", ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"], given=("device", "labels", "seed"))
+DETECTORS = Registry(
+    "detector",
+    ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"],
+    given=("device", "labels", "seed"),
+)
 DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split",))
 EMBEDDINGS = Registry("embedding", ["gm_mlic.embeddings"], given=("labels",))
 
