@@ -18,15 +18,14 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.io import first_line
 from gm_mlic.schema import Setting, settings_of, summary_of
 
 log = logging.getLogger(__name__)
@@ -83,10 +82,6 @@ class Registry:
         import_entry_points()
         return sorted(fnmatch.filter(self._entries, pattern))
 
-    def builders(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
-        """What is registered now: names, with their classes or functions."""
-        return tuple((name, self._entries[name].build) for name in self.names())
-
     def entry(self, name: str) -> Entry:
         """Entry of ``name``.
 
@@ -109,10 +104,6 @@ class Registry:
         entry = self.entry(name)
         found = settings_of(entry.build, self.given)
         return {key: replace(s, default=entry.preset.get(key, s.default)) for key, s in found.items()}
-
-    def attribute(self, name: str, attribute: str, default: Any = None) -> Any:
-        """Attribute of a registered class or function."""
-        return getattr(self.entry(name).build, attribute, default)
 
     def build(self, name: str, **overrides: Any) -> Any:
         """Call a registered class or function.
@@ -141,22 +132,11 @@ class Registry:
 
 
 MODELS = Registry(
-    "model",
-    ["gm_mlic.nn", "gm_mlic.nn.baselines"],
-    given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels"),
+    "model", ["gm_mlic.nn", "gm_mlic.nn.baselines"], given=("instance_dim", "label_dim", "num_labels", "labels", "detector_labels")
 )
-DETECTORS = Registry(
-    "detector",
-    ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"],
-    given=("device",),
-)
-DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split", "size"))
+DETECTORS = Registry("detector", ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"], given=("device", "labels", "seed"))
+DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split",))
 EMBEDDINGS = Registry("embedding", ["gm_mlic.embeddings"], given=("labels",))
-LOSSES = Registry(
-    "loss", ["gm_mlic.losses"], given=("label_ratio", "validate_args", "target_format", "allow_all_present")
-)
-OPTIMIZERS = Registry("optimizer", ["gm_mlic.optim"], given=("params",))
-SCHEDULERS = Registry("scheduler", ["gm_mlic.optim"], given=("optimizer", "steps", "last_epoch"))
 
 
 def register_model(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
@@ -226,7 +206,7 @@ def import_entry_points() -> None:
         try:
             point.load()
         except Exception as error:
-            log.warning("The plugin %s cannot be imported and is left out: %s", point.value, first_line(error))
+            log.warning("The plugin %s cannot be imported and is left out: %s", point.value, _first_line(error))
 
 
 def import_plugins(modules: Sequence[str]) -> None:
@@ -235,12 +215,16 @@ def import_plugins(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: if a module does not exist or cannot be imported.
     """
-    if modules and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    if modules and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     for name in modules:
         try:
             importlib.import_module(name)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
-            hint = "no such module; install it, or start gm-mlic in its folder" if missing else first_line(error)
+            hint = "no such module; install it, or start gm-mlic in its folder" if missing else _first_line(error)
             raise ConfigError(f"plugins={name}: {hint}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
