@@ -60,8 +60,8 @@ def test_configs_are_found_in_the_editable_install():
     """The editable install has the same files as the wheel."""
     from importlib import resources
 
-    assert (resources.files("gm_mlic.conf") / "train.yaml").is_file()
-    assert (resources.files("gm_mlic.conf") / "hydra" / "help" / "train.yaml").is_file()
+    assert (resources.files("gm_mlic.conf") / "experiment" / "scenes.yaml").is_file()
+    assert (resources.files("gm_mlic.conf") / "hydra" / "job_logging" / "gm_mlic.yaml").is_file()
 
 
 def test_tested_versions_are_within_the_stated_ranges():

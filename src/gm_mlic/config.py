@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Interval, Len
+from annotated_types import DocInfo, Ge, Gt, Interval, Len, Predicate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,6 +21,11 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry
 from gm_mlic.runs import NOT_PART_OF_A_RUN, decisive, flat_settings
 from gm_mlic.schema import Natural, Positive, Probability, Setting, as_typed, settings_of
+
+
+def _is_shard(text: str) -> bool:
+    index, _, shards = text.partition("/")
+    return index.isdecimal() and shards.isdecimal() and int(index) < int(shards)
 
 
 @dataclass
@@ -49,7 +54,7 @@ class InstanceSettings:
     batch_size: Positive = 8
     num_workers: Natural | None = None
     overwrite: bool = False
-    shard: str | None = None
+    shard: Annotated[str, Predicate(_is_shard), DocInfo("i/n with 0 <= i < n, e.g. 0/4")] | None = None
     online: bool = False
 
 
@@ -129,7 +134,7 @@ class TrainerSettings:
     num_workers: Natural | None = None
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    devices: Positive | Literal[-1, "auto"] | Sequence[Natural] = 1
+    devices: Positive | Literal[-1, "auto"] | Annotated[Sequence[Natural], Len(1)] = 1
     num_nodes: Positive = 1
     strategy: str = "auto"
     compile: bool = False
@@ -243,12 +248,15 @@ _ALSO = {
 
 #: Settings whose values are fewer in a config than in Python. torch states no bounds.
 _NARROWER: Mapping[str, Mapping[str, Any]] = {
-    "model": {"edge_types": Sequence[Literal["spatial", "semantic", "matches"]], "class_words": bool},
+    "model": {
+        "edge_types": Annotated[Sequence[Literal["spatial", "semantic", "matches"]], Len(1)],
+        "class_words": bool,
+    },
     "optimizer": {"lr": Annotated[float, Gt(0)], "weight_decay": Annotated[float, Ge(0)], "momentum": Probability},
 }
 
 
-def settings_of_section(key: str, name: str | None = None) -> dict[str, Setting]:
+def settings_of_section(key: str, name: str | None = None) -> Mapping[str, Setting]:
     """Settings of a section.
 
     Args:
@@ -265,7 +273,8 @@ def settings_of_section(key: str, name: str | None = None) -> dict[str, Setting]
     if name not in known:
         hint = _did_you_mean(name, known) or ", or that of a plugin (plugins=[MODULE])."
         raise ConfigError(f"{key}.name={as_typed(name)}: expected one of {', '.join(known)}{hint}")
-    found, narrower = kind.settings(name) | _ALSO.get(key, {}), _NARROWER.get(key, {})
+    narrower = _NARROWER.get(key, {})
+    found = {**kind.settings(str(name)), **_ALSO.get(key, {})}
     return {n: replace(s, annotation=narrower.get(n, s.annotation)) for n, s in found.items()}
 
 
@@ -295,7 +304,7 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
         if fields is not None and key in fields:
             continue
         if key in SECTIONS:
-            finish_section(config, key, key)
+            _finish_section(config, key)
         elif fields is not None:
             raise ConfigError(unknown(key, [*fields, *(k for k in SECTIONS if k in config)]))
     for key, setting in (fields or {}).items():
@@ -318,29 +327,21 @@ def require_values(config: DictConfig) -> None:
         raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
 
 
-def finish_section(config: DictConfig, key: str, path: str) -> None:
-    """Complete and check one section.
-
-    Args:
-        config: the parent of the section.
-        key: a key of :data:`SECTIONS`.
-        path: dotted key of the section, for messages.
-    """
-    found = config._get_node(path.rpartition(".")[2])
-    if isinstance(found, DictConfig) and found._is_none():
+def _finish_section(config: DictConfig, key: str) -> None:
+    found = config[key]
+    if found is None:
         return
     if not isinstance(found, DictConfig):
-        raise ConfigError(f"{path}={as_typed(_plain(config, path.rpartition('.')[2]))}: expected settings.")
+        raise ConfigError(f"{key}={as_typed(_plain(config, key))}: expected settings.")
     named = isinstance(SECTIONS[key], Registry)
     if named and "name" not in found:
-        raise ConfigError(f"{path}.name is missing: set it (gm-mlic COMMAND --help lists the options).")
+        raise ConfigError(f"{key}.name is missing: set it (gm-mlic COMMAND --help lists the options).")
     settings = settings_of_section(key, found.name if named else None)
     for name in map(str, found):
         if name not in settings and not (named and name == "name"):
-            kind = f" ({found.name})" if named else ""
-            raise ConfigError(unknown(f"{path}.{name}", settings, kind))
+            raise ConfigError(unknown(f"{key}.{name}", settings, f" ({found.name})" if named else ""))
     for name, setting in settings.items():
-        _finish_setting(found, name, f"{path}.{name}", setting)
+        _finish_setting(found, name, f"{key}.{name}", setting)
 
 
 def _finish_setting(parent: DictConfig, name: str, path: str, setting: Setting) -> None:
@@ -356,7 +357,8 @@ def _finish_setting(parent: DictConfig, name: str, path: str, setting: Setting) 
             _finish_setting(parent[name], key, f"{path}.{key}", nested)
         return
     value = _plain(parent, name)
-    if value != setting.default and not setting.accepts(value):
+    is_default = value == setting.default and type(value) is type(setting.default)  # True == 1
+    if not is_default and not setting.accepts(value):
         raise ConfigError(f"{path}={as_typed(value)}: expected {setting.expected}.")
 
 
@@ -446,9 +448,6 @@ def _check_together(config: DictConfig) -> None:
             ("model.components", None, "the statistics of its features would not stay valid"),
             ("graph.views", 1, "its photos are detected in one view"),
         )  # fmt: skip
-    shard = str(get("instances.shard") or "0/1").partition("/")
-    if not (shard[0].isdecimal() and shard[2].isdecimal() and int(shard[0]) < int(shard[2])):
-        raise ConfigError(f"instances.shard={get('instances.shard')}: expected i/n with 0 <= i < n, e.g. 0/4, or null.")
     if get("graph.labels_per_class") is not None:
         excluded(
             "graph.labels_per_class", get("graph.labels_per_class"), "is incompatible with",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import numbers
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class GMMLICError(Exception):
@@ -58,6 +58,13 @@ def check_positive(**sizes: int) -> None:
             raise ArgumentError(argument, f"must be a whole number, got {size!r}.")
         if size < 1:
             raise ArgumentError(argument, f"must be 1 or more, got {size}.")
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is one of the choices."""
+    known = tuple(choices)
+    if value not in known:
+        raise ArgumentError(argument, f"is {value!r}: choose one of {', '.join(known)}.")
 
 
 #: Argument in a message, optionally with a key or value: `part`, `part='all'`, `columns['file']`.

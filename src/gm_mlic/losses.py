@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Annotated, get_args
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
@@ -62,7 +63,7 @@ class WeightedBCE(nn.Module):
     def __init__(
         self,
         label_ratio: Tensor,
-        beta: float = 0.0,
+        beta: Annotated[float, Ge(0)] = 0.0,
         difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
         *,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Interval
 from torch.optim import lr_scheduler
 
+from gm_mlic.errors import ArgumentError, GMMLICError
 from gm_mlic.registry import OPTIMIZERS, SCHEDULERS
 
 
@@ -29,14 +32,16 @@ def one_cycle(
     steps = max(steps, 4)
     pct_start = min(max(pct_start, 2 / steps), 1 - 1 / steps)
     rates = [group["lr"] for group in optimizer.param_groups]
-    return lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start)
+    momentum = bool({"momentum", "betas"} & optimizer.defaults.keys())  # cycled in the opposite direction
+    return lr_scheduler.OneCycleLR(optimizer, rates, steps, pct_start=pct_start, cycle_momentum=momentum)
 
 
 SCHEDULERS.register("OneCycleLR")(one_cycle)
-#: Not available: ReduceLROnPlateau waits for a metric of validation, the others take functions or schedulers.
+#: Not available: ReduceLROnPlateau waits for a metric of validation, other schedulers take functions or schedulers,
+#: SparseAdam needs sparse gradients, and Muon matrices.
 _LEFT_OUT = {
     "LRScheduler", "ReduceLROnPlateau", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler",
-    "OneCycleLR",
+    "OneCycleLR", "Optimizer", "SparseAdam", "Muon",
 }  # fmt: skip
 for _name in sorted(set(lr_scheduler.__all__) - _LEFT_OUT):
     # T_max: the length of training, which is filled in.
@@ -44,7 +49,7 @@ for _name in sorted(set(lr_scheduler.__all__) - _LEFT_OUT):
         getattr(lr_scheduler, _name)
     )
 for _name, _class in vars(torch.optim).items():
-    if isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer) and _class is not torch.optim.Optimizer:
+    if isinstance(_class, type) and issubclass(_class, torch.optim.Optimizer) and _name not in _LEFT_OUT:
         OPTIMIZERS.register(_name)(_class)
 
 
@@ -56,7 +61,8 @@ def build_optimizer(settings: Mapping[str, Any], groups: Iterable[Any]) -> torch
         groups: parameters, or parameter groups.
     """
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS.build(str(arguments.pop("name")), **arguments, params=groups)
+    with _rejections(settings["name"]):
+        optimizer: torch.optim.Optimizer = OPTIMIZERS.build(str(arguments.pop("name")), **arguments, params=groups)
     return optimizer
 
 
@@ -79,4 +85,32 @@ def build_scheduler(
     if arguments.get("T_max", 0) is None:
         arguments["T_max"] = epochs
     frequency = 1 if settings["name"] == "OneCycleLR" else max(1, steps // epochs)
-    return {"scheduler": SCHEDULERS.build(**arguments), "interval": "step", "frequency": frequency}
+    with _rejections(settings["name"]):
+        return {"scheduler": SCHEDULERS.build(**arguments), "interval": "step", "frequency": frequency}
+
+
+def check_schedule(settings: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Check settings of ``scheduler``, of which torch rejects some only in the first steps.
+
+    Args:
+        settings: the config section.
+        optimizer: an optimizer that is not used otherwise.
+
+    Raises:
+        ArgumentError: if torch rejects them.
+    """
+    with _rejections(settings["name"]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps without optimizer.step()
+        schedule = build_scheduler(settings, optimizer, 8, 4)["scheduler"]
+        for _ in range(4):
+            schedule.step()
+
+
+@contextlib.contextmanager
+def _rejections(name: str) -> Iterator[None]:
+    try:
+        yield
+    except GMMLICError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise ArgumentError("name", f"is {name}, which rejects its settings: {str(error).rstrip('.')}.") from error

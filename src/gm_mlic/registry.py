@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gm_mlic.errors import ConfigError
+from gm_mlic.io import first_line
 from gm_mlic.schema import Setting, settings_of, summary_of
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,10 @@ class Registry:
             _import_all(home)
         import_entry_points()
         return sorted(fnmatch.filter(self._entries, pattern))
+
+    def builders(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
+        """What is registered now: names, with their classes or functions."""
+        return tuple((name, self._entries[name].build) for name in self.names())
 
     def entry(self, name: str) -> Entry:
         """Entry of ``name``.
@@ -221,7 +226,7 @@ def import_entry_points() -> None:
         try:
             point.load()
         except Exception as error:
-            log.warning("The plugin %s cannot be imported and is left out: %s", point.value, _first_line(error))
+            log.warning("The plugin %s cannot be imported and is left out: %s", point.value, first_line(error))
 
 
 def import_plugins(modules: Sequence[str]) -> None:
@@ -237,9 +242,5 @@ def import_plugins(modules: Sequence[str]) -> None:
             importlib.import_module(name)
         except Exception as error:
             missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
-            hint = "no such module; install it, or start gm-mlic in its folder" if missing else _first_line(error)
+            hint = "no such module; install it, or start gm-mlic in its folder" if missing else first_line(error)
             raise ConfigError(f"plugins={name}: {hint}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -34,6 +34,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from gm_mlic.errors import GMMLICError
+from gm_mlic.io import first_line, write_file
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ class RunState:
             elif isinstance(error, (KeyboardInterrupt, SystemExit)):
                 self._write("interrupted")
             else:
-                self._content["error"] = _first_line(error)
+                self._content["error"] = first_line(error)
                 with contextlib.suppress(OSError):  # a full disk must not hide the error
                     self._write("failed")
         finally:
@@ -279,7 +280,7 @@ class RunState:
 
     def _write(self, state: str) -> None:
         content = {"state": state, **self._content, "updated": now()}
-        write_atomically(self.path / STATE, json.dumps(content, indent=2) + "\n")
+        write_file(self.path / STATE, json.dumps(content, indent=2) + "\n")
 
 
 def _is_locked(path: Path) -> bool:
@@ -299,14 +300,13 @@ def write_job(
     sweep: Path, number: int, run_dir: Path, overrides: Sequence[str], error: BaseException | None = None
 ) -> None:
     """Record a multirun job and its error in ``SWEEP/jobs/NUMBER.json``."""
-    (sweep / "jobs").mkdir(parents=True, exist_ok=True)
     job = {
         "run_dir": str(run_dir.absolute()),
         "overrides": list(overrides),
         "noted": now(),
-        "error": None if error is None else _first_line(error),
+        "error": None if error is None else first_line(error),
     }
-    write_atomically(sweep / "jobs" / f"{number}.json", json.dumps(job, indent=2) + "\n")
+    write_file(sweep / "jobs" / f"{number}.json", json.dumps(job, indent=2) + "\n")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -325,18 +325,6 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
             continue
         jobs.append(job)
     return jobs
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Atomic write: replace ``path`` only after the whole text is written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def now() -> str:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-#: Limit against decompression bombs: growth factor, applied above ``ALWAYS_FINE`` bytes.
-MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
+from gm_mlic.io import first_line, unpacked_limit
 
 
 def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
@@ -32,8 +31,12 @@ def load_tensors(path: str | Path, device: str | torch.device = "cpu") -> Any:
         return torch.load(path, map_location=device, weights_only=True)
 
 
-def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def load_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
     """Load the arrays of an ``.npz`` file without pickles; numpy verifies checksums.
+
+    Args:
+        path: the file.
+        names: arrays to load, if the file has them; default: all.
 
     Raises:
         ValueError: if it is not such a file, is damaged, or is a decompression bomb. The message is one line.
@@ -44,7 +47,7 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError("not an .npz archive; numpy.savez writes one")
         _check_archive(path)
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files}
+            return {name: content[name] for name in content.files if names is None or name in names}
 
 
 def map_array(path: str | Path) -> np.memmap[Any, Any]:
@@ -69,8 +72,7 @@ def _opened(path: str | Path) -> Iterator[None]:
     except pickle.UnpicklingError as error:  # torch's message recommends unsafe loading
         raise ValueError("not a torch.save file, or it contains more than tensors and plain values") from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(reason[:200]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _check_archive(path: str | Path, *, stored: bool = False) -> None:
@@ -80,7 +82,7 @@ def _check_archive(path: str | Path, *, stored: bool = False) -> None:
         if stored and any(info.compress_type != zipfile.ZIP_STORED for info in infos):
             raise ValueError("compressed, unlike files of torch.save")
         size = sum(info.file_size for info in infos)
-        if size > max(ALWAYS_FINE, MAX_GROWTH * Path(path).stat().st_size):
+        if size > unpacked_limit(path):
             raise ValueError(f"would unpack to {size / 1e9:.1f} GB")
         damaged = archive.testzip() if stored else None
     if damaged is not None:

@@ -19,20 +19,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import Ge, Interval
+from annotated_types import DocInfo, Ge, Interval, Predicate
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A fraction of images, or a probability of dropout, of which 1 would leave none.
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
+
+Url = Annotated[str, Predicate(lambda v: v.startswith(("http://", "https://"))), DocInfo("a URL, http://...")]
 
 #: Default of a setting that must be given.
 REQUIRED = "???"
@@ -52,7 +55,7 @@ class Setting:
     default: Any
     text: str
 
-    def nested(self) -> dict[str, Setting]:
+    def nested(self) -> Mapping[str, Setting]:
         """The settings of a mapping or a dataclass."""
         if is_dataclass(self.annotation):
             return settings_of(self.annotation)  # type: ignore[arg-type]
@@ -61,7 +64,8 @@ class Setting:
     @property
     def expected(self) -> str:
         """Description of valid values, e.g. ``an integer of at least 1, or null``."""
-        return describe(self.annotation)
+        named = isinstance(self.default, Mapping) and bool(self.default)
+        return f"settings: {', '.join(self.default)}" if named else describe(self.annotation)
 
     def accepts(self, value: Any) -> bool:
         """Whether ``value``, as read from YAML, is valid."""
@@ -70,13 +74,15 @@ class Setting:
         if value == "" and self.default != "":
             return False
         try:
-            _adapter(self.annotation).validate_python(value, strict=Path not in _parts(self.annotation))
+            # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions.
+            _adapter(self.annotation).validate_json(json.dumps(value, default=str), strict=True)
         except ValidationError:
             return False
         return True
 
 
-def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dict[str, Setting]:
+@functools.cache
+def settings_of(build: Callable[..., Any], leave_out: tuple[str, ...] = ()) -> Mapping[str, Setting]:
     """Settings of a class or function, in the order of its arguments.
 
     Args:
@@ -97,14 +103,13 @@ def settings_of(build: Callable[..., Any], leave_out: Sequence[str] = ()) -> dic
 
 def _annotations(function: Any) -> dict[str, Any]:
     """Evaluated annotations; Any for names that exist only for type checkers."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, annotation in getattr(function, "__annotations__", {}).items():
         try:
-            if isinstance(annotation, str):
-                annotation = eval(annotation, getattr(function, "__globals__", {}))
+            one = types.SimpleNamespace(__annotations__={name: annotation})
+            found |= get_type_hints(one, getattr(function, "__globals__", {}), include_extras=True)
         except (NameError, TypeError):
-            annotation = Any
-        found[name] = annotation
+            found[name] = Any
     return found
 
 
@@ -117,8 +122,9 @@ def summary_of(build: Callable[..., Any]) -> str:
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
     """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
     texts: dict[str, str] = {}
-    bases = inspect.getmro(build) if isinstance(build, type) else ()
-    parts = [part for base in bases for part in (base, base.__init__)] or [build]
+    parts = [build]
+    if isinstance(build, type):
+        parts = [part for base in build.__mro__ for part in (base, base.__init__)]  # type: ignore[misc]
     for part in map(inspect.getdoc, parts):
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
@@ -134,18 +140,22 @@ def describe(annotation: Any) -> str:
     if is_dataclass(annotation):
         return f"settings: {', '.join(settings_of(annotation))}"  # type: ignore[arg-type]
     if origin is Annotated:
-        return describe(arguments[0]) + _bounds(arguments[1:])
+        words = [part.documentation for part in arguments[1:] if isinstance(part, DocInfo)]
+        return words[0] if words else describe(arguments[0]) + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
-        texts = [describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)]
-        return ", or ".join([*dict.fromkeys(texts), *(["null"] if type(None) in arguments else [])])
+        texts = dict.fromkeys(
+            describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)
+        )
+        known = [text for text in texts if text != _OTHER] or [_OTHER]  # of torch: float | Tensor
+        return ", or ".join([*known, *(["null"] if type(None) in arguments else [])])
     if origin is Literal:
-        return f"one of {', '.join(map(as_typed, arguments))}"
+        return f"{'one of ' if len(arguments) > 1 else ''}{', '.join(map(as_typed, arguments))}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of names to {_plural(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = [a for a in arguments if a is not Ellipsis]
         return f"a list of {_plural(inner[0])}" if len(set(inner)) == 1 else "a list"
-    return _NAMES.get(annotation, "a value")
+    return _NAMES.get(annotation, _OTHER)
 
 
 def as_typed(value: Any) -> str:
@@ -159,6 +169,7 @@ def as_typed(value: Any) -> str:
     return str(value)
 
 
+_OTHER = "a value"
 _NAMES = {
     int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a path", type(None): "null",
 }  # fmt: skip
@@ -188,14 +199,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _parts(annotation: Any) -> set[Any]:
-    return {annotation}.union(*map(_parts, get_args(annotation))) if get_args(annotation) else {annotation}
-
-
 @functools.cache
 def _adapter(annotation: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
+    if is_dataclass(annotation):
+        return TypeAdapter(annotation)
     # YAML reads .inf and .nan as numbers.
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
 

@@ -13,12 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import gm_mlic.datasets
 from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.cli.validation import check
-from gm_mlic.registry import MODELS
+from gm_mlic.registry import DATASETS, MODELS, register_dataset
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 
@@ -268,7 +266,7 @@ def test_errors_of_the_library_name_the_key(
     ("setting", "known"),
     [
         ("model.name=foo", "gm_mlic_paper"), ("dataset.name=foo", "coco2014, custom, nuswide"),
-        ("dataset.name=null", "a string"), ("detector.name=foo", "scenes_tiny, resnet101"),
+        ("dataset.name=null", "one of coco2014"), ("detector.name=foo", "resnet101, scenes_tiny"),
         ("trainer.strategy=fast", "one of auto, ddp"),
     ],
 )  # fmt: skip
@@ -285,6 +283,9 @@ def test_unknown_names_are_rejected_before_the_run_folder_is_created(
 
 def test_registered_names_are_valid(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
-    monkeypatch.setattr(gm_mlic.datasets, "Mine", type("Mine", (Scenes,), {"name": "mine"}), raising=False)
+    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
+    register_dataset("mine")(type("Mine", (Scenes,), {"name": "mine"}))
     register_model("my_model")(type("my_model", (torch.nn.Module,), {"__doc__": "A model."}))
-    check(compose("train", ["model=mil_max", "model.name=my_model", "dataset.name=mine"]))
+    config = compose("train", ["model=my_model", "dataset=mine"])
+    assert (config.model, config.dataset.name) == ({"name": "my_model"}, "mine")
+    assert config.detector.name == "scenes_tiny"  # that of Scenes

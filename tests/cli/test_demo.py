@@ -36,7 +36,7 @@ def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     small = [
         "dataset.sizes={train: 24, val: 8, test: 10}", "trainer.max_epochs=1", "trainer.batch_size=8",
-        "rows.concat.widths=[8,8]", "rows.product.widths=[8,8]", "trainer.accelerator=cpu", "run_dir=demo",
+        "model.widths=[8,8]", "trainer.accelerator=cpu", "run_dir=demo",
     ]  # fmt: skip
     assert run(["demo", *small]) == 0
     printed = capsys.readouterr().out

@@ -129,8 +129,8 @@ def as_srun(arguments: list[str], cwd: Path) -> tuple[str, str]:
 # 31 and 7 images are not divisible by two processes. SGD, because Adam amplifies rounding errors of small gradients.
 TWO = [
     "train", "experiment=scenes_smoke", "dataset.sizes={train: 32, val: 31, test: 7}", "dataset.image_size=96",
-    "model.widths=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=3", "optimizer=paper", "optimizer.lr=0.05",
-    "instances.batch_size=2",
+    "model.widths=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=3", "optimizer=paper", "scheduler=paper",
+    "optimizer.lr=0.05", "instances.batch_size=2",
 ]  # fmt: skip
 
 

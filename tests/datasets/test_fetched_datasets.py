@@ -19,9 +19,9 @@ from PIL import Image
 
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
+from gm_mlic.config import changed_settings
 from gm_mlic.datasets import COCO2014, VOC2007, coco
 from gm_mlic.datasets.voc import LABELS
-from gm_mlic.validation import changed_settings
 
 
 class Quiet(SimpleHTTPRequestHandler):

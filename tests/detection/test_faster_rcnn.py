@@ -135,6 +135,13 @@ def test_narrow_strip(extractor, size):
     assert found.features.isfinite().all()
 
 
+def test_narrow_strip_does_not_change_later_images(images):
+    """The pooling infers the strides of the maps from its first image."""
+    first, second = (build_extractor("scenes_tiny", weights="scenes") for _ in range(2))
+    second([torch.full((3, 2, 3000), 0.4)], m=5)
+    _same(first(images[:1], m=5)[0], second(images[:1], m=5)[0], atol=0)
+
+
 def test_empty_batch(extractor):
     assert extractor([], m=3) == []
 
@@ -215,7 +222,7 @@ def test_gradients_reach_trainable_parts(images, trainable, head, backbone):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"name": "yolo"}, "name is 'yolo'"),
+        ({"name": "yolo"}, "Unknown detector 'yolo'"),
         ({"trainable": "rpn"}, "trainable is 'rpn'"),
         ({"min_size": 8}, "min_size is 8"),
         ({"min_size": 300, "max_size": 200}, "`max_size` 200"),

@@ -124,8 +124,7 @@ def test_gradients_reach_trainable_parts(images, trainable):
         ({"grid_size": 41}, "grid_size is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
         ({"grid_size": 0}, "grid_size is 0"),
         ({"grid_size": 4, "trainable": "box_head"}, "trainable is 'box_head': with `grid_size`"),
-        ({"name": "resnet101"}, "grid_size is required, since resnet101 detects no boxes: set it, for example, to 14"),
-        ({"name": "resnet18", "grid_size": 7}, "name is 'resnet18'"),
+        ({"name": "resnet18", "grid_size": 7}, "Unknown detector 'resnet18'"),
     ],
 )
 def test_invalid_arguments(settings, named):

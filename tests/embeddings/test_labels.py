@@ -308,10 +308,12 @@ def test_arbitrary_labels_can_be_hashed(label: str, dim: int) -> None:
 
 
 def test_invalid_arguments(glove: Path) -> None:
-    assert "name is" in refused(("dog",), "word2vec", error=ConfigError)
+    assert "Unknown embedding 'word2vec'" in refused(("dog",), "word2vec", error=ConfigError)
     assert "oov" in refused(("dog",), "glove", glove, oov="ignore", error=ConfigError)
     assert "path" in refused(("dog",), "glove", error=ConfigError)
     assert "dim" in refused(("dog",), dim=0, error=ConfigError)
+    assert "has no argument 'dim'" in refused(("dog",), "glove", glove, dim=5, error=ConfigError)
+    assert "has no argument 'oov'" in refused(("dog",), oov="zeros", error=ConfigError)
     assert "must be unique and not empty" in refused(("dog", "dog"))
     assert "must be unique and not empty" in refused(())
 

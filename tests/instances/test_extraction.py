@@ -781,7 +781,7 @@ def test_progress_on_a_terminal_is_a_bar(dataset, tmp_path, monkeypatch, capsys)
     extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS | {"progress": True})
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert "files/train" in shown
-    assert "21/21" in shown
+    assert "21 of 21" in shown
 
 
 def test_partial_store_has_the_documented_files(dataset, tmp_path):

@@ -145,6 +145,21 @@ def test_label_cache_gives_equal_results(case: dict[str, Any]) -> None:
     assert_equal(outputs_and_gradients(net, batch, label_cache=cache), outputs_and_gradients(net, batch))
 
 
+def test_label_cache_keeps_products_of_weights() -> None:
+    """They are computed in the first pass without gradients, and are not used with gradients."""
+    case = plain_case()
+    batch, net = dense(graphs(case)), network(case)
+    cache, expected = net.precompute_labels(batch), outputs_and_gradients(net, batch)
+    with torch.no_grad():
+        close(net(batch, cache).logits, expected[0].logits)
+        kept = dict(cache.compositions)
+        assert len(kept) >= 4
+        close(net(batch, cache).logits, expected[0].logits)
+    assert all(cache.compositions[key] is value for key, value in kept.items())
+    assert len(kept) == len(cache.compositions)
+    assert_equal(outputs_and_gradients(net, batch, label_cache=cache), expected)
+
+
 def plain_case(**changes: Any) -> dict[str, Any]:
     net = {"k": 2, "widths": [6, 5], "encoder_width": 6, "fusion": "product", "norm": "all"}
     net |= {"edge_types": ["spatial", "semantic", "matches"]}

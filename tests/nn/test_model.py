@@ -445,7 +445,8 @@ def test_model_accepts_other_labels() -> None:
         ({"edge_types": None}, "^edge_types must be names among .* got None"),
         ({"k": 2.0}, "^k must be a whole number, got 2.0"),
         ({"k": True}, "^k must be a whole number, got True"),
-        ({"widths": 5}, "^widths must be a list of sizes, got 5"),
+        ({"widths": 0}, "^widths must be 1 or more, got 0"),
+        ({"widths": 2.5}, "^widths must be a size or a list of sizes, got 2.5"),
     ],
 )
 def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
@@ -710,3 +711,7 @@ def test_output_of_ones_own() -> None:
     )
     sparse = model()(graph(3, vectors())).cpu()
     assert torch.equal(sparse.to(torch.float32).match_logits, sparse.match_logits.float())
+
+
+def test_one_width_for_all_blocks() -> None:
+    assert GMMLIC(3, 4, k=3, widths=8).widths == GMMLIC(3, 4, k=3, widths=(8, 8, 8)).widths == (8, 8, 8)

@@ -721,7 +721,7 @@ def test_graph_without_the_tables_of_the_model(layout: str) -> None:
         with pytest.raises(ConfigError, match=message):
             GMMLIC(D_O, D_L, widths=(4, 4), **options).double()(as_layout(data, layout))
     del data["instance"].score
-    with pytest.raises(ConfigError, match="reads class words"):
+    with pytest.raises(ConfigError, match="no score and detected_label"):
         GMMLIC(D_O, D_L, widths=(4, 4), class_words=CLASSES).double()(as_layout(data, layout))
 
 

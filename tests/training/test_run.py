@@ -144,7 +144,7 @@ def test_a_folder_with_another_run_is_rejected(run_config: Config, tmp_path: Pat
     "overrides",
     [
         ["optimizer=adamw"],
-        ["optimizer=paper", "optimizer.step_size=1", "model=mil_max", "model.width=8"],
+        ["optimizer=paper", "scheduler=paper", "scheduler.step_size=1", "model=mil_max", "model.width=8"],
         ["instances.num_augmentations=3", "instances.view_size=96", "trainer.ema_decay=0.8"],
         ["graph.layout=sparse", "trainer.early_stopping=1"],
     ],

@@ -25,7 +25,6 @@ from gm_mlic.nn import GMMLIC, MILMax
 from gm_mlic.training import build, run
 from gm_mlic.training.run import build_module
 from gm_mlic.training.trainer import build_trainer
-from gm_mlic.validation import check
 from gm_mlic.zoo import read_checkpoint
 
 Config = Callable[..., DictConfig]
@@ -257,4 +256,4 @@ def test_features_are_fitted_on_the_instances_that_are_trained(model: str) -> No
 )
 def test_invalid_settings(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(compose("train", ["experiment=scenes_smoke", *overrides]))
+        compose("train", ["experiment=scenes_smoke", *overrides])

@@ -22,12 +22,12 @@ SMALL = [
     "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 8, test: 8}", "dataset.image_size=96",
     "detector.min_size=64", "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
 ]  # fmt: skip
-GRID = ["detector.grid_size=4", "detector.max_instances=16", "graph.m=16"]
+GRID = ["detector.grid_size=4"]
 RUNS = {
-    "gap_linear": ["baseline=gap_linear", "detector.grid_size=4"],
-    "ml_gcn": ["baseline=ml_gcn", "detector.grid_size=4"],
-    "ssgrl": ["baseline=ssgrl", "detector.grid_size=4", "model.width=16"],
-    "query2label": ["baseline=query2label", "detector.grid_size=4"],
+    "gap_linear": ["model=gap_linear", "detector.grid_size=4"],
+    "ml_gcn": ["model=ml_gcn", "detector.grid_size=4"],
+    "ssgrl": ["model=ssgrl", "detector.grid_size=4", "model.width=16"],
+    "query2label": ["model=query2label", "detector.grid_size=4"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
@@ -94,7 +94,7 @@ def test_detector_labels(root: Path):
 
 def test_backbone_is_trained_with_the_model(root: Path):
     overrides = [
-        *SMALL, "baseline=ml_gcn", "detector.grid_size=4", "detector.trainable=all", "instances.online=true",
+        *SMALL, "model=ml_gcn", "detector.grid_size=4", "detector.trainable=all", "instances.online=true",
         "instances.view_size=96", f"run_dir={root}/online",
     ]  # fmt: skip
     config = compose("train", overrides)

@@ -91,7 +91,7 @@ def test_a_grid_detector_is_saved(photos: list[Path], tmp_path: Path, small: lis
     """Its weights come from a file, or were trained with the model."""
     weights = tmp_path / "w.safetensors"
     save_detector(build_extractor("scenes_tiny", weights=None, seed=3), weights, "scenes_tiny")
-    settings = [f"detector.weights={weights}", "baseline=gap_linear", "detector.grid_size=3", "trainer.max_epochs=1"]
+    settings = [f"detector.weights={weights}", "model=gap_linear", "detector.grid_size=3", "trainer.max_epochs=1"]
     settings += [f"instances.root={tmp_path}/stores", f"run_dir={tmp_path}/run"]
     settings += ["instances.online=true", "detector.trainable=all"] if trained else []
     run.train(compose("train", [*small, *settings]))

@@ -24,12 +24,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from gm_mlic.cli.compose import CONFIG_MODULE, compose, prepare
+from gm_mlic.cli.compose import CONFIG_MODULE, check, compose, prepare
 from gm_mlic.cli.config_security import check_arguments
 from gm_mlic.cli.environment import prepare_process
 from gm_mlic.cli.help import print_help
-from gm_mlic.cli.settings import fields_of
-from gm_mlic.config import finish
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import config_keys
 from gm_mlic.registry import import_plugins
@@ -39,9 +37,7 @@ log = logging.getLogger(__name__)
 
 _SCRIPT = str(Path(sys.argv[0]).absolute())
 
-# At import, not in run(): processes of a launcher import this module and compose the config of their job.
-prepare_process()
-prepare("train")
+prepare_process()  # at import, not in run(): processes of a launcher only import this module
 
 
 def run(command: str, arguments: list[str], verbose: bool = False) -> None:
@@ -337,7 +333,7 @@ def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[D
     def wrapped(config: DictConfig) -> Any:
         try:
             import_plugins(list(config.get("plugins") or ()))  # in processes of a launcher
-            finish(config, fields_of(command), complete=command != "plan")
+            check(command, config, complete=command != "plan")
             with config_keys(**_KEYS.get(command, {})):
                 return task(config)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
 from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
+from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry, import_plugins
 from gm_mlic.schema import Setting
 
@@ -52,7 +54,36 @@ def compose(
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
-    return finish(config, fields_of(command), complete=complete)
+    return check(command, config, complete=complete)
+
+
+def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:
+    """Complete and check a composed config; returns it.
+
+    Args:
+        command: name of the command.
+        config: the config; it is changed.
+        complete: whether all settings must have a value.
+
+    Raises:
+        ConfigError: as :func:`compose`.
+    """
+    OmegaConf.set_struct(config, False)
+    for group, default in COMMANDS[command].groups.items():  # Hydra leaves out a group without an option
+        if group in SECTIONS and group not in config:
+            if default is not None:
+                raise ConfigError(f"{group} has no value: set it with {group}=OPTION.")
+            config[group] = None
+    finish(config, fields_of(command), complete=complete)
+    strategy = OmegaConf.select(config, "trainer.strategy", default="auto")
+    if strategy != "auto":
+        from gm_mlic.training.trainer import strategies
+
+        if strategy not in strategies():
+            raise ConfigError(f"trainer.strategy={strategy}: expected one of {', '.join(strategies())}.")
+    if complete:
+        COMMANDS[command].exclusions(config)  # type: ignore[arg-type]
+    return config
 
 
 def prepare(command: str, overrides: Sequence[str] = ()) -> None:
@@ -61,15 +92,26 @@ def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
-    store = ConfigStore.instance()
-    store.store(name=command, node=_primary(command))
+    _store_command(command)
     for group in COMMANDS[command].groups:
-        if group in SECTIONS:
-            for option, node in _nodes(group).items():
-                # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
-                store.store(group=group, name=f"_{option}", node=node)
-                if option not in _files(group):
-                    store.store(group=group, name=option, node=node)
+        kind = SECTIONS.get(group)
+        if kind is not None:
+            _store_options(group, kind.builders() if isinstance(kind, Registry) else ())
+
+
+@functools.cache
+def _store_command(command: str) -> None:
+    ConfigStore.instance().store(name=command, node=_primary(command))
+
+
+@functools.cache
+def _store_options(group: str, registered: tuple[Any, ...]) -> None:
+    """Register the options of a group, again only if what is registered has changed."""
+    store = ConfigStore.instance()
+    for option, node in _nodes(group).items():
+        # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
+        for name in {f"_{option}", option} - _files(group):
+            store.store(group=group, name=name, node=node)
 
 
 def options(group: str) -> list[str]:
@@ -79,8 +121,10 @@ def options(group: str) -> list[str]:
     return sorted({*names, *_files(group)})
 
 
-def _files(group: str) -> list[str]:
-    return [file.stem for file in (Path(str(importlib.resources.files(CONFIG_MODULE))) / group).glob("*.yaml")]
+@functools.cache
+def _files(group: str) -> frozenset[str]:
+    folder = Path(str(importlib.resources.files(CONFIG_MODULE)))
+    return frozenset(file.stem for file in (folder / group).glob("*.yaml"))
 
 
 def _nodes(group: str) -> dict[str, dict[str, Any]]:
@@ -132,6 +176,7 @@ def _plugins(overrides: Sequence[str]) -> list[str]:
 
 def _digest(*sections: str, _root_: DictConfig) -> str:
     """Hash of the settings of a config, or of some sections, as eight hex digits."""
+    import_plugins(_root_.get("plugins") or ())  # in processes of a launcher
     content = run_identity(finished_copy(_root_))
     chosen = {key: content[key] for key in sections or content}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()[:8]

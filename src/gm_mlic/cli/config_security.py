@@ -24,12 +24,12 @@ FLAGS = {
 }  # fmt: skip
 #: Keys with a call, at any depth.
 _CALLS = re.compile(r"_target_|_args_|_partial_|_convert_|job_logging|hydra_logging|callbacks")
-#: An interpolation that calls a resolver.
-_RESOLVER = re.compile(r"\$\{\s*[\w.]*\s*:")
+#: An interpolation that calls a resolver, whose name may be an interpolation.
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 #: Sections of Hydra that a custom config may set: sweeps.
 _OF_HYDRA = {"mode", "sweeper"}
-#: Limit on the number of values, which nested YAML aliases can multiply.
-_MOST_VALUES = 100_000
+#: Limits on the number of values, which nested YAML aliases can multiply, and on nesting.
+_MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 def check_arguments(arguments: Sequence[str]) -> list[Path]:
@@ -62,40 +62,49 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder.")
-        for file in sorted((*folder.rglob("*.yaml"), *folder.rglob("*.yml"))):
-            _check_file(file)
+        for file in sorted(folder.rglob("*.yaml")):
+            _check_file(file, folder)
     return folders
 
 
-def _check_file(file: Path) -> None:
+def _check_file(file: Path, folder: Path) -> None:
     try:
         text = file.read_text()
         documents = list(yaml.safe_load_all(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not readable YAML: {' '.join(str(error).split())}") from error
     problem = None
-    if re.search(r"^#\s*@package\s+hydra", text, re.MULTILINE) or "hydra" in file.parent.parts:
+    # The package of a file, to which its keys belong, follows from its header, folder and name.
+    if re.search(r"^#\s*@package\b.*\bhydra", text, re.MULTILINE) or "hydra" in _parts(str(file.relative_to(folder))):
         problem = "changes Hydra"
     for number, (keys, value) in enumerate(_leaves(documents)):
-        path = [part for key in keys for part in re.split(r"[.@/ ]", key) if part]
-        if number > _MOST_VALUES or len(keys) > 50:
+        path = [part for key in keys for part in _parts(key)]
+        if "defaults" in path and isinstance(value, str):  # an entry of a defaults list: GROUP/OPTION@PACKAGE
+            path += _parts(value)
+        of_hydra = path[path.index("hydra") :] if "hydra" in path else []
+        if number > _MOST_VALUES or len(keys) > _DEEPEST:
             problem = "is too large or too deep"
         elif any(map(_CALLS.search, path)):
             problem = f"has the key {'.'.join(path)}"
         elif "plugins" in path:
             problem = "names plugins"
-        elif "hydra" in path and path[path.index("hydra") + 1] not in _OF_HYDRA:
+        elif of_hydra and not _OF_HYDRA.intersection(of_hydra[1:2]):
             problem = f"sets {'.'.join(path)}"
-        elif isinstance(value, str) and (_RESOLVER.search(value) or "_target_" in value):
+        elif _RESOLVER.search(f"{path} {value}") or "_target_" in str(value):
             problem = f"has the call {value!r}"
         if problem is not None:
             raise ConfigError(f"{file}: {problem}, which custom configs may not (docs/reliability.md).")
 
 
+def _parts(key: str) -> list[str]:
+    """Parts of a dotted key, a path, or an entry of a defaults list (``override GROUP@PACKAGE``)."""
+    return [part for part in re.split(r"[.@/ ]", key) if part]
+
+
 def _leaves(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Keys and value of all scalars; keys may be dotted, or entries of a defaults list (override group@package)."""
-    if len(keys) > 50 or not isinstance(tree, (dict, list)) or not tree:
-        yield keys, tree
+    """Keys and value of all scalars."""
+    if len(keys) > _DEEPEST or not isinstance(tree, (dict, list)) or not tree:
+        yield keys, tree if not isinstance(tree, (dict, list)) else None
         return
     for name, value in tree.items() if isinstance(tree, dict) else (("", item) for item in tree):
         yield from _leaves(value, (*keys, str(name)))

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.runs import write_atomically
+from gm_mlic.io import first_line, write_file
 
 _F1 = ("val/CF1", "val/OF1")
 
@@ -98,10 +98,9 @@ def dashboard(config: DictConfig) -> None:
             entity = entity or api.default_entity
             workspace = build_workspace(entity, config.project).save()
         except Exception as error:  # W&B passes on errors of its HTTP library
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"saving the workspace at W&B failed ({reason}): check the network, entity and project, or set "
-                "WANDB_MODE=offline to write its definition to a file."
+                f"saving the workspace at W&B failed ({first_line(error)}): check the network, entity and project, or "
+                "set WANDB_MODE=offline to write its definition to a file."
             ) from error
         print(f"dashboard: {workspace.url}")
         return
@@ -110,8 +109,7 @@ def dashboard(config: DictConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, json.dumps(content, indent=2) + "\n")
+    write_file(out, json.dumps(content, indent=2) + "\n")
     print(f"dashboard: definition in {out}; to save it at W&B, run `wandb login` and then this command again.")
 
 

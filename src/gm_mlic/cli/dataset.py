@@ -9,12 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.progress import track
 
 from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.statistics import statistics, unreadable_images
 from gm_mlic.embeddings import embed_labels
+from gm_mlic.io import Progress
 from gm_mlic.reporting.statistics import cooccurrence_table, labels_table, overview_table, statistics_picture
 from gm_mlic.training import build
 
@@ -63,11 +63,7 @@ def describe(config: DictConfig) -> dict[str, Any]:
 
 
 def _check(dataset: MultiLabelDataset) -> dict[str, str]:
-    def bar(reasons: Iterable[str | None]) -> Iterable[str | None]:
-        title = f"{dataset.split}: reading {len(dataset):,} images"
-        return track(reasons, title, total=len(dataset), console=Console(stderr=True))
-
-    return unreadable_images(dataset, bar)
+    return unreadable_images(dataset, Progress(f"{dataset.split}: reading", "images", len(dataset)).track)
 
 
 def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:

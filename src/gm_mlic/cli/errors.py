@@ -19,6 +19,7 @@ from omegaconf.errors import (
 from gm_mlic.cli.settings import COMMANDS
 from gm_mlic.config import unknown
 from gm_mlic.errors import GMMLICError
+from gm_mlic.io import first_line
 
 _USER_OS_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again to resume",
@@ -126,7 +127,7 @@ def _config_error(error: BaseException, command: str, arguments: Sequence[str]) 
         return _unknown_key(no_match.group(1), command, arguments)
     message = str(error)
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
-        message += f" ({str(error.__cause__).splitlines()[0]})"
+        message += f" ({first_line(error.__cause__)})"
     return re.sub(r"\s+(object|reference)_type=\w+", "", message)
 
 

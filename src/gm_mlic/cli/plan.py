@@ -30,6 +30,7 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances.store import Manifest
 from gm_mlic.optim import build_optimizer
 from gm_mlic.registry import MODELS
+from gm_mlic.reporting.tables import text_table
 from gm_mlic.training import build
 from gm_mlic.training.data import GraphData
 
@@ -280,30 +281,26 @@ def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequ
         "validate": "images",
         "test": "images",
     }
-    n = config.devices
-    phases = Table(title=f"{config.dataset.name}: time on {n} device{'s' * (n > 1)}", title_justify="left")
-    for head in ("phase", "work", "time"):
-        phases.add_column(head, justify="right" if head == "time" else "left")
-    for phase, work in words.items():
-        phases.add_row(phase, f"{result['images'][phase]:,} {work}", duration(result["seconds"][phase]))
-    phases.add_row("total", "", duration(result["seconds"]["total"]))
-    space = Table(title="memory and disk", title_justify="left")
-    for head in ("", "use", "GB"):
-        space.add_column(head, justify="right" if head == "GB" else "left")
+    n, times = config.devices, result["seconds"]
+    phases = [(phase, f"{result['images'][phase]:,} {work}", duration(times[phase])) for phase, work in words.items()]
+    phases.append(("total", "", duration(times["total"])))
     splits = ", ".join(f"{count:,} {split}" for split, count in sizes.images.items())
-    for name, use in (
-        ("memory", f"per device, training with batches of {config.trainer.batch_size}"),
-        ("stores", f"on disk, in {config.instances.root}: {splits}; fastest if they fit into memory"),
-        ("checkpoints", "on disk, in the run folder"),
-    ):
-        space.add_row(name, use, f"{result['bytes'][name] / 1e9:,.2f}")
-    return phases, space
+    uses = {
+        "memory": f"per device, training with batches of {config.trainer.batch_size}",
+        "stores": f"on disk, in {config.instances.root}: {splits}; fastest if they fit into memory",
+        "checkpoints": "on disk, in the run folder",
+    }
+    space = [(name, use, f"{result['bytes'][name] / 1e9:,.2f}") for name, use in uses.items()]
+    title = f"{config.dataset.name}: time on {n} device{'s' * (n > 1)}"
+    return (
+        text_table(title, ("phase", "work", "time"), phases, texts=2),
+        text_table("memory and disk", ("", "use", "GB"), space, texts=2),
+    )
 
 
 def duration(seconds: float) -> str:
     """Duration as text: ``45 s``, ``12 min``, ``3.4 h``, ``2.1 days``."""
-    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+    for limit, unit, digits, name in ((90, 1, 0, "s"), (90 * 60, 60, 0, "min"), (48 * 3600, 3600, 1, "h")):
         if seconds < limit:
-            digits = 1 if unit == 3600 else 0
             return f"{seconds / unit:.{digits}f} {name}"
     return f"{seconds / 86400:.1f} days"

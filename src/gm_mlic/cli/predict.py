@@ -7,19 +7,19 @@ import glob
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gm_mlic.datasets.images import read_image
 from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
+from gm_mlic.io import Progress
 from gm_mlic.reporting.annotated_images import annotated
 from gm_mlic.zoo import LabelPrediction, Prediction, Predictor
 
@@ -66,7 +66,8 @@ def predict(config: DictConfig) -> dict[str, str]:
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(COLUMNS)
         done = 0
-        for prediction in _with_bar(predictor(photos, config.batch_size, skipped), len(photos)):
+        bar = Progress("photos", "photos", len(photos))
+        for prediction in bar.track(predictor(photos, config.batch_size, skipped)):
             found = _top_or_predicted(prediction, config.top, config.threshold)
             line = _as_dict(prediction, found, config.threshold)
             if config.pictures:
@@ -186,10 +187,3 @@ def _draw(prediction: Prediction, found: Sequence[LabelPrediction], path: Path) 
     path.parent.mkdir(exist_ok=True)
     labels = [(item.label, item.probability, item.box) for item in found]
     annotated(read_image(prediction.photo), labels).save(path, quality=90)
-
-
-def _with_bar(predictions: Iterator[Prediction], total: int) -> Iterator[Prediction]:
-    console = Console(stderr=True)
-    columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(predictions, total=total)

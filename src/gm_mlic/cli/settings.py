@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from annotated_types import Gt, Interval, Len
+from annotated_types import DocInfo, Gt, Interval, Len, Predicate
 
+from gm_mlic.errors import ConfigError
 from gm_mlic.schema import Natural, Positive, Probability, Setting, settings_of, summary_of
 
 _DEVICE = Literal["auto", "cpu", "cuda"]
@@ -22,6 +24,14 @@ _RUN: Mapping[str, str | None] = MappingProxyType({
 })  # fmt: skip
 #: Groups that change settings of other groups.
 _PRESETS: Mapping[str, str | None] = MappingProxyType({"experiment": None, "ablation": "full"})
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,10 @@ class Command:
     groups: ClassVar[Mapping[str, str | None]] = MappingProxyType({})
     #: Settings of sections that differ from those of the groups.
     changed: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    @staticmethod
+    def exclusions(config: Mapping[str, Any]) -> None:
+        """Raise ConfigError for settings that exclude each other."""
 
 
 _PLUGINS = Setting(
@@ -202,6 +216,21 @@ class Eval(Command):
     seed: Natural = 0
     run_dir: str = "${gm_mlic.evaluation_of:${checkpoint},${scores}}"
 
+    @staticmethod
+    def exclusions(config: Mapping[str, Any]) -> None:
+        if (config["checkpoint"] is None) == (config["scores"] is None):
+            raise ConfigError("set either checkpoint=FILE, or scores=FILE and targets=FILE.")
+        if config["scores"] is not None and config["targets"] is None:
+            raise ConfigError("targets has no value: set it with targets=FILE (may be the same file as scores).")
+        for key in ("targets", "against", "val_scores", "val_targets"):
+            if config["scores"] is None and config[key] is not None:
+                raise ConfigError(f"{key}={config[key]} needs scores=FILE instead of checkpoint.")
+        for key in ("val_scores", "val_targets"):
+            if config["scores"] is not None and config["calibrate"] and config[key] is None:
+                raise ConfigError(f"calibrate=true fits thresholds on validation images: set {key}=FILE.")
+            if not config["calibrate"] and config[key] is not None:
+                raise ConfigError(f"{key}={config[key]} needs calibrate=true.")
+
 
 @dataclass
 class Predict(Command):
@@ -293,7 +322,7 @@ class Serve(Command):
 
     checkpoint: str
     embedding: NewLabels = NewLabels()
-    host: str = "127.0.0.1"
+    host: Annotated[str, Predicate(_is_address), DocInfo("an IP address, e.g. 127.0.0.1")] = "127.0.0.1"
     port: Annotated[int, Interval(ge=0, le=65535)] = 7860
     device: _DEVICE = "auto"
     detector: Moved = Moved()
@@ -337,7 +366,7 @@ class Export(Command):
     labels: str | Annotated[Sequence[str], Len(1)] | None = None
     embedding: NewLabels = NewLabels()
     license: str | None = None
-    push: str | None = None
+    push: Annotated[str, Predicate(lambda v: v.count("/") == 1), DocInfo("USER/NAME")] | None = None
     private: bool = True
     detector: Moved = Moved()
 
@@ -534,7 +563,7 @@ WITHOUT_FOLDER = ("explain", "serve", "export", "plan", "runs", "report", "dashb
 
 def fields_of(command: str) -> dict[str, Setting]:
     """Settings of a command outside of its config groups."""
-    own = settings_of(COMMANDS[command])
+    own = settings_of(COMMANDS[command])  # type: ignore[arg-type]
     return {n: replace(s, text=s.text.replace("{checkpoint}", _CHECKPOINT)) for n, s in own.items()} | {
         "plugins": _PLUGINS
     }

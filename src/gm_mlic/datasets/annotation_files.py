@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from gm_mlic.datasets import coco_format
 from gm_mlic.errors import DataError
+from gm_mlic.io import few
 
 Box = tuple[float, float, float, float]
 
@@ -219,10 +220,9 @@ def _open_table(source: Path, text: str, form: TableFormat) -> tuple[list[str], 
         fitting = fitting[:1]  # a single column, under any delimiter
     if not fitting:
         header = max(headers.values(), key=len)
-        columns = ", ".join(header[:6]) + (", ..." if len(header) > 6 else "")
         raise DataError(
-            f"{source} has no column {form.file!r} in its first line ({columns}): set `columns['file']` to the column "
-            f"with the file names{close_to(form.file, header)}"
+            f"{source} has no column {form.file!r} in its first line ({few(header, 6)}): set `columns['file']` to the "
+            f"column with the file names{close_to(form.file, header)}"
         )
     if len(fitting) > 1:
         names = " or ".join(_DELIMITERS[delimiter] for delimiter in fitting)

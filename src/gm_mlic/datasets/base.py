@@ -7,13 +7,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from gm_mlic.errors import DataError
+from gm_mlic.io import few
 from gm_mlic.targets import first_other_value, normalize_targets
 
 
@@ -27,6 +30,11 @@ class BoxAnnotations:
 
     boxes: Tensor
     labels: Tensor
+
+    @classmethod
+    def of(cls, boxes: Sequence[tuple[float, float, float, float]], labels: Sequence[int]) -> BoxAnnotations:
+        """Boxes and labels from lists, which may be empty."""
+        return cls(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64))
 
 
 class MultiLabelDataset(ABC):
@@ -94,6 +102,17 @@ def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.
     """
     present, _ = normalize_targets(targets, difficult)
     return np.asarray(present.mean(axis=0), dtype=np.float64)
+
+
+def check_images(folder: Path, names: Sequence[str], listed_in: str) -> None:
+    """Raise :class:`DataError` if an image does not exist in the folder. The folder is listed once, which is fast."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [name for name in names if name not in present and not (folder / name).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} images of {listed_in} are missing in {folder} ({few(missing)}): extract "
+            "the archive again, or set `download=True`."
+        )
 
 
 def check_targets(

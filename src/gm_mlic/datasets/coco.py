@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
-from gm_mlic.datasets.coco_format import Photo, load, parse, read_photo
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
+from gm_mlic.datasets.coco_format import load, parse, read_photo
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import DataError, check_choice
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural
+from gm_mlic.schema import Fraction, Natural, Url
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -97,14 +96,10 @@ class COCO2014(MultiLabelDataset):
         unlabeled: Literal["drop", "keep"] = "drop",
         label_order: Literal["name", "id"] = "name",
         download: bool = False,
-        mirror: str | None = None,
+        mirror: Url | None = None,
     ) -> None:
-        for key, value, allowed in (
-            ("unlabeled", unlabeled, ("drop", "keep")),
-            ("label_order", label_order, ("name", "id")),
-        ):
-            if value not in allowed:
-                raise ArgumentError(key, f"is {value!r}: choose one of {', '.join(allowed)}.")
+        check_choice("unlabeled", unlabeled, ("drop", "keep"))
+        check_choice("label_order", label_order, ("name", "id"))
         check_split(split, val_fraction)
         self.split = split
         self.root = Path(root)
@@ -123,7 +118,7 @@ class COCO2014(MultiLabelDataset):
         labels, photos = parse(load(source), source, label_order)
         chosen = [photos[i] for i in sorted(photos) if unlabeled == "keep" or photos[i].labels]
         chosen = [chosen[row] for row in rows_of(split, len(chosen), val_fraction, seed)]
-        _check_files(chosen, self.folder, source)
+        check_images(self.folder, [photo.file_name for photo in chosen], str(source))
 
         self.labels = labels
         self.ids = tuple(str(photo.id) for photo in chosen)
@@ -145,16 +140,3 @@ class COCO2014(MultiLabelDataset):
     def boxes(self, i: int) -> BoxAnnotations:
         """Object boxes of row ``i`` without crowd regions; possibly empty."""
         return self._chosen[i].box_annotations()
-
-
-def _check_files(photos: list[Photo], folder: Path, source: Path) -> None:
-    # Listing the folder once is far cheaper than tens of thousands of lookups.
-    with os.scandir(folder) as entries:
-        present = {entry.name for entry in entries}
-    missing = [p.file_name for p in photos if p.file_name not in present and not (folder / p.file_name).is_file()]
-    if missing:
-        first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise DataError(
-            f"{len(missing)} of {len(photos)} images of {source} are missing in {folder} ({first}): "
-            "extract the archive again, or remove them from the annotation file."
-        )

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations
@@ -37,10 +36,7 @@ class Photo:
 
     def box_annotations(self) -> BoxAnnotations:
         """Boxes as :class:`BoxAnnotations`."""
-        return BoxAnnotations(
-            boxes=torch.tensor(self.boxes, dtype=torch.float32).reshape(-1, 4),
-            labels=torch.tensor(self.box_labels, dtype=torch.int64),
-        )
+        return BoxAnnotations.of(self.boxes, self.box_labels)
 
 
 def load(source: Path) -> dict[str, Any]:
@@ -91,11 +87,7 @@ def read_photo(folder: Path, photo: Photo) -> Image.Image:
     """
     path = folder / photo.file_name
     image = read_image(path)
-    if image.size != (photo.width, photo.height):
-        raise DataError(
-            f"Image {path} is {image.width} x {image.height} pixels, but its annotation (image id {photo.id}) has "
-            f"{photo.width} x {photo.height}: correct the annotation or replace the image."
-        )
+    check_size(path, image.size, (photo.width, photo.height), f"its annotation (image id {photo.id})")
     return image
 
 
@@ -103,6 +95,15 @@ def leaves_folder(file_name: str) -> bool:
     """Whether an annotated file name could point outside the image folder, on any operating system."""
     parts = PurePosixPath(file_name)
     return parts.is_absolute() or ".." in parts.parts or "\\" in file_name or ":" in file_name
+
+
+def check_size(path: Path, size: tuple[int, int], annotated: tuple[int, int], where: str) -> None:
+    """Raise :class:`DataError` if the (width, height) of an image differs from the annotated one."""
+    if size != annotated:
+        raise DataError(
+            f"Image {path} is {size[0]} x {size[1]} pixels, but {where} has {annotated[0]} x {annotated[1]}: correct "
+            "the annotation or replace the image."
+        )
 
 
 def clip_box(

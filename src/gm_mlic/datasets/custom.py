@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 from gm_mlic.datasets.annotation_files import (
@@ -25,10 +24,11 @@ from gm_mlic.datasets.annotation_files import (
     read_text,
 )
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
-from gm_mlic.datasets.coco_format import clip_box, leaves_folder
+from gm_mlic.datasets.coco_format import check_size, clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
-from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
+from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
+from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
 from gm_mlic.schema import Fraction, Natural
 
@@ -126,12 +126,8 @@ class CustomDataset(MultiLabelDataset):
         seed: Natural = 0,
     ) -> None:
         check_split(split, val_fraction)
-        for key, value, allowed in (
-            ("target_format", target_format, ("binary", "voc")),
-            ("missing", missing, ("error", "drop")),
-        ):
-            if value not in allowed:
-                raise ArgumentError(key, f"is {value!r}: choose one of {', '.join(allowed)}.")
+        check_choice("target_format", target_format, ("binary", "voc"))
+        check_choice("missing", missing, ("error", "drop"))
         if not 0.0 <= test_fraction < 1.0:
             raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
         if not separator:
@@ -167,8 +163,7 @@ class CustomDataset(MultiLabelDataset):
         absent = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
         if absent:
             message = f"{len(absent)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
-            examples = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-            examples += _similar_file(self.root, absent[0])
+            examples = few(absent) + _similar_file(self.root, absent[0])
             if missing == "error" or len(absent) == len(chosen):
                 raise DataError(f"{message} ({examples}): restore them, or drop them with `missing='drop'`.")
             log.warning("%s and are dropped: %s", message, examples)
@@ -194,11 +189,8 @@ class CustomDataset(MultiLabelDataset):
         """
         row = self._rows[i]
         image = read_image(self.root / row.file)
-        if row.size is not None and image.size != row.size:
-            raise DataError(
-                f"Image {self.root / row.file} is {image.width} x {image.height} pixels, but {row.where} has "
-                f"{row.size[0]} x {row.size[1]}: correct the annotation or replace the image."
-            )
+        if row.size is not None:
+            check_size(self.root / row.file, image.size, row.size, row.where)
         return image
 
     def boxes(self, i: int) -> BoxAnnotations | None:
@@ -218,10 +210,7 @@ class CustomDataset(MultiLabelDataset):
                 return None
             clipped = [(clip_box(box, size, f"{row.where} has the box {list(box)}"), label) for box, label in boxes]
             boxes = tuple((box, label) for box, label in clipped if box is not None)
-        return BoxAnnotations(
-            boxes=torch.tensor([box for box, _ in boxes], dtype=torch.float32).reshape(-1, 4),
-            labels=torch.tensor([self.labels.index(label) for _, label in boxes], dtype=torch.int64),
-        )
+        return BoxAnnotations.of([box for box, _ in boxes], [self.labels.index(label) for _, label in boxes])
 
 
 # ---- Reading ----
@@ -355,8 +344,7 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     """Warn about unused labels and probable separators inside labels."""
     never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
     if never:
-        examples = ", ".join(never[:10]) + (", ..." if len(never) > 10 else "")
-        log.warning("%d labels occur in no image: %s", len(never), examples)
+        log.warning("%d labels occur in no image: %s", len(never), few(never, 10))
     joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
     if joined:
         log.warning(

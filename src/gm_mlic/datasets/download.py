@@ -2,9 +2,8 @@
 
 A call that is interrupted at any point, even by ``kill -9``, is resumed by calling it again:
 
-- Bytes are appended to ``downloads/NAME.part``. ``NAME.part.json`` records the version of the remote file, so that a
-  transfer resumes only with bytes of the same version.
-- ``NAME`` exists only after its hash was verified.
+- Bytes are appended to ``downloads/NAME.part``. ``NAME`` exists only after its hash was verified. If the hash is wrong
+  since the bytes of an earlier call are of another version of the file, the download restarts.
 - Archives are unpacked to ``.NAME.unpacking`` inside the target folder, so that moving needs no copying. When all
   members are checked and written, this folder is renamed to ``.NAME.moving`` and its content is moved into place.
   Before ``.NAME.moving`` exists, no target file is touched; while it exists, the move must be completed.
@@ -16,11 +15,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import http.client
-import json
 import logging
 import lzma
-import re
 import shutil
 import ssl
 import stat
@@ -31,20 +27,22 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import TracebackType
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gm_mlic._version import __version__
 from gm_mlic.errors import DataError
+from gm_mlic.io import Progress, first_line, unpacked_limit
 
 log = logging.getLogger(__name__)
 
@@ -56,19 +54,25 @@ TIMEOUT_S = 30.0
 #: bytes.
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 GAIN = 1 << 20
-#: Seconds between progress log lines without a terminal.
-LOG_S = 10.0
-
-#: Limits against decompression bombs: number of members; growth factor, applied above ``ALWAYS_FINE`` bytes. (MS-COCO's
-#: largest archive has 82,783 photos; annotations compress to a tenth, photos not at all.)
+#: Largest number of members of an archive; MS-COCO's largest has 82,783 photos.
 MAX_MEMBERS = 2_000_000
-MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
 
 _CHUNK = 1 << 18
 #: HTTP status codes that are worth a retry.
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 #: File system errors caused by invalid member names.
 _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTEMPTY}
+#: Errors of the readers for damaged archives; RuntimeError for encrypted zip files and unsupported compression.
+_DAMAGES = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    ValueError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Archive:
 
     Attributes:
         url: address; the last part of its path is the file name.
-        hash: ``md5:HEX`` or ``sha256:HEX`` of the archive.
+        hash: ``md5:HEX`` or ``sha256:HEX`` of the archive, in lower case.
         size: expected size in bytes, used in messages and for progress if the server sends no size; not verified.
         into: folder, relative to the root, in which it is unpacked.
         holds: paths, relative to the root, that exist once it is unpacked. The last file of the archive is a better
@@ -90,12 +94,6 @@ class Archive:
     into: str = "."
     holds: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}", self.hash):
-            raise ValueError(f"hash={self.hash!r}: expected md5: and 32, or sha256: and 64 lower-case hex digits")
-        if not self.name or not self.holds:
-            raise ValueError(f"{self.url}: url must end in a file name, and holds must not be empty")
-
     @property
     def name(self) -> str:
         """The archive's file name."""
@@ -106,9 +104,8 @@ def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = No
     """Download missing archives and unpack them under ``root``. Does nothing if all are unpacked.
 
     An archive in ``root`` or ``root/downloads`` is used after its hash was verified. Otherwise it is downloaded to
-    ``root/downloads``. An earlier transfer is resumed if the server supports HTTP Range and the file has not changed;
-    a broken transfer is retried (see :data:`WAITS_S`). Archives are kept. Other processes that fetch to the same root
-    wait.
+    ``root/downloads``. An earlier transfer is resumed if the server supports HTTP Range; a broken transfer is retried
+    (see :data:`WAITS_S`). Archives are kept. Other processes that fetch to the same root wait.
 
     Args:
         archives: archives in download order.
@@ -132,18 +129,13 @@ def fetch(archives: Sequence[Archive], root: str | Path, mirror: str | None = No
         raise DataError(f"{folder} cannot be created, a file is in the way: choose another `root`.") from error
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         log.warning("Waiting for another process that downloads to %s.", root)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         for archive in archives:
             _fetch(archive, root, folder)
-    except KeyboardInterrupt:
-        log.warning("Interrupted. Run the same command again to resume the download to %s.", folder)
-        raise
-    finally:
-        lock.release()
 
 
 def unpack(archive_file: str | Path, into: str | Path) -> None:
@@ -172,21 +164,12 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
         shutil.rmtree(staging)
     staging.mkdir()
     try:
-        with archive_file.open("rb") as raw, _Meter(f"Unpacking {archive_file.name}") as meter:
-            meter.start(0, archive_file.stat().st_size)
-            if archive_file.suffix.lower() == ".zip":
-                _unpack_zip(raw, archive_file, staging, meter)
-            else:
-                _unpack_tar(raw, archive_file, staging, meter)
+        _unpack(archive_file, staging)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None and error.errno not in _BAD_NAME:
-            raise  # a disk error, not a damaged archive
-        # RuntimeError: encrypted zip; NotImplementedError: unsupported compression
-        damage = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
-        if isinstance(error, (*damage, ValueError, RuntimeError)):
-            why = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
-            raise DataError(f"{archive_file} cannot be unpacked ({why}): download it again.") from error
+        is_disk_error = isinstance(error, OSError) and error.errno is not None and error.errno not in _BAD_NAME
+        if isinstance(error, _DAMAGES) and not is_disk_error:
+            raise DataError(f"{archive_file} cannot be unpacked ({first_line(error)}): download it again.") from error
         raise
     staging.rename(_moving(into, archive_file.name))
     _finish_move(into, archive_file.name)
@@ -204,17 +187,14 @@ def _fetch(archive: Archive, root: Path, folder: Path) -> None:
     _finish_move(into, archive.name)
     if _is_unpacked(archive, root):
         return
-    for file in (root / archive.name, folder / archive.name):
-        if file.is_file():
-            digest = _digest(file, archive)
-            if digest != archive.hash:
-                raise DataError(
-                    f"{file} has the wrong hash {digest}, expected {archive.hash}: remove it and run the same command "
-                    "again to download it."
-                )
-            break
-    else:
+    file = next((file for file in (root / archive.name, folder / archive.name) if file.is_file()), None)
+    if file is None:
         file = _download(archive, folder)
+    elif (digest := _digest(file, archive)) != archive.hash:
+        raise DataError(
+            f"{file} has the wrong hash {digest}, expected {archive.hash}: remove it and run the same command again to "
+            "download it."
+        )
     unpack(file, into)
     missing = [path for path in archive.holds if not (root / path).exists()]
     if missing:
@@ -226,11 +206,10 @@ def _digest(file: Path, archive: Archive) -> str:
     """Hash of the file, in the format of ``archive.hash``."""
     algorithm = archive.hash.partition(":")[0]
     digest = hashlib.new(algorithm, usedforsecurity=False)
-    with file.open("rb") as raw, _Meter(f"Checking {file.name}") as meter:
-        meter.start(0, file.stat().st_size)
+    with file.open("rb") as raw, Progress(f"Checking {file.name}", "bytes", file.stat().st_size, log=log) as bar:
         while chunk := raw.read(_CHUNK):
             digest.update(chunk)
-            meter.advance(len(chunk))
+            bar.advance(len(chunk))
     return f"{algorithm}:{digest.hexdigest()}"
 
 
@@ -241,159 +220,95 @@ class _Broken(Exception):  # noqa: N818 - retried, not yet an error
     """A transfer failed and may succeed on retry."""
 
 
-@dataclass(frozen=True)
-class _Version:
-    """Version of the remote file that a ``.part`` file belongs to."""
-
-    url: str
-    etag: str | None
-    modified: str | None
-    size: int | None
-
-    @classmethod
-    def of(cls, url: str, headers: Any, size: int | None) -> _Version:
-        return cls(url, headers.get("ETag"), headers.get("Last-Modified"), size)
-
-    @classmethod
-    def read(cls, file: Path) -> _Version | None:
-        try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # missing, or truncated when a process was killed
-            return None
-
-    def write(self, file: Path) -> None:
-        file.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-
-    @property
-    def validator(self) -> str | None:
-        """Value for ``If-Range``; weak ETags do not guarantee equal bytes."""
-        return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
-
-    def differs_from(self, version: _Version) -> bool:
-        """Whether any field that both versions have differs."""
-        pairs = ((self.etag, version.etag), (self.modified, version.modified), (self.size, version.size))
-        return any(a is not None and b is not None and a != b for a, b in pairs)
-
-
 def _download(archive: Archive, folder: Path) -> Path:
     """Download to ``folder``, resuming a partial file; returns the verified file."""
     part = folder / f"{archive.name}.part"
-    note = folder / f"{archive.name}.part.json"
-    furthest = _size(part)
-    failures = 0
     log.info("Downloading %s to %s.", archive.url, folder)
-    with _Meter(archive.name) as meter:
-        while True:
-            try:
-                _transfer(archive, part, note, meter)
-                break
-            except _Broken as broken:
-                if _size(part) >= furthest + GAIN:
-                    furthest, failures = _size(part), 0
-                if failures == len(WAITS_S):
-                    raise DataError(
-                        f"{archive.url} could not be downloaded ({broken}): {decimal(_size(part))} are kept; run the "
-                        f"same command again to resume, or download it manually to {folder}."
-                    ) from broken
-                log.warning("%s: %s; retrying in %.0f s.", archive.name, broken, WAITS_S[failures])
-                time.sleep(WAITS_S[failures])
-                failures += 1
-    digest = _digest(part, archive)
-    if digest != archive.hash:
-        size = f"{part.stat().st_size:,} bytes" + (f", expected about {archive.size:,}" if archive.size else "")
+    while True:
+        resumed = _size(part) > 0
+        _transfer_with_retries(archive, part)
+        digest, size = _digest(part, archive), part.stat().st_size
+        if digest == archive.hash:
+            return part.replace(folder / archive.name)
         part.unlink()
-        note.unlink(missing_ok=True)
-        raise DataError(
-            f"{archive.url} has the wrong hash {digest}, expected {archive.hash} ({size}), and was deleted: try again "
-            f"later, or download it manually to {folder}."
-        )
-    file = part.with_name(archive.name)
-    part.replace(file)
-    note.unlink(missing_ok=True)  # after the rename: a part without its note restarts from zero
-    return file
+        if not resumed:
+            expected = f", expected about {archive.size:,}" if archive.size else ""
+            raise DataError(
+                f"{archive.url} has the wrong hash {digest}, expected {archive.hash} ({size:,} bytes{expected}), and "
+                f"was deleted: try again later, or download it manually to {folder}."
+            )
+        log.warning("%s: wrong hash after resuming; the remote file may have changed, restarting.", archive.name)
 
 
-def _transfer(archive: Archive, part: Path, note: Path, meter: _Meter) -> None:
-    """Download the remaining bytes of ``part`` in one attempt."""
-    version = _Version.read(note)
-    done = _size(part) if version and version.url == archive.url else 0
-    if version and done and done == version.size:
-        return
-    headers = {"User-Agent": f"gm-mlic/{__version__}"}
-    if version and done:
-        headers["Range"] = f"bytes={done}-"
-        if version.validator:
-            headers["If-Range"] = version.validator
-    try:
-        response = _open(archive, part, urllib.request.Request(archive.url, headers=headers))
-    except _NoSuchRange as error:
-        if error.size == done:  # complete; the server had not sent the size
-            return
-        part.unlink(missing_ok=True)
-        raise _Broken("the remote file is shorter than before") from error
+def _transfer_with_retries(archive: Archive, part: Path) -> None:
+    furthest, waits = _size(part), iter(WAITS_S)
+    while True:
+        try:
+            return _transfer(archive, part)
+        except _Broken as broken:
+            done = _size(part)
+            if done >= furthest + GAIN:
+                furthest, waits = done, iter(WAITS_S)
+            wait = next(waits, None)
+            if wait is None:
+                raise DataError(
+                    f"{archive.url} could not be downloaded ({broken}): {decimal(done)} are kept; run the same command "
+                    f"again to resume, or download it manually to {part.parent}."
+                ) from broken
+            log.warning("%s: %s; retrying in %.0f s.", archive.name, broken, wait)
+            time.sleep(wait)
+
+
+def _transfer(archive: Archive, part: Path) -> None:
+    """Append the missing bytes to ``part`` in one attempt."""
+    done = _size(part)
+    headers = {"User-Agent": f"gm-mlic/{__version__}"} | ({"Range": f"bytes={done}-"} if done else {})
+    with _network(archive, part):
+        try:
+            response = urllib.request.urlopen(urllib.request.Request(archive.url, headers=headers), timeout=TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if done and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # no bytes are missing
+            raise
     with response:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
-        if response.status == http.client.PARTIAL_CONTENT:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-            start, whole = (int(span[1]), span[2]) if span else (None, "*")
-            total = int(whole) if whole != "*" else None if total is None else done + total
-            # some servers support Range but ignore If-Range
-            remote = _Version.of(archive.url, response.headers, total)
-            if start != done or version is None or version.differs_from(remote):
-                part.unlink(missing_ok=True)
-                raise _Broken("the remote file has changed")
+        if response.status == HTTPStatus.PARTIAL_CONTENT:
             log.info("%s: resuming at %s.", archive.name, decimal(done))
         else:
             if done:
                 log.info("%s: the server does not resume this transfer; restarting.", archive.name)
+            part.unlink(missing_ok=True)
             done = 0
-            part.unlink(missing_ok=True)  # before the note: bytes and note must be of the same version
-            _Version.of(archive.url, response.headers, total).write(note)
-        meter.start(done, total if total is not None else archive.size)
-        with part.open("ab") as file:
-            while chunk := _read(response):
+        length = response.headers.get("Content-Length", "")
+        total = done + int(length) if length.isdigit() else None
+        with part.open("ab") as file, Progress(archive.name, "bytes", total or archive.size, done, log) as bar:
+            while True:
+                with _network(archive, part):
+                    chunk = response.read1(_CHUNK)
+                if not chunk:
+                    break
                 file.write(chunk)
-                done += len(chunk)
-                meter.advance(len(chunk))
-    if total is not None and done < total:
-        raise _Broken(f"the connection was closed after {done:,} of {total:,} bytes")
+                bar.advance(len(chunk))
+    if total is not None and bar.done < total:
+        raise _Broken(f"the connection was closed after {bar.done:,} of {total:,} bytes")
 
 
-class _NoSuchRange(Exception):  # noqa: N818 - a response, not an error
-    """HTTP 416, with the size of the remote file if sent."""
-
-    def __init__(self, size: int | None) -> None:
-        self.size = size
-
-
-def _open(archive: Archive, part: Path, request: urllib.request.Request) -> http.client.HTTPResponse:
-    remedy = f"check the connection, or download it manually to {part.parent}."
+@contextmanager
+def _network(archive: Archive, part: Path) -> Iterator[None]:
+    """Context manager that converts network errors: to _Broken if a retry may succeed, else to DataError."""
     try:
-        response: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_S)
-        return response
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and request.has_header("Range"):
-                size = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
-                raise _NoSuchRange(int(size[1]) if size else None) from error
-            answer = f"HTTP {error.code} {error.reason}"
-        if error.code in _PASSING:
-            raise _Broken(answer) from error
-        raise DataError(f"{archive.url} could not be downloaded ({answer}): {remedy}") from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLCertVerificationError):
-            raise DataError(f"{archive.url} could not be downloaded ({error.reason}): {remedy}") from error
-        raise _Broken(str(error.reason)) from error
-    except (OSError, http.client.HTTPException) as error:  # while the response headers were read
-        raise _Broken(str(error) or type(error).__name__) from error
-
-
-def _read(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read1(_CHUNK)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Broken(f"the connection failed: {str(error) or type(error).__name__}") from error
+        yield
+    except (OSError, HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            reason, final = f"HTTP {error.code} {error.reason}", error.code not in _PASSING
+        else:
+            cause = getattr(error, "reason", error)  # of URLError
+            reason, final = first_line(cause), isinstance(cause, ssl.SSLCertVerificationError)
+        if not final:
+            raise _Broken(reason) from error
+        raise DataError(
+            f"{archive.url} could not be downloaded ({reason}): check the connection, or download it manually to "
+            f"{part.parent}."
+        ) from error
 
 
 def _size(file: Path) -> int:
@@ -403,79 +318,56 @@ def _size(file: Path) -> int:
 # --- unpacking ---
 
 
-def _checked(name: str, archive_file: Path) -> PurePosixPath:
-    """Member name as a relative path without ``..``, on every system."""
-    path = PureWindowsPath(name)  # handles both slashes and drive letters
-    if path.anchor or ".." in path.parts or "\0" in name:
-        raise DataError(
-            f"{archive_file} is not safe to unpack: its member {name!r} points outside the folder. Nothing was "
-            "unpacked; download the archive from its official source."
-        )
-    return PurePosixPath(*path.parts)
+def _unpack(archive_file: Path, folder: Path) -> None:
+    """Check and extract all members."""
+    is_zip, limit, count, total = archive_file.suffix.lower() == ".zip", unpacked_limit(archive_file), 0, 0
+    progress = Progress(f"Unpacking {archive_file.name}", "bytes", archive_file.stat().st_size, log=log)
+    with archive_file.open("rb") as raw, progress as bar:
+        for name, size, is_plain, extract in (_zip_members if is_zip else _tar_members)(raw):
+            if count == MAX_MEMBERS or total + size > limit:
+                raise DataError(
+                    f"{archive_file} would unpack to more than {count:,} files and {decimal(total)}: it is refused as "
+                    "a decompression bomb."
+                )
+            count, total = count + 1, total + size
+            path = PureWindowsPath(name)  # handles both slashes and drive letters
+            is_outside = bool(path.anchor) or ".." in path.parts or "\0" in name
+            if is_outside or not is_plain:
+                problem = "points outside the folder" if is_outside else "is a link or a device, not a file or a folder"
+                raise DataError(
+                    f"{archive_file} is not safe to unpack: its member {name!r} {problem}. Nothing was unpacked; "
+                    "download the archive from its official source."
+                )
+            extract(path=folder)
+            bar.advance(raw.tell() - bar.done)
 
 
-def _refuse(name: str, archive_file: Path) -> DataError:
-    return DataError(
-        f"{archive_file} is not safe to unpack: its member {name!r} is a link or a device, not a file or a folder. "
-        "Nothing was unpacked; download the archive from its official source."
-    )
+#: Name of a member, its size in bytes, whether it is a file or folder, and the function that extracts it.
+_Member = tuple[str, int, bool, Callable[..., Any]]
 
 
-class _SizeLimit:
-    """Counter of unpacked files and bytes that refuses decompression bombs before the member is written."""
-
-    def __init__(self, archive_file: Path) -> None:
-        self.archive_file, self.members, self.bytes = archive_file, 0, 0
-        self.limit = max(ALWAYS_FINE, MAX_GROWTH * archive_file.stat().st_size)
-
-    def add(self, size: int) -> None:
-        self.members += 1
-        self.bytes += size
-        if self.members > MAX_MEMBERS or self.bytes > self.limit:
-            raise DataError(
-                f"{self.archive_file} would unpack to more than {self.members - 1:,} files and "
-                f"{decimal(self.bytes - size)}: it is refused as a decompression bomb."
-            )
-
-
-def _unpack_tar(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) -> None:
+def _tar_members(raw: BinaryIO) -> Iterator[_Member]:
     if not hasattr(tarfile, "data_filter"):
         version = ".".join(map(str, sys.version_info[:3]))
         raise DataError(
-            f"Python {version} cannot unpack {archive_file} safely: update to 3.10.12, 3.11.4, 3.12 or later, or "
-            "unpack it manually."
+            f"Python {version} cannot unpack {raw.name} safely: update to 3.10.12, 3.11.4, 3.12 or later, or unpack it "
+            "manually."
         )
-    size = _SizeLimit(archive_file)
     with tarfile.open(fileobj=raw, mode="r:*") as tar:
         for member in tar:
-            size.add(member.size)
-            # Stricter than filter="data", which makes absolute names relative and allows internal links; these could
-            # escape the folder in Python releases before June 2025.
-            _checked(member.name, archive_file)
-            if not (member.isreg() or member.isdir()):
-                raise _refuse(member.name, archive_file)
-            tar.extract(member, folder, filter="data")
-            meter.at(raw.tell())
+            # filter="data" alone would make absolute names relative and allow internal links, which could escape the
+            # folder in Python releases before June 2025
+            is_plain = member.isreg() or member.isdir()
+            yield member.name, member.size, is_plain, partial(tar.extract, member, filter="data")
         while tar.fileobj is not None and tar.fileobj.read(_CHUNK):
             pass  # the checksum of a compressed tar follows its last member
 
 
-def _unpack_zip(raw: BinaryIO, archive_file: Path, folder: Path, meter: _Meter) -> None:
-    size = _SizeLimit(archive_file)
+def _zip_members(raw: BinaryIO) -> Iterator[_Member]:
     with zipfile.ZipFile(raw) as archive:
         for member in archive.infolist():
-            size.add(member.file_size)
-            target = folder / _checked(member.filename, archive_file)
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refuse(member.filename, archive_file)
-            if member.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, target.open("wb") as out:
-                shutil.copyfileobj(source, out, _CHUNK)
-            meter.at(raw.tell())
+            is_plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+            yield member.filename, member.file_size, is_plain, partial(archive.extract, member)
 
 
 def _moving(into: Path, name: str) -> Path:
@@ -500,52 +392,3 @@ def _merge(source: Path, target: Path) -> None:
             raise DataError(f"{place} is in the way: remove it and run the same command again to resume.")
         else:
             shutil.move(entry, place)  # a rename, unless a folder is a link to another disk
-
-
-class _Meter:
-    """Progress in bytes, with speed and remaining time: a bar on a terminal, else a log line every 10 s."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        console = Console(stderr=True)
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self.task = self.bar.add_task(what, total=None)
-        self.start(0, None)
-
-    def __enter__(self) -> _Meter:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def start(self, done: int, total: int | None) -> None:
-        """Start or restart with ``done`` bytes already complete."""
-        self.done = self.resumed = done
-        self.total = total
-        self.began = self.logged = time.monotonic()
-        if self.bar is not None:
-            self.bar.reset(self.task, total=total, completed=done)
-
-    def at(self, done: int) -> None:
-        self.advance(done - self.done)
-
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.done)
-        elif now - self.logged > LOG_S:
-            speed = max(self.done - self.resumed, 1) / (now - self.began)
-            of, left = "", ""
-            if self.total is not None:
-                of, left = f" of {decimal(self.total)}", f", {max(self.total - self.done, 0) / speed:.0f} s left"
-            log.info("%s: %s%s, %s/s%s", self.what, decimal(self.done), of, decimal(int(speed)), left)
-            self.logged = now

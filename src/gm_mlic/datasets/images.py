@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gm_mlic.errors import UnreadableImage
+from gm_mlic.io import first_line
 
 #: Larger images are refused before decoding: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
 MAX_PIXELS = 100_000_000
@@ -86,7 +87,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise UnreadableImage(
                 f"Image {path} does not exist: restore the file or remove it from the list."
             ) from error
-        raise UnreadableImage(f"Image {path} cannot be opened ({_reason(error)}).") from error
+        raise UnreadableImage(f"Image {path} cannot be opened ({first_line(error)}).") from error
     if path.is_dir():
         raise UnreadableImage(f"Image {path} is a folder: name an image file.")
     if size == 0:
@@ -113,7 +114,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         ) from error
     except _DECODING_ERRORS as error:
         raise UnreadableImage(
-            f"Image {path} cannot be decoded ({_reason(error)}): copy or download it again."
+            f"Image {path} cannot be decoded ({first_line(error)}): copy or download it again."
         ) from error
 
 
@@ -150,8 +151,3 @@ def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode != "F" or values.max(initial=0.0) > 255.0:
         values = values / 257.0
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text or type(error).__name__

@@ -13,7 +13,8 @@ from PIL import Image
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ArgumentError, ConfigError, DataError
+from gm_mlic.errors import ConfigError, DataError, check_choice
+from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
 from gm_mlic.schema import Fraction, Natural
 
@@ -80,8 +81,7 @@ class NUSWIDE(MultiLabelDataset):
         download: bool = False,
     ) -> None:
         check_split(split, val_fraction)
-        if unlabeled not in ("keep", "drop"):
-            raise ArgumentError("unlabeled", f"is {unlabeled!r}: choose one of keep, drop.")
+        check_choice("unlabeled", unlabeled, ("keep", "drop"))
         if download:
             raise ConfigError(f"`download=True`: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
@@ -113,9 +113,8 @@ class NUSWIDE(MultiLabelDataset):
             )
         if self.missing:
             log.warning(
-                "nuswide %s: %d of %d photos are missing in %s and are dropped: %s%s",
-                split, len(self.missing), len(places), self.root, ", ".join(self.missing[:3]),
-                ", ..." if len(self.missing) > 3 else "",
+                "nuswide %s: %d of %d photos are missing in %s and are dropped: %s",
+                split, len(self.missing), len(places), self.root, few(self.missing),
             )  # fmt: skip
         self._places = [place for place in places if place is not None]
         self.ids = tuple(names[rows[n]] for n in present_rows)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
-from gm_mlic.errors import ArgumentError
+from gm_mlic.errors import ArgumentError, check_choice
 from gm_mlic.registry import register_dataset
 from gm_mlic.schema import Natural, Positive, Probability
 
@@ -446,8 +446,7 @@ class Scenes(MultiLabelDataset):
         *,
         sizes: Mapping[str, Positive] = SIZES,
     ) -> None:
-        if split not in SIZES:
-            raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(SIZES)}.")
+        check_choice("split", split, SIZES)
         size = sizes[split] if size is None else size
         for key, value, low, high in (
             ("size", size, 1, 10_000_000),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gm_mlic.errors import ArgumentError
+from gm_mlic.errors import ArgumentError, check_choice
 from gm_mlic.targets import normalize_targets
 
 SPLITS = ("train", "val", "test")
@@ -12,8 +12,7 @@ SPLITS = ("train", "val", "test")
 
 def check_split(split: str, val_fraction: float) -> None:
     """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is known and the fraction is in [0, 1)."""
-    if split not in SPLITS:
-        raise ArgumentError("split", f"is {split!r}: choose one of {', '.join(SPLITS)}.")
+    check_choice("split", split, SPLITS)
     if not 0.0 <= val_fraction < 1.0:
         raise ArgumentError("val_fraction", f"is {val_fraction}: expected a fraction in [0, 1).")
 

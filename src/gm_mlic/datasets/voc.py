@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
 
-from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
-from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
+from gm_mlic.datasets.coco_format import check_size, clip_box
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural
+from gm_mlic.schema import Fraction, Natural, Url
 
 #: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
@@ -44,7 +42,7 @@ class _VOC(MultiLabelDataset):
         val_fraction: Fraction = 0.1,
         seed: Natural = 0,
         download: bool = False,
-        mirror: str | None = None,
+        mirror: Url | None = None,
     ) -> None:
         check_split(split, val_fraction)
         self.split, self.root = split, Path(root)
@@ -56,7 +54,7 @@ class _VOC(MultiLabelDataset):
         rows = rows_of(split, len(ids), val_fraction, seed)
         self.labels, self.ids = LABELS, tuple(ids[row] for row in rows)
         self.targets, self.difficult = (values[rows] == 1).astype(np.int8), values[rows] == 0
-        self._check_files(image_set)
+        check_images(self.folder / "JPEGImages", [f"{image_id}.jpg" for image_id in self.ids], image_set)
         check_targets(self.ids, self.labels, self.targets, self.difficult)
 
     def _folder(self, archive: Archive) -> Path:
@@ -90,20 +88,6 @@ class _VOC(MultiLabelDataset):
             columns.append(column)
         return ids, np.stack(columns, axis=1)
 
-    def _check_files(self, image_set: str) -> None:
-        folder = self.folder / "JPEGImages"
-        if not folder.is_dir():
-            raise DataError(f"VOC {self.year}'s JPEGImages is missing in {self.folder}: extract the archive again.")
-        with os.scandir(folder) as entries:
-            present = {entry.name for entry in entries}
-        missing = [f"{image_id}.jpg" for image_id in self.ids if f"{image_id}.jpg" not in present]
-        if missing:
-            first = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise DataError(
-                f"{len(missing)} of {len(self.ids)} images of {image_set} are missing in {folder} ({first}): extract "
-                "the archive again, or set `download=True`."
-            )
-
     def image(self, i: int) -> Image.Image:
         return read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
 
@@ -117,13 +101,10 @@ class _VOC(MultiLabelDataset):
         """
         source = self.folder / "Annotations" / f"{self.ids[i]}.xml"
         root = _parse(source)
-        size = image_size(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
-        annotated = tuple(int(_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
-        if annotated != size:
-            raise DataError(
-                f"{source} has the image size {annotated[0]} x {annotated[1]}, but the image has {size[0]} x {size[1]} "
-                "pixels: correct the annotation or replace the image."
-            )
+        path = self.folder / "JPEGImages" / f"{self.ids[i]}.jpg"
+        size = image_size(path)
+        annotated = int(_number(root, "size/width", str(source))), int(_number(root, "size/height", str(source)))
+        check_size(path, size, annotated, str(source))
         boxes, labels = [], []
         for number, item in enumerate(root.iter("object")):
             where = f"{source}: object number {number}"
@@ -139,9 +120,7 @@ class _VOC(MultiLabelDataset):
             if box is not None and (item.findtext("difficult") or "0").strip() != "1":
                 boxes.append(box)
                 labels.append(LABELS.index(label))
-        return BoxAnnotations(
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64)
-        )
+        return BoxAnnotations.of(boxes, labels)
 
 
 @register_dataset("voc2007", root="data/voc2007")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gm_mlic.detection.faster_rcnn import ARCHITECTURES, FasterRCNNExtractor, save_detector
     from gm_mlic.detection.grid import GridExtractor
     from gm_mlic.detection.multi_view import MultiViewExtractor
-    from gm_mlic.detection.protocol import InstanceExtractor, Instances, build_extractor
+    from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, build_extractor
     from gm_mlic.detection.static_shape import FixedDetector
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "GridExtractor",
     "InstanceExtractor",
     "Instances",
+    "LookupExtractor",
     "MultiViewExtractor",
     "build_extractor",
     "save_detector",
@@ -37,6 +38,7 @@ __getattr__ = lazy_attributes(
         "GridExtractor": "grid",
         "InstanceExtractor": "protocol",
         "Instances": "protocol",
+        "LookupExtractor": "protocol",
         "MultiViewExtractor": "multi_view",
         "build_extractor": "protocol",
         "save_detector": "faster_rcnn",

@@ -22,9 +22,15 @@ from torchvision.models.detection import (
     FasterRCNN_MobileNet_V3_Large_FPN_Weights,
     FasterRCNN_ResNet50_FPN_V2_Weights,
     FasterRCNN_ResNet50_FPN_Weights,
+    FCOS_ResNet50_FPN_Weights,
+    RetinaNet_ResNet50_FPN_V2_Weights,
+    RetinaNet_ResNet50_FPN_Weights,
+    SSD300_VGG16_Weights,
+    SSDLite320_MobileNet_V3_Large_Weights,
 )
 
 from gm_mlic.errors import ArgumentError, WeightsError
+from gm_mlic.io import write_file
 from gm_mlic.safe_load import load_tensors
 
 log = logging.getLogger(__name__)
@@ -38,11 +44,26 @@ _COCO: dict[str, WeightsEnum] = {
     "fasterrcnn_resnet50_fpn": FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
     "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
     "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
+    "retinanet_resnet50_fpn": RetinaNet_ResNet50_FPN_Weights.COCO_V1,
+    "retinanet_resnet50_fpn_v2": RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
+    "fcos_resnet50_fpn": FCOS_ResNet50_FPN_Weights.COCO_V1,
+    "ssd300_vgg16": SSD300_VGG16_Weights.COCO_V1,
+    "ssdlite320_mobilenet_v3_large": SSDLite320_MobileNet_V3_Large_Weights.COCO_V1,
 }
+#: COCO weights that torchvision loads into frozen batch norm with eps = 0.
+_WITHOUT_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 #: Pretrained classifiers for grid backbones, as used by published baselines.
 _IMAGENET: dict[str, WeightsEnum] = {"resnet101": ResNet101_Weights.IMAGENET1K_V1}
 _COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
 _CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
+#: Tensor of class scores of other detectors than Faster R-CNN, and its number of rows per class.
+_CLASS_SCORES_OF = {
+    "retinanet_resnet50_fpn": ("head.classification_head.cls_logits.weight", 9),
+    "retinanet_resnet50_fpn_v2": ("head.classification_head.cls_logits.weight", 9),
+    "fcos_resnet50_fpn": ("head.classification_head.cls_logits.weight", 1),
+    "ssd300_vgg16": ("head.classification_head.module_list.0.weight", 4),
+    "ssdlite320_mobilenet_v3_large": ("head.classification_head.module_list.0.1.weight", 6),
+}
 
 
 @dataclass(frozen=True)
@@ -142,9 +163,9 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
     """
     tensors = dict(checkpoint.tensors or {})
     expected = detector.state_dict()
-    if arch == "fasterrcnn_resnet50_fpn" and not any(key.endswith("num_batches_tracked") for key in tensors):
-        # torchvision's COCO weights of this detector were trained with frozen batch norm of eps = 0; here eps is 1e-5,
-        # so it is subtracted from the variance.
+    if arch in _WITHOUT_EPS and not any(key.endswith("num_batches_tracked") for key in tensors):
+        # torchvision's COCO weights of these detectors were trained with frozen batch norm of eps = 0; here eps is
+        # 1e-5, so it is subtracted from the variance.
         tensors = {key: t - 1e-5 if key.endswith("running_var") else t for key, t in tensors.items()}
     # num_batches_tracked is absent in frozen batch norm and unused in evaluation.
     missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
@@ -170,15 +191,10 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
         tensors: the detector's ``state_dict``.
         record: metadata, at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(record), indent=2, ensure_ascii=False)
-    part = path.with_name(path.name + ".part")
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    part.write_bytes(serialize(on_cpu, metadata={"gm_mlic": text}))
-    part.replace(path)
-    part = path.with_name(path.stem + ".json.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path.with_suffix(".json"))
+    write_file(path, serialize(on_cpu, metadata={"gm_mlic": text}))
+    write_file(path.with_suffix(".json"), text + "\n")
 
 
 def _download_coco(arch: str) -> Checkpoint:
@@ -272,9 +288,11 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
     tensors = _state_dict(path)
-    if _CLASS_SCORES not in tensors:
-        raise WeightsError(f"The weights file {path} lacks {_CLASS_SCORES}: expected a torchvision Faster R-CNN.")
-    classes = tensors[_CLASS_SCORES].shape[0]
+    key, rows = _CLASS_SCORES_OF.get(arch, (_CLASS_SCORES, 1))
+    if key not in tensors:
+        expected = arch if arch in _CLASS_SCORES_OF else "Faster R-CNN"
+        raise WeightsError(f"The weights file {path} lacks {key}: expected a torchvision {expected}.")
+    classes = len(tensors[key]) // rows
     if labels is not None and classes == len(labels) + 1:
         return Checkpoint(str(path), tensors, (BACKGROUND, *labels))
     if classes == len(_COCO_CATEGORIES):

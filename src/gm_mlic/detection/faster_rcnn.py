@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import (
     FasterRCNN,
     fasterrcnn_mobilenet_v3_large_fpn,
@@ -21,11 +19,20 @@ from torchvision.models.detection import (
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
-from gm_mlic.detection.fingerprint import Fingerprint
 from gm_mlic.detection.grid import GridExtractor
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
-from gm_mlic.errors import ArgumentError, ConfigError
+from gm_mlic.detection.torchvision_detector import (
+    MIN_SIZE,
+    NO_LIMIT,
+    TorchvisionExtractor,
+    build_random,
+    check_thresholds,
+    image_sizes,
+    padded_sizes,
+    used_classes,
+)
+from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Positive, Probability
 
@@ -35,16 +42,16 @@ TRAINABLE = ("none", "box_head", "all")
 
 #: Builder and default input size of each detector.
 _BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
-    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, 448),
-    "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, 448),
-    "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, 448),
+    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, MIN_SIZE),
+    "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, MIN_SIZE),
+    "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, MIN_SIZE),
     "scenes_tiny": (scenes_tiny, 160),
 }
 #: Architectures of :func:`faster_rcnn`.
 ARCHITECTURES = tuple(_BUILDERS)
 
 
-class FasterRCNNExtractor(nn.Module):
+class FasterRCNNExtractor(TorchvisionExtractor):
     r"""Instance extractor (:class:`~gm_mlic.detection.protocol.InstanceExtractor`) from a torchvision Faster R-CNN.
 
     Instances are computed in three steps:
@@ -58,6 +65,7 @@ class FasterRCNNExtractor(nn.Module):
 
     The detector always runs in evaluation mode, even after ``train()``. Only images of equal size after resizing and
     padding share a forward pass, so an image's instances do not depend on its batch (up to rounding in convolutions).
+    Features have gradients, depending on ``trainable``; boxes, scores and labels have none.
 
     Args:
         detector: the model; it is set to evaluation mode, and its limit on detections is removed.
@@ -81,122 +89,43 @@ class FasterRCNNExtractor(nn.Module):
         class_index: Sequence[int] | None = None,
         trainable: str = "none",
     ) -> None:
-        super().__init__()
         if trainable not in TRAINABLE:
             raise ArgumentError("trainable", f"is {trainable!r}: choose one of {', '.join(TRAINABLE)}.")
-        self.name = name
-        self.labels = tuple(labels)
-        self.trainable = trainable
-        self.detector = detector
-        self.detector.roi_heads.detections_per_img = sys.maxsize
         scores = detector.roi_heads.box_predictor.cls_score
+        super().__init__(detector, labels, name, scores.out_features, class_index)
+        self.trainable = trainable
+        self.detector.roi_heads.detections_per_img = NO_LIMIT
         self.feature_dim = int(scores.in_features)
-        if class_index is None:
-            class_index = range(1, scores.out_features)
-        if len(class_index) != len(self.labels):
-            raise ConfigError(f"The detector {name} has {len(class_index)} classes, but {len(self.labels)} labels.")
-        label_of_class = torch.full((scores.out_features,), -1)
-        label_of_class[list(class_index)] = torch.arange(len(self.labels))
-        self.register_buffer("_label_of_class", label_of_class, persistent=False)
-        self._label_of_class: Tensor
-        self._fingerprint = Fingerprint()
         for parameter in self.parameters():
             parameter.requires_grad_(trainable == "all")
         for frozen in (detector.rpn, detector.roi_heads):
             frozen.requires_grad_(False)
         detector.roi_heads.box_head.requires_grad_(trainable != "none")
-        self.train(False)
 
-    def train(self, mode: bool = True) -> FasterRCNNExtractor:
-        """Keep evaluation mode; ``mode`` is ignored."""
-        super().train(False)
-        return self
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of name, labels, input size, thresholds, and every tensor's name, type, shape and bytes."""
-        heads, rpn, transform = self.detector.roi_heads, self.detector.rpn, self.detector.transform
-        settings = [
-            *(self.name, self.labels, self._label_of_class.tolist()),
-            *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
+    def _settings(self) -> list[Any]:
+        heads, rpn = self.detector.roi_heads, self.detector.rpn
+        return [
             *(rpn._pre_nms_top_n, rpn._post_nms_top_n, rpn.nms_thresh, rpn.score_thresh),
             *(heads.score_thresh, heads.nms_thresh),
         ]
-        return self._fingerprint(settings, self.detector)
-
-    def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """Detect instances, see :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
-
-        Boxes, scores and labels have no gradients; features do, depending on ``trainable``.
-
-        Raises:
-            ConfigError: if ``m`` is less than 1.
-        """
-        if m < 1:
-            raise ArgumentError("m", f"must be 1 or more, got {m}.")
-        device = self._label_of_class.device
-        groups: dict[torch.Size, list[tuple[int, ImageList]]] = {}
-        for i, image in enumerate(images):
-            with torch.no_grad():
-                ready = self._prepare(image.to(device))
-            groups.setdefault(ready.tensors.shape, []).append((i, ready))
-        detected: dict[int, Instances] = {}
-        for group in groups.values():
-            batch = ImageList(
-                torch.cat([ready.tensors for _, ready in group]), [ready.image_sizes[0] for _, ready in group]
-            )
-            detected.update(zip((i for i, _ in group), self._detect(batch, m), strict=True))
-        return [detected[i] for i in range(len(images))]
-
-    def _prepare(self, image: Tensor) -> ImageList:
-        """Normalize, resize (if needed) and pad, as the detector does."""
-        transform, (height, width) = self.detector.transform, image.shape[-2:]
-        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-        if min(height, width) * scale < 1:  # a narrow strip: its shorter side would vanish
-            least = math.ceil(1 / scale) + 1
-            image = nn.functional.interpolate(image[None], (max(height, least), max(width, least)))[0]
-        if scale != 1:
-            return transform([image])[0]
-        return ImageList(
-            transform.batch_images([transform.normalize(image)], transform.size_divisible), [(height, width)]
-        )
 
     def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        """Instances of images with the same padded size."""
         grad, heads, sizes = torch.is_grad_enabled(), self.detector.roi_heads, batch.image_sizes
         with torch.set_grad_enabled(grad and self.trainable == "all"):
             maps = self.detector.backbone(batch.tensors)
             maps = {"0": maps} if isinstance(maps, Tensor) else maps
         with torch.no_grad():
             proposals, _ = self.detector.rpn(batch, maps)
-            predicted = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, proposals, sizes)))
-            detections = heads.postprocess_detections(*predicted, proposals, sizes)
+            pooled = heads.box_roi_pool(maps, proposals, padded_sizes(batch))
+            detections = heads.postprocess_detections(*heads.box_predictor(heads.box_head(pooled)), proposals, sizes)
             chosen = [
                 self._choose(boxes, scores, classes, size, m)
                 for boxes, scores, classes, size in zip(*detections, sizes, strict=True)
             ]
         with torch.set_grad_enabled(grad and self.trainable != "none"):
-            boxes = [boxes for boxes, _, _ in chosen]
-            features = heads.box_head(heads.box_roi_pool(maps, boxes, sizes)).float()
-        return [
-            Instances((boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1), scores, labels, of_image)
-            for (boxes, scores, labels), (height, width), of_image in zip(
-                chosen, sizes, features.split([len(b) for b in boxes]), strict=True
-            )
-        ]
-
-    def _choose(
-        self, boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int], m: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Top m detections of one image, or the whole image; boxes in pixels of the resized image."""
-        labels = self._label_of_class[classes]
-        known = labels >= 0
-        boxes, scores, labels = boxes[known], scores[known], labels[known]
-        if len(boxes) == 0:
-            height, width = size
-            return boxes.new_tensor([[0, 0, width, height]]), scores.new_zeros(1), labels.new_full((1,), -1)
-        best = torch.sort(scores, descending=True, stable=True).indices[:m]
-        return boxes[best], scores[best], labels[best]
+            pooled = heads.box_roi_pool(maps, [boxes for boxes, _, _ in chosen], padded_sizes(batch))
+            features = heads.box_head(pooled).float()
+        return self._instances(chosen, features, sizes)
 
 
 def check_architecture(name: str) -> None:
@@ -229,26 +158,19 @@ def build_detector(
         ConfigError: if the architecture is unknown or an argument is out of range.
     """
     check_architecture(name)
+    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     build, default_size = _BUILDERS[name]
-    min_size = default_size if min_size is None else min_size
-    max_size = round(min_size * 5 / 3) if max_size is None else max_size
-    if not 32 <= min_size <= max_size:
-        raise ArgumentError("min_size", f"is {min_size} and `max_size` {max_size}: set 32 <= min_size <= max_size.")
-    for key, value in (("score_threshold", score_threshold), ("nms_threshold", nms_threshold)):
-        if not 0 <= value <= 1:
-            raise ArgumentError(key, f"is {value}: expected a number in [0, 1].")
     # By default, torchvision's builders download backbone weights.
     settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(
-            num_classes=num_classes,
-            min_size=min_size,
-            max_size=max_size,
-            box_score_thresh=score_threshold,
-            box_nms_thresh=nms_threshold,
-            **settings,
-        )
+    return build_random(
+        build,
+        seed,
+        num_classes=num_classes,
+        box_score_thresh=score_threshold,
+        box_nms_thresh=nms_threshold,
+        **image_sizes(min_size, max_size, default_size),
+        **settings,
+    )
 
 
 def faster_rcnn(
@@ -305,10 +227,8 @@ def faster_rcnn(
         load_into(detector, checkpoint, arch)
     if grid_size is not None:
         return GridExtractor.of_detector(detector, grid_size, f"{arch}-grid{grid_size}", trainable).to(device)
-    used = [(i, label) for i, label in enumerate(checkpoint.categories) if i > 0 and label != UNUSED]
-    extractor = FasterRCNNExtractor(
-        detector, [label for _, label in used], name=arch, class_index=[i for i, _ in used], trainable=trainable
-    )
+    names, class_index = used_classes(checkpoint)
+    extractor = FasterRCNNExtractor(detector, names, name=arch, class_index=class_index, trainable=trainable)
     return extractor.to(device)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gm_mlic.detection.protocol import InstanceExtractor, Instances
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor
 from gm_mlic.errors import ArgumentError
 
 #: Views of a photo: left, top, width and height as fractions of its size, and whether it is mirrored.
@@ -34,12 +34,16 @@ class MultiViewExtractor:
         views: number of views, 2 to 6.
 
     Raises:
-        ArgumentError: for another number of views.
+        ArgumentError: for another number of views, or an extractor that looks instances up.
     """
 
     def __init__(self, extractor: InstanceExtractor, views: int) -> None:
         if not 2 <= views <= len(VIEWS):
             raise ArgumentError("views", f"must be 2 to {len(VIEWS)}, got {views}.")
+        if isinstance(extractor, LookupExtractor):
+            raise ArgumentError(
+                "views", f"is {views}: instances of other views of a photo cannot be looked up in files. Set it to 1."
+            )
         self.extractor, self.views = extractor, views
         self.name = f"{extractor.name}-{views}_views"
         self.labels, self.feature_dim = tuple(extractor.labels), extractor.feature_dim

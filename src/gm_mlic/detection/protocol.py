@@ -74,6 +74,42 @@ class InstanceExtractor(Protocol):
         ...
 
 
+@runtime_checkable
+class LookupExtractor(Protocol):
+    """Interface of extractors that read the instances of an image by its id, instead of computing them from pixels.
+
+    They have the attributes of :class:`InstanceExtractor` too. Calling one on images raises
+    :class:`~gm_mlic.errors.ConfigError`. Augmented views, several views of a photo and on-line detection need pixels,
+    and are errors.
+
+    Attributes:
+        needs_sizes: whether :meth:`look_up` needs the size of the images.
+    """
+
+    needs_sizes: bool
+
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """Raise :class:`~gm_mlic.errors.DataError` if images have no instances and none may be left out."""
+        ...
+
+    def look_up(self, ids: Sequence[str], sizes: Sequence[tuple[int, int] | None], m: int) -> list[Instances | str]:
+        """Instances of images, with the properties of :meth:`InstanceExtractor.__call__`.
+
+        Args:
+            ids: ids in the dataset, or paths of photos.
+            sizes: width and height of each image in pixels; None is possible unless :attr:`needs_sizes`.
+            m: maximum number of instances per image.
+
+        Returns:
+            For each image its instances, or the reason why it is left out.
+        """
+        ...
+
+    def log_corrections(self) -> None:
+        """Log in one line what was corrected since the last call, if anything."""
+        ...
+
+
 def build_extractor(name: str, device: str | torch.device = "cpu", **settings: Any) -> InstanceExtractor:
     """Build a registered detector.
 

@@ -6,13 +6,11 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
@@ -24,6 +22,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.io import Progress, atomic_write
 from gm_mlic.optim import one_cycle
 from gm_mlic.safe_load import load_tensors
 
@@ -133,13 +132,13 @@ def train_detector(
             images = _LabeledImages(train, [rows[i] for i in order], flips.tolist())
             _freeze_or_train(detector, frozen_norm=weights is not None)
             losses: list[float] = []
-            with _bar(title, len(rows), progress) as advance:
+            with Progress(title, "images", len(rows), log=_log, show=progress) as bar:
                 for batch in _batches(images, batch_size, num_workers, history["skipped"]):
                     if not batch:
                         continue
                     losses.append(_step(detector, optimizer, batch, device, title))
                     schedule.step()
-                    advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
+                    bar.advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
         if not losses:
             raise DataError(f"No image of {train.name} ({train.split}) can be read: check the dataset folder.")
         history["loss"].append(sum(losses) / len(losses))
@@ -170,7 +169,7 @@ def average_precision(
     metric.warn_on_many_detections = False
     images = _LabeledImages(dataset, _rows_with_boxes(dataset), None)
     detector.eval()
-    with _bar(f"AP on {dataset.split}", len(images), progress) as advance, torch.no_grad():
+    with Progress(f"AP on {dataset.split}", "images", len(images), log=_log, show=progress) as bar, torch.no_grad():
         for batch in _batches(images, batch_size, num_workers, {}):
             if batch:
                 detections = detector([image.to(device) for image, _ in batch])
@@ -178,7 +177,7 @@ def average_precision(
                     [{key: value.cpu() for key, value in of_image.items()} for of_image in detections],
                     [target for _, target in batch],
                 )
-            advance(len(batch), "")
+            bar.advance(len(batch))
     return float(100 * metric.compute()["map_50"])
 
 
@@ -300,11 +299,9 @@ def _step(
 
 
 def _save_state(path: Path, record: dict[str, Any], parts: dict[str, Any], history: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     state = {key: value.state_dict() for key, value in parts.items()}
-    torch.save({"record": json.dumps(record), "history": json.dumps(history), **state}, part)
-    part.replace(path)
+    with atomic_write(path) as part:
+        torch.save({"record": json.dumps(record), "history": json.dumps(history), **state}, part)
 
 
 def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: str | torch.device) -> dict[str, Any]:
@@ -324,25 +321,3 @@ def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: s
         part.load_state_dict(state[key])
     history: dict[str, Any] = json.loads(state["history"])
     return history
-
-
-@contextmanager
-def _bar(title: str, total: int, show: bool) -> Iterator[Any]:
-    """Progress bar over images with rate and remaining time; yields ``advance(images, note)``."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task(title, total=total, rate="", note="")
-
-        def advance(images: int, note: str) -> None:
-            bar.advance(task, images)
-            speed = bar.tasks[0].speed
-            bar.update(task, rate=f"{speed:.1f} images/s" if speed else "", note=note)
-
-        yield advance

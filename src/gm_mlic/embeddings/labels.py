@@ -15,7 +15,7 @@ from gm_mlic.embeddings.glove import read_words
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import ArgumentError, DataError, check_choice
 from gm_mlic.registry import EMBEDDINGS, register_embedding
 from gm_mlic.schema import Natural, Positive
 
@@ -106,8 +106,7 @@ def glove(
             to the median norm of the known labels), or skip_words (mean of the known words; an error if none is known).
         seed: seed of hashed vectors.
     """
-    if oov not in _POLICIES:
-        raise ArgumentError("oov", f"is {oov!r}: choose one of {', '.join(_POLICIES)}.")
+    check_choice("oov", oov, _POLICIES)
     path = Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)

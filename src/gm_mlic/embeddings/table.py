@@ -11,6 +11,7 @@ import torch
 
 from gm_mlic.embeddings.words import words_of
 from gm_mlic.errors import DataError
+from gm_mlic.io import first_line
 from gm_mlic.safe_load import load_arrays, load_tensors
 
 #: Errors of damaged or unexpected files.
@@ -40,9 +41,9 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     try:
         names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
     except _UNREADABLE as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise DataError(
-            f"The table of label vectors {path} cannot be read ({reason}): expected labels (C,) and vectors (C, D)."
+            f"The table of label vectors {path} cannot be read ({first_line(error)}): expected labels (C,) and "
+            "vectors (C, D)."
         ) from error
     if vectors.ndim != 2 or len(names) != len(vectors) or vectors.size == 0:
         raise DataError(f"{path} has {len(names)} labels but vectors of shape {vectors.shape}: expected (C, D).")

@@ -2,7 +2,7 @@
 
 from gm_mlic.graphs.assignment import AssignmentGraph, knn_edge_index, label_edge_index, label_neighbors
 from gm_mlic.graphs.batch import AssignmentBatch, drop_edges
-from gm_mlic.graphs.candidates import candidate_edges, label_candidates
+from gm_mlic.graphs.classes import candidate_edges, label_candidates
 from gm_mlic.graphs.dataset import AssignmentBatchDataset, AssignmentGraphDataset, collate_instances, to_hetero_data
 from gm_mlic.graphs.dense import Bipartite, DenseEdges, EdgeTensor, NeighborLists
 from gm_mlic.graphs.schema import EDGE_TYPES, INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeSpec

@@ -11,7 +11,7 @@ from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
-from gm_mlic.graphs.candidates import candidate_edges, class_confidence
+from gm_mlic.graphs.classes import candidate_edges, class_confidence
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, edge_table
 
 
@@ -140,8 +140,8 @@ class AssignmentGraph(BaseTransform):
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
             raise ArgumentError("label_vectors", f"must be a tensor (C, D_l) with C >= 1, got {_shape(label_vectors)}.")
-        if not bool(torch.isfinite(label_vectors).all()):
-            invalid = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
+        invalid = (~torch.isfinite(label_vectors).all(dim=1)).nonzero().flatten().tolist()
+        if invalid:
             raise ArgumentError(
                 "label_vectors", f"of labels {invalid[:10]} hold NaN or infinite values: correct the embedding file."
             )
@@ -158,12 +158,9 @@ class AssignmentGraph(BaseTransform):
             raise ArgumentError("label_counts", f"must be {C} numbers of images, got {_shape(label_counts)}.")
         self.label_vectors = label_vectors
         self.candidates, self.class_labels, self.label_counts = candidates, class_labels, label_counts
-        self.m = None if m is None else m * views
-        self.views = views
-        self.num_neighbors = num_neighbors
-        self.num_label_neighbors = num_label_neighbors
-        self.edge_types = tuple(edge_table(edge_types))
-        self.edge_attr = edge_attr
+        self.m, self.views = None if m is None else m * views, views
+        self.num_neighbors, self.num_label_neighbors = num_neighbors, num_label_neighbors
+        self.edge_types, self.edge_attr = tuple(edge_table(edge_types)), edge_attr
         self.label_neighbors = label_neighbors(label_vectors, num_label_neighbors)
         self._semantic = label_edge_index(len(label_vectors), self.label_neighbors)
 
@@ -192,19 +189,15 @@ class AssignmentGraph(BaseTransform):
             source, target = data[SEMANTIC].edge_index = self._semantic
             if self.edge_attr:
                 data[SEMANTIC].edge_attr = torch.cat([W[source], W[target]], dim=1)
-        matches = torch.ones(1, M, C, dtype=torch.bool, device=x.device)
+        matches = torch.ones(M, C, dtype=torch.bool, device=x.device)
         if self.candidates is not None:
-            if "detected_label" not in instances:
-                raise ConfigError(f"Candidates need data['{INSTANCE}'].detected_label.")
-            matches = candidate_edges(self.candidates, instances.detected_label[None], matches[..., 0])
-        source, target = data[MATCHES].edge_index = matches[0].nonzero().t().contiguous()
+            matches = candidate_edges(self.candidates, instances.get("detected_label"), matches[:, 0])
+        source, target = data[MATCHES].edge_index = matches.nonzero().t().contiguous()
         if self.edge_attr:
             data[MATCHES].edge_attr = torch.cat([x[source], W[target]], dim=1)
         if self.class_labels is not None:
-            if "detected_label" not in instances or "score" not in instances:
-                raise ConfigError(f"Class labels need data['{INSTANCE}'].detected_label and .score.")
-            q = class_confidence(self.class_labels, instances.detected_label, instances.score.to(x.dtype))
-            data[MATCHES].confidence = q[source, target]
+            q = class_confidence(self.class_labels, instances.get("detected_label"), instances.get("score"))
+            data[MATCHES].confidence = q[source, target].to(x.dtype)
         return data
 
     def __repr__(self) -> str:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
+from torch_geometric.utils import to_dense_batch
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.graphs.candidates import candidate_edges, class_confidence
+from gm_mlic.graphs.assignment import label_edge_index
+from gm_mlic.graphs.classes import candidate_edges, class_confidence
 from gm_mlic.graphs.dense import Bipartite, DenseEdges, NeighborLists, TensorFields
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, edge_table
 
@@ -104,14 +107,11 @@ class AssignmentBatch(TensorFields):
         """The same images in batches of up to ``size``."""
         B, of_labels = self.num_graphs, (self.label_vectors, self.label_counts)
 
-        def part(start: int) -> AssignmentBatch:
-            def sliced(value: Tensor) -> Tensor:
-                shared = len(value) != B or any(value is tensor for tensor in of_labels)
-                return value if shared else value[start : start + size]
+        def sliced(value: Tensor, start: int) -> Tensor:
+            shared = len(value) != B or any(value is tensor for tensor in of_labels)
+            return value if shared else value[start : start + size]
 
-            return self.map(sliced)
-
-        return [part(start) for start in range(0, B, size)] if size < B else [self]
+        return [self.map(partial(sliced, start=start)) for start in range(0, B, size)] if size < B else [self]
 
     @classmethod
     def from_padded(
@@ -136,14 +136,9 @@ class AssignmentBatch(TensorFields):
         Args:
             x, box, mask: (B, M, D_o), (B, M, 4), (B, M); see the class.
             label_vectors: (C, D_l); they get the dtype of ``x``, as do edge attributes.
-            num_neighbors: of each instance, by distance of box centers.
             label_neighbors: (C, K), the neighbors of each label; None for all other labels.
-            edge_types: edge types of the paper to add, or their names; ``matches`` is always added.
-            candidates: (D, C) bool, the labels with an edge from instances of each detector class; None for all.
-            class_labels: (D, C) bool, the labels that each detected class is; fills ``confidence``.
-            detected_label, score: (B, M) int64, (B, M).
-            views: of each image, whose instances are in one graph.
-            **others: ``y``, ``difficult``, ``row`` and ``label_counts``; see the class.
+            num_neighbors, edge_types, candidates, class_labels: as for :class:`AssignmentGraph`.
+            **others: other attributes of the class, except ``confidence``.
 
         Raises:
             ArgumentError: for an unknown edge type.
@@ -166,18 +161,13 @@ class AssignmentBatch(TensorFields):
             edges[SPATIAL] = NeighborLists(index, exists)
             attrs[SPATIAL] = torch.cat([sources, box[:, :, None].expand_as(sources)], dim=-1).to(x.dtype)
         if SEMANTIC in table:
-            edges[SEMANTIC] = _label_edges(label_neighbors, len(label_vectors), x.device)
-        matches = mask
-        if candidates is not None:
-            if detected_label is None:
-                raise ConfigError("Candidates need the detected label of each instance.")
-            matches = candidate_edges(candidates, detected_label, mask)
-        edges[MATCHES] = Bipartite(matches)
+            complete = _complete_labels(len(label_vectors), x.device)
+            edges[SEMANTIC] = complete if label_neighbors is None else NeighborLists(label_neighbors[None])
+        edges[MATCHES] = Bipartite(mask if candidates is None else candidate_edges(candidates, detected_label, mask))
         confidence = None
         if class_labels is not None:
-            if detected_label is None or score is None:
-                raise ConfigError("Class labels need the detected label and the score of each instance.")
-            confidence = class_confidence(class_labels, detected_label, score.masked_fill(~mask, 0).to(x.dtype))
+            confidence = class_confidence(class_labels, detected_label, score)
+            confidence = confidence.masked_fill(~mask[..., None], 0).to(x.dtype)
         others |= {"detected_label": detected_label, "score": score, "confidence": confidence}
         return cls(x, box, mask, label_vectors, edges, attrs, views=views, **others)  # type: ignore[arg-type]
 
@@ -200,11 +190,11 @@ class AssignmentBatch(TensorFields):
                 two images, an edge occurs twice, or matching edges have attributes.
         """
         B = int(getattr(data, "num_graphs", 1))
-        x, W = data[INSTANCE].x, data[LABEL].x
+        instances, x, W = data[INSTANCE], data[INSTANCE].x, data[LABEL].x
         check_label_counts(data[LABEL].ptr.diff().tolist() if "ptr" in data[LABEL] else [])
         _require(W.shape[0] % B == 0 and torch.equal(W, W[: W.shape[0] // B].repeat(B, 1)), "images differ in labels")
         C = W.shape[0] // B
-        ptr = data[INSTANCE].ptr if "ptr" in data[INSTANCE] else torch.tensor([0, x.shape[0]], device=x.device)
+        ptr = instances.ptr if "ptr" in instances else torch.tensor([0, x.shape[0]], device=x.device)
         counts = ptr.diff()
         mask = torch.arange(int(counts.max()), device=x.device) < counts[:, None]
 
@@ -232,12 +222,14 @@ class AssignmentBatch(TensorFields):
                 _require(False, f"{' '.join(edge_type)} connects other node types than instance and label")
             if attr is not None:
                 attrs[edge_type] = attr
-        instances = data[INSTANCE]
         others = {name: data[name] for name in ("y", "difficult", "row") if name in data}
-        others |= {"score": padded(instances.score)} if "score" in instances else {}
-        others |= {"detected_label": padded(instances.detected_label, -1)} if "detected_label" in instances else {}
-        others |= {"views": int(torch.as_tensor(data.views).flatten()[0])} if "views" in data else {}
-        others |= {"label_counts": data[LABEL].count[:C]} if "count" in data[LABEL] else {}
+        for name, padding in (("score", 0), ("detected_label", -1)):
+            if name in instances:
+                others[name] = padded(instances[name], padding)
+        if "views" in data:
+            others["views"] = int(torch.as_tensor(data.views).flatten()[0])
+        if "count" in data[LABEL]:
+            others["label_counts"] = data[LABEL].count[:C]
         if MATCHES in data.edge_types and "confidence" in data[MATCHES]:
             source, target = data[MATCHES].edge_index
             confidence = data[MATCHES].confidence.new_zeros(x.shape[0], C)
@@ -269,10 +261,8 @@ def _require(condition: bool, otherwise: str) -> None:
         )
 
 
-def _label_edges(neighbors: Tensor | None, C: int, device: torch.device) -> NeighborLists:
-    """From listed neighbors (C, K) to each label, or from all other labels."""
-    if neighbors is not None:
-        return NeighborLists(neighbors[None])
+def _complete_labels(C: int, device: torch.device) -> NeighborLists:
+    """Edges from all other labels to each label."""
     return NeighborLists(mask=~torch.eye(C, dtype=torch.bool, device=device)[None])
 
 
@@ -284,43 +274,34 @@ def _bipartite(edge_index: Tensor, ptr: Tensor, C: int, mask: Tensor) -> Biparti
     exists = torch.zeros(*mask.shape, C, dtype=torch.bool, device=mask.device)
     exists[image, source - ptr[image], target % C] = True
     _require(int(exists.sum()) == source.numel(), "an edge occurs twice")
-    complete = source.numel() == int(mask.sum()) * C
-    return Bipartite(mask if complete else exists)
+    return Bipartite(mask if source.numel() == int(mask.sum()) * C else exists)
 
 
 def _neighbor_lists(edge_index: Tensor, position: Tensor, attr: Tensor | None) -> tuple[NeighborLists, Tensor | None]:
     """Lists (N, K) of the sources of each of N targets, by their ``position`` in the image, and padded attributes."""
-    source, target = edge_index
-    N = position.shape[0]
-    degree = torch.bincount(target, minlength=N)
-    order = target.argsort(stable=True)
-    slot = torch.empty_like(target)
-    slot[order] = torch.arange(target.numel(), device=target.device) - (degree.cumsum(0) - degree)[target[order]]
-    shape = (N, int(degree.max()) if target.numel() else 0)
-    index, mask = source.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=source.device)
-    index[target, slot], mask[target, slot] = position[source], True
-    if attr is not None:
-        padded = attr.new_zeros(*shape, *attr.shape[1:])
-        padded[target, slot] = attr
-        attr = padded
-    return NeighborLists(index, mask), attr
+    order = edge_index[1].argsort(stable=True)
+    source, target = edge_index[:, order]
+
+    def lists(values: Tensor) -> tuple[Tensor, Tensor]:
+        return to_dense_batch(values, target, batch_size=position.shape[0])  # type: ignore[no-any-return]
+
+    return NeighborLists(*lists(position[source])), None if attr is None else lists(attr[order])[0]
 
 
 def _label_lists(edge_index: Tensor, B: int, C: int, attr: Tensor | None) -> tuple[NeighborLists, Tensor | None]:
     """Label edges, which are the same in each of B images."""
     source, target = edge_index
     _require(torch.equal(source // C, target // C), "an edge connects two images")
-    key, order = (target * C + source % C).sort(stable=True)
-    same = key.numel() % B == 0
-    if same:
-        keys = key.view(B, -1) - torch.arange(B, device=key.device)[:, None] * C * C
-        same, key = torch.equal(keys, keys[:1].expand_as(keys)), keys[0]
-        if attr is not None:
-            attr = attr[order].view(B, -1, *attr.shape[1:])
-            same, attr = same and torch.equal(attr, attr[:1].expand_as(attr)), attr[0]
+    order, E = (target * C + source % C).argsort(stable=True), edge_index.shape[1] // B
+    edges, shift = edge_index[:, order], C * torch.arange(B, device=source.device).repeat_interleave(E)
+    same = edges.shape[1] == B * E and torch.equal(edges, edges[:, :E].repeat(1, B) + shift)
     _require(same, "images differ in their label edges")
-    source, target = key % C, key // C
-    if attr is None and key.numel() == C * (C - 1) and bool((source != target).all()) and bool((key.diff() > 0).all()):
-        return _label_edges(None, C, key.device), None
-    lists, attr = _neighbor_lists(torch.stack([source, target]), torch.arange(C, device=key.device), attr)
+    edges = edges[:, :E]
+    if attr is not None:
+        images = attr[order].view(B, E, *attr.shape[1:])
+        _require(torch.equal(images, images[:1].expand_as(images)), "images differ in their label edges")
+        attr = images[0]
+    if attr is None and torch.equal(edges, label_edge_index(C).to(edges.device)):
+        return _complete_labels(C, edges.device), None
+    lists, attr = _neighbor_lists(edges, torch.arange(C, device=edges.device), attr)
     return lists.map(lambda tensor: tensor[None]), None if attr is None else attr[None]

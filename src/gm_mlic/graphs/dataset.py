@@ -60,10 +60,7 @@ class _StoreGraphs:
         normalize_targets(np.asarray(store.targets), store.difficult)  # checked once, not at every step
         if augment and views < 2:
             raise ArgumentError("augment", "needs a store with augmented views: extract again with some.")
-        self.store = store
-        self.graph = graph
-        self.augment = augment
-        self.seed = seed
+        self.store, self.graph, self.augment, self.seed = store, graph, augment, seed
         # In shared memory, so that a new epoch reaches persistent workers too.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -101,24 +98,17 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
         return len(self.store.rows)
 
     def get(self, idx: int) -> HeteroData:
-        row = int(self.store.rows[idx])
+        store, row = self.store, int(self.store.rows[idx])
         view = self.view(row)
-        count = int(self.store.counts[row, view])
 
-        def take(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(np.array(array[row, view, :count])).to(dtype)
+        def take(array: np.ndarray, dtype: type = np.float32) -> Tensor:
+            return torch.from_numpy(array[row, view, : store.counts[row, view]].astype(dtype))
 
-        data = to_hetero_data(
-            Instances(
-                boxes=take(self.store.boxes, torch.float32),
-                scores=take(self.store.scores, torch.float32),
-                detected_labels=take(self.store.detected_labels, torch.int64),
-                features=take(self.store.features, torch.float32),
-            )
-        )
-        data.y = torch.from_numpy(self.store.targets[row].astype(np.int64))[None]
-        if self.store.difficult is not None:
-            data.difficult = torch.tensor(self.store.difficult[row])[None]
+        boxes, scores, features = map(take, (store.boxes, store.scores, store.features))
+        data = to_hetero_data(Instances(boxes, scores, take(store.detected_labels, np.int64), features))
+        data.y = torch.from_numpy(store.targets[row].astype(np.int64))[None]
+        if store.difficult is not None:
+            data.difficult = torch.tensor(store.difficult[row])[None]
         data.row = torch.tensor([row])
         graph: HeteroData = self.graph(data)
         return graph
@@ -128,12 +118,7 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
     """The same graphs as :class:`AssignmentGraphDataset`, as an :class:`AssignmentBatch` of many images.
 
     A ``DataLoader`` fetches all rows of a batch in one call. Pass ``collate_fn=AssignmentBatchDataset.collate`` to it.
-
-    Args:
-        store, graph, augment, seed: as for :class:`AssignmentGraphDataset`.
-
-    Raises:
-        StoreError, ArgumentError: as for :class:`AssignmentGraphDataset`.
+    Arguments and errors are those of :class:`AssignmentGraphDataset`.
     """
 
     def __len__(self) -> int:

@@ -17,9 +17,11 @@ tensors of full size, and such a layer returns tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,19 @@ from torch.nn.functional import linear
 from torch.utils._pytree import tree_map, tree_map_only
 
 T = TypeVar("T", bound="TensorFields")
+#: Results of :meth:`EdgeTensor.compose`, by its operands, while the weights do not change.
+Compositions: TypeAlias = dict[tuple[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
+_compositions: ContextVar[Compositions | None] = ContextVar("compositions", default=None)
+
+
+@contextmanager
+def reused(compositions: Compositions) -> Iterator[None]:
+    """Context manager to take compositions from a dictionary, and to add those that are not in it."""
+    token = _compositions.set(compositions)
+    try:
+        yield
+    finally:
+        _compositions.reset(token)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
@@ -74,6 +89,15 @@ class EdgeTensor:
 
     def compose(self, lin: Any) -> tuple[Tensor, Tensor | None]:
         r"""The weight and bias of ``lin`` as a function of x: :math:`W (A x + s) + b = (W A) x + (W s + b)`."""
+        # Gradients need the operation itself, and compiled code cannot read a context variable.
+        fixed = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _compositions.get()
+        if fixed is None or self.weight is None:
+            return self._compose(lin)
+        if (lin, self.weight) not in fixed:
+            fixed[lin, self.weight] = self._compose(lin)
+        return fixed[lin, self.weight]
+
+    def _compose(self, lin: Any) -> tuple[Tensor, Tensor | None]:
         weight, bias = lin.weight, lin.bias
         if self.bias is not None:
             shift = weight @ self.bias
@@ -103,6 +127,11 @@ def expanded(*parts: Any) -> tuple[Any, ...]:
 def call(kind: type[nn.Module], module: nn.Module, *arguments: Any) -> Any:
     """``module(*arguments)``; of :func:`expanded` arguments, unless it is a plain module of the class ``kind``."""
     return module(*(arguments if is_plain(module, kind) else expanded(*arguments)))
+
+
+def is_cached(module: nn.Module, x: Tensor | EdgeTensor) -> bool:
+    """Whether the result of ``module`` for these values is precomputed."""
+    return isinstance(x, EdgeTensor) and module in x.outputs
 
 
 def apply_linear(lin: Any, x: Tensor | EdgeTensor) -> Tensor:
@@ -226,17 +255,14 @@ class Bipartite(DenseEdges):
 
     def mean(self, values: EdgeTensor | Tensor, *, to_source: bool = False) -> Tensor:
         x = values.x if isinstance(values, EdgeTensor) else values
-        single = self.mask.dim() == 3
-        if to_source and not single:
+        if to_source and self.mask.dim() == 2:
             return _finished(values, x.mean(dim=2), None)
+        count = self.mask.sum(dim=2 if to_source else 1)[..., None]
         weight = self.mask.to(x.dtype)
         if to_source:
-            count = self.mask.sum(dim=2)[..., None]
             total = (weight[:, :, None] @ x).squeeze(2)
-        elif single:
-            count = self.mask.sum(dim=1)[..., None]
+        elif self.mask.dim() == 3:
             total = (weight[..., None] * x).sum(dim=1)
         else:
-            count = self.mask.sum(dim=1)[:, None, None]
-            total = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:])
+            total, count = (weight[:, None] @ x.flatten(2)).view(x.shape[0], *x.shape[2:]), count[..., None]
         return _finished(values, total / count.clamp(min=1), count)

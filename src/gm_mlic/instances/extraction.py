@@ -13,30 +13,27 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor
 
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
-from gm_mlic.detection.protocol import InstanceExtractor, Instances
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, GMMLICError, StoreError, UnreadableImage
 from gm_mlic.instances.image_loader import CRASHES, Rows, Views, read_batches
 from gm_mlic.instances.store import MANIFEST, InstanceStore, Manifest, check_sizes, differences, partial_path
 from gm_mlic.instances.writer import State, StoreWriter, plan
+from gm_mlic.io import Progress
 
 log = logging.getLogger(__name__)
 
-#: Seconds between checks whether another process has finished, and between log lines without a terminal.
+#: Seconds between checks whether another process has finished.
 POLL_S = 0.5
-LOG_S = 10.0
 #: Seconds to wait for a shard's lock: DataLoader workers of a killed process inherit its locks and exit only after some
 #: seconds.
 PATIENCE_S = 15.0
@@ -101,6 +98,12 @@ def extract(
     if not 0 <= index < shards:
         raise ArgumentError("shard", f"is ({index}, {shards}): expected (i, n) with 0 <= i < n.")
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
+    if isinstance(extractor, LookupExtractor):
+        if views:
+            raise ArgumentError(
+                "views", f"is {views}: instances of augmented views cannot be looked up in files. Set it to 0."
+            )
+        extractor.check_ids(dataset.ids)
     job = plan(
         dataset,
         extractor,
@@ -170,6 +173,9 @@ def _fill(
     for row in unreadable:
         if CRASHES in reasons[job.ids[row]]:
             continue
+        if isinstance(extractor, LookupExtractor):
+            states[row] = State.PENDING  # an entry may have been added
+            continue
         with contextlib.suppress(UnreadableImage):
             dataset.image(row)
             states[row] = State.PENDING
@@ -179,10 +185,43 @@ def _fill(
     if 0 < left < total:
         log.info("Resuming %s: %d of %d images are done.", writer.path, total - left, total)
     trace = writer.partial / f"shard-{index}-of-{shards}.reading"
-    with _Meter(f"{job.dataset}/{job.split}", total, total - left, progress) as meter:
-        for rows, images in read_batches(Rows(dataset, job), pending, num_workers, trace):
-            writer.write(rows[0], _detect(extractor, images, job))
-            meter.advance(len(rows))
+    with Progress(f"{job.dataset}/{job.split}", "images", total, total - left, log, progress) as bar:
+        if isinstance(extractor, LookupExtractor) and not extractor.needs_sizes:
+            batches_read: Iterable[tuple[list[int], list[Views]]] = ((rows, [[] for _ in rows]) for rows in pending)
+        else:
+            batches_read = read_batches(Rows(dataset, job), pending, num_workers, trace)
+        for rows, images in batches_read:
+            if isinstance(extractor, LookupExtractor):
+                found = _look_up(extractor, [job.ids[row] for row in rows], images, job.m)
+            else:
+                found = _detect(extractor, images, job)
+            writer.write(rows[0], found)
+            bar.advance(len(rows))
+    if isinstance(extractor, LookupExtractor):
+        extractor.log_corrections()
+
+
+def _look_up(
+    extractor: LookupExtractor, ids: Sequence[str], images: Sequence[Views], m: int
+) -> list[list[Instances] | str]:
+    """Looked-up instances of each image, or the reason why it is left out.
+
+    Args:
+        extractor: looks them up.
+        ids: ids of the images.
+        images: the image of each id, for its size; an empty list if no sizes are needed.
+        m: instances per image.
+    """
+    for image in images:
+        if isinstance(image, GMMLICError):
+            raise image
+    found: dict[int, list[Instances] | str] = {i: image for i, image in enumerate(images) if isinstance(image, str)}
+    readable = [(i, image) for i, image in enumerate(images) if isinstance(image, list)]
+    sizes = [(image[0].shape[1], image[0].shape[0]) if image else None for _, image in readable]
+    looked_up = extractor.look_up([ids[i] for i, _ in readable], sizes, m)
+    for (i, _), instances in zip(readable, looked_up, strict=True):
+        found[i] = instances if isinstance(instances, str) else [instances]
+    return [found[i] for i in range(len(ids))]
 
 
 def _detect(extractor: InstanceExtractor, rows: Sequence[Views], job: Manifest) -> list[list[Instances] | str]:
@@ -340,51 +379,3 @@ class _ShardLock:
             return file.read_text().strip()
         except OSError:
             return "unknown"
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} images/s" if task.speed else "")
-
-
-class _Meter:
-    """Progress in images, with speed and remaining time: a bar on a terminal, else a log line every 10 s."""
-
-    def __init__(self, what: str, total: int, done: int, show: bool) -> None:
-        self.what, self.total, self.done, self.show = what, total, done, show
-        console = Console(stderr=True)
-        self.bar: Progress | None = None
-        if show and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console)
-        self.began = self.logged = time.monotonic()
-        self.resumed = done
-
-    def __enter__(self) -> _Meter:
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task(self.what, total=self.total, completed=self.done)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def advance(self, images: int) -> None:
-        self.done += images
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.advance(self.task, images)
-        elif self.show and (now - self.logged > LOG_S or self.done == self.total):
-            speed = (self.done - self.resumed) / max(now - self.began, 1e-9)
-            log.info(
-                "%s: %d of %d images, %.1f images/s, %.0f s left",
-                self.what,
-                self.done,
-                self.total,
-                speed,
-                (self.total - self.done) / speed,
-            )
-            self.logged = now

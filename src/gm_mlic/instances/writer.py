@@ -42,6 +42,7 @@ from gm_mlic.instances.store import (
     partial_path,
     sha256,
 )
+from gm_mlic.io import write_file
 
 _JOB = "partial.json"
 _SKIPPED = "skipped.jsonl"
@@ -173,7 +174,7 @@ class StoreWriter:
                 file.write(np.ascontiguousarray(values, dtype=specs[name][1]).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-        _write_text(self.partial / _JOB, self.manifest.to_json())
+        write_file(self.partial / _JOB, self.manifest.to_json())
 
     def states(self) -> np.ndarray:
         """(N,) uint8 :class:`State` of each row, read from disk, since other processes write too."""
@@ -253,7 +254,7 @@ class StoreWriter:
                     for name, (shape, dtype) in self.manifest.specs().items()
                 }
                 manifest = dataclasses.replace(self.manifest, skipped=self.reasons(), arrays=arrays)
-                _write_text(self.partial / MANIFEST, manifest.to_json())
+                write_file(self.partial / MANIFEST, manifest.to_json())
             keep = {MANIFEST} | {f"{name}.npy" for name in self.manifest.specs()}
             for file in self.partial.iterdir():
                 if file.name not in keep:
@@ -347,13 +348,3 @@ def _write_all(file: io.FileIO, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) or 0 :]
-
-
-def _write_text(file: Path, text: str) -> None:
-    """Write a small file atomically and sync it to disk."""
-    new = file.with_name(file.name + ".new")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(file)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
 
-from gm_mlic.errors import ArgumentError
+from gm_mlic.errors import ArgumentError, check_choice
 from gm_mlic.targets import DifficultRule
 
 APRule = Literal["rank", "envelope", "voc11", "sklearn"]
@@ -48,8 +48,8 @@ class Convention:
         hints = get_type_hints(type(self))
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
-            if field.name != "threshold" and value not in allowed:
-                raise ArgumentError(field.name, f"is {value!r}: choose one of {', '.join(allowed)}.")
+            if field.name != "threshold":
+                check_choice(field.name, value, allowed)
         if hasattr(self.threshold, "tolist"):  # a tensor or an array
             object.__setattr__(self, "threshold", self.threshold.tolist())
         if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from gm_mlic.errors import DataError
+from gm_mlic.io import Progress, write_file
 from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
 from gm_mlic.metrics.conventions import CONVENTIONS, Convention
 from gm_mlic.metrics.multilabel import MultiLabelMetrics
@@ -24,8 +23,6 @@ from gm_mlic.metrics.thresholds import fit_thresholds
 from gm_mlic.targets import TargetFormat
 
 log = logging.getLogger(__name__)
-
-_LOG_S = 10.0
 
 
 def evaluate_scores(
@@ -111,10 +108,7 @@ def evaluate_files(
     result |= evaluate_scores(images, val=val_images, bootstrap=bootstrap, seed=seed)
     if out is not None:
         path = Path(out) / f"{Path(scores).stem}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(path)
+        write_file(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -158,8 +152,8 @@ def bootstrapped(
 ) -> dict[str, Any]:
     """Entries ``bootstrap``, ``intervals`` and, for two models, ``difference`` of :func:`evaluate_scores`."""
     rules = list(conventions.values())
-    with _progress("bootstrap", resamples) as advance:
-        drawn = bootstrap_map(scores, targets, rules, resamples, seed, advance, difficult=difficult)
+    with Progress("bootstrap", "resamples", resamples, log=log) as progress:
+        drawn = bootstrap_map(scores, targets, rules, resamples, seed, progress.advance, difficult=difficult)
     result: dict[str, Any] = {"bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95}, "intervals": {}}
     if len(scores) > 1:
         result["difference"] = {}
@@ -202,30 +196,3 @@ def _check_same_labels(images: ScoredImages, val: ScoredImages | None) -> None:
 
 def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Progress: a transient bar on a terminal, else a log line every 10 s."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    began = logged = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done, logged
-        done += count
-        now = time.monotonic()
-        if now - logged > _LOG_S:
-            log.info("%s: %d of %d, %.0f s left", what, done, total, (total - done) * (now - began) / done)
-            logged = now
-
-    yield advance

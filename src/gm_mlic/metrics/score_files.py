@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.io import atomic_write
 from gm_mlic.metrics.functional import check_scores
 from gm_mlic.safe_load import load_arrays, load_tensors
 from gm_mlic.targets import TargetFormat, check_target_format, first_other_value, normalize_targets
@@ -104,8 +105,7 @@ def write_scored_images(
     """
     present, difficult = normalize_targets(targets, difficult)
     masks: dict[str, Any] = {} if difficult is None else {"difficult": difficult.cpu().numpy()}
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         np.savez_compressed(
             file,
             scores=scores.cpu().numpy(),
@@ -114,7 +114,6 @@ def write_scored_images(
             ids=np.array(ids, dtype=np.str_),
             labels=np.array(labels, dtype=np.str_),
         )
-    part.replace(path)
 
 
 def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:

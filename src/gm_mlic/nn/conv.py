@@ -11,7 +11,7 @@ Indices follow PyG: an edge leads from source j to target i.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch_geometric.nn import MeanAggregation, MessagePassing
@@ -21,6 +21,9 @@ from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, call, edge_ends, expanded, is_plain
 from gm_mlic.graphs.schema import EdgeSpec, EdgeType, NodeType
 from gm_mlic.nn.mlp import ConcatMLP
+
+NodeValues: TypeAlias = Mapping[NodeType, Tensor]
+EdgeValues: TypeAlias = Mapping[EdgeType, Any]
 
 
 def pair(channels: int | tuple[int, int]) -> tuple[int, int]:
@@ -189,10 +192,7 @@ class NodeConv(nn.Module):
                 function.reset_parameters()
 
     def forward(
-        self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Any],
-        edge_attr_dict: Mapping[EdgeType, Any],
+        self, x_dict: NodeValues, edge_index_dict: EdgeValues, edge_attr_dict: EdgeValues
     ) -> dict[NodeType, Tensor]:
         parts = {node_type: [x_dict[node_type]] for node_type, _ in self.phi_n.items()}
         for edge_type, by_receiver in self.message.items():
@@ -213,17 +213,13 @@ class EdgeUpdate(MessagePassing):
         e_{ij} \leftarrow \phi_e([e_{ij}, \rho_e([v_j, v_i])])
 
     Args:
-        in_channels: size of node features; a tuple for source and target of a bipartite graph; -1 to take the size
-            from the first input.
-        edge_dim: size of edge features, or -1.
+        in_channels, edge_dim, **kwargs: as for :class:`MessageMLP`.
         out_channels: size of the new edge features.
         product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: ``False``).
         norm: LayerNorm on the new features (default: ``False``).
-        **kwargs: arguments of :class:`torch_geometric.nn.MessagePassing`, except ``aggr`` and ``flow``.
 
     Shapes:
-        - **input:** node features (N, in_channels) or a pair of them, ``edge_index`` (2, E), edge features
-          (E, edge_dim)
+        - **input:** as for :class:`MessageMLP`
         - **output:** (E, out_channels)
     """
 
@@ -252,8 +248,7 @@ class EdgeUpdate(MessagePassing):
         if isinstance(edge_index, DenseEdges):
             x_j, x_i = edge_ends(edge_index, *x)
             return self.edge_update(*_dense_parts(self, EdgeUpdate, x_i, x_j, edge_attr))
-        size = (x[0].shape[0], x[1].shape[0])
-        return self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=size)
+        return self.edge_updater(edge_index, x=x, edge_attr=edge_attr, size=(x[0].shape[0], x[1].shape[0]))
 
     def edge_update(self, x_i: Tensor, x_j: Tensor, edge_attr: Tensor) -> Tensor:
         return call(ConcatMLP, self.phi_e, edge_attr, call(ConcatMLP, self.rho_e, x_j, x_i))  # type: ignore[no-any-return]
@@ -271,22 +266,16 @@ class GraphNetworkBlock(nn.Module):
         e_{ij} \leftarrow \phi_e([e_{ij}, \rho_e([v_j, v_i])])
 
     Args:
-        in_channels: size of node features; -1 to take it from the first input; a dictionary for sizes by node type.
+        in_channels, edge_types, edge_dim: as for :class:`NodeConv`, with the same errors.
         out_channels: size of all new features.
-        edge_types: dict from edge type to :class:`~gm_mlic.graphs.EdgeSpec`.
-        edge_dim: size of edge features; -1, or a dictionary by edge type. Default: ``in_channels``, if it is one size.
         product: fusion ``product`` for the edge types with ``product`` (default: ``False``).
         norm: LayerNorm on new node and edge features (default: ``False``).
         updated: the edge types whose features are updated (default: all). After the last block, only those that the
             decoder uses are needed.
 
     Shapes:
-        - **input:** ``x_dict`` (N, in_channels) by node type, ``edge_index_dict`` (2, E) and ``edge_attr_dict``
-          (E, edge_dim) by edge type
+        - **input:** as for :class:`NodeConv`
         - **output:** ``x_dict`` (N, out_channels) and ``edge_attr_dict`` (E, out_channels)
-
-    Raises:
-        ArgumentError: if ``in_channels`` or ``edge_dim`` has no size for a type.
     """
 
     def __init__(
@@ -304,24 +293,18 @@ class GraphNetworkBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         dims = by_type("edge_dim", in_channels if edge_dim is None else edge_dim, edge_types)
         self.node_conv = NodeConv(in_channels, out_channels, edge_types, dims, norm=norm)
-        self.edge_conv = ModuleDict(
-            {
-                t: EdgeUpdate(out_channels, dims[t], out_channels, product=product and spec.product, norm=norm)
-                for t, spec in edge_types.items()
-                if updated is None or t in updated
-            }
-        )
+        self.edge_conv = ModuleDict()
+        for t, spec in edge_types.items():
+            if updated is None or t in updated:
+                fusion = product and spec.product
+                self.edge_conv[t] = EdgeUpdate(out_channels, dims[t], out_channels, product=fusion, norm=norm)
 
     def reset_parameters(self) -> None:
-        self.node_conv.reset_parameters()
-        for edge_conv in self.edge_conv.values():
-            edge_conv.reset_parameters()
+        for layer in (self.node_conv, *self.edge_conv.values()):
+            layer.reset_parameters()
 
     def forward(
-        self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Any],
-        edge_attr_dict: Mapping[EdgeType, Any],
+        self, x_dict: NodeValues, edge_index_dict: EdgeValues, edge_attr_dict: EdgeValues
     ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
         v = call(NodeConv, self.node_conv, x_dict, edge_index_dict, edge_attr_dict)
         e = {

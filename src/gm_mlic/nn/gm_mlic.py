@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -15,9 +16,9 @@ from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain
+from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain, reused
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
-from gm_mlic.nn.conv import GraphNetworkBlock, MessageMLP, by_type, node_types
+from gm_mlic.nn.conv import EdgeValues, GraphNetworkBlock, MessageMLP, NodeValues, by_type, node_types
 from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
 from gm_mlic.nn.output import POOLINGS, ModelOutput, Pooling, pool_instances
 from gm_mlic.nn.prior import MatchHead
@@ -36,10 +37,13 @@ CHECKPOINTED_EDGES = 2**13
 
 
 class LabelCache(NamedTuple):
-    """Encoded label nodes (1, C, d) and label edges (1, C, K, d), from :meth:`GMMLIC.precompute_labels`."""
+    """Encoded label nodes (1, C, d), label edges (1, C, K, d), and products of weights, which the first forward pass
+    without gradients adds. From :meth:`GMMLIC.precompute_labels`.
+    """
 
     x_dict: dict[NodeType, Tensor]
     edge_attr_dict: dict[EdgeType, EdgeTensor]
+    compositions: dict[Any, Any]
 
 
 class Encoder(nn.Module):
@@ -94,9 +98,9 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Any],
-        edge_attr_dict: Mapping[EdgeType, Any],
+        x_dict: NodeValues,
+        edge_index_dict: EdgeValues,
+        edge_attr_dict: EdgeValues,
         cache: LabelCache | None = None,
     ) -> tuple[dict[NodeType, Tensor], dict[EdgeType, Any]]:
         """Encode the nodes and edges of a graph; types that are not in the graph are left out.
@@ -117,11 +121,7 @@ class Encoder(nn.Module):
         return x, e if is_plain(self, Encoder) else expanded(e)[0]
 
     def _attributes(
-        self,
-        edge_type: EdgeType,
-        x_dict: Mapping[NodeType, Tensor],
-        edge_index_dict: Mapping[EdgeType, Any],
-        edge_attr_dict: Mapping[EdgeType, Any],
+        self, edge_type: EdgeType, x_dict: NodeValues, edge_index_dict: EdgeValues, edge_attr_dict: EdgeValues
     ) -> tuple[Tensor | EdgeTensor, ...]:
         """The attribute of eq. 1, or both parts of that of eq. 2 or 3."""
         spec, edge_index = self.edge_types[edge_type], edge_index_dict[edge_type]
@@ -234,7 +234,7 @@ class GMMLIC(nn.Module):
         if isinstance(widths, int):
             widths = (widths,) * k
         if not isinstance(widths, Iterable | None):
-            raise ArgumentError("widths", f"must be a list of sizes, got {widths!r}.")
+            raise ArgumentError("widths", f"must be a size or a list of sizes, got {widths!r}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
@@ -245,11 +245,8 @@ class GMMLIC(nn.Module):
         for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
             if size < 1 and size != -1:
                 raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
-        for name, value, allowed in (
-            ("fusion", fusion, FUSIONS),
-            ("norm", norm, NORMS),
-            ("pooling", pooling, POOLINGS),
-        ):
+        choices = (("fusion", fusion, FUSIONS), ("norm", norm, NORMS), ("pooling", pooling, POOLINGS))
+        for name, value, allowed in choices:
             if value not in allowed:
                 raise ArgumentError(name, f"must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
@@ -257,10 +254,9 @@ class GMMLIC(nn.Module):
         self.edge_types = edge_table(edge_types)
         if not 0 <= dropout < 1:
             raise ArgumentError("dropout", f"must be at least 0 and below 1, got {dropout}.")
-        self.pooling, self.dropout = pooling, nn.Dropout(dropout)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.pooling, self.dropout, self.gradient_checkpointing = pooling, nn.Dropout(dropout), gradient_checkpointing
 
-        product, norm_all, last = fusion == "product", norm == "all", widths[-1]
+        product, last = fusion == "product", widths[-1]
         self.head = MatchHead(
             instance_dim, label_dim, prior=prior, linear=linear, components=components, shrinkage=shrinkage, ridge=ridge
         )
@@ -272,46 +268,23 @@ class GMMLIC(nn.Module):
         if class_words:  # one row of zeros, for instances without a class
             self.register_buffer("class_vectors", torch.zeros(class_words + 1, label_dim))
         self.class_words = class_words
-        in_channels = self.head.out_channels + (label_dim + 1 if class_words else 0)
-        self.encoder = Encoder(
-            {INSTANCE: in_channels, LABEL: label_dim},
-            encoder_width,
-            self.edge_types,
-            product=product,
-            norm=norm != "none",
-        )
+        sizes = {INSTANCE: self.head.out_channels + (label_dim + 1 if class_words else 0), LABEL: label_dim}
+        self.encoder = Encoder(sizes, encoder_width, self.edge_types, product=product, norm=norm != "none")
         self.blocks = nn.ModuleList()
         for b, (size, width) in enumerate(zip((encoder_width, *widths), widths, strict=False)):
             sizes = dict.fromkeys([INSTANCE, LABEL, *node_types(self.edge_types)], size)
             updated = (MATCHES,) if b == k - 1 else None  # the decoder uses no other edges
-            block = GraphNetworkBlock(
-                sizes, width, self.edge_types, size, product=product, norm=norm_all, updated=updated
-            )
-            self.blocks.append(block)
-        self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last)
-        self._start_at_prior()
+            options: Any = {"product": product, "norm": norm == "all", "updated": updated}
+            self.blocks.append(GraphNetworkBlock(sizes, width, self.edge_types, size, **options))
+        self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last, zero=prior)
 
     def reset_parameters(self) -> None:
-        self.encoder.reset_parameters()
-        for block in self.blocks:
-            block.reset_parameters()  # type: ignore[operator]
-        self.decoder.reset_parameters()
-        self.head.reset_parameters()
-        self._start_at_prior()
-
-    def _start_at_prior(self) -> None:
-        if self.head.prior is not None:
-            nn.init.zeros_(self.decoder.lin2.weight)
+        for module in (self.encoder, *self.blocks, self.decoder, self.head):
+            module.reset_parameters()  # type: ignore[operator]
 
     @torch.no_grad()
     def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
-        """Compute the statistics of the training data; without settings that need them, nothing.
-
-        Args:
-            features: (N, D_o) features of training instances.
-            label_vectors: (C, D_l).
-            class_vectors: (D, D_l) word vectors of the detector's classes, zeros where there is none.
-        """
+        """Compute what the settings need; see :class:`~gm_mlic.nn.FeatureStatistics`."""
         self.head.fit(features, label_vectors)
         if self.class_words and class_vectors is not None:
             self.class_vectors[:-1] = class_vectors
@@ -334,7 +307,9 @@ class GMMLIC(nn.Module):
             match_logits, label_states = self._checkpointed(data, label_cache)
         else:
             run: Any = partial(checkpoint, call, use_reentrant=False) if checkpointed else call
-            match_logits, label_states = self._match(data, label_cache, run)
+            eager = label_cache is not None and not torch.compiler.is_compiling()
+            with reused(label_cache.compositions) if eager else nullcontext():  # type: ignore[union-attr]
+                match_logits, label_states = self._match(data, label_cache, run)
         return pool_instances(match_logits, data, label_states, self.pooling)
 
     def _match(self, graph: Any, cache: LabelCache | None, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -360,7 +335,7 @@ class GMMLIC(nn.Module):
         instances = graph if isinstance(graph, AssignmentBatch) else graph[INSTANCE]
         score, detected_label = (getattr(instances, name, None) for name in ("score", "detected_label"))
         if score is None or detected_label is None:
-            raise ConfigError("The model reads class words, and the graph has no score and detected_label.")
+            raise ConfigError("The graph has no score and detected_label of instances, which `class_words` needs.")
         return torch.cat([x, self.class_vectors[detected_label], score[..., None].to(x.dtype)], dim=-1)
 
     def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
@@ -385,7 +360,7 @@ class GMMLIC(nn.Module):
             if is_plain(phi_e, ConcatMLP) and is_plain(phi_e.lin1, ConcatLinear):
                 outputs[phi_e.lin1.lins[0]] = apply_linear(phi_e.lin1.lins[0], attr)
             attr.outputs = outputs
-        return LabelCache(x_dict, edge_attr_dict)
+        return LabelCache(x_dict, edge_attr_dict, {})
 
     def _checkpointed(self, batch: AssignmentBatch, cache: LabelCache | None) -> tuple[Tensor, Tensor]:
         """Process a few images at a time and keep only their inputs; image-independent values are computed once."""
@@ -394,8 +369,7 @@ class GMMLIC(nn.Module):
         parts = batch.split(max(1, CHECKPOINTED_EDGES // (M * C + C**2)))
         results = [checkpoint(self._match, part, cache, call, use_reentrant=False) for part in parts]
         match_logits, label_states = zip(*results, strict=True)
-        sizes = [part.num_graphs for part in parts]
-        states = [states.expand(size, -1, -1) for states, size in zip(label_states, sizes, strict=True)]
+        states = [state.expand(part.num_graphs, -1, -1) for state, part in zip(label_states, parts, strict=True)]
         return torch.cat(match_logits), torch.cat(states)
 
     def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None, *, dense: bool = False) -> None:

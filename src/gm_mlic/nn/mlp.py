@@ -10,13 +10,14 @@ about ten Linears, most of them without a norm. torch's default scales the signa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, relu
 
-from gm_mlic.graphs.dense import EdgeTensor, apply_linear, call, expanded, is_plain, shape_of
+from gm_mlic.graphs.dense import EdgeTensor, apply_linear, call, expanded, is_cached, is_plain, shape_of
 
 
 def make_linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn.Linear:
@@ -82,37 +83,36 @@ class ConcatLinear(nn.Module):
             init_linear(lin, part)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Tensor:
-        if any(is_lazy(lin) for lin in self.lins):
-            for lin, part in zip(self.lins, parts, strict=True):
-                apply_linear(lin, part)
-            self.reset_parameters()
-        plain = [is_plain(lin) for lin in self.lins]
-        parts = parts if all(plain) else expanded(*parts)
+        return self.sum(*parts)[0]
+
+    def sum(self, *parts: Tensor | EdgeTensor) -> tuple[Tensor, bool]:
+        """The result, and whether it is a fresh tensor that may be modified in place."""
+        lins = list(self.lins)
+        if not all(map(is_plain, lins)):
+            if any(map(is_lazy, lins)):
+                for lin, part in zip(lins, parts, strict=True):
+                    apply_linear(lin, part)
+                self.reset_parameters()
+                return self.sum(*parts)
+            terms = [lin(part) for lin, part in zip(lins, expanded(*parts), strict=True)]
+            return reduce(torch.add, terms), False
         # Compact parts first, so that few sums are of full size.
-        first, *rest = sorted(range(len(parts)), key=lambda k: len([size for size in shape_of(parts[k]) if size != 1]))
-        total = apply_linear(self.lins[first], parts[first])
-        # Whether the sum is a fresh tensor that may be modified in place: no hook, other module or cache has it.
-        writable = plain[first] and not _is_cached(self.lins[first], parts[first])
-        for k in rest:
-            if plain[k] and not _is_cached(self.lins[k], parts[k]):
-                total = _add_linear(total, self.lins[k], parts[k], writable)
-            else:
-                total = total + apply_linear(self.lins[k], parts[k])
-            writable = True
-        return total
+        pairs = zip(lins, parts, strict=True)
+        (lin, part), *rest = sorted(pairs, key=lambda pair: len([n for n in shape_of(pair[1]) if n != 1]))
+        total, fresh = apply_linear(lin, part), not is_cached(lin, part)
+        for lin, part in rest:
+            total = total + apply_linear(lin, part) if is_cached(lin, part) else _add_linear(total, lin, part, fresh)  # type: ignore[arg-type]
+            fresh = True
+        return total, fresh
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({list(self.in_channels)}, {self.out_channels})"
 
 
-def _is_cached(lin: nn.Module, part: Tensor | EdgeTensor) -> bool:
-    return isinstance(part, EdgeTensor) and lin in part.outputs
-
-
-def _add_linear(total: Tensor, lin: Any, part: Tensor | EdgeTensor, writable: bool) -> Tensor:
-    """``total + lin(part)`` of a plain Linear, in place where that is allowed and the sum fits."""
-    x, (weight, bias) = (part.x, part.compose(lin)) if isinstance(part, EdgeTensor) else (part, (lin.weight, lin.bias))
-    if writable and total.shape[:-1] == x.shape[:-1]:
+def _add_linear(total: Tensor, lin: nn.Linear, part: Tensor | EdgeTensor, fresh: bool) -> Tensor:
+    """``total + lin(part)``, in place where ``total`` is fresh and the sum fits."""
+    x, weight, bias = (part.x, *part.compose(lin)) if isinstance(part, EdgeTensor) else (part, lin.weight, lin.bias)
+    if fresh and total.dim() != 3 and total.shape[:-1] == x.shape[:-1]:  # edges; a copy of nodes (B, N, d) is cheap
         if bias is not None:
             total.add_(bias)
         # The matrix product adds to the sum in place. Under autocast it has the dtype of the sum.
@@ -223,17 +223,19 @@ class ConcatMLP(nn.Module):
         if is_plain(self.norm, nn.Identity) and is_plain(self.lin2):
             return EdgeTensor(hidden, self.lin2.weight, self.lin2.bias)
         if is_plain(self.norm, nn.LayerNorm):
-            x, _ = Normalize.apply(self.lin2(hidden), self.norm.eps)  # type: ignore[no-untyped-call]
-            return EdgeTensor(x, self.norm.weight, self.norm.bias)
+            # A Function takes longer to call, and only gradients need it.
+            normalize = Normalize.apply if torch.is_grad_enabled() else Normalize.forward
+            return EdgeTensor(normalize(self.lin2(hidden), self.norm.eps)[0], self.norm.weight, self.norm.bias)
         return EdgeTensor(self.norm(self.lin2(hidden)))
 
     def hidden(self, *parts: Tensor | EdgeTensor) -> Tensor:
         r""":math:`\mathrm{ReLU}(W [x_1, \ldots, x_n] + b)`."""
-        product = () if self.product is None else (call(HadamardFusion, self.product, *parts),)
-        plain = is_plain(self.lin1, ConcatLinear)
-        total = self.lin1(*parts, *product) if plain else self.lin1(*expanded(*parts, *product))
-        writable = plain and all(is_plain(lin) for lin in self.lin1.lins)
-        return relu(total, inplace=writable)
+        if self.product is not None:
+            parts = (*parts, call(HadamardFusion, self.product, *parts))
+        if not is_plain(self.lin1, ConcatLinear):
+            return relu(self.lin1(*expanded(*parts)))
+        total, fresh = self.lin1.sum(*parts)
+        return total.relu_() if fresh else relu(total)
 
     def __repr__(self) -> str:
         norm = ", norm" if isinstance(self.norm, nn.LayerNorm) else ""
@@ -281,14 +283,27 @@ class Decoder(ConcatMLP):
         in_channels: the size of each part of the input: one edge state, or two node states.
         hidden_channels: the size between the two Linears.
         out_channels: logits per input (default: 1).
+        zero: initialize the weight of the last Linear with zeros (default: ``False``).
 
     Shapes:
         - **input:** parts :math:`x_k` (..., in_channels[k])
         - **output:** (..., out_channels)
     """
 
-    def __init__(self, in_channels: Sequence[int], hidden_channels: int, out_channels: int = 1) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], hidden_channels: int, out_channels: int = 1, *, zero: bool = False
+    ) -> None:
         super().__init__(in_channels, hidden_channels, out_channels)
+        self.zero = zero
+        self._start_at_zero()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        if self.zero:
+            nn.init.zeros_(self.lin2.weight)
 
     def forward(self, *parts: Tensor | EdgeTensor) -> Tensor:
         hidden = self.hidden(*parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -84,9 +84,8 @@ def pool_instances(
     shape = (*data.mask.shape, data.label_vectors.shape[0]) if dense else data[MATCHES].edge_index.shape[1:]  # type: ignore[index,union-attr]
     if match_logits.shape != shape:
         raise ArgumentError("match_logits", f"must be {tuple(shape)}, got {tuple(match_logits.shape)}.")
-    if isinstance(data, AssignmentBatch):
-        return _pool_dense(match_logits, data, label_states, pooling)
-    return _pool_sparse(match_logits, data, label_states, pooling)
+    pool: Any = _pool_dense if dense else _pool_sparse
+    return pool(match_logits, data, label_states, pooling)  # type: ignore[no-any-return]
 
 
 def _pool_dense(match_logits: Tensor, batch: AssignmentBatch, label_states: Tensor | None, pooling: str) -> ModelOutput:
@@ -124,7 +123,6 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
     # Of a single graph without ptr: [0, M].
     ptr = instances.ptr if "ptr" in instances else torch.arange(2, device=target.device) * instances.x.shape[0]
     instance = source - ptr[image]
-    if label_states is not None:
-        label_states = label_states.view(B, C, -1)
+    label_states = None if label_states is None else label_states.view(B, C, -1)
     edges = (image, instance, target - image * C, ptr)
     return ModelOutput(logits.view(B, C), instance[edge].view(B, C), label_states, match_logits, edges)

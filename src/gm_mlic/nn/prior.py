@@ -25,7 +25,7 @@ class FeatureStatistics(Protocol):
     """A model with statistics of the training instances among its buffers."""
 
     def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
-        """Compute them.
+        """Compute the statistics.
 
         Args:
             features: (N, D_o) features of training instances.
@@ -47,30 +47,18 @@ FLOOR = 1e-3
 
 
 def match_confidence(data: Any) -> Tensor:
-    """:math:`q_{ic}` of each matching edge: (E,) of a ``HeteroData``, (B, M, C) of an ``AssignmentBatch``.
-
-    Raises:
-        ConfigError: for graphs without it.
-    """
-    store = data if isinstance(data, AssignmentBatch) else data[MATCHES]
-    q = getattr(store, "confidence", None)
+    """:math:`q_{ic}` of each matching edge: (E,) of a ``HeteroData``, (B, M, C) of an ``AssignmentBatch``."""
+    q = getattr(data if isinstance(data, AssignmentBatch) else data[MATCHES], "confidence", None)
     if q is None:
-        raise ConfigError(
-            "The model reads the detector's confidence in each match, and the graph has none: give AssignmentGraph "
-            "class_labels."
-        )
+        raise ConfigError("The graph has no confidence of matching edges: give AssignmentGraph class_labels.")
     return q  # type: ignore[no-any-return]
 
 
 def label_counts(data: Any) -> Tensor:
-    """(B * C,) or (1, C): the training images with each label.
-
-    Raises:
-        ConfigError: for graphs without them.
-    """
+    """The number of training images with each label: (B * C,) of a ``HeteroData``, (1, C) of an ``AssignmentBatch``."""
     counts = data.label_counts if isinstance(data, AssignmentBatch) else data[LABEL].get("count")
     if counts is None:
-        raise ConfigError("The model holds back labels with few images: give AssignmentGraph label_counts.")
+        raise ConfigError("Shrinkage needs the number of images with each label: give AssignmentGraph label_counts.")
     return counts[None] if isinstance(data, AssignmentBatch) else counts
 
 
@@ -79,8 +67,7 @@ def image_mean(x: Tensor, weight: Tensor, data: Any) -> Tensor:
     if isinstance(data, AssignmentBatch):
         weight = (weight * data.mask)[..., None]
         return ((x * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)).expand_as(x)
-    image = data[INSTANCE].get("batch")
-    image = torch.zeros(len(x), dtype=torch.int64, device=x.device) if image is None else image
+    image = data[INSTANCE].get("batch", torch.zeros(len(x), dtype=torch.int64, device=x.device))
     B = int(getattr(data, "num_graphs", 1))
     mean: Tensor = scatter(x * weight[:, None], image, 0, B) / scatter(weight, image, 0, B)[:, None]
     return mean[image]
@@ -238,9 +225,9 @@ class MatchHead(nn.Module):
     .. math::
         s_{ic} = \mathrm{Prior}_{ic} + h_c \, (\mathrm{Linear}_{ic} + r_{ic}), \qquad h_c = n_c / (n_c + \tau)
 
-    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: labels with few
-    images stay near the detector's. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it
-    is computed in the dtype of the parameters.
+    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: the correction
+    of rare labels is small. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it is
+    computed in the dtype of the parameters.
 
     Args:
         instance_dim: D, size of an instance's feature.
@@ -248,7 +235,7 @@ class MatchHead(nn.Module):
         prior: add :class:`DetectorPrior`.
         linear: add :class:`LinearMatch`.
         components: :class:`Standardize` features to at most that many axes; None for features as they are.
-        shrinkage: :math:`\tau`; 0 holds nothing back.
+        shrinkage: :math:`\tau`; 0 for :math:`h_c = 1`.
         ridge: :math:`\lambda` of :meth:`penalty`.
 
     Shapes:
@@ -308,9 +295,8 @@ class MatchHead(nn.Module):
             return r
         edge_index = data.edge_index_dict[MATCHES]
         with torch.autocast(r.device.type, enabled=False):
-            q = match_confidence(data) if self.prior is not None or self.linear is not None else None
-            if q is not None:
-                w = self._centered(w)
+            if self.prior is not None or self.linear is not None:
+                q, w = match_confidence(data), self._centered(w)
             if self.linear is not None:
                 r = r + self.linear(x.to(w.dtype), w, q, data)
             if self.shrinkage:

@@ -86,7 +86,6 @@ def picture_grid(
         title: title of the picture.
         columns: panels per row.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -96,7 +95,6 @@ def picture_grid(
     lines = [max(len(found) for _, found in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
     heights = [inches for n in lines for inches in (2.9, 0.22 * n + 0.15)]
     figure = Figure(figsize=(columns * 3.15, sum(heights) + 0.75))
-    FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", y=1 - 0.12 / figure.get_figheight())
     legend_y = 1 - 0.5 / figure.get_figheight()
     for x, kind, words in (

@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -23,17 +20,16 @@ PALETTE = ("#3b7dd8", "#c25b00", "#2a8f5b", "#8250a0", "#b8336a", "#7a6a00", "#0
 
 def save(figure: Figure, folder: Path, name: str) -> str:
     """Write ``NAME.png`` and ``NAME.svg``; returns the name of the PNG."""
-    with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         save_figure(figure, folder / f"{name}.svg", metadata={"Date": None})
     save_figure(figure, folder / f"{name}.png", dpi=150)
-    plt.close(figure)
     return f"{name}.png"
 
 
 def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Figure:
     """Test mAP by a setting: mean over seeds with a band of one standard deviation."""
-    figure: Figure
-    figure, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axis = figure.subplots()
     for family, color in zip(families, _colors(len(families)), strict=True):
         points = sorted((float(group.setting(key)), list(group.values("mAP").values())) for group in family)
         x = [value for value, _ in points]
@@ -53,8 +49,8 @@ def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Fig
 
 def draw_training(groups: Sequence[Group]) -> Figure:
     """Training loss and val mAP by epoch, with a line per run and a color per group."""
-    figure: Figure
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.5, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for group, color in zip(groups, _colors(len(groups)), strict=True):
         for number, run in enumerate(group.runs):
             for axis, name in zip(axes, ("train/loss", "val/mAP"), strict=True):
@@ -82,12 +78,12 @@ def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floati
     """
     from sklearn.manifold import TSNE
 
-    figure: Figure
     many = len(labels) > 40
     shape = (len(states), 1) if many else (1, len(states))
     width, height = (10.5, 7.5) if many else (5.6, 5.2)
     size = (width * shape[1], height * shape[0])
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for axis, (title, values) in zip(axes.flat, states.items(), strict=True):
         perplexity = min(30.0, max(1.0, (len(labels) - 1) / 3))
         points = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=seed).fit_transform(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import importlib.resources
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ from PIL import Image
 from gm_mlic._version import __version__
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import UnreadableImage
+from gm_mlic.io import write_file
 from gm_mlic.reporting import plots
 from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.runs import as_typed, unusual
+from gm_mlic.reporting.tables import markdown_table, number
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
 from gm_mlic.safe_load import load_arrays
 
@@ -113,8 +116,8 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     sections.append(Section("Training", "One line per run.", [Picture("Loss and val mAP by epoch", picture)], groups))
     sections += _unfinished([run for run in runs if not is_complete(run.result)])
     title = "GM-MLIC: " + ", ".join(dict.fromkeys(group.dataset for group in groups))
-    _write(out / "report.md", _markdown(title, sections))
-    _write(out / "report.html", _page(title, sections, out))
+    write_file(out / "report.md", _markdown(title, sections))
+    write_file(out / "report.html", _page(title, sections, out))
     return out / "report.html"
 
 
@@ -169,7 +172,7 @@ def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) ->
         strong: frozenset[int] = frozenset()
         if any(name in theirs for name in names):
             strong = frozenset({len(rows)})
-            rows.append([f"paper, {paper['table']}", "", *(_number(theirs.get(name)) for name in names)])
+            rows.append([f"paper, {paper['table']}", "", *(number(theirs.get(name)) for name in names)])
         head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
         items.append(Table(f"{title}, %", head, rows, strong))
     if theirs:
@@ -187,7 +190,7 @@ def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> 
         values = list(group.values(name).values())
         if name in theirs and values:
             ours = sum(values) / len(values)
-            rows.append([name, spread(values), _number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
+            rows.append([name, spread(values), number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
     head = ["", "ours", "paper", "ours - paper"]
     return Table(f"Comparison with the paper's {table}: {group.name}", head, rows, groups=(group,))
 
@@ -203,7 +206,7 @@ def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]
         for group in columns:
             values = [(run.result or {})["test"]["AP"].get(label) for run in group.runs]
             cells.append(spread([float(value) for value in values if value is not None]))
-        rows.append([label, *cells, *([_number(theirs.get(label))] if theirs else [])])
+        rows.append([label, *cells, *([number(theirs.get(label))] if theirs else [])])
     head = ["", *(group.name for group in columns), *(["paper, Table 1"] if theirs else [])]
     left_out = len(groups) - len(columns)
     text = "Labels without a positive test image are marked with -."
@@ -226,7 +229,7 @@ def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Se
             differences = paired(group, full, "mAP") if group is not full else []
             difference = spread(differences) if differences else ""
             row = [ABLATIONS[str(group.ablation)], str(len(group.runs)), *cells, difference]
-            rows.append(row + [_number(theirs[str(group.ablation)].get(name)) for name in measures])
+            rows.append(row + [number(theirs[str(group.ablation)].get(name)) for name in measures])
         head = ["", "runs", *metrics, "full - this, mAP", *(f"paper, {name}" for name in measures)]
         name = f"Ablation on {full.dataset}" + (f": {_common(family)}" if len(found) > 1 else "")
         text = (
@@ -327,10 +330,6 @@ def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
         yield Section("Unfinished runs", text, [table])
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
 # Provenance
 
 
@@ -373,17 +372,15 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {_md(title)}", "", f"Made by gm-mlic {__version__}.", ""]
     for section in sections:
         lines += [f"## {_md(section.title)}", "", _md(section.text), ""]
-        for number, item in enumerate(section.items, start=1):
+        for n, item in enumerate(section.items, start=1):
             if isinstance(item, Picture):
                 lines += [f"![{_md(item.title)}]({item.file})", ""]
             else:
                 if item.title:
                     lines += [f"**{_md(item.title)}**", ""]
-                lines.append("| " + " | ".join(map(_md, item.head)) + " |")
-                lines.append("| --- |" + " ---: |" * (len(item.head) - 1))
-                lines += ["| " + " | ".join(map(_md, row)) + " |" for row in item.rows] + [""]
+                lines.append(markdown_table(list(map(_md, item.head)), (list(map(_md, row)) for row in item.rows)))
             groups = section.groups_of(item)
-            following = section.items[number] if number < len(section.items) else None
+            following = section.items[n] if n < len(section.items) else None
             # Once for consecutive tables of the same runs.
             if groups and (following is None or section.groups_of(following) is not groups):
                 lines += _markdown_facts(groups)
@@ -427,16 +424,8 @@ def _page(title: str, sections: Sequence[Section], out: Path) -> str:
 def _data_uri(path: Path) -> str:
     """Data URI of a picture."""
     if path.name == "photos.png":  # as JPEG, a tenth of the size
-        import io
-
         buffer = io.BytesIO()
         with Image.open(path) as image:
             image.convert("RGB").save(buffer, "JPEG", quality=85)
         return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.table import Table
+
+from gm_mlic.reporting.tables import markdown_table, text_table
 
 _COLORS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
@@ -51,15 +50,8 @@ def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:
 
 def runtime_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Tables for the terminal, one per case."""
-    tables = []
-    for case, rows in runtime_rows(results):
-        table = Table(title=case, title_justify="left", caption=_NOTE, caption_justify="left")
-        for head in _HEAD:
-            table.add_column(head, justify="right" if head else "left")
-        for row in rows:
-            table.add_row(*row)
-        tables.append(table)
-    return tables
+    settings: dict[str, Any] = {"caption": _NOTE, "caption_justify": "left"}
+    return [text_table(case, _HEAD, rows, **settings) for case, rows in runtime_rows(results)]
 
 
 def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Table:
@@ -70,30 +62,25 @@ def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Ta
         images: images per batch.
         detector: name of the detector.
     """
-    table = Table(title=f"time from photo to labels, dense, batches of {images}", title_justify="left")
-    for head in ("", "ms/image", "share"):
-        table.add_column(head, justify="left" if head == "" else "right")
     total = sum(seconds[part] for part in ("detection", "data", "graph"))
     names = {"detection": f"detection ({detector})", "data": "data (from a store)", "graph": "graph network"}
-    for part, name in names.items():
-        table.add_row(name, f"{1000 * seconds[part]:.1f}", f"{100 * seconds[part] / total:.1f} %")
-    table.add_row("training step, for comparison", f"{1000 * seconds['train']:.1f}", "")
-    return table
+    rows = [(n, f"{1000 * seconds[part]:.1f}", f"{100 * seconds[part] / total:.1f} %") for part, n in names.items()]
+    rows.append(("training step, for comparison", f"{1000 * seconds['train']:.1f}", ""))
+    return text_table(f"time from photo to labels, dense, batches of {images}", ("", "ms/image", "share"), rows)
 
 
 def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown table of the rows."""
-    lines = ["| setting | execution | " + " | ".join(_HEAD[1:]) + " |", "| --- | --- |" + " ---: |" * (len(_HEAD) - 1)]
-    for case, rows in runtime_rows(results):
-        lines += ["| " + " | ".join([case if number == 0 else "", *row]) + " |" for number, row in enumerate(rows)]
-    return "\n".join(lines) + f"\n\n{_NOTE}.\n"
+    lines = [(case if n == 0 else "", *row) for case, rows in runtime_rows(results) for n, row in enumerate(rows)]
+    return markdown_table(("setting", "execution", *_HEAD[1:]), lines, texts=2) + f"\n{_NOTE}.\n"
 
 
 def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Bar charts of time and memory by case and execution."""
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     many = len(results) > 3
-    figure, axes = plt.subplots(1, 3, figsize=(13 if many else 11, 3.8), layout="constrained")
+    figure = Figure(figsize=(13 if many else 11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, (key, label) in zip(axes, measures, strict=True):
         measured = [name for name in _COLORS if any(name in result["executions"] for result in results)]
         width = 0.8 / len(measured)
@@ -118,15 +105,13 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
         axis.margins(y=0.15)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def draw_growth(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Log-log curves of forward time, training time and memory over m, C, k and the batch."""
     measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
-    figure, axes = plt.subplots(
-        3, len(curves), figsize=(3 * len(curves), 7.5), layout="constrained", sharey="row", squeeze=False
-    )
+    figure = Figure(figsize=(3 * len(curves), 7.5), layout="constrained")
+    axes = figure.subplots(3, len(curves), sharey="row", squeeze=False)
     for column, (curve, results) in enumerate(curves.items()):
         for axis, (key, label) in zip(axes[:, column], measures, strict=True):
             for name, color in _COLORS.items():
@@ -148,4 +133,3 @@ def draw_growth(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -
         axes[-1, column].set_xlabel(curve)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)
-    plt.close(figure)

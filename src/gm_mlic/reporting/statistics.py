@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gm_mlic.datasets.statistics import DatasetStatistics
+from gm_mlic.reporting.tables import text_table
 
 #: Largest number of labels in the picture; the most frequent ones are drawn.
 MOST_LABELS = 120
@@ -32,58 +33,51 @@ def overview_table(
         splits: statistics of the splits.
         unreadable: images that cannot be decoded, by split; None: not checked.
     """
-    table = Table(title=Text(f"{splits[0].name}: {len(splits[0].labels)} labels"), title_justify="left")
-    table.add_column("")
-    for stats in splits:
-        table.add_column(stats.split, justify="right")
-    table.add_row("images", *(f"{stats.images:,}" for stats in splits))
-    table.add_row("images without labels", *(f"{stats.unlabeled:,}" for stats in splits))
-    table.add_row("labels per image, mean", *(f"{stats.labels_per_image:.2f}" for stats in splits))
-    table.add_row("labels per image, maximum", *(str(len(stats.per_image) - 1) for stats in splits))
-    table.add_row("labels without positives", *(str(int((stats.positives == 0).sum())) for stats in splits))
-    table.add_row("difficult labels", *(f"{stats.difficult.sum():,}" for stats in splits))
-    table.add_row("boxes", *("none" if stats.boxes is None else f"{stats.boxes.sum():,}" for stats in splits))
-    table.add_row("missing images", *(f"{len(stats.missing):,}" for stats in splits))
-    counts = (None if unreadable is None else len(unreadable[stats.split]) for stats in splits)
-    table.add_row("unreadable images", *("check=true" if bad is None else f"{bad:,}" for bad in counts))
-    return table
+    cells: dict[str, Callable[[DatasetStatistics], str]] = {
+        "images": lambda stats: f"{stats.images:,}",
+        "images without labels": lambda stats: f"{stats.unlabeled:,}",
+        "labels per image, mean": lambda stats: f"{stats.labels_per_image:.2f}",
+        "labels per image, maximum": lambda stats: str(len(stats.per_image) - 1),
+        "labels without positives": lambda stats: str(int((stats.positives == 0).sum())),
+        "difficult labels": lambda stats: f"{stats.difficult.sum():,}",
+        "boxes": lambda stats: "none" if stats.boxes is None else f"{stats.boxes.sum():,}",
+        "missing images": lambda stats: f"{len(stats.missing):,}",
+        "unreadable images": lambda stats: "check=true" if unreadable is None else f"{len(unreadable[stats.split]):,}",
+    }
+    title = Text(f"{splits[0].name}: {len(splits[0].labels)} labels")
+    head = ["", *(stats.split for stats in splits)]
+    return text_table(title, head, ([name, *map(cell, splits)] for name, cell in cells.items()))
 
 
 def labels_table(splits: Sequence[DatasetStatistics]) -> Table:
     """Table of images per label and split, and r_c of the first split; the most frequent label is first."""
     first = splits[0]
-    table = Table(title="Images with each label", title_justify="left")
-    table.add_column("label")
-    for stats in splits:
-        table.add_column(stats.split, justify="right")
-    table.add_column(f"r_c ({first.split})", justify="right")
     difficult = any(stats.difficult.any() for stats in splits)
-    if difficult:
-        table.add_column("difficult", justify="right")
-    if first.boxes is not None:
-        table.add_column(f"boxes ({first.split})", justify="right")
+    head = ["label", *(stats.split for stats in splits), f"r_c ({first.split})"]
+    head += ["difficult"] * difficult + [f"boxes ({first.split})"] * (first.boxes is not None)
+    rows: list[list[str | Text]] = []
     for c in np.argsort(-first.positives, kind="stable"):
-        cells = [f"{stats.positives[c]:,}" for stats in splits] + [f"{first.ratio[c]:.4f}"]
+        cells: list[str | Text] = [
+            Text(first.labels[c]),
+            *(f"{stats.positives[c]:,}" for stats in splits),
+            f"{first.ratio[c]:.4f}",
+        ]
         if difficult:
             cells.append(" / ".join(f"{stats.difficult[c]:,}" for stats in splits))
         if first.boxes is not None:
             cells.append(f"{first.boxes[c]:,}")
-        table.add_row(Text(first.labels[c]), *cells)
-    return table
+        rows.append(cells)
+    return text_table("Images with each label", head, rows)
 
 
 def cooccurrence_table(stats: DatasetStatistics, count: int = 10) -> Table:
     """Table of the strongest co-occurrences of a split (:meth:`~DatasetStatistics.strongest`)."""
-    table = Table(title=f"Strongest co-occurrences ({stats.split}; a in 5 images or more)", title_justify="left")
-    for name in ("a", "b"):
-        table.add_column(name)
-    for name in ("P(b | a)", "r_b", "images with both"):
-        table.add_column(name, justify="right")
-    for pair in stats.strongest(count, support=5):
-        table.add_row(
-            Text(pair.given), Text(pair.other), f"{pair.probability:.2f}", f"{pair.ratio:.2f}", f"{pair.together:,}"
-        )
-    return table
+    rows = [
+        (Text(pair.given), Text(pair.other), f"{pair.probability:.2f}", f"{pair.ratio:.2f}", f"{pair.together:,}")
+        for pair in stats.strongest(count, support=5)
+    ]
+    title = f"Strongest co-occurrences ({stats.split}; a in 5 images or more)"
+    return text_table(title, ("a", "b", "P(b | a)", "r_b", "images with both"), rows, texts=2)
 
 
 def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
@@ -92,7 +86,6 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     Left, labels by frequency. Right, P(b | a) as a heat map, with co-occurring labels side by side (:func:`grouped`)
     and labels without positives last. At most :data:`MOST_LABELS` labels are drawn, the most frequent ones.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from gm_mlic.reporting.fonts import save_figure
@@ -107,7 +100,6 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     bars, gap, top, bottom, right = 3.6, 0.3, names + 1.2, 0.55, 1.05
     width, height = names + bars + gap + names + side + right, top + side + bottom
     figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
 
     def axes(left: float, across: float) -> Any:
         return figure.add_axes((left / width, bottom / height, across / width, side / height))

@@ -8,6 +8,9 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from gm_mlic.io import few
 
 #: Columns of the comparison of models, in the order of the literature.
 COMPARISON = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
@@ -21,6 +24,24 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def text_table(
+    title: str | Text, head: Sequence[str], rows: Iterable[Sequence[str | Text]], texts: int = 1, **settings: Any
+) -> Table:
+    """Table for the terminal. The first ``texts`` columns are aligned left, the others (numbers) right."""
+    made = Table(title=title, title_justify="left", **settings)
+    for number, name in enumerate(head):
+        made.add_column(name, justify="left" if number < texts else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Table in Markdown, aligned as :func:`text_table`."""
+    lines = [head, ["---"] * texts + ["---:"] * (len(head) - texts), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def comparison_table(
     rows: Sequence[tuple[str, Mapping[str, Any]]], title: str, columns: Sequence[str] = COMPARISON
 ) -> Table:
@@ -31,23 +52,19 @@ def comparison_table(
         title: title of the table.
         columns: names of the metrics.
     """
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column.replace("top3/", "top-3 "), justify="right")
-    for name, values in rows:
-        table.add_row(name, *(number(values.get(column)) for column in columns))
-    return table
+    return text_table(title, *_comparison(rows, columns))
 
 
 def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON) -> str:
     """Comparison of models as a Markdown table."""
+    return markdown_table(*_comparison(rows, columns))
+
+
+def _comparison(
+    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
     head = ["", *(column.replace("top3/", "top-3 ") for column in columns)]
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(columns)]
-    lines += [
-        "| " + " | ".join([name, *(number(values.get(column)) for column in columns)]) + " |" for name, values in rows
-    ]
-    return "\n".join(lines) + "\n"
+    return head, [[name, *(number(values.get(column)) for column in columns)] for name, values in rows]
 
 
 def metrics_table(
@@ -61,16 +78,11 @@ def metrics_table(
         title: title of the table.
         fitted: metric values with fitted thresholds, for two more rows.
     """
-    table = Table(title=f"{title}: mAP {number(values['mAP'])}", title_justify="left")
-    table.add_column(f"{convention}, %")
-    for column in _ONE:
-        table.add_column(column, justify="right")
     rows = [("all", "", values), ("top 3", "top3/", values)]
     if fitted is not None:
         rows += [("all, fitted thresholds", "", fitted), ("top 3, fitted thresholds", "top3/", fitted)]
-    for name, prefix, source in rows:
-        table.add_row(name, *(number(source.get(prefix + column)) for column in _ONE))
-    return table
+    cells = ([name, *(number(source.get(prefix + column)) for column in _ONE)] for name, prefix, source in rows)
+    return text_table(f"{title}: mAP {number(values['mAP'])}", [f"{convention}, %", *_ONE], cells)
 
 
 def print_metrics(
@@ -97,20 +109,20 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         result: result of :func:`gm_mlic.metrics.evaluate_scores`.
     """
     metrics = result["metrics"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("%", no_wrap=True)
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    made.add_column("%", no_wrap=True)
     for name in metrics:
-        table.add_column(name, justify="right", no_wrap=True)
+        made.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, cells: Iterable[str]) -> None:
-        table.add_row(name, *cells)
+        made.add_row(name, *cells)
 
     add("mAP", (number(values["mAP"]) for values in metrics.values()))
     if "intervals" in result:
         for i, end in enumerate(("95 % from", "95 % to")):
             add(end, (number(result["intervals"][name][i]) for name in metrics))
     if "difference" in result:
-        table.add_section()
+        made.add_section()
         add("other mAP", (number(values["mAP"]) for values in result["against"].values()))
         gaps = {name: _gap(metrics[name]["mAP"], result["against"][name]["mAP"]) for name in metrics}
         add("gain", gaps.values())
@@ -121,12 +133,12 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         if source is None:
             continue
         for prefix, words in (("", ""), ("top3/", "top-3 ")):
-            table.add_section()
+            made.add_section()
             if heading and not prefix:
-                table.add_row(f"[italic]{heading}[/]")
+                made.add_row(f"[italic]{heading}[/]")
             for column in _ONE:
                 add(words + column, (number(source[name][prefix + column]) for name in metrics))
-    return table
+    return made
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:
@@ -147,8 +159,7 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         notes.append(f"Fitted: per-label thresholds with the best F1 on {result['val_images']:,} validation images.")
     if result["excluded_labels"]:
         names = result["excluded_labels"]
-        listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        notes.append(f"Labels without a positive, excluded from means over labels: {listed} ({len(names)}).")
+        notes.append(f"Labels without a positive, excluded from means over labels: {few(names, 8)} ({len(names)}).")
     for note in notes:
         console.print(note, highlight=False, markup=False)
 

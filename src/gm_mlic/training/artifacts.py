@@ -15,8 +15,9 @@ from torch_geometric.data import HeteroData
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
+from gm_mlic.io import atomic_write, write_file
 from gm_mlic.nn import ModelOutput
-from gm_mlic.runs import EXAMPLES, LABEL_STATES, write_atomically
+from gm_mlic.runs import EXAMPLES, LABEL_STATES
 
 #: Number of example photos, and their longer side in pixels.
 NUMBER, SIDE = 12, 640
@@ -91,7 +92,7 @@ def write_examples(
             labels.append({"label": dataset.labels[c], "score": round(float(scores[c]), 4), "box": box, "kind": kind})
         names = [dataset.labels[c] for c in np.flatnonzero(dataset.targets[row] > 0)]
         content.append({"id": dataset.ids[row], "file": f"{n:02d}.jpg", **size, "targets": names, "top": labels})
-    write_atomically(folder / "examples.json", json.dumps(content, indent=1) + "\n")
+    write_file(folder / "examples.json", json.dumps(content, indent=1) + "\n")
 
 
 def write_label_states(run_dir: Path, labels: tuple[str, ...], examples: Examples, label_vectors: Tensor) -> None:
@@ -103,7 +104,5 @@ def write_label_states(run_dir: Path, labels: tuple[str, ...], examples: Example
         return
     states = torch.stack(examples.label_states).mean(dim=0).numpy()
     vectors = label_vectors.float().cpu().numpy()
-    part = run_dir / f"{LABEL_STATES}.part"
-    with part.open("wb") as file:
+    with atomic_write(run_dir / LABEL_STATES) as part, part.open("wb") as file:
         np.savez(file, labels=np.array(labels), states=states, input=vectors)
-    part.replace(run_dir / LABEL_STATES)

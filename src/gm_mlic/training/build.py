@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset, label_ratio
-from gm_mlic.detection import InstanceExtractor, MultiViewExtractor, build_extractor
+from gm_mlic.detection import InstanceExtractor, LookupExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
@@ -26,6 +26,7 @@ from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
+from gm_mlic.optim import build_optimizer, check_schedule
 from gm_mlic.registry import DATASETS, LOSSES, MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -66,6 +67,30 @@ def evaluation_extractor(config: DictConfig, extractor: InstanceExtractor) -> In
         return extractor if config.graph.views == 1 else MultiViewExtractor(extractor, config.graph.views)
 
 
+def check_lookup(config: DictConfig, extractor: InstanceExtractor, datasets: Sequence[MultiLabelDataset]) -> None:
+    """Check that the instances of datasets can be looked up, before any is; other extractors pass.
+
+    Raises:
+        ConfigError: if settings need instances of other images than the photos.
+        DataError: if photos have no instances.
+    """
+    if not isinstance(extractor, LookupExtractor):
+        return
+    for key, value, off in (
+        ("instances.online", bool(config.instances.online), False),
+        ("instances.num_augmentations", config.instances.num_augmentations, 0),
+        ("graph.views", config.graph.views, 1),
+    ):
+        if value != off:
+            raise ConfigError(
+                f"{key}={value} with the detector {extractor.name}: its files have only the instances of whole photos. "
+                f"Set {key}={off}.".replace("True", "true").replace("False", "false")
+            )
+    with config_keys("detector"):
+        for dataset in datasets:
+            extractor.check_ids(dataset.ids)
+
+
 def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
     """Path of the store of one split: in ``instances.path``, or a folder with the hash of everything it depends on."""
     instances = config.instances
@@ -95,6 +120,7 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         StoreError: if the store at ``instances.path`` was made for another dataset or detector.
     """
     instances = config.instances
+    check_lookup(config, extractor, [dataset])
     if dataset.split != "train":
         extractor = evaluation_extractor(config, extractor)
     ranks = rank_info()
@@ -269,6 +295,16 @@ def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
     accepted = LOSSES.arguments(settings["name"])
     with config_keys("loss"):
         return LOSSES.build(**settings, **{k: v for k, v in given.items() if k in accepted})  # type: ignore[no-any-return]
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Check the settings of the optimizer and its schedule, which are built only when training starts."""
+    settings = section(config, "optimizer")
+    settings.pop("detector_lr", None)
+    with config_keys("optimizer"):
+        optimizer = build_optimizer(settings, [torch.nn.Parameter(torch.zeros(1, 1))])
+    with config_keys("scheduler"):
+        check_schedule(section(config, "scheduler"), optimizer)
 
 
 def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetrics:

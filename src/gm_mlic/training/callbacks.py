@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import logging
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gm_mlic.io import Progress, atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -23,24 +23,22 @@ class EpochProgressBar(Callback):
     """
 
     def __init__(self) -> None:
-        self._bar: Progress | None = None
+        self._bar: Progress | None = None  # none for the rest of an epoch that is resumed
+        self._open = ExitStack()
         self._best = float("-inf")
         self._begin = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin = time.monotonic()
-        if trainer.is_global_zero and sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.add_task(self._title(trainer), total=trainer.num_training_batches)
-            self._bar.start()
+        bar = Progress(self._title(trainer), "steps", int(trainer.num_training_batches), show=trainer.is_global_zero)
+        self._bar = self._open.enter_context(bar)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
         if self._bar is not None:
-            self._bar.advance(self._bar.task_ids[0])
+            self._bar.advance(1)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
+        self._open.close()
         if not trainer.is_global_zero:
             return
         values = trainer.callback_metrics
@@ -54,12 +52,7 @@ class EpochProgressBar(Callback):
         )  # fmt: skip
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._open.close()
 
     @staticmethod
     def _title(trainer: Trainer) -> str:
@@ -110,9 +103,7 @@ class EpochCSV(Callback):
             }
         )
         names = list(dict.fromkeys(name for row in self._rows for name in row))
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as file:
+        with atomic_write(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
-        part.replace(self.path)

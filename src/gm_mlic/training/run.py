@@ -35,9 +35,10 @@ from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, co
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.store import MANIFEST, sha256
+from gm_mlic.io import atomic_write, write_file
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState, write_atomically
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.data import GraphData
@@ -115,13 +116,15 @@ def _train(
         return result
     state.begin()
     if first:
-        write_atomically(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
+        write_file(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
     # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
     custom = extractor is not None
-    extractor = extractor or build.build_detector(config)
+    if extractor is None:
+        extractor = build.build_detector(config)
+    build.check_lookup(config, extractor, list(datasets.values()))
     module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
@@ -129,7 +132,7 @@ def _train(
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
-            assert store is not None  # validation.check excludes on-line mode
+            assert store is not None  # config.finish excludes on-line mode
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
             module.metadata = module.metadata.with_candidates(candidates)
             graph = module.metadata.build_graph()
@@ -141,7 +144,7 @@ def _train(
         except DivergedError as error:
             ids = [datasets["train"].ids[row] for row in error.rows]
             record = {"error": str(error), "epoch": error.epoch, "step": error.step, "images": ids}
-            write_atomically(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
+            write_file(run_dir / DIVERGED, json.dumps(record, indent=2) + "\n")
             raise
 
         chosen = run_dir / "checkpoints" / f"{config.trainer.checkpoint}.ckpt"
@@ -150,7 +153,7 @@ def _train(
         if first:
             tested.write(run_dir, datasets["test"], module.metadata)
             tracker.log_result(result)
-            write_atomically(finished, json.dumps(result, indent=2) + "\n")
+            write_file(finished, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -191,7 +194,7 @@ def evaluate(
         raise ConfigError("calibrate=true fits thresholds on val: evaluate another split, e.g. split=test.")
     metadata.check_labels(tuple(dataset.labels), path)
     extractor = build.build_detector(config) if extractor is None else extractor
-    metadata.check_detector(extractor.name, extractor.fingerprint, path)
+    metadata.check_extractor(extractor, path)
     data = split_data(config, dataset, extractor)
     tested = _test(config, path, data, extractor)
     convention, rules = config.metrics.convention, tested.rules
@@ -213,9 +216,8 @@ def evaluate(
     if bootstrap:
         result |= bootstrapped([tested.scores], tested.targets, {convention: rules}, bootstrap, seed, tested.difficult)
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
         tested.write_scores(Path(out) / f"{split}.npz", dataset)
-        write_atomically(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
+        write_file(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -284,6 +286,7 @@ def build_module(
     )
     with config_keys("graph"):
         graph = metadata.build_graph()
+    build.check_optimizer(config)
     seed_everything(config.seed, workers=True, verbose=False)  # directly before the weights are initialized
     module = MLICModule(
         build.build_model(metadata, dataset),
@@ -347,9 +350,8 @@ def _newest(folder: Path) -> tuple[Path, dict[str, Any] | None]:
             raise
         content = read_checkpoint(best)[1]
         log.warning("%s Resuming from %s, after epoch %d.", error, best, position(content)[0])
-        part = last.with_suffix(".part")
-        shutil.copyfile(best, part)
-        part.replace(last)
+        with atomic_write(last) as part:
+            shutil.copyfile(best, part)
         return last, content
 
 

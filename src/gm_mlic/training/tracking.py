@@ -24,7 +24,8 @@ from PIL import Image
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import RELATIONS
-from gm_mlic.runs import EXAMPLES, write_atomically
+from gm_mlic.io import first_line, write_file
+from gm_mlic.runs import EXAMPLES
 
 log = logging.getLogger(__name__)
 
@@ -104,15 +105,15 @@ class Tracker:
                 run = wandb.init(**arguments)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
-                f"logger=wandb: {_first_line(error)}: set WANDB_API_KEY or run `wandb login`, or set "
+                f"logger=wandb: {first_line(error)}: set WANDB_API_KEY or run `wandb login`, or set "
                 "logger.offline=true to write to the run folder only."
             ) from error
         except wandb.errors.Error as error:
             raise ConfigError(
-                f"logger=wandb: no connection to W&B ({_first_line(error)}): check the network and logger.entity, or "
+                f"logger=wandb: no connection to W&B ({first_line(error)}): check the network and logger.entity, or "
                 "set logger.offline=true to write to the run folder only."
             ) from error
-        write_atomically(id_file, f"{run.id}\n")
+        write_file(id_file, f"{run.id}\n")
         run.define_metric("epoch", hidden=True)
         for split in ("train", "val"):
             run.define_metric(f"{split}/*", step_metric="epoch")
@@ -186,7 +187,7 @@ def _not_fatal(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        log.warning("W&B: logging %s failed (%s); the run folder has the data.", what, _first_line(error))
+        log.warning("W&B: logging %s failed (%s); the run folder has the data.", what, first_line(error))
 
 
 @contextlib.contextmanager
@@ -237,8 +238,3 @@ def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[
 
 def _label_list(found: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{label['label']} {label['score']:.2f}" for label in found if label["kind"] != "missed")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

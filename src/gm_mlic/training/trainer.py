@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from gm_mlic.device import resolve_device
 from gm_mlic.distributed import launcher, rank_info
 from gm_mlic.errors import ConfigError
+from gm_mlic.io import first_line
 from gm_mlic.training import build
 from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
 from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
@@ -71,7 +72,7 @@ def build_trainer(
     except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
-            f"precision={settings.precision} is not available: {str(error).splitlines()[0]}"
+            f"precision={settings.precision} is not available: {first_line(error)}"
         ) from error
     count = rank_info().world_size
     if trainer.world_size != count and launcher() in ("torchrun", "srun"):

@@ -15,6 +15,7 @@ from torch_geometric.data import Batch, HeteroData
 from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs import INSTANCE, LABEL, MATCHES, EdgeSpec
 from gm_mlic.graphs.schema import EdgeType
+from gm_mlic.io import few
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Photo, Prediction, Predictor
 
@@ -89,7 +90,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     if label is not None and label not in names:
         raise ArgumentError(
             "label",
-            f"is {label!r}: the labels are {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}.",
+            f"is {label!r}: the labels are {few(names, 10)}.",
         )
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)

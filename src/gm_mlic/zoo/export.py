@@ -20,6 +20,7 @@ from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import FasterRCNNExtractor, FixedDetector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError
 from gm_mlic.graphs import SPATIAL, AssignmentBatch
+from gm_mlic.io import atomic_write
 from gm_mlic.nn import GMMLIC
 from gm_mlic.zoo.predictor import Predictor
 
@@ -215,10 +216,7 @@ def _export(
     form: str,
     names: dict[str, str],
 ) -> float:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unchecked = path.with_name(path.name + ".part")
-    with torch.no_grad(), _quiet():
+    with atomic_write(path) as unchecked, torch.no_grad(), _quiet():
         if form == "torch":
             program = torch.export.export(module, inputs, dynamic_shapes=free)
             with unchecked.open("wb") as file:
@@ -231,10 +229,8 @@ def _export(
         for trial in trials:
             for name, found, expected in zip(outputs, run(trial), module(*trial), strict=True):
                 worst = max(worst, _difference(name, found, expected))
-    if not worst <= TOLERANCE:
-        unchecked.unlink()
-        raise ExportError(f"{path}: differs from the model by {worst:.1e}, file removed. Please report this.")
-    unchecked.replace(path)
+        if not worst <= TOLERANCE:
+            raise ExportError(f"{path}: differs from the model by {worst:.1e}, file removed. Please report this.")
     return worst
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gm_mlic.detection.multi_view import VIEWS
+from gm_mlic.detection.protocol import InstanceExtractor, LookupExtractor
 from gm_mlic.errors import WeightsError
 from gm_mlic.graphs import AssignmentGraph
+from gm_mlic.io import first_line
 from gm_mlic.registry import MODELS
 from gm_mlic.safe_load import load_tensors
 
@@ -168,6 +170,21 @@ class ModelMetadata:
             difference = f"its label {i} is {self.labels[i]!r}, the dataset's is {labels[i]!r}"
         raise WeightsError(f"{path}: trained on other labels ({difference}): choose the dataset it was trained on.")
 
+    def check_extractor(self, extractor: InstanceExtractor, path: Path) -> None:
+        """Raise :class:`WeightsError` unless the model was trained with this extractor.
+
+        The files of a :class:`~gm_mlic.detection.LookupExtractor` may be others than in training, with other photos.
+        Whether they are of the same detector cannot be told; only the name and the length of features are compared.
+        """
+        if not isinstance(extractor, LookupExtractor) or extractor.name != self.detector:
+            return self.check_detector(extractor.name, extractor.fingerprint, path)
+        expected = self.model.get("instance_dim", extractor.feature_dim)
+        if extractor.feature_dim != expected:
+            raise WeightsError(
+                f"{path}: trained on features of length {expected}, the precomputed ones have length "
+                f"{extractor.feature_dim}: use files of the same detector."
+            )
+
     def check_detector(self, name: str, fingerprint: str, path: Path) -> None:
         """Raise :class:`WeightsError` unless the model was trained with this extractor."""
         if fingerprint != self.detector_fingerprint:
@@ -189,10 +206,9 @@ def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
         content = load_tensors(path)
         return ModelMetadata.from_checkpoint(content[KEY]), content
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
-            f"{path}: not a checkpoint of gm-mlic train, or damaged ({reason[:120]}): restore a copy, or delete it "
-            "and run its command again."
+            f"{path}: not a checkpoint of gm-mlic train, or damaged ({first_line(error)}): restore a copy, or delete "
+            "it and run its command again."
         ) from error
 
 

@@ -20,11 +20,12 @@ from gm_mlic.detection import (
     GridExtractor,
     InstanceExtractor,
     Instances,
+    LookupExtractor,
     MultiViewExtractor,
     build_extractor,
 )
 from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
-from gm_mlic.errors import ArgumentError, ConfigError, UnreadableImage, WeightsError, config_keys
+from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC, LabelCache
 from gm_mlic.registry import DETECTORS
@@ -159,7 +160,7 @@ class Predictor:
         if trained and isinstance(extractor, nn.Module):
             load_weights(extractor, content, path, prefix="online.detector.")
         else:
-            metadata.check_detector(extractor.name, extractor.fingerprint, path)
+            metadata.check_extractor(extractor, path)
         model = metadata.build_model()
         load_weights(model, content, path)
         return cls(model.to(device), metadata, extractor)
@@ -198,7 +199,7 @@ class Predictor:
             extractor = _built(settings, device, folder, metadata.detector)
             if body_weights is not None and isinstance(extractor, GridExtractor):
                 load_weights(extractor.body, {"state_dict": load_safely(body_weights)}, body_weights, prefix="")
-        metadata.check_detector(extractor.name, extractor.fingerprint, folder)
+        metadata.check_extractor(extractor, folder)
         return cls(model.to(device), metadata, extractor, card)
 
     def save_pretrained(self, folder: str | Path, card: ModelCard | None = None) -> Path:
@@ -254,6 +255,8 @@ class Predictor:
 
         Raises:
             UnreadableImage: for an unreadable photo, unless ``skipped`` is given.
+            DataError: for a photo without instances, if the detector looks them up in files.
+            ConfigError: for an open image without a file name, if the detector looks instances up.
         """
         if batch_size < 1:
             raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
@@ -261,9 +264,9 @@ class Predictor:
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
             read = [(photo, image) for photo in batch if (image := self._read(photo, skipped)) is not None]
+            read, found = self._detected(read, skipped)
             if not read:
                 continue
-            found = self._detected(read)
             if label_cache is None:
                 label_cache = self._precomputed(found)
             yield from self._predict(read, found, label_cache)
@@ -277,8 +280,7 @@ class Predictor:
         """
         image = self._read(photo, None)
         assert image is not None
-        assert self.graph.m is not None
-        (instances,) = self.extractor([to_tensor(image)], self.graph.m)
+        _, (instances,) = self._detected([(photo, image)], None)
         return self._to_graph(instances)
 
     @staticmethod
@@ -294,10 +296,44 @@ class Predictor:
             return None
 
     @torch.no_grad()
-    def _detected(self, read: list[tuple[Photo, Image.Image]]) -> list[Instances]:
+    def _detected(
+        self, read: list[tuple[Photo, Image.Image]], skipped: dict[str, str] | None
+    ) -> tuple[list[tuple[Photo, Image.Image]], list[Instances]]:
+        """Photos with instances, and their instances."""
         m = self.graph.m
         assert m is not None
-        return [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
+        if isinstance(self.extractor, LookupExtractor):
+            return self._looked_up(self.extractor, read, skipped)
+        if not read:
+            return [], []
+        return read, [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
+
+    def _looked_up(
+        self, extractor: LookupExtractor, read: list[tuple[Photo, Image.Image]], skipped: dict[str, str] | None
+    ) -> tuple[list[tuple[Photo, Image.Image]], list[Instances]]:
+        """Photos with looked-up instances, and these; photos are named by their path."""
+        m = self.graph.m
+        assert m is not None
+        names = [str(getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo) for photo, _ in read]
+        if "" in names:
+            raise ConfigError(
+                f"The detector {self.detector.name} looks instances up by the name of a photo, which an open image "
+                "does not have: give the path of the file."
+            )
+        kept: list[tuple[Photo, Image.Image]] = []
+        found: list[Instances] = []
+        for item, name, instances in zip(
+            read, names, extractor.look_up(names, [image.size for _, image in read], m), strict=True
+        ):
+            if not isinstance(instances, str):
+                kept.append(item)
+                found.append(instances)
+            elif skipped is None:
+                raise DataError(f"{instances}: add it there, or leave the photo out.")
+            else:
+                skipped[name] = instances
+        extractor.log_corrections()
+        return kept, found
 
     @torch.no_grad()
     def _precomputed(self, found: list[Instances]) -> LabelCache | None:

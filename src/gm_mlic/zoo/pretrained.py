@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from gm_mlic._version import __version__
 from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtractor, save_detector
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
+from gm_mlic.io import first_line, write_file
 from gm_mlic.registry import MODELS
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -98,10 +99,10 @@ def write_pretrained(
     metadata = _without_paths(metadata, extractor, folder)
     _save(folder / MODEL, model.state_dict())
     _save(folder / LABEL_VECTORS, {"label_vectors": metadata.label_vectors})
-    _write(folder / CARD, model_card(folder.name, metadata, card, sum(p.numel() for p in model.parameters())))
+    write_file(folder / CARD, model_card(folder.name, metadata, card, sum(p.numel() for p in model.parameters())))
     content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **metadata.to_config()}
     content["card"] = asdict(card)
-    _write(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return folder
 
 
@@ -117,7 +118,7 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         label_vectors = load_safely(folder / LABEL_VECTORS)["label_vectors"]
         metadata = ModelMetadata.from_config(content, label_vectors)
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({_reason(error)}).") from error
+        raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({first_line(error)}).") from error
     weights = load_safely(folder / MODEL)
     try:
         if type(metadata.build_graph(evaluation=True).m) is not int:
@@ -125,7 +126,7 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         with torch.device("meta"):  # allocates nothing if the config has wrong sizes
             shapes = {name: tensor.shape for name, tensor in metadata.build_model().state_dict().items()}
     except (GMMLICError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder / CONFIG}: the model or graph cannot be built ({_reason(error)}).") from error
+        raise WeightsError(f"{folder / CONFIG}: the model or graph cannot be built ({first_line(error)}).") from error
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != shapes:
         mismatch = next(name for name in sorted(found | shapes) if found.get(name) != shapes.get(name))
@@ -205,7 +206,9 @@ def find_pretrained(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(hub.snapshot_download(name, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # of several libraries: network, names, permissions, disks
-        raise WeightsError(f"{name}: no such folder, and download from the hub failed ({_reason(error)}).") from error
+        raise WeightsError(
+            f"{name}: no such folder, and download from the hub failed ({first_line(error)})."
+        ) from error
 
 
 def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
@@ -225,7 +228,8 @@ def push(folder: Path, repo_id: str, *, private: bool = True) -> str:
         )
     except Exception as error:
         raise WeightsError(
-            f"`repo_id={repo_id!r}`: upload to the hub failed ({_reason(error)}): set HF_TOKEN or run `hf auth login`."
+            f"`repo_id={repo_id!r}`: upload to the hub failed ({first_line(error)}): set HF_TOKEN or run `hf auth "
+            "login`."
         ) from error
     return str(address)
 
@@ -279,7 +283,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         hint = f"it is a run folder: its model is {best}" if best.is_file() else f"it has no {CONFIG}"
         raise WeightsError(f"{folder}: not a gm-mlic model folder ({hint}).") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: cannot be read ({_reason(error)}).") from error
+        raise WeightsError(f"{path}: cannot be read ({first_line(error)}).") from error
     if not isinstance(content, dict) or content.pop("library", None) != "gm-mlic":
         raise WeightsError(f"{path}: not the config of a gm-mlic model.")
     written_by = content.pop("version", "?")
@@ -292,15 +296,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(serialize(on_cpu, metadata={"format": "pt"}))
-    part.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_file(path, serialize(on_cpu, metadata={"format": "pt"}))
 
 
 def load_safely(path: Path) -> dict[str, Tensor]:
@@ -308,7 +304,7 @@ def load_safely(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: cannot be read ({_reason(error)}): download or export it again.") from error
+        raise WeightsError(f"{path}: cannot be read ({first_line(error)}): download or export it again.") from error
     return tensors
 
 
@@ -318,8 +314,3 @@ def _hub() -> Any:
     except ImportError as error:
         raise ConfigError("Models on the hub need the extra: pip install 'gm-mlic[hub]'.") from error
     return huggingface_hub
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

@@ -55,6 +55,14 @@ def location_output(
     return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
 
 
+class Composite(nn.Module):
+    """A module whose parameters are those of its submodules."""
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            module.reset_parameters()  # type: ignore[operator]
+
+
 class LeCunLinear(nn.Linear):
     """A Linear with LeCun normal initialization, for use without a ReLU after it."""
 

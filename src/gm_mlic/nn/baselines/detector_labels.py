@@ -64,7 +64,6 @@ class DetectorLabels(nn.Module):
         nn.init.zeros_(self.shift)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.num_labels)
         if batch.score is None or batch.detected_label is None:
             raise ConfigError("DetectorLabels needs graphs with score and detected_label.")

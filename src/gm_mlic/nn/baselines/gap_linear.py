@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import LeCunLinear, as_batch, location_output
+from gm_mlic.nn.baselines._common import Composite, LeCunLinear, as_batch, location_output
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 
 
 @register_model("gap_linear")
-class GAPLinear(nn.Module):
+class GAPLinear(Composite):
     r"""Global average pooling and a linear classifier, from "Deep Residual Learning" (He et al., CVPR 2016, Table 1).
 
     .. math::
@@ -33,9 +33,6 @@ class GAPLinear(nn.Module):
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
-
-    Raises:
-        ArgumentError: for an invalid argument.
     """
 
     input: ClassVar[str] = "grid"
@@ -45,11 +42,7 @@ class GAPLinear(nn.Module):
         check_positive(instance_dim=instance_dim, num_labels=num_labels)
         self.classifier = LeCunLinear(instance_dim, num_labels)
 
-    def reset_parameters(self) -> None:
-        self.classifier.reset_parameters()
-
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.classifier.out_features, self.classifier.in_features)
         with torch.autocast(batch.x.device.type, enabled=False):  # rounded logits would be equal
             matches: Tensor = self.classifier(batch.x)

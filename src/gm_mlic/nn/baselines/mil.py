@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -66,21 +66,13 @@ class MILMax(nn.Module):
         if pooling not in POOLINGS:
             raise ArgumentError("pooling", f"must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
         self.instance_dim, self.num_labels, self.width, self.pooling = instance_dim, num_labels, width, pooling
-        self.head = MatchHead(
-            instance_dim,
-            num_labels,
-            prior=prior,
-            linear=linear,
-            components=components,
-            shrinkage=shrinkage,
-            ridge=ridge,
-        )
+        options: dict[str, Any] = {"components": components, "shrinkage": shrinkage, "ridge": ridge}
+        self.head = MatchHead(instance_dim, num_labels, prior=prior, linear=linear, **options)
         self.register_buffer("one_hot", torch.eye(num_labels)[None], persistent=False)
         if width is not None:
             check_positive(width=width)
             self.encoder = ConcatMLP([self.head.out_channels, 4], width, width, norm=True)
-            self.decoder = Decoder([width], width, num_labels)
-            self._start_at_prior()
+            self.decoder = Decoder([width], width, num_labels, zero=prior)
         elif not prior and not linear:
             raise ArgumentError("width", "is None: the model needs a hidden layer, `prior` or `linear`.")
 
@@ -89,11 +81,6 @@ class MILMax(nn.Module):
         if self.width is not None:
             self.encoder.reset_parameters()
             self.decoder.reset_parameters()
-            self._start_at_prior()
-
-    def _start_at_prior(self) -> None:
-        if self.head.prior is not None:
-            nn.init.zeros_(self.decoder.lin2.weight)
 
     def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
         """Compute the statistics of training instances (N, D); the other arguments are not used."""
@@ -105,7 +92,6 @@ class MILMax(nn.Module):
         return self.head.penalty()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.num_labels, self.instance_dim, complete=False)
         x = self.head.features(batch.x)
         if self.width is None:

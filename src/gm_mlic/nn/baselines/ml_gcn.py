@@ -10,7 +10,7 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import as_batch, conditional_probabilities, location_output
+from gm_mlic.nn.baselines._common import Composite, as_batch, conditional_probabilities, location_output
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Fraction, Positive, Probability
@@ -71,7 +71,7 @@ class GCNLayer(nn.Module):
 
 
 @register_model("ml_gcn")
-class MLGCN(nn.Module):
+class MLGCN(Composite):
     r"""ML-GCN, from "Multi-Label Image Recognition with Graph Convolutional Networks" (Chen et al., CVPR 2019).
 
     .. math::
@@ -98,9 +98,6 @@ class MLGCN(nn.Module):
     Shapes:
         - **input:** an assignment graph or a batch of them; only instances and label vectors are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
-
-    Raises:
-        ArgumentError: for an invalid argument.
     """
 
     input: ClassVar[str] = "grid"
@@ -121,16 +118,11 @@ class MLGCN(nn.Module):
             raise ArgumentError("tau", f"must be in [0, 1], got {tau}.")
         if not 0 <= p < 1:
             raise ArgumentError("p", f"must be in [0, 1), got {p}.")
-        self.instance_dim, self.label_dim, self.num_labels, self.tau, self.p = (
-            instance_dim, label_dim, num_labels, tau, p,
-        )  # fmt: skip
+        self.instance_dim, self.label_dim, self.num_labels = instance_dim, label_dim, num_labels
+        self.tau, self.p = tau, p
         self.conv1 = GCNLayer(label_dim, width)
         self.conv2 = GCNLayer(width, instance_dim)
         self.register_buffer("adjacency", torch.eye(num_labels))
-
-    def reset_parameters(self) -> None:
-        self.conv1.reset_parameters()
-        self.conv2.reset_parameters()
 
     def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
         """Set the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
@@ -144,7 +136,6 @@ class MLGCN(nn.Module):
         return W
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
         W = self.classifiers(batch.label_vectors)
         pooled = batch.x.masked_fill(~batch.mask[..., None], float("-inf")).amax(dim=1)

@@ -106,9 +106,6 @@ class Query2Label(nn.Module):
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
-
-    Raises:
-        ArgumentError: for an invalid argument.
     """
 
     input: ClassVar[str] = "grid"
@@ -142,7 +139,6 @@ class Query2Label(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.num_labels, self.instance_dim)
         F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
         Q = self.queries.expand(len(F), -1, -1)

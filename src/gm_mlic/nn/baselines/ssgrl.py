@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
+    Composite,
     LabelClassifiers,
     LeCunLinear,
     as_batch,
@@ -22,7 +23,7 @@ from gm_mlic.registry import register_model
 from gm_mlic.schema import Positive
 
 
-class SemanticDecoupling(nn.Module):
+class SemanticDecoupling(Composite):
     r"""A feature for each label, by attention guided by its word vector (the paper's semantic decoupling).
 
     .. math::
@@ -49,10 +50,6 @@ class SemanticDecoupling(nn.Module):
         self.V = LeCunLinear(label_dim, width, bias=False)
         self.p = LeCunLinear(width, 1, bias=False)
 
-    def reset_parameters(self) -> None:
-        for module in (self.U, self.V, self.p):
-            module.reset_parameters()
-
     def forward(self, x: Tensor, mask: Tensor, label_vectors: Tensor) -> tuple[Tensor, Tensor]:
         fused = torch.tanh(self.U(x)[:, :, None] * self.V(label_vectors))
         scores = self.p(fused).squeeze(-1).masked_fill(~mask[..., None], float("-inf"))
@@ -63,7 +60,7 @@ class SemanticDecoupling(nn.Module):
         return f"{type(self).__name__}({self.U.in_features}, {self.V.in_features}, {self.U.out_features})"
 
 
-class GGNNStep(nn.Module):
+class GGNNStep(Composite):
     r"""One step of a gated graph network (Li et al., ICLR 2016), as in the paper's semantic interaction.
 
     .. math::
@@ -88,10 +85,6 @@ class GGNNStep(nn.Module):
         self.gates = LeCunLinear(3 * channels, 2 * channels)
         self.candidate = LeCunLinear(3 * channels, channels)
 
-    def reset_parameters(self) -> None:
-        self.gates.reset_parameters()
-        self.candidate.reset_parameters()
-
     def forward(self, h: Tensor, adjacency: Tensor) -> Tensor:
         messages = torch.cat([adjacency @ h, adjacency.T @ h], dim=-1)
         z, r = torch.sigmoid(self.gates(torch.cat([messages, h], dim=-1))).chunk(2, dim=-1)
@@ -103,7 +96,7 @@ class GGNNStep(nn.Module):
 
 
 @register_model("ssgrl")
-class SSGRL(nn.Module):
+class SSGRL(Composite):
     r"""SSGRL, from "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition"
     (Chen et al., ICCV 2019).
 
@@ -127,9 +120,6 @@ class SSGRL(nn.Module):
     Shapes:
         - **input:** an assignment graph or a batch of them; only instances and label vectors are used
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`h^T`
-
-    Raises:
-        ArgumentError: for an invalid argument.
     """
 
     input: ClassVar[str] = "grid"
@@ -147,16 +137,11 @@ class SSGRL(nn.Module):
         self.classifiers = LabelClassifiers(num_labels, instance_dim)
         self.register_buffer("adjacency", torch.zeros(num_labels, num_labels))
 
-    def reset_parameters(self) -> None:
-        for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
-
     def fit(self, targets: Tensor, difficult: Tensor | None = None) -> None:
         """Set the label graph from targets (N, C) in {0, 1} of the training images; difficult ones are left out."""
         self.adjacency.copy_(conditional_probabilities(targets, self.num_labels, difficult))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        """Score every label of every image."""
         batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
         first, attention = self.decoupling(batch.x, batch.mask, batch.label_vectors)
         h = first
@@ -166,8 +151,5 @@ class SSGRL(nn.Module):
         return location_output(logits, attention, batch, h)
 
     def __repr__(self) -> str:
-        width = self.decoupling.U.out_features
-        return (
-            f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, {self.num_labels}, width={width}, "
-            f"steps={self.steps})"
-        )
+        sizes = f"{self.instance_dim}, {self.label_dim}, {self.num_labels}"
+        return f"{type(self).__name__}({sizes}, width={self.decoupling.U.out_features}, steps={self.steps})"

@@ -1,4 +1,4 @@
-"""What a detected class says of the labels: candidate matching edges, and the confidence of a match."""
+"""Labels of detected classes: candidate matching edges, and the confidence of matches."""
 
 from __future__ import annotations
 
@@ -53,28 +53,29 @@ def label_candidates(
     return torch.zeros(D, C, dtype=torch.bool).scatter_(1, best, True) | (strength.sum(dim=0) == 0)[:, None]
 
 
-def candidate_edges(table: Tensor, detected_label: Tensor, mask: Tensor) -> Tensor:
-    """The matching edges to candidate labels: (B, M, C) bool.
+def candidate_edges(table: Tensor, detected_label: Tensor | None, mask: Tensor) -> Tensor:
+    """The matching edges to candidate labels: (..., M, C) bool.
 
     An instance without a class has edges to all labels. A label that is a candidate of no instance has an edge from the
     least confident one, since each label needs a match logit.
 
     Args:
         table: (D, C) bool, from :func:`label_candidates`.
-        detected_label: (B, M) int64, -1 for none.
-        mask: (B, M) bool, False where padded; the instances of each image come first, the most confident first.
+        detected_label: (..., M) int64, -1 for none.
+        mask: (..., M) bool, False where padded; the instances of each image come first, the most confident first.
 
     Raises:
-        ConfigError: for a class that the table does not have.
+        ConfigError: without ``detected_label``, or for a class that the table does not have.
     """
-    _check_classes(table, detected_label)
-    allowed = (table[detected_label.clamp(min=0)] | (detected_label < 0)[..., None]) & mask[..., None]
-    isolated = ~allowed.any(dim=1, keepdim=True)
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(dim=1, keepdim=True) - 1
+    if detected_label is None:
+        raise ConfigError("Candidates need the detected_label of each instance.")
+    allowed = (_rows(table, detected_label) | (detected_label < 0)[..., None]) & mask[..., None]
+    isolated = ~allowed.any(dim=-2, keepdim=True)
+    last = torch.arange(mask.shape[-1], device=mask.device) == mask.sum(dim=-1, keepdim=True) - 1
     return allowed | (isolated & last[..., None])
 
 
-def class_confidence(table: Tensor, detected_label: Tensor, score: Tensor) -> Tensor:
+def class_confidence(table: Tensor, detected_label: Tensor | None, score: Tensor | None) -> Tensor:
     r"""The detector's confidence in each match: :math:`q_{ic} = s_i` where the class of instance i is label c, else 0.
 
     Args:
@@ -86,16 +87,18 @@ def class_confidence(table: Tensor, detected_label: Tensor, score: Tensor) -> Te
         (..., M, C), with the dtype of ``score``.
 
     Raises:
-        ConfigError: for a class that the table does not have.
+        ConfigError: without ``detected_label`` or ``score``, or for a class that the table does not have.
     """
-    _check_classes(table, detected_label)
-    named = table[detected_label.clamp(min=0)] & (detected_label >= 0)[..., None]
-    return named * score[..., None]
+    if detected_label is None or score is None:
+        raise ConfigError("Class labels need the detected_label and score of each instance.")
+    return (_rows(table, detected_label) & (detected_label >= 0)[..., None]) * score[..., None]
 
 
-def _check_classes(table: Tensor, detected_label: Tensor) -> None:
+def _rows(table: Tensor, detected_label: Tensor) -> Tensor:
+    """The row of each instance's class; row 0 for -1."""
     if not torch.compiler.is_compiling() and int(detected_label.max()) >= table.shape[0]:
         raise ConfigError(
             f"An instance is of the detector's class {int(detected_label.max())}, but the table is of classes 0 to "
             f"{table.shape[0] - 1}: use the detector that the model was trained with."
         )
+    return table[detected_label.clamp(min=0)]

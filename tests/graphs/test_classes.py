@@ -28,7 +28,7 @@ from gm_mlic.graphs import (
     collate_instances,
     drop_edges,
 )
-from gm_mlic.graphs.candidates import class_confidence
+from gm_mlic.graphs.classes import class_confidence
 from gm_mlic.graphs.dense import Bipartite, edge_dot
 from gm_mlic.zoo.explain import _without
 

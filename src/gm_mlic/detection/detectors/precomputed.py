@@ -1,0 +1,694 @@
+"""Precomputed instances: boxes, scores, classes and features of any detector, read from files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import re
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+
+from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, whole_image
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.errors import ArgumentError, ConfigError, DataError
+from gm_mlic.registry import register_detector
+from gm_mlic.safe_load import load_arrays
+
+log = logging.getLogger(__name__)
+
+#: Names of arrays in files; the first is the recommended one, the others are those of published features.
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "boxes": ("boxes", "bbox", "bboxes", "image_bb"),
+    "scores": ("scores", "objects_conf", "cls_prob"),
+    "classes": ("classes", "objects_id"),
+    "features": ("features", "x", "image_features"),
+    "count": ("counts", "num_boxes", "num_bbox"),
+    "width": ("image_w", "img_w", "image_width"),
+    "height": ("image_h", "img_h", "image_height"),
+    "ids": ("image_ids", "image_id", "img_id"),
+    "offsets": ("offsets",),
+    "spans": ("pos_boxes",),
+    "labels": ("labels",),
+}
+#: Parts with a row for each instance.
+_ROWS = ("boxes", "scores", "classes", "features")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+_HDF5 = (".h5", ".hdf5")
+#: File with the class names, in a folder of files.
+LABELS_FILE = "labels.txt"
+#: Boxes that leave the image by less than this part of its size are clipped without a warning.
+_SLACK = 0.01
+#: Hashes of larger files are stored beside them.
+_SMALL_BYTES = 1 << 28
+
+
+@register_detector("precomputed")
+class Precomputed:
+    """Instances of any detector, read from files.
+
+    This is a :class:`~gm_mlic.detection.protocol.LookupExtractor`: instances are looked up by image id, not computed.
+
+    ``path`` is a folder with an ``.npz`` file for each photo, an HDF5 file with a group for each photo, or one ``.npz``
+    or HDF5 file whose arrays hold all photos. A photo matches the file, group or id of its name: its path, or the end
+    of it, with or without extension.
+
+    Each photo has ``boxes`` (M, 4), ``scores`` (M,) in [0, 1], or (M, C) for each class, ``classes`` (M,) with -1 for
+    none, and ``features`` (M, D), in any order. Without scores, all are 1 and the order is kept. Without features, the
+    score at the class is the feature (C,). A photo without boxes has one instance, the whole image, whose feature is
+    zero. Boxes are clipped to the image; boxes without area are left out.
+
+    Args:
+        path: the folder or file.
+        labels: class names, as a list or a text file with one per line (``N/A``: unused class); null: labels.txt in the
+            folder, or the array ``labels`` in the file; without these, there are no classes.
+        first_class: number of the first class: 1 if 0 is the background.
+        box_format: ``xyxy`` (corners), ``xywh`` (left, top, width, height) or ``cxcywh`` (center, width, height).
+        box_units: ``pixels`` of the photo, or ``fraction`` of its width and height. For pixels, its size is in the
+            files (``image_w``, ``image_h``), or that of the photo.
+        missing: photos without an entry: ``error``, or ``skip`` to leave them out, as unreadable photos are.
+
+    Raises:
+        ConfigError: if an argument is invalid, or h5py is not installed.
+        DataError: if the files cannot be read.
+    """
+
+    name = "precomputed"
+
+    def __init__(
+        self,
+        path: str | Path,
+        labels: str | Path | list[str] | None = None,
+        first_class: Literal[0, 1] = 0,
+        box_format: Literal["xyxy", "xywh", "cxcywh"] = "xyxy",
+        box_units: Literal["pixels", "fraction"] = "pixels",
+        missing: Literal["error", "skip"] = "error",
+    ) -> None:
+        self.path = Path(path).expanduser()
+        self.box_format, self.box_units, self.missing = box_format, box_units, missing
+        self._source = _open(self.path)
+        self._names = _Names(self._source.keys())
+        found = self._source.labels()
+        if labels is not None:
+            found = read_labels(labels)
+        elif found:
+            check_labels(found, f"the class names in {self.path}")
+        self.labels, self._label_of_class = label_of_class(found or (), first_class)
+        self._num_classes = len(found or ())
+        first, arrays = next(self._source.read([next(iter(self._source.keys()))]))
+        self.needs_sizes = box_units == "pixels" and "width" not in arrays
+        self._has_features = "features" in arrays
+        if not self._has_features and not self.labels:
+            raise DataError(
+                f"{first} has no features ({', '.join(KEYS['features'])}): add them, or classes and their `labels`, "
+                "whose scores then are the features."
+            )
+        self.feature_dim = len(self.labels)
+        if self._has_features:
+            self.feature_dim = _rows(first, arrays)["features"].shape[1]
+        self._clipped = self._dropped = 0
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the settings, the class names, and the content of the files.
+
+        The content of an ``.npz`` file is known by the names, sizes and CRC-32 of its arrays, in the directory at its
+        end. Reading it takes well under a millisecond, does not depend on compression or times, and is the same on
+        another machine. Of an HDF5 file all bytes are read; above 256 MB, their SHA-256 is stored in the file
+        ``.NAME.sha256`` beside it and used until its size or time changes.
+        """
+        if self._fingerprint is None:
+            # Not `missing`: it does not change the instances of a photo.
+            settings = [self.labels, self._label_of_class.tolist(), self.box_format, self.box_units]
+            digest = hashlib.sha256(json.dumps(["precomputed", *settings]).encode())
+            for part in self._source.content():
+                digest.update(json.dumps(part).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
+        """Not possible: raises :class:`~gm_mlic.errors.ConfigError`."""
+        raise ConfigError(
+            f"The instances in {self.path} are looked up by the name of a photo: they cannot be computed for an image "
+            "without a name, an augmented or cropped view, or on-line. Use another detector for these."
+        )
+
+    def check_ids(self, ids: Sequence[str]) -> None:
+        """Raise :class:`~gm_mlic.errors.DataError` if photos have no entry, unless ``missing="skip"``."""
+        without = [name for name in ids if self._names.find(name) is None]
+        if without and (self.missing == "error" or len(without) == len(ids)):
+            raise self._lacks(without, len(ids))
+
+    def look_up(self, ids: Sequence[str], sizes: Sequence[tuple[int, int] | None], m: int) -> list[Instances | str]:
+        """Instances of photos; see :meth:`gm_mlic.detection.protocol.LookupExtractor.look_up`.
+
+        Raises:
+            ConfigError: if ``m`` is less than 1.
+            DataError: if a photo has no entry and ``missing="error"``, or its entry is invalid; the message has the
+                file, the array and the row.
+        """
+        if m < 1:
+            raise ArgumentError("m", f"must be 1 or more, got {m}.")
+        keys = [self._names.find(name) for name in ids]
+        without = [name for name, key in zip(ids, keys, strict=True) if key is None]
+        if without and self.missing == "error":
+            raise self._lacks(without, len(ids))
+        entries = self._source.read([key for key in keys if key is not None])
+        found: list[Instances | str] = []
+        for name, key, size in zip(ids, keys, sizes, strict=True):
+            if key is None:
+                found.append(f"{name} has no instances in {self.path}")
+            else:
+                found.append(self._instances(*next(entries), size).top(m))
+        return found
+
+    def log_corrections(self) -> None:
+        """Log how many boxes were clipped or left out since the last call, if any."""
+        counts = ((self._clipped, "reach out of the photo and are clipped"), (self._dropped, "have no area in it"))
+        parts = [f"{count:,} boxes {what}" for count, what in counts if count]
+        if parts:
+            log.warning("%s: %s (box_format=%s).", self.path, " and ".join(parts), self.box_format)
+        self._clipped = self._dropped = 0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, photos={len(self._source.keys())}, D={self.feature_dim})"
+
+    def _lacks(self, without: Sequence[str], total: int) -> DataError:
+        shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        if self.missing == "skip":
+            example = next(iter(self._source.keys()))
+            return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {shown}; it has {example}.")
+        return DataError(
+            f"{len(without):,} of {total:,} photos have no instances in {self.path}: {shown}: add them, or set "
+            "`missing='skip'` to leave these photos out."
+        )
+
+    def _instances(self, where: str, arrays: dict[str, np.ndarray], size: tuple[int, int] | None) -> Instances:
+        """Checked and sorted instances of one photo."""
+        parts = _rows(where, arrays)
+        if ("features" in parts) != self._has_features:
+            raise DataError(f"{where} has {'no ' if self._has_features else ''}features, unlike the first photo.")
+        boxes = self._boxes(where, parts["boxes"], self._size(where, arrays, size))
+        scores, labels = self._scored(where, parts, len(boxes))
+        whole = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        self._dropped += int((~whole).sum())
+        keep = whole.nonzero().flatten()
+        keep = keep[scores[keep].sort(descending=True, stable=True).indices]
+        if self._has_features:
+            features = parts["features"].float()
+            if features.shape[1] != self.feature_dim:
+                raise DataError(f"{where}: features have {features.shape[1]} columns, expected {self.feature_dim}.")
+        else:
+            features = torch.zeros(len(boxes), self.feature_dim)
+            classed = (labels >= 0).nonzero().flatten()
+            features[classed, labels[classed]] = scores[classed]
+        if len(keep) == 0:
+            return whole_image(torch.zeros(self.feature_dim))
+        return Instances(boxes[keep], scores[keep], labels[keep], features[keep])
+
+    def _size(
+        self, where: str, arrays: dict[str, np.ndarray], size: tuple[int, int] | None
+    ) -> tuple[float, float] | None:
+        """Width and height that boxes are divided by; None for fractions."""
+        if self.box_units == "fraction":
+            return None
+        if "width" in arrays and "height" in arrays:
+            width, height = (_number(where, key, arrays[key]) for key in ("width", "height"))
+            if not (width > 0 and height > 0):
+                raise DataError(f"{where}: the size of the photo is {width:g} x {height:g}, expected positive numbers.")
+            return width, height
+        if size is None:
+            raise DataError(
+                f"{where} has no size of the photo ({KEYS['width'][0]}, {KEYS['height'][0]}), unlike the first photo: "
+                "boxes in pixels need it."
+            )
+        return size
+
+    def _boxes(self, where: str, boxes: Tensor, size: tuple[float, float] | None) -> Tensor:
+        """Boxes as corners, divided by the size of the photo and clipped."""
+        corners: Tensor = box_convert(boxes.double(), self.box_format, "xyxy")
+        highest = float(corners.max()) if len(corners) else 0.0
+        if size is None and highest > 2:
+            raise DataError(
+                f"{where}: boxes reach {highest:g}, expected fractions from 0 to 1: set `box_units='pixels'`."
+            )
+        if size is not None:
+            if len(corners) and 0 < highest <= 1 and min(size) > 2:
+                raise DataError(f"{where}: boxes reach {highest:g} pixels only: set `box_units='fraction'`.")
+            corners = corners / corners.new_tensor([*size, *size])
+        clipped: Tensor = corners.clamp(0, 1)
+        self._clipped += int(((corners - clipped).abs() > _SLACK).any(dim=1).sum())
+        return clipped.float()
+
+    def _scored(self, where: str, parts: dict[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Scores (M,) and labels (M,)."""
+        scores = parts.get("scores", torch.ones(count)).float()
+        classes = parts.get("classes")
+        outside = ((scores < 0) | (scores > 1)).nonzero()
+        if len(outside):
+            at = outside[0].tolist()
+            raise DataError(f"{where}: scores{at} is {float(scores[tuple(at)]):g}, expected 0 to 1.")
+        if scores.dim() == 2:
+            C = self._num_classes
+            if not self.labels or scores.shape[1] not in (C, C + 1):
+                raise DataError(
+                    f"{where}: scores have {scores.shape[1]} columns, `labels` names {C} classes: expected a column "
+                    "for each class, or for the background and each class."
+                )
+            best, label = scores[:, -C:][:, self._label_of_class[-C:] >= 0].max(dim=1)
+            return best, label
+        if classes is None:
+            return scores, torch.full((count,), -1)
+        if not self.labels and bool((classes != -1).any()):
+            raise DataError(f"{where} has classes, but their names are unknown: set `labels`, or all classes to -1.")
+        columns = len(self._label_of_class)
+        wrong = ((classes < -1) | (classes >= max(columns, 1)) | (classes != classes.round())).nonzero().flatten()
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(
+                f"{where}: classes[{row}] is {float(classes[row]):g}, expected -1 to {columns - 1}: check `labels` and "
+                "`first_class`."
+            )
+        number = classes.long()
+        return scores, torch.where(number < 0, -1, self._label_of_class[number]) if self.labels else number
+
+
+def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Arrays with a row for each instance, checked: numbers, finite, of consistent shapes."""
+    if "boxes" not in arrays:
+        raise DataError(f"{where} has no boxes: expected the array {' or '.join(KEYS['boxes'])}.")
+    found: dict[str, Tensor] = {}
+    shape = arrays["boxes"].shape
+    count = shape[0] if len(shape) else 0
+    if "count" in arrays:
+        number = _number(where, "count", arrays["count"])
+        if number != int(number) or not 0 <= number <= count:
+            raise DataError(f"{where}: the number of boxes is {number:g}, but there are {count}.")
+        count = int(number)
+    for key in _ROWS:
+        if key not in arrays:
+            continue
+        array = arrays[key]
+        if array.dtype.kind not in "fiub":
+            raise DataError(f"{where}: {key} are {array.dtype}, expected numbers.")
+        if key == "features" and array.ndim == 2 and len(array) != shape[0] and array.shape[1] == shape[0]:
+            array = array.T  # some published files have a column for each box
+        dimensions = {"boxes": (2,), "scores": (1, 2), "classes": (1,), "features": (2,)}[key]
+        rows = array[:count] if array.ndim else array
+        if array.ndim == 2 and key == "classes" and array.shape[1] == 1:
+            rows, dimensions = rows[:, :1].reshape(-1), (1,)
+        if rows.ndim not in dimensions or len(array) != shape[0] or (key == "boxes" and rows.shape[1] != 4):
+            wanted = {"boxes": "(M, 4)", "scores": "(M,) or (M, C)", "classes": "(M,)", "features": "(M, D)"}[key]
+            raise DataError(f"{where}: {key} have shape {array.shape}, expected {wanted} with M = {count} boxes.")
+        finite = np.isfinite(rows) if rows.dtype.kind == "f" else np.ones(rows.shape, bool)
+        if not finite.all():
+            row = int(np.argwhere(~finite)[0][0])
+            raise DataError(f"{where}: {key}[{row}] is NaN or infinite.")
+        kind = np.float64 if key in ("boxes", "classes") else np.float32
+        with np.errstate(over="ignore"):
+            found[key] = torch.from_numpy(np.ascontiguousarray(rows, dtype=kind))
+    return found
+
+
+def _number(where: str, key: str, array: np.ndarray) -> float:
+    """A number that is stored as an array of one element."""
+    if array.size != 1 or array.dtype.kind not in "fiub" or not math.isfinite(float(array.reshape(-1)[0])):
+        raise DataError(f"{where}: {KEYS[key][0]} is not a number.")
+    return float(array.reshape(-1)[0])
+
+
+class _Names:
+    """Entries by the name of a photo.
+
+    A name matches an entry if they are equal, or one is the end of the other at a ``/``, or both are the number of the
+    same COCO image (``42`` and ``COCO_val2014_000000000042``); extensions of images are ignored.
+    """
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._exact = {key: key for key in keys}
+        self._whole: dict[str, list[str]] = {}
+        self._ends: dict[str, list[str]] = {}
+        self._numbers: dict[str, list[str]] = {}
+        for key in keys:
+            short = _without_suffix(key)
+            self._whole.setdefault(short, []).append(key)
+            for end in _ends(short)[1:]:
+                self._ends.setdefault(end, []).append(key)
+            if number := _coco_number(short):
+                self._numbers.setdefault(number, []).append(key)
+
+    def find(self, name: str) -> str | None:
+        """Entry of a photo, or None.
+
+        Raises:
+            DataError: if it matches several equally well.
+        """
+        name = PurePosixPath(str(name).replace("\\", "/")).as_posix()
+        if name in self._exact:
+            return name
+        short = _without_suffix(name)
+        for exact in _ends(name):
+            if exact in self._exact:
+                return exact
+        for end in _ends(short):
+            if end in self._whole:
+                return _only(name, self._whole[end])
+        number = _coco_number(short) or short
+        keys = self._ends.get(short) or self._numbers.get(number) or self._whole.get(number)
+        return _only(name, keys) if keys else None
+
+
+def _only(name: str, keys: list[str]) -> str:
+    if len(keys) > 1:
+        raise DataError(f"The photo {name} matches several precomputed entries: {', '.join(keys[:3])}: rename them.")
+    return keys[0]
+
+
+def _without_suffix(name: str) -> str:
+    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in _SUFFIXES else name
+
+
+def _ends(name: str) -> list[str]:
+    """A path, and the ends of it at each ``/``."""
+    parts = name.strip("/").split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+def _coco_number(name: str) -> str | None:
+    match = re.search(r"(?:^|[_/])(\d{12})$", name)
+    return str(int(match.group(1))) if match else None
+
+
+# Files
+
+
+def _open(path: Path) -> _Source:
+    """Files at ``path``."""
+    if path.is_dir():
+        return _Folder(path)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: expected a folder with .npz files, an .npz file or an HDF5 file.")
+    if path.suffix.lower() == ".npz":
+        return _Arrays(path, {**_load(path, [name for names in KEYS.values() for name in names])})
+    if path.suffix.lower() not in _HDF5:
+        raise DataError(f"{path} is neither a folder, an .npz file, nor an HDF5 file ({', '.join(_HDF5)}).")
+    with _hdf5(path) as file:
+        if any(name in file for name in KEYS["ids"]):
+            return _HDF5Arrays(path, file)
+        return _Groups(path, file)
+
+
+class _Source(ABC):
+    """Entries of photos by key."""
+
+    @abstractmethod
+    def keys(self) -> Collection[str]:
+        """Keys of all photos, at least one."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        """For each key the place of its entry, for messages, and its arrays by the keys of :data:`KEYS`."""
+
+    @abstractmethod
+    def labels(self) -> tuple[str, ...] | None:
+        """Class names, if there are any."""
+
+    @abstractmethod
+    def content(self) -> Iterator[Any]:
+        """JSON-serializable parts that change with the content."""
+
+
+class _Folder(_Source):
+    """An ``.npz`` file for each photo."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.npz"))
+        self._files = {name.removesuffix(".npz"): path / name for name in files}
+        if not files:
+            raise DataError(f"The folder {path} has no .npz files: expected one for each photo.")
+
+    def keys(self) -> Collection[str]:
+        return self._files.keys()
+
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        wanted = [name for names in KEYS.values() for name in names]
+        for key in keys:
+            yield str(self._files[key]), _by_key(_load(self._files[key], wanted))
+
+    def labels(self) -> tuple[str, ...] | None:
+        return read_labels(self._path / LABELS_FILE) if (self._path / LABELS_FILE).is_file() else None
+
+    def content(self) -> Iterator[Any]:
+        for key, file in self._files.items():
+            yield [key, _directory(file)]
+
+
+class _Arrays(_Source):
+    """One file for all photos: arrays with rows of each photo, (N, M, ...) or concatenated."""
+
+    def __init__(self, path: Path, arrays: Mapping[str, Any]) -> None:
+        self._path = path
+        self._arrays: dict[str, Any] = _by_key(arrays)
+        if "ids" not in self._arrays or "boxes" not in self._arrays:
+            raise DataError(
+                f"{path} has the arrays {', '.join(arrays)}: expected image_ids, boxes, scores, features, ..."
+            )
+        small: dict[str, np.ndarray] = {
+            key: np.asarray(self._arrays[key][...])
+            for key in ("ids", "count", "offsets", "spans", "width", "height", "labels")
+            if key in self._arrays
+        }
+        self._arrays |= small
+        ids = _texts(path, "image_ids", small["ids"])
+        self._index = {name: i for i, name in enumerate(ids)}
+        if len(self._index) != len(ids):
+            repeated = next(name for name in self._index if ids.count(name) > 1)
+            raise DataError(f"{path}: image_ids has {repeated!r} more than once.")
+        if not ids:
+            raise DataError(f"{path} has no photos: image_ids is empty.")
+        self._spans = self._find_spans(len(ids), small)
+        expected = len(ids) if self._spans is None else len(self._arrays["boxes"])
+        for key in (*_ROWS, "width", "height"):
+            if key in self._arrays:
+                wanted = len(ids) if key in ("width", "height") else expected
+                shape = self._arrays[key].shape
+                if not shape or shape[0] != wanted:
+                    raise DataError(f"{path}: {key} have shape {shape}, expected {wanted} rows.")
+
+    def _find_spans(self, N: int, small: dict[str, np.ndarray]) -> np.ndarray | None:
+        """First and last row + 1 of each photo (N, 2) in concatenated arrays; None for arrays (N, M, ...)."""
+        boxes = self._arrays["boxes"].shape
+        if "spans" in small:
+            spans = small["spans"]
+        elif "offsets" in small:
+            spans = np.stack([small["offsets"][:-1], small["offsets"][1:]], axis=1)
+        elif len(boxes) == 2 and "count" in small:
+            ends = np.cumsum(small["count"].reshape(-1))
+            spans = np.stack([ends - small["count"].reshape(-1), ends], axis=1)
+        elif len(boxes) == 3:
+            return None
+        else:
+            raise DataError(
+                f"{self._path}: boxes have shape {boxes}: expected (N, M, 4), or (total, 4) and counts (N,)."
+            )
+        if spans.shape != (N, 2) or spans.dtype.kind not in "iu":
+            raise DataError(f"{self._path}: there are {N} image_ids, but rows of {len(spans)} photos.")
+        wrong = np.flatnonzero((spans[:, 0] < 0) | (spans[:, 0] > spans[:, 1]) | (spans[:, 1] > boxes[0]))
+        if len(wrong):
+            row = int(wrong[0])
+            raise DataError(f"{self._path}: photo {row} has the rows {spans[row].tolist()} of {boxes[0]}.")
+        return np.asarray(spans, dtype=np.int64)
+
+    def keys(self) -> Collection[str]:
+        return self._index.keys()
+
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        for key in keys:
+            yield self._entry(key, self._arrays)
+
+    def _entry(self, key: str, arrays: Mapping[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
+        i = self._index[key]
+        rows: Any = i if self._spans is None else slice(*self._spans[i].tolist())
+        found = {name: np.asarray(arrays[name][rows]) for name in _ROWS if name in arrays}
+        single = ("width", "height") if self._spans is not None else ("width", "height", "count")
+        found |= {name: np.asarray(arrays[name][i]) for name in single if name in arrays}
+        return f"{self._path}, photo {key}", found
+
+    def labels(self) -> tuple[str, ...] | None:
+        return _texts(self._path, "labels", self._arrays["labels"]) if "labels" in self._arrays else None
+
+    def content(self) -> Iterator[Any]:
+        yield _directory(self._path)
+
+
+class _HDF5Arrays(_Arrays):
+    """One HDF5 file for all photos; its large arrays stay in the file."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        super().__init__(path, _datasets(path, file))
+        self._arrays = {name: array for name, array in self._arrays.items() if isinstance(array, np.ndarray)}
+
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        with _hdf5(self._path) as file:
+            arrays = _by_key(_datasets(self._path, file)) | self._arrays
+            entries = [self._entry(key, arrays) for key in keys]
+        yield from entries
+
+    def content(self) -> Iterator[Any]:
+        yield _file_hash(self._path)
+
+
+class _Groups(_Source):
+    """An HDF5 file with a group for each photo."""
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self._path = path
+        keys: list[str] = []
+        self._find(file, "", keys)
+        self._keys = dict.fromkeys(keys)
+        if not keys:
+            raise DataError(f"{path} has no boxes: expected a group for each photo, or arrays with image_ids.")
+        self._labels = None
+        if "labels" in file:
+            self._labels = _texts(path, "labels", np.asarray(_datasets(path, file)["labels"][...]))
+
+    def _find(self, group: Any, prefix: str, keys: list[str]) -> None:
+        """Collect the groups with boxes."""
+        h5py = _h5py(self._path)
+        for name in group:
+            link = group.get(name, getlink=True)
+            if not isinstance(link, h5py.HardLink):
+                raise DataError(f"{self._path}: {prefix}{name} is a link: copy its data into the file.")
+            inner = group[name]
+            if isinstance(inner, h5py.Group):
+                if any(key in inner for key in KEYS["boxes"]):
+                    keys.append(prefix + name)
+                else:
+                    self._find(inner, f"{prefix}{name}/", keys)
+
+    def keys(self) -> Collection[str]:
+        return self._keys.keys()
+
+    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        with _hdf5(self._path) as file:
+            entries = []
+            for key in keys:
+                group = file[key]
+                arrays = {name: array[...] for name, array in _datasets(self._path, group).items()}
+                arrays |= {name: np.asarray(value) for name, value in group.attrs.items()}
+                entries.append((f"{self._path}, group {key}", _by_key(arrays)))
+        yield from entries
+
+    def labels(self) -> tuple[str, ...] | None:
+        return self._labels
+
+    def content(self) -> Iterator[Any]:
+        yield _file_hash(self._path)
+
+
+def _by_key(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by the keys of :data:`KEYS`; of alternative names, the first is used."""
+    found = {}
+    for key, names in KEYS.items():
+        for name in names:
+            if name in arrays:
+                found[key] = arrays[name]
+                break
+    return found
+
+
+def _load(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    try:
+        return load_arrays(file, names)
+    except OSError as error:
+        raise DataError(f"Cannot read {file}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read ({error}): write it again with numpy.savez.") from error
+
+
+def _h5py(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ConfigError(f"The file {path} needs h5py: pip install 'gm-mlic[hdf5]'.") from error
+    return h5py
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[Any]:
+    """An open HDF5 file; errors of the library become one line."""
+    h5py = _h5py(path)
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not an HDF5 file, or damaged ({reason}).") from error
+
+
+def _datasets(path: Path, group: Any) -> dict[str, Any]:
+    """Datasets of a group that are arrays of :data:`KEYS`, stored in the file itself.
+
+    HDF5 files can refer to any other file of the machine; such files are refused.
+    """
+    h5py = _h5py(path)
+    found = {}
+    for name in (name for names in KEYS.values() for name in names if name in group):
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise DataError(f"{path}: {name} is a link: copy its data into the file.")
+        dataset = group[name]
+        if not isinstance(dataset, h5py.Dataset):
+            raise DataError(f"{path}: {name} is a group, expected an array.")
+        if dataset.external or dataset.is_virtual:
+            raise DataError(f"{path}: {name} is stored in another file: copy its data into this one.")
+        found[name] = dataset
+    return found
+
+
+def _texts(path: Path, name: str, array: np.ndarray) -> tuple[str, ...]:
+    """A list of names or numbers as strings."""
+    if array.ndim != 1 or array.dtype.kind not in "iuSUO":
+        raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, expected strings (N,).")
+    return tuple(item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in array.tolist())
+
+
+def _directory(file: Path) -> list[Any]:
+    """Names, sizes and CRC-32 of the arrays of an ``.npz`` file."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return sorted([info.filename, info.file_size, info.CRC] for info in archive.infolist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file} is not an .npz file, or damaged: write it again with numpy.savez.") from error
+
+
+def _file_hash(file: Path) -> str:
+    """SHA-256 of a file; of a large one, stored beside it until its size or time changes."""
+    stat = file.stat()
+    state = [stat.st_size, stat.st_mtime_ns]
+    stamp = file.with_name(f".{file.name}.sha256")
+    if stat.st_size > _SMALL_BYTES:
+        with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
+            stored = json.loads(stamp.read_text())
+            if stored[:2] == state:
+                return str(stored[2])
+        log.info("Computing the SHA-256 of %s.", file)
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    if stat.st_size > _SMALL_BYTES:
+        with contextlib.suppress(OSError):  # a read-only folder: computed each time
+            stamp.write_text(json.dumps([*state, digest.hexdigest()]))
+    return digest.hexdigest()

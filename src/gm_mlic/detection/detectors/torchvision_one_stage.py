@@ -1,0 +1,251 @@
+"""Instance extractors from torchvision's one-stage detectors: RetinaNet, FCOS, SSD and SSDlite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Interval
+from torch import Tensor
+from torchvision.models.detection import (
+    FCOS,
+    RetinaNet,
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    retinanet_resnet50_fpn_v2,
+    ssd300_vgg16,
+    ssdlite320_mobilenet_v3_large,
+)
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
+
+from gm_mlic.detection.checkpoints import Checkpoint, load_into, read_checkpoint
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.torchvision_detector import (
+    NO_LIMIT,
+    TorchvisionExtractor,
+    build_random,
+    check_thresholds,
+    image_sizes,
+    padded_sizes,
+    used_classes,
+)
+from gm_mlic.registry import register_detector
+
+_BUILDERS: dict[str, Callable[..., RetinaNet | FCOS | SSD]] = {
+    "retinanet_resnet50_fpn": retinanet_resnet50_fpn,
+    "retinanet_resnet50_fpn_v2": retinanet_resnet50_fpn_v2,
+    "fcos_resnet50_fpn": fcos_resnet50_fpn,
+    "ssd300_vgg16": ssd300_vgg16,
+    "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
+}
+#: Number of RoIAlign cells along each side, and of samples in a cell, as in torchvision's Faster R-CNN.
+_CELLS, _SAMPLES = 7, 2
+
+
+class OneStageExtractor(TorchvisionExtractor):
+    r"""Instance extractor (:class:`~gm_mlic.detection.InstanceExtractor`) from a one-stage detector of torchvision.
+
+    Instances are the detector's own detections: score threshold, the ``topk_candidates`` best of each level (RetinaNet,
+    FCOS) or class (SSD), and non-maximum suppression within each class. Its limit on detections is removed, so that m
+    decides. Boxes without area are dropped, as in Faster R-CNN.
+
+    One-stage detectors have no layer with a feature per box. The feature of box :math:`B_i` (eq. 1) is therefore
+    pooled from the maps that the detector's head reads, :math:`f_i = \mathrm{mean}(\mathrm{RoIAlign}(\mathrm{map},
+    B_i))` over 7 x 7 cells:
+
+    - RetinaNet, FCOS: from one of the pyramid's maps P3 to P5, selected by the size of the box as in FPN (224 x 224
+      pixels: P4). Cells of P6 and P7 are larger than most objects.
+    - SSD: from its two finest maps, concatenated, since all its maps have different channels. Cells of the others
+      cover large parts of the image.
+
+    Args:
+        detector: the model; it is set to evaluation mode and frozen, and its limit on detections is removed.
+        labels: class names without the background.
+        name: short name, valid as a folder name.
+        class_index: the detector's class index of each label; default 1, 2, ... Detections of other classes are
+            dropped.
+
+    Shape:
+        features have D = ``feature_dim`` entries: 256 for RetinaNet and FCOS, 1536 for ``ssd300_vgg16``, 1152 for
+        ``ssdlite320_mobilenet_v3_large``.
+    """
+
+    def __init__(
+        self,
+        detector: RetinaNet | FCOS | SSD,
+        labels: Sequence[str],
+        name: str,
+        class_index: Sequence[int] | None = None,
+    ) -> None:
+        head = detector.head.classification_head
+        num_classes = head.num_columns if isinstance(detector, SSD) else head.num_classes
+        super().__init__(detector, labels, name, num_classes, class_index)
+        self.requires_grad_(False)
+        self.detector.detections_per_img = NO_LIMIT
+        self._pool = None
+        if isinstance(detector, SSD):
+            width, height = detector.transform.fixed_size
+            with torch.no_grad():
+                maps = detector.backbone(torch.zeros(1, 3, height, width))
+            self.feature_dim = sum(level.shape[1] for level in list(maps.values())[:2])
+        else:
+            self.feature_dim = int(detector.backbone.out_channels)
+            self._pool = MultiScaleRoIAlign(["0", "1", "2"], _CELLS, _SAMPLES)
+
+    def _settings(self) -> list[Any]:
+        detector = self.detector
+        return [detector.score_thresh, detector.nms_thresh, detector.topk_candidates, detector.transform.fixed_size]
+
+    @torch.no_grad()
+    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
+        maps = self.detector.backbone(batch.tensors)
+        chosen = []
+        for found, size in zip(self._detections(batch, list(maps.values())), batch.image_sizes, strict=True):
+            solid = remove_small_boxes(found["boxes"], min_size=1e-2)
+            boxes, scores, classes = (found[key][solid] for key in ("boxes", "scores", "labels"))
+            chosen.append(self._choose(boxes, scores, classes, size, m))
+        of_image = [boxes for boxes, _, _ in chosen]
+        if self._pool is not None:
+            pooled = self._pool(maps, of_image, padded_sizes(batch))
+        else:
+            levels = list(maps.values())[:2]
+            pooled = torch.cat([_pooled(level, of_image, batch.tensors.shape[-1]) for level in levels], dim=1)
+        return self._instances(chosen, pooled.mean(dim=(2, 3)).float(), batch.image_sizes)
+
+    def _detections(self, batch: ImageList, levels: list[Tensor]) -> list[dict[str, Tensor]]:
+        """All detections of each image, in pixels of the resized image."""
+        detector = self.detector
+        outputs, anchors = detector.head(levels), detector.anchor_generator(batch, levels)
+        if isinstance(detector, SSD):
+            return detector.postprocess_detections(outputs, anchors, batch.image_sizes)  # type: ignore[no-any-return]
+        cells = [level[0, 0].numel() for level in levels]
+        per_cell = len(anchors[0]) // sum(cells)
+        counts = [count * per_cell for count in cells]
+        split = {key: list(output.split(counts, dim=1)) for key, output in outputs.items()}
+        of_levels = [list(of_image.split(counts)) for of_image in anchors]
+        return detector.postprocess_detections(split, of_levels, batch.image_sizes)  # type: ignore[no-any-return]
+
+
+def _pooled(level: Tensor, boxes: list[Tensor], width: int) -> Tensor:
+    """RoIAlign on one map; its stride is a power of 2."""
+    stride = 2 ** round(math.log2(width / level.shape[-1]))
+    pooled: Tensor = roi_align(level, boxes, _CELLS, 1 / stride, _SAMPLES)
+    return pooled
+
+
+def one_stage(
+    arch: str,
+    *,
+    labels: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    min_size: Annotated[int, Ge(32)] | None = None,
+    max_size: Annotated[int, Ge(32)] | None = None,
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
+    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> OneStageExtractor:
+    """Build an instance extractor from a one-stage detector of torchvision.
+
+    Args:
+        arch: name of a RetinaNet or FCOS of torchvision.
+        labels: class names, for random weights (default: the 80 of COCO) and ``.pt`` files. Other weights include their
+            labels.
+        weights: ``coco`` (torchvision's COCO weights, downloaded once, 125 to 150 MB) or a ``.pt`` / ``.pth`` file with
+            a torchvision ``state_dict``; null: random weights.
+        min_size: shorter side of resized images in pixels; null: 448.
+        max_size: limit of the longer side in pixels; null: 5/3 of min_size.
+        score_threshold: detections below this confidence are dropped before non-maximum suppression.
+        nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
+            label.
+        seed: seed of random weights.
+        device: device of the detector.
+
+    Raises:
+        ConfigError: if an argument is invalid.
+        WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
+    """
+    checkpoint = read_checkpoint(arch, weights, labels)
+    sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
+    return _build(arch, checkpoint, labels, score_threshold, nms_threshold, seed, device, **sizes)
+
+
+def single_shot(
+    arch: str,
+    *,
+    labels: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
+    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> OneStageExtractor:
+    """Build an instance extractor from an SSD of torchvision, whose input size is fixed.
+
+    Args:
+        arch: name of an SSD of torchvision.
+        labels: class names, for random weights (default: the 80 of COCO) and ``.pt`` files. Other weights include their
+            labels.
+        weights: ``coco`` (torchvision's COCO weights, downloaded once, 15 to 135 MB) or a ``.pt`` / ``.pth`` file with
+            a torchvision ``state_dict``; null: random weights.
+        score_threshold: detections below this confidence are dropped before non-maximum suppression.
+        nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
+            label.
+        seed: seed of random weights.
+        device: device of the detector.
+
+    Raises:
+        ConfigError: if an argument is invalid.
+        WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
+    """
+    checkpoint = read_checkpoint(arch, weights, labels)
+    return _build(arch, checkpoint, labels, score_threshold, nms_threshold, seed, device)
+
+
+def _build(
+    arch: str,
+    checkpoint: Checkpoint,
+    labels: Sequence[str] | None,
+    score_threshold: float,
+    nms_threshold: float,
+    seed: int,
+    device: str | torch.device,
+    **sizes: int,
+) -> OneStageExtractor:
+    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
+    if labels is not None:
+        checkpoint.check_labels(labels)
+    detector = build_random(
+        _BUILDERS[arch],
+        seed,
+        weights=None,
+        weights_backbone=None,
+        num_classes=len(checkpoint.categories),
+        score_thresh=score_threshold,
+        nms_thresh=nms_threshold,
+        **sizes,
+    )
+    if checkpoint.tensors is not None:
+        load_into(detector, checkpoint, arch)
+    names, class_index = used_classes(checkpoint)
+    return OneStageExtractor(detector, names, name=arch, class_index=class_index).to(device)
+
+
+# The thresholds are torchvision's defaults.
+for _arch, _summary, _score, _nms in (
+    ("retinanet_resnet50_fpn", "RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
+    ("retinanet_resnet50_fpn_v2", "RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
+    ("fcos_resnet50_fpn", "FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
+):
+    register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(partial(one_stage, _arch))
+for _arch, _summary, _score, _nms in (
+    ("ssd300_vgg16", "SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
+    ("ssdlite320_mobilenet_v3_large", "SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
+):
+    register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(partial(single_shot, _arch))
