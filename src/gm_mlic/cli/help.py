@@ -43,7 +43,7 @@ def help_lines(command: str, config: DictConfig, width: int = 100) -> Iterator[s
     for section in kind.groups:
         if section not in SECTIONS:
             continue
-        if config[section] is None:
+        if config.get(section) is None:
             yield f"\n{section}: set {section}=OPTION."
             continue
         name = config[section].name if isinstance(SECTIONS[section], Registry) else None
