@@ -211,6 +211,14 @@ class VOC2012(_VOC):
 
     The labels of the official test set are not public. ``train`` and ``val`` split the official ``train`` (5,717
     images); ``test`` is the official ``val`` (5,823 images).
+
+    Args:
+        root: folder of ``VOCdevkit``, or above it.
+        split: ``train``, ``val`` or ``test``.
+        val_fraction: fraction of ``train`` held out as ``val``, in [0, 1).
+        seed: seed of that permutation.
+        download: download missing archives (2 GB) from the official server and verify them.
+        mirror: base URL of a mirror (``http://HOST/FOLDER``); its files are verified in the same way.
     """
 
     name = "voc2012"
