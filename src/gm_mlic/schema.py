@@ -122,7 +122,7 @@ def summary_of(build: Callable[..., Any]) -> str:
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
     """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
     texts: dict[str, str] = {}
-    parts = [d for c in build.__mro__ for d in (c, c.__init__)] if isinstance(build, type) else [build]
+    parts = [d for c in build.__mro__ for d in (c, c.__init__)] if isinstance(build, type) else [build]  # type: ignore[misc]
     for part in map(inspect.getdoc, parts):
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", part or "", re.MULTILINE)
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
