@@ -163,7 +163,6 @@ SHARD = Annotated[str, Predicate(lambda v: "/" in v), DocInfo("i/n")]
         (Any, "a value", [1, "a", None], []),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-    ids=str,
 )  # fmt: skip
 def test_words_and_values(annotation: Any, words: str, valid: list[Any], invalid: list[Any]):
     setting = Setting(annotation, REQUIRED, "")
