@@ -5,6 +5,7 @@ Settings are checked before any command starts its work.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shlex
@@ -50,12 +51,14 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
-    values = [following for flag, following in zip(arguments, arguments[1:], strict=False) if flag in _TAKES_VALUE]
+    values = [following for flag, following in itertools.pairwise(arguments) if flag in _TAKES_VALUE]
     settings = [argument for argument in arguments if not argument.startswith("-") and argument not in values]
     if flags & {"--help", "-h"}:
         print_help(command, compose(command, settings, folders))
     elif flags - {"--config-dir", "-cd"} or _is_multirun(settings):
         prepare(command, settings)
+        if flags & _SHOWS_CONFIG and not _is_multirun(settings):
+            compose(command, settings, folders)  # checks it
         _run_hydra(command, arguments, flags)
     else:
         config = compose(command, settings, folders, return_hydra_config=True, complete=command != "plan")
