@@ -347,7 +347,7 @@ def test_invalid_values_fail_at_composition():
         ("optimizer.name=AdanW", r"optimizer\.name=AdanW: expected one of .*; did you mean AdamW\?$"),
         ("embedding.oov=zeros", r"embedding\.oov: unknown setting\. Settings of embedding \(hashed\): dim, seed\."),
         ("instances.shard=4/4", r"instances\.shard=4/4: expected i/n with 0 <= i < n, e\.g\. 0/4, or null\."),
-        ("logger.name=tensorboard", r"logger\.name=tensorboard: expected one of csv, wandb\."),
+        ("logger.name=tensorboard", r"logger\.name=tensorboard: expected one of csv, wandb"),
     ):
         key = wrong.partition("=")[0]
         with pytest.raises(ConfigError, match=message) as error:

@@ -246,11 +246,11 @@ def test_features_are_fitted_on_the_instances_that_are_trained(model: str) -> No
         (["trainer.min_steps=-1"], r"trainer.min_steps=-1"),
         (
             ["detector.trainable=box_head", "instances.online=true", "model.components=8"],
-            r"model.components=8 with a detector that is trained: .* Set model.components=null",
+            r"detector.trainable=box_head excludes model.components=8: .* Set model.components=null",
         ),
         (
             ["detector.trainable=box_head", "instances.online=true", "graph.views=2"],
-            r"graph.views=2 with a detector that is trained: .* Set graph.views=1",
+            r"detector.trainable=box_head excludes graph.views=2: .* Set graph.views=1",
         ),
     ],
 )

@@ -5,6 +5,7 @@ Settings are checked before any command starts its work.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import shlex
@@ -50,11 +51,14 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
     flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
-    settings = [argument for argument in arguments if _is_override(argument)]
+    values = [following for flag, following in itertools.pairwise(arguments) if flag in _TAKES_VALUE]
+    settings = [argument for argument in arguments if not argument.startswith("-") and argument not in values]
     if flags & {"--help", "-h"}:
         print_help(command, compose(command, settings, folders))
     elif flags - {"--config-dir", "-cd"} or _is_multirun(settings):
         prepare(command, settings)
+        if flags & _SHOWS_CONFIG and not _is_multirun(settings):
+            compose(command, settings, folders)  # checks it
         _run_hydra(command, arguments, flags)
     else:
         config = compose(command, settings, folders, return_hydra_config=True, complete=command != "plan")
@@ -390,10 +394,6 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", r"\'") + "'"
 
 
-def _is_override(argument: str) -> bool:
-    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
-
-
 def _is_multirun(settings: Sequence[str]) -> bool:
     """Whether the settings start a multirun without -m."""
     if any(re.match(r"\+*(sweep|hydra\.mode|hydra/sweeper)=", setting) for setting in settings):
@@ -403,8 +403,8 @@ def _is_multirun(settings: Sequence[str]) -> bool:
 
 #: Flags that print the config.
 _SHOWS_CONFIG = {"--cfg", "-c"}
-#: Flags that print help.
-_EXPLAINS = {"--help", "-h", "--hydra-help", "--info", "-i", "--shell-completion", "-sc"}
+#: Flags that are followed by a value.
+_TAKES_VALUE = {*_SHOWS_CONFIG, "--config-dir", "-cd", "--package", "-p"}
 _MULTIRUN = {"-m", "--multirun"}
 
 #: Settings that name files, folders or labels.
