@@ -336,7 +336,7 @@ def test_invalid_values_fail_at_composition():
         ("graph.m=0", r"graph\.m=0: expected an integer of at least 1\."),
         ("graph.views=true", r"graph\.views=true: expected an integer from 1 to 6\."),
         ("overwrite=0", r"overwrite=0: expected true or false\."),
-        ("dataset.sizes=[1]", r"dataset\.sizes=\[1\]: expected settings: train, val, test\."),
+        ("dataset.sizes=7", r"dataset\.sizes=7: expected settings: train, val, test\."),
         ("model.fusion=sum", r"model\.fusion=sum: expected one of concat, product\."),
         ("trainer.devices=0", r"trainer\.devices=0: expected an integer of at least 1, or one of -1, auto, or a list"),
         ("trainer.devices=[]", r"trainer\.devices=\[\]: expected"),

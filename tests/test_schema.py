@@ -162,6 +162,7 @@ SHARD = Annotated[str, Predicate(lambda v: "/" in v), DocInfo("i/n")]
         (Point, "settings: x, y", [{"x": 1}], [{"x": -1}, {"x": None}, 5, [1], None]),
         (Any, "a value", [1, "a", None], []),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
     ids=str,
 )  # fmt: skip
 def test_words_and_values(annotation: Any, words: str, valid: list[Any], invalid: list[Any]):

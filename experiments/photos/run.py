@@ -164,6 +164,7 @@ def voc(
         name += [f"limit-{limit}"]
     if size is not None:
         parts["train"] = sample(parts["train"], size, seed)
+        parts["val"] = parts["val"][:20]  # not used; with few training photos there are many epochs
         name += [f"{size}-{seed}"]
     if unseen:
         name += ["without", *unseen]

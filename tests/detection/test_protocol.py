@@ -84,7 +84,11 @@ def test_rules(make, images):
     extractor.train()
     for image, found in zip(reversed(images), reversed(many), strict=True):
         torch.manual_seed(99)
-        same(extractor([image], m=9)[0], found)
+        (alone,) = extractor([image], m=9)
+        if min(image.shape[1:]) > 1:
+            same(alone, found)
+        else:  # equal rows or columns: equal scores, whose order depends on rounding
+            torch.testing.assert_close(alone.scores, found.scores, atol=1e-4, rtol=0)
     assert extractor.fingerprint == before
 
 

@@ -74,7 +74,7 @@ def test_evaluate_and_predict(folder: Path, tmp_path: Path) -> None:
     photos = [folder / "files" / f"test-{i:05d}.png" for i in range(8)]
     found = np.stack([prediction.probabilities for prediction in predictor(photos)])
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-3)  # stores hold 16-bit features
-    assert predictor.assignment_graph(str(photos[0]))["instance"].num_nodes > 0
+    assert predictor.assignment_graph(str(photos[0])).num_nodes > 0
     # a photo opened from a file has a name
     with Image.open(photos[0]) as image:
         (prediction,) = predictor([image])

@@ -173,10 +173,10 @@ class TorchvisionExtractor(nn.Module):
         chosen: Sequence[tuple[Tensor, Tensor, Tensor]], features: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> list[Instances]:
         """Instances from the results of :meth:`_choose` for each image, and the features of all boxes."""
-        parts = torch.split(features, [len(boxes) for boxes, _, _ in chosen])
+        of_images = torch.split(features, [len(boxes) for boxes, _, _ in chosen])
         return [
             Instances((boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1), scores, labels, of_image)
-            for (boxes, scores, labels), (height, width), of_image in zip(chosen, sizes, parts, strict=True)
+            for (boxes, scores, labels), (height, width), of_image in zip(chosen, sizes, of_images, strict=True)
         ]
 
 

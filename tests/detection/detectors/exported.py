@@ -65,6 +65,13 @@ class Yolo(Colors):
         return torch.cat([centers(boxes), scores], dim=1).T[None]
 
 
+class Unbatched(Best):
+    """As Best, for an image (3, H, W), as of torchvision."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return super().forward(image[None])
+
+
 class YoloObjectness(Colors):
     """One output (1, N, 5 + C), as of YOLOv5 and YOLOX."""
 
@@ -121,6 +128,7 @@ def centers(boxes: Tensor) -> Tensor:
 def export(module: nn.Module, path: Path, names: list[str], size: tuple[int, int] = (64, 96)) -> Path:
     """Export a module to an ONNX file for images of one size (height and width), with named outputs."""
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    image = image[0] if isinstance(module, Unbatched) else image
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older exporter, which is faster
         torch.onnx.export(module.eval(), (image,), str(path), input_names=["image"], output_names=names, dynamo=False)

@@ -18,6 +18,7 @@ from exported import (
     Logits,
     Rows,
     Separate,
+    Unbatched,
     Yolo,
     YoloObjectness,
     export,
@@ -33,6 +34,7 @@ SIZE = (64, 96)
 OUTPUTS = {
     "separate": (Separate, ["boxes", "scores", "map"]),
     "best": (Best, ["boxes", "labels", "scores", "rows"]),
+    "unbatched": (Unbatched, ["boxes", "labels", "scores", "rows"]),
     "yolo": (Yolo, ["output0"]),
     "yolo_objectness": (YoloObjectness, ["output"]),
     "rows": (Rows, ["output0"]),
@@ -143,7 +145,13 @@ def test_logits_with_a_background(folder: Path, images: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("best", {"first_class": 1}), ("best", {"labels": ["N/A", *LABELS]}), ("rows", {}), ("rows", {"format": "rows"})],
+    [
+        ("best", {"first_class": 1}),
+        ("best", {"labels": ["N/A", *LABELS]}),
+        ("unbatched", {"first_class": 1}),
+        ("rows", {}),
+        ("rows", {"format": "rows"}),
+    ],
 )
 def test_detections_after_suppression(folder: Path, images: list[Tensor], name: str, settings: dict[str, Any]) -> None:
     extractor = build(folder, name, **settings)
@@ -299,7 +307,6 @@ def test_dynamic_size_and_external_data(dynamic: Path, images: list[Tensor], tmp
     extractor = build_extractor("onnx", weights=str(dynamic), labels=LABELS, size=list(SIZE))
     for image, found in zip(images, extractor(images, 12), strict=True):
         assert_equals(found, expected(image), 12)
-    assert build_extractor("onnx", weights=str(dynamic), labels=LABELS, size=64).size == (64, 64)
     (tmp_path / "any.onnx").write_bytes(dynamic.read_bytes())
     with pytest.raises(WeightsError, match=r"needs its external data, any\.onnx\.data, in the same folder"):
         build_extractor("onnx", weights=str(tmp_path / "any.onnx"), labels=LABELS, size=list(SIZE))

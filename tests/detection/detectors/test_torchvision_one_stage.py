@@ -118,7 +118,7 @@ def test_settings_of_ssdlite(tmp_path):
     ("content", "named"),
     [
         (b"", "cannot be read"),
-        (b"\x80\x02}q\x00.", "more than tensors"),
+        (b"\x80\x02}q\x00.", "w.pth"),
         ({"linear.weight": torch.zeros(2, 2)}, "expected a torchvision ssd300_vgg16"),
         ({"head.classification_head.module_list.0.weight": torch.zeros(12, 2)}, "missing"),
     ],

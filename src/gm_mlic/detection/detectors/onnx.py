@@ -41,8 +41,8 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class ONNXDetector:
     """Detector in an ONNX file, exported by another library.
 
-    The file needs one image input (1, 3, H, W); images are processed one by one. Only operators of ONNX and ONNX
-    Runtime run: libraries of custom operators are not loaded.
+    The file needs one image input, (1, 3, H, W) or (3, H, W); images are processed one by one. Only operators of ONNX
+    and ONNX Runtime run: libraries of custom operators are not loaded.
 
     The feature of an instance is, by ``features``, the mean of 7 x 7 RoIAlign samples of a feature map in its box, or
     its row of features. Without that output it is the vector of its class scores: all C scores if the file returns
@@ -166,7 +166,7 @@ class ONNXDetector:
     def _inputs(self) -> tuple[str, Any, list[Any], str | None]:
         """Name, dtype and shape of the image input, and the name of an input of the image size, if any."""
         inputs = self._session.get_inputs()
-        images = [i for i in inputs if i.type in _DTYPES and len(i.shape) == 4 and _size_or(i.shape[1], 3) == 3]
+        images = [i for i in inputs if i.type in _DTYPES and len(i.shape) in (3, 4) and _size_or(i.shape[-3], 3) == 3]
         sizes = [i for i in inputs if i.type == "tensor(int64)" and len(i.shape) == 2 and "size" in i.name]
         if len(images) != 1 or len(images) + len(sizes) != len(inputs) or len(sizes) > 1:
             shown = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
@@ -174,13 +174,14 @@ class ONNXDetector:
                 f"{self.path} has the inputs {shown}: expected one image, a tensor(float) of shape (1, 3, H, W)."
             )
         (image,) = images
-        if _size_or(image.shape[0], 1) != 1:
+        self._batch = len(image.shape) == 4
+        if self._batch and _size_or(image.shape[0], 1) != 1:
             raise WeightsError(f"{self.path} takes batches of {image.shape[0]} images: export it for one image.")
-        return image.name, _DTYPES[image.type], list(image.shape[2:]), sizes[0].name if sizes else None
+        return image.name, _DTYPES[image.type], list(image.shape[-2:]), sizes[0].name if sizes else None
 
     def _run(self, image: np.ndarray, *, every: bool = False) -> dict[str, np.ndarray]:
         """Outputs of the network by name; with ``every``, also those that are not used."""
-        inputs = {self._input: image}
+        inputs = {self._input: image if self._batch else image[0]}
         if self._size_input is not None:
             inputs[self._size_input] = np.array([self.size[::-1]], np.int64)
         names = [output.name for output in self._session.get_outputs()] if every else self._wanted

@@ -110,12 +110,12 @@ class OneStageExtractor(TorchvisionExtractor):
             solid = remove_small_boxes(found["boxes"], min_size=1e-2)
             boxes, scores, classes = (found[key][solid] for key in ("boxes", "scores", "labels"))
             chosen.append(self._choose(boxes, scores, classes, size, m))
-        of_image = [boxes for boxes, _, _ in chosen]
+        final = [boxes for boxes, _, _ in chosen]
         if self._pool is not None:
-            pooled = self._pool(maps, of_image, padded_sizes(batch))
+            pooled = self._pool(maps, final, padded_sizes(batch))
         else:
             levels = list(maps.values())[:2]
-            pooled = torch.cat([_pooled(level, of_image, batch.tensors.shape[-1]) for level in levels], dim=1)
+            pooled = torch.cat([_pooled(level, final, batch.tensors.shape[-1]) for level in levels], dim=1)
         return self._instances(chosen, pooled.mean(dim=(2, 3)).float(), batch.image_sizes)
 
     def _detections(self, batch: ImageList, levels: list[Tensor]) -> list[dict[str, Tensor]]:

@@ -150,7 +150,7 @@ class TransformersExtractor(nn.Module):
             whole = boxes.new_tensor([[0, 0, 1, 1]], dtype=torch.float32)
             return Instances(whole, whole.new_zeros(1), labels.new_full((1,), -1), states.mean(dim=0, keepdim=True))
         query = best // scores.shape[-1]
-        center, size = boxes[query].float().split(2, dim=-1)  # type: ignore[no-untyped-call]
+        center, size = boxes[query, :2].float(), boxes[query, 2:].float()
         corners = torch.cat([center - size / 2, center + size / 2], dim=-1).clamp(0, 1)
         return Instances(corners, flat[best], labels[best], states[query])
 
