@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gm_mlic.registry import Registry
 
 #: Modules that all stages may use.
-COMMON = ("errors", "targets", "safe_load", "schema", "registry", "device", "distributed", "optim", "_lazy")
+COMMON = ("errors", "targets", "io", "safe_load", "schema", "registry", "device", "distributed", "optim", "_lazy")
 
 
 def write_pages(root: Path, out: Path) -> None:
