@@ -301,7 +301,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     program.save(path)
     # torch keeps small tensors in the file; ONNX Runtime needs those of shapes there
-    external = {"save_as_external_data": True, "location": "any.onnx.data", "size_threshold": 48}
+    external = {"save_as_external_data": True, "location": "any.onnx.data", "size_threshold": 100}
     onnx.save(onnx.load(path), path, **external)
     return path
 
