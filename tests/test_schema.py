@@ -90,7 +90,7 @@ def test_settings_of_functions_and_partials():
     assert list(settings_of(partial(build, device="cuda"))) == ["arch", "point", "sizes", "device"]
     assert settings_of(partial(build, device="cuda"))["device"].default == "cuda"
     assert summary_of(partial(build, "resnet")) == "Build it"
-    assert summary_of(Example) == "An example of `Point` things"
+    assert summary_of(Example) == "An example of Point things"
 
 
 def test_settings_of_a_dataclass_and_nested_settings():
