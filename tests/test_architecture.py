@@ -119,9 +119,10 @@ def test_frameworks_are_imported_only_in_their_stages():
 
 @pytest.mark.parametrize("name", ["nn", "graphs", "losses", "metrics"])
 def test_core_loads_neither_frameworks_nor_torchvision(name: str):
-    """Including indirect imports."""
+    """Including indirect imports. PyG itself imports transformers, if it is installed, and that imports PIL."""
     heavy = {"torchvision", "PIL", "matplotlib", "rich", "gm_mlic.datasets", "gm_mlic.detection.faster_rcnn"}
-    assert loaded_by(f"import gm_mlic.{name}", *FRAMEWORKS, *heavy) == []
+    by_pyg = {"PIL", "rich"}.intersection(loaded_by("import torch_geometric.nn", "PIL", "rich"))
+    assert set(loaded_by(f"import gm_mlic.{name}", *FRAMEWORKS, *heavy)) <= by_pyg
 
 
 def test_lazy_packages_provide_listed_names():
