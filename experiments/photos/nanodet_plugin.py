@@ -5,8 +5,6 @@ Its module nanodet.py is in SHARED/detector, which has to be on PYTHONPATH, and 
 
 from __future__ import annotations
 
-from typing import Literal
-
 from nanodet import NanoDet
 
 from gm_mlic import register_detector
@@ -15,7 +13,6 @@ from gm_mlic.schema import Positive, Probability
 
 @register_detector("nanodet")
 def nanodet(
-    weights: Literal["coco"] = "coco",
     score_threshold: Probability = 0.05,
     nms_threshold: Probability = 0.5,
     threads: Positive = 1,
@@ -23,7 +20,6 @@ def nanodet(
     """NanoDet-m at 416 pixels, trained on MS-COCO and frozen; on the CPU.
 
     Args:
-        weights: coco: the weights beside nanodet.py; there are no others.
         score_threshold: detections below this confidence are dropped.
         nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
             label.
