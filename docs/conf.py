@@ -56,6 +56,15 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autosummary_generate = False
+#: Parts of annotations that state bounds; annotated_types has no inventory.
+nitpick_ignore_regex = [
+    (
+        "py:.*",
+        r"(.*\.)?(Annotated|Doc|DocInfo|Ge|Gt|Le|Lt|Interval|Len|Predicate|SupportsGe|Natural|Positive|Fraction)",
+    ),
+    ("py:.*", r"typing\..*|//.*"),
+    ("py:.*", r"(ge|gt|le|lt|min_length|max_length|documentation)=.*|None\)|[\d.]+\)?"),
+]
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 autodoc_inherit_docstrings = False

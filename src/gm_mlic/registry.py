@@ -178,7 +178,7 @@ def register_detector(name: str, summary: str | None = None, **preset: Any) -> C
     It is called with its settings and, if it has such an argument, ``device``.
 
     Args:
-        name, summary, **preset: see :func:`register_model`.
+        name, summary, preset: see :func:`register_model`.
     """
     return DETECTORS.register(name, summary, **preset)
 
@@ -190,7 +190,7 @@ def register_dataset(name: str, summary: str | None = None, **preset: Any) -> Ca
     It is called with its settings and ``split``: ``train``, ``val`` or ``test``.
 
     Args:
-        name, summary, **preset: see :func:`register_model`.
+        name, summary, preset: see :func:`register_model`.
     """
     return DATASETS.register(name, summary, **preset)
 
@@ -202,7 +202,7 @@ def register_embedding(name: str, summary: str | None = None, **preset: Any) -> 
     It is called with its settings and ``labels``, unique names.
 
     Args:
-        name, summary, **preset: see :func:`register_model`.
+        name, summary, preset: see :func:`register_model`.
     """
     return EMBEDDINGS.register(name, summary, **preset)
 

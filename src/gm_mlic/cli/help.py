@@ -30,7 +30,7 @@ def print_help(command: str, config: DictConfig) -> None:
 def help_lines(command: str, config: DictConfig, width: int = 100) -> Iterator[str]:
     """The lines of :func:`print_help`."""
     kind = COMMANDS[command]
-    text = inspect.getdoc(kind) or ""
+    text = (inspect.getdoc(kind) or "").replace("::\n\n", ":\n")
     yield f"gm-mlic {command}: {text.partition('Args:')[0].rstrip()}"
     if kind.groups:
         yield "\nConfig groups, set with group=option:"

@@ -87,7 +87,8 @@ class Train(Command):
     checkpoints/{best,last}.ckpt, metrics.csv (every epoch), metrics.json (the result) and config.yaml to run_dir.
     The same command resumes an unfinished run and prints the result of a finished one.
 
-    Examples:
+    Examples::
+
       gm-mlic train                                        GM-MLIC on scenes, without downloads
       gm-mlic train experiment=scenes_smoke                all stages, in under a minute
       gm-mlic train model.k=3 graph.m=8 seed=1             change settings
@@ -120,7 +121,8 @@ class Extract(Command):
     unreadable images are listed and skipped. gm-mlic train extracts missing stores automatically; use extract to do it
     in advance or in several processes. `extract experiment=NAME` creates the stores for `train experiment=NAME`.
 
-    Examples:
+    Examples::
+
       gm-mlic extract                                      stores of scenes
       gm-mlic extract dataset=coco2014 dataset.root=DIR detector.weights=coco instances.num_augmentations=4
       gm-mlic extract dataset=coco2014 dataset.root=DIR instances.shard=0/4    a quarter of the images
@@ -143,7 +145,8 @@ class Plan(Command):
     Measures the detector on a few images and the network on a few batches, and extrapolates. Published datasets need
     not be downloaded, since their sizes are known. Writes nothing. Keep the machine idle during the measurement.
 
-    Examples:
+    Examples::
+
       gm-mlic plan experiment=nuswide devices=8            NUS-WIDE on eight devices
       gm-mlic plan dataset=custom dataset.root=DIR trainer.max_epochs=50
 
@@ -170,7 +173,8 @@ class Eval(Command):
     targets (images, labels), and optionally ids and labels. Targets are 1 (present) and 0 (absent), or with
     target_format=voc 1 (present), 0 (difficult) and -1 (absent).
 
-    Examples:
+    Examples::
+
       gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt
       gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt split=val overrides=[metrics.threshold=0.3]
       gm-mlic eval checkpoint=runs/NAME/checkpoints/best.ckpt overrides=[dataset.root=/elsewhere]
@@ -239,14 +243,15 @@ class Predict(Command):
     Writes predictions.jsonl (a line per photo), predictions.csv (a line per label) and, with pictures=true, photos with
     labels and boxes. Unreadable photos are listed and left out.
 
-    Examples:
+    Examples::
+
       gm-mlic predict checkpoint=runs/NAME/checkpoints/best.ckpt images=PHOTOS
       gm-mlic predict checkpoint=FILE images='photos/*.jpg' top=5 pictures=true
       gm-mlic predict checkpoint=FILE images=a.jpg labels=[cat,"zebra crossing"]
 
     Args:
         checkpoint: model: {checkpoint}
-        images: photo, folder (searched recursively), pattern (photos/*.jpg), or a list of these.
+        images: photo, folder (searched recursively), pattern (``photos/*.jpg``), or a list of these.
         labels: labels, e.g. labels=[cat,"zebra crossing"]; null: those of the model.
         top: minimum number of labels per photo in the output.
         threshold: lowest probability of predicted labels, all of which are in the output.
@@ -279,7 +284,8 @@ class Explain(Command):
     Writes a picture (photo with instances, match matrix, largest edge influences) and a JSON file with all values. The
     influence of an edge to the argmax instance or to the label is the label's logit minus its logit without the edge.
 
-    Examples:
+    Examples::
+
       gm-mlic explain checkpoint=runs/NAME/checkpoints/best.ckpt image=a.jpg
       gm-mlic explain checkpoint=my-model image=a.jpg label="tennis racket"
 
@@ -307,7 +313,8 @@ class Serve(Command):
     Drop a photo, edit the labels, and see which instance matches which label. Nothing leaves the machine; photos are
     not stored.
 
-    Examples:
+    Examples::
+
       gm-mlic serve checkpoint=runs/NAME/checkpoints/best.ckpt
       gm-mlic serve checkpoint=my-model port=8080
 
@@ -336,7 +343,8 @@ class Export(Command):
     push=USER/NAME uploads it. format=torch and format=onnx write a program, reload it and compare it with the model;
     the file is removed if outputs differ by more than 1e-4.
 
-    Examples:
+    Examples::
+
       gm-mlic export checkpoint=runs/NAME/checkpoints/best.ckpt out=my-model license=mit
       gm-mlic export checkpoint=my-model out=network.onnx format=onnx
       gm-mlic export checkpoint=my-model out=photos.onnx format=onnx part=all size=[448,600]
@@ -379,7 +387,8 @@ class Dataset(Command):
     vocabulary in an embedding. Writes a picture of each split (label frequencies, co-occurrences) and statistics.json
     to run_dir. With check=true every image is decoded.
 
-    Examples:
+    Examples::
+
       gm-mlic dataset                                      statistics of scenes
       gm-mlic dataset dataset=coco2014 dataset.root=DIR embedding=glove embedding.path=glove.6B.300d.txt
       gm-mlic dataset dataset=custom dataset.root=DIR dataset.annotations=labels.csv check=true
@@ -403,7 +412,8 @@ class TrainDetector(Command):
 
     Writes weights (.safetensors) and metadata (.json: labels, settings, AP50 on the val split).
 
-    Examples:
+    Examples::
+
       gm-mlic train-detector                               the tiny detector on scenes
       gm-mlic train-detector dataset=coco2014 dataset.root=DIR detector=mobilenet_v3_large_fpn epochs=26
       gm-mlic train-detector dataset=coco2014 dataset.root=DIR detector=scenes_tiny detector.weights=null
@@ -441,7 +451,8 @@ class Demo(Command):
     Draws scenes, extracts instances, and trains GM-MLIC (both fusions) and a baseline without graphs on them. Prints a
     table of metrics and draws test scenes with their labels and argmax boxes.
 
-    Examples:
+    Examples::
+
       gm-mlic demo
       gm-mlic demo seed=1 trainer.max_epochs=20
 
@@ -469,7 +480,8 @@ class Bench(Command):
     execution), arithmetic_ratio (the same for FLOPs), roofline_fraction (forward) and train_roofline_fraction. Keep the
     machine idle during the measurement.
 
-    Examples:
+    Examples::
+
       gm-mlic bench                                 sizes of MS-COCO, in minutes
       gm-mlic bench bench=full                      all sizes of the paper, and growth curves
       gm-mlic bench bench.cases=[voc2007] bench.executions=[sparse,dense]
@@ -493,7 +505,8 @@ class Runs(Command):
     Reads run folders only. States: finished, running, failed (with the error), interrupted (Ctrl-C or SIGTERM), stopped
     (killed, or the machine went down). Run the command of an unfinished run again to resume it.
 
-    Examples:
+    Examples::
+
       gm-mlic runs                                 all runs in runs/
       gm-mlic runs runs/multirun/2026-11-23_10-00-00
       gm-mlic runs runs/a runs/b elsewhere/
@@ -514,7 +527,8 @@ class Report(Command):
     label states, training curves. Writes report.html (self-contained), report.md, and the figures as PNG and SVG.
     Unfinished runs are only listed.
 
-    Examples:
+    Examples::
+
       gm-mlic report                               all runs in runs/, to runs/report
       gm-mlic report runs/multirun/2026-11-23_10-00-00
       gm-mlic report runs/a runs/b out=ab
@@ -537,7 +551,8 @@ class Dashboard(Command):
     you are logged in (wandb login, or WANDB_API_KEY); otherwise, or with WANDB_MODE=offline, its definition is written
     to a file.
 
-    Examples:
+    Examples::
+
       gm-mlic dashboard
       gm-mlic dashboard project=my-project entity=my-team
 

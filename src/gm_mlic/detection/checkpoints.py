@@ -101,7 +101,7 @@ class Checkpoint:
 
 
 def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str] | None) -> Checkpoint:
-    """Read the ``weights`` of :func:`~gm_mlic.detection.faster_rcnn.build_extractor`.
+    """Read the ``weights`` of :func:`~gm_mlic.detection.build_extractor`.
 
     Raises:
         ConfigError: if weights of this name do not exist for ``arch``.

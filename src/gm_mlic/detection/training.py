@@ -63,7 +63,7 @@ def train_detector(
         val: validation split for AP after each epoch, or None.
         name: one of :data:`~gm_mlic.detection.faster_rcnn.ARCHITECTURES`.
         out: weights file; must end in ``.safetensors``.
-        weights: initial weights, see :func:`~gm_mlic.detection.faster_rcnn.build_extractor`. If their labels differ,
+        weights: initial weights, see :func:`~gm_mlic.detection.build_extractor`. If their labels differ,
             the last layer (class scores and box offsets) is reinitialized.
         epochs: passes over ``train``.
         batch_size: images per step.

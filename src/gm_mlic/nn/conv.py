@@ -213,7 +213,7 @@ class EdgeUpdate(MessagePassing):
         e_{ij} \leftarrow \phi_e([e_{ij}, \rho_e([v_j, v_i])])
 
     Args:
-        in_channels, edge_dim, **kwargs: as for :class:`MessageMLP`.
+        in_channels, edge_dim, kwargs: as for :class:`MessageMLP`.
         out_channels: size of the new edge features.
         product: give :math:`\rho_e` the third argument :class:`HadamardFusion` (default: ``False``).
         norm: LayerNorm on the new features (default: ``False``).
