@@ -42,7 +42,7 @@ from gm_mlic.training.trainer import build_trainer, training_callbacks
 CONF = Path(__file__).resolve().parents[1] / "conf"
 GROUPS = sorted({*COMMANDS["train"].groups, *COMMANDS["bench"].groups})
 #: Settings that depend on the user.
-USERS = {"embedding.path"}
+USERS = {"embedding.path", "detector.weights", "detector.path"}
 #: Values of settings without a default, of options that have some.
 GIVEN = {
     "StepLR": ["scheduler.step_size=5"], "MultiStepLR": ["scheduler.milestones=[3,6]"],
@@ -130,6 +130,10 @@ def test_every_option_builds_its_objects(group: str, option: str, tmp_path: Path
     small = ["dataset.sizes.train=2"] if option not in {*options("dataset"), "photos"} else []
     config = compose("train", [*small, f"{group}={option}", *(GIVEN.get(option, []) if group == "scheduler" else [])])
     is_complete(config)
+    if option in ("onnx", "precomputed", "transformers"):  # need files of the user
+        with pytest.raises(GMMLICError, match="somewhere"):
+            build.build_detector(config)
+        return
     config.detector.weights = None if config.detector.name != "scenes_tiny" else config.detector.weights
     config.trainer.accelerator = "cpu"
     if config.embedding.name == "glove":

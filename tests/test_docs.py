@@ -80,7 +80,7 @@ def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for registry in (MODELS, DETECTORS, DATASETS, EMBEDDINGS):
         registry.names()  # registers the built-in ones
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))

@@ -266,7 +266,7 @@ def test_errors_of_the_library_name_the_key(
     ("setting", "known"),
     [
         ("model.name=foo", "gm_mlic_paper"), ("dataset.name=foo", "coco2014, custom, nuswide"),
-        ("dataset.name=null", "one of coco2014"), ("detector.name=foo", "resnet101, scenes_tiny"),
+        ("dataset.name=null", "one of coco2014"), ("detector.name=foo", "scenes_tiny"),
         ("trainer.strategy=fast", "one of auto, ddp"),
     ],
 )  # fmt: skip

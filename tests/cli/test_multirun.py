@@ -53,9 +53,9 @@ def test_jobs_with_invalid_settings_are_recorded(tmp_path: Path):
     done = multirun(tmp_path, "-m", "graph.m=0,3")
     assert done.returncode == 2
     assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"]
-    message = "graph.m=0: expected an integer of at least 1."
+    message = "graph.m=0: expected an integer of at least 1"
     assert [job["error"] for job in read_jobs(tmp_path / "sweep")] == [message, None]
-    assert re.search(rf"^job .*graph\.m=0 failed: {message}$", done.stdout, re.MULTILINE)
+    assert re.search(rf"^job .*graph\.m=0 failed: {message}\.?$", done.stdout, re.MULTILINE)
 
 
 def test_a_sweep_over_an_unknown_setting(tmp_path: Path):

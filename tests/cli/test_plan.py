@@ -18,7 +18,9 @@ SIZES = Sizes({"train": 100, "val": 20, "test": 40}, 3, None)
 
 
 def planned(*overrides: str) -> dict[str, dict[str, float]]:
-    config = compose("plan", ["trainer.max_epochs=5", "trainer.batch_size=8", "detector.max_instances=6", *overrides])
+    config = compose(
+        "plan", ["trainer.max_epochs=5", "trainer.batch_size=8", "detector.max_instances=6", "graph.m=6", *overrides]
+    )
     return estimate(config, SIZES, PROBE)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from feature_maps import FeatureMaps
 from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -125,27 +126,11 @@ def _without(settings: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != key}
 
 
-class _Maps(nn.Module):
-    """Three feature maps with strides 8, 16 and 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.ReLU())
-        self.layer1 = nn.Sequential(nn.Conv2d(8, 12, 3, 2, 1), nn.ReLU())
-        self.layer2 = nn.Sequential(nn.Conv2d(12, 16, 3, 2, 1), nn.ReLU())
-        self.layer3 = nn.Sequential(nn.Conv2d(16, 20, 3, 2, 1), nn.ReLU())
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        fine = self.layer1(self.stem(images))
-        middle = self.layer2(fine)
-        return {"0": fine, "1": middle, "2": self.layer3(middle)}
-
-
 def one_stage(kind: str, seed: int = 0, score_thresh: float = 0.0, **settings: Any) -> OneStageExtractor:
     """Small RetinaNet, FCOS or SSD with 3 classes besides the background, of which class 2 has no label."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body, thresholds = _Maps(), {"score_thresh": score_thresh, "nms_thresh": 0.5, **settings}
+        body, thresholds = FeatureMaps(), {"score_thresh": score_thresh, "nms_thresh": 0.5, **settings}
         if kind == "ssd":
             boxes = DefaultBoxGenerator([[2], [2], [2]], min_ratio=0.2, max_ratio=0.9)
             detector = SSD(body, boxes, (64, 64), 4, **thresholds)

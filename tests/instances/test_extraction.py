@@ -239,7 +239,7 @@ def test_partial_store_with_a_crashing_image_is_resumed(tmp_path):
     assert list(InstanceStore.open(path).manifest.skipped) == ["0009"]
 
 
-@pytest.mark.parametrize("name", ["_write_text", "sha256"])
+@pytest.mark.parametrize("name", ["write_file", "sha256"])
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_while_creating_or_completing(dataset, tmp_path, undisturbed, monkeypatch, name, after):
     path, log = tmp_path / "store", tmp_path / "calls.txt"

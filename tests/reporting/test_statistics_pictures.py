@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
@@ -109,7 +110,7 @@ def texts(path: Path, stats: DatasetStatistics, monkeypatch: pytest.MonkeyPatch)
 
     def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
         save(self, *args, **kwargs)
-        renderer = self.canvas.get_renderer()
+        renderer = FigureCanvasAgg(self).get_renderer()
         names = [*self.texts]
         for axes in self.axes:
             names += [*axes.texts, *axes.get_xticklabels(), *axes.get_yticklabels(), axes.title, axes._left_title]

@@ -13,6 +13,7 @@ from annotated_types import DocInfo, Gt, Interval, Len, Predicate
 from gm_mlic.errors import ConfigError
 from gm_mlic.schema import Natural, Positive, Probability, Setting, settings_of, summary_of
 
+_Names = Annotated[str | Annotated[Sequence[str], Len(1)], DocInfo("names, e.g. [cat,zebra crossing]")]
 _DEVICE = Literal["auto", "cpu", "cuda"]
 _Splits = Annotated[Sequence[Literal["train", "val", "test"]], Len(1)]
 _CHECKPOINT = "runs/NAME/checkpoints/best.ckpt, a folder of gm-mlic export, or USER/NAME on the Hugging Face hub."
@@ -266,7 +267,7 @@ class Predict(Command):
 
     checkpoint: str
     images: str | Annotated[Sequence[str], Len(1)]
-    labels: str | Annotated[Sequence[str], Len(1)] | None = None
+    labels: _Names | None = None
     top: Positive = 3
     threshold: Probability = 0.5
     pictures: bool = False
@@ -370,8 +371,11 @@ class Export(Command):
     out: str
     format: Literal["pretrained", "torch", "onnx"] = "pretrained"
     part: Literal["network", "detector", "all"] = "network"
-    size: Annotated[Sequence[Annotated[int, Interval(ge=32)]], Len(2, 2)] | None = None
-    labels: str | Annotated[Sequence[str], Len(1)] | None = None
+    size: (
+        Annotated[Sequence[Annotated[int, Interval(ge=32)]], Len(2, 2), DocInfo("[HEIGHT,WIDTH], each at least 32")]
+        | None
+    ) = None
+    labels: _Names | None = None
     embedding: NewLabels = NewLabels()
     license: str | None = None
     push: Annotated[str, Predicate(lambda v: v.count("/") == 1), DocInfo("USER/NAME")] | None = None

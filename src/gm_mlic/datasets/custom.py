@@ -10,9 +10,10 @@ import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from annotated_types import DocInfo
 from PIL import Image
 
 from gm_mlic.datasets.annotation_files import (
@@ -112,13 +113,19 @@ class CustomDataset(MultiLabelDataset):
         self,
         root: str | Path,
         split: str = "train",
-        annotations: str | Path | Mapping[Literal["train", "val", "test"], str | Path] = "labels.csv",
-        folders: Mapping[Literal["train", "val", "test"], str] | None = None,
-        labels: str | Path | Sequence[str] | None = None,
+        annotations: Annotated[
+            str | Path | Mapping[Literal["train", "val", "test"], str | Path],
+            DocInfo("a file name, or {train: FILE, val: FILE, test: FILE}"),
+        ] = "labels.csv",
+        folders: Annotated[
+            Mapping[Literal["train", "val", "test"], str], DocInfo("{train: FOLDER, val: FOLDER, test: FOLDER}")
+        ]
+        | None = None,
+        labels: Annotated[str | Path | Sequence[str], DocInfo("a file name or a list of names")] | None = None,
         columns: Mapping[str, str | None] = COLUMNS,
         separator: str = ";",
         suffix: str = "",
-        ignore_columns: Sequence[str] = (),
+        ignore_columns: Annotated[Sequence[str], DocInfo("a list of column names")] = (),
         target_format: Literal["binary", "voc"] = "binary",
         missing: Literal["error", "drop"] = "error",
         val_fraction: Fraction = 0.1,
@@ -135,6 +142,8 @@ class CustomDataset(MultiLabelDataset):
         unknown = [key for key in columns if key not in ("file", "labels", "split")]
         if unknown:
             raise ArgumentError("columns", f"has the key {unknown[0]!r}: expected file, labels or split.")
+        if columns.get("file", "") is None:
+            raise ArgumentError("columns.file", "is null: expected the name of a column.")
         self.split = split
         self.root = Path(root)
         if not self.root.is_dir():

@@ -389,5 +389,5 @@ def _built(settings: dict[str, Any], device: str | torch.device, source: Path, n
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)
-    except TypeError as error:
+    except (TypeError, ConfigError) as error:
         raise WeightsError(f"{source}: the detector cannot be built ({error}).") from error
