@@ -232,7 +232,7 @@ def transformers_detector(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
             f"The model {source} cannot be read ({_one_line(error)}): set `weights` to a detector on "
-            "huggingface.co/models, or to a folder with config.json, preprocessor_config.json and weights as safetensors."
+            "huggingface.co/models, or to a folder with config.json, preprocessor_config.json and safetensors."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
