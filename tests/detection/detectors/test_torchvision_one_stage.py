@@ -169,7 +169,8 @@ def test_coco_weights_equal_torchvisions_model(name, monkeypatch, tmp_path):
     theirs = _BUILDERS[name](weights="COCO_V1", **size).eval()
     ours = build_extractor(name, weights="coco", score_threshold=0.0, **size)
     assert len(ours.labels) == 80
-    image = torch.rand(1, 3, 96, 96)
+    side = 320 if "ssd" in name else 96
+    image = torch.rand(1, 3, side, side)
     with torch.no_grad():
         expected = theirs.head(list(theirs.backbone(image).values()))
         found = ours.detector.head(list(ours.detector.backbone(image).values()))
