@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Ge
 from torch import Tensor
 from torchvision.models.detection import (
     FCOS,
@@ -36,6 +36,7 @@ from gm_mlic.detection.torchvision_detector import (
     used_classes,
 )
 from gm_mlic.registry import register_detector
+from gm_mlic.schema import Probability
 
 _BUILDERS: dict[str, Callable[..., RetinaNet | FCOS | SSD]] = {
     "retinanet_resnet50_fpn": retinanet_resnet50_fpn,
@@ -146,8 +147,8 @@ def one_stage(
     weights: str | Path | None = None,
     min_size: Annotated[int, Ge(32)] | None = None,
     max_size: Annotated[int, Ge(32)] | None = None,
-    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
-    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    score_threshold: Probability = 0.05,
+    nms_threshold: Probability = 0.5,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> OneStageExtractor:
@@ -181,8 +182,8 @@ def single_shot(
     *,
     labels: Sequence[str] | None = None,
     weights: str | Path | None = None,
-    score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
-    nms_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.5,
+    score_threshold: Probability = 0.05,
+    nms_threshold: Probability = 0.5,
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> OneStageExtractor:
