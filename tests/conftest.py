@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
+
+from gm_mlic.config import SECTIONS
+from gm_mlic.registry import Registry
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,16 @@ def make_run() -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Remove what the test registers, also from Hydra's options, after the test."""
+    groups = {name: found for name, found in SECTIONS.items() if isinstance(found, Registry)}
+    before = {name: set(found.names()) for name, found in groups.items()}
+    yield
+    for group, found in groups.items():
+        for name in set(found._entries) - before[group]:
+            del found._entries[name]
+            for option in (name, f"_{name}"):
+                ConfigStore.instance().repo.get(group, {}).pop(f"{option}.yaml", None)

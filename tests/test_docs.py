@@ -75,15 +75,10 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gm_mlic.registry import DATASETS, DETECTORS, EMBEDDINGS, MODELS
-
+def in_temporary_folder(registries: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    for registry in (MODELS, DETECTORS, DATASETS, EMBEDDINGS):
-        registry.names()  # registers the built-in ones
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:  # modules of the page

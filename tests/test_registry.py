@@ -81,9 +81,8 @@ def test_invalid_arguments(name: str, overrides: dict[str, object], message: str
     assert "\n" not in str(error.value)
 
 
-def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
-
+@pytest.mark.usefixtures("registries")
+def test_register() -> None:
     @register_model("my_model")
     @register_model("my_wide_model", "A preset", width=7)
     def build(width: int = 2) -> nn.Module:

@@ -16,7 +16,7 @@ from PIL import Image
 from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.registry import DATASETS, MODELS, register_dataset
+from gm_mlic.registry import register_dataset
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
 
@@ -281,9 +281,8 @@ def test_unknown_names_are_rejected_before_the_run_folder_is_created(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_registered_names_are_valid(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MODELS, "_entries", dict(MODELS._entries))
-    monkeypatch.setattr(DATASETS, "_entries", dict(DATASETS._entries))
+@pytest.mark.usefixtures("registries")
+def test_registered_names_are_valid():
     register_dataset("mine")(type("Mine", (Scenes,), {"name": "mine"}))
     register_model("my_model")(type("my_model", (torch.nn.Module,), {"__doc__": "A model."}))
     config = compose("train", ["model=my_model", "dataset=mine"])

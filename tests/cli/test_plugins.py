@@ -103,14 +103,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def registered(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restore registries and modules afterwards."""
-    from gm_mlic import registry
-
-    for name in ("DETECTORS", "DATASETS"):
-        found = getattr(registry, name)
-        found.names()
-        monkeypatch.setattr(found, "_entries", dict(found._entries))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "my_plugin", raising=False)
 
