@@ -1,16 +1,11 @@
 """Settings of a class or function: its arguments, their annotations, and their descriptions in the docstring.
 
-A class that is built from a config needs no second description of its settings::
+A class that is built from a config needs no second description of its settings. Annotations and defaults are those of
+its constructor::
 
-    class MyDetector:
-        '''A detector.
+    def __init__(self, weights: str, score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05) -> None: ...
 
-Args:
-            weights: file of the weights.
-            score_threshold: lowest confidence of an instance.
-        '''
-
-        def __init__(self, weights: str, score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05) -> None: ...
+and descriptions are in the section ``Args:`` of its docstring.
 
 Annotations are checked by pydantic. Bounds are those of ``annotated_types``.
 """
