@@ -104,7 +104,7 @@ class TrainerSettings:
 
     Args:
         max_epochs: number of epochs.
-        min_steps: at least this many steps: with few training images, there are more epochs than max_epochs.
+        min_steps: at least this many steps: few training images are repeated in each epoch.
         batch_size: images per step and device.
         num_workers: worker processes that read batches; 0: read in the main process; null: 0 on a CPU, 2 with a GPU.
         precision: precision of Lightning's Trainer.

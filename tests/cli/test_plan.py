@@ -50,9 +50,11 @@ def test_views_of_evaluated_photos_are_detected_and_stored():
     assert two["bytes"]["stores"] == one["bytes"]["stores"] + 60 * 6 * (4 * 2 + 4 * 4 + 4 + 4)
 
 
-def test_epochs_of_the_smallest_number_of_steps():
-    assert planned("trainer.min_steps=100")["images"]["train"] == 8 * 100  # 13 steps per epoch
-    assert planned("trainer.min_steps=100", "devices=4")["images"]["train"] == 25 * 100  # 4 steps per epoch
+def test_passes_of_the_smallest_number_of_steps():
+    # 5 epochs of 100 images, in steps of 8, on each of 4 devices in the third case
+    assert planned("trainer.min_steps=100")["images"]["train"] == 5 * 2 * 100
+    assert planned("trainer.min_steps=100")["seconds"]["train"] == pytest.approx(5 * 25 * 8 * 0.1)
+    assert planned("trainer.min_steps=100", "devices=4")["images"]["train"] == 5 * 7 * 100
     assert planned("trainer.min_steps=60")["images"]["train"] == 5 * 100
 
 

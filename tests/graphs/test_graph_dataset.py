@@ -131,7 +131,7 @@ def test_no_augmented_views(store: Store) -> None:
 def views(store: Store, seed: int, epoch: int) -> list[int]:
     data = AssignmentGraphDataset(store, transform(), augment=True, seed=seed)
     data.set_epoch(epoch)
-    return [data.view(int(row)) for row in store.rows]
+    return data.rows_and_views(range(len(data)))[1].tolist()
 
 
 def test_views_are_drawn_by_seed_and_epoch(store: Store) -> None:
@@ -145,7 +145,23 @@ def test_views_are_drawn_by_seed_and_epoch(store: Store) -> None:
 def test_only_the_original_view_without_augmentation(store: Store) -> None:
     data = AssignmentGraphDataset(store, transform())
     data.set_epoch(3)
-    assert {data.view(int(row)) for row in store.rows} == {0}
+    assert set(data.rows_and_views(range(len(data)))[1]) == {0}
+
+
+@pytest.mark.parametrize("kind", [AssignmentGraphDataset, AssignmentBatchDataset])
+def test_passes_of_an_epoch_are_epochs_of_one_pass(store: Store, kind: type) -> None:
+    one, three = (kind(store, transform(), augment=True, seed=1) for _ in range(2))
+    three.passes = 3
+    three.set_epoch(2)
+    assert len(three) == 3 * len(one)
+    rows, views = three.rows_and_views(range(len(three)))
+    for n, (some_rows, some_views) in enumerate(zip(np.split(rows, 3), np.split(views, 3), strict=True)):
+        one.set_epoch(6 + n)
+        expected = one.rows_and_views(range(len(one)))
+        assert np.array_equal(some_rows, expected[0])
+        assert np.array_equal(some_views, expected[1])
+    last = three[len(three) - 1]
+    assert int(last.row) == store.rows[-1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -38,6 +38,13 @@ def test_views_depend_on_epoch_and_image_only(tmp_path):
         assert all(torch.equal(ours[row], theirs[row]) for row in ours)
         assert all(image.shape == (3, 20, 20) for image in ours.values())
     assert not any(torch.equal(seen[0][0][row], seen[1][0][row]) for row in range(6))
+    images.passes = 2  # two of these epochs are one
+    images.set_epoch(0)
+    assert len(images) == 12
+    for i in range(12):
+        assert images[i][0] == i % 6
+        assert torch.equal(images[i][1], seen[i // 6][0][i % 6])
+    images.passes = 1
     other = OnlineImages(images.dataset, train=True, size=20, seed=2)
     assert not torch.equal(other[0][1], images[0][1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from gm_mlic.graphs import AssignmentGraph, collate_instances
 from gm_mlic.nn import GMMLIC, MILMax
 from gm_mlic.training import build, run
 from gm_mlic.training.run import build_module
-from gm_mlic.training.trainer import build_trainer
 from gm_mlic.zoo import read_checkpoint
 
 Config = Callable[..., DictConfig]
@@ -184,29 +184,31 @@ def test_penalty_is_added_to_the_loss(run_config: Config) -> None:
 @pytest.mark.parametrize(
     ("images", "batch_size", "world_size", "min_steps", "expected"),
     [
-        (24, 8, 1, 0, 2), (24, 8, 1, 6, 2), (24, 8, 1, 7, 3), (24, 8, 1, 100, 34), (25, 8, 1, 8, 2), (25, 8, 1, 9, 3),
-        (3, 8, 1, 5, 5), (25, 8, 2, 9, 5), (24, 8, 4, 10, 10),
+        (24, 8, 1, 0, 1), (24, 8, 1, 6, 1), (24, 8, 1, 7, 2), (24, 8, 1, 100, 17), (25, 8, 1, 8, 1), (25, 8, 1, 9, 2),
+        (3, 8, 1, 5, 6), (25, 8, 2, 9, 3), (24, 8, 4, 10, 6),
     ],
 )  # fmt: skip
-def test_epochs_of_the_smallest_number_of_steps(
+def test_passes_of_the_smallest_number_of_steps(
     run_config: Config, images: int, batch_size: int, world_size: int, min_steps: int, expected: int
 ) -> None:
-    """There are 2 epochs, or as many as have ``min_steps`` steps."""
+    """In each of 2 epochs, images are repeated until there are ``min_steps`` steps."""
     config = run_config(f"trainer.min_steps={min_steps}", f"trainer.batch_size={batch_size}")
-    assert build.epochs(config, images, world_size) == expected
+    passes = build.passes(config, images, world_size)
+    steps = [math.ceil(math.ceil(n * images / world_size) / batch_size) for n in (passes - 1, passes)]
+    assert passes == expected
+    assert 2 * steps[1] >= min_steps
+    assert passes == 1 or 2 * steps[0] < min_steps
 
 
 def test_run_has_the_smallest_number_of_steps(run_config: Config, tmp_path: Path) -> None:
     config = run_config("trainer.min_steps=7")
     run.train(config)
     with (tmp_path / "run/metrics.csv").open(newline="") as file:
-        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("1", "3"), ("2", "6"), ("3", "9")]
-    assert build_trainer(config, None).max_epochs == 2
-    assert build_trainer(config, None, images=24).max_epochs == 3
+        assert [(row["epoch"], row["step"]) for row in csv.DictReader(file)] == [("1", "6"), ("2", "12")]
     (tmp_path / "run/metrics.json").unlink()
     run.train(config)  # finished, so nothing is trained
     with (tmp_path / "run/metrics.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 3
+        assert len(list(csv.DictReader(file))) == 2
 
 
 def test_on_line_runs_fit_features_on_validation(run_config: Config, tmp_path: Path) -> None:

@@ -112,17 +112,17 @@ def estimate(config: DictConfig, sizes: Sizes, probe: Probe) -> dict[str, Any]:
         ``checkpoints`` and ``memory`` (per device, in training); ``images`` per phase.
     """
     N, n = sizes.images, config.devices
-    epochs = build.epochs(config, N["train"], n)
+    epochs, passes = config.trainer.max_epochs, build.passes(config, N["train"], n)
     views, online = config.instances.num_augmentations, config.instances.online
     trained = config.detector.get("trainable", "none") != "none"
     stored = [split for split in N if not (trained or (online and split == "train"))]
-    again = (epochs * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
+    again = (epochs * passes * N["train"] if online else 0) + (epochs * N["val"] + N["test"] if trained else 0)
     batch = config.trainer.batch_size
-    steps = math.ceil(math.ceil(N["train"] / n) / batch)
+    steps = math.ceil(math.ceil(passes * N["train"] / n) / batch)
     detected = sum(N[split] * (1 if split == "train" else config.graph.views) for split in stored) + again
     images = {
         "extract": detected + (views * N["train"] if "train" in stored else 0),
-        "train": epochs * N["train"],
+        "train": epochs * passes * N["train"],
         "validate": epochs * N["val"],
         "test": N["test"],
     }
@@ -277,7 +277,7 @@ def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequ
     views = config.instances.num_augmentations
     words = {
         "extract": "images" + (f", {views} views per training image" if views else ""),
-        "train": f"images in {build.epochs(config, sizes.images['train'], config.devices)} epochs",
+        "train": f"images in {config.trainer.max_epochs} epochs",
         "validate": "images",
         "test": "images",
     }

@@ -43,7 +43,13 @@ def to_hetero_data(instances: Instances) -> HeteroData:
 
 
 class _StoreGraphs:
-    """The readable images of a store, and the view of each in an epoch."""
+    """The readable images of a store, and the view of each in an epoch.
+
+    Attributes:
+        passes: how often each image occurs in an epoch, each time with another view (default: 1).
+    """
+
+    passes = 1
 
     def __init__(self, store: InstanceArrays, graph: AssignmentGraph, *, augment: bool = False, seed: int = 0) -> None:
         super().__init__()
@@ -68,12 +74,16 @@ class _StoreGraphs:
         """Draw the views of this epoch. They depend on seed and epoch only."""
         self._epoch.fill_(epoch)
 
-    def view(self, row: int) -> int:
-        """The view of the image at ``row`` in this epoch; 0 is the original image."""
+    def rows_and_views(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the store and views of the images at some indices; view 0 is the original image."""
+        passed, image = np.divmod(np.asarray(indices), len(self.store.rows))
+        rows = np.asarray(self.store.rows)[image]
         if not self.augment:
-            return 0
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, (int(self._epoch) << 32) | row]))
-        return int(rng.integers(self.store.features.shape[1]))
+            return rows, np.zeros_like(rows)
+        first = int(self._epoch) * self.passes
+        keys = [(first + int(n) << 32) | int(row) for n, row in zip(passed, rows, strict=True)]
+        draws = [np.random.Generator(np.random.Philox(key=[self.seed, key])) for key in keys]
+        return rows, np.array([draw.integers(self.store.features.shape[1]) for draw in draws], dtype=np.int64)
 
 
 class AssignmentGraphDataset(_StoreGraphs, Dataset):
@@ -95,11 +105,11 @@ class AssignmentGraphDataset(_StoreGraphs, Dataset):
     """
 
     def len(self) -> int:
-        return len(self.store.rows)
+        return self.passes * len(self.store.rows)
 
     def get(self, idx: int) -> HeteroData:
-        store, row = self.store, int(self.store.rows[idx])
-        view = self.view(row)
+        store, (rows, views) = self.store, self.rows_and_views([idx])
+        row, view = int(rows[0]), int(views[0])
 
         def take(array: np.ndarray, dtype: type = np.float32) -> Tensor:
             return torch.from_numpy(array[row, view, : store.counts[row, view]].astype(dtype))
@@ -122,15 +132,14 @@ class AssignmentBatchDataset(_StoreGraphs, torch.utils.data.Dataset[AssignmentBa
     """
 
     def __len__(self) -> int:
-        return len(self.store.rows)
+        return self.passes * len(self.store.rows)
 
     def __getitem__(self, index: int) -> AssignmentBatch:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> AssignmentBatch:
         store, graph = self.store, self.graph
-        rows = np.asarray(store.rows)[np.asarray(indices)]
-        views = np.array([self.view(int(row)) for row in rows]) if self.augment else np.zeros_like(rows)
+        rows, views = self.rows_and_views(indices)
         M = store.features.shape[2] if graph.m is None else graph.m
         count = torch.from_numpy(np.asarray(store.counts[rows, views], dtype=np.int64)).clamp(max=M)
         if bool((count < 1).any()):

@@ -51,9 +51,14 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         size: size of augmented images in pixels.
         seed: seed of the augmentation.
 
+    Attributes:
+        passes: how often each image occurs in an epoch, each time augmented differently (default: 1).
+
     Raises:
         DataError: if the dataset is inconsistent, or its targets are not in {0, 1}.
     """
+
+    passes = 1
 
     def __init__(self, dataset: MultiLabelDataset, train: bool, size: int = 448, seed: int = 0) -> None:
         check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
@@ -66,7 +71,7 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return self.passes * len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that determines random crops and flips."""
@@ -78,6 +83,7 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
         return tuple(self.dataset.ids[i] for i in torch.nonzero(self._unreadable).flatten().tolist())
 
     def __getitem__(self, i: int) -> tuple[int, Tensor | None]:
+        passed, i = divmod(i, len(self.dataset))
         try:
             image = self.dataset.image(i)
         except UnreadableImage as error:
@@ -86,7 +92,8 @@ class OnlineImages(Dataset[tuple[int, Tensor | None]]):
                 log.warning("Skipped image %s: %s", self.dataset.ids[i], error)
             return i, None
         if self.train:
-            image = crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], int(self._epoch)))
+            epoch = int(self._epoch) * self.passes + passed
+            image = crop_and_flip(image, self.size, view_rng(self.seed, self.dataset.ids[i], epoch))
         return i, to_tensor(image)
 
     def collate(self, samples: list[tuple[int, Tensor | None]]) -> OnlineBatch:

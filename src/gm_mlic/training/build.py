@@ -314,9 +314,8 @@ def build_metrics(config: DictConfig, labels: Sequence[str]) -> MultiLabelMetric
         return MultiLabelMetrics(len(labels), labels=labels, **options)
 
 
-def epochs(config: DictConfig, num_images: int, world_size: int) -> int:
-    """``trainer.max_epochs``, or as many as give ``trainer.min_steps`` steps."""
+def passes(config: DictConfig, num_images: int, world_size: int) -> int:
+    """How often the training images are repeated in an epoch, so that there are ``trainer.min_steps`` steps."""
     trainer = config.trainer
-    steps = max(1, math.ceil(math.ceil(num_images / world_size) / trainer.batch_size))  # of an epoch
-    epochs: int = max(trainer.max_epochs, math.ceil(trainer.min_steps / steps))
-    return epochs
+    steps = math.ceil(trainer.min_steps / trainer.max_epochs)  # at least, of an epoch
+    return int((steps - 1) * trainer.batch_size * world_size // num_images) + 1 if steps else 1

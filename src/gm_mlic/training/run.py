@@ -128,7 +128,7 @@ def _train(
     module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
-        trainer = build_trainer(config, run_dir, callbacks, len(datasets["train"]))
+        trainer = build_trainer(config, run_dir, callbacks)
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
@@ -317,6 +317,7 @@ def _fit(
         split: _readable(data[split], graphs[split], layout, augment=augment[split], seed=config.seed)
         for split in augment
     }
+    splits["train"].passes = build.passes(config, len(splits["train"]), trainer.world_size)
     last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
     if content is not None:

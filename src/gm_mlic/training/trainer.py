@@ -17,7 +17,6 @@ from gm_mlic.device import resolve_device
 from gm_mlic.distributed import launcher, rank_info
 from gm_mlic.errors import ConfigError
 from gm_mlic.io import first_line
-from gm_mlic.training import build
 from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
 from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
 from gm_mlic.training.preemption import PreemptionCheckpoint
@@ -28,16 +27,13 @@ def strategies() -> tuple[str, ...]:
     return ("auto", *StrategyRegistry.available_strategies())
 
 
-def build_trainer(
-    config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = (), images: int | None = None
-) -> Trainer:
+def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build a Lightning trainer without Lightning's own logger, progress bar and summary.
 
     Args:
         config: a config with the section ``trainer``.
         run_dir: the run folder; None for evaluation, which saves no checkpoints.
         callbacks: callbacks of the trainer.
-        images: number of training images, for ``trainer.min_steps``; default: ``trainer.max_epochs`` epochs.
 
     Raises:
         ConfigError: if accelerator, devices, strategy or precision are not available.
@@ -81,8 +77,6 @@ def build_trainer(
             f"{settings.num_nodes} give a world size of {trainer.world_size}: set trainer.devices to the processes per "
             "node, trainer.num_nodes to the number of nodes, and trainer.strategy=ddp."
         )
-    if images is not None:  # the trainer knows the world size before Lightning starts the other processes
-        trainer.fit_loop.max_epochs = build.epochs(config, images, trainer.world_size)
     return trainer
 
 
