@@ -446,6 +446,11 @@ def test_several_nodes_need_a_launcher(run_config: Config):
         run.train(run_config("trainer.num_nodes=2"))
 
 
+def test_more_processes_than_cores(run_config: Config):
+    with pytest.raises(ConfigError, match=r"trainer\.devices=999 starts as many processes on \d+ CPU cores: set "):
+        run.train(run_config("trainer.devices=999", "trainer.accelerator=cpu"))
+
+
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is available")
 def test_a_missing_accelerator_is_reported(run_config: Config):
     with pytest.raises(ConfigError, match=r"trainer\.accelerator=mps.* is not available"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             f"trainer.accelerator={settings.accelerator}, devices={settings.devices}, strategy={settings.strategy}, "
             f"precision={settings.precision} is not available: {first_line(error)}"
         ) from error
+    cores = max(2, os.cpu_count() or 1)  # two processes are enough to try DDP, also on one core
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise ConfigError(
+            f"trainer.devices={settings.devices} starts as many processes on {cores} CPU cores: set trainer.devices to "
+            f"at most {cores}, or use a GPU."
+        )
     count = rank_info().world_size
     if trainer.world_size != count and launcher() in ("torchrun", "srun"):
         raise ConfigError(
