@@ -238,6 +238,8 @@ def import_plugins(modules: Sequence[str]) -> None:
     if modules and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     for name in modules:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(f"plugins={name}: expected the name of a module, e.g. my_package.my_module.")
         try:
             importlib.import_module(name)
         except Exception as error:

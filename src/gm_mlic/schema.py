@@ -26,6 +26,8 @@ from annotated_types import DocInfo, Ge, Interval, Predicate
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+#: Seed of NumPy and torch.
+Seed = Annotated[int, Interval(ge=0, lt=2**32)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A fraction of images, or a probability of dropout, of which 1 would leave none.
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
@@ -178,8 +180,8 @@ def _bounds(constraints: Sequence[Any]) -> str:
     parts = [part for c in constraints for part in (c if hasattr(c, "__iter__") else [c])]
     limits = {key: getattr(part, key) for part in parts for key in _WORDS if getattr(part, key, None) is not None}
     if limits.keys() == {"ge", "le"}:
-        return f" from {limits['ge']:g} to {limits['le']:g}"
-    return " " + " and ".join(f"{_WORDS[key]} {limits[key]:g}" for key in _WORDS if key in limits) if limits else ""
+        return f" from {limits['ge']} to {limits['le']}"
+    return " " + " and ".join(f"{_WORDS[key]} {limits[key]}" for key in _WORDS if key in limits) if limits else ""
 
 
 _WORDS = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}

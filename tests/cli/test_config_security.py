@@ -129,7 +129,8 @@ def test_launchers_and_samplers_are_chosen_by_name():
 
 def test_ordinary_command_lines_are_allowed():
     check_arguments([])
-    check_arguments(["-m", "seed=0,1", "model.widths=[8,8]", "+x='a=b'", "~experiment", "--cfg", "job"])
+    check_arguments(["-m", "seed=0,1", "model.widths=[8,8]", "+x='a=b'", "~experiment"])
+    check_arguments(["seed=0", "--cfg", "job", "--resolve"])
     check_arguments(["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.setup=[module load cuda]"])
 
 

@@ -22,6 +22,8 @@ FLAGS = {
     "--help", "-h", "--hydra-help", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m",
     "--info", "-i", "--config-dir", "-cd", "--shell-completion", "-sc",
 }  # fmt: skip
+#: Flags of which Hydra takes one only.
+_MODES = {"--cfg", "-c", "--run", "-r", "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc"}
 #: Keys with a call, at any depth.
 _CALLS = re.compile(r"_target_|_args_|_partial_|_convert_|job_logging|hydra_logging|callbacks")
 #: An interpolation that calls a resolver, whose name may be an interpolation.
@@ -47,6 +49,8 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
             flag, _, value = argument.partition("=")
             if flag not in FLAGS:
                 raise ConfigError(f"{flag}: unknown flag; choose from {', '.join(sorted(FLAGS))}, --verbose.")
+            if flag in ("--cfg", "-c") and (value or following) not in ("job", "hydra", "all"):
+                raise ConfigError(f"{flag}: expected one of job, hydra, all.")
             if flag in ("--config-dir", "-cd"):
                 folders.append(Path(value or following))
         elif argument.lstrip("+~").startswith("hydra.searchpath"):
@@ -59,6 +63,9 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
                 raise ConfigError(f"{argument}: write sweep=[{value}] to run every combination of these.")
             if _CALLS.search(key) or "_target_" in value:
                 raise ConfigError(f"{argument}: settings may not name classes to call.")
+    modes = [argument.partition("=")[0] for argument in arguments if argument.partition("=")[0] in _MODES]
+    if len(modes) > 1:
+        raise ConfigError(f"{modes[0]} excludes {modes[1]}.")
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder.")

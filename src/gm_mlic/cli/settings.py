@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import DocInfo, Gt, Interval, Len, Predicate
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.schema import Natural, Positive, Probability, Setting, settings_of, summary_of
+from gm_mlic.schema import Natural, Positive, Probability, Seed, Setting, settings_of, summary_of
 
 _Names = Annotated[str | Annotated[Sequence[str], Len(1)], DocInfo("names, e.g. [cat,zebra crossing]")]
 _DEVICE = Literal["auto", "cpu", "cuda"]
@@ -109,7 +109,7 @@ class Train(Command):
 
     groups = MappingProxyType({**_RUN, "logger": "csv", **_PRESETS, "sweep": None})
 
-    seed: Natural = 0
+    seed: Seed = 0
     run_dir: str = "runs/${dataset.name}-${model.name}-${gm_mlic.digest:}"
     overwrite: bool = False
 
@@ -159,7 +159,7 @@ class Plan(Command):
     groups = MappingProxyType({**_RUN, **_PRESETS})
 
     devices: Positive = 1
-    seed: Natural = 0
+    seed: Seed = 0
 
 
 @dataclass
@@ -218,7 +218,7 @@ class Eval(Command):
     val_scores: str | None = None
     val_targets: str | None = None
     bootstrap: Natural = 1000
-    seed: Natural = 0
+    seed: Seed = 0
     run_dir: str = "${gm_mlic.evaluation_of:${checkpoint},${scores}}"
 
     @staticmethod
@@ -444,7 +444,7 @@ class TrainDetector(Command):
     num_workers: Natural | None = None
     device: _DEVICE = "auto"
     out: str = "${run_dir}/detector.safetensors"
-    seed: Natural = 0
+    seed: Seed = 0
     run_dir: str = "runs/detector-${dataset.name}-${gm_mlic.digest:}"
 
 
@@ -469,7 +469,7 @@ class Demo(Command):
 
     groups = MappingProxyType({**_RUN, "logger": "csv", "experiment": "scenes"})
 
-    seed: Natural = 0
+    seed: Seed = 0
     run_dir: str = "runs/demo-${gm_mlic.digest:}"
     overwrite: bool = False
 

@@ -14,7 +14,7 @@ from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError, check_choice
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural, Url
+from gm_mlic.schema import Fraction, Seed, Url
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -92,7 +92,7 @@ class COCO2014(MultiLabelDataset):
         root: str | Path,
         split: str = "train",
         val_fraction: Fraction = 0.1,
-        seed: Natural = 0,
+        seed: Seed = 0,
         unlabeled: Literal["drop", "keep"] = "drop",
         label_order: Literal["name", "id"] = "name",
         download: bool = False,

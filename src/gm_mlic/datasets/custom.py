@@ -31,7 +31,7 @@ from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural
+from gm_mlic.schema import Fraction, Seed
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class CustomDataset(MultiLabelDataset):
         missing: Literal["error", "drop"] = "error",
         val_fraction: Fraction = 0.1,
         test_fraction: Fraction = 0.2,
-        seed: Natural = 0,
+        seed: Seed = 0,
     ) -> None:
         check_split(split, val_fraction)
         check_choice("target_format", target_format, ("binary", "voc"))

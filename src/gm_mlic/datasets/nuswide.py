@@ -16,7 +16,7 @@ from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ConfigError, DataError, check_choice
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural
+from gm_mlic.schema import Fraction, Seed
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class NUSWIDE(MultiLabelDataset):
         root: str | Path,
         split: str = "train",
         val_fraction: Fraction = 0.1,
-        seed: Natural = 0,
+        seed: Seed = 0,
         unlabeled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:

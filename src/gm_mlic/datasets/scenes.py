@@ -23,7 +23,7 @@ from PIL import Image
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
 from gm_mlic.errors import ArgumentError, check_choice
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Natural, Positive, Probability
+from gm_mlic.schema import Positive, Probability, Seed
 
 Array = NDArray[Any]
 
@@ -438,7 +438,7 @@ class Scenes(MultiLabelDataset):
         self,
         split: str = "train",
         size: int | None = None,
-        seed: Natural = 0,
+        seed: Seed = 0,
         context_pairs: Annotated[int, Interval(ge=0, le=4)] = 4,
         spatial_pairs: Annotated[int, Interval(ge=0, le=2)] = 2,
         hard_fraction: Probability = 0.3,

@@ -16,7 +16,7 @@ from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Natural, Url
+from gm_mlic.schema import Fraction, Seed, Url
 
 #: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
@@ -40,7 +40,7 @@ class _VOC(MultiLabelDataset):
         root: str | Path,
         split: str = "train",
         val_fraction: Fraction = 0.1,
-        seed: Natural = 0,
+        seed: Seed = 0,
         download: bool = False,
         mirror: Url | None = None,
     ) -> None:

@@ -17,7 +17,7 @@ from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
 from gm_mlic.errors import ArgumentError, DataError, check_choice
 from gm_mlic.registry import EMBEDDINGS, register_embedding
-from gm_mlic.schema import Natural, Positive
+from gm_mlic.schema import Positive, Seed
 
 _POLICIES = ("error", "skip_words", "zeros", "hashed")
 
@@ -69,7 +69,7 @@ def embed_labels(
 
 
 @register_embedding("hashed")
-def hashed(labels: Sequence[str], dim: Positive = 300, seed: Natural = 0) -> LabelEmbedding:
+def hashed(labels: Sequence[str], dim: Positive = 300, seed: Seed = 0) -> LabelEmbedding:
     """Random vectors seeded by a hash of each word: no download, no semantics.
 
     See :func:`~gm_mlic.embeddings.hashed.hashed_vectors`.
@@ -91,7 +91,7 @@ def glove(
     labels: Sequence[str],
     path: str | Path,
     oov: Literal["error", "skip_words", "zeros", "hashed"] = "error",
-    seed: Natural = 0,
+    seed: Seed = 0,
 ) -> LabelEmbedding:
     """GloVe vectors, from a text file or a table.
 
