@@ -29,7 +29,8 @@ Array = npt.NDArray[np.float64]
 D_O, D_L, CLASSES = 5, 4, 3
 LAYOUTS = ("sparse", "dense")
 ALL: dict[str, Any] = {
-    "prior": True, "linear": True, "class_words": CLASSES, "components": 3, "shrinkage": 7.0, "pooling": "logsumexp",
+    "prior": True, "linear": True, "class_words": CLASSES, "components": 3, "shrinkage": 7.0,
+    "network_shrinkage": 20.0, "pooling": "logsumexp",
 }  # fmt: skip
 
 
@@ -49,12 +50,18 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
             "linear": draw(st.booleans()),
             "components": draw(st.sampled_from([None, 2, 9])),
             "shrinkage": draw(st.sampled_from([0.0, 5.0])),
+            "network_shrinkage": draw(st.sampled_from([None, 0.0, 11.0])),
             "pooling": draw(st.sampled_from(["max", "logsumexp"])),
         },
         "class_words": draw(st.sampled_from([0, CLASSES])),
         "edge_types": [name for name in ("spatial", "semantic", "matches") if draw(st.booleans())],
         "seed": draw(st.integers(0, 10**6)),
     }
+
+
+def mil_head(case: dict[str, Any]) -> dict[str, Any]:
+    """The settings that MILMax has too: its network shares ``shrinkage``."""
+    return {name: value for name, value in case["head"].items() if name != "network_shrinkage"}
 
 
 def case_of(**changes: Any) -> dict[str, Any]:
@@ -207,11 +214,12 @@ def head_by_hand(head: MatchHead, case: dict[str, Any], data: HeteroData, r: Arr
     w = vectors(case["C"], case["seed"]).numpy()
     if head.prior is not None or head.linear is not None:
         w = normalized(w, head.center.numpy())
+    n = np.array(case["label_counts"], dtype=np.float64)
+    if head.network_shrinkage:
+        r = r * n / (n + head.network_shrinkage)
     if head.linear is not None:
-        r = r + linear_by_hand(head.linear, x, data["instance"].box.numpy(), q, w)
-    if head.shrinkage:
-        n = np.array(case["label_counts"], dtype=np.float64)
-        r = r * n / (n + head.shrinkage)
+        linear = linear_by_hand(head.linear, x, data["instance"].box.numpy(), q, w)
+        r = r + (linear * n / (n + head.shrinkage) if head.shrinkage else linear)
     return r if head.prior is None else r + prior_by_hand(head.prior, q, w)
 
 
@@ -275,7 +283,7 @@ def test_model_computes_the_head_of_its_network(layout: str) -> None:
 @pytest.mark.parametrize("width", [6, None])
 def test_mil_max_computes_its_formula(width: int | None, case: dict[str, Any]) -> None:
     """The label vectors of the head are one-hot; the network is a classifier of single instances."""
-    C, head = case["C"], {**case["head"]}
+    C, head = case["C"], mil_head(case)
     if width is None and not head["prior"] and not head["linear"]:
         head["prior"] = True
     torch.manual_seed(case["seed"])
@@ -435,7 +443,7 @@ def test_untrained_model_ranks_images_as_the_detector_does(make: str, layout: st
     if make == "gm_mlic":
         net: nn.Module = network(case, trained=False)
     else:
-        net = MILMax(D_O, CLASSES, 6 if make == "mil_max" else None, **case["head"]).double()
+        net = MILMax(D_O, CLASSES, 6 if make == "mil_max" else None, **mil_head(case)).double()
     ours, detector = net(as_layout(batch, layout)).logits, DetectorLabels(names, names).double()(batch).logits
     assert len(set(detector[:, 0].tolist())) > 4
     torch.testing.assert_close(ours, detector, rtol=1e-6, atol=1e-6)
@@ -599,7 +607,7 @@ def test_autocast_keeps_float32_logits(make: str, layout: str, inputs: torch.dty
         with torch.no_grad():
             net.decoder.lin2.weight.zero_()  # only the head is left, which must be exact
     else:
-        net = perturbed(MILMax(D_O, 4, None, **case["head"]))
+        net = perturbed(MILMax(D_O, 4, None, **mil_head(case)))
         fitted(net, case)
     data = as_layout(graphs(case, inputs), layout)
     exact = net(data.to(torch.float32) if layout == "dense" else data.clone().apply(to_float))
@@ -694,6 +702,7 @@ def test_penalty_is_half_the_ridge_times_the_squares() -> None:
         ({"components": 0}, "components must be 1 or more"),
         ({"components": 4, "instance_dim": -1}, "components must be 1 or more, with instance_dim"),
         ({"shrinkage": -1.0}, "shrinkage must be 0 or more"),
+        ({"network_shrinkage": -1.0}, "network_shrinkage must be 0 or more"),
         ({"ridge": float("nan")}, "ridge must be 0 or more"),
         ({"pooling": "mean"}, "pooling must be one of max, logsumexp"),
     ],
@@ -717,6 +726,7 @@ def test_graph_without_the_tables_of_the_model(layout: str) -> None:
         ({"prior": True}, "give AssignmentGraph class_labels"),
         ({"linear": True}, "give AssignmentGraph class_labels"),
         ({"shrinkage": 3.0}, "give AssignmentGraph label_counts"),
+        ({"network_shrinkage": 3.0}, "give AssignmentGraph label_counts"),
     ):
         with pytest.raises(ConfigError, match=message):
             GMMLIC(D_O, D_L, widths=(4, 4), **options).double()(as_layout(data, layout))

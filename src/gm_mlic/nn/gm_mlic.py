@@ -188,8 +188,9 @@ class GMMLIC(nn.Module):
         components: standardize instance features, and keep at most that many principal axes
             (:class:`~gm_mlic.nn.Standardize`); null: features as they are.
         dropout: probability of zeros in the features that enter the encoder and the decoder.
-        shrinkage: what is learned for a label with n training images is multiplied by n / (n + shrinkage)
+        shrinkage: what ``linear`` adds for a label with n training images is multiplied by n / (n + shrinkage)
             (:class:`~gm_mlic.nn.MatchHead`); 0: no shrinkage.
+        network_shrinkage: the same, for what the network adds; null: as ``shrinkage``.
         ridge: penalty on the weights of ``linear``: ridge / 2 times the sum of their squares, divided by images times
             labels.
         pooling: ``max`` over instances (eq. 14), or ``logsumexp``,
@@ -225,6 +226,7 @@ class GMMLIC(nn.Module):
         components: Positive | None = None,
         dropout: Fraction = 0.0,
         shrinkage: Annotated[float, Ge(0)] = 0.0,
+        network_shrinkage: Annotated[float, Ge(0)] | None = None,
         ridge: Annotated[float, Ge(0)] = 1000.0,
         pooling: Pooling = "max",
         gradient_checkpointing: bool = False,
@@ -258,7 +260,14 @@ class GMMLIC(nn.Module):
 
         product, last = fusion == "product", widths[-1]
         self.head = MatchHead(
-            instance_dim, label_dim, prior=prior, linear=linear, components=components, shrinkage=shrinkage, ridge=ridge
+            instance_dim,
+            label_dim,
+            prior=prior,
+            linear=linear,
+            components=components,
+            shrinkage=shrinkage,
+            network_shrinkage=network_shrinkage,
+            ridge=ridge,
         )
         if not isinstance(class_words, int) or class_words < 0:
             raise ArgumentError("class_words", f"must be the number of detector classes, got {class_words!r}.")

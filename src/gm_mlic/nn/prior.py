@@ -223,10 +223,11 @@ class MatchHead(nn.Module):
     r"""The match logits of a model: the detector's, plus learned corrections.
 
     .. math::
-        s_{ic} = \mathrm{Prior}_{ic} + h_c \, (\mathrm{Linear}_{ic} + r_{ic}), \qquad h_c = n_c / (n_c + \tau)
+        s_{ic} = \mathrm{Prior}_{ic} + h_c(\tau) \, \mathrm{Linear}_{ic} + h_c(\tau') \, r_{ic}, \qquad
+        h_c(\tau) = n_c / (n_c + \tau)
 
-    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: the correction
-    of rare labels is small. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it is
+    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: what is learned
+    for rare labels is small. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it is
     computed in the dtype of the parameters.
 
     Args:
@@ -236,6 +237,7 @@ class MatchHead(nn.Module):
         linear: add :class:`LinearMatch`.
         components: :class:`Standardize` features to at most that many axes; None for features as they are.
         shrinkage: :math:`\tau`; 0 for :math:`h_c = 1`.
+        network_shrinkage: :math:`\tau'`; None for :math:`\tau`.
         ridge: :math:`\lambda` of :meth:`penalty`.
 
     Shapes:
@@ -255,6 +257,7 @@ class MatchHead(nn.Module):
         linear: bool = False,
         components: int | None = None,
         shrinkage: float = 0.0,
+        network_shrinkage: float | None = None,
         ridge: float = 1000.0,
     ) -> None:
         super().__init__()
@@ -262,10 +265,11 @@ class MatchHead(nn.Module):
             raise ArgumentError("prior" if prior else "linear", "needs instance_dim and label_dim, not -1.")
         if components is not None and (components < 1 or instance_dim < 1):
             raise ArgumentError("components", f"must be 1 or more, with instance_dim, got {components}.")
-        for name, value in (("shrinkage", shrinkage), ("ridge", ridge)):
+        network_shrinkage = shrinkage if network_shrinkage is None else network_shrinkage
+        for name, value in (("shrinkage", shrinkage), ("network_shrinkage", network_shrinkage), ("ridge", ridge)):
             if not 0 <= value < float("inf"):
                 raise ArgumentError(name, f"must be 0 or more, got {value}.")
-        self.shrinkage, self.ridge = float(shrinkage), float(ridge)
+        self.shrinkage, self.network_shrinkage, self.ridge = float(shrinkage), float(network_shrinkage), float(ridge)
         self.standardize = None if components is None else Standardize(instance_dim, min(components, instance_dim))
         self.out_channels = instance_dim if self.standardize is None else self.standardize.out_channels
         self.prior = DetectorPrior(label_dim) if prior else None
@@ -291,19 +295,25 @@ class MatchHead(nn.Module):
         return x if self.standardize is None else self.standardize(x)  # type: ignore[no-any-return]
 
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
-        if self.prior is None and self.linear is None and not self.shrinkage:
+        if self.prior is None and self.linear is None and not self.network_shrinkage:
             return r
         edge_index = data.edge_index_dict[MATCHES]
         with torch.autocast(r.device.type, enabled=False):
             if self.prior is not None or self.linear is not None:
                 q, w = match_confidence(data), self._centered(w)
+            s = self._shrunk(r, self.network_shrinkage, edge_index, data)
             if self.linear is not None:
-                r = r + self.linear(x.to(w.dtype), w, q, data)
-            if self.shrinkage:
-                n = label_counts(data).to(torch.promote_types(r.dtype, torch.float32))
-                h = 1 - self.shrinkage / (n + self.shrinkage)  # 1 where a count is inf in float16
-                r = r * _at_labels(edge_index, h.to(r.dtype))
-            return r if self.prior is None else r + self.prior(q, edge_index, w)
+                s = s + self._shrunk(self.linear(x.to(w.dtype), w, q, data), self.shrinkage, edge_index, data)
+            return s if self.prior is None else s + self.prior(q, edge_index, w)
+
+    @staticmethod
+    def _shrunk(s: Tensor, tau: float, edge_index: Tensor | DenseEdges, data: Any) -> Tensor:
+        """Logits times h_c."""
+        if not tau:
+            return s
+        n = label_counts(data).to(torch.promote_types(s.dtype, torch.float32))
+        h = 1 - tau / (n + tau)  # 1 where a count is inf in float16
+        return s * _at_labels(edge_index, h.to(s.dtype))
 
     def prior_logits(self, data: Any) -> Tensor | None:
         """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""
