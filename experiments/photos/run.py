@@ -59,7 +59,7 @@ MODELS: dict[str, list[str]] = {
     "w/o ILM edges": ["ablation=no_matches"],
     "w/o prior": ["model.prior=false"],
     "w/o linear": ["model.linear=false"],
-    "w/o holding back": ["model.shrinkage=0"],
+    "w/o holding back": ["model.shrinkage=0", "model.network_shrinkage=0"],
 }
 #: Models without training by gradient descent, of one view: see :func:`raw` and :func:`stack`. They are deterministic.
 CLOSED = ("detector, raw", "linear stack")

@@ -233,13 +233,15 @@ def test_other_labels(predictor: Predictor, photos: list[Path]) -> None:
         np.testing.assert_allclose(ours.match_logits, theirs.match_logits, atol=1e-6)
 
 
-def test_unseen_labels_have_classes_by_word_vectors() -> None:
+@pytest.mark.parametrize("prior", [False, True])
+def test_unseen_labels_have_classes_by_word_vectors(prior: bool) -> None:
+    """With a prior, an unseen label that is a class of the detector is left to the prior."""
     labels = ("dog", "car")
     metadata = ModelMetadata(
         labels=labels,
         label_vectors=torch.eye(2),
         label_source="test",
-        model={"name": "gm_mlic"},
+        model={"name": "gm_mlic", "prior": prior},
         graph={"m": 3, "class_labels": [[0], [1]], "label_counts": [40, 10]},
         detector="d",
         detector_fingerprint="0",
@@ -249,7 +251,7 @@ def test_unseen_labels_have_classes_by_word_vectors() -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, -1.0]])
     other = metadata.with_labels(("dog", "bus", "sky"), vectors, "test", [[0], [1]])
     assert other.graph["class_labels"] == [[0], [1]]
-    assert other.graph["label_counts"] == pytest.approx([40, 0.8 * 10, 0])
+    assert other.graph["label_counts"] == pytest.approx([40, 0 if prior else 0.8 * 10, 0])
     none = metadata.with_labels(("sky",), vectors[:1], "test")
     assert none.graph["class_labels"] == [[], []]
     assert none.build_graph().class_labels.tolist() == [[False], [False]]  # type: ignore[union-attr]

@@ -101,8 +101,10 @@ class ModelMetadata:
     ) -> ModelMetadata:
         """Copy for other labels.
 
-        Labels that the model was not trained on are candidates of every class. They count as many training images as
-        the trained label with the nearest vector, times the cosine similarity.
+        Labels that the model was not trained on are candidates of every class. One that is a class of the detector
+        has 0 training images if the model has a prior: with shrinkage, only the prior scores it, which is better than
+        what is learned for other labels (experiments/photos). Others count as many as the trained label with the
+        nearest vector, times the cosine similarity.
 
         Args:
             labels: C' names.
@@ -120,10 +122,13 @@ class ModelMetadata:
             graph["class_labels"] = class_labels or [[] for _ in graph["class_labels"]]
         if (counts := graph.get("label_counts")) is not None:
             similarity = normalize(label_vectors, dim=1) @ normalize(self.label_vectors, dim=1).T
-            nearest = similarity.clamp(min=0).max(dim=1)
+            cosine, nearest = similarity.clamp(min=0).max(dim=1)
+            expected = cosine * torch.tensor(counts, dtype=cosine.dtype)[nearest]
+            if self.model.get("prior"):
+                expected[[c for numbers in class_labels or () for c in numbers]] = 0
             graph["label_counts"] = [
-                counts[before[label]] if label in before else float(cosine) * counts[int(c)]
-                for label, cosine, c in zip(labels, nearest.values, nearest.indices, strict=True)
+                counts[before[label]] if label in before else float(n)
+                for label, n in zip(labels, expected, strict=True)
             ]
         return replace(self, labels=labels, label_vectors=label_vectors, label_source=label_source, graph=graph)
 
