@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Group:
 
     def values(self, metric: str, split: str = "test") -> dict[int, float]:
         """Values of a metric by seed, for runs that have it."""
-        found = {int(run.setting("seed", 0)): _result(run)[split].get(metric) for run in self.runs}
+        found = {int(run.setting("seed", 0)): (run.result or {})[split].get(metric) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def setting(self, key: str) -> Any:
@@ -59,11 +59,6 @@ class Group:
         edge_types = self.setting(_EDGE_TYPES)
         removed = _removed(edge_types)
         return None if edge_types is None or len(removed) > 1 else (removed or ["full"])[0]
-
-
-def _result(run: Run) -> Mapping[str, Any]:
-    assert run.result is not None
-    return run.result
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

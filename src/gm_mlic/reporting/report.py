@@ -22,7 +22,7 @@ from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.io import write_file
 from gm_mlic.reporting import plots
-from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
+from gm_mlic.reporting.annotated_images import label_box, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.runs import as_typed, unusual
 from gm_mlic.reporting.tables import markdown_table, number
@@ -272,7 +272,7 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
     try:
         for example in json.loads((folder / "examples.json").read_text()):
             image = read_image(folder / Path(example["file"]).name)
-            panels.append((image, [_label_box(entry) for entry in example["top"][:3]]))
+            panels.append((image, list(map(label_box, example["top"][:3]))))
     except _DAMAGED as error:
         log.warning("Photos left out: %s is damaged (%s).", folder, error)
         return
@@ -282,11 +282,6 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
     text = f"As the paper's Figure 3, from {run.path}: the first test photos, without selection."
     picture = Picture("Top 3 labels and their argmax boxes", "photos.png")
     yield Section("Photos", text, [picture], [Group(group.name, (run,))])
-
-
-def _label_box(entry: Mapping[str, Any]) -> LabelBox:
-    x1, y1, x2, y2 = map(float, entry["box"])
-    return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
 
 
 def _label_states(group: Group, out: Path) -> Iterator[Section]:
