@@ -36,7 +36,11 @@ def build_workspace(entity: str, project: str) -> Any:
         wr.Config("graph.m"), wr.Config("model.k"), wr.Config("model.fusion"), wr.Config("ablation"),
         wr.Config("optimizer.lr"), wr.SummaryMetric("val/mAP.max"), wr.SummaryMetric("test/mAP"),
     ]  # fmt: skip
-    by_ablation = {"groupby": wr.Config("ablation"), "groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    by_ablation: dict[str, Any] = {
+        "groupby": wr.Config("ablation"),
+        "groupby_aggfunc": "mean",
+        "groupby_rangefunc": "stddev",
+    }
     sections = {
         "Training": [
             wr.LinePlot(title="val mAP", x="epoch", y=["val/mAP"]),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gm_mlic.reporting.runs import FOLLOWS, as_typed
-from gm_mlic.runs import Run, flat_settings
+from gm_mlic.runs import Run, flat_settings, varying
 
 #: Names of the ablations in the paper's Table 4.
 ABLATIONS = {
@@ -94,9 +94,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
     names = []
     for settings in flat:
         model = settings.get("model.name")
-        same = [other for other in flat if other.get("model.name") == model]
-        keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
-        differing = [key for key in keys if len({as_typed(other.get(key)) for other in same}) > 1]
+        same = [run for run, other in zip(runs, flat, strict=True) if other.get("model.name") == model]
+        differing = [key for key in varying(same) if key not in ("seed", "model.name")]
         hidden = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         parts = [str(model)] if several else []
         if _EDGE_TYPES in differing:
