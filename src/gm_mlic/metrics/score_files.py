@@ -146,9 +146,9 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
                 continue
             if len(names) != size:
                 raise DataError(f"{len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
-            name, count = Counter(names).most_common(1)[0]
-            if count > 1:
-                raise DataError(f"the {what} {name!r} occurs more than once: {what}s must be unique.")
+            for name, count in Counter(names).most_common(1):
+                if count > 1:
+                    raise DataError(f"the {what} {name!r} occurs more than once: {what}s must be unique.")
     return Table(path, values, difficult, ids, labels)
 
 
