@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,7 +70,7 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with _silent_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         run()
     assert profile.kineto_results is not None
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
@@ -75,6 +79,20 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         now += event.nbytes()
         peak = max(peak, now)
     return peak
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Redirect stderr to /dev/null: torch's profiler writes to it from C++."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def matrix_rate(rows: int, width: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> float:
