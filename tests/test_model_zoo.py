@@ -44,7 +44,7 @@ def test_pretrained_models_by_name():
         assert a.equal(b), name
     again = create_model("gm_mlic", pretrained=SHIPPED / "gm_mlic_scenes", gradient_checkpointing=True)
     assert again.gradient_checkpointing
-    with pytest.raises(WeightsError, match="do not fit gm_mlic_scenes with these settings"):
+    with pytest.raises(WeightsError, match="the weights do not fit the model"):
         create_model("gm_mlic_scenes", pretrained=True, widths=(8, 8))
     with pytest.raises(WeightsError, match=r"'ml_gcn' has no shipped weights; models that do: gm_mlic_scenes"):
         create_model("ml_gcn", pretrained=True, instance_dim=4, num_labels=2, label_dim=3)

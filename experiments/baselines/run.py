@@ -186,7 +186,7 @@ def costs() -> dict[str, tuple[int, float, float]]:
         name: (
             sum(p.numel() for p in model.parameters()),
             flops[name] / BATCH / 1e9,
-            BATCH / timings[name].median,
+            BATCH / statistics.median(timings[name]),
         )
         for name, (model, _) in networks.items()
     }

@@ -53,9 +53,9 @@ def main(root: str, number: int) -> None:
         timings = interleaved({"bare detector": detector, "extraction": extraction}, ROUNDS)
     finally:
         shutil.rmtree(folder)
-    for name, timing in timings.items():
-        print(f"{name:14s} {number / timing.median:.3f} images/s")
-    pairs = zip(*(timing.seconds for timing in timings.values()), strict=True)
+    for name, seconds in timings.items():
+        print(f"{name:14s} {number / statistics.median(seconds):.3f} images/s")
+    pairs = zip(*timings.values(), strict=True)
     ratios = [alone / extracting for alone, extracting in pairs]
     print(f"extraction / bare detector: median {statistics.median(ratios):.3f}, all {np.round(ratios, 3).tolist()}")
 

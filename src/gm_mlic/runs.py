@@ -154,32 +154,18 @@ def find_runs(paths: Sequence[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunFolderError(f"{path} is not a folder.")
-        folders = {file.parent.resolve() for file in path.rglob(CONFIG) if not _is_inside_hydra(file)}
+        folders = {file.parent.resolve() for file in path.rglob(CONFIG) if file.parent.name != ".hydra"}
         folders |= {Path(job["run_dir"]).resolve() for job in read_jobs(path)}
         if not folders:
             raise RunFolderError(f"{path} contains no runs: create one with gm-mlic train.")
         for folder in sorted(folders):
             if os.path.isfile(folder / CONFIG):  # noqa: PTH113 - no error for invalid names
-                runs[folder] = _read_or_damaged(_relative_to_cwd(folder))
+                shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+                try:
+                    runs[folder] = read_run(shown)
+                except RunFolderError as error:
+                    runs[folder] = Run(shown, {}, "damaged", str(error), (), None)
     return list(runs.values())
-
-
-def _read_or_damaged(path: Path) -> Run:
-    try:
-        return read_run(path)
-    except RunFolderError as error:
-        return Run(path, {}, "damaged", str(error), (), None)
-
-
-def _is_inside_hydra(file: Path) -> bool:
-    return file.parent.name == ".hydra"
-
-
-def _relative_to_cwd(folder: Path) -> Path:
-    """Folder relative to the working directory, if it is below it."""
-    with contextlib.suppress(ValueError):
-        return folder.relative_to(Path.cwd())
-    return folder
 
 
 def varying(runs: Sequence[Run]) -> list[str]:
@@ -312,10 +298,8 @@ def write_job(
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
     """Jobs of all multiruns in a folder, in order. Damaged job files are skipped."""
     jobs = []
-    for file in sorted(
-        (file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()),
-        key=lambda file: (file.parent, int(file.stem)),
-    ):
+    files = [file for file in folder.rglob("jobs/*.json") if file.stem.isdecimal()]
+    for file in sorted(files, key=lambda file: (file.parent, int(file.stem))):
         try:
             job = _parsed(file, json.loads)
             if not isinstance(job.get("run_dir"), str) or "\0" in job["run_dir"]:

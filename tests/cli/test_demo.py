@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gm_mlic.cli.demo import detector_scores
+from gm_mlic.cli.demo import detector_scores, example_labels
 from gm_mlic.cli.main import run
 
 
@@ -29,6 +29,14 @@ def test_detector_scores_against_a_loop():
                 if detected[i, 0, k] >= 0 and detector_labels[detected[i, 0, k]] == name
             ]
             assert found[i, c] == (max(matching) if matching else 0)
+
+
+def test_labels_of_the_picture():
+    box = [0.0, 0.0, 0.5, 0.5]
+    scores = {"bird": 0.9, "dog": 0.5, "cat": 0.4, "fish": 0.1}
+    top = [{"label": name, "score": score, "box": box, "kind": "wrong"} for name, score in scores.items()]
+    found = example_labels({"top": top, "targets": ["cat", "dog"]}, dict.fromkeys(scores, 0.5))
+    assert [(x.name, x.kind) for x in found] == [("bird", "wrong"), ("dog", "right"), ("cat", "missed")]
 
 
 def test_a_small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

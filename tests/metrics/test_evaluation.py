@@ -81,7 +81,7 @@ def test_no_intervals_without_bootstrap() -> None:
 
 
 def test_different_validation_labels_are_refused() -> None:
-    with pytest.raises(DataError, match="label 0 is 'dog' and 'cat'"):
+    with pytest.raises(DataError, match=r"val_scores: the order .* from scores \(label 0 is 'dog', expected 'cat'\)"):
         evaluate_scores(scored(0), val=scored(1, labels=("dog", "cat", "unicorn")), bootstrap=0)
     fewer = ScoredImages((scored(1).scores[0][:, :2],), scored(1).targets[:, :2])
     with pytest.raises(DataError, match="val_scores have 2 labels, scores 3"):

@@ -6,28 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gm_mlic.reporting.annotated_images import COLORS, _box_numbers, annotated, judged_labels, picture_grid
-
-LABELS = ("cat", "dog", "bird", "fish")
-
-
-def test_labels_are_judged_and_sorted():
-    found = judged_labels(
-        LABELS,
-        scores=np.array([0.4, 0.5, 0.9, 0.1]),
-        targets=np.array([1, 1, 0, 0]),
-        boxes=np.array([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]),
-        argmax_instance=np.array([1, 0, 1, 0]),
-    )
-    assert [(x.name, x.kind) for x in found] == [("bird", "wrong"), ("dog", "right"), ("cat", "missed")]
-    assert [x.box for x in found] == [(0.5, 0.5, 1, 1), (0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)]
-
-
-def test_difficult_labels_are_not_wrong():
-    zero = np.zeros(4, dtype=int)
-    first = np.array([True, False, False, False])
-    found = judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.zeros(4), np.zeros((1, 4)), zero, difficult=first)
-    assert [(x.name, x.kind) for x in found] == [("cat", "right")]
+from gm_mlic.reporting.annotated_images import COLORS, LabelBox, _box_numbers, annotated, picture_grid
 
 
 def test_nearly_equal_boxes_share_a_number():
@@ -53,17 +32,13 @@ def test_letters_of_other_languages_are_drawn():
 
 def test_dollar_signs_are_not_parsed_as_math(tmp_path: Path):
     names = (r"$5 \frac{", "$x$", "_$^", "fish")
-    found = judged_labels(names, np.full(4, 0.9), np.ones(4, dtype=int), np.array([[0, 0, 1, 1.0]]), np.zeros(4, int))
+    found = [LabelBox(name, 0.9, (0.0, 0.0, 1.0, 1.0), "right") for name in names]
     picture_grid(tmp_path / "x.png", [(Image.new("RGB", (60, 40)), found)], "one")
 
 
 def test_boxes_have_the_color_of_their_kind(tmp_path: Path):
     image = Image.new("RGB", (60, 40), (128, 128, 128))
-    box = np.array([[0.1, 0.1, 0.9, 0.9]])
-    panel = (
-        image,
-        judged_labels(LABELS, np.array([0.9, 0.1, 0.1, 0.1]), np.array([1, 0, 0, 0]), box, np.zeros(4, int)),
-    )
+    panel = (image, [LabelBox("cat", 0.9, (0.1, 0.1, 0.9, 0.9), "right")])
     path = tmp_path / "new" / "x.png"
     picture_grid(path, [panel, (image, [])], "two", columns=4)
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)

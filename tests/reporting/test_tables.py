@@ -4,12 +4,13 @@ import pytest
 from rich.console import Console
 
 from gm_mlic.reporting.tables import (
-    comparison_markdown,
-    comparison_table,
+    comparison,
     evaluation_table,
+    markdown_table,
     metrics_table,
     print_evaluation,
     print_metrics,
+    text_table,
 )
 
 ROWS = [("upper bound", {"mAP": 97.25, "CF1": 90.0, "OF1": 91.0, "top3/CF1": 80.0}), ("ours", {"mAP": None})]
@@ -23,13 +24,13 @@ def text(table: object) -> str:
 
 
 def test_comparison_markdown():
-    assert comparison_markdown(ROWS, ("mAP", "top3/CF1")) == (
+    assert markdown_table(*comparison(ROWS, ("mAP", "top3/CF1"))) == (
         "|  | mAP | top-3 CF1 |\n| --- | ---: | ---: |\n| upper bound | 97.2 | 80.0 |\n| ours | - | - |\n"
     )
 
 
 def test_comparison_table():
-    printed = text(comparison_table(ROWS, "a title"))
+    printed = text(text_table("a title", *comparison(ROWS)))
     for word in ("a title", "upper bound", "97.2", "90.0", "top-3 OF1", "-"):
         assert word in printed
 

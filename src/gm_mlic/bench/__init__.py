@@ -1,6 +1,6 @@
 """Benchmarks of time and memory of dense and sparse execution."""
 
-from gm_mlic.bench.measure import FlopCounter, Timings, interleaved, matrix_rate, peak_bytes
+from gm_mlic.bench.measure import FlopCounter, interleaved, matrix_rate, peak_bytes
 from gm_mlic.bench.runtime import CASES, EXECUTIONS, Case, compare, grow, ratios, shares
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "EXECUTIONS",
     "Case",
     "FlopCounter",
-    "Timings",
     "compare",
     "grow",
     "interleaved",

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Timings of repeated runs, in seconds."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Minimum and maximum."""
-        return min(self.seconds), max(self.seconds)
 
 
 class FlopCounter(FlopCounterMode):
@@ -57,19 +39,13 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]],
-    repeats: int,
-    device: str = "cpu",
-    done: Callable[[str, float], None] = lambda name, seconds: None,
-) -> dict[str, Timings]:
-    """Time each of ``runs`` ``repeats`` times, interleaved: a, b, c, a, b, c, ...
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds of each of ``runs``, ``repeats`` times, interleaved: a, b, c, a, b, c, ...
 
     Args:
         runs: functions to time, by name; each should be warmed up (caches, compilation).
         repeats: number of rounds.
         device: ``cuda`` synchronizes the GPU before and after each run.
-        done: callback with the name and seconds of each run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
@@ -79,8 +55,7 @@ def interleaved(
             run()
             synchronize(device)
             seconds[name].append(time.perf_counter() - begin)
-            done(name, seconds[name][-1])
-    return {name: Timings(tuple(values)) for name, values in seconds.items()}
+    return seconds
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
@@ -128,5 +103,5 @@ def matrix_rate(rows: int, width: int, device: str = "cpu", dtype: torch.dtype =
     a = torch.randn(rows, width, device=device, dtype=dtype)
     b = torch.randn(width, width, device=device, dtype=dtype)
     out = a @ b
-    best = min(interleaved({"product": lambda: torch.mm(a, b, out=out)}, 10, device)["product"].seconds)
+    best = min(interleaved({"product": lambda: torch.mm(a, b, out=out)}, 10, device)["product"])
     return 2 * rows * width * width / best

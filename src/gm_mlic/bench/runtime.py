@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -206,8 +207,8 @@ def compare(
     for mode, rounds in zip(("forward", "train"), repeats, strict=True):
         log(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
         timings = interleaved({name: getattr(run, mode) for name, run in runs.items()}, rounds, device)
-        for name, timing in timings.items():
-            rows[name][mode] = {"median": timing.median, "all": timing.seconds}
+        for name, seconds in timings.items():
+            rows[name][mode] = {"median": median(seconds), "all": seconds}
         rates.append(measured_rate())
     rate = max(rates)
     for name in runs:
@@ -262,31 +263,21 @@ def grow(
     executions: Sequence[str] = ("sparse", "dense"),
     *,
     repeats: tuple[int, int] = (2, 1),
-    device: str = "cpu",
-    memory_limit: int | None = None,
-    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> dict[str, list[dict[str, Any]]]:
     """Growth curves of time and memory over m, C, k and the batch: :func:`compare` for the values of :data:`CURVES`.
 
     Args:
         start: the base case; each curve varies one variable.
         curves: names from :data:`CURVES`.
-        executions, repeats, device, memory_limit, log: see :func:`compare`.
+        executions, repeats, **options: see :func:`compare`.
     """
-    return {
-        curve: [
-            compare(
-                replace(start, name=f"{curve}={value}", **{curve: value}),  # type: ignore[arg-type]
-                executions,
-                repeats=repeats,
-                device=device,
-                memory_limit=memory_limit,
-                log=log,
-            )
-            for value in CURVES[curve]
-        ]
-        for curve in curves
-    }
+
+    def point(curve: str, value: int) -> dict[str, Any]:
+        case = replace(start, name=f"{curve}={value}", **{curve: value})  # type: ignore[arg-type]
+        return compare(case, executions, repeats=repeats, **options)
+
+    return {curve: [point(curve, value) for value in CURVES[curve]] for curve in curves}
 
 
 def shares(
@@ -328,7 +319,7 @@ def shares(
     for run in runs.values():
         run()
     timings = interleaved(runs, repeats, device)
-    return {name: timing.median / len(images) for name, timing in timings.items()}
+    return {name: median(seconds) / len(images) for name, seconds in timings.items()}
 
 
 class RandomStore:

@@ -5,6 +5,7 @@ Settings are checked before any command starts its work.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
 import re
@@ -19,7 +20,7 @@ import hydra
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import run_job
+from hydra.core.utils import JobStatus, run_job
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
@@ -67,19 +68,15 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
 
 def _run_once(command: str, config: DictConfig) -> None:
     """Run a command as Hydra would, with a config that is composed and checked."""
-    task, failures = _TASKS[command], list[Exception]()
 
-    def collecting(config: DictConfig) -> None:  # Hydra would print an error itself
-        try:
-            with config_keys(**_KEYS.get(command, {})):
-                task(config)
-        except Exception as error:
-            failures.append(error)
+    def task(config: DictConfig) -> None:
+        with config_keys(**_KEYS.get(command, {})):
+            _TASKS[command](config)
 
     context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
-    run_job(collecting, config, "hydra.run.dir", None, context)
-    if failures:
-        raise failures[0]
+    job = run_job(task, config, "hydra.run.dir", None, context)
+    if job.status is JobStatus.FAILED:
+        raise job._return_value  # type: ignore[misc]  # the property return_value would print it
 
 
 def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
@@ -96,7 +93,9 @@ def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
         start(_collecting_failures(command, failures))()
     finally:  # also if a multirun raises the error of a failed job
         for folder, _ in SweepFolder.started:
-            _show_sweep(folder)
+            if read_jobs(folder):
+                _show_runs([folder])
+                print(f"multirun folder: {folder}")
     if failures:
         raise failures[0]
     for folder, begin in SweepFolder.started:  # failed trials of a search do not raise
@@ -118,14 +117,6 @@ class SweepFolder(Callback):
             storage = str(config.hydra.sweeper.get("storage"))
             if storage.startswith("sqlite:///"):  # SQLite creates the file, but not its folder
                 Path(storage.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-
-
-def _show_sweep(folder: Path) -> None:
-    """Print a table of the runs of a multirun."""
-    if not read_jobs(folder):
-        return
-    _show_runs([folder])
-    print(f"multirun folder: {folder}")
 
 
 def extract(config: DictConfig) -> None:
@@ -151,7 +142,8 @@ def train(config: DictConfig) -> float:
     # sweeps the overrides select one run.
     settings = [setting for setting in HydraConfig.get().overrides.task if setting.lstrip("+") != "sweep=optuna"]
     command = shlex.join(["gm-mlic", "train", *settings])
-    result = training.train(config, _sweep(config), command)
+    sweep = str(_record_job(config)) if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    result = training.train(config, sweep, command)
     if rank_info().rank == 0:
         print_metrics(result["test"], result["convention"], title=f"test split of {result['dataset']['name']}")
         for split, skipped in result["skipped"].items():
@@ -161,12 +153,6 @@ def train(config: DictConfig) -> float:
                 log.info("left out of %s: %d of %d images (%s)", split, len(skipped), size, reasons)
         log.info("run folder: %s", config.run_dir)
     return float(result["val"]["mAP"])
-
-
-def _sweep(config: DictConfig) -> str | None:
-    """Record the job in the folder of its multirun and return the folder; None for a single run."""
-    hydra_config = HydraConfig.get()
-    return str(_record_job(config)) if hydra_config.mode == RunMode.MULTIRUN else None
 
 
 def _record_job(config: DictConfig, error: Exception | None = None) -> Path:
@@ -204,34 +190,6 @@ def evaluate(config: DictConfig) -> None:
     print_metrics(result["metrics"], result["convention"], title, result)
 
 
-def predict(config: DictConfig) -> None:
-    """``gm-mlic predict``."""
-    from gm_mlic.cli.predict import predict as start
-
-    start(config)
-
-
-def serve(config: DictConfig) -> None:
-    """``gm-mlic serve``."""
-    from gm_mlic.cli.serve import serve as start
-
-    start(config)
-
-
-def explain(config: DictConfig) -> None:
-    """``gm-mlic explain``."""
-    from gm_mlic.cli.explain import explain_photo as start
-
-    start(config)
-
-
-def export(config: DictConfig) -> None:
-    """``gm-mlic export``."""
-    from gm_mlic.cli.export import export as start
-
-    start(config)
-
-
 def train_detector(config: DictConfig) -> None:
     """``gm-mlic train-detector``."""
     from gm_mlic.detection.training import train_detector as start
@@ -256,33 +214,8 @@ def train_detector(config: DictConfig) -> None:
     log.info("val AP50 %.1f; use it with detector.weights=%s", record["val_ap50"][-1], config.out)
 
 
-def dataset(config: DictConfig) -> None:
-    """``gm-mlic dataset``."""
-    from gm_mlic.cli.dataset import describe
-
-    describe(config)
-
-
-def bench(config: DictConfig) -> None:
-    """``gm-mlic bench``."""
-    from gm_mlic.cli.bench import bench as start
-
-    start(config)
-
-
-def plan(config: DictConfig) -> None:
-    """``gm-mlic plan``."""
-    from gm_mlic.cli.plan import plan as start
-
-    start(config)
-
-
-def runs(config: DictConfig) -> None:
-    """``gm-mlic runs``."""
-    _show_runs(list(config.folders))
-
-
 def _show_runs(folders: Sequence[str | Path]) -> None:
+    """Print a table of runs, and their errors."""
     from rich.console import Console
 
     from gm_mlic.reporting.runs import runs_table
@@ -313,20 +246,6 @@ def report(config: DictConfig) -> None:
     print(f"report: {page} ({finished} of {len(runs)} runs are finished)")
 
 
-def dashboard(config: DictConfig) -> None:
-    """``gm-mlic dashboard``."""
-    from gm_mlic.cli.dashboard import dashboard as start
-
-    start(config)
-
-
-def demo(config: DictConfig) -> None:
-    """``gm-mlic demo``."""
-    from gm_mlic.cli.demo import demo as start
-
-    start(config)
-
-
 def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[DictConfig], Any]:
     """Wrap the task of a command so that the error of a single run is collected: Hydra would print it itself.
 
@@ -350,8 +269,6 @@ def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[D
             failures.append(error)
             return None
 
-    # Hydra reads the module of the task to find its caller.
-    wrapped.__module__ = task.__module__
     return wrapped
 
 
@@ -424,20 +341,30 @@ _KEYS: dict[str, dict[str, str]] = {
     "dataset": _EMBEDDING,
 }
 
+
+def _task(module: str, function: str | None = None) -> Callable[[DictConfig], Any]:
+    """Function of a module in ``cli/``, by default of the same name; the module is imported when the task runs."""
+
+    def task(config: DictConfig) -> Any:
+        return getattr(importlib.import_module(f"gm_mlic.cli.{module}"), function or module)(config)
+
+    return task
+
+
 _TASKS: dict[str, Callable[[DictConfig], Any]] = {
     "extract": extract,
     "train": train,
     "eval": evaluate,
-    "predict": predict,
-    "explain": explain,
-    "serve": serve,
-    "export": export,
+    "predict": _task("predict"),
+    "explain": _task("explain", "explain_photo"),
+    "serve": _task("serve"),
+    "export": _task("export"),
     "train-detector": train_detector,
-    "dataset": dataset,
-    "bench": bench,
-    "plan": plan,
-    "runs": runs,
+    "dataset": _task("dataset", "describe"),
+    "bench": _task("bench"),
+    "plan": _task("plan"),
+    "runs": lambda config: _show_runs(list(config.folders)),
     "report": report,
-    "dashboard": dashboard,
-    "demo": demo,
+    "dashboard": _task("dashboard"),
+    "demo": _task("demo"),
 }

@@ -13,8 +13,6 @@ from omegaconf import DictConfig
 from gm_mlic.errors import ConfigError
 from gm_mlic.io import first_line, write_file
 
-_F1 = ("val/CF1", "val/OF1")
-
 
 def build_workspace(entity: str, project: str) -> Any:
     """Build the workspace: curves, sweeps over m and k, ablations, labels, photos.
@@ -43,45 +41,30 @@ def build_workspace(entity: str, project: str) -> Any:
         "groupby_aggfunc": "mean",
         "groupby_rangefunc": "stddev",
     }
-    sections = [
-        ws.Section(
-            name="Training",
-            panels=[
-                wr.LinePlot(title="val mAP", x="epoch", y=["val/mAP"]),
-                wr.LinePlot(title="loss", x="epoch", y=["train/loss", "val/loss"]),
-                wr.LinePlot(title="val CF1 and OF1", x="epoch", y=list(_F1)),
-            ],
-            is_open=True,
-        ),
-        ws.Section(
-            name="Sweeps",
-            panels=[
-                sweep("graph.m", "test mAP by m"),
-                sweep("model.k", "test mAP by k"),
-                wr.ParallelCoordinatesPlot(
-                    title="settings and mAP", columns=[wr.ParallelCoordinatesPlotColumn(metric=c) for c in columns]
-                ),
-            ],
-            is_open=True,
-        ),
-        ws.Section(
-            name="Ablation",
-            panels=[
-                wr.BarPlot(title="test mAP", metrics=["test/mAP"], **by_ablation),
-                wr.BarPlot(title="test CF1", metrics=["test/CF1"], **by_ablation),
-            ],
-            is_open=True,
-        ),
-        ws.Section(
-            name="Labels and photos",
-            panels=[
-                wr.WeavePanelSummaryTable(table_name="test/AP"),
-                wr.WeavePanelSummaryTable(table_name="test/photos"),
-            ],
-            is_open=True,
-        ),
-    ]
-    return ws.Workspace(entity=entity, project=project, name="GM-MLIC", sections=sections)
+    sections = {
+        "Training": [
+            wr.LinePlot(title="val mAP", x="epoch", y=["val/mAP"]),
+            wr.LinePlot(title="loss", x="epoch", y=["train/loss", "val/loss"]),
+            wr.LinePlot(title="val CF1 and OF1", x="epoch", y=["val/CF1", "val/OF1"]),
+        ],
+        "Sweeps": [
+            sweep("graph.m", "test mAP by m"),
+            sweep("model.k", "test mAP by k"),
+            wr.ParallelCoordinatesPlot(
+                title="settings and mAP", columns=[wr.ParallelCoordinatesPlotColumn(metric=c) for c in columns]
+            ),
+        ],
+        "Ablation": [
+            wr.BarPlot(title="test mAP", metrics=["test/mAP"], **by_ablation),
+            wr.BarPlot(title="test CF1", metrics=["test/CF1"], **by_ablation),
+        ],
+        "Labels and photos": [
+            wr.WeavePanelSummaryTable(table_name="test/AP"),
+            wr.WeavePanelSummaryTable(table_name="test/photos"),
+        ],
+    }
+    opened = [ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items()]
+    return ws.Workspace(entity=entity, project=project, name="GM-MLIC", sections=opened)
 
 
 def dashboard(config: DictConfig) -> None:

@@ -6,6 +6,8 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from rich.console import Console
 
 from gm_mlic.config import finish
 from gm_mlic.datasets import Scenes
+from gm_mlic.datasets.images import read_image
 from gm_mlic.embeddings import labels_of
 from gm_mlic.instances import InstanceStore
-from gm_mlic.reporting.annotated_images import judged_labels, picture_grid
-from gm_mlic.reporting.tables import comparison_markdown, comparison_table
+from gm_mlic.reporting.annotated_images import LabelBox, label_box, picture_grid
+from gm_mlic.reporting.tables import comparison, markdown_table, text_table
+from gm_mlic.runs import EXAMPLES
 from gm_mlic.training import build
-from gm_mlic.training.run import SplitData, predict, split_data, train
+from gm_mlic.training.run import split_data, train
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +35,7 @@ _ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "concat": ("GM-MLIC, concat", {"fusion": "concat"}),
     "product": ("GM-MLIC, product", {"fusion": "product"}),
 }
-_PICTURED, _PANELS = "product", 12
+_PICTURED = "product"
 
 
 def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -60,11 +64,11 @@ def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     table += [(_ROWS[row][0], result["test"]) for row, result in results.items()]
 
     picture = run_dir / "scenes.png"
-    _draw(_row_config(config, _PICTURED), test, picture)
-    (run_dir / "results.md").write_text(comparison_markdown(table))
+    _draw(_row_config(config, _PICTURED), test.dataset.labels, picture)
+    (run_dir / "results.md").write_text(markdown_table(*comparison(table)))
     (run_dir / "results.json").write_text(json.dumps(dict(table), indent=2) + "\n")
     title = f"{len(readable)} test scenes, metrics in % (convention {config.metrics.convention})"
-    Console().print(comparison_table(table, title))
+    Console().print(text_table(title, *comparison(table)))
     minutes = (time.monotonic() - begin) / 60
     print(f"run folder: {run_dir}\npicture:    {picture}\ntime:       {minutes:.1f} min")
     return table
@@ -94,19 +98,24 @@ def _measure(config: DictConfig, scores: np.ndarray, targets: np.ndarray) -> dic
     return {name: float(value) for name, value in metrics.compute().items() if name != "AP"}
 
 
-def _draw(config: DictConfig, test: SplitData, path: Path) -> None:
-    rows, scores, argmax_instance = predict(config, Path(config.run_dir) / "checkpoints" / "best.ckpt", test)
-    assert test.store is not None
-    panels = []
-    for i in range(min(_PANELS, len(rows))):
-        row = int(rows[i])
-        found = judged_labels(
-            test.dataset.labels,
-            scores[i].numpy(),
-            test.dataset.targets[row],
-            test.store.boxes[row, 0],
-            argmax_instance[i].numpy(),
-            build.build_metrics(config, test.dataset.labels).convention.threshold,
-        )
-        panels.append((test.dataset.image(row), found))
+def example_labels(example: Mapping[str, Any], thresholds: Mapping[str, float]) -> list[LabelBox]:
+    """Predicted or present labels of an entry of ``examples.json``, highest score first.
+
+    Unlike there, a label is predicted only if its score reaches its threshold.
+    """
+    found = []
+    for label in map(label_box, example["top"]):
+        predicted, present = label.score >= thresholds[label.name], label.name in example["targets"]
+        if predicted or present:
+            found.append(replace(label, kind="missed" if not predicted else "right" if present else "wrong"))
+    return found
+
+
+def _draw(config: DictConfig, labels: Sequence[str], path: Path) -> None:
+    """Draw the example photos of a run."""
+    folder = Path(config.run_dir) / EXAMPLES
+    threshold = build.build_metrics(config, labels).convention.threshold
+    thresholds = dict(zip(labels, np.broadcast_to(threshold, len(labels)).tolist(), strict=True))
+    examples = json.loads((folder / "examples.json").read_text())
+    panels = [(read_image(folder / example["file"]), example_labels(example, thresholds)) for example in examples]
     picture_grid(path, panels, f"{_ROWS[_PICTURED][0]}: {len(panels)} test scenes with labels and argmax boxes")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from gm_mlic.bench.measure import interleaved, peak_bytes
@@ -63,7 +63,7 @@ class Probe:
 
     Attributes:
         detect: seconds of reading and detection.
-        view: seconds of detection in an augmented view.
+        view: seconds of detection in an augmented view; 0 without views.
         train: seconds of a training step.
         evaluate: seconds of a forward pass.
         fixed: bytes of weights, gradients and optimizer state, independent of the batch size.
@@ -91,9 +91,7 @@ def plan(config: DictConfig) -> dict[str, Any]:
     result = estimate(config, sizes, probe)
     machine = describe_machine(device)
     seconds = time.perf_counter() - begin
-    console = Console(highlight=False)
-    for table in _tables(config, sizes, result):
-        console.print(table)
+    _print(config, sizes, result)
     print(
         f"Measured in {seconds:.0f} s on {machine['processor']} "
         f"({machine['threads']} threads, torch {machine['torch']})"
@@ -177,45 +175,39 @@ def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:
         # Nothing is downloaded; random weights have the same cost.
         config = OmegaConf.merge(config, {"detector": {"weights": None}})  # type: ignore[assignment]
     extractor = build.build_detector(config)
-    detect, view = _detection(config, sizes, extractor)
-    train, evaluate, fixed, growing, checkpoint = _network(config, sizes, extractor.feature_dim, device)
-    return Probe(detect, view, train, evaluate, fixed, growing, checkpoint, extractor.feature_dim)
+    detect, view = _detection(config, sizes.dataset, extractor, device)
+    network = _network(config, sizes.labels, extractor.feature_dim, device)
+    return Probe(detect=detect, view=view, feature_dim=extractor.feature_dim, **network)
 
 
-def _detection(config: DictConfig, sizes: Sizes, extractor: InstanceExtractor) -> tuple[float, float]:
-    """Seconds per image and per augmented view."""
-    dataset = sizes.dataset
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(width: int, height: int) -> list[Tensor]:
-        return [torch.rand(3, height, width, generator=generator) for _ in range(_IMAGES)]
+def _detection(
+    config: DictConfig, dataset: MultiLabelDataset | None, extractor: InstanceExtractor, device: str
+) -> tuple[float, float]:
+    """Seconds per image, and per augmented view, if there are any."""
+    m, side = config.detector.max_instances, config.instances.view_size
 
     def photos() -> list[Tensor]:
-        found = [] if dataset is None else list(itertools.islice(_readable(dataset), _IMAGES))
-        return (found + drawn(*_PHOTO))[:_IMAGES]
+        """Readable images, spread over the dataset, or random ones."""
+        found: list[Tensor] = []
+        if dataset is not None:
+            for i in range(0, len(dataset), max(1, len(dataset) // (2 * _IMAGES))):
+                with contextlib.suppress(UnreadableImage):
+                    found.append(to_tensor(dataset.image(i)))
+        return (found + [torch.rand(3, _PHOTO[1], _PHOTO[0]) for _ in range(_IMAGES)])[:_IMAGES]
 
-    side = config.instances.view_size
-    square = drawn(side, side)
-    runs: dict[str, Callable[[], object]] = {"photo": lambda: extractor(photos(), config.detector.max_instances)}
+    views = [torch.rand(3, side, side) for _ in range(_IMAGES)]
+    runs: dict[str, Callable[[], object]] = {"photo": lambda: extractor(photos(), m)}
     if config.instances.num_augmentations:
-        runs["view"] = lambda: extractor(square, config.detector.max_instances)
+        runs["view"] = lambda: extractor(views, m)
     for run in runs.values():
         run()
-    timings = interleaved(runs, 2, resolve_device(config.trainer.accelerator))
-    photo = timings["photo"].median / _IMAGES
-    return photo, timings["view"].median / _IMAGES if "view" in timings else photo
+    seconds = {name: median(times) / _IMAGES for name, times in interleaved(runs, 2, device).items()}
+    return seconds["photo"], seconds.get("view", 0.0)
 
 
-def _readable(dataset: MultiLabelDataset) -> Iterator[Tensor]:
-    """Readable images, spread over the dataset."""
-    for i in range(0, len(dataset), max(1, len(dataset) // (2 * _IMAGES))):
-        with contextlib.suppress(UnreadableImage):
-            yield to_tensor(dataset.image(i))
-
-
-def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) -> tuple[float, float, int, int, int]:
-    """Seconds of a step and of a forward pass per image; bytes: fixed, per image, of a checkpoint."""
-    C, m = sizes.labels, min(config.graph.m, config.detector.max_instances)
+def _network(config: DictConfig, C: int, feature_dim: int, device: str) -> dict[str, Any]:
+    """Entries ``train``, ``evaluate``, ``fixed``, ``growing`` and ``checkpoint`` of a :class:`Probe`."""
+    m = min(config.graph.m, config.detector.max_instances)
     dim = config.embedding.get("dim") or 300
     graph_settings = build.graph_settings(config)
     layout, _ = graph_settings.pop("layout"), graph_settings.pop("views")
@@ -228,22 +220,17 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
     )
     with config_keys("model"):
         model = MODELS.build(**settings).to(device)
-    with config_keys("loss"):
-        loss_of = build.loss_of(config, torch.full((C,), 0.05)).to(device)
+    loss_of = build.loss_of(config, torch.full((C,), 0.05)).to(device)
     settings = {key: value for key, value in section(config, "optimizer").items() if key != "detector_lr"}
     optimizer = build_optimizer({**settings, "lr": 1e-6}, model.parameters())
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
+    autocast = partial(torch.autocast, torch.device(device).type, half, enabled=half is not None)
     full = config.trainer.batch_size
     found: list[tuple[int, int, float, float]] = []
     size = 1
     while len(found) < 2 or (size <= full and found[-1][2] * size < _STEP_S):
         store = build.build_graphs(RandomStore(size, m, C, feature_dim), graph, layout=layout)  # type: ignore[arg-type]
         data = next(iter(GraphData({"test": store}, size).evaluation_loader("test"))).to(device)
-
-        def autocast() -> Any:
-            if half is None:
-                return contextlib.nullcontext()
-            return torch.autocast(torch.device(device).type, half)
 
         def train(data: Any = data) -> None:
             optimizer.zero_grad()
@@ -260,28 +247,29 @@ def _network(config: DictConfig, sizes: Sizes, feature_dim: int, device: str) ->
         train()
         peak = peak_bytes(train, device)
         timings = interleaved({"train": train, "evaluate": evaluate}, 3, device)
-        found.append((size, peak, timings["train"].median / size, timings["evaluate"].median / size))
+        found.append((size, peak, median(timings["train"]) / size, median(timings["evaluate"]) / size))
         size = 2 * size if 2 * size <= full or size == full or len(found) < 2 else full
     (small, low, *_), (large, high, train_seconds, evaluate_seconds) = found[-2:]
     growing = max(0, high - low) // (large - small)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = sum(
-        t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)
-    )
-    # The peak includes the gradients, which are allocated in each step.
-    fixed = weights + state + max(0, low - small * growing)
-    return train_seconds, evaluate_seconds, fixed, growing, weights + state
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    saved = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *states])
+    return {
+        "train": train_seconds,
+        "evaluate": evaluate_seconds,
+        "fixed": saved + max(0, low - small * growing),  # the peak includes the gradients, allocated in each step
+        "growing": growing,
+        "checkpoint": saved,
+    }
 
 
-def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequence[Table]:
-    views = config.instances.num_augmentations
+def _print(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> None:
+    views, n, times = config.instances.num_augmentations, config.devices, result["seconds"]
     words = {
         "extract": "images" + (f", {views} views per training image" if views else ""),
         "train": f"images in {config.trainer.max_epochs} epochs",
         "validate": "images",
         "test": "images",
     }
-    n, times = config.devices, result["seconds"]
     phases = [(phase, f"{result['images'][phase]:,} {work}", duration(times[phase])) for phase, work in words.items()]
     phases.append(("total", "", duration(times["total"])))
     splits = ", ".join(f"{count:,} {split}" for split, count in sizes.images.items())
@@ -291,11 +279,10 @@ def _tables(config: DictConfig, sizes: Sizes, result: Mapping[str, Any]) -> Sequ
         "checkpoints": "on disk, in the run folder",
     }
     space = [(name, use, f"{result['bytes'][name] / 1e9:,.2f}") for name, use in uses.items()]
+    console = Console(highlight=False)
     title = f"{config.dataset.name}: time on {n} device{'s' * (n > 1)}"
-    return (
-        text_table(title, ("phase", "work", "time"), phases, texts=2),
-        text_table("memory and disk", ("", "use", "GB"), space, texts=2),
-    )
+    console.print(text_table(title, ("phase", "work", "time"), phases, texts=2))
+    console.print(text_table("memory and disk", ("", "use", "GB"), space, texts=2))
 
 
 def duration(seconds: float) -> str:

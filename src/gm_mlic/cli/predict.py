@@ -68,7 +68,7 @@ def predict(config: DictConfig) -> dict[str, str]:
         done = 0
         bar = Progress("photos", "photos", len(photos))
         for prediction in bar.track(predictor(photos, config.batch_size, skipped)):
-            found = _top_or_predicted(prediction, config.top, config.threshold)
+            found = prediction.top(max(config.top, len(prediction.above(config.threshold))))
             line = _as_dict(prediction, found, config.threshold)
             if config.pictures:
                 line["picture"] = f"{_PICTURES}/{done:05d}-{Path(str(prediction.photo)).stem[:_STEM]}.jpg"
@@ -82,8 +82,11 @@ def predict(config: DictConfig) -> dict[str, str]:
             if done < _PRINTED:
                 table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
             if config.pictures:
-                drawn = [item for item in found if item.probability >= min(_DRAWN, config.threshold)]
-                _draw(prediction, drawn, folder / line["picture"])
+                least = min(_DRAWN, config.threshold)
+                drawn = [(item.label, item.probability, item.box) for item in found if item.probability >= least]
+                assert prediction.photo is not None
+                (folder / _PICTURES).mkdir(exist_ok=True)
+                annotated(read_image(prediction.photo), drawn).save(folder / line["picture"], quality=90)
             done += 1
     for reason in skipped.values():
         log.warning("left out: %s", reason)
@@ -143,11 +146,6 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def _top_or_predicted(prediction: Prediction, top: int, threshold: float) -> list[LabelPrediction]:
-    """The ``top`` labels and all further predicted labels."""
-    return prediction.top(max(top, len(prediction.above(threshold))))
-
-
 def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold: float) -> dict[str, Any]:
     return {
         "image": str(prediction.photo),
@@ -180,10 +178,3 @@ def _remove_pictures(folder: Path) -> None:
         # The file is not trusted: only names of pictures in the picture folder are removed.
         if isinstance(name, str) and re.fullmatch(rf"{_PICTURES}/\d{{5,}}-[^/\\]*\.jpg", name):
             (folder / name).unlink(missing_ok=True)
-
-
-def _draw(prediction: Prediction, found: Sequence[LabelPrediction], path: Path) -> None:
-    assert prediction.photo is not None
-    path.parent.mkdir(exist_ok=True)
-    labels = [(item.label, item.probability, item.box) for item in found]
-    annotated(read_image(prediction.photo), labels).save(path, quality=90)

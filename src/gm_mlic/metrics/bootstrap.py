@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,14 @@ from torch import Tensor
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import APRule, Convention, get_convention
-from gm_mlic.metrics.functional import (
-    check_scores,
-    eleven_points,
-    for_each_label,
-    in_threads,
-    ranking,
-    tie_ends,
-)
+from gm_mlic.metrics.functional import area, check_scores, for_each_label, in_threads, ranking, tie_ends
 from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
 
 Array = np.ndarray[Any, Any]
+#: Results of :func:`_ranked` for one label, by rule of difficult labels.
+_Ranked = dict[DifficultRule, tuple[Array, Array, Array]]
 
-#: Resamples per batch; their weights take N bytes each.
+#: Resamples per batch; each takes N bytes.
 _BATCH = 64
 
 
@@ -95,127 +89,61 @@ def bootstrap_map(
     any_difficult = difficult is not None and bool(difficult.any())
     wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in chosen]
     rules: list[tuple[APRule, DifficultRule]] = sorted(set(wanted))
-    ranked = [
-        (model, rule, _ranked_labels(table, present, difficult, rule, {ap for ap, d in rules if d == rule}))
-        for model, table in enumerate(scores)
-        for rule in sorted({rule for _, rule in rules})
-    ]
+
+    def rank_label(scores: Array, present: Array, difficult: Array | None) -> _Ranked:
+        return {rule: _ranked(scores, present, difficult, rule) for _, rule in rules}
+
+    models = [for_each_label(rank_label, table, present, difficult) for table in scores]
     draw = np.random.default_rng(seed)
-    N, C = targets.shape
+    N = len(targets)
     result = np.empty((len(scores), len(conventions), resamples))
     for first in range(0, resamples, _BATCH):
         count = min(_BATCH, resamples - first)
         # uint8 suffices: an image is drawn once on average.
-        drawn = [np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)]
-        weights = np.ascontiguousarray(np.stack(drawn).T)
-        AP: dict[tuple[int, APRule, DifficultRule], Array] = {
-            (model, ap, rule): np.full((C, count), math.nan) for model in range(len(scores)) for ap, rule in rules
-        }
-        for model, rule, labels in ranked:
-            resampled = in_threads(lambda c, w=weights, r=labels: r[c].resampled(w), range(C), weights.size)  # type: ignore[misc]
-            for c, values in enumerate(resampled):
-                for ap, value in values.items():
-                    AP[model, ap, rule][c] = value
-        for model in range(len(scores)):
-            for m, (ap, d) in enumerate(wanted):
-                result[model, m, first : first + count] = _mean(AP[model, ap, d])
+        copies = np.stack([np.bincount(draw.integers(0, N, N), minlength=N).astype(np.uint8) for _ in range(count)])
+        for labels, of_model in zip(models, result, strict=True):
+            mAP = _resampled(labels, rules, copies)
+            of_model[:, first : first + count] = mAP[[rules.index(rule) for rule in wanted]]
         if progress is not None:
             progress(count)
     return 100 * result
 
 
-def _mean(AP: Array) -> Array:
-    """Mean over labels without NaN: (C, B) to (B,)."""
-    known = ~np.isnan(AP)
+def _resampled(labels: Sequence[_Ranked], rules: Sequence[tuple[APRule, DifficultRule]], copies: Array) -> Array:
+    """Compute mAP (M, B) in [0, 1] for M rules, with ``copies`` (B, N) uint8 of each image."""
+
+    def label_ap(c: int) -> Array:
+        values = np.empty((len(rules), len(copies)))
+        for b, drawn in enumerate(copies):
+            places = {rule: _places(drawn, *ranked) for rule, ranked in labels[c].items()}
+            for m, (ap, rule) in enumerate(rules):
+                at, ends = places[rule]
+                values[m, b] = area(at, ends if ap == "sklearn" else None, ap)
+        return values
+
+    AP = np.stack(in_threads(label_ap, range(len(labels)), copies.size))
+    known = np.isfinite(AP)
     with np.errstate(invalid="ignore"):
         mean: Array = np.where(known, AP, 0).sum(axis=0) / known.sum(axis=0)
     return mean
 
 
-@dataclass(frozen=True)
-class _RankedLabel:
-    """Counted images of one label, sorted by descending score.
+def _ranked(scores: Array, present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array, Array]:
+    """Rows (M,) of one label by descending score, up to the last positive and its ties.
 
-    Attributes:
-        order: (M,) rows.
-        at: (n,) positions of the positives in ``order``.
-        ends: (n,) number of images that score at least as high as each positive; None if no rule needs it.
-        rules: AP rules to compute.
+    Also the positions (n,) of the positives, and the number (n,) of images that score at least as high as each.
     """
-
-    order: Array
-    at: Array
-    ends: Array | None
-    rules: frozenset[APRule]
-
-    def resampled(self, weights: Array) -> dict[APRule, Array]:
-        """AP (B,) by rule, with ``weights`` (N, B) uint8 copies of each image."""
-        if not len(self.at):
-            return {}
-        drawn = weights[self.order[self.at]].astype(np.float64)  # (n, B): copies of each positive
-        hits = drawn.cumsum(axis=0)
-        n = hits[-1]
-        # Images drawn up to and including each positive; for ties, up to the end of its group.
-        seen, seen_tied = self._seen(weights, self.at + 1, self.at + 1 if self.ends is None else self.ends)
-        AP: dict[APRule, Array] = {}
-        with np.errstate(invalid="ignore", divide="ignore"):
-            if "rank" in self.rules:
-                # The j-th copy has precision (before + j) / (seen before + j) = 1 - negatives / (seen before + j); the
-                # sum over all copies is drawn - negatives * (1/(seen before + 1) + ... + 1/seen).
-                harmonic = _harmonic(weights.shape[0])
-                last, before = harmonic[seen.astype(np.int64)], harmonic[(seen - drawn).astype(np.int64)]
-                AP["rank"] = (drawn - (seen - hits) * (last - before)).sum(axis=0) / n
-            if "sklearn" in self.rules:
-                assert self.ends is not None
-                tied = hits[np.searchsorted(self.at, self.ends) - 1]
-                AP["sklearn"] = (drawn * np.nan_to_num(tied / seen_tied)).sum(axis=0) / n
-            if self.rules & {"envelope", "voc11"}:
-                # Precision is highest at the last copy, and falls until the next positive.
-                precision = np.nan_to_num(hits / seen)
-                envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-                if "envelope" in self.rules:
-                    AP["envelope"] = (drawn * envelope).sum(axis=0) / n
-                if "voc11" in self.rules:
-                    AP["voc11"] = _eleven(envelope, hits)
-        return {ap: np.where(n > 0, values, math.nan) for ap, values in AP.items()}
-
-    def _seen(self, weights: Array, *counts: Array) -> list[Array]:
-        """(n, B) copies drawn among the first images, for each array (n,) of ``counts``."""
-        stops = np.unique(np.concatenate(counts))
-        gathered = weights[self.order[: stops[-1]]]
-        sums = np.add.reduceat(gathered, np.concatenate([[0], stops[:-1]]), axis=0, dtype=np.int32)
-        seen = sums.cumsum(axis=0, dtype=np.float64)
-        return [seen[np.searchsorted(stops, count)] for count in counts]
+    order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
+    ends = tie_ends(scores[order], at)
+    return order[: ends[-1] if len(at) else 0].astype(np.int32), at, ends
 
 
-def _ranked_labels(
-    scores: Tensor, present: Tensor, difficult: Tensor | None, rule: DifficultRule, rules: set[APRule]
-) -> list[_RankedLabel]:
-    def rank_label(scores: Array, present: Array, difficult: Array | None) -> _RankedLabel:
-        order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
-        ends = tie_ends(scores[order], at) if "sklearn" in rules else None
-        # Images after the last positive (and its ties) are not used.
-        used = 0 if not len(at) else int(at[-1] + 1 if ends is None else ends[-1])
-        return _RankedLabel(order[:used].astype(np.int32), at, ends, frozenset(rules))
+def _places(drawn: Array, order: Array, at: Array, ends: Array) -> tuple[Array, Array]:
+    """Arguments of :func:`area` for a resample with ``drawn`` (N,) copies of each image.
 
-    return for_each_label(rank_label, scores, present, difficult)
-
-
-def _eleven(envelope: Array, hits: Array) -> Array:
-    """11-point AP (B,) from the precision envelope and the hits at each positive, both (n, B)."""
-    values = np.empty(envelope.shape[1])
-    for b, n in enumerate(hits[-1].astype(np.int64)):
-        reached = np.searchsorted(hits[:, b], eleven_points(int(n)) + 1)
-        values[b] = envelope[np.minimum(reached, len(hits) - 1), b].mean()
-    return values
-
-
-_HARMONIC: dict[int, Array] = {}
-
-
-def _harmonic(N: int) -> Array:
-    """(N + 1,) harmonic numbers 0, 1, 1 + 1/2, ..."""
-    if N not in _HARMONIC:
-        _HARMONIC.clear()
-        _HARMONIC[N] = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, N + 1))])
-    return _HARMONIC[N]
+    The copies of an image have adjacent places.
+    """
+    seen = drawn[order].cumsum(dtype=np.int64)
+    n = drawn[order[at]]
+    offset = np.repeat(seen[at] - n.cumsum(dtype=np.int64), n)  # images before each copy that are not positives
+    return offset + np.arange(len(offset)), np.repeat(seen[ends - 1], n)

@@ -18,7 +18,7 @@ from gm_mlic.io import Progress, write_file
 from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
 from gm_mlic.metrics.conventions import CONVENTIONS, Convention
 from gm_mlic.metrics.multilabel import MultiLabelMetrics
-from gm_mlic.metrics.score_files import ScoredImages, read_scored_images
+from gm_mlic.metrics.score_files import ScoredImages, check_label_lists, read_scored_images
 from gm_mlic.metrics.thresholds import fit_thresholds
 from gm_mlic.targets import TargetFormat
 
@@ -52,7 +52,10 @@ def evaluate_scores(
         DataError: if the labels of ``val`` differ.
     """
     labels = images.labels or tuple(str(c) for c in range(images.targets.shape[1]))
-    _check_same_labels(images, val)
+    if val is not None:
+        if val.targets.shape[1] != images.targets.shape[1]:
+            raise DataError(f"val_scores have {val.targets.shape[1]} labels, scores {len(labels)}: they must be equal.")
+        check_label_lists([("scores", images.labels), ("val_scores", val.labels)])
     result: dict[str, Any] = {
         "images": len(images.targets),
         "labels": len(labels),
@@ -178,20 +181,6 @@ def _calibrated(
         metrics, by_label = calibrated(images.scores[0], images.targets, thresholds, rules, labels, images.difficult)
         result["calibrated"][name], result["thresholds"][name] = metrics, by_label
     return result
-
-
-def _check_same_labels(images: ScoredImages, val: ScoredImages | None) -> None:
-    if val is None:
-        return
-    if val.targets.shape[1] != images.targets.shape[1]:
-        raise DataError(
-            f"val_scores have {val.targets.shape[1]} labels, scores {images.targets.shape[1]}: they must be equal."
-        )
-    if images.labels is not None and val.labels is not None and images.labels != val.labels:
-        c = next(c for c, label in enumerate(images.labels) if label != val.labels[c])
-        raise DataError(
-            f"The labels of val_scores and scores differ: label {c} is {val.labels[c]!r} and {images.labels[c]!r}."
-        )
 
 
 def _number(value: Any) -> float | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +80,10 @@ def read_scored_images(
     check_target_format(target_format)
     truth = read_table(targets, "targets")
     tables = [read_table(path, "scores") for path in scores]
-    present, difficult = _masks(truth, target_format, allow_all_present)
+    with _named(truth.path):
+        present, difficult = normalize_targets(
+            truth.values, truth.difficult, target_format, allow_all_present=allow_all_present
+        )
     labels = check_label_lists([(truth.path, truth.labels), *((table.path, table.labels) for table in tables)])
     aligned = tuple(_align(table, truth) for table in tables)
     ids = next((table.ids for table in (truth, *tables) if table.ids is not None), None)
@@ -128,23 +133,32 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
         DataError: if the file cannot be read or has duplicate ids or labels.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
-        raise DataError(f"{path}: unknown suffix; save {key} as {', '.join(_READERS)}.")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; set the path of the {key}.")
-    values, difficult, ids, labels = _READERS[path.suffix](path, key)
-    if values.ndim != 2 or not len(values) or values.is_complex():
-        raise DataError(f"{path}: {key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
-    for what, names, size in (("image id", ids, len(values)), ("label", labels, values.shape[1])):
-        if names is None:
-            continue
-        if len(names) != size:
-            raise DataError(f"{path}: {len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
-        if len(set(names)) != size:
-            seen: set[str] = set()
-            duplicate = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"{path}: the {what} {duplicate!r} occurs more than once: {what}s must be unique.")
+    with _named(path):
+        if path.suffix not in _READERS:
+            raise DataError(f"unknown suffix; save {key} as {', '.join(_READERS)}.")
+        if not path.is_file():
+            raise DataError(f"no such file; set the path of the {key}.")
+        values, difficult, ids, labels = _READERS[path.suffix](path, key)
+        if values.ndim != 2 or not len(values) or values.is_complex():
+            raise DataError(f"{key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
+        for what, names, size in (("image id", ids, len(values)), ("label", labels, values.shape[1])):
+            if names is None:
+                continue
+            if len(names) != size:
+                raise DataError(f"{len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
+            for name, count in Counter(names).most_common(1):
+                if count > 1:
+                    raise DataError(f"the {what} {name!r} occurs more than once: {what}s must be unique.")
     return Table(path, values, difficult, ids, labels)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Context manager that adds the path to error messages."""
+    try:
+        yield
+    except (ArgumentError, DataError) as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 Content = tuple[Tensor, "Tensor | None", "tuple[str, ...] | None", "tuple[str, ...] | None"]
@@ -152,50 +166,48 @@ Content = tuple[Tensor, "Tensor | None", "tuple[str, ...] | None", "tuple[str, .
 
 def _read_npz(path: Path, key: str) -> Content:
     try:
-        arrays = load_arrays(path)
+        return _entries(key, load_arrays(path))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not an .npz file of numbers and strings ({error}).") from error
-    return _entries(path, key, arrays, arrays)
+        raise DataError(f"not an .npz file of numbers and strings ({error}).") from error
 
 
 def _read_pt(path: Path, key: str) -> Content:
     try:
         content = load_tensors(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a .pt file of tensors, strings and numbers ({str(error)[:100]}).") from error
+        raise DataError(f"not a .pt file of tensors, strings and numbers ({str(error)[:100]}).") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: contains a {type(content).__name__}; save a dict with {key!r}.")
-    return _entries(path, key, content, content)
+        raise DataError(f"contains a {type(content).__name__}; save a dict with {key!r}.")
+    return _entries(key, content)
 
 
-def _entries(path: Path, key: str, content: Mapping[str, Any], names: Any) -> Content:
+def _entries(key: str, content: Mapping[str, Any]) -> Content:
     if key not in content:
-        raise DataError(
-            f"{path}: has no {key!r} (only {', '.join(map(repr, names)) or 'nothing'}); rename the entry to {key!r}."
-        )
+        found = ", ".join(map(repr, content)) or "nothing"
+        raise DataError(f"has no {key!r} (only {found}); rename the entry to {key!r}.")
     difficult = None
     if key == "targets" and content.get("difficult") is not None:
-        mask = _numbers(path, "difficult", content)
+        mask = _numbers("difficult", content)
         if first_other_value(mask, (0, 1)) is not None:
-            raise DataError(f"{path}: difficult must be a mask of bool, or of 1 and 0.")
+            raise DataError("difficult must be a mask of bool, or of 1 and 0.")
         difficult = mask.bool()
-    return _numbers(path, key, content), difficult, _names(path, "ids", content), _names(path, "labels", content)
+    return _numbers(key, content), difficult, _names("ids", content), _names("labels", content)
 
 
-def _numbers(path: Path, key: str, content: Mapping[str, Any]) -> Tensor:
+def _numbers(key: str, content: Mapping[str, Any]) -> Tensor:
     try:
         return torch.as_tensor(content[key])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: {key} are not an array of numbers.") from error
+        raise DataError(f"{key} are not an array of numbers.") from error
 
 
-def _names(path: Path, key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
+def _names(key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
     names = content.get(key)
     if names is None:
         return None
     names = names.tolist() if hasattr(names, "tolist") else names
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, int)) for name in names):
-        raise DataError(f"{path}: {key} must be a list of strings or integers.")
+        raise DataError(f"{key} must be a list of strings or integers.")
     return tuple(map(str, names))
 
 
@@ -206,35 +218,32 @@ def _read_csv(path: Path, key: str) -> Content:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
-            if not header or all(_is_number(name) for name in header):
-                raise DataError(f"{path}: no header; add a first line with the label names.")
+            if not header or all(map(_is_number, header)):
+                raise DataError("no header; add a first line with the label names.")
             for row in reader:
                 if len(row) != len(header):
-                    raise DataError(f"{path}: line {reader.line_num} has {len(row)} cells, the header {len(header)}.")
+                    raise DataError(f"line {reader.line_num} has {len(row)} cells, the header {len(header)}.")
                 firsts.append(row[0].strip())
-                try:
-                    rest.append(np.array(row[1:], dtype=np.float64))
-                except ValueError:
-                    c = next(c for c in range(1, len(row)) if not _is_number(row[c]))
-                    raise _no_number(path, key, row[c], f"line {reader.line_num}", header[c]) from None
+                rest.append(_cells(row[1:], key, header[1:], f"line {reader.line_num}"))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8 ({error}).") from error
+        raise DataError(f"not a CSV file in UTF-8 ({error}).") from error
     values = np.stack(rest) if rest else np.empty((0, len(header) - 1))
-    numbers = [_is_number(first) for first in firsts]
-    if header[0].lower() in _ID_HEADERS or not any(numbers):
+    if header[0].lower() in _ID_HEADERS or not any(map(_is_number, firsts)):
         return torch.from_numpy(values), None, tuple(firsts), tuple(header[1:])
-    if not all(numbers):
-        row_number = numbers.index(False)
-        raise _no_number(path, key, firsts[row_number], f"image {row_number}", header[0])
-    column = np.array(firsts, dtype=np.float64)[:, None]
-    return torch.from_numpy(np.concatenate([column, values], axis=1)), None, None, tuple(header)
+    column = [_cells([first], key, header, f"image {i}") for i, first in enumerate(firsts)]
+    return torch.from_numpy(np.concatenate([np.stack(column), values], axis=1)), None, None, tuple(header)
 
 
-def _no_number(path: Path, key: str, text: str, where: str, column: str) -> DataError:
-    return DataError(
-        f"{path}: {key} must be numbers, not {text!r} ({where}, column {column!r}); image ids must be in a first "
-        "column named id."
-    )
+def _cells(cells: list[str], key: str, columns: list[str], where: str) -> np.ndarray[Any, Any]:
+    """Numbers of a part of a line."""
+    try:
+        return np.array(cells, dtype=np.float64)
+    except ValueError:
+        c = next(c for c, cell in enumerate(cells) if not _is_number(cell))
+        raise DataError(
+            f"{key} must be numbers, not {cells[c]!r} ({where}, column {columns[c]!r}); image ids must be in a first "
+            "column named id."
+        ) from None
 
 
 def _is_number(text: str) -> bool:
@@ -248,39 +257,26 @@ def _is_number(text: str) -> bool:
 _READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".csv": _read_csv, ".pt": _read_pt}
 
 
-def _masks(table: Table, target_format: TargetFormat, allow_all_present: bool) -> tuple[Tensor, Tensor | None]:
-    """Masks ``present`` and ``difficult`` of a target file."""
-    try:
-        return normalize_targets(table.values, table.difficult, target_format, allow_all_present=allow_all_present)
-    except (ArgumentError, DataError) as error:
-        raise DataError(f"{table.path}: {error}") from error
-
-
 def _align(table: Table, truth: Table) -> Tensor:
     """Scores with rows in the order of the targets."""
     scores = table.values
-    if scores.shape != truth.values.shape:
-        raise DataError(
-            f"{table.path}: scores {tuple(scores.shape)} and targets {tuple(truth.values.shape)} ({truth.path}) differ "
-            "in shape."
-        )
-    try:
+    with _named(table.path):
+        if scores.shape != truth.values.shape:
+            shapes = f"scores {tuple(scores.shape)} and targets {tuple(truth.values.shape)} ({truth.path})"
+            raise DataError(f"{shapes} differ in shape.")
         check_scores(scores, truth.values)
-    except DataError as error:
-        raise DataError(f"{table.path}: {error}") from error
-    if table.ids is None or truth.ids is None or table.ids == truth.ids:
-        return scores
-    row = {name: i for i, name in enumerate(table.ids)}
-    missing = [name for name in truth.ids if name not in row]
-    if missing:
-        raise DataError(
-            f"{table.path}: no scores for {len(missing)} of the {len(truth.ids)} images in {truth.path}, such as "
-            f"{missing[0]!r}."
-        )
+        if table.ids is None or truth.ids is None or table.ids == truth.ids:
+            return scores
+        row = {name: i for i, name in enumerate(table.ids)}
+        missing = [name for name in truth.ids if name not in row]
+        if missing:
+            raise DataError(
+                f"no scores for {len(missing)} of the {len(truth.ids)} images in {truth.path}, such as {missing[0]!r}."
+            )
     return scores[torch.tensor([row[name] for name in truth.ids])]
 
 
-def check_label_lists(lists: Sequence[tuple[Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
+def check_label_lists(lists: Sequence[tuple[str | Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
     """Common labels of all files that have label names, or None.
 
     Raises:

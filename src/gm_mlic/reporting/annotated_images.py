@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 #: Colors by kind of prediction; they also differ in brightness, for color-blind readers.
@@ -40,36 +39,10 @@ class LabelBox:
     kind: str
 
 
-def judged_labels(
-    labels: Sequence[str],
-    scores: NDArray[np.floating],
-    targets: NDArray[np.integer],
-    boxes: NDArray[np.floating],
-    argmax_instance: NDArray[np.integer],
-    threshold: float | Sequence[float] = 0.5,
-    difficult: NDArray[np.bool_] | None = None,
-) -> list[LabelBox]:
-    """Predicted or present labels of one image, highest score first.
-
-    Args:
-        labels: the C label names.
-        scores: (C,) in [0, 1].
-        targets: (C,), 1 present, 0 absent.
-        boxes: (M, 4) boxes of the instances.
-        argmax_instance: (C,) index of each label's argmax instance.
-        threshold: lowest score of a predicted label; a number, or (C,) per label.
-        difficult: (C,) mask of labels that count as present; or None.
-    """
-    found = []
-    thresholds = np.broadcast_to(threshold, len(labels))
-    is_present = np.asarray(targets) == 1 if difficult is None else (np.asarray(targets) == 1) | difficult
-    for c in np.argsort(-np.asarray(scores), kind="stable"):
-        predicted, present = scores[c] >= thresholds[c], is_present[c]
-        if predicted or present:
-            kind = "missed" if not predicted else "right" if present else "wrong"
-            box = tuple(float(v) for v in boxes[argmax_instance[c]])
-            found.append(LabelBox(labels[c], float(scores[c]), box, kind))  # type: ignore[arg-type]
-    return found
+def label_box(entry: Mapping[str, Any]) -> LabelBox:
+    """Label of an entry of ``RUN/examples/examples.json``."""
+    x1, y1, x2, y2 = map(float, entry["box"])
+    return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
 
 
 def picture_grid(

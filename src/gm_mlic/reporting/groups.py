@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gm_mlic.reporting.runs import FOLLOWS, as_typed
-from gm_mlic.runs import Run, flat_settings
+from gm_mlic.runs import Run, flat_settings, varying
 
 #: Names of the ablations in the paper's Table 4.
 ABLATIONS = {
@@ -42,7 +42,7 @@ class Group:
 
     def values(self, metric: str, split: str = "test") -> dict[int, float]:
         """Values of a metric by seed, for runs that have it."""
-        found = {int(run.setting("seed", 0)): _result(run)[split].get(metric) for run in self.runs}
+        found = {int(run.setting("seed", 0)): (run.result or {})[split].get(metric) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def setting(self, key: str) -> Any:
@@ -59,11 +59,6 @@ class Group:
         edge_types = self.setting(_EDGE_TYPES)
         removed = _removed(edge_types)
         return None if edge_types is None or len(removed) > 1 else (removed or ["full"])[0]
-
-
-def _result(run: Run) -> Mapping[str, Any]:
-    assert run.result is not None
-    return run.result
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -99,9 +94,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
     names = []
     for settings in flat:
         model = settings.get("model.name")
-        same = [other for other in flat if other.get("model.name") == model]
-        keys = dict.fromkeys(key for other in same for key in other if key not in ("seed", "model.name"))
-        differing = [key for key in keys if len({as_typed(other.get(key)) for other in same}) > 1]
+        same = [run for run, other in zip(runs, flat, strict=True) if other.get("model.name") == model]
+        differing = [key for key in varying(same) if key not in ("seed", "model.name")]
         hidden = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
         parts = [str(model)] if several else []
         if _EDGE_TYPES in differing:

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.io import write_file
 from gm_mlic.reporting import plots
-from gm_mlic.reporting.annotated_images import LabelBox, picture_grid
+from gm_mlic.reporting.annotated_images import label_box, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.runs import as_typed, unusual
 from gm_mlic.reporting.tables import markdown_table, number
@@ -40,16 +40,12 @@ _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution block
 
 @dataclass(frozen=True)
 class Table:
-    """Table whose first column is text; ``strong`` rows are highlighted.
-
-    ``groups`` are the groups of the table; default: all groups of its section.
-    """
+    """Table whose first column is text; ``strong`` rows are highlighted."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: frozenset[int] = frozenset()
-    groups: Sequence[Group] = ()
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,7 @@ class Section:
     title: str
     text: str
     items: Sequence[Table | Picture]
-    groups: Sequence[Group] = field(default_factory=tuple)
-
-    def groups_of(self, item: Table | Picture) -> Sequence[Group]:
-        """Groups of the runs in one item."""
-        return (item.groups if isinstance(item, Table) else ()) or self.groups
+    groups: Sequence[Group] = ()
 
 
 def write_report(runs: Sequence[Run], out: Path) -> Path:
@@ -175,24 +167,25 @@ def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) ->
             rows.append([f"paper, {paper['table']}", "", *(number(theirs.get(name)) for name in names)])
         head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
         items.append(Table(f"{title}, %", head, rows, strong))
-    if theirs:
-        items.append(_beside_the_paper(_method(groups), theirs, str(paper["table"])))
     text = "Mean ± sample standard deviation over seeds, on the test split. The epoch is selected on val."
     if theirs:
         text += f" The paper's numbers are from its {paper['table']}."
     yield Section(f"Metrics on {dataset}", text, items, groups)
+    if theirs:
+        yield _beside_the_paper(_method(groups), theirs, str(paper["table"]))
     yield _label_table(dataset, groups, paper)
 
 
-def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> Table:
+def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> Section:
     rows = []
     for name in METRICS:
         values = list(group.values(name).values())
         if name in theirs and values:
             ours = sum(values) / len(values)
             rows.append([name, spread(values), number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
-    head = ["", "ours", "paper", "ours - paper"]
-    return Table(f"Comparison with the paper's {table}: {group.name}", head, rows, groups=(group,))
+    items = [Table("", ["", "ours", "paper", "ours - paper"], rows)]
+    text = "Means over seeds, on the test split."
+    return Section(f"Comparison with the paper's {table}: {group.name}", text, items, [group])
 
 
 def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
@@ -272,7 +265,7 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
     try:
         for example in json.loads((folder / "examples.json").read_text()):
             image = read_image(folder / Path(example["file"]).name)
-            panels.append((image, [_label_box(entry) for entry in example["top"][:3]]))
+            panels.append((image, list(map(label_box, example["top"][:3]))))
     except _DAMAGED as error:
         log.warning("Photos left out: %s is damaged (%s).", folder, error)
         return
@@ -282,11 +275,6 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
     text = f"As the paper's Figure 3, from {run.path}: the first test photos, without selection."
     picture = Picture("Top 3 labels and their argmax boxes", "photos.png")
     yield Section("Photos", text, [picture], [Group(group.name, (run,))])
-
-
-def _label_box(entry: Mapping[str, Any]) -> LabelBox:
-    x1, y1, x2, y2 = map(float, entry["box"])
-    return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
 
 
 def _label_states(group: Group, out: Path) -> Iterator[Section]:
@@ -372,28 +360,20 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     lines = [f"# {_md(title)}", "", f"Made by gm-mlic {__version__}.", ""]
     for section in sections:
         lines += [f"## {_md(section.title)}", "", _md(section.text), ""]
-        for n, item in enumerate(section.items, start=1):
+        for item in section.items:
             if isinstance(item, Picture):
                 lines += [f"![{_md(item.title)}]({item.file})", ""]
             else:
                 if item.title:
                     lines += [f"**{_md(item.title)}**", ""]
                 lines.append(markdown_table(list(map(_md, item.head)), (list(map(_md, row)) for row in item.rows)))
-            groups = section.groups_of(item)
-            following = section.items[n] if n < len(section.items) else None
-            # Once for consecutive tables of the same runs.
-            if groups and (following is None or section.groups_of(following) is not groups):
-                lines += _markdown_facts(groups)
+        for name, value in made_by(section.groups) if section.groups else ():
+            if name.startswith(("command", "settings")):
+                lines += [f"- {name}:", "", *(f"      {line}" for line in value.splitlines())]
+            else:
+                lines.append(f"- {name}: {_md(value)}")
+        lines.append("")
     return "\n".join(lines)
-
-
-def _markdown_facts(groups: Sequence[Group]) -> Iterator[str]:
-    for name, value in made_by(groups):
-        if name.startswith(("command", "settings")):
-            yield from (f"- {name}:", "", *(f"      {line}" for line in value.splitlines()))
-        else:
-            yield f"- {name}: {_md(value)}"
-    yield ""
 
 
 def _md(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 from gm_mlic.reporting.tables import markdown_table, text_table
 
 _COLORS = {"sparse": "#c25b00", "dense": "#3b7dd8", "compiled": "#2a8f5b", "checkpointed": "#8250a0"}
+_MEASURES = {"forward": "forward pass, s", "train": "training step, s", "memory": "peak memory, MiB"}
 _HEAD = ("", "forward", "x", "train step", "x", "memory", "x", "of peak")
 _NOTE = "x: improvement over sparse; of peak: share of the matrix product's FLOP/s in a forward pass"
 
@@ -22,13 +24,13 @@ def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[t
     Args:
         results: results of :func:`gm_mlic.bench.compare`.
     """
-    return [(_case(result), [_row(name, result["executions"]) for name in result["executions"]]) for result in results]
-
-
-def _case(result: Mapping[str, Any]) -> str:
-    case = result["case"]
-    sizes = f"m={case['m']}, C={case['C']}, k={case['k']}, batch {case['batch']}"
-    return f"{case['name']} ({sizes}, norm {case['norm']}, {case['precision']})"
+    rows = []
+    for result in results:
+        case = result["case"]
+        sizes = f"m={case['m']}, C={case['C']}, k={case['k']}, batch {case['batch']}"
+        name = f"{case['name']} ({sizes}, norm {case['norm']}, {case['precision']})"
+        rows.append((name, [_row(execution, result["executions"]) for execution in result["executions"]]))
+    return rows
 
 
 def _row(name: str, executions: Mapping[str, Any]) -> tuple[str, ...]:
@@ -75,30 +77,27 @@ def runtime_markdown(results: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(("setting", "execution", *_HEAD[1:]), lines, texts=2) + f"\n{_NOTE}.\n"
 
 
+def _value(row: Mapping[str, Any], measure: str) -> float:
+    """Seconds or MiB of an execution; NaN if it was left out."""
+    if measure not in row:
+        return math.nan
+    return float(row[measure] / 2**20 if measure == "memory" else row[measure]["median"])
+
+
 def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Bar charts of time and memory by case and execution."""
-    measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     many = len(results) > 3
     figure = Figure(figsize=(13 if many else 11, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
-    for axis, (key, label) in zip(axes, measures, strict=True):
-        measured = [name for name in _COLORS if any(name in result["executions"] for result in results)]
-        width = 0.8 / len(measured)
+    measured = [name for name in _COLORS if any(name in result["executions"] for result in results)]
+    width = 0.8 / len(measured)
+    for axis, (measure, label) in zip(axes, _MEASURES.items(), strict=True):
         for number, name in enumerate(measured):
-            rows = [result["executions"].get(name, {}) for result in results]
-            values = [
-                row[key] / 2**20 if key == "memory" and key in row else row.get(key, {}).get("median", float("nan"))
-                for row in rows
-            ]
+            values = [_value(result["executions"].get(name, {}), measure) for result in results]
             positions = [x + width * (number - (len(measured) - 1) / 2) for x in range(len(results))]
             bars = axis.bar(positions, values, 0.92 * width, color=_COLORS[name], label=name)
-            axis.bar_label(
-                bars,
-                [f"{v:.2g}" if v == v and v < 100 else f"{v:.0f}" if v == v else "" for v in values],
-                fontsize=7,
-                rotation=90 if many else 0,
-                padding=2,
-            )
+            texts = ["" if math.isnan(v) else f"{v:.2g}" if v < 100 else f"{v:.0f}" for v in values]
+            axis.bar_label(bars, texts, fontsize=7, rotation=90 if many else 0, padding=2)
         names = [result["case"]["name"].replace(", ", "\n") for result in results]
         axis.set_xticks(range(len(results)), names, fontsize=8)
         axis.set_title(label, fontsize=10)
@@ -109,27 +108,22 @@ def draw_comparison(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 def draw_growth(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Log-log curves of forward time, training time and memory over m, C, k and the batch."""
-    measures = (("forward", "forward pass, s"), ("train", "training step, s"), ("memory", "peak memory, MiB"))
     figure = Figure(figsize=(3 * len(curves), 7.5), layout="constrained")
     axes = figure.subplots(3, len(curves), sharey="row", squeeze=False)
     for column, (curve, results) in enumerate(curves.items()):
-        for axis, (key, label) in zip(axes[:, column], measures, strict=True):
+        x = [result["case"][curve] for result in results]
+        for axis, measure in zip(axes[:, column], _MEASURES, strict=True):
             for name, color in _COLORS.items():
-                points = [
-                    (result["case"][curve], row[key] / 2**20 if key == "memory" else row[key]["median"])
-                    for result in results
-                    if key in (row := result["executions"].get(name, {}))
-                ]
-                if points:
-                    axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
+                if any(name in result["executions"] for result in results):
+                    y = [_value(result["executions"].get(name, {}), measure) for result in results]
+                    axis.plot(x, y, "o-", color=color, label=name, markersize=4)
             axis.set_xscale("log")
             axis.set_yscale("log")
-            values = [result["case"][curve] for result in results]
-            axis.set_xticks(values, [str(v) for v in values])
+            axis.set_xticks(x, [str(v) for v in x])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            if column == 0:
-                axis.set_ylabel(label)
         axes[-1, column].set_xlabel(curve)
+    for axis, label in zip(axes[:, 0], _MEASURES.values(), strict=True):
+        axis.set_ylabel(label)
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
 from gm_mlic.datasets.statistics import DatasetStatistics
+from gm_mlic.reporting.fonts import save_figure
 from gm_mlic.reporting.tables import text_table
 
 #: Largest number of labels in the picture; the most frequent ones are drawn.
@@ -86,10 +90,6 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     Left, labels by frequency. Right, P(b | a) as a heat map, with co-occurring labels side by side (:func:`grouped`)
     and labels without positives last. At most :data:`MOST_LABELS` labels are drawn, the most frequent ones.
     """
-    from matplotlib.figure import Figure
-
-    from gm_mlic.reporting.fonts import save_figure
-
     frequent = np.argsort(-stats.positives, kind="stable")[:MOST_LABELS]
     count = len(frequent)
     cell = 0.32 if count <= _NUMBERED else 0.17
@@ -181,7 +181,7 @@ def _bars(axes: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: f
         axes.text(n + n_difficult + 0.015 * longest, row, text, fontsize=font - 0.5, va="center", color="#333333")
     axes.set_xlim(0, 1.22 * longest)
     axes.set_ylim(len(order) - 0.5, -0.5)
-    _names(axes.set_yticks, axes.get_yticklabels, rows, stats, order, font)
+    _names(axes.yaxis, stats, order, fontsize=font)
     axes.set_title("images per label" + (" (light: difficult)" if difficult.any() else ""), fontsize=10, loc="left")
     axes.set_xlabel("images", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
@@ -193,8 +193,6 @@ def _bars(axes: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: f
 
 
 def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np.int64], font: float) -> None:
-    from matplotlib.colors import PowerNorm
-
     probability = stats.conditional[np.ix_(order, order)]
     np.fill_diagonal(probability, np.nan)
     highest = max(0.05, float(np.nan_to_num(probability).max()))
@@ -202,13 +200,12 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
     colors = PowerNorm(0.5, vmin=0.0, vmax=highest)
     axes.set_facecolor("#e6e6e6")
     picture = axes.imshow(probability, cmap="YlGnBu", norm=colors, aspect="auto", interpolation="nearest")
-    ticks = np.arange(len(order))
     axes.xaxis.tick_top()
-    _names(axes.set_xticks, axes.get_xticklabels, ticks, stats, order, font, rotation=90)
-    _names(axes.set_yticks, axes.get_yticklabels, ticks, stats, order, font)
+    _names(axes.xaxis, stats, order, fontsize=font, rotation=90)
+    _names(axes.yaxis, stats, order, fontsize=font)
     axes.tick_params(length=0, pad=2)
-    axes.set_xticks(ticks[1:] - 0.5, minor=True)
-    axes.set_yticks(ticks[1:] - 0.5, minor=True)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(np.arange(1, len(order)) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
     for spine in axes.spines.values():
@@ -216,31 +213,16 @@ def _heat_map(axes: Any, scale: Any, stats: DatasetStatistics, order: NDArray[np
     if len(order) <= _NUMBERED:
         for a, b in zip(*np.nonzero(np.rint(100 * np.nan_to_num(probability))), strict=True):
             value = probability[a, b]
-            light = float(colors(value)) > 0.5
-            axes.text(
-                b,
-                a,
-                f"{100 * value:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7.5,
-                color="white" if light else "#222222",
-            )
+            color = "white" if float(colors(value)) > 0.5 else "#222222"
+            axes.text(b, a, f"{100 * value:.0f}", ha="center", va="center", fontsize=7.5, color=color)
     bar = axes.figure.colorbar(picture, cax=scale)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
 
 
-def _names(
-    set_ticks: Any,
-    get_labels: Any,
-    ticks: NDArray[np.integer],
-    stats: DatasetStatistics,
-    order: Any,
-    font: float,
-    **style: Any,
-) -> None:
-    set_ticks(ticks, [_short(stats.labels[c]) for c in order], fontsize=font, **style)
-    for text in get_labels():
+def _names(axis: Axis, stats: DatasetStatistics, order: NDArray[np.int64], **style: Any) -> None:
+    """Write label names at the ticks of an axis."""
+    axis.set_ticks(range(len(order)), [_short(stats.labels[c]) for c in order], **style)
+    for text in axis.get_ticklabels():
         text.set_parse_math(False)  # labels may contain dollar signs

@@ -42,27 +42,15 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: in
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def comparison_table(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], title: str, columns: Sequence[str] = COMPARISON
-) -> Table:
-    """Comparison of models, with one row per model.
+def comparison(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON
+) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table that compares models.
 
     Args:
         rows: names and metric values in percent.
-        title: title of the table.
         columns: names of the metrics.
     """
-    return text_table(title, *_comparison(rows, columns))
-
-
-def comparison_markdown(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON) -> str:
-    """Comparison of models as a Markdown table."""
-    return markdown_table(*_comparison(rows, columns))
-
-
-def _comparison(
-    rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Sequence[str]
-) -> tuple[list[str], list[list[str]]]:
     head = ["", *(column.replace("top3/", "top-3 ") for column in columns)]
     return head, [[name, *(number(values.get(column)) for column in columns)] for name, values in rows]
 
@@ -114,30 +102,30 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
     for name in metrics:
         made.add_column(name, justify="right", no_wrap=True)
 
-    def add(name: str, cells: Iterable[str]) -> None:
-        made.add_row(name, *cells)
+    def add(title: str, values: Iterable[float | None]) -> None:
+        made.add_row(title, *map(number, values))
 
-    add("mAP", (number(values["mAP"]) for values in metrics.values()))
+    def add_intervals(intervals: Iterable[Sequence[float | None]]) -> None:
+        for title, ends in zip(("95 % from", "95 % to"), zip(*intervals, strict=True), strict=True):
+            add(title, ends)
+
+    add("mAP", (values["mAP"] for values in metrics.values()))
     if "intervals" in result:
-        for i, end in enumerate(("95 % from", "95 % to")):
-            add(end, (number(result["intervals"][name][i]) for name in metrics))
+        add_intervals(result["intervals"].values())
     if "difference" in result:
         made.add_section()
-        add("other mAP", (number(values["mAP"]) for values in result["against"].values()))
-        gaps = {name: _gap(metrics[name]["mAP"], result["against"][name]["mAP"]) for name in metrics}
-        add("gain", gaps.values())
-        for i, end in enumerate(("95 % from", "95 % to")):
-            add(end, (number(result["difference"][name]["interval"][i]) for name in metrics))
-        add("p", (_p(result["difference"][name]["p"]) for name in metrics))
-    for heading, source in (("", metrics), ("fitted", result.get("calibrated"))):
-        if source is None:
-            continue
-        for prefix, words in (("", ""), ("top3/", "top-3 ")):
+        other, differences = result["against"], result["difference"].values()
+        add("other mAP", (values["mAP"] for values in other.values()))
+        made.add_row("gain", *(_gap(metrics[name]["mAP"], other[name]["mAP"]) for name in metrics))
+        add_intervals(difference["interval"] for difference in differences)
+        made.add_row("p", *(f"{d['p']:.3f}" if d["p"] >= 0.0005 else "<.001" for d in differences))
+    for heading, source in (("", metrics), ("fitted", result.get("calibrated", {}))):
+        for prefix, words in (("", ""), ("top3/", "top-3 ")) if source else ():
             made.add_section()
             if heading and not prefix:
                 made.add_row(f"[italic]{heading}[/]")
             for column in _ONE:
-                add(words + column, (number(source[name][prefix + column]) for name in metrics))
+                add(words + column, (values[prefix + column] for values in source.values()))
     return made
 
 
@@ -171,7 +159,3 @@ def _resamples(result: Mapping[str, Any]) -> str:
 
 def _gap(ours: float | None, other: float | None) -> str:
     return "-" if ours is None or other is None else f"{ours - other:+.1f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.0005 else "<.001"

@@ -61,12 +61,6 @@ def build_detector(config: DictConfig) -> InstanceExtractor:
         return build_extractor(settings.pop("name"), device=resolve_device(config.trainer.accelerator), **settings)
 
 
-def evaluation_extractor(config: DictConfig, extractor: InstanceExtractor) -> InstanceExtractor:
-    """The extractor of evaluated photos, with ``graph.views``."""
-    with config_keys("graph"):
-        return extractor if config.graph.views == 1 else MultiViewExtractor(extractor, config.graph.views)
-
-
 def check_lookup(config: DictConfig, extractor: InstanceExtractor, datasets: Sequence[MultiLabelDataset]) -> None:
     """Check that the instances of datasets can be looked up, before any is; other extractors pass.
 
@@ -97,12 +91,8 @@ def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: Instan
     if instances.path is not None:
         return Path(instances.path) / dataset.split
     views = _views(config, dataset.split)
-    depends_on = [
-        dataset.fingerprint,
-        extractor.fingerprint,
-        stored_instances(config, dataset.split),
-        instances.batch_size,
-    ]
+    m = stored_instances(config, dataset.split)
+    depends_on = [dataset.fingerprint, extractor.fingerprint, m, instances.batch_size]
     depends_on += [views, instances.view_size] if views else []
     digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
     return Path(instances.root) / dataset.name / f"{dataset.split}-{extractor.name}-{digest}"
@@ -121,14 +111,14 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     """
     instances = config.instances
     check_lookup(config, extractor, [dataset])
-    if dataset.split != "train":
-        extractor = evaluation_extractor(config, extractor)
+    if dataset.split != "train" and config.graph.views > 1:
+        with config_keys("graph"):
+            extractor = MultiViewExtractor(extractor, config.graph.views)
     ranks = rank_info()
     index, shards = (ranks.rank, ranks.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     path = store_path(config, dataset, extractor)
-    with config_keys(
-        "instances", m="detector.max_instances", views="instances.num_augmentations", path="instances.root"
-    ):
+    keys = {"m": "detector.max_instances", "views": "instances.num_augmentations", "path": "instances.root"}
+    with config_keys("instances", **keys):
         store = extract(
             dataset,
             extractor,

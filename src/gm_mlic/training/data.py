@@ -44,19 +44,6 @@ class EpochSampler(DistributedSampler[Any]):
             self.dataset.set_epoch(epoch)
 
 
-class _DistributedEvalSampler:
-    """Sampler of every ``num_replicas``-th index, so that distributed evaluation counts no image twice."""
-
-    def __init__(self, size: int, rank: int, num_replicas: int) -> None:
-        self._indices = range(rank, size, num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-
 class GraphData(LightningDataModule):
     """Data module with the loaders of a run.
 
@@ -92,9 +79,9 @@ class GraphData(LightningDataModule):
         return self.evaluation_loader("val")
 
     def evaluation_loader(self, split: str) -> DataLoader[Any]:
-        """Loader of all images of a split, in order."""
-        rank, world = self._rank()
-        return self._loader(split, _DistributedEvalSampler(len(self.splits[split]), rank, world))  # type: ignore[arg-type]
+        """Loader of all images of a split, in order; processes share them, so none is counted twice."""
+        rank, world_size = self._rank()
+        return self._loader(split, range(rank, len(self.splits[split]), world_size))  # type: ignore[arg-type]
 
     def _rank(self) -> tuple[int, int]:
         """Rank and world size."""

@@ -157,8 +157,6 @@ class MLICModule(LightningModule):
     def on_validation_start(self) -> None:
         self._label_cache = None  # the weights have changed
 
-    on_predict_start = on_validation_start
-
     def on_test_start(self) -> None:
         self._label_cache = None
         self.examples = Examples()
@@ -204,11 +202,6 @@ class MLICModule(LightningModule):
             if torch.as_tensor(value).numel() == 1 and name != "AP":
                 self.log(f"{split}/{name}", float(value), rank_zero_only=True)
         return values
-
-    def predict_step(self, batch: Any, batch_index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows (B,), scores (B, C) and argmax instances (B, C) of a batch of graphs."""
-        output = self._output(batch)
-        return batch.row, torch.sigmoid(output.logits.float()), output.argmax_instance
 
     # Optimization
 

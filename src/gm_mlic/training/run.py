@@ -23,7 +23,6 @@ from lightning.pytorch import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from gm_mlic._version import __version__
 from gm_mlic.config import changed_settings, finish, require_values, section
@@ -367,14 +366,6 @@ def _stopped_early(content: dict[str, Any]) -> bool:
     return any(state.get("stopped_epoch", 0) > 0 for state in content["callbacks"].values() if isinstance(state, dict))
 
 
-def predict(config: DictConfig, checkpoint: Path, data: SplitData) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (n,), scores (n, C) and argmax instances (n, C) of the readable images."""
-    module, loader = _trained(config, checkpoint, data, None)
-    batches = build_trainer(config, None).predict(module, loader)
-    rows, scores, argmax_instance = (torch.cat(parts) for parts in zip(*batches, strict=True))  # type: ignore[arg-type]
-    return rows, scores, argmax_instance
-
-
 @dataclass(frozen=True)
 class _TestResult:
     """Metric values with the scores, targets and difficult (n, C) of the dataset's rows (n,)."""
@@ -400,8 +391,20 @@ class _TestResult:
 
 def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _TestResult:
     """Test a checkpoint on one split; used by ``gm-mlic train`` and ``gm-mlic eval``."""
-    module, loader = _trained(config, checkpoint, data, extractor)
-    build_trainer(config, None).test(module, loader, verbose=False)
+    metadata, content = read_checkpoint(checkpoint)
+    model = metadata.build_model()
+    load_weights(model, content, checkpoint)
+    split = data.dataset.split
+    graph = metadata.build_graph(evaluation=split != "train")
+    online = None
+    if data.store is None:
+        load_weights(extractor, content, checkpoint, prefix="online.detector.")
+        online = _online_graphs(config, metadata, graph, extractor)
+    module = MLICModule(
+        model, torch.nn.Identity(), build.build_metrics(config, metadata.labels), {}, {}, metadata, online
+    )
+    loaders = GraphData({split: _readable(data, graph, metadata.graph["layout"])}, config.trainer.batch_size)
+    build_trainer(config, None).test(module, loaders.evaluation_loader(split), verbose=False)
     assert module.test_scores is not None
     scores, targets, difficult, rows = module.test_scores
     return _TestResult(
@@ -413,25 +416,6 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
         module.metrics.convention,
         module.examples,
     )
-
-
-def _trained(
-    config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any
-) -> tuple[MLICModule, DataLoader[Any]]:
-    """Lightning module of a checkpoint and an evaluation loader for ``data``."""
-    metadata, content = read_checkpoint(checkpoint)
-    model = metadata.build_model()
-    load_weights(model, content, checkpoint)
-    graph = metadata.build_graph(evaluation=data.dataset.split != "train")
-    online = None
-    if data.store is None:
-        load_weights(extractor, content, checkpoint, prefix="online.detector.")
-        online = _online_graphs(config, metadata, graph, extractor)
-    metrics = build.build_metrics(config, metadata.labels)
-    module = MLICModule(model, torch.nn.Identity(), metrics, {}, {}, metadata, online)
-    graphs = _readable(data, graph, metadata.graph["layout"])
-    loaders = GraphData({data.dataset.split: graphs}, config.trainer.batch_size)
-    return module, loaders.evaluation_loader(data.dataset.split)
 
 
 # The run folder

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ ID_FILE = "wandb_id"
 #: must not block the next job.
 _TIMEOUT_S, _FINISH_TIMEOUT_S = 20, 1800
 _MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
+_F1 = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 #: Box classes at W&B, which colors boxes by class.
 _KINDS = {"right": 1, "wrong": 2, "missed": 3}
 
@@ -86,6 +87,8 @@ class Tracker:
         disabled = os.environ.get("WANDB_MODE") == "disabled"
         group = settings.group or (Path(self.sweep).name if self.sweep else None)
         id_file = self.run_dir / ID_FILE
+        content: Any = OmegaConf.to_container(self.config, resolve=True)
+        del content["logger"]
         arguments: dict[str, Any] = {
             "project": settings.project,
             "entity": settings.entity,
@@ -94,7 +97,7 @@ class Tracker:
             "name": self.run_dir.name,
             "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
             "dir": str(self.run_dir),
-            "config": {**_container(self.config), "ablation": _ablation(self.config), "revision": self.revision},
+            "config": {**content, "ablation": _ablation(self.config), "revision": self.revision},
             "id": id_file.read_text().strip() if id_file.is_file() else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
@@ -118,7 +121,7 @@ class Tracker:
         for split in ("train", "val"):
             run.define_metric(f"{split}/*", step_metric="epoch")
             run.define_metric(f"{split}/loss", step_metric="epoch", summary="min")
-        for name in _metric_names():
+        for name in ("mAP", *_F1, *(f"top3/{name}" for name in _F1)):
             run.define_metric(f"val/{name}", step_metric="epoch", summary="max")
         where = "in " + str(self.run_dir / "wandb") if offline else run.url
         log.info("W&B: %s", where)
@@ -202,21 +205,10 @@ def _no_stdin() -> Iterator[None]:
             sys.stdin = terminal
 
 
-def _container(config: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items() if key != "logger"}
-
-
 def _ablation(config: DictConfig) -> str:
     """``full``, or the edge types that the model lacks, named as in ``conf/ablation``."""
     present = config.model.get("edge_types", RELATIONS)
     return "+".join(f"no_{name}" for name in RELATIONS if name not in present) or "full"
-
-
-def _metric_names() -> list[str]:
-    names = ["CP", "CR", "CF1", "OP", "OR", "OF1"]
-    return ["mAP", *names, *(f"top3/{name}" for name in names)]
 
 
 def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[Any]:
@@ -233,8 +225,5 @@ def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[
     overlay = {"argmax boxes": {"box_data": boxes, "class_labels": {number: kind for kind, number in _KINDS.items()}}}
     with Image.open(folder / example["file"]) as image:
         photo = wandb.Image(image.copy(), boxes=overlay)
-    return [example["id"], photo, ", ".join(example["targets"]), _label_list(example["top"])]
-
-
-def _label_list(found: Sequence[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{label['label']} {label['score']:.2f}" for label in found if label["kind"] != "missed")
+    predicted = [f"{label['label']} {label['score']:.2f}" for label in example["top"] if label["kind"] != "missed"]
+    return [example["id"], photo, ", ".join(example["targets"]), ", ".join(predicted)]

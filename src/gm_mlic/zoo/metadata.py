@@ -181,21 +181,18 @@ class ModelMetadata:
         The files of a :class:`~gm_mlic.detection.LookupExtractor` may be others than in training, with other photos.
         Whether they are of the same detector cannot be told; only the name and the length of features are compared.
         """
-        if not isinstance(extractor, LookupExtractor) or extractor.name != self.detector:
-            return self.check_detector(extractor.name, extractor.fingerprint, path)
-        expected = self.model.get("instance_dim", extractor.feature_dim)
-        if extractor.feature_dim != expected:
-            raise WeightsError(
-                f"{path}: trained on features of length {expected}, the precomputed ones have length "
-                f"{extractor.feature_dim}: use files of the same detector."
-            )
-
-    def check_detector(self, name: str, fingerprint: str, path: Path) -> None:
-        """Raise :class:`WeightsError` unless the model was trained with this extractor."""
-        if fingerprint != self.detector_fingerprint:
+        if isinstance(extractor, LookupExtractor) and extractor.name == self.detector:
+            expected = self.model.get("instance_dim", extractor.feature_dim)
+            if extractor.feature_dim != expected:
+                raise WeightsError(
+                    f"{path}: trained on features of length {expected}, the precomputed ones have length "
+                    f"{extractor.feature_dim}: use files of the same detector."
+                )
+        elif extractor.fingerprint != self.detector_fingerprint:
             raise WeightsError(
                 f"{path}: trained with detector {self.detector} ({self.detector_fingerprint[:8]}), got "
-                f"{name} ({fingerprint[:8]}): use the detector, weights and settings it was trained with."
+                f"{extractor.name} ({extractor.fingerprint[:8]}): use the detector, weights and settings it was "
+                "trained with."
             )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
@@ -92,6 +92,12 @@ class Prediction:
         instance = int(self.match_logits[:, c].argmax())
         x1, y1, x2, y2 = map(float, self.boxes[instance])
         return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), instance)
+
+
+class _Detected(NamedTuple):
+    photo: Photo
+    image: Image.Image
+    instances: Instances
 
 
 class Predictor:
@@ -263,13 +269,12 @@ class Predictor:
         label_cache = None
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
-            read = [(photo, image) for photo in batch if (image := self._read(photo, skipped)) is not None]
-            read, found = self._detected(read, skipped)
-            if not read:
+            detected = self._detect(batch, skipped)
+            if not detected:
                 continue
             if label_cache is None:
-                label_cache = self._precomputed(found)
-            yield from self._predict(read, found, label_cache)
+                label_cache = self._precompute_labels(detected[0].instances)
+            yield from self._predict(detected, label_cache)
 
     @torch.no_grad()
     def assignment_graph(self, photo: Photo) -> HeteroData:
@@ -278,76 +283,60 @@ class Predictor:
         Raises:
             UnreadableImage: if the photo cannot be read.
         """
-        image = self._read(photo, None)
-        assert image is not None
-        _, (instances,) = self._detected([(photo, image)], None)
-        return self._to_graph(instances)
-
-    @staticmethod
-    def _read(photo: Photo, skipped: dict[str, str] | None) -> Image.Image | None:
-        if isinstance(photo, Image.Image):
-            return photo.convert("RGB")
-        try:
-            return read_image(photo)
-        except UnreadableImage as error:
-            if skipped is None:
-                raise
-            skipped[str(photo)] = str(error)
-            return None
+        (detected,) = self._detect([photo], None)
+        return self._to_graph(detected.instances)
 
     @torch.no_grad()
-    def _detected(
-        self, read: list[tuple[Photo, Image.Image]], skipped: dict[str, str] | None
-    ) -> tuple[list[tuple[Photo, Image.Image]], list[Instances]]:
-        """Photos with instances, and their instances."""
+    def _detect(self, photos: Sequence[Photo], skipped: dict[str, str] | None) -> list[_Detected]:
+        """Instances of the photos that are readable and have any."""
+        read: list[tuple[Photo, Image.Image]] = []
+        for photo in photos:
+            try:
+                read.append((photo, photo.convert("RGB") if isinstance(photo, Image.Image) else read_image(photo)))
+            except UnreadableImage as error:
+                if skipped is None:
+                    raise
+                skipped[str(photo)] = str(error)
         m = self.graph.m
         assert m is not None
-        if isinstance(self.extractor, LookupExtractor):
-            return self._looked_up(self.extractor, read, skipped)
-        if not read:
-            return [], []
-        return read, [instances.top(m) for instances in self.extractor([to_tensor(image) for _, image in read], m)]
-
-    def _looked_up(
-        self, extractor: LookupExtractor, read: list[tuple[Photo, Image.Image]], skipped: dict[str, str] | None
-    ) -> tuple[list[tuple[Photo, Image.Image]], list[Instances]]:
-        """Photos with looked-up instances, and these; photos are named by their path."""
-        m = self.graph.m
-        assert m is not None
+        if not isinstance(self.extractor, LookupExtractor):
+            found = self.extractor([to_tensor(image) for _, image in read], m) if read else []
+            return [_Detected(*item, instances.top(m)) for item, instances in zip(read, found, strict=True)]
         names = [str(getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo) for photo, _ in read]
         if "" in names:
             raise ConfigError(
                 f"The detector {self.detector.name} looks instances up by the name of a photo, which an open image "
                 "does not have: give the path of the file."
             )
-        kept: list[tuple[Photo, Image.Image]] = []
-        found: list[Instances] = []
-        for item, name, instances in zip(
-            read, names, extractor.look_up(names, [image.size for _, image in read], m), strict=True
-        ):
+        looked_up = self.extractor.look_up(names, [image.size for _, image in read], m)
+        self.extractor.log_corrections()
+        detected = []
+        for name, item, instances in zip(names, read, looked_up, strict=True):
             if not isinstance(instances, str):
-                kept.append(item)
-                found.append(instances)
+                detected.append(_Detected(*item, instances))
             elif skipped is None:
                 raise DataError(f"{instances}: add it there, or leave the photo out.")
             else:
                 skipped[name] = instances
-        extractor.log_corrections()
-        return kept, found
+        return detected
 
     @torch.no_grad()
-    def _precomputed(self, found: list[Instances]) -> LabelCache | None:
+    def _precompute_labels(self, instances: Instances) -> LabelCache | None:
         if self.metadata.graph["layout"] == "sparse" or not isinstance(self.model, GMMLIC):
             return None
-        return self.model.precompute_labels(collate_instances(found[:1], self.graph, self.device))
+        return self.model.precompute_labels(collate_instances([instances], self.graph, self.device))
 
     @torch.no_grad()
-    def _predict(
-        self, read: list[tuple[Photo, Image.Image]], found: list[Instances], label_cache: LabelCache | None
-    ) -> Iterator[Prediction]:
-        logits, match_logits = self._scored(found, label_cache)
-        probabilities = torch.sigmoid(logits.float()).cpu().numpy()
-        for (photo, image), instances, p, matrix in zip(read, found, probabilities, match_logits, strict=True):
+    def _predict(self, detected: list[_Detected], label_cache: LabelCache | None) -> Iterator[Prediction]:
+        found = [instances for _, _, instances in detected]
+        if self.metadata.graph["layout"] == "sparse":
+            output = self.model(Batch.from_data_list([self._to_graph(instances) for instances in found]))
+        else:
+            batch = collate_instances(found, self.graph, self.device)
+            output = self.model(batch) if label_cache is None else self.model(batch, label_cache)
+        probabilities = torch.sigmoid(output.logits.float()).cpu().numpy()
+        match_logits = output.match_logits.float().cpu().numpy()
+        for (photo, image, instances), p, matrix in zip(detected, probabilities, match_logits, strict=True):
             scale = torch.tensor([image.width, image.height] * 2)
             names = [self.extractor.labels[i] if i >= 0 else None for i in instances.detected_labels.tolist()]
             yield Prediction(
@@ -355,22 +344,11 @@ class Predictor:
                 image.size,
                 self.metadata.labels,
                 p,
-                matrix.numpy(),
+                matrix[: len(instances)],
                 (instances.boxes.cpu() * scale).numpy(),
                 instances.scores.cpu().numpy(),
                 tuple(names),
             )
-
-    def _scored(self, found: list[Instances], label_cache: LabelCache | None) -> tuple[Tensor, list[Tensor]]:
-        """Label logits (B, C), and for each image its match logits (M, C)."""
-        counts = [len(instances) for instances in found]
-        if self.metadata.graph["layout"] == "sparse":
-            output = self.model(Batch.from_data_list([self._to_graph(instances) for instances in found]))
-        else:
-            batch = collate_instances(found, self.graph, self.device)
-            output = self.model(batch) if label_cache is None else self.model(batch, label_cache)
-        matrix = output.match_logits.float().cpu()
-        return output.logits, [matrix[i, :count] for i, count in enumerate(counts)]
 
     def _to_graph(self, instances: Instances) -> HeteroData:
         graph: HeteroData = self.graph(to_hetero_data(instances).to("cpu"))

@@ -33,7 +33,7 @@ from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtrac
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.io import first_line, write_file
 from gm_mlic.registry import MODELS
-from gm_mlic.zoo.metadata import ModelMetadata
+from gm_mlic.zoo.metadata import ModelMetadata, load_weights
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
@@ -167,13 +167,7 @@ def create_model(name: str, pretrained: bool | str | Path = False, **overrides: 
     if not overrides:
         return trained
     model: nn.Module = MODELS.build(**{**metadata.model, **overrides})
-    try:
-        model.load_state_dict(trained.state_dict())
-    except RuntimeError as error:
-        mismatch = str(error).splitlines()[1].strip()
-        raise WeightsError(
-            f"{folder}: the weights do not fit {name} with these settings ({mismatch[:200]})."
-        ) from error
+    load_weights(model, {"state_dict": trained.state_dict()}, folder, prefix="")
     return model
 
 
