@@ -411,7 +411,7 @@ def test_together_returns_the_complete_store(dataset, tmp_path, undisturbed, lat
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
 
-def test_batches_of_a_dead_process_are_taken_over(dataset, tmp_path, undisturbed):
+def test_blocks_of_a_dead_process_are_taken_over(dataset, tmp_path, undisturbed):
     path, begun, over = tmp_path / "store", tmp_path / "begun", tmp_path / "over"
 
     class Dies(PixelExtractor):

@@ -157,13 +157,14 @@ def _extract(
     waited = False
     with Progress(f"{job.dataset}/{job.split}", "images", total, done, log, progress) as bar:
         while missing:
-            bar.advance(total - writer.count(missing) - bar.done)
             before = bar.done
             with contextlib.closing(read_batches(images, writer.claim(missing), num_workers)) as batches:
                 for rows, views in batches:
                     writer.add(rows, _instances(extractor, [job.ids[row] for row in rows], views, job))
                     bar.advance(len(rows))
             missing = writer.missing(blocks)
+            if by_others := total - writer.count(missing) - bar.done:
+                bar.advance(by_others)
             if missing and bar.done == before:
                 if not waited:
                     log.warning("Waiting for other processes that are extracting %s.", writer.path)

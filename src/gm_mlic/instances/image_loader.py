@@ -84,8 +84,9 @@ class Decoder:
         return f"Image {image} {CRASHES} (exit code {code}): save it again or remove it."
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. It may not see the end of the pipe, of which later processes have copies."""
         self.pipe.close()
+        self.process.kill()
         self.process.join()
 
 

@@ -90,11 +90,11 @@ class BlockArray:
         first, *rest = key if isinstance(key, tuple) else (key,)
         rows, B = self._rows[first], len(self.blocks[0])
         if rows.ndim == 0 or len(rows) == 0:
-            block = int(rows) // B if rows.ndim == 0 else 0
-            return np.asarray(self.blocks[block][tuple([rows % B, *rest])])
+            index = (rows % B, *rest)
+            return np.asarray(self.blocks[int(rows) // B if rows.ndim == 0 else 0][index])
         each = [np.asarray(i).tolist() if np.ndim(i) else [i] * len(rows) for i in rest]
-        indices = zip((rows // B).tolist(), (rows % B).tolist(), *each, strict=True)
-        return np.stack([self.blocks[block][tuple(index)] for block, *index in indices])
+        keys = zip([slice(row, row + 1) for row in (rows % B).tolist()], *each, strict=True)
+        return np.concatenate([self.blocks[block][key] for block, key in zip((rows // B).tolist(), keys, strict=True)])
 
 
 class InstanceStore:
