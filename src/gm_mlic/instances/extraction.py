@@ -90,9 +90,8 @@ def extract(
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
     if isinstance(extractor, LookupExtractor):
         if views:
-            raise ArgumentError(
-                "views", f"is {views}: instances of augmented views cannot be looked up in files. Set it to 0."
-            )
+            problem = f"is {views}: instances of augmented views cannot be looked up in files. Set it to 0."
+            raise ArgumentError("views", problem)
         extractor.check_ids(dataset.ids)
     store: InstanceStore | None
     if (path / MANIFEST).is_file() and not overwrite:
@@ -126,16 +125,11 @@ def extract(
         log.info("Shard %d of %d of %s is done; images are pending in other shards.", index, shards, path)
         return None
     store.check(dataset, extractor, m=m, views=views, view_size=view_size, view_seed=view_seed)
-    skipped = store.manifest.skipped
-    if skipped:
+    if reasons := list(store.manifest.skipped.values()):
         log.warning(
             "%d of %d images are unreadable and have no instances in %s (see its manifest.json): %s%s",
-            len(skipped),
-            len(store),
-            path,
-            "; ".join(list(skipped.values())[:3]),
-            "; ..." if len(skipped) > 3 else "",
-        )
+            len(reasons), len(store), path, "; ".join(reasons[:3]), "; ..." if len(reasons) > 3 else "",
+        )  # fmt: skip
     return store
 
 

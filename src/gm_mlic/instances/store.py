@@ -46,7 +46,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
@@ -282,7 +282,7 @@ def read_tensors(file: Path, specs: Specs) -> tuple[dict[str, np.ndarray], dict[
             metadata = content.metadata() or {}
     except FileNotFoundError as error:
         raise StoreError(f"The store {file.parent} lacks {file.name}: {AGAIN}.") from error
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise StoreError(f"The file {file} is damaged ({first_line(error)}): {AGAIN}.") from error
     found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
     if found != specs:

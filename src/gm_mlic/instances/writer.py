@@ -46,6 +46,7 @@ class StoreWriter:
     def __init__(self, path: Path, job: Manifest) -> None:
         self.path, self.partial, self.job = path, partial_path(path), job
         self.blocks = job.blocks()
+        self._json = job.to_json().encode()
         self._guard = FileLock(path.with_name(f".{path.name}.lock"))
         self._claimed: dict[int, FileLock] = {}
         self._tensors: dict[str, np.ndarray] = {}
@@ -222,14 +223,14 @@ class StoreWriter:
         arrays = {"targets": dataset.targets, "difficult": dataset.difficult}
         content = save({name: np.ascontiguousarray(arrays[name], dtype) for name, (_, dtype) in specs.items()})
         write_file(self.partial / TARGETS, content)
-        write_file(self.partial / MANIFEST, self.job.to_json())
+        write_file(self.partial / MANIFEST, self._json)
 
     def _difference(self) -> str | None:
         """The difference between the partial store and the job; None if there is none."""
-        if not (self.partial / MANIFEST).is_file():
-            return "it has no manifest"
+        if (file := self.partial / MANIFEST).is_file() and file.read_bytes() == self._json:
+            return None
         try:
-            return next(Manifest.read(self.partial / MANIFEST).differences(self.job), None)
+            return next(Manifest.read(file).differences(self.job), None)
         except StoreError as error:
             return str(error)
 
