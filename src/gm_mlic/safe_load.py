@@ -50,18 +50,6 @@ def load_arrays(path: str | Path, names: Collection[str] | None = None) -> dict[
             return {name: content[name] for name in content.files if names is None or name in names}
 
 
-def map_array(path: str | Path) -> np.memmap[Any, Any]:
-    """Memory-map an ``.npy`` file, read-only.
-
-    Raises:
-        ValueError: if it is not such a file or is truncated. The message is one line.
-        OSError: if it cannot be opened.
-    """
-    with _opened(path):
-        array: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return array
-
-
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[None]:
     """Context manager that converts parser errors (numpy, zipfile, torch) to ValueError."""

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import pytest
 import torch
 from fake_stages import Files, PixelExtractor
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import ConfigError, StoreError
@@ -79,16 +80,72 @@ def test_slicing_equals_extraction_with_smaller_m(made, tmp_path, m):
             assert torch.equal(ours.features, theirs.features)
 
 
-def test_arrays_are_read_only_maps(made):
+def test_arrays_are_read_only(made):
     store = made[2]
     for name in ("features", "boxes", "scores", "detected_labels", "counts", "targets", "difficult"):
-        array = getattr(store, name)
-        assert isinstance(array, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
+            getattr(store, name)[0][...] = 0
     before = store.features[0, 0, 0].copy()
     store.instances(0).features.zero_()
     assert np.array_equal(store.features[0, 0, 0], before)
+
+
+def test_blocks_are_memory_mapped_without_open_files(made):
+    """A store of many blocks stays below the limit of open files."""
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else pytest.skip("no /proc")
+    stores = [InstanceStore.open(made[2].path) for _ in range(50)]
+    assert sum(store.scores[20, 0, 0] > 0 for store in stores) == 50
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert str(made[2].path / "block-00005.safetensors") in Path("/proc/self/maps").read_text()
+
+
+ROWS = np.array([20, 3, 3, 0, 7])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        0,
+        -1,
+        np.int64(7),
+        (20, 2),
+        (5, 1, slice(None, 3)),
+        slice(None),
+        slice(3, 18, 4),
+        (slice(None), 0),
+        (slice(None), slice(None, 2)),
+        ROWS,
+        ROWS.tolist(),
+        ROWS[:0],
+        (ROWS, 0),
+        (ROWS, slice(None, 1)),
+        (ROWS, 1, slice(None, 4)),
+        (ROWS, np.array([0, 2, 1, 0, 2]), slice(None, 4)),
+        (ROWS, 0, np.array([0, 1, 2, 3, 4])),
+        (ROWS[:0], ROWS[:0], slice(None, 4)),
+        np.arange(21) % 5 == 0,
+        (np.zeros(21, bool), 0),
+    ],
+    ids=str,
+)
+def test_blocks_are_indexed_as_one_array(made, key):
+    store = made[2]
+    assert len(store.manifest.blocks()) == 6
+    for array in (store.features, store.boxes, store.scores, store.detected_labels):
+        whole = np.asarray(array)
+        assert isinstance(whole, np.ndarray)
+        assert (array.shape, array.dtype, len(array)) == (whole.shape, whole.dtype, 21)
+        found = array[key]
+        assert found.dtype == whole.dtype
+        assert np.array_equal(found, whole[key])
+
+
+@pytest.mark.parametrize(
+    ("key", "error"), [(21, IndexError), ((ROWS, np.array([0, 1])), ValueError), ([0, 30], IndexError)]
+)
+def test_wrong_indices_raise(made, key, error):
+    with pytest.raises(error):
+        made[2].features[key]
 
 
 def test_pickles_by_path(made):
@@ -110,8 +167,19 @@ def test_manifest_content(made):
     assert manifest["detector_fingerprint"] == extractor.fingerprint
     assert (manifest["m"], manifest["views"], manifest["view_size"], manifest["feature_dim"]) == (8, 2, 32, 6)
     assert set(manifest["versions"]) == {"gm_mlic", "torch", "torchvision", "numpy"}
-    assert manifest["arrays"]["features"]["shape"] == [21, 3, 8, 6]
-    assert manifest["arrays"]["features"]["dtype"] == "<f2"
+    files = [f"block-0000{i}.safetensors" for i in range(6)]
+    assert list(manifest["files"]) == ["targets.safetensors", *files]
+    assert sorted(file.name for file in store.path.iterdir()) == [*files, "manifest.json", "targets.safetensors"]
+    for name, checksum in manifest["files"].items():
+        assert hashlib.sha256((store.path / name).read_bytes()).hexdigest() == checksum
+    block = load_file(store.path / files[-1])
+    assert {name: (tensor.shape, str(tensor.dtype)) for name, tensor in block.items()} == {
+        "features": ((1, 3, 8, 6), "float16"),
+        "boxes": ((1, 3, 8, 4), "float32"),
+        "scores": ((1, 3, 8), "float32"),
+        "detected_labels": ((1, 3, 8), "int32"),
+        "counts": ((1, 3), "int32"),
+    }
     assert str(store.path.parent) not in json.dumps(manifest)
 
 
@@ -144,12 +212,12 @@ def test_check_reports_stored_and_requested_values(made, tmp_path):
     assert "targets" in refusal(dataset=Files(dataset.root, seed=1))
     renamed = Files(dataset.root)
     renamed.split = "val"
-    assert re.search("files, split train.*files, split val", refusal(dataset=renamed))
+    assert "split=train, requested: split=val" in refusal(dataset=renamed)
     message = refusal(m=35)
     assert "m=8" in message
     assert "`m=35`" in message
     message = refusal(views=5)
-    assert "2 augmented" in message
+    assert "views=2" in message
     assert "`views=5`" in message
     assert "view_seed=0, requested: view_seed=9" in refusal(views=1, view_seed=9)
 
@@ -177,38 +245,48 @@ def test_missing_store_names_the_command(tmp_path):
         InstanceStore.open(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["features", "boxes", "scores", "detected_labels", "counts", "targets", "difficult"])
-@pytest.mark.parametrize("damage", ["shorter", "empty", "longer", "missing", "header", "shape"])
-def test_damaged_array_is_named(made, tmp_path, name, damage):
+FILES = ["block-00000.safetensors", "block-00005.safetensors", "targets.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["shorter", "empty", "longer", "missing", "header", "shape", "dtype", "another"])
+def test_damaged_file_is_named(made, tmp_path, name, damage):
     path = copy(made[2], tmp_path / "damaged")
-    file = path / f"{name}.npy"
-    data = file.read_bytes()
+    file = path / name
+    data, tensors = file.read_bytes(), load_file(file)
     if damage == "missing":
         file.unlink()
     elif damage == "shape":
-        np.save(file, np.zeros((2, 2), np.float32))
+        save_file({key: tensor[:-1] for key, tensor in tensors.items()}, file)
+    elif damage == "dtype":
+        save_file({key: tensor.astype(np.float64) for key, tensor in tensors.items()}, file)
+    elif damage == "another":
+        save_file({"weight": np.zeros(3, np.float32)}, file)
     else:
         file.write_bytes(
             {"shorter": data[:-1], "empty": b"", "longer": data + b"x", "header": b"junk" + data[4:]}[damage]
         )
-    with pytest.raises(StoreError, match=rf"{name}\.npy.*`overwrite=True`"):
+    with pytest.raises(StoreError, match=rf"{name}.*`overwrite=True`") as caught:
         InstanceStore.open(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_pickled_objects_are_never_loaded(made, tmp_path):
     path = copy(made[2], tmp_path / "evil")
-    np.save(path / "counts.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    with pytest.raises(StoreError, match=r"counts\.npy"):
+    torch.save({"counts": torch.zeros(4, 3)}, path / FILES[0])
+    with pytest.raises(StoreError, match=FILES[0]):
         InstanceStore.open(path)
 
 
-def test_verify_detects_a_changed_byte(made, tmp_path):
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("at", [0.3, 0.6, 1.0])
+def test_verify_detects_a_changed_byte(made, tmp_path, name, at):
     path = copy(made[2], tmp_path / "flipped")
     InstanceStore.open(path).verify()
-    data = bytearray((path / "scores.npy").read_bytes())
-    data[-1] ^= 1
-    (path / "scores.npy").write_bytes(data)
-    with pytest.raises(StoreError, match=r"scores\.npy"):
+    data = bytearray((path / name).read_bytes())
+    data[int(at * (len(data) - 1))] ^= 1
+    (path / name).write_bytes(data)
+    with pytest.raises(StoreError, match=name):
         InstanceStore.open(path).verify()
 
 
@@ -230,9 +308,11 @@ def _without(values, name):
         lambda v: json.dumps(v | {"ids": v["ids"][:-1]}),
         lambda v: json.dumps(v | {"m": "8"}),
         lambda v: json.dumps(v | {"m": 7}),
-        lambda v: json.dumps(v | {"dtype": "float99"}),
         lambda v: json.dumps(v | {"views": None}),
-        lambda v: json.dumps(v | {"arrays": {}}),
+        lambda v: json.dumps(v | {"files": {}}),
+        lambda v: json.dumps(v | {"files": v["files"] | {"block-00006.safetensors": "0"}}),
+        lambda v: json.dumps(v | {"labels": [1, 2, 3]}),
+        lambda v: json.dumps(v | {"batch_size": 0}),
         lambda v: json.dumps(v | {"extra": 1}),
     ],
 )

@@ -368,8 +368,8 @@ def test_a_damaged_best_checkpoint_is_rejected(run_config: Config, tmp_path: Pat
 def test_a_damaged_store_is_rejected(run_config: Config, tmp_path: Path):
     stores = f"instances.path={tmp_path}/stores"
     run.train(run_config(stores))
-    damage(tmp_path / "stores/val/features.npy", 0.7)
-    with pytest.raises(StoreError, match=r"features\.npy is damaged .*instances\.overwrite=true"):
+    damage(tmp_path / "stores/val/block-00000.safetensors", 0.7)
+    with pytest.raises(StoreError, match=r"block-00000\.safetensors is damaged .*instances\.overwrite=true"):
         run.train(run_config(stores, "overwrite=true"))
 
 

@@ -27,7 +27,7 @@ from gm_mlic.detection import InstanceExtractor
 from gm_mlic.device import resolve_device
 from gm_mlic.errors import DataError, UnreadableImage, config_keys
 from gm_mlic.graphs import AssignmentGraph
-from gm_mlic.instances.store import Manifest
+from gm_mlic.instances import Manifest
 from gm_mlic.optim import build_optimizer
 from gm_mlic.registry import MODELS
 from gm_mlic.reporting.tables import text_table
@@ -158,7 +158,7 @@ def _sizes(config: DictConfig) -> Sizes:
 
 
 def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int) -> int:
-    """Bytes of a store: its arrays, and 40 per image name in the manifest."""
+    """Bytes of a store: its tensors, and 40 per image name in the manifest."""
     images, views = sizes.images[split], config.instances.num_augmentations if split == "train" else 0
     names: Any = dict.fromkeys(("dataset", "split", "dataset_fingerprint", "detector", "detector_fingerprint"), "")
     manifest = Manifest(
@@ -166,7 +166,7 @@ def _store_bytes(config: DictConfig, sizes: Sizes, split: str, feature_dim: int)
         difficult=sizes.dataset is not None and sizes.dataset.difficult is not None,
         m=build.stored_instances(config, split), views=views, view_size=None, view_seed=None, batch_size=1, versions={},
     )  # fmt: skip
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in manifest.specs().values()) + 40 * images
+    return manifest.num_bytes() + 40 * images
 
 
 def _measure(config: DictConfig, sizes: Sizes, device: str) -> Probe:

@@ -22,10 +22,10 @@ from gm_mlic.targets import normalize_targets
 class InstanceArrays(Protocol):
     """The arrays of an instance store that graphs are built from (see :class:`gm_mlic.instances.InstanceStore`)."""
 
-    features: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    detected_labels: np.ndarray
+    features: Any  # this and the next three: arrays, or blocks that are indexed as arrays
+    boxes: Any
+    scores: Any
+    detected_labels: Any
     counts: np.ndarray
     targets: np.ndarray
     difficult: np.ndarray | None

@@ -1,24 +1,36 @@
-"""Instance store: memory-mapped instances of every image of a split, with a manifest.
+"""Instance store: memory-mapped instances of every image of a split, in blocks of images, with a manifest.
 
-A store is a folder. Shapes: N images, V = 1 + r views per image (view 0 is the original, views 1 to r are augmented),
-m instance slots, D features, C labels. Instances are sorted by descending confidence. Unused slots are zero, with
-detected label -1.
+A store is a folder:
 
-=================== ============ ======= =========================================================
-file                shape        dtype   content
-=================== ============ ======= =========================================================
-manifest.json                            :class:`Manifest`; written last, marks the store complete
-features.npy        (N, V, m, D) float16 f of eq. 1
-boxes.npy           (N, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
-scores.npy          (N, V, m)    float32 confidences in [0, 1]
-detected_labels.npy (N, V, m)    int32   index into the manifest's ``detector_labels``; -1 for none
-counts.npy          (N, V)       int32   number of used slots; 0 only for unreadable images
-targets.npy         (N, C)       int8    1 present, 0 absent
-difficult.npy       (N, C)       bool    mask of difficult labels; only if the dataset has one
-=================== ============ ======= =========================================================
+========================= ===========================================================================
+file                      content
+========================= ===========================================================================
+block-00000.safetensors,  instances of the first B images, of the next B, ...; the last block can have
+block-00001.safetensors,  fewer. Metadata ``skipped``: JSON, the reason for each unreadable image
+...
+targets.safetensors       labels of all images
+manifest.json             :class:`Manifest`, with the SHA-256 of all other files
+========================= ===========================================================================
 
-The first m' slots equal an extraction with m = m', so that sweeps over m slice one store. An incomplete store is the
-folder ``<path>.partial`` (:mod:`gm_mlic.instances.writer`).
+Shapes: N images, B of them in a block (:attr:`Manifest.block_size`), V = 1 + r views per image
+(view 0 is the original, views 1 to r are augmented), m instance slots, D features, C labels. Instances are sorted by
+descending confidence. Unused slots are zero, with detected label -1. The first m' slots
+equal an extraction with m = m', so that sweeps over m slice one store.
+
+=============== ============ ======= =========================================================
+tensor          shape        dtype   content
+=============== ============ ======= =========================================================
+features        (B, V, m, D) float16 f of eq. 1
+boxes           (B, V, m, 4) float32 B of eq. 1: x1, y1, x2, y2 divided by image width and height
+scores          (B, V, m)    float32 confidences in [0, 1]
+detected_labels (B, V, m)    int32   index into the manifest's ``detector_labels``; -1 for none
+counts          (B, V)       int32   number of used slots; 0 only for unreadable images
+targets         (N, C)       int8    1 present, 0 absent
+difficult       (N, C)       bool    mask of difficult labels; only if the dataset has one
+=============== ============ ======= =========================================================
+
+An incomplete store is the folder ``<path>.partial`` with the same files, some blocks missing
+(:mod:`gm_mlic.instances.writer`).
 """
 
 from __future__ import annotations
@@ -28,216 +40,90 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
-from gm_mlic.errors import ArgumentError, StoreError
-from gm_mlic.safe_load import map_array
+from gm_mlic.errors import StoreError, check_positive
+from gm_mlic.instances.manifest import AGAIN, MANIFEST, TARGETS, Manifest, Specs, block_name, job_fields
+from gm_mlic.io import first_line
 
 log = logging.getLogger(__name__)
 
 #: Stores up to this size are verified each time, in about a second.
 _SMALL_BYTES = 1 << 30
-FORMAT = 2
-MANIFEST = "manifest.json"
 REMEDY = "set `overwrite=True` to replace it, or another `path` to keep both"
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Metadata of a store. It has no times or host names: equal jobs write equal bytes.
+class BlockArray:
+    """Read-only array (N, ...) in blocks of rows, which is indexed as an :class:`numpy.ndarray`.
+
+    The index of the rows is an integer, a slice, or a list or array of integers or booleans. Indices of the other
+    dimensions are integers, slices, or arrays with a value for each row. The result is a copy; of one row, a view.
+
+    Args:
+        blocks: arrays (B, ...); the last one may have fewer rows.
 
     Attributes:
-        dataset, split, dataset_fingerprint: of the :class:`~gm_mlic.datasets.MultiLabelDataset`.
-        ids, labels: its N image ids and C label names, in the order of the arrays.
-        difficult: whether it has a mask of difficult labels.
-        detector, detector_fingerprint, detector_labels, feature_dim: of the extractor.
-        m: instance slots per view.
-        views: r, augmented views per image; the arrays have V = 1 + r views.
-        view_size, view_seed: size in pixels and seed of the augmented views; None without them.
-        batch_size: images per call of the extractor (padding within a batch can change the last bits).
-        versions: of gm_mlic, torch, torchvision and numpy.
-        skipped: reason by id, for unreadable images.
-        arrays: ``{"shape", "dtype", "sha256"}`` by array name.
+        shape, dtype: as of an array.
     """
 
-    dataset: str
-    split: str
-    dataset_fingerprint: str
-    ids: tuple[str, ...]
-    labels: tuple[str, ...]
-    difficult: bool
-    detector: str
-    detector_fingerprint: str
-    detector_labels: tuple[str, ...]
-    feature_dim: int
-    m: int
-    views: int
-    view_size: int | None
-    view_seed: int | None
-    batch_size: int
-    versions: dict[str, str]
-    dtype: str = "float16"
-    skipped: dict[str, str] = field(default_factory=dict)
-    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
-    format: int = FORMAT
+    def __init__(self, blocks: Sequence[np.ndarray]) -> None:
+        self.blocks = blocks
+        self.shape: tuple[int, ...] = (sum(map(len, blocks)), *blocks[0].shape[1:])
+        self.dtype = blocks[0].dtype
+        self._rows = np.arange(len(self))
 
-    def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and dtype (little-endian) of each array."""
-        slots = (len(self.ids), 1 + self.views, self.m)
-        pairs = (len(self.ids), len(self.labels))
-        return {
-            "features": ((*slots, self.feature_dim), np.dtype(self.dtype).newbyteorder("<")),
-            "boxes": ((*slots, 4), np.dtype("<f4")),
-            "scores": (slots, np.dtype("<f4")),
-            "detected_labels": (slots, np.dtype("<i4")),
-            "counts": (slots[:2], np.dtype("<i4")),
-            "targets": (pairs, np.dtype("i1")),
-        } | ({"difficult": (pairs, np.dtype("?"))} if self.difficult else {})
+    def __len__(self) -> int:
+        return self.shape[0]
 
-    def to_json(self) -> str:
-        """Serialize to ``manifest.json``; equal manifests give equal text."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.blocks, dtype=dtype)
 
-    @classmethod
-    def read(cls, file: Path) -> Manifest:
-        """Read a manifest.
-
-        Raises:
-            StoreError: if it cannot be read, is not a manifest, or has another format version.
-        """
-        damaged = f"The manifest {file} is damaged"
-        remedy = "extract again with `overwrite=True`"
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StoreError(f"Cannot read the manifest {file}: {error.strerror}.") from error
-        except ValueError as error:
-            raise StoreError(f"{damaged} ({error}): {remedy}.") from error
-        if not isinstance(values, dict):
-            raise StoreError(f"{damaged} (not a JSON object): {remedy}.")
-        if values.get("format") != FORMAT:
-            raise StoreError(
-                f"The store {file.parent} has format {values.get('format')!r}, this version of gm-mlic reads format "
-                f"{FORMAT}: {remedy}, or use the version that wrote it."
-            )
-        for spec in dataclasses.fields(cls):
-            value = values.get(spec.name)
-            kind: Any = {"int": int, "str": str, "bool": bool, "int | None": (int, type(None))}.get(
-                str(spec.type), dict
-            )
-            if str(spec.type).startswith("tuple"):
-                kind = list
-            if spec.name not in values or not isinstance(value, kind):
-                raise StoreError(f"{damaged} (field {spec.name!r} is missing or malformed): {remedy}.")
-            if kind is list:
-                values[spec.name] = tuple(map(str, values[spec.name]))
-        try:
-            manifest = cls(**values)
-            manifest.specs()
-        except TypeError as error:
-            raise StoreError(f"{damaged} ({error}): {remedy}.") from error
-        return manifest
-
-
-def dataset_fields(dataset: MultiLabelDataset) -> dict[str, Any]:
-    """Fields of :class:`Manifest` from a dataset."""
-    return {
-        "dataset": dataset.name,
-        "split": dataset.split,
-        "dataset_fingerprint": dataset.fingerprint,
-        "ids": tuple(dataset.ids),
-        "labels": tuple(dataset.labels),
-        "difficult": dataset.difficult is not None,
-    }
-
-
-def extractor_fields(extractor: InstanceExtractor) -> dict[str, Any]:
-    """Fields of :class:`Manifest` from an extractor."""
-    return {
-        "detector": extractor.name,
-        "detector_fingerprint": extractor.fingerprint,
-        "detector_labels": tuple(extractor.labels),
-        "feature_dim": int(extractor.feature_dim),
-    }
-
-
-def differences(stored: Manifest, requested: Manifest) -> Iterator[str]:
-    """Differences between the jobs of two manifests, the most informative first."""
-    if (stored.dataset, stored.split) != (requested.dataset, requested.split):
-        yield (
-            f"it has dataset {stored.dataset}, split {stored.split}; "
-            f"requested: dataset {requested.dataset}, split {requested.split}"
-        )
-    yield from _list_difference("label", stored.labels, requested.labels)
-    yield from _list_difference("image", stored.ids, requested.ids)
-    if stored.dataset_fingerprint != requested.dataset_fingerprint:
-        yield (
-            f"it has other targets (dataset sha {stored.dataset_fingerprint[:8]}) "
-            f"than requested (sha {requested.dataset_fingerprint[:8]})"
-        )
-    if stored.detector != requested.detector or stored.detector_fingerprint != requested.detector_fingerprint:
-        yield (
-            f"it has detector {stored.detector} (sha {stored.detector_fingerprint[:8]}), "
-            f"requested: {requested.detector} (sha {requested.detector_fingerprint[:8]}: weights or settings differ)"
-        )
-    yield from _list_difference("detector label", stored.detector_labels, requested.detector_labels)
-    for name in ("feature_dim", "m", "views", "view_size", "view_seed", "batch_size", "dtype"):
-        if getattr(stored, name) != getattr(requested, name):
-            yield f"it has {name}={getattr(stored, name)}, requested: {name}={getattr(requested, name)}"
-    for name, version in requested.versions.items():
-        if stored.versions.get(name) != version:
-            yield f"it was begun with {name} {stored.versions.get(name)}, installed: {name} {version}"
-
-
-def _list_difference(what: str, stored: Sequence[str], requested: Sequence[str]) -> Iterator[str]:
-    for i, (a, b) in enumerate(zip(stored, requested, strict=False)):
-        if a != b:
-            yield f"its {what} {i} is {a!r}, requested: {b!r}"
-            return
-    if len(stored) != len(requested):
-        yield f"it has {len(stored)} {what}s, requested: {len(requested)}"
+    def __getitem__(self, key: Any) -> np.ndarray:
+        first, *rest = key if isinstance(key, tuple) else (key,)
+        rows, B = self._rows[first], len(self.blocks[0])
+        if rows.ndim == 0 or len(rows) == 0:
+            index = (rows % B, *rest)
+            return np.asarray(self.blocks[int(rows) // B if rows.ndim == 0 else 0][index])
+        each = [np.asarray(i).tolist() if np.ndim(i) else [i] * len(rows) for i in rest]
+        keys = zip([slice(row, row + 1) for row in (rows % B).tolist()], *each, strict=True)
+        return np.concatenate([self.blocks[block][key] for block, key in zip((rows // B).tolist(), keys, strict=True)])
 
 
 class InstanceStore:
     """Complete instance store, opened for reading.
 
-    Opening checks the manifest, and the shape, dtype and length of every array file; :meth:`verify` also compares
+    Opening checks the manifest, and names, shapes and dtypes in all other files; :meth:`verify` also compares
     checksums. Pickling (to DataLoader workers) sends the path, not the arrays.
 
     Attributes:
         path: folder of the store.
         manifest: its metadata.
-        features, boxes, scores, detected_labels, counts, targets: read-only memory maps; see the module docstring.
-        difficult: read-only memory map; None if the dataset has no mask of difficult labels.
+        features, boxes, scores, detected_labels: memory-mapped and read-only; see the module docstring.
+        counts, targets: read-only arrays.
+        difficult: read-only array; None if the dataset has no mask of difficult labels.
         rows: (n,) int64 ascending indices of readable images.
     """
 
-    features: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
-    detected_labels: np.ndarray
-    counts: np.ndarray
-    targets: np.ndarray
-    difficult: np.ndarray | None
-
-    def __init__(self, path: Path, manifest: Manifest, arrays: dict[str, np.ndarray]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self.features = arrays["features"]
-        self.boxes = arrays["boxes"]
-        self.scores = arrays["scores"]
-        self.detected_labels = arrays["detected_labels"]
-        self.counts = arrays["counts"]
-        self.targets = arrays["targets"]
-        self.difficult = arrays.get("difficult")
+        specs = [manifest.block_specs(len(rows)) for rows in manifest.blocks()]
+        blocks = [read_tensors(path / block_name(block), spec)[0] for block, spec in enumerate(specs)]
+        of = {name: [tensors[name] for tensors in blocks] for name in specs[0]}
+        self.features, self.boxes = BlockArray(of["features"]), BlockArray(of["boxes"])
+        self.scores, self.detected_labels = BlockArray(of["scores"]), BlockArray(of["detected_labels"])
+        self.counts = np.concatenate(of["counts"])
+        self.counts.flags.writeable = False
+        targets, _ = read_tensors(path / TARGETS, manifest.target_specs())
+        self.targets, self.difficult = targets["targets"], targets.get("difficult")
         self.rows: np.ndarray = np.flatnonzero(self.counts[:, 0] > 0)
 
     @classmethod
@@ -257,8 +143,9 @@ class InstanceStore:
             what = "is not an instance store (no manifest.json)" if path.exists() else "does not exist"
             raise StoreError(f"The instance store {path} {what}: create it with gm_mlic.extract (or gm-mlic extract).")
         manifest = Manifest.read(path / MANIFEST)
-        arrays = {name: _open_array(path / f"{name}.npy", manifest, name) for name in manifest.specs()}
-        return cls(path, manifest, arrays)
+        if list(manifest.files) != manifest.file_names():
+            raise StoreError(f"The manifest {path / MANIFEST} is damaged (wrong names of files): {AGAIN}.")
+        return cls(path, manifest)
 
     def __len__(self) -> int:
         """N, including unreadable images."""
@@ -320,43 +207,32 @@ class InstanceStore:
 
         Raises:
             StoreError: if it does not match.
-            ConfigError: if ``m`` is less than 1 or ``views`` is negative.
+            ConfigError: if ``m`` is less than 1.
         """
-        stored = self.manifest
-        check_sizes(m=m, views=views)
-        changes: dict[str, Any] = {}
-        if dataset is not None:
-            changes |= dataset_fields(dataset)
-        if extractor is not None:
-            changes |= extractor_fields(extractor)
+        stored, changes = self.manifest, job_fields(dataset, extractor)
         if views and stored.views:
             changes |= {} if view_size is None else {"view_size": view_size}
             changes |= {} if view_seed is None else {"view_seed": view_seed}
-        for difference in differences(stored, dataclasses.replace(stored, **changes)):
+        for difference in stored.differences(dataclasses.replace(stored, **changes)):
             raise StoreError(f"The store {self.path} is of another job: {difference}; {REMEDY}.")
-        if m is not None and m > stored.m:
-            raise StoreError(
-                f"The store {self.path} has m={stored.m} instances per image, requested: m={m}: extract again with "
-                f"`m={m}` and `overwrite=True`, or lower `m`."
-            )
-        if views is not None and views > stored.views:
-            raise StoreError(
-                f"The store {self.path} has {stored.views} augmented views, requested: {views}: extract again with "
-                f"`views={views}` and `overwrite=True`, or lower `views`."
-            )
+        check_positive(m=1 if m is None else m)
+        for name, value, most in (("m", m, stored.m), ("views", views, stored.views)):
+            if value is not None and value > most:
+                raise StoreError(
+                    f"The store {self.path} has {name}={most}, requested: {name}={value}: extract again with "
+                    f"`{name}={value}` and `overwrite=True`, or lower `{name}`."
+                )
 
     def verify(self) -> None:
-        """Compare the SHA-256 of every array with the manifest.
+        """Compare the SHA-256 of every file with the manifest.
 
         Raises:
             StoreError: if a file differs.
         """
-        for name, info in self.manifest.arrays.items():
-            file = self.path / f"{name}.npy"
-            if sha256(file) != info.get("sha256"):
+        for name, checksum in self.manifest.files.items():
+            if sha256(self.path / name) != checksum:
                 raise StoreError(
-                    f"The file {file} is damaged (its SHA-256 differs from the manifest): "
-                    "extract again with `overwrite=True`."
+                    f"The file {self.path / name} is damaged (its SHA-256 differs from the manifest): {AGAIN}."
                 )
 
     def verify_once(self) -> None:
@@ -365,33 +241,24 @@ class InstanceStore:
         Raises:
             StoreError: if a file differs.
         """
-        files = [self.path / f"{name}.npy" for name in self.manifest.arrays]
-        stats = [file.stat() for file in files]
-        if sum(s.st_size for s in stats) <= _SMALL_BYTES:
-            self.verify()
-            return
-        state = json.dumps([[file.name, s.st_size, s.st_mtime_ns] for file, s in zip(files, stats, strict=True)])
+        stats = {name: (self.path / name).stat() for name in self.manifest.files}
+        if sum(stat.st_size for stat in stats.values()) <= _SMALL_BYTES:
+            return self.verify()
+        state = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
         stamp = self.path.with_name(f".{self.path.name}.verified")
         with contextlib.suppress(OSError):
             if stamp.read_text() == state:
-                return
+                return None
         log.info("Verifying the instance store %s.", self.path)
         self.verify()
         with contextlib.suppress(OSError):  # without write permission, verify each time
             stamp.write_text(state)
+        return None
 
 
 def partial_path(path: Path) -> Path:
     """Folder of the incomplete store ``path``."""
     return path.with_name(path.name + ".partial")
-
-
-def check_sizes(m: int | None = None, views: int | None = None) -> None:
-    """Raise ConfigError unless ``m`` is at least 1 and ``views`` is not negative."""
-    if m is not None and m < 1:
-        raise ArgumentError("m", f"must be 1 or more, got {m}.")
-    if views is not None and views < 0:
-        raise ArgumentError("views", f"must be 0 or more, got {views}.")
 
 
 def sha256(file: Path) -> str:
@@ -403,22 +270,23 @@ def sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _open_array(file: Path, manifest: Manifest, name: str) -> np.ndarray:
-    shape, dtype = manifest.specs()[name]
-    remedy = "extract again with `overwrite=True`"
-    recorded = manifest.arrays.get(name)
-    if not isinstance(recorded, dict) or recorded.get("shape") != list(shape) or recorded.get("dtype") != dtype.str:
-        raise StoreError(f"The manifest {file.parent / MANIFEST} is damaged (wrong entry of array {name!r}): {remedy}.")
+def read_tensors(file: Path, specs: Specs) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Memory-map a file of tensors, read-only; returns the tensors and the metadata.
+
+    Raises:
+        StoreError: if the file is missing or damaged, or has other tensors.
+    """
     try:
-        array = map_array(file)
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name).numpy() for name in content.keys()}  # noqa: SIM118 - no mapping
+            metadata = content.metadata() or {}
     except FileNotFoundError as error:
-        raise StoreError(f"The store {file.parent} lacks {file.name}: {remedy}.") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"The file {file} is damaged ({error}): {remedy}.") from error
-    if array.shape != shape or array.dtype != dtype:
-        raise StoreError(
-            f"The file {file} is damaged (it has {array.dtype} {array.shape}, the manifest {dtype} {shape}): {remedy}."
-        )
-    if file.stat().st_size != array.offset + array.nbytes:
-        raise StoreError(f"The file {file} is damaged (longer than its header states): {remedy}.")
-    return array
+        raise StoreError(f"The store {file.parent} lacks {file.name}: {AGAIN}.") from error
+    except Exception as error:
+        raise StoreError(f"The file {file} is damaged ({first_line(error)}): {AGAIN}.") from error
+    found = {name: (tensor.shape, tensor.dtype.type) for name, tensor in tensors.items()}
+    if found != specs:
+        raise StoreError(f"The file {file} is damaged (its tensors are not those of the manifest): {AGAIN}.")
+    for tensor in tensors.values():
+        tensor.flags.writeable = False
+    return tensors, metadata

@@ -1,231 +1,161 @@
-"""Writer of an incomplete instance store: the folder ``<path>.partial`` and its journal.
+"""Writer of an incomplete instance store, the folder ``<path>.partial``.
 
-Besides the arrays of :mod:`gm_mlic.instances.store` at full size, the folder contains
+Each block is one file that is written atomically. A block is complete if its file exists; others are extracted again.
+The folder also contains ``block-NNNNN.lock`` for each block that a process is extracting. The system releases these
+locks when a process dies. A lock without a process shows that an image of the block may have crashed it.
 
-- ``partial.json``: the manifest of the job, written after the arrays are allocated;
-- ``state.npy`` (N,) uint8: the journal, one :class:`State` per row, written after the row's data is on disk;
-- ``skipped.jsonl``: reasons of unreadable images;
-- ``shard-I-of-N.lock`` and ``.pid``: running processes (:mod:`gm_mlic.instances.extraction`).
-
-A process can die at any time: rows that are finished in the journal are complete, all others are repeated. Files are
-written with ordinary writes, not through memory maps, where a full disk would end the process with SIGBUS.
+Locks and the folder itself change only under the lock ``.NAME.lock``, next to the store.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
 import errno
-import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
+from safetensors.numpy import save
 
-from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
-from gm_mlic.detection.protocol import InstanceExtractor, Instances
-from gm_mlic.errors import StoreError
-from gm_mlic.instances.store import (
-    MANIFEST,
-    REMEDY,
-    InstanceStore,
-    Manifest,
-    dataset_fields,
-    differences,
-    extractor_fields,
-    partial_path,
-    sha256,
-)
+from gm_mlic.detection.protocol import Instances
+from gm_mlic.errors import DataError, StoreError, UnreadableImage
+from gm_mlic.instances.image_loader import CRASHES
+from gm_mlic.instances.manifest import MANIFEST, TARGETS, Manifest, block_name
+from gm_mlic.instances.store import REMEDY, InstanceStore, partial_path, read_tensors, sha256
 from gm_mlic.io import write_file
 
-_JOB = "partial.json"
-_SKIPPED = "skipped.jsonl"
-_STATE = "state.npy"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# macOS has no fdatasync
-_sync = getattr(os, "fdatasync", os.fsync)
-
-
-class State(enum.IntEnum):
-    """State of a row in the journal."""
-
-    PENDING = 0
-    DONE = 1
-    UNREADABLE = 2
-
-
-def plan(
-    dataset: MultiLabelDataset,
-    extractor: InstanceExtractor,
-    *,
-    m: int,
-    views: int,
-    view_size: int,
-    view_seed: int,
-    batch_size: int,
-) -> Manifest:
-    """Manifest of a new store (without ``skipped`` and checksums)."""
-    return Manifest(
-        **dataset_fields(dataset),
-        **extractor_fields(extractor),
-        m=m,
-        views=views,
-        view_size=view_size if views else None,
-        view_seed=view_seed if views else None,
-        batch_size=batch_size,
-        versions={"gm_mlic": __version__} | {name: version(name) for name in ("torch", "torchvision", "numpy")},
-    )
 
 
 class StoreWriter:
-    """Writer for the rows of one store. Several processes can write different rows.
+    """Writer for the blocks of one store. Several processes can write different blocks.
 
     Attributes:
         path: folder of the complete store.
         partial: folder of the incomplete store.
-        manifest: the job.
+        job: manifest of the store, without ``skipped`` and ``files``.
+        blocks: rows of each block.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
-        self.partial = partial_path(path)
-        self.manifest = manifest
-        self._shapes = {name: spec for name, spec in manifest.specs().items() if name not in ("targets", "difficult")}
-        self._files: dict[str, tuple[io.FileIO, int]] = {}
+    def __init__(self, path: Path, job: Manifest) -> None:
+        self.path, self.partial, self.job = path, partial_path(path), job
+        self.blocks = job.blocks()
+        self._json = job.to_json().encode()
+        self._guard = FileLock(path.with_name(f".{path.name}.lock"))
+        self._claimed: dict[int, FileLock] = {}
+        self._tensors: dict[str, np.ndarray] = {}
+        self._skipped: dict[str, str] = {}
 
-    @classmethod
-    def begin(
-        cls,
-        path: Path,
-        manifest: Manifest,
-        targets: np.ndarray,
-        difficult: np.ndarray | None = None,
-        overwrite: bool = False,
-        in_use: bool = False,
-    ) -> StoreWriter:
-        """Create the partial store of ``path``, or resume an existing one.
-
-        Only one process may call this at a time.
+    def begin(self, dataset: MultiLabelDataset, blocks: Iterable[int], overwrite: bool) -> None:
+        """Create the partial store, or resume an existing one.
 
         Args:
-            path: folder of the complete store.
-            manifest: the job, from :func:`plan`.
-            targets: (N, C) in {0, 1}.
-            difficult: (N, C) bool, or None, consistent with the manifest.
-            overwrite: discard a partial store of another job, and replace a complete one at the end.
-            in_use: another process is writing: discard nothing.
+            dataset: the images and labels.
+            blocks: blocks of this process. Those that are damaged, or have images that can be read now, are removed.
+            overwrite: replace a complete store, and discard a partial store of another job.
 
         Raises:
-            StoreError: if the partial store is of another job, or the disk is full or read-only.
+            StoreError: if ``path`` is something else, the partial store is of another job, or the disk is full or
+                read-only.
         """
-        writer = cls(path, manifest)
-        partial = writer.partial
-        if path.exists() and not (path / MANIFEST).is_file() and not _is_empty_folder(path):
-            raise StoreError(f"{path} exists and is not an instance store: choose another `path`.")
-        stored = None
-        for name in (MANIFEST, _JOB):
-            if (partial / name).is_file():
-                stored = Manifest.read(partial / name)
-                break
-        if stored is not None:
-            difference = next(differences(stored, manifest), None)
-            if difference is None:
-                return writer
-            empty = not (partial / MANIFEST).is_file() and not _states(partial).any()
-            if in_use or not (overwrite or empty):
-                raise StoreError(f"The incomplete store {partial} is of another job: {difference}; {REMEDY}.")
-        with writer.writing():
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-            try:
-                writer._allocate(targets, difficult)
-            except BaseException:
-                # free the disk space
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-        return writer
+        with self._writing():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._guard:
+                complete = (self.path / MANIFEST).is_file()
+                if complete and not overwrite:
+                    return
+                if self.path.exists() and not complete and not (self.path.is_dir() and not any(self.path.iterdir())):
+                    raise StoreError(f"{self.path} exists and is not an instance store: choose another `path`.")
+                if (difference := self._difference()) is not None:
+                    written = any(self.partial.glob("block-*.safetensors"))
+                    claimed = any(map(_is_locked, self.partial.glob("block-*.lock")))
+                    if claimed or (written and not overwrite):
+                        raise StoreError(
+                            f"The incomplete store {self.partial} is of another job: {difference}; {REMEDY}."
+                        )
+                    self._create(dataset)
+                for block in blocks:
+                    if self._file(block).is_file() and not self._is_usable(block, dataset):
+                        self._file(block).unlink()
 
-    def _allocate(self, targets: np.ndarray, difficult: np.ndarray | None) -> None:
-        """Create the files at full size, so that lack of disk space is detected at the start."""
-        specs = self.manifest.specs() | {"state": ((len(self.manifest.ids),), np.dtype("u1"))}
-        sizes = {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in specs.items()}
-        free = shutil.disk_usage(self.partial).free
-        if sum(sizes.values()) > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        for name, (shape, dtype) in specs.items():
-            with (self.partial / f"{name}.npy").open("wb") as file:
-                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                file.flush()
-                _reserve(file.fileno(), file.tell() + sizes[name])
-        for name, values in (("targets", targets), ("difficult", difficult)):
-            if values is None:
-                continue
-            with (self.partial / f"{name}.npy").open("r+b") as file:
-                np.lib.format.read_magic(file)
-                np.lib.format.read_array_header_1_0(file)
-                file.write(np.ascontiguousarray(values, dtype=specs[name][1]).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-        write_file(self.partial / _JOB, self.manifest.to_json())
+    def count(self, blocks: Iterable[int]) -> int:
+        """Number of images in blocks."""
+        return sum(len(self.blocks[block]) for block in blocks)
 
-    def states(self) -> np.ndarray:
-        """(N,) uint8 :class:`State` of each row, read from disk, since other processes write too."""
-        if (self.partial / MANIFEST).is_file():
-            return np.full(len(self.manifest.ids), State.DONE, np.uint8)  # only finish() remains
-        return _states(self.partial)
+    def missing(self, blocks: Iterable[int]) -> list[int]:
+        """Those blocks that are not written; none if another process has completed the store."""
+        exists = (self.partial / MANIFEST).is_file()
+        return [block for block in blocks if exists and not self._file(block).is_file()]
 
-    def write(self, start: int, rows: Sequence[Sequence[Instances] | str]) -> None:
-        """Write rows ``start``, ``start + 1``, ...: V views per row, or the reason why its image is unreadable.
+    def claim(self, blocks: Iterable[int]) -> Iterator[tuple[list[int], bool]]:
+        """Claim missing blocks that no other process has claimed, one after the other.
+
+        Yields:
+            The rows of each batch, and whether an earlier process died while it extracted this block.
+        """
+        for block in blocks:
+            lock = FileLock(self._file(block).with_suffix(".lock"))
+            with self._writing(), self._guard:
+                if not self.missing([block]):
+                    continue
+                if (difference := self._difference()) is not None:
+                    raise StoreError(f"Another process has replaced {self.partial}: {difference}.")
+                died = Path(lock.lock_file).exists()
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    continue
+                self._claimed[block] = lock
+            rows = self.blocks[block]
+            for start in range(0, len(rows), self.job.batch_size):
+                yield list(rows[start : start + self.job.batch_size]), died
+
+    def add(self, rows: Sequence[int], results: Sequence[Sequence[Instances] | str]) -> None:
+        """Add consecutive rows of a claimed block: V views per row, or the reason why its image is unreadable.
+
+        The block is written, and released, with its last row.
 
         Raises:
             StoreError: if instances violate the protocol (the message names the image), or the disk is full.
         """
-        n = len(rows)
-        blocks = {name: np.zeros((n, *shape[1:]), dtype) for name, (shape, dtype) in self._shapes.items()}
-        blocks["detected_labels"][:] = -1
-        states = np.full(n, State.DONE, np.uint8)
-        skipped = ""
-        for r, row in enumerate(rows):
-            image = self.manifest.ids[start + r]
-            if isinstance(row, str):
-                states[r] = State.UNREADABLE
-                skipped += json.dumps([start + r, row]) + "\n"
+        block = rows[0] // self.job.block_size
+        block_rows = self.blocks[block]
+        if rows[0] == block_rows[0]:
+            specs = self.job.block_specs(len(block_rows))
+            self._tensors, self._skipped = {name: np.zeros(*spec) for name, spec in specs.items()}, {}
+            self._tensors["detected_labels"][:] = -1
+        for row, result in zip(rows, results, strict=True):
+            image = self.job.ids[row]
+            if isinstance(result, str):
+                self._skipped[image] = result
                 continue
-            for v, instances in enumerate(row):
-                self._fill({name: block[r, v : v + 1] for name, block in blocks.items()}, instances, image, v)
-        with self.writing():
-            if skipped:
-                with (self.partial / _SKIPPED).open("ab", buffering=0) as file:
-                    # start a new line, since a killed process may have left an incomplete one
-                    _write_all(file, ("\n" + skipped).encode())
-                    _sync(file.fileno())
-            for name, block in blocks.items():
-                self._put(name, start, block)
-            for file, _ in self._files.values():
-                _sync(file.fileno())
-            self._put("state", start, states)
+            for view, instances in enumerate(result):
+                slots = {name: tensor[row - block_rows[0], view : view + 1] for name, tensor in self._tensors.items()}
+                self._fill(slots, instances, f"image {image!r}, view {view}")
+        if rows[-1] == block_rows[-1]:
+            with self._writing():
+                write_file(self._file(block), save(self._tensors, {"skipped": json.dumps(self._skipped)}))
+            self.release([block])
 
-    def _fill(self, slots: dict[str, np.ndarray], instances: Instances, image: str, view: int) -> None:
+    def _fill(self, slots: dict[str, np.ndarray], instances: Instances, image: str) -> None:
         """Check ``instances`` and copy them into the (1, m, ...) slots of one view."""
-        where = f"The detector {self.manifest.detector} returned, for image {image!r}, view {view},"
+        where = f"The detector {self.job.detector} returned, for {image},"
         m, D = slots["features"].shape[1:]
         M = len(instances)
         if not 1 <= M <= m:
             raise StoreError(f"{where} {M} instances, expected 1 to {m} by the InstanceExtractor protocol.")
-        values = {name: getattr(instances, name) for name in ("features", "boxes", "scores", "detected_labels")}
         shapes = {"features": (M, D), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
         slots["counts"][...] = M
-        for name, value in values.items():
-            if tuple(value.shape) != shapes[name]:
-                raise StoreError(f"{where} {name} of shape {tuple(value.shape)}, expected {shapes[name]}.")
+        for name, shape in shapes.items():
+            value = getattr(instances, name)
+            if tuple(value.shape) != shape:
+                raise StoreError(f"{where} {name} of shape {tuple(value.shape)}, expected {shape}.")
             array = value.detach().cpu().numpy()
             # values above 65504 overflow float16 to inf, detected below
             with np.errstate(over="ignore"):
@@ -236,28 +166,44 @@ class StoreWriter:
         if (np.diff(slots["scores"][0, :M]) > 0).any():
             raise StoreError(f"{where} instances that are not sorted by descending score.")
 
-    def finish(self) -> InstanceStore:
-        """Complete the store and open it.
+    def release(self, blocks: Sequence[int] | None = None) -> None:
+        """Release claimed blocks; default: all, after an error."""
+        for block in list(self._claimed) if blocks is None else blocks:
+            with self._writing(), self._guard:
+                lock = self._claimed.pop(block)
+                lock.release()
+                Path(lock.lock_file).unlink(missing_ok=True)
 
-        Only one process may call this, when no row is pending and no process writes. It can be interrupted and called
-        again. An existing store at ``path`` is replaced.
+    def finish(self) -> InstanceStore | None:
+        """Complete the store and open it; an existing store at ``path`` is replaced.
+
+        It can be interrupted and called again, also by another process.
+
+        Returns:
+            The store; None if blocks are missing.
+
+        Raises:
+            DataError: if no image can be read. The partial store is removed.
         """
-        self.close()
-        with self.writing():
-            if not (self.partial / MANIFEST).is_file():
-                arrays = {
-                    name: {
-                        "shape": list(shape),
-                        "dtype": dtype.str,
-                        "sha256": sha256(self.partial / f"{name}.npy"),
-                    }
-                    for name, (shape, dtype) in self.manifest.specs().items()
-                }
-                manifest = dataclasses.replace(self.manifest, skipped=self.reasons(), arrays=arrays)
-                write_file(self.partial / MANIFEST, manifest.to_json())
-            keep = {MANIFEST} | {f"{name}.npy" for name in self.manifest.specs()}
+        with self._writing(), self._guard:
+            if not self.partial.is_dir():  # completed by another process
+                return InstanceStore.open(self.path)
+            if self.missing(range(len(self.blocks))):
+                return None
+            skipped: dict[str, str] = {}
+            for block in range(len(self.blocks)):
+                skipped |= self._read(block)
+            if len(skipped) == len(self.job.ids):
+                shutil.rmtree(self.partial)
+                raise DataError(
+                    f"None of the {len(skipped)} images can be read: check the dataset folder. The first: "
+                    f"{next(iter(skipped.values()))}"
+                )
+            files = {name: sha256(self.partial / name) for name in self.job.file_names()}
+            manifest = dataclasses.replace(self.job, skipped=skipped, files=files)
+            write_file(self.partial / MANIFEST, manifest.to_json())
             for file in self.partial.iterdir():
-                if file.name not in keep:
+                if file.name not in {MANIFEST, *files}:
                     file.unlink()
             old = self.path.with_name(self.path.name + ".old")
             if self.path.exists():
@@ -267,40 +213,50 @@ class StoreWriter:
             shutil.rmtree(old, ignore_errors=True)
         return InstanceStore.open(self.path)
 
-    def discard(self) -> None:
-        """Remove the incomplete store."""
-        self.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
+    def _create(self, dataset: MultiLabelDataset) -> None:
+        """Create the partial store without blocks; its manifest is written last."""
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        if self.job.num_bytes() > _free(self.path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        specs = self.job.target_specs()
+        arrays = {"targets": dataset.targets, "difficult": dataset.difficult}
+        content = save({name: np.ascontiguousarray(arrays[name], dtype) for name, (_, dtype) in specs.items()})
+        write_file(self.partial / TARGETS, content)
+        write_file(self.partial / MANIFEST, self._json)
 
-    def close(self) -> None:
-        """Close the files; written data is kept."""
-        for file, _ in self._files.values():
-            file.close()
-        self._files.clear()
+    def _difference(self) -> str | None:
+        """The difference between the partial store and the job; None if there is none."""
+        if (file := self.partial / MANIFEST).is_file() and file.read_bytes() == self._json:
+            return None
+        try:
+            return next(Manifest.read(file).differences(self.job), None)
+        except StoreError as error:
+            return str(error)
 
-    def reasons(self) -> dict[str, str]:
-        """Reason by id of unreadable images, in row order."""
-        reasons: dict[int, str] = {}
-        if (self.partial / _SKIPPED).is_file():
-            for line in (self.partial / _SKIPPED).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # blank or incomplete line
-                    row, reason = json.loads(line)
-                    reasons[row] = reason
-        unreadable = np.flatnonzero(_states(self.partial) == State.UNREADABLE)
-        return {self.manifest.ids[row]: reasons.get(row, "unreadable") for row in unreadable.tolist()}
+    def _file(self, block: int) -> Path:
+        return self.partial / block_name(block)
 
-    def _put(self, name: str, start: int, block: np.ndarray) -> None:
-        if name not in self._files:
-            file = io.FileIO(self.partial / f"{name}.npy", "r+")
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self._files[name] = (file, file.tell())
-        file, offset = self._files[name]
-        file.seek(offset + start * (block.nbytes // len(block)))
-        _write_all(file, block.tobytes())
+    def _read(self, block: int) -> dict[str, str]:
+        """Reasons of unreadable images by id."""
+        _, metadata = read_tensors(self._file(block), self.job.block_specs(len(self.blocks[block])))
+        return dict(json.loads(metadata["skipped"]))
+
+    def _is_usable(self, block: int, dataset: MultiLabelDataset) -> bool:
+        """Whether the file is valid, and its unreadable images still are."""
+        try:
+            skipped = self._read(block)
+        except (StoreError, ValueError, LookupError):
+            return False
+        for row in self.blocks[block]:
+            if CRASHES not in skipped.get(self.job.ids[row], CRASHES):
+                with contextlib.suppress(UnreadableImage):
+                    dataset.image(row)
+                    return False
+        return True
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """Context manager that converts file system errors to :class:`~gm_mlic.errors.StoreError`."""
         try:
             yield
@@ -309,42 +265,20 @@ class StoreWriter:
                 raise StoreError(
                     f"Cannot write {error.filename or self.partial}: {error.strerror}: choose another `path`."
                 ) from error
-            need = sum(int(np.prod(s, dtype=np.int64)) * d.itemsize for s, d in self.manifest.specs().values())
             raise StoreError(
                 f"Not enough disk space for the instance store {self.path} ({error.strerror}): it needs "
-                f"{need / 1e9:.3g} GB, {_free(self.path) / 1e9:.3g} GB are free: free some space and run the same "
-                "command again to resume, choose another `path`, or lower `m` or `views`."
+                f"{self.job.num_bytes() / 1e9:.3g} GB, {_free(self.path) / 1e9:.3g} GB are free: free some space and "
+                "run the same command again to resume, choose another `path`, or lower `m` or `views`."
             ) from error
 
 
-def _states(partial: Path) -> np.ndarray:
+def _is_locked(file: Path) -> bool:
     try:
-        return np.asarray(np.load(partial / _STATE, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise StoreError(f"The journal {partial / _STATE} is damaged ({error}): delete {partial}.") from error
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+        with FileLock(file).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _free(path: Path) -> int:
     return shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    """Allocate ``size`` bytes for a file, with disk blocks if supported."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    os.ftruncate(descriptor, size)
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) or 0 :]

@@ -33,7 +33,8 @@ from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
-from gm_mlic.instances.store import MANIFEST, sha256
+from gm_mlic.instances.manifest import MANIFEST
+from gm_mlic.instances.store import sha256
 from gm_mlic.io import atomic_write, write_file
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
