@@ -138,11 +138,10 @@ def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
 
 def _text(name: str, text: str, module: str) -> str:
     """Description of an argument; ``see :func:`NAME``` stands for the one of that function."""
-    other = re.fullmatch(r"see :func:`~?([\w.]+)`\.", text)
-    if not other:
-        return _without_roles(text)
-    path = other[1] if "." in other[1] else f"{module}.{other[1]}"
-    return argument_texts(pkgutil.resolve_name(path))[name]
+    if other := re.fullmatch(r"see :func:`~?([\w.]+)`\.", text):
+        path = other[1] if "." in other[1] else f"{module}.{other[1]}"
+        return argument_texts(pkgutil.resolve_name(path)).get(name) or _without_roles(text)
+    return _without_roles(text)
 
 
 def describe(annotation: Any) -> str:

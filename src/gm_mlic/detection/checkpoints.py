@@ -266,7 +266,8 @@ def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoi
     tensors = _state_dict(path)
     key, rows = _CLASS_SCORES.get(arch, _CLASS_SCORES["fasterrcnn_resnet50_fpn"])
     if key not in tensors:
-        raise WeightsError(f"The weights file {path} lacks {key}: expected a torchvision {arch}.")
+        expected = "Faster R-CNN" if key.startswith("roi_heads.") else arch
+        raise WeightsError(f"The weights file {path} lacks {key}: expected a torchvision {expected}.")
     classes = len(tensors[key]) // rows
     if labels is not None and classes == len(labels) + 1:
         return Checkpoint(str(path), tensors, (BACKGROUND, *labels))
