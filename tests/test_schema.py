@@ -93,6 +93,20 @@ def test_settings_of_functions_and_partials():
     assert summary_of(Example) == "An example of Point things"
 
 
+def test_descriptions_of_another_function():
+    assert settings_of(like)["low"].text == "limits."
+    assert settings_of(like)["lr"].text == "see settings_of."
+
+
+def like(low: float = 0.0, lr: float = 0.0) -> None:
+    """A function.
+
+    Args:
+        low: see :func:`Example`.
+        lr: see :func:`~gm_mlic.schema.settings_of`.
+    """
+
+
 def test_settings_of_a_dataclass_and_nested_settings():
     assert {key: setting.text for key, setting in settings_of(Point).items()} == {
         "x": "first coordinate.", "y": "second coordinate.",

@@ -1,10 +1,11 @@
-"""Speed of every registered detector with boxes or cells, on one CPU core.
+"""Speed of detectors on this CPU, with 2 threads: images per second, and the ratio to Faster R-CNN R50-FPN.
 
-    python experiments/detectors/run.py [NAME...]     # default all; prints a table
+    python experiments/detectors/run.py [NAME...]     # default all; a few minutes
 
-Weights are random, sizes are real: the default input size of each detector, one image of 640 x 480 pixels, m = 35.
-The best of two calls is printed, in images per second of CPU time of one thread, so that other programs on the machine
-count less than in wall time. Detectors of Hugging Face transformers are built from the configs of the named models.
+Weights are random, so nothing is downloaded; sizes are real. An image of 640 x 480 pixels is resized as usual for the
+detector, and features are extracted. All detectors are measured in turns in each of the rounds, so that other programs
+on the machine slow all of them down. The ratio is the median of those within a round; images per second are those of
+the fastest round. Random weights detect little, so that the time for non-maximum suppression is not included.
 """
 
 from __future__ import annotations
@@ -12,47 +13,58 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from statistics import median
+from typing import Any
 
 import torch
 
 from gm_mlic.detection import InstanceExtractor, build_extractor
 from gm_mlic.detection.detectors.transformers import TransformersExtractor
 
-M, CALLS = 35, 2
-TORCHVISION = (
-    "fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2", "fasterrcnn_mobilenet_v3_large_fpn",
-    "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
-    "ssdlite320_mobilenet_v3_large",
-)  # fmt: skip
+M, ROUNDS, THREADS = 35, 5, 2
+REFERENCE = "fasterrcnn_resnet50_fpn"
 
 
-def transformer(config: str, processor: str, size: dict[str, int] | None = None, **settings: object) -> Callable:
-    """Builder of a detector with random weights."""
+def transformer(config: str, processor: str, size: dict[str, int], **settings: Any) -> Callable[[], InstanceExtractor]:
+    """Builder of a detector of Hugging Face transformers with random weights."""
 
     def build() -> InstanceExtractor:
         import transformers
 
-        torch.manual_seed(0)
+        if config == "DetrConfig":
+            settings["backbone_config"] = transformers.ResNetConfig(out_features=["stage4"])
+        elif "backbone_config" in settings:
+            settings["backbone_config"] = transformers.RTDetrResNetConfig(**settings["backbone_config"])
         made = getattr(transformers, config)(num_labels=91, **settings)
         model = transformers.AutoModelForObjectDetection.from_config(made)
-        images = getattr(transformers, processor)(**({"size": size} if size else {}))
-        return TransformersExtractor(model, images, score_threshold=0.0)
+        return TransformersExtractor(model, getattr(transformers, processor)(size=size))
 
     return build
 
 
+KEEPS_RATIO = {"shortest_edge": 800, "longest_edge": 1333}
+SQUARE = {"height": 640, "width": 640}
+#: Builders, by names in the table.
 BUILDERS: dict[str, Callable[[], InstanceExtractor]] = {
-    # thresholds of 0 let random weights detect m instances
-    **{name: lambda name=name: build_extractor(name, score_threshold=0.005) for name in TORCHVISION},
-    "resnet101": lambda: build_extractor("resnet101", grid_size=5),
-    "facebook/detr-resnet-50": transformer("DetrConfig", "DetrImageProcessor"),
-    "microsoft/conditional-detr-resnet-50": transformer("ConditionalDetrConfig", "ConditionalDetrImageProcessor"),
-    "IDEA-Research/dab-detr-resnet-50": transformer("DabDetrConfig", "ConditionalDetrImageProcessor"),
-    "SenseTime/deformable-detr": transformer("DeformableDetrConfig", "DeformableDetrImageProcessor"),
-    "PekingU/rtdetr_r50vd": transformer("RTDetrConfig", "RTDetrImageProcessor"),
-    "PekingU/rtdetr_v2_r50vd": transformer("RTDetrV2Config", "RTDetrImageProcessor"),
-    "D-FINE, default config": transformer("DFineConfig", "RTDetrImageProcessor"),
-    "hustvl/yolos-tiny": transformer(
+    **{
+        name: lambda name=name: build_extractor(name, min_size=800, max_size=1333)  # type: ignore[misc]
+        for name in (REFERENCE, "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
+    },
+    "ssd300_vgg16": lambda: build_extractor("ssd300_vgg16"),
+    "ssdlite320_mobilenet_v3_large": lambda: build_extractor("ssdlite320_mobilenet_v3_large"),
+    "DETR R50": transformer(
+        "DetrConfig", "DetrImageProcessor", KEEPS_RATIO, use_timm_backbone=False, use_pretrained_backbone=False,
+    ),
+    "RT-DETR R50": transformer("RTDetrConfig", "RTDetrImageProcessor", SQUARE),
+    "RT-DETR R18": transformer(
+        "RTDetrConfig", "RTDetrImageProcessor", SQUARE, decoder_layers=3, hidden_expansion=0.5,
+        encoder_in_channels=[128, 256, 512],
+        backbone_config={
+            "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic",
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+    ),
+    "YOLOS-tiny": transformer(
         "YolosConfig", "YolosImageProcessor", {"shortest_edge": 512, "longest_edge": 1333}, hidden_size=192,
         num_attention_heads=3, intermediate_size=768, image_size=[800, 1333], use_mid_position_embeddings=False,
     ),
@@ -61,18 +73,23 @@ BUILDERS: dict[str, Callable[[], InstanceExtractor]] = {
 
 def main(names: list[str]) -> None:
     """Measure and print one row per detector."""
-    torch.set_num_threads(1)
-    image = torch.rand(3, 480, 640, generator=torch.Generator().manual_seed(0))
-    print("| detector | D | parameters | images/s |\n| --- | --- | --- | --- |", flush=True)
-    for name in names or BUILDERS:
-        extractor = BUILDERS[name]()
-        seconds = []
-        for _ in range(CALLS):
-            start = time.process_time()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    image = torch.rand(3, 480, 640)
+    extractors = {name: BUILDERS[name]() for name in dict.fromkeys([REFERENCE, *(names or BUILDERS)])}
+    seconds: dict[str, list[float]] = {name: [] for name in extractors}
+    for i in range(ROUNDS + 1):
+        for name, extractor in extractors.items():
+            start = time.perf_counter()
             extractor([image], m=M)
-            seconds.append(time.process_time() - start)
+            if i:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+        print(f"round {i} of {ROUNDS}", file=sys.stderr, flush=True)
+    print("| detector | D | parameters | images/s | ratio |\n| --- | --- | --- | --- | --- |")
+    for name, extractor in extractors.items():
+        ratio = median(a / b for a, b in zip(seconds[REFERENCE], seconds[name], strict=True))
         size = sum(parameter.numel() for parameter in extractor.parameters()) / 1e6
-        print(f"| {name} | {extractor.feature_dim} | {size:.1f} M | {1 / min(seconds):.2f} |", flush=True)
+        print(f"| {name} | {extractor.feature_dim} | {size:.1f} M | {1 / min(seconds[name]):.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

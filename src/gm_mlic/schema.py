@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import pkgutil
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +118,10 @@ def summary_of(build: Callable[..., Any]) -> str:
 
 
 def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
-    """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text."""
+    """Descriptions of arguments in the sections ``Args:`` of a docstring, each in one line of plain text.
+
+    ``a, b: see :func:`NAME`.`` stands for the descriptions of another function.
+    """
     texts: dict[str, str] = {}
     parts = [build]
     if isinstance(build, type):
@@ -127,8 +131,17 @@ def argument_texts(build: Callable[..., Any]) -> dict[str, str]:
         for entry in re.split(r"\n(?=    \S)", section.group(1).rstrip()) if section else ():
             names, _, text = entry.strip().partition(":")
             for name in re.sub(r"\(.*?\)", "", names).split(","):
-                texts.setdefault(name.strip().lstrip("*"), _without_roles(" ".join(text.split())))
+                name = name.strip().lstrip("*")
+                texts.setdefault(name, _text(name, " ".join(text.split()), build.__module__))
     return texts
+
+
+def _text(name: str, text: str, module: str) -> str:
+    """Description of an argument; ``see :func:`NAME``` stands for the one of that function."""
+    if other := re.fullmatch(r"see :func:`~?([\w.]+)`\.", text):
+        path = other[1] if "." in other[1] else f"{module}.{other[1]}"
+        return argument_texts(pkgutil.resolve_name(path)).get(name) or _without_roles(text)
+    return _without_roles(text)
 
 
 def describe(annotation: Any) -> str:

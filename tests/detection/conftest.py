@@ -147,4 +147,4 @@ def one_stage(kind: str, seed: int = 0, score_thresh: float = 0.0, **settings: A
         for name, parameter in detector.named_parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.03 if "head" in name else 0.2)
-    return OneStageExtractor(detector, ["cat", "boat"], f"small_{kind}", class_index=[1, 3])
+    return OneStageExtractor(detector, ["cat", "N/A", "boat"], f"small_{kind}")

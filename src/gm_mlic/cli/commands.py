@@ -334,7 +334,8 @@ _EMBEDDING = {name: f"embedding.{name}" for name in ("name", "path", "oov", "dim
 #: Config keys of library arguments with another name.
 _KEYS: dict[str, dict[str, str]] = {
     "eval": {"resamples": "bootstrap"},
-    "predict": _EMBEDDING,
+    "predict": _EMBEDDING | {"missing": "detector.missing"},
+    "explain": {"missing": "detector.missing"},
     "serve": _EMBEDDING,
     "export": _EMBEDDING | {"form": "format", "repo_id": "push"},
     "train-detector": {name: f"detector.{name}" for name in ("name", "weights", "labels", "min_size", "max_size")},

@@ -30,7 +30,7 @@ def explain_photo(config: DictConfig) -> Path:
     """
     predictor = load(config)
     photo = read_image(config.image)
-    found = explain(predictor, photo, config.label)
+    found = explain(predictor, config.image, config.label)  # by its name: instances may be looked up
     name = re.sub(r"[^\w-]+", "-", f"{Path(config.image).stem}-{found.label}")
     picture = Path(config.run_dir) / f"{name}.png"
     explanation_picture(found, photo, picture)

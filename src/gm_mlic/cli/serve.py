@@ -9,6 +9,7 @@ import socket
 from omegaconf import DictConfig
 
 from gm_mlic.cli.predict import load
+from gm_mlic.detection import LookupExtractor
 from gm_mlic.errors import ConfigError
 
 
@@ -30,6 +31,11 @@ def serve(config: DictConfig) -> None:
         raise ConfigError(f"host={config.host}: expected an IP address, e.g. 127.0.0.1.") from error
     embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
     predictor = load(config)
+    if isinstance(predictor.detector, LookupExtractor):
+        raise ConfigError(
+            f"The detector {predictor.detector.name} looks instances up by the name of a photo, which an upload does "
+            "not have: use gm-mlic predict, or a model of another detector."
+        )
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

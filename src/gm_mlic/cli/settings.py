@@ -53,10 +53,12 @@ class Moved:
     Args:
         weights: its weights.
         path: its file or folder of instances (detector.name=precomputed).
+        missing: photos without instances there: ``error``, or ``skip`` to leave them out.
     """
 
     weights: str | None = None
     path: str | None = None
+    missing: Literal["error", "skip"] | None = None
 
 
 class Command:

@@ -14,21 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
-from torchvision.models import ResNet101_Weights, WeightsEnum
-from torchvision.models.detection import (
-    FasterRCNN_MobileNet_V3_Large_FPN_Weights,
-    FasterRCNN_ResNet50_FPN_V2_Weights,
-    FasterRCNN_ResNet50_FPN_Weights,
-    FCOS_ResNet50_FPN_Weights,
-    RetinaNet_ResNet50_FPN_V2_Weights,
-    RetinaNet_ResNet50_FPN_Weights,
-    SSD300_VGG16_Weights,
-    SSDLite320_MobileNet_V3_Large_Weights,
-)
+from torchvision.models import WeightsEnum, get_model_weights
 
+from gm_mlic.detection.labels import BACKGROUND, UNUSED
 from gm_mlic.errors import ArgumentError, WeightsError
 from gm_mlic.io import write_file
 from gm_mlic.safe_load import load_tensors
@@ -37,33 +27,24 @@ log = logging.getLogger(__name__)
 
 #: Built-in weights of scenes_tiny.
 SCENES_WEIGHTS = Path(__file__).parent / "weights" / "scenes_tiny.safetensors"
-#: Names in :attr:`Checkpoint.categories` that are not labels; torchvision's COCO detectors have both.
-BACKGROUND, UNUSED = "__background__", "N/A"
 
-_COCO: dict[str, WeightsEnum] = {
-    "fasterrcnn_resnet50_fpn": FasterRCNN_ResNet50_FPN_Weights.COCO_V1,
-    "fasterrcnn_resnet50_fpn_v2": FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1,
-    "fasterrcnn_mobilenet_v3_large_fpn": FasterRCNN_MobileNet_V3_Large_FPN_Weights.COCO_V1,
-    "retinanet_resnet50_fpn": RetinaNet_ResNet50_FPN_Weights.COCO_V1,
-    "retinanet_resnet50_fpn_v2": RetinaNet_ResNet50_FPN_V2_Weights.COCO_V1,
-    "fcos_resnet50_fpn": FCOS_ResNet50_FPN_Weights.COCO_V1,
-    "ssd300_vgg16": SSD300_VGG16_Weights.COCO_V1,
-    "ssdlite320_mobilenet_v3_large": SSDLite320_MobileNet_V3_Large_Weights.COCO_V1,
-}
-#: COCO weights that torchvision loads into frozen batch norm with eps = 0.
-_WITHOUT_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
-#: Pretrained classifiers for grid backbones, as used by published baselines.
-_IMAGENET: dict[str, WeightsEnum] = {"resnet101": ResNet101_Weights.IMAGENET1K_V1}
-_COCO_CATEGORIES = tuple(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-_CLASS_SCORES = "roi_heads.box_predictor.cls_score.weight"
-#: Tensor of class scores of other detectors than Faster R-CNN, and its number of rows per class.
-_CLASS_SCORES_OF = {
+#: Detectors with COCO weights of torchvision: the tensor of their class scores, and its number of rows per class.
+_CLASS_SCORES = {
+    "fasterrcnn_resnet50_fpn": ("roi_heads.box_predictor.cls_score.weight", 1),
+    "fasterrcnn_resnet50_fpn_v2": ("roi_heads.box_predictor.cls_score.weight", 1),
+    "fasterrcnn_mobilenet_v3_large_fpn": ("roi_heads.box_predictor.cls_score.weight", 1),
     "retinanet_resnet50_fpn": ("head.classification_head.cls_logits.weight", 9),
     "retinanet_resnet50_fpn_v2": ("head.classification_head.cls_logits.weight", 9),
     "fcos_resnet50_fpn": ("head.classification_head.cls_logits.weight", 1),
     "ssd300_vgg16": ("head.classification_head.module_list.0.weight", 4),
     "ssdlite320_mobilenet_v3_large": ("head.classification_head.module_list.0.1.weight", 6),
 }
+_COCO: dict[str, WeightsEnum] = {arch: get_model_weights(arch)["COCO_V1"] for arch in _CLASS_SCORES}
+#: COCO weights that torchvision loads into frozen batch norm with eps = 0.
+_WITHOUT_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+#: Pretrained classifiers for grid backbones, as used by published baselines.
+_IMAGENET: dict[str, WeightsEnum] = {"resnet101": get_model_weights("resnet101")["IMAGENET1K_V1"]}
+_COCO_CATEGORIES = tuple(_COCO["fasterrcnn_resnet50_fpn"].meta["categories"])
 
 
 @dataclass(frozen=True)
@@ -86,7 +67,7 @@ class Checkpoint:
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names without background and unused classes."""
-        return tuple(name for name in self.categories if name not in (BACKGROUND, UNUSED))
+        return tuple(name for name in self.categories if name not in UNUSED)
 
     def check_labels(self, labels: Sequence[str]) -> None:
         """Raise :class:`~gm_mlic.errors.WeightsError` unless ``labels`` equal those of the weights, in order."""
@@ -105,15 +86,14 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
 
     Raises:
         ConfigError: if weights of this name do not exist for ``arch``.
-        WeightsError: if the file is missing, cannot be read, or belongs to another architecture.
+        WeightsError: if the file is missing, cannot be read, or belongs to another architecture or other labels.
     """
     if weights is None:
         if labels is not None:
             return Checkpoint("random weights", None, (BACKGROUND, *labels))
         if arch in _COCO:
             return Checkpoint("random weights", None, _COCO_CATEGORIES)
-        shipped = _read_safetensors(SCENES_WEIGHTS, arch)
-        return Checkpoint("random weights", None, shipped.categories)
+        return Checkpoint("random weights", None, _read_safetensors(SCENES_WEIGHTS, arch).categories)
     if weights == "coco":
         checkpoint = _download_coco(arch)
     elif weights == "scenes":
@@ -121,7 +101,11 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
             raise ArgumentError("weights", f"is 'scenes', which requires `name='scenes_tiny'`, not {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
-        checkpoint = _read_file(Path(weights).expanduser(), arch, labels)
+        path = _existing(Path(weights).expanduser(), "null, coco, scenes")
+        is_own = path.suffix == ".safetensors"
+        checkpoint = _read_safetensors(path, arch) if is_own else _read_torch(path, arch, labels)
+    if labels is not None:
+        checkpoint.check_labels(labels)
     return checkpoint
 
 
@@ -138,30 +122,23 @@ def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
     """
     if weights is None:
         return Checkpoint("random weights", None, ())
-    source, tensors = str(weights), _download(arch, _IMAGENET[arch]) if weights == "imagenet" else None
-    if tensors is None:
+    if weights == "imagenet":
+        tensors = _download(arch, _IMAGENET[arch])
+    else:
         path = _existing(Path(weights).expanduser(), "null, imagenet")
-        tensors = _classifier_tensors(path)
-    return Checkpoint(source, {key: t for key, t in tensors.items() if not key.startswith("fc.")}, ())
-
-
-def _classifier_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix != ".safetensors":
-        return _state_dict(path)
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
-    return tensors
+        tensors = _safetensors(path)[0] if path.suffix == ".safetensors" else _state_dict(path)
+    return Checkpoint(str(weights), {key: t for key, t in tensors.items() if not key.startswith("fc.")}, ())
 
 
 def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
-    """Load the checkpoint's tensors into the detector.
+    """Load the checkpoint's tensors into the detector; nothing for random weights.
 
     Raises:
         WeightsError: if a tensor is missing, unknown to the detector, or has another shape.
     """
-    tensors = dict(checkpoint.tensors or {})
+    if checkpoint.tensors is None:
+        return
+    tensors = checkpoint.tensors
     expected = detector.state_dict()
     if arch in _WITHOUT_EPS and not any(key.endswith("num_batches_tracked") for key in tensors):
         # torchvision's COCO weights of these detectors were trained with frozen batch norm of eps = 0; here eps is
@@ -234,19 +211,18 @@ def _existing(path: Path, names: str) -> Path:
     return path
 
 
-def _read_file(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
-    _existing(path, "null, coco, scenes")
-    return _read_safetensors(path, arch) if path.suffix == ".safetensors" else _read_torch(path, arch, labels)
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a ``.safetensors`` file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy or train it again.") from error
 
 
 def _read_safetensors(path: Path, arch: str) -> Checkpoint:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("gm_mlic")
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy or train it again.") from error
+    tensors, metadata = _safetensors(path)
+    header = metadata.get("gm_mlic")
     if header is None:
         raise WeightsError(
             f"The weights file {path} has no label names, so it was not written by gm-mlic train-detector: save its "
@@ -288,9 +264,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, arch: str, labels: Sequence[str] | None) -> Checkpoint:
     tensors = _state_dict(path)
-    key, rows = _CLASS_SCORES_OF.get(arch, (_CLASS_SCORES, 1))
+    key, rows = _CLASS_SCORES.get(arch, _CLASS_SCORES["fasterrcnn_resnet50_fpn"])
     if key not in tensors:
-        expected = arch if arch in _CLASS_SCORES_OF else "Faster R-CNN"
+        expected = "Faster R-CNN" if key.startswith("roi_heads.") else arch
         raise WeightsError(f"The weights file {path} lacks {key}: expected a torchvision {expected}.")
     classes = len(tensors[key]) // rows
     if labels is not None and classes == len(labels) + 1:

@@ -18,8 +18,9 @@ from torchvision.models.detection import (
 )
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.checkpoints import UNUSED, load_into, read_checkpoint, save_checkpoint
+from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.grid import GridExtractor
+from gm_mlic.detection.labels import NO_CLASS
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.detection.torchvision_detector import (
@@ -30,9 +31,8 @@ from gm_mlic.detection.torchvision_detector import (
     check_thresholds,
     image_sizes,
     padded_sizes,
-    used_classes,
 )
-from gm_mlic.errors import ArgumentError
+from gm_mlic.errors import check_choice
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Positive, Probability
 
@@ -69,10 +69,8 @@ class FasterRCNNExtractor(TorchvisionExtractor):
 
     Args:
         detector: the model; it is set to evaluation mode, and its limit on detections is removed.
-        labels: class names without the background.
+        labels: names of the detector's classes, from class 1. Detections of a class named ``N/A`` are dropped.
         name: short name, valid as a folder name.
-        class_index: the detector's class index of each label; default 1, 2, ... Detections of other classes are
-            dropped.
         trainable: parts that receive gradients: ``none``; ``box_head``, the layers from the pooled RoI to the feature;
             ``all``, the backbone too. The selection of boxes is not differentiable: layers of proposals and class
             scores stay frozen.
@@ -81,18 +79,10 @@ class FasterRCNNExtractor(TorchvisionExtractor):
         features have D = ``feature_dim`` entries: 1024 for torchvision's detectors, 256 for ``scenes_tiny``.
     """
 
-    def __init__(
-        self,
-        detector: FasterRCNN,
-        labels: Sequence[str],
-        name: str,
-        class_index: Sequence[int] | None = None,
-        trainable: str = "none",
-    ) -> None:
-        if trainable not in TRAINABLE:
-            raise ArgumentError("trainable", f"is {trainable!r}: choose one of {', '.join(TRAINABLE)}.")
+    def __init__(self, detector: FasterRCNN, labels: Sequence[str], name: str, trainable: str = "none") -> None:
+        check_choice("trainable", trainable, TRAINABLE)
         scores = detector.roi_heads.box_predictor.cls_score
-        super().__init__(detector, labels, name, scores.out_features, class_index)
+        super().__init__(detector, labels, name, scores.out_features)
         self.trainable = trainable
         self.detector.roi_heads.detections_per_img = NO_LIMIT
         self.feature_dim = int(scores.in_features)
@@ -130,8 +120,7 @@ class FasterRCNNExtractor(TorchvisionExtractor):
 
 def check_architecture(name: str) -> None:
     """Raise :class:`~gm_mlic.errors.ConfigError` unless ``name`` is one of :data:`ARCHITECTURES`."""
-    if name not in _BUILDERS:
-        raise ArgumentError("name", f"is {name!r}: choose one of {', '.join(ARCHITECTURES)}.")
+    check_choice("name", name, ARCHITECTURES)
 
 
 def build_detector(
@@ -196,8 +185,9 @@ def faster_rcnn(
         weights: ``coco`` (torchvision's COCO weights, downloaded once, 75 to 170 MB), ``scenes`` (the built-in ones of
             scenes_tiny), or a file: ``.safetensors`` of ``gm-mlic train-detector``, or ``.pt`` / ``.pth`` with a
             torchvision ``state_dict``; null: random weights.
-        min_size: shorter side of resized images in pixels; null: as in training (random weights: 448, scenes_tiny 160).
-        max_size: limit of the longer side in pixels; null: as in training (random weights: 5/3 of min_size).
+        min_size: shorter side of resized images in pixels; null: as in a file of train-detector, else 448 (scenes_tiny:
+            160).
+        max_size: limit of the longer side in pixels; null: as in a file of train-detector, else 5/3 of min_size.
         score_threshold: detections below this confidence are dropped before non-maximum suppression.
         nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
             label.
@@ -212,8 +202,6 @@ def faster_rcnn(
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
     checkpoint = read_checkpoint(arch, weights, labels)
-    if labels is not None:
-        checkpoint.check_labels(labels)
     detector = build_detector(
         arch,
         len(checkpoint.categories),
@@ -223,13 +211,10 @@ def faster_rcnn(
         nms_threshold=nms_threshold,
         seed=seed,
     )
-    if checkpoint.tensors is not None:
-        load_into(detector, checkpoint, arch)
+    load_into(detector, checkpoint, arch)
     if grid_size is not None:
         return GridExtractor.of_detector(detector, grid_size, f"{arch}-grid{grid_size}", trainable).to(device)
-    names, class_index = used_classes(checkpoint)
-    extractor = FasterRCNNExtractor(detector, names, name=arch, class_index=class_index, trainable=trainable)
-    return extractor.to(device)
+    return FasterRCNNExtractor(detector, checkpoint.categories[1:], arch, trainable).to(device)
 
 
 for _arch, _summary in {
@@ -250,7 +235,7 @@ def save_detector(extractor: FasterRCNNExtractor, path: Path, name: str) -> None
     transform = extractor.detector.transform
     record = {
         "arch": name,
-        "labels": [extractor.labels[i] if i >= 0 else UNUSED for i in label_of_class[1:]],
+        "labels": [extractor.labels[i] if i >= 0 else NO_CLASS for i in label_of_class[1:]],
         "min_size": transform.min_size[-1],
         "max_size": transform.max_size,
     }

@@ -35,6 +35,12 @@ class Instances:
         """Top ``m`` instances by confidence (fewer if the image has fewer)."""
         return Instances(self.boxes[:m], self.scores[:m], self.detected_labels[:m], self.features[:m])
 
+    @classmethod
+    def whole_image(cls, feature: Tensor) -> Instances:
+        """The only instance of an image without detections: score 0, label -1, and the feature (D,) of the image."""
+        box = feature.new_tensor([[0, 0, 1, 1]], dtype=torch.float32)
+        return cls(box, box.new_zeros(1), torch.full_like(box[:, 0], -1, dtype=torch.int64), feature[None])
+
 
 @runtime_checkable
 class InstanceExtractor(Protocol):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.checkpoints import UNUSED, Checkpoint
 from gm_mlic.detection.fingerprint import Fingerprint
+from gm_mlic.detection.labels import BACKGROUND, label_of_class
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 
@@ -62,11 +62,9 @@ class TorchvisionExtractor(nn.Module):
 
     Args:
         detector: the model; it is set to evaluation mode.
-        labels: class names without the background.
+        labels: names of the detector's classes, from class 1. Detections of a class named ``N/A`` are dropped.
         name: short name, valid as a folder name.
         num_classes: number of the detector's classes, including the background.
-        class_index: the detector's class index of each label; default 1, 2, ... Detections of other classes are
-            dropped.
 
     Raises:
         ConfigError: if the numbers of labels and classes differ.
@@ -74,24 +72,14 @@ class TorchvisionExtractor(nn.Module):
 
     feature_dim: int
 
-    def __init__(
-        self,
-        detector: nn.Module,
-        labels: Sequence[str],
-        name: str,
-        num_classes: int,
-        class_index: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, detector: nn.Module, labels: Sequence[str], name: str, num_classes: int) -> None:
         super().__init__()
         self.name = name
-        self.labels = tuple(labels)
         self.detector: Any = detector
-        class_index = range(1, num_classes) if class_index is None else class_index
-        if len(class_index) != len(self.labels):
-            raise ConfigError(f"The detector {name} has {len(class_index)} classes, but {len(self.labels)} labels.")
-        label_of_class = torch.full((num_classes,), -1)
-        label_of_class[list(class_index)] = torch.arange(len(self.labels))
-        self.register_buffer("_label_of_class", label_of_class, persistent=False)
+        if len(labels) != num_classes - 1:
+            raise ConfigError(f"The detector {name} has {num_classes - 1} classes, but {len(labels)} labels.")
+        self.labels, table = label_of_class([BACKGROUND, *labels])
+        self.register_buffer("_label_of_class", table, persistent=False)
         self._label_of_class: Tensor
         self._fingerprint = Fingerprint()
         self.train(False)
@@ -215,12 +203,6 @@ def build_random(build: Callable[..., Detector], seed: int, **settings: Any) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(**settings)
-
-
-def used_classes(checkpoint: Checkpoint) -> tuple[list[str], list[int]]:
-    """Labels of a checkpoint, and the class index of each."""
-    used = [(label, i) for i, label in enumerate(checkpoint.categories) if i > 0 and label != UNUSED]
-    return [label for label, _ in used], [i for _, i in used]
 
 
 #: Value of ``detections_per_img`` without a limit.

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,13 +258,10 @@ def _initial_detector(
     detector = build_detector(
         name, len(labels) + 1, min_size or checkpoint.min_size, max_size or checkpoint.max_size, seed=seed
     )
-    if checkpoint.tensors is not None:
-        if checkpoint.labels != tuple(labels) or len(checkpoint.categories) != len(labels) + 1:
-            initial = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
-            kept = {key: t for key, t in checkpoint.tensors.items() if not key.startswith(_PREDICTOR)}
-            checkpoint.tensors.clear()
-            checkpoint.tensors.update(kept | initial)
-        load_into(detector, checkpoint, name)
+    if checkpoint.tensors is not None and checkpoint.categories[1:] != tuple(labels):
+        initial = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
+        checkpoint = replace(checkpoint, tensors=checkpoint.tensors | initial)
+    load_into(detector, checkpoint, name)
     return detector
 
 

@@ -140,6 +140,7 @@ class Predictor:
     def from_checkpoint(
         cls,
         path: str | Path,
+        /,  # the detector may have a setting `path`
         device: str | torch.device = "cpu",
         *,
         extractor: InstanceExtractor | None = None,
@@ -175,6 +176,7 @@ class Predictor:
     def from_pretrained(
         cls,
         name: str | Path,
+        /,
         device: str | torch.device = "cpu",
         *,
         revision: str | None = None,

@@ -89,6 +89,16 @@ class Rows(Colors):
         return torch.cat([self.anchors, best, classes.to(best.dtype)], dim=1)[None]
 
 
+class Suppressed(Colors):
+    """Boxes (1, N, 5) with the score and classes (1, N), as of MMDeploy; N is 0 for a dark image."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, scores, _ = self.parts(image)
+        best, classes = scores.max(dim=1)
+        kept = (best * (image.mean() > 0.1)).nonzero().flatten()
+        return torch.cat([boxes, best[:, None]], dim=1)[kept][None], classes[kept][None]
+
+
 class Averages(Colors):
     """A box with the mean of each channel of the input as features, and a map of positions: x and y in [0, 1]."""
 

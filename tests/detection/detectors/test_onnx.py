@@ -18,6 +18,7 @@ from exported import (
     Logits,
     Rows,
     Separate,
+    Suppressed,
     Unbatched,
     Yolo,
     YoloObjectness,
@@ -39,6 +40,7 @@ OUTPUTS = {
     "yolo_objectness": (YoloObjectness, ["output"]),
     "rows": (Rows, ["output0"]),
     "logits": (Logits, ["logits", "pred_boxes"]),
+    "suppressed": (Suppressed, ["dets", "labels"]),
     "averages": (Averages, ["boxes", "scores", "averages", "positions"]),
     "broken": (Broken, ["boxes", "scores"]),
 }
@@ -149,6 +151,7 @@ def test_logits_with_a_background(folder: Path, images: list[Tensor]) -> None:
         ("best", {"first_class": 1}),
         ("best", {"labels": ["N/A", *LABELS]}),
         ("unbatched", {"first_class": 1}),
+        ("suppressed", {}),
         ("rows", {}),
         ("rows", {"format": "rows"}),
     ],
@@ -191,6 +194,8 @@ def test_protocol(folder: Path, images: list[Tensor]) -> None:
 
 
 def test_image_without_detections(folder: Path) -> None:
+    (found,) = build(folder, "suppressed")([torch.zeros(3, *SIZE)], 5)
+    assert (found.boxes.tolist(), found.scores.tolist()) == ([[0, 0, 1, 1]], [0])
     extractor = build(folder, "broken")
     (found,) = extractor([torch.zeros(3, *SIZE)], 5)
     assert found.boxes.tolist() == [[0, 0, 1, 1]]

@@ -451,3 +451,25 @@ def test_missing_library(photos: Photos, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match=r"needs h5py: pip install 'gm-mlic\[hdf5\]'\."):
         build_extractor("precomputed", path=str(path))
     build_extractor("precomputed", path=str(folder(photos, tmp_path)))
+
+
+def test_folder_of_files_for_each_split(photos: Photos, tmp_path: Path) -> None:
+    """They give the same instances as one file, in either container."""
+    path = tmp_path / "splits"
+    path.mkdir()
+    first, second = ({key: photos[key] for key in keys} for keys in (["a"], ["sub/b", "c"]))
+    saved(padded(first), path / "train.npz")
+    saved(padded(second), path / "val.h5")
+    whole = build_extractor("precomputed", path=str(saved(padded(photos), tmp_path / "all.npz")))
+    extractor = build_extractor("precomputed", path=str(path))
+    assert extractor.labels == tuple(LABELS)
+    for found, wanted in zip(look_up(extractor, ["c", "a", "sub/b"]), look_up(whole, ["c", "a", "sub/b"]), strict=True):
+        for name in ("boxes", "scores", "detected_labels", "features"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+    before = extractor.fingerprint
+    second["c"]["image_w"] = np.array(41)
+    saved(padded(second), path / "val.h5")
+    assert build_extractor("precomputed", path=str(path)).fingerprint != before
+    saved(padded(first), path / "test.npz")
+    with pytest.raises(DataError, match=r"splits: the photo 'a' is in several files: make ids unique"):
+        build_extractor("precomputed", path=str(path))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gm_mlic.detection import build_extractor
-from gm_mlic.detection.detectors.transformers import MODEL_TYPES, labels_of
+from gm_mlic.detection.detectors.transformers import MODEL_TYPES, TransformersExtractor
 from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
 
 transformers = pytest.importorskip("transformers")
@@ -100,9 +100,13 @@ def test_sigmoid_models_give_several_instances_per_query(transformer_folder, pho
     assert len(found.features.unique(dim=0)) == 6
 
 
-def test_labels_with_gaps_and_repeated_names():
-    id2label = {"0": "N/A", "1": "cat", "3": " dog ", "4": "cat", "9": "far"}
-    assert labels_of(id2label, 6) == (("cat", "dog"), [-1, 0, -1, 1, 0, -1])
+def test_labels_with_gaps_and_repeated_names(transformer_folder):
+    id2label = {0: "N/A", 1: "cat", 3: " dog ", 4: "cat", 9: "far"}
+    model = transformers.AutoModelForObjectDetection.from_pretrained(transformer_folder("yolos"))
+    model.config.id2label = id2label  # num_labels is its length
+    extractor = TransformersExtractor(model, transformers.YolosImageProcessor())
+    assert extractor.labels == ("cat", "dog")
+    assert extractor._label_of_class.tolist() == [-1, 0, -1, 1, 0]
 
 
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])

@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
-from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, whole_image
+from gm_mlic.detection.fingerprint import file_hash
+from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, ConfigError, WeightsError
+from gm_mlic.errors import ArgumentError, ConfigError, WeightsError, check_positive
+from gm_mlic.io import first_line
 from gm_mlic.registry import register_detector
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ _NAMES = {
     "scores": ("scores", "logits", "confs", "conf", "probs"),
     "classes": ("classes", "labels", "class_ids", "class_indices"),
 }
+#: Formats with separate outputs, and those they need.
+_SEPARATE = {"detections": ("boxes", "classes"), "scores": ("boxes", "scores")}
 #: Gray of the letterbox's borders, as in YOLO.
 _GRAY = 114 / 255
 #: Cells of RoIAlign, whose mean is the feature.
@@ -142,7 +146,7 @@ class ONNXDetector:
             ]
             digest = hashlib.sha256(json.dumps(["onnx", *settings]).encode())
             for file in self._files:
-                digest.update(_sha256(file).encode())
+                digest.update(file_hash(file).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -154,8 +158,7 @@ class ONNXDetector:
             ConfigError: if ``m`` is less than 1.
             WeightsError: if the network returns NaN, or scores that are no probabilities.
         """
-        if m < 1:
-            raise ArgumentError("m", f"must be 1 or more, got {m}.")
+        check_positive(m=m)
         return [self._detect(image.cpu(), m) for image in images]
 
     def __repr__(self) -> str:
@@ -189,7 +192,7 @@ class ONNXDetector:
             arrays = self._session.run(names, inputs)
         except Exception as error:
             raise WeightsError(
-                f"{self.path} fails on an image of {self.size[0]} x {self.size[1]} pixels ({_one_line(error)})."
+                f"{self.path} fails on an image of {self.size[0]} x {self.size[1]} pixels ({first_line(error)})."
             ) from error
         return dict(zip(names, arrays, strict=True))
 
@@ -218,22 +221,19 @@ class ONNXDetector:
             key: self._outputs[key] or next((name for name in names if name in shapes), None)
             for key, names in _NAMES.items()
         }
-        if form is None and found["boxes"] and (found["classes"] or found["scores"]):
-            form = "detections" if found["classes"] else "scores"
-        needed = {"detections": ("boxes", "classes"), "scores": ("boxes", "scores")}.get(form or "", ())
-        for key in needed:
+        if form is None and found["boxes"]:
+            form = "detections" if found["classes"] else "scores" if found["scores"] else None
+        if form not in _SEPARATE:
+            name = found["boxes"] or next(iter(shapes))
+            self._outputs |= {"boxes": name, "scores": None, "classes": None}
+            return self._single(form, name, shapes[name])
+        for key in _SEPARATE[form]:
             if found[key] is None:
                 raise ArgumentError(
                     key, f"is missing: name one of the outputs of {self.path}: {', '.join(shapes)} (format {form})."
                 )
-        if needed:
-            used = (*needed, "scores") if form == "detections" else needed
-            self._outputs |= {key: found[key] if key in used else None for key in _NAMES}
-            return str(form), False
-        name = found["boxes"] or next(iter(shapes))
-        self._outputs |= {"boxes": name, "scores": None, "classes": None}
-        form, by_column = self._single(form, name, shapes[name])
-        return form, by_column
+        self._outputs |= found if form == "detections" else {**found, "classes": None}
+        return form, False
 
     def _single(self, form: str | None, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """Format of the only output, by its shape, and whether the boxes are its last axis."""
@@ -263,19 +263,17 @@ class ONNXDetector:
             if name is not None and key != "features"
         }
         boxes, scores, classes = arrays["boxes"], arrays.get("scores"), arrays.get("classes")
-        if self.format in ("yolo", "yolo_objectness", "rows"):
+        if self.format not in _SEPARATE:
             rows = boxes.reshape(boxes.shape[-2:])
-            rows = rows.T if self._by_column else rows
+            boxes, values = (rows.T if self._by_column else rows).tensor_split([4], dim=1)
             if self.format == "rows":
-                return rows[:, :4], rows[:, 4], rows[:, 5].round().long()
-            scores = self._activated(rows[:, 4:])
-            if self.format == "yolo_objectness":
-                scores = scores[:, :1] * scores[:, 1:]
-            return rows[:, :4], scores, None
-        N = classes.numel() if classes is not None else boxes.numel() // 4
-        width = boxes.numel() // N if N else 4
-        if boxes.numel() != N * width or width not in ((4,) if scores is not None else (5,)):
-            self._refuse("boxes", boxes, f"({N if classes is not None else 'N'}, {4 if scores is not None else 5})")
+                return boxes, values[:, 0], values[:, 1].round().long()
+            scores = self._activated(values)
+            return boxes, scores if self.format == "yolo" else scores[:, :1] * scores[:, 1:], None
+        width = 4 if scores is not None else 5
+        N = classes.numel() if classes is not None else boxes.numel() // width
+        if boxes.numel() != N * width or boxes.shape[-1] != width:
+            self._refuse("boxes", boxes, f"({N if classes is not None else 'N'}, {width})")
         boxes = boxes.reshape(N, width)
         if classes is not None:
             scores = boxes[:, 4] if scores is None else self._activated(scores.flatten())
@@ -297,11 +295,9 @@ class ONNXDetector:
 
     def _activated(self, scores: Tensor) -> Tensor:
         """Scores as probabilities."""
-        if self.activation == "softmax":
-            scores = scores.softmax(-1) if scores.dim() == 2 else scores
-        elif self.activation == "sigmoid":
-            scores = scores.sigmoid()
-        return scores
+        if self.activation == "softmax" and scores.dim() == 2:
+            return scores.softmax(-1)
+        return scores.sigmoid() if self.activation == "sigmoid" else scores
 
     def _width(self, found: dict[str, np.ndarray]) -> int:
         """D, the length of a feature."""
@@ -343,7 +339,7 @@ class ONNXDetector:
         kept = kept[score[kept].sort(descending=True, stable=True).indices[:m]]
         if len(kept) == 0:
             whole = boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]) * scale + shift
-            return whole_image(self._feature(found, whole, None, scores, label, score, image)[0])
+            return Instances.whole_image(self._feature(found, whole, None, scores, label, score, image)[0])
         boxes, row, label, score = boxes[kept], row[kept], label[kept], score[kept]
         features = self._feature(found, boxes * scale + shift, row, scores, label, score, image)
         return Instances(boxes, score, label, features)
@@ -443,7 +439,7 @@ def _read(path: Path, device: torch.device) -> tuple[list[Path], Any]:
         if not model.graph.output:
             raise ValueError("it has no outputs")
     except Exception as error:
-        raise WeightsError(f"{path} is not an ONNX file, or damaged ({_one_line(error)}).") from error
+        raise WeightsError(f"{path} is not an ONNX file, or damaged ({first_line(error)}).") from error
     files = [path]
     for name in sorted(set(_external(model.graph))):
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -464,7 +460,7 @@ def _read(path: Path, device: torch.device) -> tuple[list[Path], Any]:
     try:
         return files, onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        raise WeightsError(f"{path} cannot be run by ONNX Runtime ({_one_line(error)}).") from error
+        raise WeightsError(f"{path} cannot be run by ONNX Runtime ({first_line(error)}).") from error
 
 
 def _external(graph: Any) -> Iterator[str]:
@@ -519,15 +515,3 @@ def _per_channel(argument: str, values: list[float] | None, default: float) -> l
 def _size_or(size: Any, default: int) -> int:
     """A size in the shape of an input, or ``default`` if it is dynamic: a name, or None."""
     return size if isinstance(size, int) else default
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,6 +10,7 @@ import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from gm_mlic.detection.detectors._common import check_labels, label_of_class, read_labels, whole_image
+from gm_mlic.detection.fingerprint import file_hash
+from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, ConfigError, DataError
+from gm_mlic.errors import ConfigError, DataError, check_positive
+from gm_mlic.io import few, first_line
 from gm_mlic.registry import register_detector
 from gm_mlic.safe_load import load_arrays
 
@@ -41,8 +44,14 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "spans": ("pos_boxes",),
     "labels": ("labels",),
 }
-#: Parts with a row for each instance.
-_ROWS = ("boxes", "scores", "classes", "features")
+#: Arrays with a row for each instance: numbers of dimensions, and shape in messages.
+_SHAPES: Mapping[str, tuple[tuple[int, ...], str]] = {
+    "boxes": ((2,), "(M, 4)"),
+    "scores": ((1, 2), "(M,) or (M, C)"),
+    "classes": ((1,), "(M,)"),
+    "features": ((2,), "(M, D)"),
+}
+_ALL_NAMES = tuple(name for names in KEYS.values() for name in names)
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _HDF5 = (".h5", ".hdf5")
 #: File with the class names, in a folder of files.
@@ -60,8 +69,8 @@ class Precomputed:
     This is a :class:`~gm_mlic.detection.protocol.LookupExtractor`: instances are looked up by image id, not computed.
 
     ``path`` is a folder with an ``.npz`` file for each photo, an HDF5 file with a group for each photo, or one ``.npz``
-    or HDF5 file whose arrays hold all photos. A photo matches the file, group or id of its name: its path, or the end
-    of it, with or without extension.
+    or HDF5 file whose arrays hold all photos, or a folder of these, such as one for each split. A photo matches the
+    file, group or id of its name: its path, or the end of it, with or without extension.
 
     Each photo has ``boxes`` (M, 4), ``scores`` (M,) in [0, 1], or (M, C) for each class, ``classes`` (M,) with -1 for
     none, and ``features`` (M, D), in any order. Without scores, all are 1 and the order is kept. Without features, the
@@ -96,16 +105,22 @@ class Precomputed:
     ) -> None:
         self.path = Path(path).expanduser()
         self.box_format, self.box_units, self.missing = box_format, box_units, missing
-        self._source = _open(self.path)
-        self._names = _Names(self._source.keys())
-        found = self._source.labels()
+        self._sources = _open(self.path)
+        self._keys = [key for source in self._sources for key in source.keys]
+        if len(set(self._keys)) != len(self._keys):
+            repeated = next(key for key, count in Counter(self._keys).items() if count > 1)
+            raise DataError(f"{self.path}: the photo {repeated!r} is in several files: make ids unique.")
+        self._names = _Names(self._keys)
+        found = next((source.labels for source in self._sources if source.labels), None)
+        if (self.path / LABELS_FILE).is_file():
+            found = read_labels(self.path / LABELS_FILE)
         if labels is not None:
             found = read_labels(labels)
         elif found:
             check_labels(found, f"the class names in {self.path}")
         self.labels, self._label_of_class = label_of_class(found or (), first_class)
         self._num_classes = len(found or ())
-        first, arrays = next(self._source.read([next(iter(self._source.keys()))]))
+        first, arrays = self._sources[0].read(self._keys[:1])[self._keys[0]]
         self.needs_sizes = box_units == "pixels" and "width" not in arrays
         self._has_features = "features" in arrays
         if not self._has_features and not self.labels:
@@ -132,7 +147,7 @@ class Precomputed:
             # Not `missing`: it does not change the instances of a photo.
             settings = [self.labels, self._label_of_class.tolist(), self.box_format, self.box_units]
             digest = hashlib.sha256(json.dumps(["precomputed", *settings]).encode())
-            for part in self._source.content():
+            for part in (part for source in self._sources for part in source.content()):
                 digest.update(json.dumps(part).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -158,19 +173,20 @@ class Precomputed:
             DataError: if a photo has no entry and ``missing="error"``, or its entry is invalid; the message has the
                 file, the array and the row.
         """
-        if m < 1:
-            raise ArgumentError("m", f"must be 1 or more, got {m}.")
+        check_positive(m=m)
         keys = [self._names.find(name) for name in ids]
         without = [name for name, key in zip(ids, keys, strict=True) if key is None]
         if without and self.missing == "error":
             raise self._lacks(without, len(ids))
-        entries = self._source.read([key for key in keys if key is not None])
+        entries: dict[str, _Entry] = {}
+        for source in self._sources:
+            entries |= source.read([key for key in keys if key in source.keys])
         found: list[Instances | str] = []
         for name, key, size in zip(ids, keys, sizes, strict=True):
             if key is None:
                 found.append(f"{name} has no instances in {self.path}")
             else:
-                found.append(self._instances(*next(entries), size).top(m))
+                found.append(self._instances(*entries[key], size).top(m))
         return found
 
     def log_corrections(self) -> None:
@@ -182,13 +198,13 @@ class Precomputed:
         self._clipped = self._dropped = 0
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, photos={len(self._source.keys())}, D={self.feature_dim})"
+        return f"{type(self).__name__}({str(self.path)!r}, photos={len(self._keys)}, D={self.feature_dim})"
 
     def _lacks(self, without: Sequence[str], total: int) -> DataError:
-        shown = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        shown = few(without)
         if self.missing == "skip":
-            example = next(iter(self._source.keys()))
-            return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {shown}; it has {example}.")
+            has = f"{shown}; it has {self._keys[0]}"
+            return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {has}.")
         return DataError(
             f"{len(without):,} of {total:,} photos have no instances in {self.path}: {shown}: add them, or set "
             "`missing='skip'` to leave these photos out."
@@ -214,7 +230,7 @@ class Precomputed:
             classed = (labels >= 0).nonzero().flatten()
             features[classed, labels[classed]] = scores[classed]
         if len(keep) == 0:
-            return whole_image(torch.zeros(self.feature_dim))
+            return Instances.whole_image(torch.zeros(self.feature_dim))
         return Instances(boxes[keep], scores[keep], labels[keep], features[keep])
 
     def _size(
@@ -296,24 +312,21 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         if number != int(number) or not 0 <= number <= count:
             raise DataError(f"{where}: the number of boxes is {number:g}, but there are {count}.")
         count = int(number)
-    for key in _ROWS:
+    for key in _SHAPES:
         if key not in arrays:
             continue
-        array = arrays[key]
+        array, (dimensions, wanted) = arrays[key], _SHAPES[key]
         if array.dtype.kind not in "fiub":
             raise DataError(f"{where}: {key} are {array.dtype}, expected numbers.")
         if key == "features" and array.ndim == 2 and len(array) != shape[0] and array.shape[1] == shape[0]:
             array = array.T  # some published files have a column for each box
-        dimensions = {"boxes": (2,), "scores": (1, 2), "classes": (1,), "features": (2,)}[key]
-        rows = array[:count] if array.ndim else array
-        if array.ndim == 2 and key == "classes" and array.shape[1] == 1:
-            rows, dimensions = rows[:, :1].reshape(-1), (1,)
-        if rows.ndim not in dimensions or len(array) != shape[0] or (key == "boxes" and rows.shape[1] != 4):
-            wanted = {"boxes": "(M, 4)", "scores": "(M,) or (M, C)", "classes": "(M,)", "features": "(M, D)"}[key]
+        if key == "classes" and array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim not in dimensions or len(array) != shape[0] or (key == "boxes" and array.shape[1] != 4):
             raise DataError(f"{where}: {key} have shape {array.shape}, expected {wanted} with M = {count} boxes.")
-        finite = np.isfinite(rows) if rows.dtype.kind == "f" else np.ones(rows.shape, bool)
-        if not finite.all():
-            row = int(np.argwhere(~finite)[0][0])
+        rows = array[:count]
+        if not np.isfinite(rows).all():
+            row = int(np.argwhere(~np.isfinite(rows))[0][0])
             raise DataError(f"{where}: {key}[{row}] is NaN or infinite.")
         kind = np.float64 if key in ("boxes", "classes") else np.float32
         with np.errstate(over="ignore"):
@@ -392,37 +405,45 @@ def _coco_number(name: str) -> str | None:
 
 # Files
 
+#: Place of a photo's instances, for messages, and its arrays by the keys of :data:`KEYS`.
+_Entry = tuple[str, dict[str, np.ndarray]]
 
-def _open(path: Path) -> _Source:
+
+def _open(path: Path) -> list[_Source]:
     """Files at ``path``."""
     if path.is_dir():
-        return _Folder(path)
+        found = (file for file in path.rglob("*") if file.suffix.lower() in (".npz", *_HDF5))
+        files = sorted(found, key=lambda file: file.relative_to(path).as_posix())
+        if not files:
+            raise DataError(f"The folder {path} has no .npz files: expected one for each photo.")
+        if files[0].suffix.lower() == ".npz" and not _load(files[0], KEYS["ids"]):
+            return [_Folder(path, [file for file in files if file.suffix.lower() == ".npz"])]
+        return [source for file in files for source in _open(file)]
     if not path.is_file():
         raise DataError(f"{path} does not exist: expected a folder with .npz files, an .npz file or an HDF5 file.")
     if path.suffix.lower() == ".npz":
-        return _Arrays(path, {**_load(path, [name for names in KEYS.values() for name in names])})
+        return [_Table(path)]
     if path.suffix.lower() not in _HDF5:
         raise DataError(f"{path} is neither a folder, an .npz file, nor an HDF5 file ({', '.join(_HDF5)}).")
     with _hdf5(path) as file:
-        if any(name in file for name in KEYS["ids"]):
-            return _HDF5Arrays(path, file)
-        return _Groups(path, file)
+        is_table = any(name in file for name in KEYS["ids"])
+    return [_Table(path) if is_table else _Groups(path)]
 
 
 class _Source(ABC):
-    """Entries of photos by key."""
+    """Entries of photos by key.
+
+    Attributes:
+        keys: keys of all photos, at least one.
+        labels: class names, if there are any.
+    """
+
+    keys: Mapping[str, Any]
+    labels: tuple[str, ...] | None = None
 
     @abstractmethod
-    def keys(self) -> Collection[str]:
-        """Keys of all photos, at least one."""
-
-    @abstractmethod
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        """For each key the place of its entry, for messages, and its arrays by the keys of :data:`KEYS`."""
-
-    @abstractmethod
-    def labels(self) -> tuple[str, ...] | None:
-        """Class names, if there are any."""
+    def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
+        """Entries of photos."""
 
     @abstractmethod
     def content(self) -> Iterator[Any]:
@@ -432,71 +453,57 @@ class _Source(ABC):
 class _Folder(_Source):
     """An ``.npz`` file for each photo."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*.npz"))
-        self._files = {name.removesuffix(".npz"): path / name for name in files}
-        if not files:
-            raise DataError(f"The folder {path} has no .npz files: expected one for each photo.")
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.keys = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
 
-    def keys(self) -> Collection[str]:
-        return self._files.keys()
-
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        wanted = [name for names in KEYS.values() for name in names]
-        for key in keys:
-            yield str(self._files[key]), _by_key(_load(self._files[key], wanted))
-
-    def labels(self) -> tuple[str, ...] | None:
-        return read_labels(self._path / LABELS_FILE) if (self._path / LABELS_FILE).is_file() else None
+    def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
+        return {key: (str(self.keys[key]), _by_key(_load(self.keys[key], _ALL_NAMES))) for key in keys}
 
     def content(self) -> Iterator[Any]:
-        for key, file in self._files.items():
+        for key, file in self.keys.items():
             yield [key, _directory(file)]
 
 
-class _Arrays(_Source):
-    """One file for all photos: arrays with rows of each photo, (N, M, ...) or concatenated."""
+class _Table(_Source):
+    """One file for all photos: arrays with rows of each photo, (N, M, ...) or concatenated.
 
-    def __init__(self, path: Path, arrays: Mapping[str, Any]) -> None:
+    Arrays of an ``.npz`` file are in memory; large ones of an HDF5 file stay in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._arrays: dict[str, Any] = _by_key(arrays)
-        if "ids" not in self._arrays or "boxes" not in self._arrays:
-            raise DataError(
-                f"{path} has the arrays {', '.join(arrays)}: expected image_ids, boxes, scores, features, ..."
-            )
-        small: dict[str, np.ndarray] = {
-            key: np.asarray(self._arrays[key][...])
-            for key in ("ids", "count", "offsets", "spans", "width", "height", "labels")
-            if key in self._arrays
-        }
-        self._arrays |= small
-        ids = _texts(path, "image_ids", small["ids"])
-        self._index = {name: i for i, name in enumerate(ids)}
-        if len(self._index) != len(ids):
-            repeated = next(name for name in self._index if ids.count(name) > 1)
+        self._memory = None if path.suffix.lower() in _HDF5 else _by_key(_load(path, _ALL_NAMES))
+        self._small: dict[str, np.ndarray] = {}
+        with self._arrays() as arrays:
+            if "ids" not in arrays or "boxes" not in arrays:
+                names = ", ".join(KEYS[key][0] for key in arrays)
+                raise DataError(f"{path} has the arrays {names}: expected image_ids, boxes, scores, features, ...")
+            small = ("ids", "count", "offsets", "spans", "width", "height", "labels")
+            self._small = {key: np.asarray(arrays[key][...]) for key in small if key in arrays}
+            shapes = {key: array.shape for key, array in arrays.items()}
+        ids = _texts(path, "image_ids", self._small["ids"])
+        self.keys = {name: i for i, name in enumerate(ids)}
+        if len(self.keys) != len(ids):
+            repeated = next(name for name in self.keys if ids.count(name) > 1)
             raise DataError(f"{path}: image_ids has {repeated!r} more than once.")
         if not ids:
             raise DataError(f"{path} has no photos: image_ids is empty.")
-        self._spans = self._find_spans(len(ids), small)
-        expected = len(ids) if self._spans is None else len(self._arrays["boxes"])
-        for key in (*_ROWS, "width", "height"):
-            if key in self._arrays:
-                wanted = len(ids) if key in ("width", "height") else expected
-                shape = self._arrays[key].shape
-                if not shape or shape[0] != wanted:
-                    raise DataError(f"{path}: {key} have shape {shape}, expected {wanted} rows.")
+        self.labels = _texts(path, "labels", self._small["labels"]) if "labels" in self._small else None
+        self._spans = self._find_spans(len(ids), shapes["boxes"])
+        for key in (*_SHAPES, "width", "height"):
+            wanted = len(ids) if self._spans is None or key not in _SHAPES else shapes["boxes"][0]
+            if key in shapes and shapes[key][:1] != (wanted,):
+                raise DataError(f"{path}: {key} have shape {shapes[key]}, expected {wanted} rows.")
 
-    def _find_spans(self, N: int, small: dict[str, np.ndarray]) -> np.ndarray | None:
+    def _find_spans(self, N: int, boxes: tuple[int, ...]) -> np.ndarray | None:
         """First and last row + 1 of each photo (N, 2) in concatenated arrays; None for arrays (N, M, ...)."""
-        boxes = self._arrays["boxes"].shape
-        if "spans" in small:
-            spans = small["spans"]
-        elif "offsets" in small:
-            spans = np.stack([small["offsets"][:-1], small["offsets"][1:]], axis=1)
-        elif len(boxes) == 2 and "count" in small:
-            ends = np.cumsum(small["count"].reshape(-1))
-            spans = np.stack([ends - small["count"].reshape(-1), ends], axis=1)
+        if "spans" in self._small:
+            spans = self._small["spans"]
+        elif "offsets" in self._small:
+            spans = np.stack([self._small["offsets"][:-1], self._small["offsets"][1:]], axis=1)
+        elif len(boxes) == 2 and "count" in self._small:
+            ends = np.cumsum(self._small["count"].reshape(-1))
+            spans = np.stack([ends - self._small["count"].reshape(-1), ends], axis=1)
         elif len(boxes) == 3:
             return None
         else:
@@ -511,60 +518,44 @@ class _Arrays(_Source):
             raise DataError(f"{self._path}: photo {row} has the rows {spans[row].tolist()} of {boxes[0]}.")
         return np.asarray(spans, dtype=np.int64)
 
-    def keys(self) -> Collection[str]:
-        return self._index.keys()
+    @contextlib.contextmanager
+    def _arrays(self) -> Iterator[dict[str, Any]]:
+        if self._memory is not None:
+            yield self._memory
+        else:
+            with _hdf5(self._path) as file:
+                yield _by_key(_datasets(self._path, file)) | self._small
 
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        for key in keys:
-            yield self._entry(key, self._arrays)
-
-    def _entry(self, key: str, arrays: Mapping[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
-        i = self._index[key]
-        rows: Any = i if self._spans is None else slice(*self._spans[i].tolist())
-        found = {name: np.asarray(arrays[name][rows]) for name in _ROWS if name in arrays}
-        single = ("width", "height") if self._spans is not None else ("width", "height", "count")
-        found |= {name: np.asarray(arrays[name][i]) for name in single if name in arrays}
-        return f"{self._path}, photo {key}", found
-
-    def labels(self) -> tuple[str, ...] | None:
-        return _texts(self._path, "labels", self._arrays["labels"]) if "labels" in self._arrays else None
-
-    def content(self) -> Iterator[Any]:
-        yield _directory(self._path)
-
-
-class _HDF5Arrays(_Arrays):
-    """One HDF5 file for all photos; its large arrays stay in the file."""
-
-    def __init__(self, path: Path, file: Any) -> None:
-        super().__init__(path, _datasets(path, file))
-        self._arrays = {name: array for name, array in self._arrays.items() if isinstance(array, np.ndarray)}
-
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-        with _hdf5(self._path) as file:
-            arrays = _by_key(_datasets(self._path, file)) | self._arrays
-            entries = [self._entry(key, arrays) for key in keys]
-        yield from entries
+    def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
+        single = ("width", "height", "count") if self._spans is None else ("width", "height")
+        found = {}
+        with self._arrays() as arrays:
+            for key in keys:
+                i = self.keys[key]
+                rows: Any = i if self._spans is None else slice(*self._spans[i].tolist())
+                entry = {name: np.asarray(arrays[name][rows]) for name in _SHAPES if name in arrays}
+                entry |= {name: np.asarray(arrays[name][i]) for name in single if name in arrays}
+                found[key] = f"{self._path}, photo {key}", entry
+        return found
 
     def content(self) -> Iterator[Any]:
-        yield _file_hash(self._path)
+        yield _directory(self._path) if self._memory is not None else _kept_hash(self._path)
 
 
 class _Groups(_Source):
     """An HDF5 file with a group for each photo."""
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        keys: list[str] = []
-        self._find(file, "", keys)
-        self._keys = dict.fromkeys(keys)
-        if not keys:
+        self.keys = {}
+        with _hdf5(path) as file:
+            self._find(file, "")
+            if "labels" in file:
+                self.labels = _texts(path, "labels", np.asarray(_datasets(path, file)["labels"][...]))
+        if not self.keys:
             raise DataError(f"{path} has no boxes: expected a group for each photo, or arrays with image_ids.")
-        self._labels = None
-        if "labels" in file:
-            self._labels = _texts(path, "labels", np.asarray(_datasets(path, file)["labels"][...]))
 
-    def _find(self, group: Any, prefix: str, keys: list[str]) -> None:
+    def _find(self, group: Any, prefix: str) -> None:
         """Collect the groups with boxes."""
         h5py = _h5py(self._path)
         for name in group:
@@ -574,39 +565,27 @@ class _Groups(_Source):
             inner = group[name]
             if isinstance(inner, h5py.Group):
                 if any(key in inner for key in KEYS["boxes"]):
-                    keys.append(prefix + name)
+                    self.keys[prefix + name] = None
                 else:
-                    self._find(inner, f"{prefix}{name}/", keys)
+                    self._find(inner, f"{prefix}{name}/")
 
-    def keys(self) -> Collection[str]:
-        return self._keys.keys()
-
-    def read(self, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
+        found = {}
         with _hdf5(self._path) as file:
-            entries = []
             for key in keys:
-                group = file[key]
-                arrays = {name: array[...] for name, array in _datasets(self._path, group).items()}
-                arrays |= {name: np.asarray(value) for name, value in group.attrs.items()}
-                entries.append((f"{self._path}, group {key}", _by_key(arrays)))
-        yield from entries
-
-    def labels(self) -> tuple[str, ...] | None:
-        return self._labels
+                arrays = {name: array[...] for name, array in _datasets(self._path, file[key]).items()}
+                arrays |= {name: np.asarray(value) for name, value in file[key].attrs.items()}
+                found[key] = f"{self._path}, group {key}", _by_key(arrays)
+        return found
 
     def content(self) -> Iterator[Any]:
-        yield _file_hash(self._path)
+        yield _kept_hash(self._path)
 
 
 def _by_key(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays by the keys of :data:`KEYS`; of alternative names, the first is used."""
-    found = {}
-    for key, names in KEYS.items():
-        for name in names:
-            if name in arrays:
-                found[key] = arrays[name]
-                break
-    return found
+    present = {key: [name for name in names if name in arrays] for key, names in KEYS.items()}
+    return {key: arrays[names[0]] for key, names in present.items() if names}
 
 
 def _load(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
@@ -634,8 +613,7 @@ def _hdf5(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not an HDF5 file, or damaged ({reason}).") from error
+        raise DataError(f"{path} is not an HDF5 file, or damaged ({first_line(error)}).") from error
 
 
 def _datasets(path: Path, group: Any) -> dict[str, Any]:
@@ -645,7 +623,7 @@ def _datasets(path: Path, group: Any) -> dict[str, Any]:
     """
     h5py = _h5py(path)
     found = {}
-    for name in (name for names in KEYS.values() for name in names if name in group):
+    for name in (name for name in _ALL_NAMES if name in group):
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise DataError(f"{path}: {name} is a link: copy its data into the file.")
         dataset = group[name]
@@ -673,7 +651,7 @@ def _directory(file: Path) -> list[Any]:
         raise DataError(f"{file} is not an .npz file, or damaged: write it again with numpy.savez.") from error
 
 
-def _file_hash(file: Path) -> str:
+def _kept_hash(file: Path) -> str:
     """SHA-256 of a file; of a large one, stored beside it until its size or time changes."""
     stat = file.stat()
     state = [stat.st_size, stat.st_mtime_ns]
@@ -684,11 +662,8 @@ def _file_hash(file: Path) -> str:
             if stored[:2] == state:
                 return str(stored[2])
         log.info("Computing the SHA-256 of %s.", file)
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
+    found = file_hash(file)
     if stat.st_size > _SMALL_BYTES:
         with contextlib.suppress(OSError):  # a read-only folder: computed each time
-            stamp.write_text(json.dumps([*state, digest.hexdigest()]))
-    return digest.hexdigest()
+            stamp.write_text(json.dumps([*state, found]))
+    return found

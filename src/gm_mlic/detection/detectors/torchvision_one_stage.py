@@ -24,7 +24,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
 
-from gm_mlic.detection.checkpoints import Checkpoint, load_into, read_checkpoint
+from gm_mlic.detection.checkpoints import load_into, read_checkpoint
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.torchvision_detector import (
     NO_LIMIT,
@@ -33,7 +33,6 @@ from gm_mlic.detection.torchvision_detector import (
     check_thresholds,
     image_sizes,
     padded_sizes,
-    used_classes,
 )
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Probability
@@ -45,6 +44,7 @@ _BUILDERS: dict[str, Callable[..., RetinaNet | FCOS | SSD]] = {
     "ssd300_vgg16": ssd300_vgg16,
     "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
 }
+_FIXED_SIZE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 #: Number of RoIAlign cells along each side, and of samples in a cell, as in torchvision's Faster R-CNN.
 _CELLS, _SAMPLES = 7, 2
 
@@ -67,26 +67,18 @@ class OneStageExtractor(TorchvisionExtractor):
 
     Args:
         detector: the model; it is set to evaluation mode and frozen, and its limit on detections is removed.
-        labels: class names without the background.
+        labels: names of the detector's classes, from class 1. Detections of a class named ``N/A`` are dropped.
         name: short name, valid as a folder name.
-        class_index: the detector's class index of each label; default 1, 2, ... Detections of other classes are
-            dropped.
 
     Shape:
         features have D = ``feature_dim`` entries: 256 for RetinaNet and FCOS, 1536 for ``ssd300_vgg16``, 1152 for
         ``ssdlite320_mobilenet_v3_large``.
     """
 
-    def __init__(
-        self,
-        detector: RetinaNet | FCOS | SSD,
-        labels: Sequence[str],
-        name: str,
-        class_index: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, detector: RetinaNet | FCOS | SSD, labels: Sequence[str], name: str) -> None:
         head = detector.head.classification_head
         num_classes = head.num_columns if isinstance(detector, SSD) else head.num_classes
-        super().__init__(detector, labels, name, num_classes, class_index)
+        super().__init__(detector, labels, name, num_classes)
         self.requires_grad_(False)
         self.detector.detections_per_img = NO_LIMIT
         self._pool = None
@@ -155,26 +147,31 @@ def one_stage(
     """Build an instance extractor from a one-stage detector of torchvision.
 
     Args:
-        arch: name of a RetinaNet or FCOS of torchvision.
-        labels: class names, for random weights (default: the 80 of COCO) and ``.pt`` files. Other weights include their
-            labels.
-        weights: ``coco`` (torchvision's COCO weights, downloaded once, 125 to 150 MB) or a ``.pt`` / ``.pth`` file with
+        arch: name of a one-stage detector of torchvision.
+        weights: ``coco`` (torchvision's COCO weights, downloaded once, 15 to 150 MB) or a ``.pt`` / ``.pth`` file with
             a torchvision ``state_dict``; null: random weights.
-        min_size: shorter side of resized images in pixels; null: 448.
-        max_size: limit of the longer side in pixels; null: 5/3 of min_size.
-        score_threshold: detections below this confidence are dropped before non-maximum suppression.
-        nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
-            label.
-        seed: seed of random weights.
-        device: device of the detector.
+        labels, min_size, max_size: see :func:`~gm_mlic.detection.faster_rcnn.faster_rcnn`.
+        score_threshold, nms_threshold, seed, device: see :func:`~gm_mlic.detection.faster_rcnn.faster_rcnn`.
 
     Raises:
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
     checkpoint = read_checkpoint(arch, weights, labels)
+    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
-    return _build(arch, checkpoint, labels, score_threshold, nms_threshold, seed, device, **sizes)
+    detector = build_random(
+        _BUILDERS[arch],
+        seed,
+        weights=None,
+        weights_backbone=None,
+        num_classes=len(checkpoint.categories),
+        score_thresh=score_threshold,
+        nms_thresh=nms_threshold,
+        **({} if arch in _FIXED_SIZE else sizes),
+    )
+    load_into(detector, checkpoint, arch)
+    return OneStageExtractor(detector, checkpoint.categories[1:], arch).to(device)
 
 
 def single_shot(
@@ -191,51 +188,10 @@ def single_shot(
 
     Args:
         arch: name of an SSD of torchvision.
-        labels: class names, for random weights (default: the 80 of COCO) and ``.pt`` files. Other weights include their
-            labels.
-        weights: ``coco`` (torchvision's COCO weights, downloaded once, 15 to 135 MB) or a ``.pt`` / ``.pth`` file with
-            a torchvision ``state_dict``; null: random weights.
-        score_threshold: detections below this confidence are dropped before non-maximum suppression.
-        nms_threshold: IoU above which non-maximum suppression drops the less confident of two boxes with the same
-            label.
-        seed: seed of random weights.
-        device: device of the detector.
-
-    Raises:
-        ConfigError: if an argument is invalid.
-        WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
+        labels, weights, score_threshold, nms_threshold, seed, device: see :func:`one_stage`.
     """
-    checkpoint = read_checkpoint(arch, weights, labels)
-    return _build(arch, checkpoint, labels, score_threshold, nms_threshold, seed, device)
-
-
-def _build(
-    arch: str,
-    checkpoint: Checkpoint,
-    labels: Sequence[str] | None,
-    score_threshold: float,
-    nms_threshold: float,
-    seed: int,
-    device: str | torch.device,
-    **sizes: int,
-) -> OneStageExtractor:
-    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
-    if labels is not None:
-        checkpoint.check_labels(labels)
-    detector = build_random(
-        _BUILDERS[arch],
-        seed,
-        weights=None,
-        weights_backbone=None,
-        num_classes=len(checkpoint.categories),
-        score_thresh=score_threshold,
-        nms_thresh=nms_threshold,
-        **sizes,
-    )
-    if checkpoint.tensors is not None:
-        load_into(detector, checkpoint, arch)
-    names, class_index = used_classes(checkpoint)
-    return OneStageExtractor(detector, names, name=arch, class_index=class_index).to(device)
+    thresholds = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
+    return one_stage(arch, labels=labels, weights=weights, **thresholds, seed=seed, device=device)
 
 
 # The thresholds are torchvision's defaults.

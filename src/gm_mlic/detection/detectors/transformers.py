@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +13,14 @@ import torch
 from annotated_types import Ge, Interval
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
-from gm_mlic.detection.checkpoints import UNUSED
 from gm_mlic.detection.fingerprint import Fingerprint
+from gm_mlic.detection.labels import NO_CLASS, label_of_class
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.torchvision_detector import detect_by_size, stretch
 from gm_mlic.errors import ConfigError, WeightsError, check_positive
+from gm_mlic.io import first_line
 from gm_mlic.registry import register_detector
 
 #: Supported model types, and how their scores are computed: ``softmax`` over the classes and "no object", or
@@ -79,8 +80,10 @@ class TransformersExtractor(nn.Module):
         self.processor = processor
         self.score_threshold = score_threshold
         self.feature_dim = int(model.config.hidden_size)
-        self.labels, label_of_class = labels_of(model.config.id2label, int(model.config.num_labels))
-        self.register_buffer("_label_of_class", torch.tensor(label_of_class), persistent=False)
+        names = {int(i): str(name).strip() for i, name in model.config.id2label.items() if name is not None}
+        # Numbers of COCO have gaps.
+        self.labels, table = label_of_class([names.get(i) or NO_CLASS for i in range(int(model.config.num_labels))])
+        self.register_buffer("_label_of_class", table, persistent=False)
         self._label_of_class: Tensor
         self._fingerprint = Fingerprint()
         self.train(False)
@@ -147,27 +150,10 @@ class TransformersExtractor(nn.Module):
         order = torch.sort(flat, descending=True, stable=True).indices[:m]
         best = order[flat[order] > self.score_threshold]
         if len(best) == 0:
-            whole = boxes.new_tensor([[0, 0, 1, 1]], dtype=torch.float32)
-            return Instances(whole, whole.new_zeros(1), labels.new_full((1,), -1), states.mean(dim=0, keepdim=True))
+            return Instances.whole_image(states.mean(dim=0))
         query = best // scores.shape[-1]
-        center, size = boxes[query, :2].float(), boxes[query, 2:].float()
-        corners = torch.cat([center - size / 2, center + size / 2], dim=-1).clamp(0, 1)
+        corners = box_convert(boxes[query].float(), "cxcywh", "xyxy").clamp(0, 1)
         return Instances(corners, flat[best], labels[best], states[query])
-
-
-def labels_of(id2label: Mapping[Any, Any], num_classes: int) -> tuple[tuple[str, ...], list[int]]:
-    """Labels of a model's classes, and the label index of each class.
-
-    Classes without a name, or with the name ``N/A`` (COCO's numbers have gaps), are no labels; their index is -1.
-
-    Args:
-        id2label: name of each class index, from the model's config.
-        num_classes: number of classes.
-    """
-    names = {int(i): str(name).strip() for i, name in id2label.items() if name is not None}
-    of_class = [names.get(i, UNUSED) for i in range(num_classes)]
-    labels = tuple(dict.fromkeys(name for name in of_class if name not in ("", UNUSED)))
-    return labels, [labels.index(name) if name in labels else -1 for name in of_class]
 
 
 @register_detector("transformers", "detection transformer of Hugging Face: DETR, RT-DETR, D-FINE, YOLOS, ...")
@@ -231,7 +217,7 @@ def transformers_detector(
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
-            f"The model {source} cannot be read ({_one_line(error)}): set `weights` to a detector on "
+            f"The model {source} cannot be read ({first_line(error)}): set `weights` to a detector on "
             "huggingface.co/models, or to a folder with config.json, preprocessor_config.json and safetensors."
         ) from error
     finally:
@@ -270,7 +256,3 @@ def _resized(size: dict[str, Any], min_size: int) -> dict[str, int]:
         longest = size.get("longest_edge") or size["shortest_edge"] * 5 / 3
         return {"shortest_edge": min_size, "longest_edge": round(longest * min_size / size["shortest_edge"])}
     return dict.fromkeys(size, min_size)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Functions that several detectors share: class names, and the instances of an image without detections."""
+"""Names of a detector's classes, and the labels that they stand for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ArgumentError
 
-#: Class names that stand for no class, as in torchvision's list of the COCO classes.
-UNUSED = ("N/A", "__background__")
+#: Class names that are no labels, as in torchvision's list of the COCO classes.
+BACKGROUND, NO_CLASS = "__background__", "N/A"
+UNUSED = (BACKGROUND, NO_CLASS)
 
 
 def read_labels(labels: str | Path | Sequence[str]) -> tuple[str, ...]:
@@ -48,21 +48,13 @@ def check_labels(names: Sequence[str], where: str) -> None:
             raise ArgumentError("labels", f"has {name!r} more than once in {where}.")
 
 
-def label_of_class(names: Sequence[str], first_class: int) -> tuple[tuple[str, ...], Tensor]:
-    """Names without :data:`UNUSED`, and the index of each class number among them: (first_class + len(names),), or -1.
+def label_of_class(names: Sequence[str], first_class: int = 0) -> tuple[tuple[str, ...], Tensor]:
+    """Labels: names without :data:`UNUSED` and repetitions; and the label index of each class number, -1 for none.
 
     Args:
         names: names of the classes first_class, first_class + 1, ...
         first_class: number of the first class.
     """
-    labels = tuple(name for name in names if name not in UNUSED)
-    table = torch.full((first_class + len(names),), -1)
-    for number, name in enumerate(names, start=first_class):
-        if name not in UNUSED:
-            table[number] = labels.index(name)
-    return labels, table
-
-
-def whole_image(feature: Tensor) -> Instances:
-    """The only instance of an image without detections: the whole image, with score 0 and label -1."""
-    return Instances(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.zeros(1), torch.tensor([-1]), feature[None])
+    labels = tuple(dict.fromkeys(name for name in names if name not in UNUSED))
+    index = [-1] * first_class + [labels.index(name) if name in labels else -1 for name in names]
+    return labels, torch.tensor(index)
