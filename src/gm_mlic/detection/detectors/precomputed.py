@@ -180,7 +180,7 @@ class Precomputed:
             raise self._lacks(without, len(ids))
         entries: dict[str, _Entry] = {}
         for source in self._sources:
-            entries |= source.read([key for key in keys if key in source.keys])
+            entries |= source.read([key for key in keys if key is not None and key in source.keys])
         found: list[Instances | str] = []
         for name, key, size in zip(ids, keys, sizes, strict=True):
             if key is None:
@@ -438,7 +438,7 @@ class _Source(ABC):
         labels: class names, if there are any.
     """
 
-    keys: Mapping[str, Any]
+    keys: dict[str, Any]
     labels: tuple[str, ...] | None = None
 
     @abstractmethod

@@ -190,8 +190,8 @@ def single_shot(
         arch: name of an SSD of torchvision.
         labels, weights, score_threshold, nms_threshold, seed, device: see :func:`one_stage`.
     """
-    thresholds = {"score_threshold": score_threshold, "nms_threshold": nms_threshold}
-    return one_stage(arch, labels=labels, weights=weights, **thresholds, seed=seed, device=device)
+    options: dict[str, Any] = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "seed": seed}
+    return one_stage(arch, labels=labels, weights=weights, device=device, **options)
 
 
 # The thresholds are torchvision's defaults.
