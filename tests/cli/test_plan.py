@@ -89,7 +89,7 @@ def test_plan_of_an_existing_dataset(model: list[str], tmp_path: Path, monkeypat
     config = compose("train", [*overrides, "dataset.image_size=96", f"instances.root={tmp_path}/stores"])
     for split in ("train", "val", "test"):
         build.build_store(config, build.build_dataset(config, split), build.build_detector(config))
-    arrays = sum(file.stat().st_size for file in (tmp_path / "stores").rglob("*.npy"))
+    arrays = sum(file.stat().st_size for file in (tmp_path / "stores").rglob("*.safetensors"))
     assert result["bytes"]["stores"] == pytest.approx(arrays, rel=0.05)
 
 

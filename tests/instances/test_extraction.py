@@ -695,7 +695,7 @@ def test_empty_dataset_is_a_data_error(dataset, tmp_path):
         extract(dataset, PixelExtractor(), tmp_path / "store", **SETTINGS)
 
 
-@pytest.mark.parametrize("nth", [1, 4, 8])
+@pytest.mark.parametrize("nth", [1, 4, 9])
 def test_disk_full_later_keeps_finished_blocks(dataset, tmp_path, undisturbed, monkeypatch, nth):
     """The nth write fails: the targets, a block, the manifest."""
     path, log, left = tmp_path / "store", tmp_path / "calls.txt", nth

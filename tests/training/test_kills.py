@@ -16,6 +16,7 @@ import torch
 from fake_detector import GridExtractor
 from omegaconf import DictConfig, OmegaConf
 
+from gm_mlic.instances import manifest
 from gm_mlic.training import build, run
 
 Config = Callable[..., DictConfig]
@@ -23,6 +24,7 @@ KILLS = 25
 
 
 def extract(config: dict[str, Any]) -> None:
+    manifest.BLOCK_IMAGES = 4  # twelve blocks
     c = OmegaConf.create(config)
     build.build_store(c, build.build_dataset(c, "train"), GridExtractor())
 
