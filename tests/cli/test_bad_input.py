@@ -16,7 +16,6 @@ from PIL import Image
 from gm_mlic import Scenes, register_model
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.instances import manifest
 from gm_mlic.registry import register_dataset
 
 CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 5, "name": "red bird"}]
@@ -232,10 +231,7 @@ def test_a_detector_trained_on_photos_is_used_by_train(photos: Path):
     assert result()["detector"]["name"] == "scenes_tiny"
 
 
-def test_extract_in_two_shards(
-    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(manifest, "BLOCK_IMAGES", 1)  # a shard is some of the blocks
+def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str]):
     common = ["extract", "dataset=coco2014", f"dataset.root={photos}", "detector=scenes_tiny", "detector.min_size=32",
               "detector.weights=null", "instances.batch_size=1", "splits=[test]"]  # fmt: skip
     assert run([*common, "instances.shard=0/2"]) == 0

@@ -68,8 +68,10 @@ class Manifest:
 
     @property
     def block_size(self) -> int:
-        """B, the images per block: 64, or fewer if they exceed 64 MiB, but whole batches and at least one."""
-        images = min(BLOCK_IMAGES, BLOCK_BYTES // _num_bytes(self.block_specs(1)))
+        """B, the images per block: 64, or fewer if they exceed 64 MiB or half of all images (so that two processes can
+        share a small store), but whole batches and at least one.
+        """
+        images = min(BLOCK_IMAGES, BLOCK_BYTES // _num_bytes(self.block_specs(1)), -(-len(self.ids) // 2))
         return self.batch_size * max(1, images // self.batch_size)
 
     def blocks(self) -> list[range]:
