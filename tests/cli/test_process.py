@@ -251,11 +251,11 @@ def test_preempted_ddp_run_resumes(tmp_path: Path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while len(epochs(tmp_path / "run")) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert "Stopping after this step" in err.decode()
     assert "terminated; run the same command again to resume" in err.decode()
     assert read_run(tmp_path / "run").state == "interrupted"
