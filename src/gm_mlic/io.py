@@ -1,8 +1,9 @@
-"""Atomic writes, texts of messages, progress, and the limit of unpacked sizes."""
+"""Atomic writes and hashes of files, texts of messages, progress, and the limit of unpacked sizes."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,15 @@ def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
     """Write a file with :func:`atomic_write`; text as UTF-8."""
     with atomic_write(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def first_line(error: BaseException) -> str:

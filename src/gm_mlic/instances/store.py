@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -52,7 +51,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import StoreError, check_positive
 from gm_mlic.instances.manifest import AGAIN, MANIFEST, TARGETS, Manifest, Specs, block_name, job_fields
-from gm_mlic.io import first_line
+from gm_mlic.io import first_line, sha256
 
 log = logging.getLogger(__name__)
 
@@ -259,15 +258,6 @@ class InstanceStore:
 def partial_path(path: Path) -> Path:
     """Folder of the incomplete store ``path``."""
     return path.with_name(path.name + ".partial")
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_tensors(file: Path, specs: Specs) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -27,8 +27,8 @@ from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import DataError, StoreError, UnreadableImage
 from gm_mlic.instances.image_loader import CRASHES
 from gm_mlic.instances.manifest import MANIFEST, TARGETS, Manifest, block_name
-from gm_mlic.instances.store import REMEDY, InstanceStore, partial_path, read_tensors, sha256
-from gm_mlic.io import write_file
+from gm_mlic.instances.store import REMEDY, InstanceStore, partial_path, read_tensors
+from gm_mlic.io import sha256, write_file
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

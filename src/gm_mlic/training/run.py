@@ -34,8 +34,7 @@ from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, co
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.manifest import MANIFEST
-from gm_mlic.instances.store import sha256
-from gm_mlic.io import atomic_write, write_file
+from gm_mlic.io import atomic_write, sha256, write_file
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
 from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState

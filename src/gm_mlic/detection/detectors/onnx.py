@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
-from gm_mlic.detection.fingerprint import file_hash
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ArgumentError, ConfigError, WeightsError, check_positive
-from gm_mlic.io import first_line
+from gm_mlic.io import first_line, sha256
 from gm_mlic.registry import register_detector
 
 log = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ class ONNXDetector:
             ]
             digest = hashlib.sha256(json.dumps(["onnx", *settings]).encode())
             for file in self._files:
-                digest.update(file_hash(file).encode())
+                digest.update(sha256(file).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from gm_mlic.detection.fingerprint import file_hash
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
-from gm_mlic.io import few, first_line
+from gm_mlic.io import few, first_line, sha256
 from gm_mlic.registry import register_detector
 from gm_mlic.safe_load import load_arrays
 
@@ -662,7 +661,7 @@ def _kept_hash(file: Path) -> str:
             if stored[:2] == state:
                 return str(stored[2])
         log.info("Computing the SHA-256 of %s.", file)
-    found = file_hash(file)
+    found = sha256(file)
     if stat.st_size > _SMALL_BYTES:
         with contextlib.suppress(OSError):  # a read-only folder: computed each time
             stamp.write_text(json.dumps([*state, found]))
