@@ -101,12 +101,12 @@ def test_sigmoid_models_give_several_instances_per_query(transformer_folder, pho
 
 
 def test_labels_with_gaps_and_repeated_names(transformer_folder):
-    id2label = {0: "N/A", 1: "cat", 3: " dog ", 4: "cat", 9: "far"}
+    id2label = {0: "N/A", 1: "cat", 3: " dog ", 4: "cat", 9: "far", 10: "farther"}
     model = transformers.AutoModelForObjectDetection.from_pretrained(transformer_folder("yolos"))
     model.config.id2label = id2label  # num_labels is its length
     extractor = TransformersExtractor(model, transformers.YolosImageProcessor())
     assert extractor.labels == ("cat", "dog")
-    assert extractor._label_of_class.tolist() == [-1, 0, -1, 1, 0]
+    assert extractor._label_of_class.tolist() == [-1, 0, -1, 1, 0, -1]
 
 
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])
