@@ -169,6 +169,46 @@ def test_two_processes_give_the_results_of_one(tmp_path: Path, launcher: str):
         assert again[name] == pytest.approx(a.result["test"][name], abs=1e-6)
 
 
+DETECTOR = """
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from gm_mlic import Instances, register_detector
+
+
+@register_detector("logged")
+class Logged:
+    '''The whole image. It logs each image, and starts when two processes detect.'''
+
+    name, labels, feature_dim, fingerprint = "logged", (), 3, "0"
+
+    def __call__(self, images, m):
+        Path(f"{os.getpid()}.process").touch()
+        while len(list(Path().glob("*.process"))) < 2:
+            time.sleep(0.05)
+        with open("images.txt", "a") as file:
+            for image in images:
+                file.write(f"{os.getpid()} {hashlib.sha256(image.numpy().tobytes()).hexdigest()}\\n")
+        box, label = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([-1])
+        return [Instances(box, torch.ones(1), label, image.mean(dim=(1, 2))[None]) for image in images]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_extraction(tmp_path: Path):
+    """Both detect, and each image is detected once."""
+    (tmp_path / "logged.py").write_text(DETECTOR)
+    ddp = [*TWO, "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=1", "run_dir=two"]
+    finish(*torchrun(*ddp, "plugins=[logged]", "detector=logged"), cwd=tmp_path)
+    lines = [line.split() for line in (tmp_path / "images.txt").read_text().splitlines()]
+    assert len({process for process, _ in lines}) == 2
+    assert len(lines) == len({image for _, image in lines}) == 32 + 31 + 7
+
+
 @pytest.mark.slow
 def test_a_mismatch_of_processes_and_devices_is_rejected(tmp_path: Path):
     done = finish(*torchrun(*TWO, "run_dir=run"), cwd=tmp_path, code=1)  # exit code of torchrun
