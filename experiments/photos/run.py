@@ -3,6 +3,7 @@
     python experiments/photos/run.py SHARED                   # everything; finished runs are not repeated
     python experiments/photos/run.py SHARED --only main m     # some parts; also --models and --seeds
     python experiments/photos/run.py SHARED --select NAME     # cross-validation of one model on train and val
+    python experiments/photos/run.py SHARED --select NAME --folds 0 --train 50 --seeds 0 1 2   # few training photos
     python experiments/photos/run.py SHARED --report          # tables and figures of finished runs
 
 Parts: main, curve, m, k, coco, unseen, oracle, boxes. SHARED holds data/voc2012-animals, data/coco-mini, data/glove and
@@ -138,7 +139,7 @@ def voc(
         size: draw as many of the training photos.
         fold: of five folds of the training and val photos; tests on the fold.
         unseen: labels to leave out; their photos stay.
-        seed: of the draw or the folds.
+        seed: of the draw.
         limit: draw as many photos of each split, to try the study.
     """
     rows = photos(shared)
@@ -153,11 +154,12 @@ def voc(
     ]
     if fold is not None:
         both = parts["train"] + parts["val"]
-        of = np.random.default_rng(seed).permutation(len(both)) % 5
+        of = np.random.default_rng(0).permutation(len(both)) % 5
         rest = [row for row, f in zip(both, of, strict=True) if f != fold]
         held_out = [row for row, f in zip(both, of, strict=True) if f == fold]
-        parts = {"train": rest[20:], "val": rest[:20], "test": held_out}
-        return [*base, *write_split(f"fold-{seed}-{fold}", parts)]
+        train = rest[20:] if size is None else sample(rest[20:], size, seed)
+        name = f"fold-{fold}" if size is None else f"fold-{fold}-{size}-{seed}"
+        return [*base, *write_split(name, {"train": train, "val": rest[:20], "test": held_out})]
     name = []
     if limit is not None:
         parts = {split: sample(part, limit, 0) for split, part in parts.items()}
@@ -465,16 +467,29 @@ def all_runs(shared: Path, limit: int | None = None) -> Iterator[Run]:
             yield Run("oracle", model, seed, whole, overrides, boxes="true")
 
 
-def select(shared: Path, name: str, overrides: list[str], partitions: Sequence[int] = (0,)) -> None:
-    """Cross-validation on the training and val photos: mean AP of the held-out fold."""
+def select(
+    shared: Path, name: str, changed: list[str], folds: Sequence[int], seeds: Sequence[int], size: int | None
+) -> None:
+    """Cross-validation on the training and val photos: mean AP of the held-out fold.
+
+    Args:
+        shared: see above.
+        name: one of MODELS.
+        changed: changed settings.
+        folds: of five.
+        seeds: of training, and of the draw of training photos.
+        size: number of training photos; None for all of the other folds.
+    """
     extractor, _ = extractors(shared)
     values = []
-    for seed in partitions:
-        for fold in range(5):
-            run = Run("select", f"{name}-{fold}", seed, partial(voc, shared, seed=seed, fold=fold), overrides)
+    for seed in seeds:
+        for fold in folds:
+            setting = " ".join([f"fold={fold}", *([] if size is None else [f"n={size}"]), *changed])
+            data = partial(voc, shared, size=size, seed=seed, fold=fold)
+            run = Run("select", name, seed, data, [*MODELS[name], *changed], setting)
             execute(run, shared, extractor, [])
             values.append(run.mean())
-            print(name, seed, fold, round(values[-1], 2), flush=True)
+            print(name, setting, seed, round(values[-1], 2), flush=True)
     print(f"{name}: {np.mean(values):.2f}", [round(v, 2) for v in values], flush=True)
 
 
@@ -483,16 +498,19 @@ def main() -> None:
     parser.add_argument("shared", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--select", metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4; 0 (select)")
+    parser.add_argument("--select", choices=MODELS, metavar="NAME")
+    parser.add_argument("--folds", nargs="+", type=int, choices=range(5), default=range(5), help="only these (select)")
+    parser.add_argument("--train", type=int, metavar="N", help="number of training photos (select)")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--size", type=int, help="try the study with as many photos of each split")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of tables and figures")
     parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="changed settings of all runs")
     given = parser.parse_args()
     if given.select:
-        select(given.shared, given.select, MODELS.get(given.select, []) + given.override)
+        select(given.shared, given.select, given.override, given.folds, given.seeds or [0], given.train)
         return
+    given.seeds = given.seeds or list(SEEDS)
     runs = list(all_runs(given.shared, given.size))
     if given.report:
         import analysis
