@@ -392,19 +392,22 @@ def test_parallel_shards_give_the_same_store(dataset, tmp_path, undisturbed):
     assert sorted(calls(log)) == sorted(undisturbed[1])
 
 
+class SlowExtractor(PixelExtractor):
+    """Takes long enough that several processes extract at the same time."""
+
+    def __call__(self, images, m):
+        time.sleep(0.2)
+        return super().__call__(images, m)
+
+
 @pytest.mark.parametrize("late", [0.0, 1.5], ids=["together", "one late"])
 def test_together_returns_the_complete_store(dataset, tmp_path, undisturbed, late):
     """Each of three processes gets the complete store; every image is processed once."""
     log, path = tmp_path / "calls.txt", tmp_path / "store"
 
-    class Slow(PixelExtractor):
-        def __call__(self, images, m):
-            time.sleep(0.2)
-            return super().__call__(images, m)
-
     def work(index: int) -> None:
         time.sleep(late * (index == 2))
-        assert len(extract(dataset, Slow(log), path, shard=(index, 3), together=True, **SETTINGS)) == 21
+        assert len(extract(dataset, SlowExtractor(log), path, shard=(index, 3), together=True, **SETTINGS)) == 21
 
     assert [end(pid) for pid in [start(functools.partial(work, index)) for index in range(3)]] == [0, 0, 0]
     assert files_of(path) == undisturbed[0]
@@ -479,13 +482,11 @@ def test_equal_and_overlapping_shards_share_the_blocks(dataset, tmp_path, undist
     """Every image is processed once, and one of the processes completes the store."""
     log, path = tmp_path / "calls.txt", tmp_path / "store"
 
-    class Slow(PixelExtractor):
-        def __call__(self, images, m):
-            time.sleep(0.05)
-            return super().__call__(images, m)
-
     shards = [(0, 2), other, (1, 2)]
-    pids = [start(functools.partial(extract, dataset, Slow(log), path, shard=shard, **SETTINGS)) for shard in shards]
+    pids = [
+        start(functools.partial(extract, dataset, SlowExtractor(log), path, shard=shard, **SETTINGS))
+        for shard in shards
+    ]
     assert [end(pid) for pid in pids] == [0, 0, 0]
     assert files_of(path) == undisturbed[0]
     assert sorted(calls(log)) == sorted(undisturbed[1])
