@@ -148,7 +148,9 @@ def outputs_and_gradients(net: nn.Module, data: Any, **arguments: Any) -> tuple[
 def assert_equal(a: tuple[Any, dict[str, Tensor]], b: tuple[Any, dict[str, Tensor]]) -> None:
     close(a[0].match_logits, b[0].match_logits)
     close(a[0].logits, b[0].logits)
-    assert torch.equal(a[0].argmax_instance, b[0].argmax_instance)
+    for x, y in ((a[0], b[0]), (b[0], a[0])):  # instances may be equal up to rounding, and either one the largest
+        best = x.match_logits.gather(1, y.argmax_instance.unsqueeze(1)).squeeze(1)
+        close(best, x.match_logits.amax(dim=1))
     scale = max(1.0, *(float(g.abs().max()) for g in b[1].values()))
     for name, gradient in a[1].items():
         torch.testing.assert_close(
