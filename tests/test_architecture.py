@@ -83,6 +83,12 @@ def loaded_by(code: str, *names: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()[1:]
 
 
+def test_importing_prints_nothing():
+    names = ", ".join(f"gm_mlic.{name}" for name in stages() if name != "cli")
+    done = subprocess.run([sys.executable, "-c", f"import {names}"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_page_lists_every_folder():
     folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     files = {p.stem for p in PACKAGE.glob("*.py")} - COMMON - {"__init__", "__main__"}

@@ -5,6 +5,7 @@ The names below are the public interface; each is imported when it is first used
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from gm_mlic._lazy import lazy_attributes
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from gm_mlic.nn import GMMLIC
     from gm_mlic.registry import list_models, register_dataset, register_detector, register_embedding, register_model
     from gm_mlic.zoo import Predictor, create_model, pretrained_models
+
+# PyG uses TorchScript when it is imported; users cannot change that.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 
 _HOME = {
     "MultiLabelDataset": "datasets",

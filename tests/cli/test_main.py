@@ -73,6 +73,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             ["train", "graph.mm=3"],
             "graph.mm: unknown setting; did you mean graph.m? Settings of graph: labels_per_class, layout, m, num_l",
         ),
+        (["train", "graph.m=3\r"], "'graph.m=3\\r': remove the carriage return; scripts need Unix line ends."),
         (["train", "grap.m=3"], "grap: unknown setting; did you mean graph?"),
         (["train", "seed"], "missing EQUAL"),
         (["train", "experimant=scenes"], "experimant: unknown setting; did you mean experiment? Settings: abl"),

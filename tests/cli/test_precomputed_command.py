@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(folder: Path) -> Path:
-    assert run([*TRAIN, f"detector.path={folder}/instances", f"run_dir={folder}/run"]) == 0
+    stores = f"instances.root={folder}/stores"
+    assert run([*TRAIN, f"detector.path={folder}/instances", stores, f"run_dir={folder}/run"]) == 0
     return folder / "run" / "checkpoints" / "best.ckpt"
 
 

@@ -88,6 +88,15 @@ def test_exit_codes_reach_the_shell(tmp_path: Path):
     assert bad.stderr.splitlines() == ["gm-mlic: error: graph.m=-1: expected an integer of at least 1."]
 
 
+def test_python_without_assertions(tmp_path: Path):
+    done = subprocess.run(
+        command("train", "-m", "graph.m=range(3,5)"),
+        cwd=tmp_path, capture_output=True, text=True, env={**environment(), "PYTHONOPTIMIZE": "1"},
+    )  # fmt: skip
+    line = "gm-mlic: error: Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O."
+    assert (done.returncode, done.stderr.splitlines()) == (2, [line])
+
+
 def finish(*arguments: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a process and check its exit code."""
     done = subprocess.run(

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import warnings
 
 
 def prepare_process() -> None:
-    """Configure OpenMP threads and the memory allocator, and silence irrelevant warnings."""
+    """Configure OpenMP threads and the memory allocator."""
     # Spin count of idle OpenMP threads, read when torch is imported. The default spins long and takes the core from
     # other processes. Without spinning, each of the network's many small operations has to wake threads, which halves
     # the speed on two cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _keep_freed_memory()
-    # PyG uses TorchScript; users cannot fix that.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 
 
 def _keep_freed_memory() -> None:

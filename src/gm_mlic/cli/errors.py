@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
+import traceback
 from collections.abc import Sequence
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
@@ -62,6 +64,11 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
     """
     if isinstance(error, GMMLICError):
         return f"error: {_one_line(str(error))}", error.exit_code
+    for argument in arguments:
+        if "\r" in argument:
+            return f"error: {argument!r}: remove the carriage return; scripts need Unix line ends.", 2
+    if sys.flags.optimize and "override_parser" in "".join(traceback.format_tb(error.__traceback__)):
+        return "error: Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O.", 2
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return f"error: {_one_line(_config_error(error, command, arguments))}", 2
     if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
