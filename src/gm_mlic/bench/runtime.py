@@ -270,7 +270,8 @@ def grow(
     Args:
         start: the base case; each curve varies one variable.
         curves: names from :data:`CURVES`.
-        executions, repeats, **options: see :func:`compare`.
+        executions, repeats: see :func:`compare`.
+        **options: see :func:`compare`.
     """
 
     def point(curve: str, value: int) -> dict[str, Any]:
