@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,21 @@ from hydra.core.config_store import ConfigStore
 
 from gm_mlic.config import SECTIONS
 from gm_mlic.registry import Registry
+
+
+#: Reasons to skip a test with ``GM_MLIC_STRICT=1``, as in continuous integration; other skipped tests fail.
+ALLOWED_SKIPS = re.compile(r"requires the shared data|cannot mount|MPS is available")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """With ``GM_MLIC_STRICT=1``, report a skipped test as failed, unless its reason is allowed."""
+    report = yield
+    if os.environ.get("GM_MLIC_STRICT") == "1" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2])
+        if not ALLOWED_SKIPS.search(reason):
+            report.outcome, report.longrepr = "failed", f"{reason} (not allowed with GM_MLIC_STRICT=1)"
+    return report
 
 
 @pytest.fixture(scope="session")
