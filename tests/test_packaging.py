@@ -16,28 +16,32 @@ PACKAGE = ROOT / "src" / "gm_mlic"
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Wheel built from a copy of the tree (building writes into the source tree)."""
+    """Wheel built from the source distribution of a copy of the tree (building writes into the source tree)."""
     import os
     import shutil
+    import tarfile
 
     tree = tmp_path_factory.mktemp("tree")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("src", "conf"):
-        shutil.copytree(ROOT / name, tree / name, ignore=ignore)
+        shutil.copytree(ROOT / name, tree / name, ignore=ignore, symlinks=True)
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     before = Path.cwd()
-    os.chdir(tree)
     try:
-        name = build_meta.build_wheel(str(tree))
+        os.chdir(tree)
+        with tarfile.open(build_meta.build_sdist(str(tree))) as sources:
+            sources.extractall(tree / "sdist", filter="data")
+        (unpacked,) = (tree / "sdist").iterdir()
+        os.chdir(unpacked)
+        return zipfile.ZipFile(unpacked / build_meta.build_wheel(str(unpacked)))
     finally:
         os.chdir(before)
-    return zipfile.ZipFile(tree / name)
 
 
 def in_tree() -> set[str]:
     kinds = (".py", ".typed", ".json", ".safetensors", ".yaml", ".jinja", ".html", ".css", ".js", ".md")
-    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in kinds]
+    files = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix in kinds and "conf" not in p.parts]
     names = {str(p.relative_to(ROOT / "src")) for p in files}
     confs = [p for p in (ROOT / "conf").rglob("*") if p.suffix in (".yaml", ".py")]
     return names | {str(Path("gm_mlic/conf") / p.relative_to(ROOT / "conf")) for p in confs}
