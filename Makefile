@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SCATTER := $(VENV)/.torch-scatter
 
-.PHONY: help demo test test-slow test-scatter lint format docs model-zoo clean
+.PHONY: help demo test test-slow test-scatter test-lowest test-newest lint format docs model-zoo clean
 
 help: ## list all targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -44,6 +44,29 @@ $(SCATTER): $(INSTALLED)
 test-scatter: $(SCATTER) ## build torch-scatter (needs a C++ compiler, takes minutes) and run its tests
 	$(BIN)/python -m pytest -m scatter
 
+# What has to work with every version that setup.cfg admits.
+CORE := tests/nn tests/graphs tests/metrics tests/test_losses.py tests/test_targets.py tests/test_schema.py
+PYTHON_LOWEST ?= python3.10
+PYTHON_NEWEST ?= python3.13
+
+test-lowest: ## run a small training and the core tests with the lowest versions that setup.cfg admits
+	rm -rf .venv-lowest
+	$(PYTHON_LOWEST) -m venv .venv-lowest
+	sed -nE '/^install_requires/,/^$$/ s/^ *([a-z0-9-]+)>=([0-9.]+).*/\1==\2/p' setup.cfg > .venv-lowest/versions.txt
+	$(call core,.venv-lowest,-c .venv-lowest/versions.txt)
+
+test-newest: ## run a small training and the core tests with the newest versions that setup.cfg admits
+	rm -rf .venv-newest
+	$(PYTHON_NEWEST) -m venv .venv-newest
+	$(call core,.venv-newest,)
+
+define core
+$(1)/bin/python -m pip install --quiet $(2) . pytest pytest-timeout hypothesis scikit-learn scipy
+$(1)/bin/python -m pip list --format=freeze > $(1)/installed.txt
+cd $(1) && OMP_NUM_THREADS=1 bin/gm-mlic train experiment=scenes_smoke run_dir=run instances.root=stores
+OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -m "not slow and not scatter" $(CORE)
+endef
+
 lint: $(INSTALLED) ## run ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -60,4 +83,4 @@ model-zoo: $(INSTALLED) ## generate MODEL_ZOO.md from the registry, shipped mode
 	$(BIN)/python docs/model_zoo.py
 
 clean: ## remove generated files, but not runs/ and data/
-	rm -rf $(VENV) build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist docs/_build docs/generated src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
