@@ -14,7 +14,6 @@ from hydra.core.config_store import ConfigStore
 from gm_mlic.config import SECTIONS
 from gm_mlic.registry import Registry
 
-
 #: Reasons to skip a test with ``GM_MLIC_STRICT=1``, as in continuous integration; other skipped tests fail.
 ALLOWED_SKIPS = re.compile(r"requires the shared data|cannot mount|MPS is available")
 

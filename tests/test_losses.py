@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.losses import WeightedBCE
+from gm_mlic.losses import AsymmetricLoss, FocalLoss, MultiLabelLoss, WARPLoss, WeightedBCE
 
 
 def loop(logits: Tensor, targets: Tensor, ratio: Tensor, beta: float, difficult: str) -> float:
@@ -151,3 +151,108 @@ def test_empty_batch_is_nan() -> None:
 
 def test_repr() -> None:
     assert repr(WeightedBCE(torch.rand(3), 0.4, "ignore")) == "WeightedBCE(C=3, beta=0.4, difficult='ignore')"
+
+
+def masks(targets: Tensor, difficult: str) -> tuple[Tensor, Tensor]:
+    """Present and counted pairs of targets in {1, 0, -1}."""
+    present = (targets == 1) | ((targets == 0) & (difficult == "positive"))
+    return present, (targets != 0) if difficult == "ignore" else torch.ones_like(present)
+
+
+def asymmetric_loop(logits: Tensor, targets: Tensor, difficult: str, plus: float, minus: float, m: float) -> float:
+    present, counted = masks(targets, difficult)
+    total = 0.0
+    for s, y, counts in zip(logits.flatten().tolist(), present.flatten(), counted.flatten(), strict=True):
+        p = 1 / (1 + math.exp(-s))
+        q = max(p - m, 0)
+        value = -((1 - p) ** plus) * math.log(p) if y else -(q**minus) * math.log(1 - q)
+        total += value if counts else 0
+    return total / max(1, int(counted.sum()))
+
+
+def warp_loop(logits: Tensor, targets: Tensor, difficult: str) -> float:
+    present, counted = masks(targets, difficult)
+    total = 0.0
+    for s, y, counts in zip(logits.tolist(), present.tolist(), counted.tolist(), strict=True):
+        for j in range(len(s)):
+            if not (y[j] and counts[j]):
+                continue
+            over = [1 - s[j] + s[k] for k in range(len(s)) if counts[k] and not y[k] and 1 - s[j] + s[k] > 0]
+            if over:
+                total += sum(1 / rank for rank in range(1, len(over) + 1)) * sum(over) / len(over)
+    return total / max(1, int(counted.sum()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 4),
+    C=st.integers(1, 5),
+    difficult=st.sampled_from(["positive", "negative", "ignore"]),
+    gamma=st.sampled_from([0.0, 0.5, 1.0, 2.0, 4.0]),
+    share=st.sampled_from([0.0, 0.05, 0.25, 0.75]),
+    seed=st.integers(0, 1000),
+)
+def test_losses_of_other_papers_equal_loops(
+    B: int, C: int, difficult: str, gamma: float, share: float, seed: int
+) -> None:
+    logits, targets, ratio = case(B, C, seed)
+    options = {"difficult": difficult, "target_format": "voc", "allow_all_present": True}
+    present, counted = masks(targets, difficult)
+    weight = share * present.double() + (1 - share) * (~present).double()
+    right = torch.where(present, logits.sigmoid(), 1 - logits.sigmoid())
+    focal = (-weight * (1 - right) ** gamma * right.log())[counted].sum() / counted.sum().clamp(min=1)
+    asymmetric = (1.0, gamma, share), (gamma, 4.0, share)
+    for loss, expected in (
+        *((AsymmetricLoss(ratio, *s, **options), asymmetric_loop(logits, targets, difficult, *s)) for s in asymmetric),
+        (FocalLoss(ratio, gamma, share, **options), float(focal)),
+        (WARPLoss(ratio, **options), warp_loop(logits, targets, difficult)),
+    ):  # fmt: skip
+        assert float(loss(logits, targets)) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+LOSSES: list[MultiLabelLoss] = [
+    WeightedBCE(torch.full((3,), 0.5)), AsymmetricLoss(torch.full((3,), 0.5)), FocalLoss(torch.full((3,), 0.5)),
+    WARPLoss(torch.full((3,), 0.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_gradients_of_extreme_logits_are_finite(loss: MultiLabelLoss) -> None:
+    for size in (0.0, 1e-3, 30.0, 1e4):
+        logits = torch.tensor([[size, -size, size]], requires_grad=True)
+        value = loss(logits, torch.tensor([[1, 1, 0]]))
+        value.backward()
+        assert math.isfinite(value.item())
+        assert logits.grad is not None
+        assert bool(logits.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_less_loss_after_a_step(loss: MultiLabelLoss) -> None:
+    logits = torch.tensor([[0.1, -0.2, 0.3], [0.5, 0.1, -0.1]], requires_grad=True)
+    targets = torch.tensor([[1, 0, 0], [0, 1, 1]])
+    before = loss(logits, targets)
+    (gradient,) = torch.autograd.grad(before, logits)
+    assert loss(logits - 0.1 * gradient, targets).item() < before.item()
+    assert bool((gradient * (2 * targets - 1) <= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AsymmetricLoss, {"gamma_negative": -1}, "^gamma_negative must be 0 or more"),
+        (AsymmetricLoss, {"margin": 1.0}, r"^margin must be in \[0, 1\)"),
+        (FocalLoss, {"gamma": float("nan")}, "^gamma must be 0 or more"),
+        (FocalLoss, {"alpha": 2}, r"^alpha must be in \[0, 1\]"),
+    ],
+)
+def test_invalid_arguments_of_other_losses(kind: type, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(torch.rand(3), **options)
+
+
+def test_repr_of_other_losses() -> None:
+    assert repr(LOSSES[1]) == (
+        "AsymmetricLoss(C=3, gamma_positive=0.0, gamma_negative=4.0, margin=0.05, difficult='positive')"
+    )
+    assert repr(LOSSES[3]) == "WARPLoss(C=3, difficult='positive')"

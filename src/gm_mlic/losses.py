@@ -1,4 +1,4 @@
-"""Weighted binary cross-entropy loss (eq. 15)."""
+"""Losses: weighted binary cross-entropy (eq. 15) and those of other papers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import LOSSES
+from gm_mlic.schema import Fraction, Probability
 from gm_mlic.targets import (
     DifficultRule,
     TargetFormat,
@@ -22,23 +23,15 @@ from gm_mlic.targets import (
 DIFFICULT_POLICIES: tuple[str, ...] = get_args(DifficultRule)
 
 
-@LOSSES.register("weighted_bce")
-class WeightedBCE(nn.Module):
-    r"""Weighted binary cross-entropy, averaged over images and labels (eq. 15).
+class MultiLabelLoss(nn.Module):
+    """Base of losses of logits (B, C) and targets (B, C).
 
-    .. math::
-        L = -\frac{1}{BC} \sum_{i,c} w_{ic} \left[ y_{ic} \log p_{ic} + (1 - y_{ic}) \log(1 - p_{ic}) \right], \quad
-        w_{ic} = y_{ic} e^{\beta (1 - r_c)} + (1 - y_{ic}) e^{\beta r_c}
-
-    The paper sums over images and labels instead of averaging, and omits the minus sign. For numerical stability, the
-    loss is computed from logits, in float32 (float64 stays float64). With ``beta=0`` it equals
-    :func:`torch.nn.functional.binary_cross_entropy_with_logits`. With ``difficult="ignore"``, it is the mean over the
-    pairs that are not difficult. The loss of an empty batch is NaN, as in torch.
+    For numerical stability, losses are computed from logits, in float32 (float64 stays float64). With
+    ``difficult="ignore"``, they are means over the pairs that are not difficult. The loss of an empty batch is NaN, as
+    in torch.
 
     Args:
-        label_ratio: (C,) :math:`r_c`, the fraction of training images with label c.
-        beta: :math:`\beta`, the weight of rare labels (0: unweighted; the paper uses 0 on VOC 2007 and 0.4 on COCO and
-            NUS-WIDE).
+        label_ratio: (C,), the fraction of training images with label c.
         difficult: treatment of difficult image-label pairs (VOC): ``positive`` (as in ML-GCN), ``negative``, or
             ``ignore`` (no loss).
         target_format: ``binary`` (default): targets in {0, 1}, difficult pairs as a mask. ``voc``: targets in
@@ -53,8 +46,8 @@ class WeightedBCE(nn.Module):
         - **output:** scalar
 
     Raises:
-        ArgumentError: if a ratio is not in [0, 1], beta is negative or not finite, or an option is unknown; in
-            ``forward``, if shapes differ, or a difficult mask is given with ``voc``.
+        ArgumentError: if a ratio is not in [0, 1], or an option is unknown; in ``forward``, if shapes differ, or a
+            difficult mask is given with ``voc``.
         DataError: in ``forward``, if targets do not match the format.
     """
 
@@ -63,7 +56,6 @@ class WeightedBCE(nn.Module):
     def __init__(
         self,
         label_ratio: Tensor,
-        beta: Annotated[float, Ge(0)] = 0.0,
         difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
         *,
@@ -74,12 +66,9 @@ class WeightedBCE(nn.Module):
         ratio = as_table("label_ratio", label_ratio).to(torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
             raise ArgumentError("label_ratio", "must be in [0, 1].")
-        if not 0 <= beta < float("inf"):
-            raise ArgumentError("beta", f"must be 0 or more, got {beta}.")
         if difficult not in DIFFICULT_POLICIES:
             raise ArgumentError("difficult", f"must be one of {', '.join(DIFFICULT_POLICIES)}; got {difficult!r}.")
         check_target_format(target_format)
-        self.beta = beta
         self.difficult = difficult
         self.target_format = target_format
         self.allow_all_present = allow_all_present
@@ -106,18 +95,232 @@ class WeightedBCE(nn.Module):
         )
         positive, counted = positives_and_counted(present, difficult, self.difficult)
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        ratio = self.label_ratio.to(logits.dtype)
-        weight = torch.where(positive, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
-        pairs: Tensor | int = logits.numel()
-        if counted is not None:
-            weight = weight * counted
-            pairs = counted.sum().clamp(min=1)
-        y = positive.to(logits.dtype)
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="sum")
-        return loss / pairs
+        return self.loss(logits, positive, counted)
+
+    def loss(self, logits: Tensor, positive: Tensor, counted: Tensor | None) -> Tensor:
+        """Loss of logits (B, C), for masks (B, C) of present labels and of pairs that count (None: all)."""
+        values = self.pairwise(logits, positive)
+        if counted is None:
+            return values.sum() / values.numel()
+        return (values * counted).sum() / counted.sum().clamp(min=1)
+
+    def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """Loss (B, C) of each image and label."""
+        raise NotImplementedError
+
+    def _options(self) -> dict[str, float]:
+        return {}
 
     def __repr__(self) -> str:
         voc = ", target_format='voc'" if self.target_format == "voc" else ""
-        return (
-            f"{type(self).__name__}(C={self.label_ratio.numel()}, beta={self.beta}, difficult={self.difficult!r}{voc})"
+        own = "".join(f"{name}={value}, " for name, value in self._options().items())
+        return f"{type(self).__name__}(C={self.label_ratio.numel()}, {own}difficult={self.difficult!r}{voc})"
+
+
+@LOSSES.register("weighted_bce")
+class WeightedBCE(MultiLabelLoss):
+    r"""Weighted binary cross-entropy, averaged over images and labels (eq. 15).
+
+    .. math::
+        L = -\frac{1}{BC} \sum_{i,c} w_{ic} \left[ y_{ic} \log p_{ic} + (1 - y_{ic}) \log(1 - p_{ic}) \right], \quad
+        w_{ic} = y_{ic} e^{\beta (1 - r_c)} + (1 - y_{ic}) e^{\beta r_c}
+
+    The paper sums over images and labels instead of averaging, and omits the minus sign. With ``beta=0`` the loss
+    equals :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+
+    Args:
+        label_ratio: (C,) :math:`r_c`, the fraction of training images with label c.
+        beta: :math:`\beta`, the weight of rare labels (0: unweighted; the paper uses 0 on VOC 2007 and 0.4 on COCO and
+            NUS-WIDE).
+        difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
+
+    Shapes:
+        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
+        - **output:** scalar
+
+    Raises:
+        ArgumentError: if beta is negative or not finite, and as in :class:`MultiLabelLoss`.
+        DataError: as in :class:`MultiLabelLoss`.
+    """
+
+    def __init__(
+        self,
+        label_ratio: Tensor,
+        beta: Annotated[float, Ge(0)] = 0.0,
+        difficult: DifficultRule = "positive",
+        target_format: TargetFormat = "binary",
+        *,
+        allow_all_present: bool = False,
+        validate_args: bool = True,
+    ) -> None:
+        super().__init__(
+            label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
         )
+        check_not_negative(beta=beta)
+        self.beta = beta
+
+    def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
+        ratio = self.label_ratio.to(logits.dtype)
+        weight = torch.where(positive, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
+        y = positive.to(logits.dtype)
+        return nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="none")
+
+    def _options(self) -> dict[str, float]:
+        return {"beta": self.beta}
+
+
+@LOSSES.register("asymmetric")
+class AsymmetricLoss(MultiLabelLoss):
+    r"""Asymmetric loss (ASL), averaged over images and labels (Ridnik et al., ICCV 2021, section 2).
+
+    .. math::
+        L_{ic} = -y_{ic} (1 - p_{ic})^{\gamma_+} \log p_{ic} - (1 - y_{ic}) \, q_{ic}^{\gamma_-} \log(1 - q_{ic}), \quad
+        q_{ic} = \max(p_{ic} - m, 0)
+
+    Absent labels that are easy have little or no weight. The authors' code sums over images and labels instead of
+    averaging, and does not differentiate the factors with :math:`\gamma` (here: it does, as in the formula).
+
+    Args:
+        label_ratio: see :class:`MultiLabelLoss`; only C is used.
+        gamma_positive: :math:`\gamma_+` (default: 0, the paper's).
+        gamma_negative: :math:`\gamma_-` (default: 4, the paper's).
+        margin: m, the probability below which an absent label has no loss (default: 0.05, the paper's).
+        difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
+
+    Shapes:
+        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
+        - **output:** scalar
+
+    Raises:
+        ArgumentError: if a setting is out of range, and as in :class:`MultiLabelLoss`.
+        DataError: as in :class:`MultiLabelLoss`.
+    """
+
+    def __init__(
+        self,
+        label_ratio: Tensor,
+        gamma_positive: Annotated[float, Ge(0)] = 0.0,
+        gamma_negative: Annotated[float, Ge(0)] = 4.0,
+        margin: Fraction = 0.05,
+        difficult: DifficultRule = "positive",
+        target_format: TargetFormat = "binary",
+        *,
+        allow_all_present: bool = False,
+        validate_args: bool = True,
+    ) -> None:
+        super().__init__(
+            label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
+        )
+        check_not_negative(gamma_positive=gamma_positive, gamma_negative=gamma_negative)
+        if not 0 <= margin < 1:
+            raise ArgumentError("margin", f"must be in [0, 1), got {margin}.")
+        self.gamma_positive, self.gamma_negative, self.margin = gamma_positive, gamma_negative, margin
+
+    def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
+        q = (logits.sigmoid() - self.margin).clamp(min=0)
+        # With m = 0, log(1 - q) from the logit; otherwise q < 1 - m.
+        log_absent = nn.functional.logsigmoid(-logits) if self.margin == 0 else torch.log1p(-q)
+        present = -nn.functional.logsigmoid(logits) * _power((-logits).sigmoid(), self.gamma_positive)
+        return torch.where(positive, present, -log_absent * _power(q, self.gamma_negative))
+
+    def _options(self) -> dict[str, float]:
+        return {
+            "gamma_positive": self.gamma_positive, "gamma_negative": self.gamma_negative, "margin": self.margin,
+        }  # fmt: skip
+
+
+@LOSSES.register("focal")
+class FocalLoss(MultiLabelLoss):
+    r"""Focal loss, averaged over images and labels (Lin et al., ICCV 2017, eq. 5).
+
+    .. math::
+        L_{ic} = -\alpha y_{ic} (1 - p_{ic})^\gamma \log p_{ic}
+        - (1 - \alpha) (1 - y_{ic}) \, p_{ic}^\gamma \log(1 - p_{ic})
+
+    Args:
+        label_ratio: see :class:`MultiLabelLoss`; only C is used.
+        gamma: :math:`\gamma`, focus on hard pairs (default: 2, the paper's).
+        alpha: :math:`\alpha`, weight of present labels; absent ones have 1 - alpha (default: 0.25, the paper's).
+        difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
+
+    Shapes:
+        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
+        - **output:** scalar
+
+    Raises:
+        ArgumentError: if a setting is out of range, and as in :class:`MultiLabelLoss`.
+        DataError: as in :class:`MultiLabelLoss`.
+    """
+
+    def __init__(
+        self,
+        label_ratio: Tensor,
+        gamma: Annotated[float, Ge(0)] = 2.0,
+        alpha: Probability = 0.25,
+        difficult: DifficultRule = "positive",
+        target_format: TargetFormat = "binary",
+        *,
+        allow_all_present: bool = False,
+        validate_args: bool = True,
+    ) -> None:
+        super().__init__(
+            label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
+        )
+        check_not_negative(gamma=gamma)
+        if not 0 <= alpha <= 1:
+            raise ArgumentError("alpha", f"must be in [0, 1], got {alpha}.")
+        self.gamma, self.alpha = gamma, alpha
+
+    def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
+        right = torch.where(positive, logits, -logits)  # logit of the probability of what is true
+        weight = torch.where(positive, logits.new_tensor(self.alpha), logits.new_tensor(1 - self.alpha))
+        return -weight * _power((-right).sigmoid(), self.gamma) * nn.functional.logsigmoid(right)
+
+    def _options(self) -> dict[str, float]:
+        return {"gamma": self.gamma, "alpha": self.alpha}
+
+
+@LOSSES.register("warp")
+class WARPLoss(MultiLabelLoss):
+    r"""Weighted approximate ranking (WARP), averaged over images and labels (Gong et al., ICLR 2014, section 3).
+
+    .. math::
+        L = \frac{1}{BC} \sum_i \sum_{j: y_{ij} = 1} \frac{1}{r_{ij}} \sum_{l=1}^{r_{ij}} \frac 1 l
+        \sum_{k: y_{ik} = 0} \max(0, 1 - s_{ij} + s_{ik})
+
+    :math:`r_{ij}` is the number of absent labels within the margin of label j. The paper estimates it by drawing labels
+    until one is within the margin, and adds the term of this label only; here it is counted, and the terms are
+    averaged, which is the expectation over uniform draws. Logits are ranked and not calibrated: a probability of 0.5
+    has no meaning, and CF1 and OF1 need fitted thresholds (``gm-mlic eval calibrate=true``).
+
+    Args:
+        label_ratio: see :class:`MultiLabelLoss`; only C is used.
+        difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`; with
+            ``difficult="ignore"``, they are neither present nor absent.
+
+    Shapes:
+        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
+        - **output:** scalar
+    """
+
+    def loss(self, logits: Tensor, positive: Tensor, counted: Tensor | None) -> Tensor:
+        counts = torch.ones_like(positive) if counted is None else counted
+        pairs = (positive & counts)[:, :, None] & (~positive & counts)[:, None, :]  # (B, j, k)
+        margins = (1 - logits[:, :, None] + logits[:, None, :]).clamp(min=0) * pairs
+        rank = (margins > 0).sum(dim=2)
+        steps = torch.arange(1, logits.shape[1] + 1, dtype=logits.dtype, device=logits.device)
+        harmonic = steps.reciprocal().cumsum(0)
+        weight = torch.where(rank > 0, harmonic[(rank - 1).clamp(min=0)] / rank.clamp(min=1), 0)
+        return (weight * margins.sum(dim=2)).sum() / (logits.numel() if counted is None else counted.sum().clamp(min=1))
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ArgumentError for a number that is negative or not finite."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ArgumentError(name, f"must be 0 or more, got {value}.")
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """A power whose gradient at 0 is finite; the first power needs none."""
+    return base**exponent if exponent >= 1 else base.clamp(min=1e-12) ** exponent if exponent else torch.ones_like(base)

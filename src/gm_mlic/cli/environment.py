@@ -7,13 +7,14 @@ import os
 
 
 def prepare_process() -> None:
-    """Configure OpenMP threads and the memory allocator."""
+    """Configure OpenMP threads, the memory allocator and matplotlib."""
     # Spin count of idle OpenMP threads, read when torch is imported. The default spins long and takes the core from
     # other processes. Without spinning, each of the network's many small operations has to wake threads, which halves
     # the speed on two cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     _keep_freed_memory()
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written to files; the user's backend may need a screen
 
 
 def _keep_freed_memory() -> None:
