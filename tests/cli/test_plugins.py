@@ -190,7 +190,7 @@ def test_plugin_that_cannot_be_imported(source, message, folder: Path, capsys: p
     assert not (folder / "runs").exists()
 
 
-CALL, IMAGE = "return [self.one(image).top(m) for image in images]", "            return image\n"
+CALL, IMAGE = "return [self.one(image).top(m) for image in images]", "return image\n"
 WRONG = {
     # what is replaced, by what, and the error
     "no_fingerprint": (
@@ -198,8 +198,8 @@ WRONG = {
         "self.other = ",
         "The detector cells, Cells, has no attribute fingerprint",
     ),
-    "no_features": ('feature_dim = "cells", (), 3', 'feature_dim = "cells", (), 0', "has the feature_dim 0, expected"),
-    "folder": (
+    "no_features": ('"cells", (), 3', '"cells", (), 0', "has the feature_dim 0, expected an integer"),
+    "folderfolder": (
         'name, labels, feature_dim = "cells"',
         'name, labels, feature_dim = "../cells"',
         "has the name '../cells'",
@@ -236,13 +236,13 @@ RUNNING = {
     "classes": ("(n * n,), -1)", "(n * n,), 4)", "detected labels that are neither -1 nor an index of its 0 classes."),
     "gray": (
         IMAGE,
-        "            return image.convert('L')\n",
+        "return image.convert('L')\n",
         "Stripes.image returned an image of mode L for 'train-0'",
     ),
-    "array": (IMAGE, "            return np.asarray(image)\n", "Stripes.image returned a ndarray for 'train-0'"),
+    "array": (IMAGE, "return np.asarray(image)\n", "Stripes.image returned a ndarray for 'train-0'"),
     "camera": (
         IMAGE,
-        "            raise OSError('off')\n",
+        "raise OSError('off')\n",
         "the plugin my_plugin failed: OSError: off (my_plugin.py, line",
     ),
 }
@@ -259,7 +259,7 @@ def test_errors_of_a_plugin(case: str, folder: Path, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("gm-mlic: error: ")
     assert message in error
-    assert (folder / "runs").exists() == (case in RUNNING)
+    assert (folder / "runs/stripes").exists() == (case in RUNNING)
 
 
 PARTS = textwrap.dedent("""
