@@ -157,7 +157,9 @@ class Registry:
         missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
         called = getattr(entry.build, "__name__", name)
         if inspect.isabstract(entry.build):
-            raise ConfigError(f"{called} has no {' and '.join(sorted(entry.build.__abstractmethods__))}: correct it.")
+            raise ConfigError(
+                f"{called} has no {' and '.join(sorted(getattr(entry.build, '__abstractmethods__', ())))}: correct it."
+            )
         if unknown:
             allowed = ", ".join(p.name for p in named)
             raise ConfigError(f"{called} has no argument {unknown[0]!r}. It takes: {allowed}.")
