@@ -1,11 +1,11 @@
 """Speed of detectors on this CPU, with 2 threads: images per second, and the ratio to Faster R-CNN R50-FPN.
 
-    python experiments/detectors/run.py [NAME...]     # default all; a few minutes
+    python experiments/detectors/run.py [NAME...]     # default all; up to 10 minutes
 
 Weights are random, so nothing is downloaded; sizes are real. An image of 640 x 480 pixels is resized as usual for the
-detector, and features are extracted. All detectors are measured in turns in each of the rounds, so that other programs
-on the machine slow all of them down. The ratio is the median of those within a round; images per second are those of
-the fastest round. Random weights detect little, so that the time for non-maximum suppression is not included.
+detector, and features are extracted. All detectors are measured in turns in each of up to 5 rounds, so that other
+programs on the machine slow all of them down. The ratio is the median of those within a round; images per second are
+those of the fastest round. Random weights detect little, so that the time for non-maximum suppression is not included.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from gm_mlic.detection import InstanceExtractor, build_extractor
 from gm_mlic.detection.detectors.transformers import TransformersExtractor
 
 M, ROUNDS, THREADS = 35, 5, 2
+#: No round is started that would probably end later.
+LIMIT_S = 600
 REFERENCE = "fasterrcnn_resnet50_fpn"
 
 
@@ -73,18 +75,23 @@ BUILDERS: dict[str, Callable[[], InstanceExtractor]] = {
 
 def main(names: list[str]) -> None:
     """Measure and print one row per detector."""
+    begin = time.perf_counter()
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     image = torch.rand(3, 480, 640)
     extractors = {name: BUILDERS[name]() for name in dict.fromkeys([REFERENCE, *(names or BUILDERS)])}
     seconds: dict[str, list[float]] = {name: [] for name in extractors}
     for i in range(ROUNDS + 1):
+        round_begin = time.perf_counter()
         for name, extractor in extractors.items():
             start = time.perf_counter()
             extractor([image], m=M)
             if i:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
         print(f"round {i} of {ROUNDS}", file=sys.stderr, flush=True)
+        now = time.perf_counter()
+        if i and now - begin + (now - round_begin) > LIMIT_S:
+            break
     print("| detector | D | parameters | images/s | ratio |\n| --- | --- | --- | --- | --- |")
     for name, extractor in extractors.items():
         ratio = median(a / b for a, b in zip(seconds[REFERENCE], seconds[name], strict=True))

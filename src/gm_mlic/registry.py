@@ -19,8 +19,10 @@ import importlib.metadata
 import inspect
 import logging
 import pkgutil
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 PLUGINS = "gm_mlic.plugins"
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+#: Packages and modules that are plugins.
+_plugin_packages: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Registry:
     """
 
     def __init__(self, kind: str, homes: Sequence[str], given: Sequence[str] = ()) -> None:
-        self.kind, self.homes, self.given = kind, homes, given
+        self.kind, self.homes, self.given = kind, homes, tuple(given)
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
@@ -67,10 +72,18 @@ class Registry:
             summary: one-line description; default: the first line of the docstring.
             **preset: default arguments of this name; callers can override them.
         """
+        if not isinstance(name, str):
+            raise TypeError(f'register_{self.kind} needs a name: @register_{self.kind}("my_{self.kind}")')
+        if not re.fullmatch(r"[a-zA-Z0-9]\w*(-\w+)*", name):
+            raise ValueError(f"the name {name!r} of a {self.kind} may have only letters, digits, _ and -")
 
         def decorate(build: Builder) -> Builder:
+            if not callable(build):
+                raise TypeError(f"register_{self.kind}({name!r}) needs a class or function, not {build!r}")
+            if not is_built_in(build):
+                self._import_homes()  # so that their names are taken
             if name in self._entries:
-                raise ValueError(f"A {self.kind} named {name!r} is already registered.")
+                raise ValueError(f"the {self.kind} {name!r} is already registered: choose another name")
             self._entries[name] = Entry(build, preset, summary or summary_of(build))
             return build
 
@@ -78,10 +91,13 @@ class Registry:
 
     def names(self, pattern: str = "*") -> list[str]:
         """Sorted names that match a shell-style pattern."""
-        for home in self.homes:
-            _import_all(home)
+        self._import_homes()
         import_entry_points()
         return sorted(fnmatch.filter(self._entries, pattern))
+
+    def _import_homes(self) -> None:
+        for home in self.homes:
+            _import_all(home)
 
     def builders(self) -> tuple[tuple[str, Callable[..., Any]], ...]:
         """What is registered now: names, with their classes or functions."""
@@ -107,8 +123,16 @@ class Registry:
     def settings(self, name: str) -> dict[str, Setting]:
         """Settings of a registered class or function: its arguments, with the defaults of the preset."""
         entry = self.entry(name)
-        found = settings_of(entry.build, self.given)
-        return {key: replace(s, default=entry.preset.get(key, s.default)) for key, s in found.items()}
+        given = self.given + getattr(entry.build, "no_settings", ())
+        found = settings_of(entry.build, given)
+        found = {key: replace(s, default=entry.preset.get(key, s.default)) for key, s in found.items()}
+        for key, setting in found.items():
+            if not isinstance(setting.default, (type(None), bool, int, float, str, list, tuple, Mapping)):
+                raise ConfigError(
+                    f"The {self.kind} {name}: the default of {key} is a {type(setting.default).__name__}, expected a "
+                    "number, a string, True, False, None or a list."
+                )
+        return found
 
     def attribute(self, name: str, attribute: str, default: Any = None) -> Any:
         """Attribute of a registered class or function."""
@@ -132,6 +156,10 @@ class Registry:
         unknown = sorted(arguments.keys() - {p.name for p in named}) if len(named) == len(parameters) else []
         missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
         called = getattr(entry.build, "__name__", name)
+        if inspect.isabstract(entry.build):
+            raise ConfigError(
+                f"{called} has no {' and '.join(sorted(getattr(entry.build, '__abstractmethods__', ())))}: correct it."
+            )
         if unknown:
             allowed = ", ".join(p.name for p in named)
             raise ConfigError(f"{called} has no argument {unknown[0]!r}. It takes: {allowed}.")
@@ -150,7 +178,7 @@ DETECTORS = Registry(
     ["gm_mlic.detection.faster_rcnn", "gm_mlic.detection.grid", "gm_mlic.detection.detectors"],
     given=("device",),
 )
-DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split", "size"))
+DATASETS = Registry("dataset", ["gm_mlic.datasets"], given=("split",))
 EMBEDDINGS = Registry("embedding", ["gm_mlic.embeddings"], given=("labels",))
 LOSSES = Registry(
     "loss", ["gm_mlic.losses"], given=("label_ratio", "validate_args", "target_format", "allow_all_present")
@@ -212,6 +240,12 @@ def list_models(pattern: str = "*") -> list[str]:
     return MODELS.names(pattern)
 
 
+def is_built_in(build: Callable[..., Any]) -> bool:
+    """Whether a registered class or function is of this package or of torch, and not of a plugin."""
+    inner = build.func if isinstance(build, functools.partial) else build
+    return str(getattr(inner, "__module__", "")).startswith(("gm_mlic.", "torch."))
+
+
 @functools.cache
 def _import_all(home: str) -> None:
     module = importlib.import_module(home)
@@ -225,6 +259,7 @@ def import_entry_points() -> None:
     for point in importlib.metadata.entry_points(group=PLUGINS):
         try:
             point.load()
+            _plugin_packages.add(point.module.partition(".")[0])
         except Exception as error:
             log.warning("The plugin %s cannot be imported and is left out: %s", point.value, first_line(error))
 
@@ -240,9 +275,42 @@ def import_plugins(modules: Sequence[str]) -> None:
     for name in modules:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins={name}: expected the name of a module, e.g. my_package.my_module.")
+        if name.endswith(".py") and Path(name).is_file():
+            raise ConfigError(f"plugins={name}: name the module without .py: plugins=[{name.removesuffix('.py')}].")
         try:
-            importlib.import_module(name)
-        except Exception as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
-            hint = "no such module; install it, or start gm-mlic in its folder" if missing else first_line(error)
+            module = importlib.import_module(name)
+            _plugin_packages.add(name.partition(".")[0])
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+                hint = "no such module; install it, or start gm-mlic in its folder"
+            else:
+                hint = f"{first_line(error).rstrip('.')}{_place(error, name)}; correct it"
             raise ConfigError(f"plugins={name}: {hint}.") from error
+        here = Path(f"{name}.py")
+        if here.is_file() and not here.samefile(getattr(module, "__file__", None) or "/"):
+            raise ConfigError(f"plugins={name}: there is an installed module of this name; rename {here}.")
+
+
+def plugin_failure(error: BaseException) -> str | None:
+    """Error message for an exception that was raised by a plugin, or by what it calls; None for others."""
+    package = next((name for name in _frames(error) if name.partition(".")[0] in _plugin_packages), None)
+    if package is None:
+        return None
+    name = package.partition(".")[0]
+    message = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+    return f"the plugin {name} failed: {message}{_place(error, name)}; correct it, or see --verbose."
+
+
+def _frames(error: BaseException) -> list[str]:
+    """Names of the modules in a traceback."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _place(error: BaseException, package: str) -> str:
+    """File and line of a package in a traceback, the last one; empty if it is not in it, as for a syntax error."""
+    lines = [
+        f" ({Path(frame.f_code.co_filename).name}, line {number})"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package.partition(".")[0]
+    ]
+    return lines[-1] if lines else ""

@@ -81,6 +81,7 @@ MODULE = textwrap.dedent('''
                 image.paste(COLORS[label], (16 * k, 0, 16 * k + 16, 32))
             return image
 ''')
+REGISTER = "from gm_mlic import register_detector"
 SMALL = ["dataset=stripes", "graph.m=4", "trainer.max_epochs=1", "trainer.accelerator=cpu", "run_dir=runs/stripes"]
 CHECKPOINT = "checkpoint=runs/stripes/checkpoints/best.ckpt"
 CALLS = {
@@ -159,9 +160,23 @@ def test_checkpoints_do_not_import_plugins(folder: Path, capsys: pytest.CaptureF
     ("source", "message"),
     [
         (None, "plugins=my_plugin: no such module"),
-        ("import nowhere_to_be_found", "plugins=my_plugin: No module named 'nowhere_to_be_found'."),
-        ("raise ValueError('broken\\nmodule')", "plugins=my_plugin: broken."),
-        ("def f(:", "plugins=my_plugin: "),
+        (
+            "import nowhere_to_be_found",
+            "plugins=my_plugin: No module named 'nowhere_to_be_found' (my_plugin.py, line 1)",
+        ),
+        ("raise ValueError('broken\\nmodule')", "plugins=my_plugin: broken (my_plugin.py, line 1); correct it."),
+        ("def f(:", "plugins=my_plugin: invalid syntax (my_plugin.py, line 1); correct it."),
+        ("import sys\nsys.exit(3)", "plugins=my_plugin: 3 (my_plugin.py, line 2)"),
+        (
+            f"{REGISTER}\nregister_detector('onnx')(dict)",
+            "plugins=my_plugin: the detector 'onnx' is already registered",
+        ),
+        (
+            f"{REGISTER}\nregister_detector('a/b')(dict)",
+            "plugins=my_plugin: the name 'a/b' of a detector may have only",
+        ),
+        (f"{REGISTER}\nregister_detector(dict)", "plugins=my_plugin: register_detector needs a name: @register_d"),
+        (f"{REGISTER}\nregister_detector('mine')(3)", "plugins=my_plugin: register_detector('mine') needs a class"),
     ],
 )
 @pytest.mark.usefixtures("registered")
@@ -173,6 +188,142 @@ def test_plugin_that_cannot_be_imported(source, message, folder: Path, capsys: p
     assert error.startswith(f"gm-mlic: error: {message}")
     assert error.count("\n") == 1
     assert not (folder / "runs").exists()
+
+
+CALL, IMAGE = "return [self.one(image).top(m) for image in images]", "return image\n"
+WRONG = {
+    # what is replaced, by what, and the error
+    "no_fingerprint": (
+        "self.fingerprint = ",
+        "self.other = ",
+        "The detector cells, Cells, has no attribute fingerprint",
+    ),
+    "no_features": ('"cells", (), 3', '"cells", (), 0', "has the feature_dim 0, expected an integer"),
+    "folderfolder": (
+        'name, labels, feature_dim = "cells"',
+        'name, labels, feature_dim = "../cells"',
+        "has the name '../cells'",
+    ),
+    "constructor": ("self.side = side", "{}['x']", "the plugin my_plugin failed: KeyError: 'x' (my_plugin.py, line "),
+    "abstract": ("def image(", "def picture(", "Stripes has no image: correct it."),
+    "labels": ("labels = tuple(COLORS)", "names = tuple(COLORS)", "The dataset Stripes has no attribute labels"),
+    "targets": (".astype(np.int8)", ".astype(np.int8).T", "targets have shape (3, 12), expected (12, 3)."),
+    "no_images": ("for i in range(number))", "for i in range(0))", "The dataset has no images: check its folder"),
+    "splits": (
+        "self.split = split",
+        "self.split, self.labels = split, (split, 'b', 'c')",
+        "The labels of val and train",
+    ),
+    "default": (
+        "side: Annotated[int, Ge(1)] = 2",
+        "side=torch.device('cpu')",
+        "the default of side is a device, expected",
+    ),
+}
+RUNNING = {
+    "raises": (
+        CALL,
+        "raise ValueError('no\\nlight')",
+        "the plugin my_plugin failed: ValueError: no light (my_plugin.py",
+    ),
+    "none": (CALL, "return [None for image in images]", "an object of type NoneType, expected Instances."),
+    "generator": (CALL, "return (self.one(image).top(m) for image in images)", "returned a generator, expected a list"),
+    "arrays": (" pooled)", " pooled.numpy())", "features of type ndarray, expected a tensor."),
+    "nan": (" pooled)", " pooled / 0)", "features that are NaN or infinite"),
+    "pixels": ("Instances(boxes,", "Instances(64 * boxes,", "boxes outside of 0 to 1: divide them by"),
+    "corners": ("Instances(boxes,", "Instances(boxes.flip(1),", "boxes that are not (x1, y1, x2, y2)"),
+    "scores": ("torch.linspace(1, 0.5", "torch.linspace(2, 0.5", "scores outside of 0 to 1."),
+    "classes": ("(n * n,), -1)", "(n * n,), 4)", "detected labels that are neither -1 nor an index of its 0 classes."),
+    "gray": (
+        IMAGE,
+        "return image.convert('L')\n",
+        "Stripes.image returned an image of mode L for 'train-0'",
+    ),
+    "array": (IMAGE, "return np.asarray(image)\n", "Stripes.image returned a ndarray for 'train-0'"),
+    "camera": (
+        IMAGE,
+        "raise OSError('off')\n",
+        "the plugin my_plugin failed: OSError: off (my_plugin.py, line",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*WRONG, *RUNNING])
+@pytest.mark.usefixtures("registered")
+def test_errors_of_a_plugin(case: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    """One line that names what is wrong, exit code 2, and no run folder if the run did not begin."""
+    old, new, message = {**WRONG, **RUNNING}[case]
+    assert MODULE.count(old) == 1
+    (folder / "my_plugin.py").write_text(MODULE.replace(old, new))
+    assert run(["train", *SMALL, "plugins=[my_plugin]"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("gm-mlic: error: ")
+    assert message in error
+    assert (folder / "runs/stripes").exists() == (case in RUNNING)
+
+
+PARTS = textwrap.dedent("""
+    import torch
+    from gm_mlic import AssignmentBatch, register_embedding, register_model
+    from gm_mlic.embeddings import LabelEmbedding
+
+    @register_model("wrong")
+    class Wrong(torch.nn.Module):
+        def __init__(self, trained: bool = True):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=trained)
+
+        def forward(self, data):
+            return self.weight.sum()
+
+    register_model("function")(lambda: 3)
+
+    @register_embedding("backwards")
+    def backwards(labels):
+        names = tuple(labels)[::-1]
+        return LabelEmbedding(names, torch.eye(len(names)), "", dict.fromkeys(names, ()))
+
+    register_embedding("vectors")(lambda labels: torch.eye(len(labels)))
+""")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model=wrong"], "The model wrong returned a Tensor, expected a ModelOutput."),
+        (["model=wrong", "model.trained=false"], "The model wrong has no parameters to train: correct its class."),
+        (["model=function"], "The model function is a int, expected a torch.nn.Module."),
+        (["embedding=backwards"], "for the given labels in the same order: correct it."),
+        (["embedding=vectors"], "The embedding vectors returned a Tensor, expected a LabelEmbedding."),
+    ],
+)
+@pytest.mark.usefixtures("registered")
+def test_errors_of_models_and_embeddings(settings, message, folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(MODULE + PARTS)
+    assert run(["train", *SMALL, "plugins=[my_plugin]", *settings]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("registered")
+def test_names_of_plugins(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(
+        MODULE.replace('register_detector("cells")', 'register_detector("resnet50_fpn")')
+    )
+    (folder / "json.py").write_text("")
+    for name, message in {
+        "my_plugin": "The detector resnet50_fpn of a plugin has the name of a preset of gm-mlic: choose another name.",
+        "my_plugin.py": "plugins=my_plugin.py: name the module without .py: plugins=[my_plugin].",
+        "json": "plugins=json: there is an installed module of this name; rename json.py.",
+    }.items():
+        assert run(["train", *SMALL, f"plugins=[{name}]"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_number_of_images_may_be_called_size(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(MODULE.replace("number", "size"))
+    assert run(["dataset", "plugins=[my_plugin]", "dataset=stripes", "dataset.size=6"]) == 0
+    assert " 6 " in capsys.readouterr().out
 
 
 def test_custom_configs_may_not_name_plugins(folder: Path, capsys: pytest.CaptureFixture[str]):

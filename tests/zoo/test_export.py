@@ -159,5 +159,5 @@ def test_invalid_arguments_are_rejected(predictor: Predictor, tmp_path: Path, mo
         export(predictor, tmp_path / "x", "onnx")
     own = Predictor(predictor.model, predictor.metadata, lambda images, m: [])  # type: ignore[arg-type]
     own.extractor.name, own.extractor.labels = "mine", ()  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match=r"mine is a custom detector: export `part='network'`"):
+    with pytest.raises(ConfigError, match=r"mine is no Faster R-CNN of torchvision: export `part='network'`"):
         export(own, tmp_path / "x", "torch", "all")

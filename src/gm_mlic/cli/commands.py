@@ -10,6 +10,7 @@ import itertools
 import logging
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -74,8 +75,16 @@ def _run_once(command: str, config: DictConfig) -> None:
             _TASKS[command](config)
 
     context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
+    folder = Path(config.hydra.run.dir)
+    is_new = not folder.exists()
     job = run_job(task, config, "hydra.run.dir", None, context)
     if job.status is JobStatus.FAILED:
+        if (
+            is_new
+            and rank_info().rank == 0
+            and all(p.name in (".lock", ".hydra", f"{command}.log") for p in folder.iterdir())
+        ):
+            shutil.rmtree(folder)  # nothing has been done yet
         raise job._return_value  # type: ignore[misc]  # the property return_value would print it
 
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
 from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
 from gm_mlic.errors import ConfigError
-from gm_mlic.registry import Registry, import_plugins
+from gm_mlic.registry import Registry, import_plugins, is_built_in
 from gm_mlic.schema import Setting
 
 CONFIG_MODULE = "gm_mlic.conf"
@@ -108,6 +108,11 @@ def _store_command(command: str) -> None:
 def _store_options(group: str, registered: tuple[Any, ...]) -> None:
     """Register the options of a group, again only if what is registered has changed."""
     store = ConfigStore.instance()
+    for option, build in registered:
+        if option in _files(group) and not is_built_in(build):
+            raise ConfigError(
+                f"The {group} {option} of a plugin has the name of a preset of gm-mlic: choose another name."
+            )
     for option, node in _nodes(group).items():
         # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
         for name in {f"_{option}", option} - _files(group):
@@ -168,7 +173,9 @@ def _primary(command: str) -> dict[str, Any]:
 def _plugins(overrides: Sequence[str]) -> list[str]:
     given = [text for text in overrides if re.match(r"\+*plugins=", text)]
     values = [OverridesParser.create().parse_override(text).value() for text in given]
-    return [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
+    return [
+        str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name is not None
+    ]
 
 
 # Resolvers

@@ -22,6 +22,7 @@ from gm_mlic.cli.settings import COMMANDS
 from gm_mlic.config import unknown
 from gm_mlic.errors import GMMLICError
 from gm_mlic.io import first_line
+from gm_mlic.registry import plugin_failure
 
 _USER_OS_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again to resume",
@@ -96,6 +97,8 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         return f"error: {_invalid_option(arguments)}", 2
     if isinstance(error, ValueError) and "StudyDirection" in str(error):
         return "error: hydra.sweeper.direction: expected one of minimize, maximize.", 2
+    if failure := plugin_failure(error):
+        return f"error: {failure}", 2
     message = _one_line(f"{type(error).__name__}: {error}")
     return f"internal error: {message} (run with --verbose for the traceback, and please report it)", 1
 
@@ -115,7 +118,10 @@ def _config_error(error: BaseException, command: str, arguments: Sequence[str]) 
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
             return f"{group}={option} is not installed: pip install 'gm-mlic[sweep]'."
         listed = sorted(name for name in error.options if not name.startswith("_"))
-        return f"{group}={option}: unknown option; choose from {', '.join(listed)}."
+        plugin = (
+            ", or that of a plugin (plugins=[MODULE])" if group in ("detector", "dataset", "model", "embedding") else ""
+        )
+        return f"{group}={option}: unknown option; choose from {', '.join(listed)}{plugin}."
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
         return _unknown_key(str(cause.full_key), command, arguments)

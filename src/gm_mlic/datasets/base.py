@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,6 +105,44 @@ def label_ratio(targets: np.ndarray, difficult: np.ndarray | None = None) -> np.
     return np.asarray(present.mean(axis=0), dtype=np.float64)
 
 
+def rgb_image(dataset: MultiLabelDataset, row: int) -> Image.Image:
+    """The image of a row.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded.
+        DataError: if the class of the dataset returns something else.
+    """
+    image = dataset.image(row)
+    if not isinstance(image, Image.Image) or image.mode != "RGB":
+        kind = f"an image of mode {image.mode}" if isinstance(image, Image.Image) else f"a {type(image).__name__}"
+        place = f"{type(dataset).__name__}.image"
+        raise DataError(f"{place} returned {kind} for {dataset.ids[row]!r}, expected an RGB image of PIL: correct it.")
+    return image
+
+
+def check_dataset(dataset: object) -> None:
+    """Check a dataset that a registered class has built, before its images are read.
+
+    Raises:
+        DataError: if it lacks an attribute, has no labels or images, or is inconsistent.
+    """
+    kind = type(dataset).__name__
+    if not isinstance(dataset, MultiLabelDataset):
+        raise DataError(f"The dataset is a {kind}, expected a subclass of MultiLabelDataset: correct its class.")
+    for attribute in ("name", "split", "labels", "ids", "targets"):
+        if not hasattr(dataset, attribute):
+            raise DataError(f"The dataset {kind} has no attribute {attribute}: correct its class.")
+    for attribute in ("labels", "ids"):
+        names = getattr(dataset, attribute)
+        if other := next((name for name in names if not isinstance(name, str)), None):
+            raise DataError(f"The dataset {kind} has {attribute} of type {type(other).__name__}, expected strings.")
+    if not isinstance(dataset.name, str) or not re.fullmatch(r"\w[\w.-]*", dataset.name):
+        raise DataError(f"The dataset {kind} has the name {dataset.name!r}, which cannot be the name of a folder.")
+    if not isinstance(dataset.targets, np.ndarray):
+        raise DataError(f"The dataset {kind} has targets of type {type(dataset.targets).__name__}, expected an array.")
+    check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
+
+
 def check_images(folder: Path, names: Sequence[str], listed_in: str) -> None:
     """Raise :class:`DataError` if an image does not exist in the folder. The folder is listed once, which is fast."""
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -126,9 +165,9 @@ def check_targets(
         DataError: if they are not.
     """
     if len(ids) == 0:
-        raise DataError("The dataset has no images: check `root` and `split`.")
+        raise DataError("The dataset has no images: check its folder and its splits.")
     if len(labels) == 0:
-        raise DataError("The dataset has no labels: check its annotation file.")
+        raise DataError("The dataset has no labels: check its annotations.")
     for what, names in (("image id", ids), ("label", labels)):
         if len(set(names)) != len(names):
             duplicate = next(n for n in names if list(names).count(n) > 1)

@@ -432,6 +432,8 @@ class Scenes(MultiLabelDataset):
     """
 
     name = "scenes"
+    #: Its number of images is the setting ``sizes`` of all splits.
+    no_settings = ("size",)
     detector = "scenes_tiny"
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gm_mlic.errors import ConfigError
 from gm_mlic.registry import DETECTORS
+
+#: Tolerance of scores and boxes.
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,44 @@ class Instances:
         """The only instance of an image without detections: score 0, label -1, and the feature (D,) of the image."""
         box = feature.new_tensor([[0, 0, 1, 1]], dtype=torch.float32)
         return cls(box, box.new_zeros(1), torch.full_like(box[:, 0], -1, dtype=torch.int64), feature[None])
+
+    @staticmethod
+    def problem(found: Any, m: int, feature_dim: int, num_classes: int) -> str | None:
+        """What is wrong with the result of an extractor for one image; None if it fulfills the protocol.
+
+        Args:
+            found: the result.
+            m: maximum number of instances.
+            feature_dim: D.
+            num_classes: number of the extractor's ``labels``.
+        """
+        if not isinstance(found, Instances):
+            return f"an object of type {type(found).__name__}, expected Instances"
+        for name, value in vars(found).items():
+            if not isinstance(value, Tensor):
+                return f"{name} of type {type(value).__name__}, expected a tensor"
+        M = len(found)
+        if not 1 <= M <= m:
+            return f"{M} instances, expected 1 to {m} by the InstanceExtractor protocol"
+        shapes = {"features": (M, feature_dim), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
+        for name, shape in shapes.items():
+            value = getattr(found, name)
+            if tuple(value.shape) != shape:
+                return f"{name} of shape {tuple(value.shape)}, expected {shape}"
+            if name != "detected_labels" and not torch.isfinite(value).all():
+                return f"{name} that are NaN or infinite: check its weights"
+        if (found.scores.diff() > 0).any():
+            return "instances that are not sorted by descending score"
+        if found.scores[0] > 1 + _ROUNDING or found.scores[-1] < -_ROUNDING:
+            return "scores outside of 0 to 1"
+        if not -1 <= int(found.detected_labels.min()) <= int(found.detected_labels.max()) < num_classes:
+            return f"detected labels that are neither -1 nor an index of its {num_classes} classes"
+        low, high = found.boxes[:, :2], found.boxes[:, 2:]
+        if low.min() < -_ROUNDING or high.max() > 1 + _ROUNDING:
+            return "boxes outside of 0 to 1: divide them by the width and height of the image, and clip them"
+        if (low > high).any():
+            return "boxes that are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"
+        return None
 
 
 @runtime_checkable
@@ -130,4 +173,26 @@ def build_extractor(name: str, device: str | torch.device = "cpu", **settings: A
     """
     if "device" in DETECTORS.arguments(name):
         settings["device"] = device
-    return DETECTORS.build(name, **settings)  # type: ignore[no-any-return]
+    extractor: InstanceExtractor = DETECTORS.build(name, **settings)
+    problem = _extractor_problem(extractor)
+    if problem is not None:
+        raise ConfigError(f"The detector {name}, {type(extractor).__name__}, {problem}: correct its class.")
+    return extractor
+
+
+def _extractor_problem(extractor: Any) -> str | None:
+    """What an object lacks to be an extractor, except the value of its fingerprint, which may be slow to compute."""
+    for attribute in ("name", "labels", "feature_dim"):
+        if not hasattr(extractor, attribute):
+            return f"has no attribute {attribute}"
+    if not hasattr(type(extractor), "fingerprint") and "fingerprint" not in vars(extractor):
+        return "has no attribute fingerprint"
+    if not callable(extractor):
+        return "has no method __call__(images, m)"
+    if not isinstance(extractor.name, str) or not re.fullmatch(r"\w[\w.-]*", extractor.name):
+        return f"has the name {extractor.name!r}, expected a string that can be the name of a folder"
+    if isinstance(extractor.labels, str) or not all(isinstance(label, str) for label in extractor.labels):
+        return "has an attribute labels that is no tuple of strings"
+    if not isinstance(extractor.feature_dim, int) or extractor.feature_dim < 1:
+        return f"has the feature_dim {extractor.feature_dim!r}, expected an integer of at least 1"
+    return None

@@ -15,7 +15,7 @@ from gm_mlic.embeddings.glove import read_words
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
-from gm_mlic.errors import ArgumentError, DataError, check_choice
+from gm_mlic.errors import ArgumentError, ConfigError, DataError, check_choice
 from gm_mlic.registry import EMBEDDINGS, register_embedding
 from gm_mlic.schema import Positive, Seed
 
@@ -65,7 +65,16 @@ def embed_labels(
         raise DataError("labels must be unique and not empty.")
     if path is not None:
         settings["path"] = path
-    return EMBEDDINGS.build(name, labels=labels, **settings)  # type: ignore[no-any-return]
+    found = EMBEDDINGS.build(name, labels=labels, **settings)
+    if not isinstance(found, LabelEmbedding):
+        raise ConfigError(f"The embedding {name} returned a {type(found).__name__}, expected a LabelEmbedding.")
+    shape = tuple(found.vectors.shape)
+    if tuple(found.labels) != labels or len(shape) != 2 or shape[0] != len(labels) or not shape[1]:
+        raise ConfigError(
+            f"The embedding {name} returned vectors of shape {shape} for {len(found.labels)} labels, expected "
+            f"({len(labels)}, D) for the given labels in the same order: correct it."
+        )
+    return found
 
 
 @register_embedding("hashed")

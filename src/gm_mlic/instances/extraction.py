@@ -196,6 +196,9 @@ def _instances(
             raise ConfigError(
                 f"The detector {job.detector} is out of memory with `batch_size={job.batch_size}`: lower it."
             ) from error
+        if not isinstance(detected, Sequence):
+            kind = type(detected).__name__
+            raise StoreError(f"The detector {job.detector} returned a {kind}, expected a list of Instances.")
         if len(detected) != len(batch):
             raise StoreError(f"The detector {job.detector} returned {len(detected)} results for {len(batch)} images.")
         for i, instances in zip(readable, detected, strict=True):

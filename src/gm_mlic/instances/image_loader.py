@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, rgb_image
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.instances.augment import crop_and_flip, view_rng
 from gm_mlic.instances.manifest import Manifest
@@ -44,7 +44,7 @@ class ImageViews:
         if not self.needed:
             return []
         try:
-            images = [self.dataset.image(row)]
+            images = [rgb_image(self.dataset, row)]
         except UnreadableImage as error:
             return str(error)
         if self.size is not None and self.seed is not None:

@@ -147,24 +147,15 @@ class StoreWriter:
         """Check ``instances`` and copy them into the (1, m, ...) slots of one view."""
         where = f"The detector {self.job.detector} returned, for {image},"
         m, D = slots["features"].shape[1:]
-        M = len(instances)
-        if not 1 <= M <= m:
-            raise StoreError(f"{where} {M} instances, expected 1 to {m} by the InstanceExtractor protocol.")
-        shapes = {"features": (M, D), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
-        slots["counts"][...] = M
-        for name, shape in shapes.items():
-            value = getattr(instances, name)
-            if tuple(value.shape) != shape:
-                raise StoreError(f"{where} {name} of shape {tuple(value.shape)}, expected {shape}.")
-            array = value.detach().cpu().numpy()
-            # values above 65504 overflow float16 to inf, detected below
+        if (problem := Instances.problem(instances, m, D, len(self.job.detector_labels))) is not None:
+            raise StoreError(f"{where} {problem}.")
+        slots["counts"][...] = M = len(instances)
+        for name in ("features", "boxes", "scores", "detected_labels"):
+            # values above 65504 overflow float16 to inf
             with np.errstate(over="ignore"):
-                slots[name][0, :M] = array
+                slots[name][0, :M] = getattr(instances, name).detach().cpu().numpy()
             if name != "detected_labels" and not np.isfinite(slots[name]).all():
-                kind = "too large for float16" if np.isfinite(array).all() else "NaN or infinite"
-                raise StoreError(f"{where} {name} that are {kind}: check its weights.")
-        if (np.diff(slots["scores"][0, :M]) > 0).any():
-            raise StoreError(f"{where} instances that are not sorted by descending score.")
+                raise StoreError(f"{where} {name} that are too large for float16: check its weights.")
 
     def release(self, blocks: Sequence[int] | None = None) -> None:
         """Release claimed blocks; default: all, after an error."""

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset, label_ratio
+from gm_mlic.datasets.base import check_dataset
 from gm_mlic.detection import InstanceExtractor, LookupExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
@@ -47,7 +48,9 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
     if split not in SPLITS:
         raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
     with config_keys("dataset", split="split", size=f"dataset.sizes.{split}"):
-        return DATASETS.build(split=split, **section(config, "dataset"))  # type: ignore[no-any-return]
+        dataset: MultiLabelDataset = DATASETS.build(split=split, **section(config, "dataset"))
+        check_dataset(dataset)
+    return dataset
 
 
 # Detection and instances
@@ -251,6 +254,8 @@ def build_model(metadata: ModelMetadata, train: MultiLabelDataset) -> torch.nn.M
     """Build the model with new weights; fit the label statistics of models that need them on the training split."""
     with config_keys("model"):
         model = metadata.build_model()
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(f"The model {metadata.model['name']} has no parameters to train: correct its class.")
         if isinstance(model, LabelStatistics):
             difficult = None if train.difficult is None else torch.from_numpy(train.difficult)
             model.fit(torch.from_numpy(train.targets), difficult)

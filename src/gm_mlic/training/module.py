@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from gm_mlic.errors import GMMLICError, config_keys
+from gm_mlic.errors import ConfigError, GMMLICError, config_keys
 from gm_mlic.graphs import SPATIAL, AssignmentBatch, drop_edges
 from gm_mlic.instances import OnlineBatch
 from gm_mlic.metrics import MultiLabelMetrics
@@ -115,13 +115,19 @@ class MLICModule(LightningModule):
             return None
         if self.current_epoch < self.instance_graph_warmup_epochs:
             batch = drop_edges(batch, SPATIAL)
-        loss: Tensor = self.loss(self.model(batch).logits, batch.y, _difficult(batch))
+        loss: Tensor = self.loss(self._checked(self.model(batch)).logits, batch.y, _difficult(batch))
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         if isinstance(self.model, Penalized):
             loss = loss + self.model.penalty() / (self.num_images * batch.y.shape[1])
         return loss
+
+    def _checked(self, output: Any) -> ModelOutput:
+        if not isinstance(output, ModelOutput):
+            kind = type(output).__name__
+            raise ConfigError(f"The model {self.metadata.model['name']} returned a {kind}, expected a ModelOutput.")
+        return output
 
     def _watch(self, loss: Tensor, batch: Any) -> None:
         """Record the first step with a non-finite loss; check it rarely, since a check synchronizes the GPU."""

@@ -30,7 +30,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection import InstanceExtractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
-from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
+from gm_mlic.errors import ConfigError, DataError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.manifest import MANIFEST
@@ -113,18 +113,21 @@ def _train(
         log.info("%s: already finished (overwrite=true starts it again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
         return result
-    state.begin()
-    if first:
-        write_file(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     _quieten_lightning()
 
     # Everything that can fail is built before the stores, which may take hours.
     datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
+    for split, dataset in datasets.items():
+        if tuple(dataset.labels) != tuple(datasets["train"].labels):
+            raise DataError(f"The labels of {split} and train differ: all splits need the same labels in one order.")
     custom = extractor is not None
     if extractor is None:
         extractor = build.build_detector(config)
     build.check_lookup(config, extractor, list(datasets.values()))
     module, graph, words = build_module(config, datasets["train"], extractor, custom=custom)
+    state.begin()
+    if first:
+        write_file(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
         callbacks = training_callbacks(config, run_dir) + tracker.callbacks
         trainer = build_trainer(config, run_dir, callbacks)

@@ -84,7 +84,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     """
     model = predictor.model
     if not isinstance(model, GMMLIC):
-        raise ConfigError(f"{type(model).__name__} has no assignment graph to explain.")
+        raise ConfigError(f"{type(model).__name__} has no assignment graph to explain: use a GM-MLIC model.")
     (prediction,) = predictor([photo])
     names = prediction.labels
     if label is not None and label not in names:

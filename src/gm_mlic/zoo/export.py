@@ -159,7 +159,7 @@ def export(
         Largest difference from the model's outputs, on random instances (``network``) or scenes (with a detector).
 
     Raises:
-        ConfigError: for an unknown form or part, a custom detector, or a missing extra.
+        ConfigError: for an unknown form or part, a detector that is no Faster R-CNN, or a missing extra.
         ExportError: if the outputs of the program and the model differ.
     """
     if part not in PARTS or form not in FORMATS:
@@ -184,7 +184,8 @@ def export(
             "`part='network'` and `part='detector'`.",
         )
     if not isinstance(extractor, FasterRCNNExtractor):
-        raise ArgumentError("part", f"is {part!r}, but {extractor.name} is a custom detector: export `part='network'`.")
+        problem = f"is {part!r}, but {extractor.name} is no Faster R-CNN of torchvision: export `part='network'`."
+        raise ArgumentError("part", problem)
     extractor = copy.deepcopy(extractor).cpu()
     side = int(extractor.detector.transform.min_size[-1])
     height, width = size or (side, side)

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from gm_mlic.detection.multi_view import VIEWS
 from gm_mlic.detection.protocol import InstanceExtractor, LookupExtractor
-from gm_mlic.errors import WeightsError
+from gm_mlic.errors import ConfigError, WeightsError
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.io import first_line
 from gm_mlic.registry import MODELS
@@ -52,7 +52,11 @@ class ModelMetadata:
 
     def build_model(self) -> torch.nn.Module:
         """Build the model with newly initialized weights."""
-        return MODELS.build(**self.model)  # type: ignore[no-any-return]
+        model = MODELS.build(**self.model)
+        if not isinstance(model, torch.nn.Module):
+            kind = type(model).__name__
+            raise ConfigError(f"The model {self.model['name']} is a {kind}, expected a torch.nn.Module.")
+        return model
 
     @property
     def views(self) -> int:

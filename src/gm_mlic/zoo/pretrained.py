@@ -119,6 +119,11 @@ def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
         metadata = ModelMetadata.from_config(content, label_vectors)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder / CONFIG}: not the config of a gm-mlic model ({first_line(error)}).") from error
+    if (model_name := metadata.model.get("name")) not in MODELS.names():
+        raise WeightsError(
+            f"{folder}: its model, {model_name}, is not registered: name its module with plugins=[MODULE], or install "
+            "its package."
+        )
     weights = load_safely(folder / MODEL)
     try:
         if type(metadata.build_graph(evaluation=True).m) is not int:
