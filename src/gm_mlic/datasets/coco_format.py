@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -23,7 +24,7 @@ class Photo:
     """One ``images`` entry with its annotations.
 
     ``labels`` and ``box_labels`` are label indices. ``boxes`` are (x1, y1, x2, y2) in pixels, clipped to the image,
-    without crowd regions and boxes without area.
+    without crowd regions and boxes without area. ``unboxed``: whether an annotation has no box.
     """
 
     id: int
@@ -33,6 +34,7 @@ class Photo:
     labels: set[int] = field(default_factory=set)
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)
     box_labels: list[int] = field(default_factory=list)
+    unboxed: bool = False
 
     def box_annotations(self) -> BoxAnnotations:
         """Boxes as :class:`BoxAnnotations`."""
@@ -60,7 +62,10 @@ def load(source: Path) -> dict[str, Any]:
 
 
 def parse(
-    content: dict[str, Any], source: Path, label_order: Literal["name", "id"] = "name"
+    content: dict[str, Any],
+    source: Path,
+    label_order: Literal["name", "id"] = "name",
+    locate: Callable[[Any, str], str] | None = None,
 ) -> tuple[tuple[str, ...], dict[int, Photo]]:
     """Parse label names, and photos with labels and boxes by image id.
 
@@ -68,13 +73,15 @@ def parse(
         content: the result of :func:`load`.
         source: path of the file, for error messages.
         label_order: sort labels by ``name`` (alphabetical) or by category ``id``.
+        locate: function of a file name, and of the start of error messages, that returns the path of the photo. With
+            it, annotations may have no box. Default: names are kept, and each annotation has a box.
 
     Raises:
         DataError: if an entry is malformed or duplicated, names an unknown image or category, or has an invalid box.
     """
     labels, column_of = _categories(content, source, label_order)
-    photos = _photos(content, source)
-    _annotate(photos, content, source, column_of)
+    photos = _photos(content, source, locate)
+    _annotate(photos, content, source, column_of, locate is not None)
     return labels, photos
 
 
@@ -143,7 +150,7 @@ def _categories(content: dict[str, Any], source: Path, order: str) -> tuple[tupl
     return tuple(names[key] for key in keys), {key: column for column, key in enumerate(keys)}
 
 
-def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
+def _photos(content: dict[str, Any], source: Path, locate: Callable[[Any, str], str] | None) -> dict[int, Photo]:
     photos: dict[int, Photo] = {}
     files: set[str] = set()
     for n, entry in enumerate(content["images"]):
@@ -155,7 +162,9 @@ def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
         file_name = entry.get("file_name")
         if not isinstance(file_name, str) or not file_name or "\0" in file_name:
             raise DataError(f"{where} has file_name {file_name!r}: expected a file name.")
-        if leaves_folder(file_name):
+        if locate is not None:
+            file_name = locate(file_name, where)
+        elif leaves_folder(file_name):
             raise DataError(f"{where} has file_name {file_name!r}: it must stay inside the image folder.")
         if key in photos or file_name in files:
             raise DataError(f"{where} ({file_name}) occurs twice: ids and file names must be unique.")
@@ -164,7 +173,13 @@ def _photos(content: dict[str, Any], source: Path) -> dict[int, Photo]:
     return photos
 
 
-def _annotate(photos: dict[int, Photo], content: dict[str, Any], source: Path, column_of: dict[int, int]) -> None:
+def _annotate(
+    photos: dict[int, Photo],
+    content: dict[str, Any],
+    source: Path,
+    column_of: dict[int, int],
+    boxes_optional: bool,
+) -> None:
     """Add each annotation's label and box to its photo."""
     for n, entry in enumerate(content["annotations"]):
         where = f"{source}: annotation {entry.get('id', f'number {n}')}"
@@ -176,7 +191,9 @@ def _annotate(photos: dict[int, Photo], content: dict[str, Any], source: Path, c
             raise DataError(
                 f"{where} (image id {photo.id}) has unknown category_id {entry['category_id']}: correct the file."
             )
-        box = _box(entry.get("bbox"), photo, where)
+        unboxed = boxes_optional and entry.get("bbox") in (None, [])
+        box = None if unboxed else _box(entry.get("bbox"), photo, where)
+        photo.unboxed |= unboxed
         photo.labels.add(column)
         if box is not None and not entry.get("iscrowd", 0):
             photo.boxes.append(box)

@@ -27,6 +27,7 @@ from gm_mlic.datasets.annotation_files import (
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import check_size, clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
+from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
 from gm_mlic.io import few
@@ -36,6 +37,16 @@ from gm_mlic.schema import Fraction, Seed
 log = logging.getLogger(__name__)
 
 
+#: Annotation files of common tools, for a hint if the one in the settings is missing.
+_ANNOTATIONS = (
+    "data.yaml",
+    "_annotations.coco.json",
+    "result.json",
+    "labels.jsonl",
+    "labels.tsv",
+    "Annotations",
+    "labels",
+)
 #: Default names of columns.
 COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split": "split"}
 
@@ -127,6 +138,7 @@ class CustomDataset(MultiLabelDataset):
         suffix: str = "",
         ignore_columns: Annotated[Sequence[str], DocInfo("a list of column names")] = (),
         target_format: Literal["binary", "voc"] = "binary",
+        missing_value: Literal["absent", "error"] = "error",
         missing: Literal["error", "drop"] = "error",
         val_fraction: Fraction = 0.1,
         test_fraction: Fraction = 0.2,
@@ -134,6 +146,7 @@ class CustomDataset(MultiLabelDataset):
     ) -> None:
         check_split(split, val_fraction)
         check_choice("target_format", target_format, ("binary", "voc"))
+        check_choice("missing_value", missing_value, ("absent", "error"))
         check_choice("missing", missing, ("error", "drop"))
         if not 0.0 <= test_fraction < 1.0:
             raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
@@ -148,19 +161,25 @@ class CustomDataset(MultiLabelDataset):
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{self.root} is not a folder: set `root` to the folder with the images.")
+        allowed = None if labels is None else _allowed(self.root, labels)
         form = TableFormat(
             **columns,  # type: ignore[arg-type]
             separator=separator,
             suffix=suffix,
             ignore=tuple(ignore_columns),
             target_format=target_format,
+            missing_value=missing_value,
+            known=frozenset(allowed or ()),
         )
 
         read = _read_all(self.root, annotations, folders or {}, form)  # type: ignore[arg-type]
         rows = [row for part in read for row in part.rows]
-        self.labels = _labels(read, None if labels is None else _allowed(self.root, labels))
+        self.labels = _labels(read, allowed)
         targets, difficult = (_mask(rows, self.labels, name) for name in ("present", "difficult"))
         if split == "train":  # the same for every split: warn once
+            for part in read:
+                for note in part.notes:
+                    log.warning("%s", note)
             _warn(self.labels, targets, separator)
         check_targets([row.file for row in rows], self.labels, targets, difficult)
         splits = _assign([row.split for row in rows], targets, val_fraction, test_fraction, seed)
@@ -217,6 +236,8 @@ class CustomDataset(MultiLabelDataset):
                 size = image_size(self.root / row.file)
             except UnreadableImage:
                 return None
+            width, height = size if row.relative else (1, 1)
+            boxes = tuple(((x1 * width, y1 * height, x2 * width, y2 * height), c) for (x1, y1, x2, y2), c in boxes)
             clipped = [(clip_box(box, size, f"{row.where} has the box {list(box)}"), label) for box, label in boxes]
             boxes = tuple((box, label) for box, label in clipped if box is not None)
         return BoxAnnotations.of([box for box, _ in boxes], [self.labels.index(label) for _, label in boxes])
@@ -232,7 +253,7 @@ def _read_all(
     if not isinstance(annotations, Mapping):
         if folders:
             raise ArgumentError("folders", "needs `annotations` with one file per split.")
-        return [read_annotations(_path(root, annotations, "annotations"), form)]
+        return [read_annotations(_path(root, annotations, "annotations"), form, PhotoFolder(root))]
     for split in annotations:
         if split not in SPLITS:
             raise ArgumentError("annotations", f"has the key {split!r}: expected train, val or test.")
@@ -244,10 +265,9 @@ def _read_all(
     read = []
     first: dict[str, str] = {}
     for split, path in annotations.items():
-        part = read_annotations(_path(root, path, f"annotations[{split!r}]"), form)
-        below = PurePosixPath(folders.get(split, ""))
-        rows = tuple(row._replace(file=str(below / row.file)) for row in part.rows)
-        for row in rows:
+        photos = PhotoFolder(root, folders.get(split, ""))
+        part = read_annotations(_path(root, path, f"annotations[{split!r}]"), form, photos)
+        for row in part.rows:
             if row.file in first:
                 raise DataError(
                     f"{row.where} repeats the image {row.file!r} ({first[row.file]}): an image belongs to one split."
@@ -255,7 +275,8 @@ def _read_all(
             if row.split not in (None, split):
                 raise DataError(f"{row.where} has split {row.split!r}, but `annotations` lists its file as {split!r}.")
             first[row.file] = row.where
-        read.append(Annotations(part.source, part.labels, tuple(row._replace(split=split) for row in rows)))
+        rows = tuple(row._replace(split=split) for row in part.rows)
+        read.append(Annotations(part.source, part.labels, rows, part.notes))
     if not read:
         raise ArgumentError("annotations", "is empty: name an annotation file.")
     return read
@@ -264,9 +285,12 @@ def _read_all(
 def _path(root: Path, path: str | Path, argument: str) -> Path:
     """Resolve a file argument relative to the image folder."""
     resolved = root / path
-    if not resolved.is_file():
+    if not resolved.is_file() and not (argument != "labels" and resolved.is_dir()):
         local = Path(path).absolute()
         hint = f"; {local} exists, so set this absolute path" if local.is_file() else ""
+        present = [name for name in _ANNOTATIONS if (root / name).exists()]
+        if present and not hint and argument != "labels":
+            hint = f"; {root} has {few(present)}"
         raise DataError(f"{resolved} is not a file: `{argument}` must be relative to `root` or absolute{hint}.")
     return resolved
 

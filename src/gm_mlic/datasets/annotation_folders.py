@@ -1,0 +1,366 @@
+"""Annotations with one file per image: YOLO's text files and Pascal VOC's XML files."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, shown, split_called
+from gm_mlic.datasets.annotation_tables import read_text
+from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.photo_folder import inside
+from gm_mlic.errors import DataError
+from gm_mlic.io import few, first_line
+
+#: Suffixes of photos in a folder.
+_PHOTOS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif", ".ppm", ".pgm"}
+)
+#: Overhang of a box over the image border that is rounding, as a fraction of the image.
+_ROUNDING = 0.01
+#: Files with one class name per line, in the order of preference.
+_CLASS_FILES = ("classes.txt", "obj.names")
+
+
+def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
+    """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``.
+
+    Raises:
+        DataError: if it has neither, or a file is malformed.
+    """
+    files = [path for path in source.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    if any(path.suffix.lower() == ".xml" for path in files):
+        return None, _read_voc(source, sorted(path for path in files if path.suffix.lower() == ".xml"))
+    for folder in (source.path, source.path.parent):
+        for name in _CLASS_FILES:
+            if (folder / name).is_file():
+                return _read_yolo_folder(source, folder / name)
+        if (folder / "data.yaml").is_file():
+            raise DataError(f"{source.path} is a folder of YOLO labels: set `annotations` to {folder / 'data.yaml'}.")
+    raise DataError(
+        f"{source.path} is a folder without annotations: expected .xml files (Pascal VOC), or .txt files and "
+        "classes.txt (YOLO)."
+    )
+
+
+# ---- YOLO ----
+
+
+def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
+    """Read YOLO's ``data.yaml``, its images and their text files.
+
+    Raises:
+        DataError: if a file is missing or malformed.
+    """
+    try:
+        content = yaml.safe_load(read_text(source.path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"{source.path} is not valid YAML ({first_line(error)}): correct the file.") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict):
+        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+            raise DataError(f"{source.path} has names with the keys {shown(list(names))}: expected 0, 1, 2 and so on.")
+        names = [names[n] for n in range(len(names))]
+    if not isinstance(content, dict) or not isinstance(names, list) or not names:
+        raise DataError(f"{source.path} has no list 'names': expected YOLO's data.yaml with names, train and val.")
+    labels = _class_names(source.path, names)
+    splits = {split: content.get(key) for split, key in _split_keys(content).items() if content.get(key)}
+    if not splits:
+        raise DataError(f"{source.path} has none of the keys train, val and test: add the folders of the images.")
+    first: dict[PurePosixPath, str] = {}
+    rows = []
+    for split, places in splits.items():
+        for place in places if isinstance(places, list) else [places]:
+            for image in _yolo_images(source, content.get("path"), place, split):
+                if first.setdefault(image, split) != split:
+                    raise DataError(
+                        f"{source.path}: the image {str(image)!r} is in {first[image]} and in {split}: an image "
+                        "belongs to one split."
+                    )
+                rows.append((image, split if len(splits) > 1 else None))
+    return labels, _yolo_rows(source, dict(rows), labels, bool(content.get("kpt_shape")))
+
+
+def _split_keys(content: dict[str, Any]) -> dict[str, str]:
+    keys = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+    return {split: next((name for name in names if name in content), names[0]) for split, names in keys.items()}
+
+
+def _read_yolo_folder(source: Source, classes: Path) -> tuple[tuple[str, ...], list[ImageRow]]:
+    """Rows of a folder ``labels`` beside ``images``, or of text files beside the images, without ``data.yaml``.
+
+    Folders in it that are called as splits, such as ``images/train``, are the splits.
+    """
+    labels = _class_names(classes, [line for line in read_text(classes).splitlines() if line.strip()])
+    for folder in (source.path.parent / "images", source.path):
+        below = _below_root(source, folder)
+        images = [] if below is None else [path for path in source.folder.files(below, str(folder)) if _is_photo(path)]
+        if below is not None and images:
+            splits = [split_called(path.relative_to(below).parts[0]) for path in images]
+            named = dict(zip(images, splits, strict=True)) if None not in splits else dict.fromkeys(images)
+            return labels, _yolo_rows(source, named, labels, False)
+    raise DataError(f"{source.path} has no images: expected them in {source.path.parent / 'images'}.")
+
+
+def _below_root(source: Source, path: Path) -> PurePosixPath | None:
+    """A path relative to the dataset's root; None if it does not exist or is outside."""
+    found, root = path.resolve(), source.folder.root.resolve()
+    return PurePosixPath(found.relative_to(root).as_posix()) if found.exists() and found.is_relative_to(root) else None
+
+
+def _class_names(source: Path, names: Sequence[Any]) -> tuple[str, ...]:
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{source} has the class name {shown(name)}: expected a text, in quotes.")
+    labels = tuple(name.strip() for name in names)
+    if len(set(labels)) != len(labels):
+        twice = next(name for name in labels if labels.count(name) > 1)
+        raise DataError(f"{source} has the class name {shown(twice)} twice: names must be unique.")
+    return labels
+
+
+def _is_photo(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in _PHOTOS
+
+
+def _yolo_images(source: Source, path: Any, place: Any, split: str) -> Iterator[PurePosixPath]:
+    """Images of a folder, or of a text file that lists them; paths are relative to the dataset's root.
+
+    The folder is relative to the key ``path``, or to data.yaml. Files of some tools have a wrong ``..`` in front.
+    """
+    where = f"{source.path}: {split}"
+    if not isinstance(place, str) or "\0" in place or not isinstance(path, str | None):
+        raise DataError(f"{where} is {shown(place)}: expected the folder of the images.")
+    home, plain = source.path.parent, place.replace("\\", "/")
+    candidates = (home / (path or "") / plain, home / plain, home / plain.removeprefix("../"))
+    for found in (*candidates, source.folder.root / plain):
+        below = _below_root(source, found)
+        if below is not None and found.is_dir():
+            images = [file for file in source.folder.files(below, where) if _is_photo(file)]
+            if not images:
+                raise DataError(f"{where}: the folder {found} has no images: copy them into it.")
+            yield from images
+            return
+        if below is not None and found.suffix == ".txt":
+            for number, line in enumerate(read_text(found).splitlines(), start=1):
+                if line.strip():
+                    yield _listed_image(source, below.parent, line.strip(), f"{found}: line {number}")
+            return
+    raise DataError(f"{where} is {shown(place)}, which is no folder in {source.folder.root}: correct the path.")
+
+
+def _listed_image(source: Source, folder: PurePosixPath, name: str, where: str) -> PurePosixPath:
+    """Path of an image in a list, relative to the root; the name is relative to the list, to the root, or absolute."""
+    relative = inside(name)
+    if relative is not None:
+        for start in (folder, PurePosixPath()):
+            if (found := source.folder.find(start / relative, where)) is not None:
+                return found
+    return PurePosixPath(source.file(name, where))
+
+
+def _yolo_rows(
+    source: Source, images: dict[PurePosixPath, str | None], labels: tuple[str, ...], keypoints: bool
+) -> list[ImageRow]:
+    """A row per image. An image without a text file has no labels."""
+    rows, without = [], []
+    for image, split in images.items():
+        parts = list(image.parts)
+        if "images" in parts[:-1]:  # the last one
+            parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+        file = source.folder.root.joinpath(*parts).with_suffix(".txt")
+        boxes: dict[tuple[Box, str], None] = {}
+        if not file.resolve().is_relative_to(source.folder.root.resolve()):
+            raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")
+        if file.is_file():
+            for number, line in enumerate(read_text(file).splitlines(), start=1):
+                if line.strip():
+                    label, box = _yolo_box(line.split(), labels, keypoints, f"{file}: line {number}")
+                    boxes[box, label] = None
+        else:
+            without.append(file)
+        present = tuple(dict.fromkeys(label for _, label in boxes))
+        rows.append(ImageRow(str(image), str(file), split, present, boxes=tuple(boxes), relative=True))
+    if len(without) == len(rows):
+        raise DataError(f"{source.path}: no image has a file with its labels: expected {without[0]}.")
+    if without:
+        source.note(
+            "{example}", f"{len(without)} images have no text file and are read as images without labels: "
+            f"{few([file.name for file in without])}"
+        )  # fmt: skip
+    return rows
+
+
+def _yolo_box(words: list[str], labels: tuple[str, ...], keypoints: bool, where: str) -> tuple[str, Box]:
+    """Label and box (x1, y1, x2, y2) of one line: a class and center, width and height, or a class and a polygon."""
+    try:
+        number, values = float(words[0]), [float(word) for word in words[1:]]
+    except ValueError:
+        raise DataError(f"{where} is {shown(' '.join(words))}: expected a class number and four numbers.") from None
+    if number not in range(len(labels)):
+        raise DataError(f"{where} has the class {shown(words[0])}: the classes are 0 to {len(labels) - 1}.")
+    if keypoints:
+        values = values[:4]
+    if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+        raise DataError(
+            f"{where} has {len(values)} numbers after the class: expected four (center, width, height), or the x and y "
+            "of three or more corners."
+        )
+    if not all(-_ROUNDING <= value <= 1 + _ROUNDING for value in values):
+        raise DataError(
+            f"{where} is {shown(' '.join(words))}: expected fractions of the image's width and height between 0 and 1, "
+            "not pixels."
+        )
+    if len(values) == 4:
+        x, y, width, height = values
+        box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    else:
+        box = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in box)
+    return labels[int(number)], (x1, y1, x2, y2)
+
+
+# ---- Pascal VOC ----
+
+
+def _read_voc(source: Source, files: list[Path]) -> list[ImageRow]:
+    """A row per XML file. The lists of ``ImageSets/Main``, if any, are the splits."""
+    splits = _image_sets(source.path.parent / "ImageSets" / "Main")
+    find = _photo_of(source)
+    rows, unlisted = [], []
+    for file in files:
+        if splits and file.stem not in splits:
+            unlisted.append(file.stem)
+        else:
+            rows.append(_voc_row(source, file, splits.get(file.stem), find))
+    if unlisted:
+        source.note(
+            "{example}", f"{len(unlisted)} images are in no list of ImageSets/Main and are left out: {few(unlisted)}"
+        )
+    return rows
+
+
+def _image_sets(folder: Path) -> dict[str, str]:
+    """Split of each image in train.txt (or trainval.txt), val.txt and test.txt; empty without these files."""
+    splits: dict[str, str] = {}
+    train = "train" if (folder / "train.txt").is_file() else "trainval"
+    for name, split in ((train, "train"), ("val", "val"), ("test", "test")):
+        source = folder / f"{name}.txt"
+        if not source.is_file() or (train == "trainval" and name == "val"):
+            continue
+        for line in filter(str.strip, read_text(source).splitlines()):
+            image = line.split()[0] if len(line.split()) == 2 and line.split()[1] in ("0", "1", "-1") else line.strip()
+            if splits.setdefault(image, split) != split:
+                raise DataError(
+                    f"{source} lists the image {shown(image)}, which is also in {splits[image]}: an image belongs to "
+                    "one split."
+                )
+    return splits
+
+
+def _photo_of(source: Source) -> Callable[[Path, str, str], str]:
+    """Function of an XML file, its ``filename`` and the start of error messages: the path of the photo.
+
+    Photos are in a folder ``JPEGImages`` or ``images`` beside the folder of the XML files, beside the XML file, or in
+    the root. They have the name of the XML file, or else ``filename``.
+    """
+    by_stem: dict[PurePosixPath, dict[str, list[str]]] = {}
+
+    def photos(folder: PurePosixPath) -> dict[str, list[str]]:
+        if folder not in by_stem:
+            by_stem[folder] = {}
+            for path in sorted((source.folder.root / folder).iterdir()):
+                if _is_photo(PurePosixPath(path.name)):
+                    by_stem[folder].setdefault(path.stem, []).append(path.name)
+        return by_stem[folder]
+
+    def find(file: Path, filename: str, where: str) -> str:
+        name = (inside(filename.rpartition("/")[2]) or PurePosixPath(file.stem)).name
+        near = source.path.parent
+        places = [near / "JPEGImages", near / "images", file.parent, source.folder.root]
+        folders = [folder for place in places if place.is_dir() and (folder := _below_root(source, place)) is not None]
+        for folder in folders:
+            found = photos(folder).get(file.stem) or photos(folder).get(PurePosixPath(name).stem) or []
+            if found:
+                return str(source.folder.find(folder / (name if name in found else found[0]), where))
+        return str(folders[0] / name)
+
+    return find
+
+
+def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path, str, str], str]) -> ImageRow:
+    where = str(file)
+    root = parse_xml(file, "correct or remove it")
+    sides = [_number(root.findtext(f"size/{side}") or "0", f"{where}: size/{side}") for side in ("width", "height")]
+    size = (int(sides[0]), int(sides[1])) if min(sides) >= 1 else None
+    present: dict[str, bool] = {}
+    boxes = []
+    for number, item in enumerate(root.iter("object")):
+        place = f"{where}: object number {number}"
+        label = (item.findtext("name") or "").strip()
+        if not label:
+            raise DataError(f"{place} has no name: add the label.")
+        difficult = (item.findtext("difficult") or "0").strip() == "1" and source.form.target_format == "voc"
+        present[label] = present.get(label, False) or not difficult
+        if item.find("bndbox") is None:
+            continue
+        corners = [
+            _number(item.findtext(f"bndbox/{key}") or "", f"{place}: {key}") for key in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        if corners[2] < corners[0] or corners[3] < corners[1]:
+            raise DataError(f"{place} has the box {shown(corners)}, max < min: correct the file.")
+        box: Box | None = (corners[0] - 1, corners[1] - 1, corners[2], corners[3])  # pixels count from 1
+        if size is not None and box is not None:
+            box = clip_box(box, size, f"{place} has the box {shown(corners)}")
+        if box is not None and not difficult:
+            boxes.append((box, label))
+    photo = find(file, (root.findtext("filename") or "").strip().replace("\\", "/"), where)
+    return ImageRow(
+        photo,
+        where,
+        split,
+        tuple(label for label, certain in present.items() if certain),
+        tuple(label for label, certain in present.items() if not certain),
+        boxes=tuple(boxes),
+        size=size,
+        other={"file": where},
+    )
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Builder that stops at a document type, before its entities are expanded."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise ValueError("it declares a document type")
+
+
+def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
+    """Parse an XML file without document type and entities.
+
+    Raises:
+        DataError: if it cannot be read, is not valid, or declares a document type; ``remedy`` ends the message.
+    """
+    try:
+        parser = ElementTree.XMLParser(target=_NoDoctype())
+        parser.feed(source.read_bytes())
+        root: ElementTree.Element = parser.close()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}): {remedy}.") from error
+    except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
+        raise DataError(f"{source} is not valid XML ({first_line(error)}): {remedy}.") from error
+    return root
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where} is {shown(text)}: expected a number.")
+    return value

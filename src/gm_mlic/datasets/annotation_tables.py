@@ -1,0 +1,264 @@
+"""Tables: text to records, records to columns, columns to rows of photos."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gm_mlic.datasets.annotation_rows import ImageRow, Source, TableFormat, place, shown
+from gm_mlic.errors import DataError
+from gm_mlic.io import few
+
+_DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+
+#: Values allowed in a label column: present, difficult, absent. Spreadsheets and pandas write 1.0 for 1 where a column
+#: had gaps, and True for a Boolean.
+_CELLS: dict[str, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {
+    "binary": (
+        frozenset({"1", "1.0", "true", "True", "TRUE"}),
+        frozenset(),
+        frozenset({"0", "0.0", "false", "False", "FALSE"}),
+    ),
+    "voc": (frozenset({"1", "1.0"}), frozenset({"0", "0.0"}), frozenset({"-1", "-1.0"})),
+}
+#: Column names that are rarely labels, although all of their values may be 0 and 1.
+_SUSPICIOUS = re.compile(
+    r"(.*[_ ])?(ids?|idx|index|fold|kfold|width|height|count|size|score|confidence|weight|year|page|group|batch|"
+    r"version|rating|is_?(valid|val|train|training|test|labell?ed|verified|checked|crowd|reviewed)|verified|reviewed|"
+    r"unnamed: ?\d+|level_\d+)",
+    re.IGNORECASE,
+)
+
+#: Reader of the labels of one record: present and difficult ones.
+_Reader = Callable[[list[str], str], tuple[tuple[str, ...], tuple[str, ...]]]
+
+
+def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
+    """Read a table: labels that columns declare, if any, and one row per record.
+
+    Raises:
+        DataError: if it is malformed.
+    """
+    form, path = source.form, source.path
+    header, records = _open_table(source, read_text(path))
+    position = {name: n for n, name in enumerate(header)}
+    for name in form.ignore:
+        if name not in position:
+            raise DataError(f"{path} has no column {name!r}, listed in `ignore_columns`{close_to(name, header)}")
+    listed = form.labels is not None and form.labels in position
+    others = [name for name in header if name not in (form.file, form.labels, form.split, *form.ignore)]
+    if not listed and not others:
+        raise DataError(
+            f"{path} has neither a column {form.labels!r} nor label columns: add one, or set `columns['labels']` to "
+            "its name."
+        )
+    read = _listed(source, position) if listed else _one_column_each(source, position, others)
+    rows = []
+    for line, record in records:
+        where = f"{path}: line {line}"
+        split = source.split(record[position[form.split]], where) if form.split in position else None
+        present, difficult = read(record, where)
+        name = record[position[form.file]].strip()
+        other: dict[str, Any] = {"labels": (present, difficult)}
+        if listed:
+            other = {column: record[position[column]].strip() for column in others}
+        rows.append(source.row(name, where, split, present, difficult, other=other))
+    if listed:
+        return None, rows
+    if form.target_format == "voc" and rows and all(len(r.present) + len(r.difficult) == len(others) for r in rows):
+        raise DataError(
+            f"{path} has no value -1, so no label is ever absent: set `target_format='binary'` if 0 means absent."
+        )
+    doubtful = [name for name in others if _SUSPICIOUS.fullmatch(name)]
+    if doubtful:
+        source.note(
+            "{example}; list columns that are not labels in the option ignore_columns",
+            f"each column is read as a label, also {few(doubtful)} (all: {few(others, 20)})",
+        )
+    return tuple(others), rows
+
+
+def read_text(source: Path) -> str:
+    """Read a UTF-8 text file, without its byte order mark.
+
+    Raises:
+        DataError: if it cannot be read or is not UTF-8.
+    """
+    try:
+        content = source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}).") from error
+    remedy = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{source} is UTF-16: {remedy}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{source}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): {remedy}") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{source}: line {line} has a NUL character, so it is not text: {remedy}")
+    return text
+
+
+def close_to(name: str, names: Iterable[str]) -> str:
+    """Message ending ``; did you mean 'x' or 'y'?`` for names similar to ``name``; a period if none is similar."""
+    by_folded = {other.casefold(): other for other in names}
+    close = difflib.get_close_matches(name.casefold(), by_folded, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(repr(by_folded[key]) for key in close)}?" if close else "."
+
+
+# ---- Text to records ----
+
+
+def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """Column names, and an iterator over the remaining records with their line numbers."""
+    path, file = source.path, source.form.file
+    text, delimiters = _without_preamble(path, text)
+    headers: dict[str, list[str]] = {}
+    problem: DataError | None = None
+    for delimiter in delimiters:
+        try:
+            _, record = next(_records(path, text, delimiter))
+            headers[delimiter] = [name.strip() for name in record]
+        except StopIteration:
+            raise DataError(f"{path} is empty: its first line must name the columns.") from None
+        except DataError as error:  # quoting is invalid for this delimiter
+            problem = error
+    if not headers and problem is not None:
+        raise problem
+    fitting = [delimiter for delimiter, header in headers.items() if file in header]
+    if any(len(headers[delimiter]) == 1 for delimiter in fitting):
+        fitting = fitting[:1]  # a single column, under any delimiter
+    if not fitting:
+        header = max(headers.values(), key=len)
+        for cell in header:
+            if source.is_photo(cell):
+                raise DataError(
+                    f"{path} has no column names: its first line lists the photo {shown(cell)}. Add a first line, such "
+                    f"as {file}{max(headers, key=lambda mark: len(headers[mark]))}{source.form.labels or 'cat'}."
+                )
+        cells = few([cell[:40] for cell in header], 6)
+        raise DataError(
+            f"{path} has no column {file!r} in its first line ({cells}): set `columns['file']` to the column with the "
+            f"file names{close_to(file, header)}"
+        )
+    if len(fitting) > 1:
+        names = " or ".join(_DELIMITERS[delimiter] for delimiter in fitting)
+        raise DataError(f"{path}: the delimiter is ambiguous ({names}): rename the columns in the first line.")
+    header = headers[fitting[0]]
+    for n, name in enumerate(header):
+        if header.index(name) != n:
+            raise DataError(f"{path} has two columns {shown(name)}: rename or remove one.")
+    records = _records(path, text, fitting[0])
+    next(records)
+    return header, _completed(source.form, path, header, fitting[0], records)
+
+
+def _without_preamble(path: Path, text: str) -> tuple[str, Sequence[str]]:
+    """Blank the lines before the header (``# comment``, ``sep=;``); the possible delimiters."""
+    delimiters: Sequence[str] = tuple(_DELIMITERS)
+    start = 0
+    for line in re.finditer(r"([^\r\n]*)(\r\n|\r|\n|$)", text):
+        content = line[1].strip(" ")
+        if content[:4].casefold() == "sep=":
+            delimiters = [content[4:].replace("\\t", "\t")]
+            if delimiters[0] not in _DELIMITERS:
+                raise DataError(f"{path}: {shown(content)} is no known delimiter: use one of {few(list(_DELIMITERS))}.")
+        elif content.strip() and not content.startswith("#"):
+            break
+        start = line.end()
+        if start == len(text):
+            break
+    return re.sub(r"[^\r\n]", "", text[:start]) + text[start:], delimiters
+
+
+def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Non-blank records with the number of their last line."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
+    try:
+        for record in reader:
+            if any(map(str.strip, record)):
+                yield reader.line_num, record
+    except csv.Error as error:
+        raise DataError(f"{source}: line {reader.line_num} is malformed ({error}): check its quotes.") from error
+
+
+def _completed(
+    form: TableFormat, path: Path, header: list[str], delimiter: str, records: Iterable[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str]]]:
+    """Records with one field per column. If the delimiter separates labels too, surplus fields are further labels."""
+    listed = form.labels is not None and form.labels in header
+    column = header.index(str(form.labels)) if listed and delimiter == form.separator else None
+    for line, record in records:
+        surplus = len(record) - len(header)
+        if surplus > 0 and column is not None:
+            record[column : column + surplus + 1] = [delimiter.join(record[column : column + surplus + 1])]
+        elif surplus:
+            hint = f", or set `separator={delimiter!r}` if they are labels" if surplus > 0 and listed else ""
+            raise DataError(
+                f"{path}: line {line} has {len(record)} fields, but the first line has {len(header)}: quote fields "
+                f"that contain the delimiter{hint}."
+            )
+        yield line, record
+
+
+# ---- Records to labels ----
+
+
+def _listed(source: Source, position: dict[str, int]) -> _Reader:
+    """Reader of records that list their labels in one cell."""
+    column = position[str(source.form.labels)]
+    return lambda record, where: (source.labels_of_text(record[column], where), ())
+
+
+def _one_column_each(source: Source, position: dict[str, int], labels: list[str]) -> _Reader:
+    """Reader of records with one column per label."""
+    form = source.form
+    if "" in labels:
+        raise DataError(
+            f"{source.path}: column {position[''] + 1} has no name: remove it (pandas: to_csv(..., index=False))."
+        )
+    columns = [position[label] for label in labels]
+    present, difficult, absent = _CELLS[form.target_format]
+    known = present | difficult | absent
+
+    def value(label: str, cell: str, where: str) -> str:
+        cell = cell.strip()
+        if form.missing_value == "absent" and (not cell or form.is_missing(cell)):
+            source.note("{count} empty cells are read as absent, the first at {example}", f"{place(where)}, {label}")
+            return next(iter(absent))
+        if cell not in known:
+            raise DataError(f"{where}: column {shown(label)} has {shown(cell)}{_expected_cell(cell, label, form)}")
+        return cell
+
+    def read(record: list[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        cells = [record[column] for column in columns]
+        if set(cells) - known:
+            cells = [value(label, cell, where) for label, cell in zip(labels, cells, strict=True)]
+        return (
+            tuple(label for label, cell in zip(labels, cells, strict=True) if cell in present),
+            tuple(label for label, cell in zip(labels, cells, strict=True) if cell in difficult) if difficult else (),
+        )
+
+    return read
+
+
+def _expected_cell(cell: str, label: str, form: TableFormat) -> str:
+    values = "1 (present), 0 (difficult) or -1 (absent)" if form.target_format == "voc" else "1 or 0"
+    if not cell or form.is_missing(cell):
+        return f": expected {values}; set `missing_value='absent'` if empty cells and NaN mean absent."
+    if form.target_format == "voc":
+        return f": expected {values}."
+    if cell in ("-1", "-1.0"):
+        return f": expected {values}; set `target_format='voc'` if -1 means absent and 0 difficult."
+    return (
+        f": expected {values}. If the column is not a label, add it to `ignore_columns`; if it lists the labels, set "
+        f"`columns['labels']={label!r}`."
+    )
