@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
 import struct
 import warnings
 import zlib
@@ -17,11 +20,19 @@ from torch import Tensor
 from gm_mlic.errors import UnreadableImage
 from gm_mlic.io import first_line
 
+log = logging.getLogger(__name__)
+
 #: Larger images are refused before decoding: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
 MAX_PIXELS = 100_000_000
 
 #: EXIF orientation tag; values 5 to 8 swap width and height.
 _ORIENTATION = 0x0112
+
+#: Formats whose further images are frames or pages. Those of other formats are previews, depth maps or layers.
+_ANIMATED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF"})
+
+#: Brands in the first bytes of HEIC and AVIF files.
+_HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
 
 #: Exceptions of Pillow's decoders on damaged files (they differ by format).
 _DECODING_ERRORS = (
@@ -48,18 +59,24 @@ def read_image(path: str | Path) -> Image.Image:
     """Read one image file as RGB, 8 bit per channel, upright.
 
     The EXIF orientation is applied. Gray, palette, CMYK and other modes are converted; 16-bit gray is scaled to 8 bit
-    (value / 257); transparent pixels are blended with white. The image is fully decoded and the file closed.
+    (value / 257); transparent pixels are blended with white. The first frame of an animated file is read; a line of
+    the log says so, once per process. The image is fully decoded and the file closed.
 
     Args:
-        path: an image file in any format that Pillow reads.
+        path: an image file in any format that Pillow reads. HEIC needs ``pip install 'gm-mlic[heif]'``.
 
     Raises:
         UnreadableImage: if the file is missing, empty, truncated, not an image, or has more than
             :data:`MAX_PIXELS` pixels. The message has the file and the reason.
     """
     with _opened(Path(path)) as image:
+        _scale_transparent_color(image)
         image.load()
-        return _to_rgb(_upright(image))
+        result = _to_rgb(_upright(image))
+        with contextlib.suppress(*_DECODING_ERRORS):  # of the second frame
+            if image.format in _ANIMATED and getattr(image, "is_animated", False):
+                _log_animated(str(path))
+        return result
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -97,7 +114,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             # Pillow warns above 89 million pixels; MAX_PIXELS is checked below. Damaged metadata is no error if the
             # pixels are intact.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with _open(path) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UnreadableImage(
@@ -109,6 +126,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:  # Pillow refuses the largest images when opening
         raise UnreadableImage(f"Image {path} is over the limit of {MAX_PIXELS:,} pixels: scale it down.") from error
     except UnidentifiedImageError as error:
+        if _is_heif(path) and not _register_heif():
+            raise UnreadableImage(
+                f"Image {path} is HEIC or AVIF: install its reader (pip install 'gm-mlic[heif]'), or convert it to "
+                "JPEG or PNG."
+            ) from error
         raise UnreadableImage(
             f"Image {path} is not an image, or damaged, or of an unknown format: convert it to JPEG or PNG."
         ) from error
@@ -116,6 +138,43 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise UnreadableImage(
             f"Image {path} cannot be decoded ({first_line(error)}): copy or download it again."
         ) from error
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image, with the reader of HEIC if Pillow does not know the format."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if _is_heif(path) and _register_heif():
+            return Image.open(path)
+        raise
+
+
+def _is_heif(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in _HEIF
+
+
+@functools.cache
+def _register_heif() -> bool:
+    """Add the reader of HEIC to Pillow; whether it is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _log_animated(path: str) -> None:
+    global _has_logged_animated
+    if not _has_logged_animated:
+        _has_logged_animated = True
+        log.warning("%s has several frames: only the first one is read, as of all animated files", path)
+
+
+_has_logged_animated = False
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -130,6 +189,19 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except _DECODING_ERRORS:
         return image
+
+
+def _scale_transparent_color(image: Image.Image) -> None:
+    """Scale the transparent color of a PNG, which Pillow keeps as in the file, to the pixels that Pillow decodes."""
+    color = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or not tiles or not isinstance(color, (int, tuple)):
+        return
+    stored = tiles[0][3]
+    if stored in ("L;2", "L;4") and isinstance(color, int):
+        image.info["transparency"] = color * 255 // (3 if stored == "L;2" else 15)
+    elif stored == "RGB;16B" and isinstance(color, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -150,4 +222,7 @@ def _wide_gray_to_rgb(image: Image.Image) -> Image.Image:
     # range; values that fit in 8 bits are used unscaled.
     if image.mode != "F" or values.max(initial=0.0) > 255.0:
         values = values / 257.0
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values[np.asarray(image) == transparent] = 255.0
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
