@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
 from gm_mlic.datasets import images
 from gm_mlic.datasets.images import read_image, to_tensor
@@ -111,6 +111,124 @@ def test_palette_with_transparent_entry(tmp_path: Path) -> None:
     assert_rgb(read_image(tmp_path / "hole.gif"), expected)
 
 
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of each PNG color type
+
+
+def write_png(path: Path, pixels: np.ndarray, depth: int, color: int, **extra: bytes) -> None:
+    """A PNG of integer samples (H, W, channels), written from the specification, apart from Pillow."""
+    height, width, _ = pixels.shape
+    bits = (pixels.reshape(height, -1)[..., None] >> np.arange(depth)[::-1]) & 1  # most significant bit first
+    lines = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    parts = [chunk(name.encode(), extra[name]) for name in ("PLTE", "tRNS") if name in extra]
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + line.tobytes() for line in lines)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + b"".join(parts) + data + chunk(b"IEND", b""))
+
+
+def blended(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Colors (H, W, 3) in [0, 1] over white, as 8 bit."""
+    return np.rint(255 * (color * alpha[..., None] + 1 - alpha[..., None]))
+
+
+@pytest.mark.parametrize(
+    ("depth", "color"),
+    [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (8, 4), (16, 4), (8, 6), (16, 6)],
+)
+def test_png_of_every_depth(tmp_path: Path, depth: int, color: int) -> None:
+    top = 2**depth - 1
+    samples = np.random.default_rng(depth).integers(0, top + 1, (9, 7, CHANNELS[color]))
+    write_png(tmp_path / "x.png", samples, depth, color)
+    values = samples / top
+    alpha = values[..., -1] if color in (4, 6) else np.ones((9, 7))
+    rgb = np.repeat(values[..., :1], 3, axis=-1) if color in (0, 4) else values[..., :3]
+    assert_rgb(read_image(tmp_path / "x.png"), blended(rgb, alpha), 2)  # rounding of 16 bit
+
+
+@pytest.mark.parametrize(("depth", "color"), [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_png_with_one_transparent_color(tmp_path: Path, depth: int, color: int) -> None:
+    """Chunk tRNS of gray and color images; its value has the depth of the image."""
+    samples = np.random.default_rng(1).integers(0, 2**depth, (4, 5, CHANNELS[color]))
+    hole = samples[2, 3]
+    write_png(tmp_path / "x.png", samples, depth, color, tRNS=struct.pack(f">{len(hole)}H", *hole))
+    values = samples / (2**depth - 1)
+    alpha = 1.0 - (samples == hole).all(axis=-1)
+    assert_rgb(read_image(tmp_path / "x.png"), blended(np.broadcast_to(values, (4, 5, 3)), alpha), 1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_palette_png_with_alpha(tmp_path: Path, depth: int) -> None:
+    """Chunk tRNS of a palette: the alpha of the first entries; the others are opaque."""
+    rng = np.random.default_rng(depth)
+    palette = rng.integers(0, 256, (2**depth, 3))
+    opacity = np.full(2**depth, 255)
+    opacity[: 2 ** (depth - 1)] = rng.integers(0, 256, 2 ** (depth - 1))
+    samples = rng.integers(0, 2**depth, (6, 5, 1))
+    extra = {
+        "PLTE": palette.astype(np.uint8).tobytes(),
+        "tRNS": opacity[: 2 ** (depth - 1)].astype(np.uint8).tobytes(),
+    }
+    write_png(tmp_path / "x.png", samples, depth, 3, **extra)
+    index = samples[..., 0]
+    assert_rgb(read_image(tmp_path / "x.png"), blended(palette[index] / 255, opacity[index] / 255), 1)
+
+
+FRAMES = [np.full((6, 8, 3), color, dtype=np.uint8) for color in ((255, 0, 0), (0, 0, 255))]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tiff"])
+def test_first_frame_of_animated_files(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_has_logged_animated", False)
+    first, second = (Image.fromarray(frame) for frame in FRAMES)
+    options = {"lossless": True} if suffix == "webp" else {}
+    for name in ("a", "b"):
+        first.save(tmp_path / f"{name}.{suffix}", save_all=True, append_images=[second], **options)
+        assert_rgb(read_image(tmp_path / f"{name}.{suffix}"), FRAMES[0])
+    first.save(tmp_path / f"single.{suffix}", **options)
+    read_image(tmp_path / f"single.{suffix}")
+    (line,) = caplog.messages  # once
+    assert (
+        line == f"{tmp_path / f'a.{suffix}'} has several frames: only the first one is read, as of all animated files"
+    )
+
+
+def test_heic_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_register_heif", lambda: False)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    assert "install its reader (pip install 'gm-mlic[heif]'), or convert it" in refused(tmp_path / "x.heic")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_heic(tmp_path: Path, orientation: int) -> None:
+    """HEIC rotates by its own tag (irot), which the EXIF orientation must not repeat."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    upright = np.zeros((32, 64, 3), dtype=np.uint8)
+    upright[:, :32] = (255, 0, 0)
+    undo = {1: lambda a: a, 3: lambda a: a[::-1, ::-1], 6: lambda a: np.rot90(a, 1), 8: lambda a: np.rot90(a, -1)}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
+    stored.info["exif"] = exif.tobytes()
+    stored.save(tmp_path / "x.heic", quality=95)
+    assert b"irot" in (tmp_path / "x.heic").read_bytes() or orientation == 1
+    assert_rgb(read_image(tmp_path / "x.heic"), upright, 20)
+    assert images.image_size(tmp_path / "x.heic") == (64, 32)
+    (tmp_path / "x.heic").write_bytes((tmp_path / "x.heic").read_bytes()[:300])
+    refused(tmp_path / "x.heic")
+
+
+def test_avif(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("Pillow without AVIF")
+    Image.fromarray(gradient()).save(tmp_path / "x.avif", quality=100)
+    assert_rgb(read_image(tmp_path / "x.avif"), gradient(), 12)
+
+
 def test_cmyk_jpeg(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(tmp_path / "ink.jpg", quality=95)  # no cyan: red
     assert_rgb(read_image(tmp_path / "ink.jpg"), np.full((6, 8, 3), (255, 0, 0)), 6)
@@ -152,10 +270,6 @@ def test_errors_name_file_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("side", [11_000, 13_000, 60_000])  # under, at and over Pillow's own limits
 def test_large_images_are_refused_before_decoding(tmp_path: Path, side: int) -> None:
     """PNG with a valid header of side x side pixels and almost no data."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
