@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from gm_mlic.datasets.annotation_rows import shown
 from gm_mlic.datasets.base import BoxAnnotations
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import DataError
@@ -131,7 +132,7 @@ def clip_box(
 def _integer(entry: dict[str, Any], key: str, where: str) -> int:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DataError(f"{where} has {key} {value!r}: expected an integer.")
+        raise DataError(f"{where} has {key} {shown(value)}: expected an integer.")
     return value
 
 
@@ -142,9 +143,9 @@ def _categories(content: dict[str, Any], source: Path, order: str) -> tuple[tupl
         key = _integer(entry, "id", f"{source}: category number {n}")
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{source}: category {key} has name {name!r}: expected a string.")
+            raise DataError(f"{source}: category {key} has name {shown(name)}: expected a string.")
         if key in names or name in names.values():
-            raise DataError(f"{source}: category {key} ({name!r}) occurs twice: ids and names must be unique.")
+            raise DataError(f"{source}: category {key} ({shown(name)}) occurs twice: ids and names must be unique.")
         names[key] = name
     keys = sorted(names, key=lambda key: names[key]) if order == "name" else sorted(names)
     return tuple(names[key] for key in keys), {key: column for column, key in enumerate(keys)}
@@ -161,13 +162,13 @@ def _photos(content: dict[str, Any], source: Path, locate: Callable[[Any, str], 
             raise DataError(f"{where} has size {width} x {height}: both must be at least 1.")
         file_name = entry.get("file_name")
         if not isinstance(file_name, str) or not file_name or "\0" in file_name:
-            raise DataError(f"{where} has file_name {file_name!r}: expected a file name.")
+            raise DataError(f"{where} has file_name {shown(file_name)}: expected a file name.")
         if locate is not None:
             file_name = locate(file_name, where)
         elif leaves_folder(file_name):
-            raise DataError(f"{where} has file_name {file_name!r}: it must stay inside the image folder.")
+            raise DataError(f"{where} has file_name {shown(file_name)}: it must stay inside the image folder.")
         if key in photos or file_name in files:
-            raise DataError(f"{where} ({file_name}) occurs twice: ids and file names must be unique.")
+            raise DataError(f"{where} ({shown(file_name)[1:-1]}) occurs twice: ids and file names must be unique.")
         files.add(file_name)
         photos[key] = Photo(key, file_name, width, height)
     return photos
@@ -182,14 +183,14 @@ def _annotate(
 ) -> None:
     """Add each annotation's label and box to its photo."""
     for n, entry in enumerate(content["annotations"]):
-        where = f"{source}: annotation {entry.get('id', f'number {n}')}"
+        where = f"{source}: annotation {shown(entry['id']) if 'id' in entry else f'number {n}'}"
         photo = photos.get(_integer(entry, "image_id", where))
         if photo is None:
-            raise DataError(f"{where} has unknown image_id {entry['image_id']}: correct the file.")
+            raise DataError(f"{where} has unknown image_id {shown(entry['image_id'])}: correct the file.")
         column = column_of.get(_integer(entry, "category_id", where))
         if column is None:
             raise DataError(
-                f"{where} (image id {photo.id}) has unknown category_id {entry['category_id']}: correct the file."
+                f"{where} (image id {photo.id}) has unknown category_id {shown(entry['category_id'])}: correct the file."
             )
         unboxed = boxes_optional and entry.get("bbox") in (None, [])
         box = None if unboxed else _box(entry.get("bbox"), photo, where)
@@ -202,7 +203,7 @@ def _annotate(
 
 def _box(bbox: Any, photo: Photo, where: str) -> tuple[float, float, float, float] | None:
     """Convert (x, y, width, height) to (x1, y1, x2, y2), clipped to the image; None without area."""
-    where = f"{where} (image id {photo.id}, {photo.file_name}) has bbox {bbox}"
+    where = f"{where} (image id {photo.id}, {shown(photo.file_name)[1:-1]}) has bbox {shown(bbox)}"
     number = isinstance(bbox, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in bbox)
     if not number or len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
         raise DataError(f"{where}: expected four finite numbers x, y, width, height.")
