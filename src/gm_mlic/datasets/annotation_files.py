@@ -7,13 +7,21 @@ A file is decoded to records, whose values become file names, labels and splits 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from gm_mlic.datasets import coco_format
 from gm_mlic.datasets.annotation_folders import read_folder, read_yolo
-from gm_mlic.datasets.annotation_rows import Annotations, Box, ImageRow, Source, TableFormat, merge_rows, shown
+from gm_mlic.datasets.annotation_rows import (
+    Annotations,
+    Box,
+    ImageRow,
+    Source,
+    TableFormat,
+    is_finite,
+    merge_rows,
+    shown,
+)
 from gm_mlic.datasets.annotation_tables import close_to, read_table, read_text
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
@@ -110,7 +118,7 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
     parsed = []
     for box in boxes:
         *corners, label = box if isinstance(box, list) and box else [None]
-        if len(corners) != 4 or not all(map(_is_finite, corners)) or not isinstance(label, str):
+        if len(corners) != 4 or not all(map(is_finite, corners)) or not isinstance(label, str):
             raise DataError(f"{where} has the box {shown(box)}: expected [x1, y1, x2, y2, label], in pixels.")
         x1, y1, x2, y2 = map(float, corners)
         if x2 < x1 or y2 < y1:
@@ -121,10 +129,6 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
             )
         parsed.append(((x1, y1, x2, y2), label))
     return tuple(parsed)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ---- COCO JSON ----

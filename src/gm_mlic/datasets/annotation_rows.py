@@ -36,7 +36,8 @@ _short.maxstring = _short.maxother = 100
 
 def shown(value: Any) -> str:
     """A value of a file for a message: its ``repr``, shortened."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= 150 else f"{text[:150]}..."
 
 
 def split_called(name: Any) -> str | None:
@@ -47,6 +48,11 @@ def split_called(name: Any) -> str | None:
 def place(where: str) -> str:
     """``line 3`` of ``FILE: line 3``."""
     return where.rpartition(": ")[2]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of a JSON file is a number that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from gm_mlic.datasets.annotation_rows import shown
+from gm_mlic.datasets.annotation_rows import is_finite, shown
 from gm_mlic.datasets.base import BoxAnnotations
 from gm_mlic.datasets.images import read_image
 from gm_mlic.errors import DataError
@@ -183,15 +182,15 @@ def _annotate(
 ) -> None:
     """Add each annotation's label and box to its photo."""
     for n, entry in enumerate(content["annotations"]):
-        where = f"{source}: annotation {shown(entry['id']) if 'id' in entry else f'number {n}'}"
+        key = entry.get("id", f"number {n}")
+        where = f"{source}: annotation {key if isinstance(key, int) or 'id' not in entry else shown(key)}"
         photo = photos.get(_integer(entry, "image_id", where))
         if photo is None:
             raise DataError(f"{where} has unknown image_id {shown(entry['image_id'])}: correct the file.")
         column = column_of.get(_integer(entry, "category_id", where))
         if column is None:
-            raise DataError(
-                f"{where} (image id {photo.id}) has unknown category_id {shown(entry['category_id'])}: correct the file."
-            )
+            category = shown(entry["category_id"])
+            raise DataError(f"{where} (image id {photo.id}) has unknown category_id {category}: correct the file.")
         unboxed = boxes_optional and entry.get("bbox") in (None, [])
         box = None if unboxed else _box(entry.get("bbox"), photo, where)
         photo.unboxed |= unboxed
@@ -203,10 +202,10 @@ def _annotate(
 
 def _box(bbox: Any, photo: Photo, where: str) -> tuple[float, float, float, float] | None:
     """Convert (x, y, width, height) to (x1, y1, x2, y2), clipped to the image; None without area."""
-    where = f"{where} (image id {photo.id}, {shown(photo.file_name)[1:-1]}) has bbox {shown(bbox)}"
-    number = isinstance(bbox, list) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in bbox)
-    if not number or len(bbox) != 4 or not all(math.isfinite(v) for v in bbox):
-        raise DataError(f"{where}: expected four finite numbers x, y, width, height.")
+    where = f"{where} (image id {photo.id}, {photo.file_name}) has bbox"
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(is_finite, bbox)):
+        raise DataError(f"{where} {shown(bbox)}: expected four finite numbers x, y, width, height.")
+    where = f"{where} {bbox}"
     x, y, width, height = (float(v) for v in bbox)
     if width < 0 or height < 0:
         raise DataError(f"{where}: width and height must not be negative.")
