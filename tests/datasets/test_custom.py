@@ -327,11 +327,136 @@ def test_annotation_path_errors(root: Path, monkeypatch: pytest.MonkeyPatch, tmp
     "options",
     [
         {"split": "all"}, {"target_format": "01"}, {"missing": "keep"}, {"val_fraction": 1.0}, {"test_fraction": -0.1},
-        {"separator": ""}, {"columns": {"boxes": "b"}},
+        {"missing_value": "0"}, {"separator": ""}, {"columns": {"boxes": "b"}},
     ],
 )  # fmt: skip
 def test_invalid_arguments(root: Path, options: dict[str, Any]):
     assert refused(root, ConfigError, **options).startswith(f"{next(iter(options))} ")
+
+
+# ---- Annotations of other tools ----
+
+
+def present(data: CustomDataset) -> dict[str, set[str]]:
+    return {
+        key: {data.labels[c] for c in np.flatnonzero(target)}
+        for key, target in zip(data.ids, data.targets, strict=True)
+    }
+
+
+def coco_of(names: dict[int, str], **more: Any) -> str:
+    """COCO JSON with category ids from 0: image n has label n % 2, with one box."""
+    return json.dumps(
+        {
+            "images": [{"id": n, "file_name": name, "width": 40, "height": 30} for n, name in names.items()],
+            "annotations": [
+                {"id": n, "image_id": n, "category_id": n % 2, "bbox": [n, 2, 10, 20], "segmentation": [], "iscrowd": 0}
+                for n in names
+            ],
+            "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+        }
+        | more
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {0: "00.png", 1: "my photo.png"},
+        {0: "images/1a2b3c4d-00.png", 1: "images/99999999-my%20photo.png"},  # Label Studio
+        {0: "images\\1a2b3c4d-00.png", 1: "my%20photo.png"},
+        {0: "/data/upload/3/1a2b3c4d-00.png", 1: "/data/local-files/?d=my%20photo.png"},
+    ],
+)
+def test_coco_of_annotation_tools(root: Path, names: dict[int, str], caplog: pytest.LogCaptureFixture):
+    (root / "01.png").rename(root / "my photo.png")
+    (root / "result.json").write_text(coco_of(names))
+    options: dict[str, Any] = {"annotations": "result.json", "val_fraction": 0.0, "test_fraction": 0.0}
+    data = CustomDataset(root, **options)
+    assert present(data) == {"00.png": {"cat"}, "my photo.png": {"dog"}}
+    assert [data.boxes(i).boxes.tolist() for i in range(2)] == [[[0, 2, 10, 22]], [[1, 2, 11, 22]]]
+    assert data.image(1).getpixel((0, 0)) == (1, 0, 0)
+    changed = [line for line in caplog.messages if "file names are found in another spelling" in line]
+    assert len(changed) == (names[1] != "my photo.png")
+
+
+def test_coco_without_boxes_or_annotations(root: Path):
+    annotations = [{"id": 1, "image_id": 0, "category_id": 1}, {"id": 2, "image_id": 0, "category_id": 0, "bbox": []}]
+    (root / "x.json").write_text(coco_of({0: "00.png", 1: "01.png"}, annotations=annotations))
+    data = CustomDataset(root, annotations="x.json", val_fraction=0.0, test_fraction=0.0)
+    assert present(data) == {"00.png": {"cat", "dog"}, "01.png": set()}
+    assert data.boxes(0) is None
+    content = json.loads(coco_of({0: "00.png"}))
+    del content["annotations"]
+    (root / "x.json").write_text(json.dumps(content))
+    assert "has no list 'annotations'" in refused(root, annotations="x.json")
+    (root / "x.json").write_text(coco_of({0: "00.png", 1: "1a2b3c4d-00.png"}))
+    assert "image id 1 (00.png) occurs twice" in refused(root, annotations="x.json")
+
+
+def test_two_uploads_of_one_name_are_not_merged(root: Path):
+    write(root, "labels.csv", ["file,labels", "1a2b3c4d-00.png,cat", "5e6f7a8b-00.png,dog"])
+    assert "line 3 repeats the image '00.png'" in refused(root)
+
+
+def test_names_of_photos(root: Path):
+    """Windows separators, decomposed characters and absolute paths; each photo is found."""
+    (root / "sub").mkdir()
+    for old, new in (("00", "sub/a"), ("01", "caf\u00e9")):
+        (root / f"{old}.png").rename(root / f"{new}.png")
+    write(root, "labels.csv", ["file,labels,split", "sub\\a.png,cat,Train", "cafe\u0301.png,dog,training",
+                               f"{root / '02.png'},cat,train", "03.png,dog,dev"])  # fmt: skip
+    data = train(root)
+    assert present(data) == {"sub/a.png": {"cat"}, "caf\u00e9.png": {"dog"}, "02.png": {"cat"}}
+    assert [data.image(i).getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+    assert CustomDataset(root, "val").ids == ("03.png",)
+
+
+def test_links_out_of_the_root_are_refused(root: Path, tmp_path_factory: pytest.TempPathFactory):
+    secret = tmp_path_factory.mktemp("outside") / "secret.png"
+    Image.new("RGB", (40, 30)).save(secret)
+    (root / "link.png").symlink_to(secret)
+    write(root, "labels.csv", ["file,labels", "00.png,cat", "link.png,dog"])
+    message = refused(root)
+    assert "line 3 names 'link.png', a link to a place outside" in message
+    assert message.endswith("copy the photos into this folder.")
+
+
+def test_notes_are_logged_once(root: Path, caplog: pytest.LogCaptureFixture):
+    cells = ("cat", '"[""dog""]"', "nan")
+    write(root, "labels.csv", ["file,labels", *(f"{n:02}.png,{cell}" for n in range(20) for cell in cells)])
+    for split in ("train", "val", "test"):
+        data = CustomDataset(root, split)
+        assert data.labels == ("cat", "dog")
+        assert (data.targets == 1).all()
+    assert [line.partition(".csv: ")[2].split(" (")[0] for line in caplog.messages] == [
+        "20 missing values are read as no label, the first at line 4",
+        "several rows per image",
+        "20 rows repeat an earlier row and are ignored, the first is " + str(root / "labels.csv") + ": line 4",
+    ]
+
+
+def test_a_label_called_none(root: Path):
+    write(root, "labels.csv", ["file,labels", "00.png,None", "01.png,cat"])
+    options: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.0}
+    assert present(CustomDataset(root, **options)) == {"00.png": set(), "01.png": {"cat"}}
+    assert present(CustomDataset(root, labels=["cat", "None"], **options)) == {"00.png": {"None"}, "01.png": {"cat"}}
+
+
+def test_missing_values(root: Path):
+    write(root, "labels.csv", ["file,cat,dog", "00.png,1.0,", "01.png,NaN,1.0"])
+    options: dict[str, Any] = {"val_fraction": 0.0, "test_fraction": 0.0}
+    assert "line 2: column 'dog' has '': expected 1 or 0; set `missing_value='absent'`" in refused(root, **options)
+    data = CustomDataset(root, missing_value="absent", **options)
+    assert present(data) == {"00.png": {"cat"}, "01.png": {"dog"}}
+
+
+def test_annotations_of_another_kind_are_named(root: Path):
+    (root / "labels.csv").rename(root / "labels.tsv")
+    (root / "data.yaml").touch()
+    message = refused(root)
+    assert "labels.csv is not a file" in message
+    assert message.endswith(f"{root} has data.yaml, labels.tsv.")
 
 
 # ---- Real photos ----
