@@ -26,7 +26,7 @@ from gm_mlic.datasets.annotation_tables import close_to, read_table, read_text
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 
-__all__ = ["Annotations", "ImageRow", "TableFormat", "close_to", "read_annotations", "read_text"]
+__all__ = ["SUFFIXES", "Annotations", "ImageRow", "TableFormat", "close_to", "read_annotations", "read_text"]
 
 
 def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None = None) -> Annotations:
@@ -45,16 +45,11 @@ def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None =
         DataError: if the file is missing, malformed, empty or not UTF-8, has contradictory rows of an image, or names
             one outside the image folder.
     """
-    readers = {
-        ".csv": read_table, ".tsv": read_table, ".txt": read_table,
-        ".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_coco,
-        ".yaml": read_yolo, ".yml": read_yolo,
-    }  # fmt: skip
     suffix = path.suffix.lower()
-    if not path.is_dir() and suffix not in readers:
-        raise DataError(f"{path} has the suffix {path.suffix!r}: expected one of {', '.join(readers)}, or a folder.")
+    if not path.is_dir() and suffix not in SUFFIXES:
+        raise DataError(f"{path} has the suffix {path.suffix!r}: expected one of {', '.join(SUFFIXES)}, or a folder.")
     source = Source(path, form, folder or PhotoFolder(path.parent))
-    labels, rows = (read_folder if path.is_dir() else readers[suffix])(source)
+    labels, rows = (read_folder if path.is_dir() else _READERS[suffix])(source)
     if not rows:
         raise DataError(f"{path} has no rows: expected one per image.")
     rows = merge_rows(source, rows)
@@ -154,3 +149,12 @@ def _read_coco(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
             )
         )
     return labels, rows
+
+
+_READERS = {
+    ".csv": read_table, ".tsv": read_table, ".txt": read_table,
+    ".jsonl": _read_lines, ".ndjson": _read_lines, ".json": _read_coco,
+    ".yaml": read_yolo, ".yml": read_yolo,
+}  # fmt: skip
+#: Suffixes of annotation files.
+SUFFIXES = tuple(_READERS)

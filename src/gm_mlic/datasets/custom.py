@@ -17,6 +17,7 @@ from annotated_types import DocInfo
 from PIL import Image
 
 from gm_mlic.datasets.annotation_files import (
+    SUFFIXES,
     Annotations,
     ImageRow,
     TableFormat,
@@ -37,16 +38,6 @@ from gm_mlic.schema import Fraction, Seed
 log = logging.getLogger(__name__)
 
 
-#: Annotation files of common tools, for a hint if the one in the settings is missing.
-_ANNOTATIONS = (
-    "data.yaml",
-    "_annotations.coco.json",
-    "result.json",
-    "labels.jsonl",
-    "labels.tsv",
-    "Annotations",
-    "labels",
-)
 #: Default names of columns.
 COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split": "split"}
 
@@ -288,9 +279,9 @@ def _path(root: Path, path: str | Path, argument: str) -> Path:
     if not resolved.is_file() and not (argument != "labels" and resolved.is_dir()):
         local = Path(path).absolute()
         hint = f"; {local} exists, so set this absolute path" if local.is_file() else ""
-        present = [name for name in _ANNOTATIONS if (root / name).exists()]
-        if present and not hint and argument != "labels":
-            hint = f"; {root} has {few(present)}"
+        others = sorted(entry.name for entry in root.iterdir() if entry.suffix.lower() in SUFFIXES)
+        if others and not hint:
+            hint = f"; {root} has {few(others)}"
         raise DataError(f"{resolved} is not a file: `{argument}` must be relative to `root` or absolute{hint}.")
     return resolved
 
