@@ -48,32 +48,44 @@ class CustomDataset(MultiLabelDataset):
 
     The suffix of an annotation file selects its format (UTF-8, with or without a byte order mark):
 
-    * ``.csv``, ``.tsv``, ``.txt``: a table whose first line names the columns; delimiter comma, semicolon, tab or bar.
-      Either the column ``labels`` lists the labels (``cat;dog``; empty: none), or each label has a column with 1 or 0.
-      Spaces around names and cells are ignored::
+    * ``.csv``, ``.tsv``, ``.txt``: a table whose first line names the columns, after optional lines ``# comment`` and
+      ``sep=;``; delimiter comma, semicolon, tab or bar. Either the column ``labels`` lists the labels (``cat;dog`` or
+      ``["cat", "dog"]``; empty: none), or each label has a column with 1 or 0. Spaces around names and cells are
+      ignored::
 
           file,labels,split                  file,cat,dog
           a.jpg,cat;dog,train                a.jpg,1,1
           b.jpg,,test                        b.jpg,0,0
 
+      Rows of the same image that differ only in their labels are merged, as in exports with one row per label.
+
     * ``.jsonl``, ``.ndjson``: one object per line; boxes are in pixels and may replace the label list::
 
           {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    * ``.json``: COCO's instances format, with the checks of :class:`~gm_mlic.datasets.coco.COCO2014`.
+    * ``.json``: COCO's instances format, with the checks of :class:`~gm_mlic.datasets.coco.COCO2014`. Annotations may
+      have no box.
+    * ``.yaml``: YOLO's ``data.yaml`` with ``images/`` and ``labels/*.txt``. Polygons become boxes.
+    * a folder: Pascal VOC's XML files, or YOLO's text files with ``classes.txt``.
 
-    *Targets.* A label is present or absent; images without labels are kept. Only tables with one column per label
-    support difficult labels, with ``target_format="voc"``: 1 present, 0 difficult, -1 absent. (Such a table without any
-    -1 is refused, since every absent label would become difficult.) In every format, ``targets`` are in {0, 1} and
-    ``difficult`` is a mask.
+    *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
+    characters, URL-encoding and Label Studio's upload prefix are resolved. Names and symbolic links that lead out of
+    ``root`` are errors.
+
+    *Targets.* A label is present or absent; images without labels are kept. In the column ``labels``, ``nan``,
+    ``None``, ``NULL`` and ``N/A`` are no label, unless ``labels`` lists them. With ``target_format="voc"``, tables with
+    one column per label may have difficult labels: 1 present, 0 difficult, -1 absent. (Such a table without any -1 is
+    refused, since every absent label would become difficult.) Labels of Pascal VOC with difficult objects only are
+    difficult then, and present otherwise. In every format, ``targets`` are in {0, 1} and ``difficult`` is a mask.
 
     *Labels* are in the order of ``labels`` if given, else of the columns, else alphabetical. They are collected over
     all splits. Labels that differ only in case, spaces or underscores are refused.
 
-    *Splits* are annotated (one file per split, or a column ``split`` with train, val or test) or drawn, stratified by
-    label (:func:`~gm_mlic.datasets.splits.stratified`): ``test`` is ``test_fraction`` of all images, ``val`` is
-    ``val_fraction`` of the rest. If the annotated splits have no ``val``, it is drawn from ``train``. The same
-    annotations and seed give the same splits, even if files are missing.
+    *Splits* are annotated (one file per split, or a column ``split`` with train, val or test, or another spelling such
+    as Train, valid, dev or testing) or drawn, stratified by label (:func:`~gm_mlic.datasets.splits.stratified`):
+    ``test`` is ``test_fraction`` of all images, ``val`` is ``val_fraction`` of the rest. If the annotated splits have
+    no ``val``, it is drawn from ``train``. The same annotations and seed give the same splits, even if files are
+    missing.
 
     Rows are in the order of the annotation file (COCO: sorted by image id); ``ids`` are file names relative to
     ``root``. The fingerprint covers each file's size in bytes, so that changed photos are detected again.
@@ -83,7 +95,8 @@ class CustomDataset(MultiLabelDataset):
         split: ``train``, ``val`` or ``test``.
         annotations: annotation file, or one per split: {train: a.csv, val: b.csv, test: c.csv}. Relative paths start at
             root. .csv (also .tsv, .txt): a table with a header. .jsonl: one JSON object per line, with optional boxes.
-            .json: COCO instances format.
+            .json: COCO instances format. .yaml: YOLO's data.yaml. A folder: Pascal VOC's XML files, or YOLO's text
+            files with classes.txt.
         folders: with one annotation file per split, the base folder of its file names, relative to root, e.g. {train:
             train, val: valid, test: test}; null: root.
         labels: allowed labels in output order: a list, or a text file with one label per line; other annotated labels
@@ -93,8 +106,10 @@ class CustomDataset(MultiLabelDataset):
             splits are sampled); null for labels or split if absent. The key ``boxes`` cannot be renamed.
         separator: separator of labels within a cell.
         suffix: suffix added to each file name, e.g. .jpg for a table of ids.
-        ignore_columns: columns that are not labels, for tables with one column per label.
+        ignore_columns: columns that are not labels, for tables with one column per label; in other tables, columns in
+            which rows of the same image may differ.
         target_format: values of label columns: binary (1 present, 0 absent) or voc (1 present, 0 difficult, -1 absent).
+        missing_value: empty cells and NaN in label columns: absent (the label is absent) or error (stop).
         missing: missing images: error (stop) or drop (leave them out and list them).
         val_fraction: fraction of the training images in a sampled val split, stratified by label.
         test_fraction: fraction of all images in a sampled test split, stratified by label.
