@@ -398,7 +398,7 @@ def test_documents_with_entities_are_refused(voc: Path, encoding: str):
             (f"<?xml version='1.0' encoding='{encoding}'?>" + text).encode(encoding)
         )
         start = time.process_time()
-        assert "b.xml is not valid XML (it declares a document type): correct or remove it." in refused(
+        assert "b.xml is not valid XML (it declares XML entities or a document type): correct or remove it." in refused(
             voc, "Annotations"
         )
         assert time.process_time() - start < 30
@@ -411,6 +411,7 @@ def test_documents_with_entities_are_refused(voc: Path, encoding: str):
         ("<annotation>", "is not valid XML"),
         ("<annotation>&x;</annotation>", "is not valid XML"),
         ("<a>" * 200_000, "is not valid XML"),
+        ("<html></html>", "b.xml has the element 'html': expected Pascal VOC's <annotation>."),
         (voc_xml([("", (1, 1, 2, 2))]), "object number 0 has no name"),
         (voc_xml([("dog", (5, 1, 2, 2))]), "has the box [5.0, 1.0, 2.0, 2.0], max < min"),
         (voc_xml([("dog", (1, 1, float("nan"), 2))]), "xmax is 'nan': expected a number"),

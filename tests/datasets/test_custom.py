@@ -239,6 +239,7 @@ def test_invalid_label_lists(root: Path):
         (["caf\u00e9", "cafe\u0301"], "differ only in case, spaces or underscores"),
         (["x", "cat "], "the label 'cat ' is blank or has surrounding spaces"),
         (["x", ""], "the label '' is blank or has surrounding spaces"),
+        (["x", "a" * 201], "has 201 characters: if these are several labels, set `separator`."),
         (["x", "a\nb"], "the label 'a\\nb' has an unprintable character"),
         (["x", "a\u00a0b"], "has an unprintable character"),
         (["x", "a\u200bb"], "has an unprintable character"),

@@ -296,6 +296,8 @@ def _photo_of(source: Source) -> Callable[[Path, str, str], str]:
 def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path, str, str], str]) -> ImageRow:
     where = str(file)
     root = parse_xml(file, "correct or remove it")
+    if root.tag != "annotation":
+        raise DataError(f"{where} has the element {shown(root.tag)}: expected Pascal VOC's <annotation>.")
     sides = [_number(root.findtext(f"size/{side}") or "0", f"{where}: size/{side}") for side in ("width", "height")]
     size = (int(sides[0]), int(sides[1])) if min(sides) >= 1 else None
     present: dict[str, bool] = {}
@@ -336,7 +338,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """Builder that stops at a document type, before its entities are expanded."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("it declares a document type")
+        raise ValueError("it declares XML entities or a document type")
 
 
 def parse_xml(source: Path, remedy: str) -> ElementTree.Element:

@@ -18,6 +18,8 @@ from gm_mlic.errors import DataError
 
 Box = tuple[float, float, float, float]
 
+#: Largest number of characters of a file name, with its folders.
+_MAX_NAME = 4096
 #: What a missing value is written as, in lower case: by pandas, spreadsheets and databases.
 _MISSING = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "na", "<na>"})
 _SPLITS = {
@@ -163,7 +165,7 @@ class Source:
         Raises:
             DataError: if it is no file name, or outside the folder.
         """
-        if not isinstance(name, str) or not name or "\0" in name:
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or "\0" in name or not _is_text(name):
             raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
         file = self.folder.locate(name + suffix, where)
         if file is None:
@@ -178,7 +180,7 @@ class Source:
 
     def is_photo(self, name: str) -> bool:
         """Whether a text is the name of an existing photo."""
-        if not name or len(name) > 1000:
+        if not 0 < len(name) <= _MAX_NAME:
             return False
         file = self.folder.locate(name + self.form.suffix, str(self.path))
         return file is not None and (self.folder.root / file).is_file()
@@ -227,6 +229,15 @@ class Source:
         return tuple(labels)
 
 
+def _is_text(name: str) -> bool:
+    """Whether a text can be encoded; JSON may have halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _base_name(file: str) -> str:
     return unicodedata.normalize("NFC", file.replace("\\", "/").rpartition("/")[2])
 
@@ -246,10 +257,12 @@ def _list_items(text: str) -> list[Any] | None:
             return [None if token in ("None", "nan", "null") else ast.literal_eval(token) for token in tokens]
         except (ValueError, SyntaxError):
             return [0]  # an invalid escape: not a label
+    quoted = "'" in text or '"' in text
+    if text.startswith("{") and text.endswith("}") and quoted:
+        return [0]  # a mapping
     if text.startswith("[") and text.endswith("]"):
-        inner = text[1:-1]
-        is_named = not any(mark in inner for mark in "'\"") and not re.fullmatch(r"[-+.\d\s]+", inner)
-        return [item for item in inner.split(",") if item.strip()] if is_named else [0]
+        items = [item for item in text[1:-1].split(",") if item.strip()]
+        return [0] if quoted or any(re.fullmatch(r"[-+.\d\s]+", item) for item in items) else items
     return None
 
 

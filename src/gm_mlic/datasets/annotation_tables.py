@@ -164,7 +164,7 @@ def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[in
 def _without_preamble(path: Path, text: str) -> tuple[str, Sequence[str]]:
     """Blank the lines before the header (``# comment``, ``sep=;``); the possible delimiters."""
     delimiters: Sequence[str] = tuple(_DELIMITERS)
-    start = 0
+    lines = start = 0
     for line in re.finditer(r"([^\r\n]*)(\r\n|\r|\n|$)", text):
         content = line[1].strip(" ")
         if content[:4].casefold() == "sep=":
@@ -173,10 +173,10 @@ def _without_preamble(path: Path, text: str) -> tuple[str, Sequence[str]]:
                 raise DataError(f"{path}: {shown(content)} is no known delimiter: use one of {few(list(_DELIMITERS))}.")
         elif content.strip() and not content.startswith("#"):
             break
-        start = line.end()
+        lines, start = lines + 1, line.end()
         if start == len(text):
             break
-    return re.sub(r"[^\r\n]", "", text[:start]) + text[start:], delimiters
+    return "\n" * lines + text[start:], delimiters
 
 
 def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:

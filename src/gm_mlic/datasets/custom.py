@@ -25,6 +25,7 @@ from gm_mlic.datasets.annotation_files import (
     read_annotations,
     read_text,
 )
+from gm_mlic.datasets.annotation_rows import shown
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import check_size, clip_box, leaves_folder
 from gm_mlic.datasets.images import image_size, read_image
@@ -38,6 +39,8 @@ from gm_mlic.schema import Fraction, Seed
 log = logging.getLogger(__name__)
 
 
+#: Largest number of characters of a label.
+_MAX_LABEL = 200
 #: Default names of columns.
 COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split": "split"}
 
@@ -337,7 +340,7 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
     if allowed is not None:
         for label, where in first_at.items():
             if label not in allowed:
-                raise DataError(f"{where}: the label {label!r} is not in `labels`{close_to(label, allowed)}")
+                raise DataError(f"{where}: the label {shown(label)} is not in `labels`{close_to(label, allowed)}")
         return allowed
     _check_spelling(first_at)
     declared = read[0].labels
@@ -357,7 +360,12 @@ def _check_spelling(first_at: Mapping[str, str]) -> None:
     first: dict[str, str] = {}
     for label, where in first_at.items():
         if not label.strip() or label != label.strip():
-            raise DataError(f"{where}: the label {label!r} is blank or has surrounding spaces: remove the spaces.")
+            raise DataError(f"{where}: the label {shown(label)} is blank or has surrounding spaces: remove the spaces.")
+        if len(label) > _MAX_LABEL:
+            raise DataError(
+                f"{where}: the label {shown(label)} has {len(label)} characters: if these are several labels, set "
+                "`separator`."
+            )
         if not label.isprintable():
             raise DataError(f"{where}: the label {label!r} has an unprintable character: remove it.")
         key = " ".join(unicodedata.normalize("NFKC", label).casefold().replace("_", " ").split())

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from gm_mlic.datasets.annotation_folders import parse_xml
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
 from gm_mlic.datasets.coco_format import check_size, clip_box
 from gm_mlic.datasets.download import Archive, fetch
@@ -100,7 +101,7 @@ class _VOC(MultiLabelDataset):
             DataError: if the file is missing or malformed, names an unknown class, or does not match the image.
         """
         source = self.folder / "Annotations" / f"{self.ids[i]}.xml"
-        root = _parse(source)
+        root = parse_xml(source, "extract the archive again")
         path = self.folder / "JPEGImages" / f"{self.ids[i]}.jpg"
         size = image_size(path)
         annotated = int(_number(root, "size/width", str(source))), int(_number(root, "size/height", str(source)))
@@ -227,19 +228,6 @@ def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
     if wrong is not None:
         raise DataError(f"{source}: image {ids[wrong]} has value {values[wrong]!r}, expected 1, 0 or -1.")
     return ids, np.array(values, dtype=np.int8)
-
-
-def _parse(source: Path) -> ElementTree.Element:
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}): extract the archive again.") from error
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-        raise DataError(f"{source} declares XML entities, which official VOC files do not: extract the archive again.")
-    try:
-        return ElementTree.fromstring(content)
-    except ElementTree.ParseError as error:
-        raise DataError(f"{source} is not valid XML ({error}): extract the archive again.") from error
 
 
 def _number(element: ElementTree.Element, path: str, where: str) -> float:
