@@ -160,6 +160,26 @@ def own(suffix: str, text: str) -> Callable[[Path], Case]:
     return make
 
 
+def own_boxes(annotations: str, **texts: str) -> Callable[[Path], Case]:
+    """A folder with the photo ``images/a.jpg``, and files by their name with ``__`` for ``/`` and ``_`` for the dot."""
+
+    def make(root: Path) -> Case:
+        photo(root / "images" / "a.jpg")
+        files = [root / name.replace("__", "/").replace("_", ".") for name in texts]
+        for file, text in zip(files, texts.values(), strict=True):
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+
+        def read() -> None:
+            dataset = CustomDataset(root, "train", annotations=annotations, val_fraction=0.0, test_fraction=0.0)
+            for i in range(len(dataset)):
+                dataset.boxes(i)
+
+        return files, read
+
+    return make
+
+
 def vectors(suffix: str) -> Callable[[Path], Case]:
     def make(root: Path) -> Case:
         path = root / f"vectors{suffix}"
@@ -272,6 +292,12 @@ READERS: dict[str, Callable[[Path], Case]] = {
         ".jsonl",
         '{"file": "a.jpg", "labels": ["cat"], "boxes": [[1, 2, 3, 4, "cat"]], "split": "train"}\n'
         '{"file": "b.jpg", "labels": ["dog"], "split": "train"}\n',
+    ),
+    "yolo": own_boxes("data.yaml", data_yaml="train: images\nnames: [cat, dog]\n", labels__a_txt="1 0.5 0.5 0.2 0.2\n"),
+    "voc of own classes": own_boxes(
+        "xml",
+        xml__a_xml="<annotation><filename>a.jpg</filename><object><name>cat</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+        "<xmax>5</xmax><ymax>5</ymax></bndbox></object></annotation>",
     ),
     "glove": vectors(".txt"),
     "vectors npz": vectors(".npz"),

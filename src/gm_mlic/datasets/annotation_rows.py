@@ -293,7 +293,7 @@ def _merged(source: Source, first: ImageRow, row: ImageRow) -> ImageRow:
     present = tuple(dict.fromkeys((*first.present, *row.present)))
     boxes = None if first.boxes is None else tuple(dict.fromkeys((*first.boxes, *(row.boxes or ()))))
     if set(row.present) <= set(first.present) and boxes == first.boxes:
-        source.note("{count} rows repeat an earlier row and are ignored, the first is {example}", row.where)
+        source.note("{count} rows repeat an earlier row and are ignored, the first is {example}", place(row.where))
     else:
         source.note("several rows per image (layout=long): labels of {count} rows are added to those of an earlier row")
     return first._replace(present=present, boxes=boxes)

@@ -117,7 +117,8 @@ class PhotoFolder:
     def _check_link(self, path: str, where: str) -> None:
         if not (self.root / path).resolve().is_relative_to(self.root.resolve()):
             raise DataError(
-                f"{where} names {path!r}, a link to a place outside {self.root}: copy the photos into this folder."
+                f"{where} names {path!r}, a link to a place outside {self.root}: copy the photos into this folder, or "
+                "set `root` to theirs."
             )
 
     def _names(self, folder: str) -> tuple[dict[str, str], set[str]]:
