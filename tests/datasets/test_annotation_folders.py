@@ -139,10 +139,11 @@ def test_yolo_with_classes_txt(yolo: Path):
     assert labels_of(read(yolo, "labels", "val")) == {"images/val/c.jpg": {"cat"}}
 
 
-def test_yolo_with_text_files_beside_the_images(tmp_path: Path):
+@pytest.mark.parametrize("tool", ["labelImg", "CVAT"])
+def test_yolo_with_text_files_beside_the_images(tmp_path: Path, tool: str):
     photo(tmp_path / "x" / "a.png")
     write(tmp_path / "x" / "a.txt", "0 0.5 0.5 1 1\n")
-    write(tmp_path / "x" / "classes.txt", "cat\n")
+    write(tmp_path / ("x/classes.txt" if tool == "labelImg" else "obj.names"), "cat\n")
     data = read(tmp_path, "x")
     assert labels_of(data) == {"x/a.png": {"cat"}}
     assert boxes_of(data, 0) == [("cat", [0, 0, 40, 20])]
@@ -231,7 +232,7 @@ def test_yolo_without_label_files(yolo: Path):
         path.unlink()
     message = refused(yolo, "data.yaml")
     assert f"no image has a file with its labels: expected {yolo / 'labels' / 'train' / 'a.txt'}" in message
-    assert "set `annotations` to" in refused(yolo, "labels")
+    assert "set `annotations='data.yaml'`" in refused(yolo, "labels")
     (yolo / "data.yaml").unlink()
     assert "is a folder without annotations: expected .xml files" in refused(yolo, "labels")
 

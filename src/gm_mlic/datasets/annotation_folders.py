@@ -41,7 +41,8 @@ def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]
             if (folder / name).is_file():
                 return _read_yolo_folder(source, folder / name)
         if (folder / "data.yaml").is_file():
-            raise DataError(f"{source.path} is a folder of YOLO labels: set `annotations` to {folder / 'data.yaml'}.")
+            file = _below_root(source, folder / "data.yaml") or (folder / "data.yaml").absolute()
+            raise DataError(f"{source.path} is a folder of YOLO labels: set `annotations='{file}'`.")
     raise DataError(
         f"{source.path} is a folder without annotations: expected .xml files (Pascal VOC), or .txt files and "
         "classes.txt (YOLO)."
