@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -100,7 +101,7 @@ def _read_yolo_folder(source: Source, classes: Path) -> tuple[tuple[str, ...], l
     labels = _class_names(classes, [line for line in read_text(classes).splitlines() if line.strip()])
     for folder in (source.path.parent / "images", source.path):
         below = _below_root(source, folder)
-        images = [] if below is None else [path for path in source.folder.files(below, str(folder)) if _is_photo(path)]
+        images = [] if below is None else [path for path in source.folder.files(below) if _is_photo(path)]
         if below is not None and images:
             splits = [split_called(path.relative_to(below).parts[0]) for path in images]
             named = dict(zip(images, splits, strict=True)) if None not in splits else dict.fromkeys(images)
@@ -110,8 +111,12 @@ def _read_yolo_folder(source: Source, classes: Path) -> tuple[tuple[str, ...], l
 
 def _below_root(source: Source, path: Path) -> PurePosixPath | None:
     """A path relative to the dataset's root; None if it does not exist or is outside."""
-    found, root = path.resolve(), source.folder.root.resolve()
-    return PurePosixPath(found.relative_to(root).as_posix()) if found.exists() and found.is_relative_to(root) else None
+    root = source.folder.root
+    plain = Path(os.path.normpath(path.absolute()))  # a link in the root may lead to another disk
+    for found, start in ((plain, root.absolute()), (path.resolve(), root.resolve())):
+        if found.exists() and found.is_relative_to(start):
+            return PurePosixPath(found.relative_to(start).as_posix())
+    return None
 
 
 def _class_names(source: Path, names: Sequence[Any]) -> tuple[str, ...]:
@@ -142,7 +147,7 @@ def _yolo_images(source: Source, path: Any, place: Any, split: str) -> Iterator[
     for found in (*candidates, source.folder.root / plain):
         below = _below_root(source, found)
         if below is not None and found.is_dir():
-            images = [file for file in source.folder.files(below, where) if _is_photo(file)]
+            images = [file for file in source.folder.files(below) if _is_photo(file)]
             if not images:
                 raise DataError(f"{where}: the folder {found} has no images: copy them into it.")
             yield from images
@@ -160,7 +165,7 @@ def _listed_image(source: Source, folder: PurePosixPath, name: str, where: str) 
     relative = inside(name)
     if relative is not None:
         for start in (folder, PurePosixPath()):
-            if (found := source.folder.find(start / relative, where)) is not None:
+            if (found := source.folder.find(start / relative)) is not None:
                 return found
     return PurePosixPath(source.file(name, where))
 
@@ -288,7 +293,7 @@ def _photo_of(source: Source) -> Callable[[Path, str, str], str]:
         for folder in folders:
             found = photos(folder).get(file.stem) or photos(folder).get(PurePosixPath(name).stem) or []
             if found:
-                return str(source.folder.find(folder / (name if name in found else found[0]), where))
+                return str(source.folder.find(folder / (name if name in found else found[0])))
         return str(folders[0] / name)
 
     return find

@@ -167,7 +167,7 @@ class Source:
         """
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or "\0" in name or not _is_text(name):
             raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
-        file = self.folder.locate(name + suffix, where)
+        file = self.folder.locate(name + suffix)
         if file is None:
             raise DataError(
                 f"{where} has {self.form.file} {shown(name)}: it must stay inside the image folder (no other absolute "
@@ -182,7 +182,7 @@ class Source:
         """Whether a text is the name of an existing photo."""
         if not 0 < len(name) <= _MAX_NAME:
             return False
-        file = self.folder.locate(name + self.form.suffix, str(self.path))
+        file = self.folder.locate(name + self.form.suffix)
         return file is not None and (self.folder.root / file).is_file()
 
     def row(self, name: Any, where: str, *values: Any, other: Mapping[str, Any], boxes: Any = None) -> ImageRow:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from gm_mlic.errors import DataError
-
 #: Where Label Studio serves photos, and the prefix of an uploaded file.
 _SERVED = re.compile(r"^.*(?:/data/upload/(?:\d+/)?|/data/local-files/\?d=)", re.DOTALL)
 _UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")
@@ -27,7 +25,7 @@ def inside(name: str) -> PurePosixPath | None:
 
 
 class PhotoFolder:
-    """The photos below a folder. Each folder is listed once.
+    """The photos below a folder. Each folder is listed once. Symbolic links are followed.
 
     Args:
         root: the dataset's root.
@@ -36,9 +34,9 @@ class PhotoFolder:
 
     def __init__(self, root: Path, below: str = "") -> None:
         self.root, self.below = root, PurePosixPath(below)
-        self._listed: dict[str, tuple[dict[str, str], set[str]]] = {}
+        self._listed: dict[str, dict[str, str]] = {}
 
-    def locate(self, name: str, where: str) -> str | None:
+    def locate(self, name: str) -> str | None:
         r"""Path of a photo relative to ``root``, with ``/``.
 
         The name is relative to the folder, or absolute and inside it. ``\`` separates folders. Composed and decomposed
@@ -48,54 +46,43 @@ class PhotoFolder:
 
         Args:
             name: file name in an annotation.
-            where: start of error messages.
 
         Returns:
             The path as spelled on disk; None if it could be outside the folder.
-
-        Raises:
-            DataError: if it is a symbolic link, or below one, that leads out of ``root``.
         """
         exact = self._relative(name)
-        found = None if exact is None else self.find(self.below / exact, where)
+        found = None if exact is None else self.find(self.below / exact)
         for spelling in self._spellings(name) if found is None else ():
-            if (other := inside(spelling)) is not None and (found := self.find(self.below / other, where)) is not None:
+            if (other := inside(spelling)) is not None and (found := self.find(self.below / other)) is not None:
                 break
         if found is not None:
             return str(found)
         return None if exact is None else str(self.below / exact)
 
-    def find(self, path: PurePosixPath, where: str) -> PurePosixPath | None:
-        """A path relative to ``root`` as spelled on disk; None if it does not exist.
-
-        Raises:
-            DataError: if it leads out of ``root`` through a symbolic link.
-        """
+    def find(self, path: PurePosixPath) -> PurePosixPath | None:
+        """A path relative to ``root`` as spelled on disk; None if it does not exist."""
         found = ""
         for part in path.parts:
-            names, links = self._names(found)
+            names = self._names(found)
             name = names.get(part) or names.get(unicodedata.normalize("NFC", part))
             if name is None:
                 return None
             found = f"{found}/{name}" if found else name
-            if name in links:
-                self._check_link(found, where)
         return PurePosixPath(found)
 
-    def files(self, folder: PurePosixPath, where: str) -> Iterator[PurePosixPath]:
+    def files(self, folder: PurePosixPath, parents: tuple[Path, ...] = ()) -> Iterator[PurePosixPath]:
         """All files below a folder, sorted; paths are relative to ``root``. Hidden files are left out."""
-        names, links = self._names("" if folder == PurePosixPath() else str(folder))
+        here = (self.root / folder).resolve()
+        if here in parents:  # a link to a parent folder would never end
+            return
+        names = self._names("" if folder == PurePosixPath() else str(folder))
         for name in sorted({*names.values()}):
-            path = folder / name
             if name.startswith("."):
                 continue
-            if name in links:
-                self._check_link(str(path), where)
-            if (self.root / path).is_dir():
-                if name not in links:  # a link to a parent folder would never end
-                    yield from self.files(path, where)
+            if (self.root / folder / name).is_dir():
+                yield from self.files(folder / name, (*parents, here))
             else:
-                yield path
+                yield folder / name
 
     def _relative(self, name: str) -> PurePosixPath | None:
         if os.path.isabs(name):  # noqa: PTH117 - faster, for each row of a table
@@ -111,30 +98,17 @@ class PhotoFolder:
             for plain in dict.fromkeys((served, _UPLOAD.sub(r"\1", served))):
                 yield plain
                 folder, _, rest = plain.partition("/")
-                if folder == "images" and rest and self.find(self.below / folder, name) is None:
+                if folder == "images" and rest and self.find(self.below / folder) is None:
                     yield rest
 
-    def _check_link(self, path: str, where: str) -> None:
-        if not (self.root / path).resolve().is_relative_to(self.root.resolve()):
-            raise DataError(
-                f"{where} names {path!r}, a link to a place outside {self.root}: copy the photos into this folder, or "
-                "set `root` to theirs."
-            )
-
-    def _names(self, folder: str) -> tuple[dict[str, str], set[str]]:
-        """Names in a folder by exact and by composed spelling, and those of them that are links."""
+    def _names(self, folder: str) -> dict[str, str]:
+        """Names in a folder by exact and by composed spelling."""
         if folder not in self._listed:
-            names: dict[str, str] = {}
-            links: set[str] = set()
             try:
-                with os.scandir(self.root / folder) as entries:
-                    for entry in entries:
-                        names[entry.name] = entry.name
-                        if entry.is_symlink():
-                            links.add(entry.name)
+                names = {name: name for name in sorted(os.listdir(self.root / folder))}  # noqa: PTH208 - names only
             except (OSError, ValueError):
-                pass
-            for name in sorted(names):
+                names = {}
+            for name in list(names):
                 names.setdefault(unicodedata.normalize("NFC", name), name)
-            self._listed[folder] = names, links
+            self._listed[folder] = names
         return self._listed[folder]

@@ -303,8 +303,8 @@ class Predictor:
         assert m is not None
         if not isinstance(self.extractor, LookupExtractor):
             found = self.extractor([to_tensor(image) for _, image in read], m) if read else []
-            for (photo, _), instances in zip(read, found, strict=True):
-                if problem := Instances.problem(instances, m, self.detector.feature_dim, len(self.detector.labels)):
+            for (photo, _), of_photo in zip(read, found, strict=True):
+                if problem := Instances.problem(of_photo, m, self.detector.feature_dim, len(self.detector.labels)):
                     raise DataError(f"The detector {self.detector.name} returned, for {photo}, {problem}.")
             return [_Detected(*item, instances.top(m)) for item, instances in zip(read, found, strict=True)]
         names = [str(getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo) for photo, _ in read]
