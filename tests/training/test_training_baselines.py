@@ -28,6 +28,9 @@ RUNS = {
     "ml_gcn": ["model=ml_gcn", "detector.grid_size=4"],
     "ssgrl": ["model=ssgrl", "detector.grid_size=4", "model.width=16"],
     "query2label": ["model=query2label", "detector.grid_size=4"],
+    "add_gcn": ["model=add_gcn", *GRID, "model.width=16"],
+    "ml_decoder": ["model=ml_decoder", *GRID, "model.width=16"],
+    "c_tran": ["model=c_tran", *GRID, "model.width=16"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }

@@ -1,8 +1,11 @@
 """Layers and models, as PyG building blocks."""
 
+from gm_mlic.nn.baselines.add_gcn import ADDGCN
+from gm_mlic.nn.baselines.c_tran import CTran
 from gm_mlic.nn.baselines.detector_labels import DetectorLabels
 from gm_mlic.nn.baselines.gap_linear import GAPLinear
 from gm_mlic.nn.baselines.mil import MILMax
+from gm_mlic.nn.baselines.ml_decoder import MLDecoder
 from gm_mlic.nn.baselines.ml_gcn import MLGCN
 from gm_mlic.nn.baselines.query2label import Query2Label
 from gm_mlic.nn.baselines.ssgrl import SSGRL
@@ -13,9 +16,11 @@ from gm_mlic.nn.output import ModelOutput, pool_instances
 from gm_mlic.nn.prior import DetectorPrior, FeatureStatistics, LinearMatch, MatchHead, Penalized, Standardize
 
 __all__ = [
+    "ADDGCN",
     "GMMLIC",
     "MLGCN",
     "SSGRL",
+    "CTran",
     "ConcatMLP",
     "Decoder",
     "DetectorLabels",
@@ -29,6 +34,7 @@ __all__ = [
     "LabelCache",
     "LinearMatch",
     "MILMax",
+    "MLDecoder",
     "MatchHead",
     "MessageMLP",
     "ModelOutput",

@@ -14,9 +14,12 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.nn.mlp import init_linear
+from gm_mlic.nn.mlp import ConcatMLP, init_linear
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.targets import normalize_targets
+
+#: Slope of LeakyReLU for negative values, in models with a GCN.
+SLOPE = 0.2
 
 
 def as_batch(
@@ -55,12 +58,24 @@ def location_output(
     return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
 
 
+def reset_parameters(module: nn.Module) -> None:
+    """Reset all parameters of a module, or of its submodules if it has no ``reset_parameters``."""
+    if isinstance(module, nn.MultiheadAttention):
+        module.out_proj.reset_parameters()
+        module._reset_parameters()
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()  # type: ignore[operator]
+    else:
+        for child in module.children():
+            reset_parameters(child)
+
+
 class Composite(nn.Module):
     """A module whose parameters are those of its submodules."""
 
     def reset_parameters(self) -> None:
         for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+            reset_parameters(module)
 
 
 class LeCunLinear(nn.Linear):
@@ -101,6 +116,85 @@ class LabelClassifiers(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+class GCNLayer(nn.Module):
+    r"""One layer of a graph convolutional network (Kipf & Welling, ICLR 2017): :math:`H' = \hat A H W`.
+
+    Args:
+        in_channels: length of a node's state.
+        out_channels: length of its new state.
+
+    Shapes:
+        - **input:** H (..., C, in_channels), :math:`\hat A` (..., C, C)
+        - **output:** (..., C, out_channels)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_channels, out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight.T, a=SLOPE)
+
+    def forward(self, H: Tensor, adjacency: Tensor) -> Tensor:
+        return adjacency @ (H @ self.weight)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+class DecoderLayer(Composite):
+    r"""A layer of a transformer decoder, with LayerNorm after each step (Vaswani et al., NeurIPS 2017, section 3.1).
+
+    .. math::
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \text{, with self_attention} \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
+
+    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and returns the attention. Without
+    the first step and with F = Q it is a layer of a transformer encoder.
+
+    Args:
+        channels: d.
+        heads: of both attentions.
+        dropout: of attention weights and of the terms added to Q.
+        hidden_channels: size of the MLP's hidden layer (default: 4 d).
+        self_attention: whether it has the first step.
+
+    Shapes:
+        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d) or None, mask (B, M) bool, False where padded, or None
+        - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        dropout: float,
+        hidden_channels: int | None = None,
+        *,
+        self_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.self_attention = (
+            nn.MultiheadAttention(channels, heads, dropout, batch_first=True) if self_attention else None
+        )
+        self.cross_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.mlp = ConcatMLP([channels], hidden_channels or 4 * channels, channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 + self_attention))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, Q: Tensor, F: Tensor, pos: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.self_attention is not None:
+            update, _ = self.self_attention(Q, Q, Q, need_weights=False)
+            Q = self.norms[0](Q + self.dropout(update))
+        keys, padded = F if pos is None else F + pos, None if mask is None else ~mask
+        update, attention = self.cross_attention(Q, keys, F, key_padding_mask=padded)
+        Q = self.norms[-2](Q + self.dropout(update))
+        Q = self.norms[-1](Q + self.dropout(self.mlp(Q)))
+        return Q, attention.transpose(1, 2)
 
 
 @runtime_checkable
