@@ -34,7 +34,9 @@ from gm_mlic.nn import (
     ADDGCN,
     GMMLIC,
     MLGCN,
+    SRN,
     SSGRL,
+    TDRG,
     CTran,
     DetectorLabels,
     GAPLinear,
@@ -76,6 +78,8 @@ CLASSES = {
     "add_gcn": ADDGCN,
     "ml_decoder": MLDecoder,
     "c_tran": CTran,
+    "srn": SRN,
+    "tdrg": TDRG,
 }
 GRIDS = [name for name in CLASSES if name not in ("detector_labels", "mil_max")]
 

@@ -19,6 +19,8 @@ INPUTS: dict[str, dict[str, Any]] = {
     "add_gcn": IMAGE,
     "ml_decoder": IMAGE,
     "c_tran": IMAGE,
+    "srn": IMAGE,
+    "tdrg": IMAGE,
     "ml_gcn": IMAGE | WORDS,
     "ssgrl": IMAGE | WORDS,
 }

@@ -16,13 +16,14 @@ from torch_geometric.data import Batch, HeteroData
 from gm_mlic import create_model
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
-from gm_mlic.nn import ADDGCN, MLGCN, SSGRL, CTran, GAPLinear, MLDecoder, ModelOutput, Query2Label
+from gm_mlic.nn import ADDGCN, MLGCN, SRN, SSGRL, TDRG, CTran, GAPLinear, MLDecoder, ModelOutput, Query2Label
 from gm_mlic.nn.baselines import LabelStatistics
-from gm_mlic.nn.baselines._common import conditional_probabilities
+from gm_mlic.nn.baselines._common import conditional_probabilities, from_map, to_map
 from gm_mlic.nn.baselines.c_tran import random_known
 from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.nn.baselines.query2label import position_encoding
 from gm_mlic.nn.baselines.ssgrl import GGNNStep
+from gm_mlic.nn.baselines.tdrg import cross_scale
 
 D_O, D_L, C = 8, 5, 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,9 +34,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "add_gcn": {"num_labels": C, "width": 12},
     "ml_decoder": {"num_labels": C, "width": 12, "groups": 2, "heads": 2, "hidden": 16, "dropout": 0.0},
     "c_tran": {"num_labels": C, "layers": 2, "heads": 2, "dropout": 0.0},
+    "srn": {"num_labels": C, "width": 8, "map_size": 3},
+    "tdrg": {"num_labels": C, "width": 12, "layers": 1, "heads": 2, "hidden": 16, "map_size": 3},
 }
 #: Length of the label states of models that have some.
-STATES = {"ssgrl": D_O, "query2label": D_O, "add_gcn": 12, "ml_decoder": 12, "c_tran": D_O}
+STATES = {"ssgrl": D_O, "query2label": D_O, "add_gcn": 12, "ml_decoder": 12, "c_tran": D_O, "tdrg": 24}
 #: Models whose match logits are attention that sums to 1 over the locations.
 ATTENTION = {"ssgrl", "query2label", "ml_decoder"}
 TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
@@ -203,6 +206,8 @@ def test_repr() -> None:
         "ADDGCN(8, 4, width=12)",
         "MLDecoder(8, 4, width=12, groups=2)",
         "CTran(8, 4, width=8, layers=2)",
+        "SRN(8, 4, width=8, map_size=3)",
+        "TDRG(8, 4, width=12, layers=1, map_size=3)",
     ]
 
 
@@ -226,12 +231,50 @@ def test_repr() -> None:
         (lambda: CTran(8, 3, layers=0), "^layers"),
         (lambda: CTran(8, 3, unknown=1.5), "^unknown"),
         (lambda: CTran(8, 3, dropout=1.0), "^dropout"),
+        (lambda: SRN(8, 3, map_size=0), "^map_size"),
+        (lambda: TDRG(8, 3, width=9), "^width must be a multiple of heads=4, got 9"),
+        (lambda: TDRG(8, 3, map_size=2), "^map_size must be 3 or more"),
+        (lambda: TDRG(8, 3, dropout=1.0), "^dropout"),
     ],
 )
 def test_invalid_arguments(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+# Maps
+
+
+def grid_boxes(size: int) -> Tensor:
+    """(G^2, 4), the cells of a grid by row and column."""
+    cells = [(j, i, j + 1, i + 1) for i in range(size) for j in range(size)]
+    return torch.tensor(cells, dtype=torch.float64) / size
+
+
+def test_map_of_a_grid_is_the_grid() -> None:
+    x, mask = torch.randn(2, 9, 5).double(), torch.ones(2, 9, dtype=torch.bool)
+    box = grid_boxes(3).expand(2, -1, -1)
+    expected = torch.stack([x[:, 3 * i + j] for i in range(3) for j in range(3)], dim=2).view(2, 5, 3, 3)
+    assert torch.equal(to_map(x, box, mask, 3), expected)
+    assert torch.equal(from_map(expected, box), x)
+    order = torch.randperm(9)
+    assert torch.equal(to_map(x[:, order], box[:, order], mask, 3), expected)
+    assert torch.equal(from_map(expected, box[:, order]), x[:, order])
+    # twice as many cells: each location is repeated
+    assert torch.equal(to_map(x, box, mask, 6), expected.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_map_of_boxes_is_the_nearest_center() -> None:
+    data = batch((9, 4))
+    found = to_map(data.x, data.box, data.mask, 4)
+    for b, count in enumerate((9, 4)):
+        centers = (data.box[b, :count, :2] + data.box[b, :count, 2:]) / 2
+        for i in range(4):
+            for j in range(4):
+                cell = torch.tensor([(j + 0.5) / 4, (i + 0.5) / 4]).double()
+                nearest = min(range(count), key=lambda k: float((centers[k] - cell).norm()))
+                assert torch.equal(found[b, :, i, j], data.x[b, nearest])
 
 
 # Co-occurrences
@@ -510,3 +553,76 @@ def test_label_mask_training() -> None:
     close(model("c_tran", unknown=1.0)(replace(data, y=TARGETS)).logits, unknown)
     net.eval()
     close(net(replace(data, y=TARGETS)).logits, unknown)
+
+
+# SRN
+
+
+def test_srn_against_a_loop() -> None:
+    net, size = model("srn"), 3
+    x = torch.randn(1, 9, D_O).double()
+    data = AssignmentBatch(x, grid_boxes(size)[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
+    output = net(data)
+    (one, _, three, _, last), X = net.attention, x[0].view(size, size, D_O)
+    relu = torch.relu
+    hidden = [[relu(one.weight[:, :, 0, 0] @ X[i, j] + one.bias) for j in range(size)] for i in range(size)]
+    U = torch.zeros(C, size, size).double()
+    for c in range(C):
+        z = torch.zeros(size, size).double()
+        for i in range(size):
+            for j in range(size):
+                total = three.bias.clone()
+                for di in (-1, 0, 1):
+                    for dj in (-1, 0, 1):
+                        if 0 <= i + di < size and 0 <= j + dj < size:
+                            total = total + three.weight[:, :, di + 1, dj + 1] @ hidden[i + di][j + dj]
+                z[i, j] = last.weight[c, :, 0, 0] @ relu(total)
+        a = z.exp() / z.exp().sum()
+        s = X @ net.confidence.weight[c] + net.confidence.bias[c]
+        close(output.auxiliary[0][0, c], (a * s).sum())
+        U[c] = a / (1 + torch.exp(-s))
+    close(output.match_logits[0], U.flatten(1).T)
+    first, _, second, _, whole, *_ = net.regularization
+    h = relu(torch.einsum("dc,cij->dij", first.weight[:, :, 0, 0], U) + first.bias[:, None, None])
+    h = relu(torch.einsum("ed,dij->eij", second.weight[:, :, 0, 0], h) + second.bias[:, None, None])
+    flat = torch.stack([relu((whole.weight[k, 0] * h[k // 4]).sum() + whole.bias[k]) for k in range(32)])
+    close(output.logits[0], (net.classifier(x[0].mean(dim=0)) + net.regularized(flat)) / 2)
+
+
+# TDRG
+
+
+def test_cross_scale_adds_the_product() -> None:
+    fine, coarse = torch.randn(1, 2, 3, 3).double(), torch.randn(1, 2, 1, 1).double()
+    ours, small = cross_scale(fine, coarse)
+    close(ours, fine * (1 + coarse))  # one cell is resized to equal cells
+    close(small, coarse * (1 + fine[:, :, :1, :1]))  # and back to the corner, with aligned corners
+
+
+def test_tdrg_against_a_loop() -> None:
+    net, leaky = model("tdrg"), nn.functional.leaky_relu
+    x = torch.randn(1, 9, D_O).double()
+    data = AssignmentBatch(x, grid_boxes(3)[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
+    output, x = net(data), x[0]
+    fine = x @ net.fine.weight[:, :, 0, 0].T + net.fine.bias
+    kernel = net.coarse.weight.flatten(2)
+    coarse = sum(kernel[:, :, i] @ x[i] for i in range(9)) + net.coarse.bias
+    F1 = net.layers[0]((fine * (1 + coarse))[None], (fine * (1 + coarse))[None], None, None)[0][0]
+    F2 = coarse * (1 + fine[0])
+    F2 = net.layers[0](F2[None, None], F2[None, None], None, None)[0][0]
+    structural = net.structural(torch.cat([F1.max(dim=0).values, F2[0]]))
+    m = x @ net.activation.weight.T
+    share = torch.sigmoid(m)
+    own = [sum(share[i, c] * net.project(x[i]) for i in range(9)) for c in range(C)]
+    guided = [net.guidance(sum(share[i, c] * F1[i] for i in range(9))) for c in range(C)]
+    v = [torch.cat([own[c], guided[c]]) for c in range(C)]
+    g = leaky(net.adjacency.whole(torch.cat([F1.mean(dim=0), F2[0]])), 0.2)
+    A = [torch.sigmoid(net.adjacency.relation(torch.cat([g, v[c]]))) for c in range(C)]
+    for c in range(C):
+        state = v[c] + leaky(sum(A[c][k] * (v[k] @ net.conv.weight) for k in range(C)), 0.2)
+        semantic = net.classifiers.weight[c] @ state + net.classifiers.bias[c]
+        close(output.label_states[0, c], state)
+        close(output.logits[0, c], 0.7 * structural[c] + 0.3 * semantic)
+        constraint = m[:, c].max()  # 5 % of 9 cells: one
+        close(torch.stack([o[0, c] for o in output.auxiliary]), torch.stack([structural[c], semantic, constraint]))
+    close(output.match_logits[0], m)

@@ -31,6 +31,8 @@ RUNS = {
     "add_gcn": ["model=add_gcn", *GRID, "model.width=16"],
     "ml_decoder": ["model=ml_decoder", *GRID, "model.width=16"],
     "c_tran": ["model=c_tran", *GRID, "model.width=16"],
+    "srn": ["model=srn", *GRID, "model.width=16", "model.map_size=4"],
+    "tdrg": ["model=tdrg", *GRID, "model.width=16", "model.hidden=16", "model.map_size=4"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }

@@ -8,7 +8,9 @@ from gm_mlic.nn.baselines.mil import MILMax
 from gm_mlic.nn.baselines.ml_decoder import MLDecoder
 from gm_mlic.nn.baselines.ml_gcn import MLGCN
 from gm_mlic.nn.baselines.query2label import Query2Label
+from gm_mlic.nn.baselines.srn import SRN
 from gm_mlic.nn.baselines.ssgrl import SSGRL
+from gm_mlic.nn.baselines.tdrg import TDRG
 from gm_mlic.nn.conv import EdgeUpdate, GraphNetworkBlock, MessageMLP, NodeConv
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, LabelCache
 from gm_mlic.nn.mlp import ConcatMLP, Decoder, HadamardFusion
@@ -19,7 +21,9 @@ __all__ = [
     "ADDGCN",
     "GMMLIC",
     "MLGCN",
+    "SRN",
     "SSGRL",
+    "TDRG",
     "CTran",
     "ConcatMLP",
     "Decoder",

@@ -51,11 +51,45 @@ def as_batch(
 
 
 def location_output(
-    logits: Tensor, values: Tensor, batch: AssignmentBatch, label_states: Tensor | None = None
+    logits: Tensor,
+    values: Tensor,
+    batch: AssignmentBatch,
+    label_states: Tensor | None = None,
+    auxiliary: tuple[Tensor, ...] | None = None,
 ) -> ModelOutput:
     """The output of a whole-image model from label logits (B, C) and a value per location and label (B, M, C)."""
     values = values.masked_fill(~batch.mask[..., None], float("-inf"))
-    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
+    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values, auxiliary=auxiliary)
+
+
+def to_map(x: Tensor, box: Tensor, mask: Tensor, size: int) -> Tensor:
+    """A feature map of ``size`` x ``size`` cells, for convolutions: each cell is the location with the nearest center.
+
+    A grid of this size is copied cell by cell; a grid of another size is resampled.
+
+    Args:
+        x: (B, M, d) features of the locations.
+        box: (B, M, 4) as (x1, y1, x2, y2), divided by image width and height.
+        mask: (B, M) bool, False where padded.
+        size: G.
+
+    Returns:
+        (B, d, G, G), by row and column.
+    """
+    steps = (torch.arange(size, device=box.device, dtype=box.dtype) + 0.5) / size
+    cells = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)
+    center = (box[..., :2] + box[..., 2:]) / 2
+    distance = (cells[:, None] - center[:, None]).square().sum(dim=-1).masked_fill(~mask[:, None], float("inf"))
+    nearest = distance.argmin(dim=2)[..., None].expand(-1, -1, x.shape[2])
+    return x.gather(1, nearest).transpose(1, 2).reshape(-1, x.shape[2], size, size)
+
+
+def from_map(values: Tensor, box: Tensor) -> Tensor:
+    """The values (B, d, G, G) of the cells with the centers of the locations' boxes (B, M, 4): (B, M, d)."""
+    size = values.shape[-1]
+    column, row = ((box[..., :2] + box[..., 2:]) / 2 * size).long().clamp(0, size - 1).unbind(dim=-1)
+    index = (row * size + column)[..., None].expand(-1, -1, values.shape[1])
+    return values.flatten(2).transpose(1, 2).gather(1, index)
 
 
 def reset_parameters(module: nn.Module) -> None:
@@ -143,6 +177,39 @@ class GCNLayer(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+class DynamicAdjacency(Composite):
+    r"""The label graph of an image, from the states of its labels (ADD-GCN, Ye et al., ECCV 2020).
+
+    .. math::
+        A_{cc'} = \sigma(w_{c'}^\top [g, h_c] + b_{c'}), \qquad
+        g = \mathrm{LeakyReLU}(\mathrm{Linear}(\tilde g))
+
+    with :math:`\tilde g` a vector of the whole image.
+
+    Args:
+        channels: length of :math:`h_c`.
+        global_channels: length of :math:`\tilde g`.
+        num_labels: C.
+
+    Shapes:
+        - **input:** h (B, C, channels), :math:`\tilde g` (B, global_channels)
+        - **output:** (B, C, C)
+    """
+
+    def __init__(self, channels: int, global_channels: int, num_labels: int) -> None:
+        super().__init__()
+        self.whole = LeCunLinear(global_channels, global_channels)
+        self.relation = LeCunLinear(global_channels + channels, num_labels)
+
+    def forward(self, h: Tensor, whole: Tensor) -> Tensor:
+        g = nn.functional.leaky_relu(self.whole(whole), SLOPE)
+        return torch.sigmoid(self.relation(torch.cat([g[:, None].expand(-1, h.shape[1], -1), h], dim=-1)))
+
+    def __repr__(self) -> str:
+        channels = self.relation.in_features - self.whole.in_features
+        return f"{type(self).__name__}({channels}, {self.whole.in_features}, {self.relation.out_features})"
 
 
 class DecoderLayer(Composite):

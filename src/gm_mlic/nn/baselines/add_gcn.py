@@ -14,6 +14,7 @@ from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
     SLOPE,
     Composite,
+    DynamicAdjacency,
     GCNLayer,
     LabelClassifiers,
     LeCunLinear,
@@ -23,39 +24,6 @@ from gm_mlic.nn.baselines._common import (
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Positive
-
-
-class DynamicAdjacency(Composite):
-    r"""The label graph of an image, from the states of its labels.
-
-    .. math::
-        A_{cc'} = \sigma(w_{c'}^\top [g, h_c] + b_{c'}), \qquad
-        g = \mathrm{LeakyReLU}(\mathrm{Linear}(\tilde g))
-
-    with :math:`\tilde g` a vector of the whole image.
-
-    Args:
-        channels: length of :math:`h_c`.
-        global_channels: length of :math:`\tilde g`.
-        num_labels: C.
-
-    Shapes:
-        - **input:** h (B, C, channels), :math:`\tilde g` (B, global_channels)
-        - **output:** (B, C, C)
-    """
-
-    def __init__(self, channels: int, global_channels: int, num_labels: int) -> None:
-        super().__init__()
-        self.whole = LeCunLinear(global_channels, global_channels)
-        self.relation = LeCunLinear(global_channels + channels, num_labels)
-
-    def forward(self, h: Tensor, whole: Tensor) -> Tensor:
-        g = nn.functional.leaky_relu(self.whole(whole), SLOPE)
-        return torch.sigmoid(self.relation(torch.cat([g[:, None].expand(-1, h.shape[1], -1), h], dim=-1)))
-
-    def __repr__(self) -> str:
-        channels = self.relation.in_features - self.whole.in_features
-        return f"{type(self).__name__}({channels}, {self.whole.in_features}, {self.relation.out_features})"
 
 
 @register_model("add_gcn")
@@ -69,7 +37,7 @@ class ADDGCN(Composite):
         Z &= V + \mathrm{LeakyReLU}(A_d H W_d) \text{ (dynamic GCN)} \\
         s_c &= \tfrac{1}{2} ( \max_i m_{ic} + w_c^\top z_c + b_c )
 
-    :math:`A_s` is learned and the same for all images. :math:`A_d` is :class:`DynamicAdjacency` of H and its mean over
+    :math:`A_s` is learned and the same for all images. :math:`A_d` is ``DynamicAdjacency`` of H and its mean over
     labels. Neither word vectors nor co-occurrences are used. The match logits are the class activation map
     :math:`m_{ic}`.
 

@@ -96,7 +96,7 @@ class MLDecoder(Composite):
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = as_batch(data, self.num_labels, self.instance_dim)
         F = torch.relu(self.project(batch.x))
-        Q = self.norm(self.queries + self.dropout(self.queries.expand(len(F), -1, -1)))
+        Q = self.norm(self.queries + self.dropout(self.queries.expand(F.shape[0], -1, -1)))
         Q, attention = self.layer(Q, F, None, batch.mask)
         states = Q[:, self.group]
         return location_output(self.classifiers(states), attention[:, :, self.group], batch, states)
