@@ -32,6 +32,7 @@ from gm_mlic.graphs import RELATIONS
 from gm_mlic.metrics import CONVENTIONS
 from gm_mlic.nn import (
     ADDGCN,
+    CMA,
     GMMLIC,
     MLGCN,
     SRN,
@@ -80,6 +81,7 @@ CLASSES = {
     "c_tran": CTran,
     "srn": SRN,
     "tdrg": TDRG,
+    "cma": CMA,
 }
 GRIDS = [name for name in CLASSES if name not in ("detector_labels", "mil_max")]
 

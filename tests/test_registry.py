@@ -21,6 +21,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "c_tran": IMAGE,
     "srn": IMAGE,
     "tdrg": IMAGE,
+    "cma": IMAGE,
     "ml_gcn": IMAGE | WORDS,
     "ssgrl": IMAGE | WORDS,
 }

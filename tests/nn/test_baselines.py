@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic import create_model
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
-from gm_mlic.nn import ADDGCN, MLGCN, SRN, SSGRL, TDRG, CTran, GAPLinear, MLDecoder, ModelOutput, Query2Label
+from gm_mlic.nn import ADDGCN, CMA, MLGCN, SRN, SSGRL, TDRG, CTran, GAPLinear, MLDecoder, ModelOutput, Query2Label
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.nn.baselines._common import conditional_probabilities, from_map, to_map
 from gm_mlic.nn.baselines.c_tran import random_known
+from gm_mlic.nn.baselines.cma import similarity_loss
 from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.nn.baselines.query2label import position_encoding
 from gm_mlic.nn.baselines.ssgrl import GGNNStep
@@ -36,9 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "c_tran": {"num_labels": C, "layers": 2, "heads": 2, "dropout": 0.0},
     "srn": {"num_labels": C, "width": 8, "map_size": 3},
     "tdrg": {"num_labels": C, "width": 12, "layers": 1, "heads": 2, "hidden": 16, "map_size": 3},
+    "cma": {"num_labels": C, "width": 12},
 }
 #: Length of the label states of models that have some.
-STATES = {"ssgrl": D_O, "query2label": D_O, "add_gcn": 12, "ml_decoder": 12, "c_tran": D_O, "tdrg": 24}
+STATES = {"ssgrl": D_O, "query2label": D_O, "add_gcn": 12, "ml_decoder": 12, "c_tran": D_O, "tdrg": 24, "cma": 12}
 #: Models whose match logits are attention that sums to 1 over the locations.
 ATTENTION = {"ssgrl", "query2label", "ml_decoder"}
 TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
@@ -162,6 +165,29 @@ def test_compiled_in_one_graph(name: str) -> None:
     close(compiled(data).match_logits, net(data).match_logits)
 
 
+@pytest.mark.parametrize("name", ["query2label", "ml_decoder", "c_tran", "srn", "tdrg"])
+def test_exported_with_any_number_of_images_and_locations(name: str) -> None:
+    net, label_vectors = model(name).eval(), batch().label_vectors
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, box: Tensor, mask: Tensor) -> Tensor:
+            logits: Tensor = self.net(AssignmentBatch(x, box, mask, label_vectors)).logits
+            return logits
+
+    def inputs(counts: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        data = batch(counts)
+        return data.x, data.box, data.mask
+
+    shapes = ({0: Dim("images"), 1: Dim("locations")},) * 3
+    program = torch.export.export(Logits(), inputs((9, 4, 6)), dynamic_shapes=shapes)
+    for counts in ((5,), (12, 3, 7, 7)):
+        close(program.module()(*inputs(counts)), Logits()(*inputs(counts)))
+
+
 @every_model
 def test_autocast_does_not_round_logits(name: str) -> None:
     net, data = model(name).float(), batch()
@@ -208,6 +234,7 @@ def test_repr() -> None:
         "CTran(8, 4, width=8, layers=2)",
         "SRN(8, 4, width=8, map_size=3)",
         "TDRG(8, 4, width=12, layers=1, map_size=3)",
+        "CMA(8, 4, width=12)",
     ]
 
 
@@ -235,6 +262,8 @@ def test_repr() -> None:
         (lambda: TDRG(8, 3, width=9), "^width must be a multiple of heads=4, got 9"),
         (lambda: TDRG(8, 3, map_size=2), "^map_size must be 3 or more"),
         (lambda: TDRG(8, 3, dropout=1.0), "^dropout"),
+        (lambda: CMA(8, 3, width=0), "^width"),
+        (lambda: CMA(8, 3, threshold=2.0), "^threshold"),
     ],
 )
 def test_invalid_arguments(make: Any, message: str) -> None:
@@ -626,3 +655,39 @@ def test_tdrg_against_a_loop() -> None:
         constraint = m[:, c].max()  # 5 % of 9 cells: one
         close(torch.stack([o[0, c] for o in output.auxiliary]), torch.stack([structural[c], semantic, constraint]))
     close(output.match_logits[0], m)
+
+
+# CMA
+
+
+def test_similarity_loss_of_three_labels() -> None:
+    """Cosines 0.6, 0 and 0.8 against weights 0.5, 0.05 and 0.7; the second pair is below the threshold of 0.1."""
+    e = torch.tensor([[2.0, 0.0], [1.8, 2.4], [0.0, 5.0]], dtype=torch.float64)
+    A = torch.tensor([[0.0, 0.5, 0.05], [0.5, 0.0, 0.7], [0.05, 0.7, 0.0]], dtype=torch.float64)
+    close(similarity_loss(e, A, 0.1), torch.tensor(2 * (0.1**2 + 0.1**2), dtype=torch.float64))
+    close(similarity_loss(e, A, 0.0), torch.tensor(2 * (0.1**2 + 0.05**2 + 0.1**2), dtype=torch.float64))
+
+
+def test_embeddings_have_the_cosines_of_the_label_graph() -> None:
+    net = CMA(8, C, width=6)
+    before = net.embeddings.clone()
+    net.fit(TARGETS)
+    P = conditional_probabilities(TARGETS, C)
+    unit = nn.functional.normalize(net.embeddings, dim=1)
+    expected = ((P + P.T) / 2).fill_diagonal_(1)
+    torch.testing.assert_close(unit @ unit.T, expected, atol=0.02, rtol=0)
+    assert not torch.equal(before, net.embeddings)
+
+
+def test_cma_against_a_loop() -> None:
+    net, data = model("cma"), batch((9, 4))
+    output = net(data)
+    for b, count in enumerate((9, 4)):
+        v = net.transform(data.x[b, :count])
+        for c in range(C):
+            e = net.embeddings[c]
+            cosine = torch.stack([v[i] @ e / (v[i].norm() * e.norm()) for i in range(count)])
+            z = torch.where(cosine > 0, cosine, 0) if bool((cosine > 0).any()) else torch.ones(count).double()
+            h = sum(z[i] / z.sum() * v[i] for i in range(count))
+            close(output.match_logits[b, :count, c], cosine)
+            close(output.logits[b, c], h @ net.classifiers.weight[c] + net.classifiers.bias[c])

@@ -2,6 +2,7 @@
 
 from gm_mlic.nn.baselines.add_gcn import ADDGCN
 from gm_mlic.nn.baselines.c_tran import CTran
+from gm_mlic.nn.baselines.cma import CMA
 from gm_mlic.nn.baselines.detector_labels import DetectorLabels
 from gm_mlic.nn.baselines.gap_linear import GAPLinear
 from gm_mlic.nn.baselines.mil import MILMax
@@ -19,6 +20,7 @@ from gm_mlic.nn.prior import DetectorPrior, FeatureStatistics, LinearMatch, Matc
 
 __all__ = [
     "ADDGCN",
+    "CMA",
     "GMMLIC",
     "MLGCN",
     "SRN",

@@ -102,7 +102,7 @@ class Query2Label(Composite):
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = as_batch(data, self.num_labels, self.instance_dim)
         F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
-        Q = self.queries.expand(len(F), -1, -1)
+        Q = self.queries.expand(F.shape[0], -1, -1)
         for layer in self.layers:
             Q, attention = layer(Q, F, pos, batch.mask)
         return location_output(self.classifiers(Q), attention, batch, Q)
