@@ -38,6 +38,7 @@ from gm_mlic.nn import (
     SRN,
     SSGRL,
     TDRG,
+    TSGCN,
     CTran,
     DetectorLabels,
     GAPLinear,
@@ -82,6 +83,7 @@ CLASSES = {
     "srn": SRN,
     "tdrg": TDRG,
     "cma": CMA,
+    "tsgcn": TSGCN,
 }
 GRIDS = [name for name in CLASSES if name not in ("detector_labels", "mil_max")]
 

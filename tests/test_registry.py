@@ -22,6 +22,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "srn": IMAGE,
     "tdrg": IMAGE,
     "cma": IMAGE,
+    "tsgcn": IMAGE | WORDS,
     "ml_gcn": IMAGE | WORDS,
     "ssgrl": IMAGE | WORDS,
 }

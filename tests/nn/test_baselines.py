@@ -17,7 +17,20 @@ from torch_geometric.data import Batch, HeteroData
 from gm_mlic import create_model
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
-from gm_mlic.nn import ADDGCN, CMA, MLGCN, SRN, SSGRL, TDRG, CTran, GAPLinear, MLDecoder, ModelOutput, Query2Label
+from gm_mlic.nn import (
+    ADDGCN,
+    CMA,
+    MLGCN,
+    SRN,
+    SSGRL,
+    TDRG,
+    TSGCN,
+    CTran,
+    GAPLinear,
+    MLDecoder,
+    ModelOutput,
+    Query2Label,
+)
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.nn.baselines._common import conditional_probabilities, from_map, to_map
 from gm_mlic.nn.baselines.c_tran import random_known
@@ -26,6 +39,7 @@ from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.nn.baselines.query2label import position_encoding
 from gm_mlic.nn.baselines.ssgrl import GGNNStep
 from gm_mlic.nn.baselines.tdrg import cross_scale
+from gm_mlic.nn.baselines.tsgcn import spatial_adjacency
 
 D_O, D_L, C = 8, 5, 4
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -39,11 +53,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "srn": {"num_labels": C, "width": 8, "map_size": 3},
     "tdrg": {"num_labels": C, "width": 12, "layers": 1, "heads": 2, "hidden": 16, "map_size": 3},
     "cma": {"num_labels": C, "width": 12},
+    "tsgcn": {"num_labels": C, "label_dim": D_L, "width": 12},
 }
 #: Length of the label states of models that have some.
-STATES = {"ssgrl": D_O, "query2label": D_O, "add_gcn": 12, "ml_decoder": 12, "c_tran": D_O, "tdrg": 24, "cma": 12}
+STATES = {
+    "ssgrl": D_O,
+    "query2label": D_O,
+    "add_gcn": 12,
+    "ml_decoder": 12,
+    "c_tran": D_O,
+    "tdrg": 24,
+    "cma": 12,
+    "tsgcn": D_O,
+}
 #: Models whose match logits are attention that sums to 1 over the locations.
-ATTENTION = {"ssgrl", "query2label", "ml_decoder"}
+ATTENTION = {"ssgrl", "query2label", "ml_decoder", "tsgcn"}
 TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
 every_model = pytest.mark.parametrize("name", SETTINGS)
 
@@ -235,6 +259,7 @@ def test_repr() -> None:
         "SRN(8, 4, width=8, map_size=3)",
         "TDRG(8, 4, width=12, layers=1, map_size=3)",
         "CMA(8, 4, width=12)",
+        "TSGCN(8, 5, 4, width=12)",
     ]
 
 
@@ -264,6 +289,8 @@ def test_repr() -> None:
         (lambda: TDRG(8, 3, dropout=1.0), "^dropout"),
         (lambda: CMA(8, 3, width=0), "^width"),
         (lambda: CMA(8, 3, threshold=2.0), "^threshold"),
+        (lambda: TSGCN(8, 3, 3, width=0), "^width"),
+        (lambda: TSGCN(8, 3, 3, radius=0.0), "^radius"),
     ],
 )
 def test_invalid_arguments(make: Any, message: str) -> None:
@@ -330,7 +357,7 @@ def test_difficult_labels_are_not_counted() -> None:
         conditional_probabilities(TARGETS, 5)
 
 
-@pytest.mark.parametrize("name", ["ml_gcn", "ssgrl"])
+@pytest.mark.parametrize("name", ["ml_gcn", "ssgrl", "tsgcn"])
 def test_counts_are_part_of_the_weights(name: str) -> None:
     counted, fresh = model(name), create_model(name, instance_dim=D_O, **SETTINGS[name]).double()
     assert not torch.equal(fresh.adjacency, counted.adjacency)
@@ -691,3 +718,35 @@ def test_cma_against_a_loop() -> None:
             h = sum(z[i] / z.sum() * v[i] for i in range(count))
             close(output.match_logits[b, :count, c], cosine)
             close(output.logits[b, c], h @ net.classifiers.weight[c] + net.classifiers.bias[c])
+
+
+# TSGCN
+
+
+def test_spatial_adjacency_of_three_labels() -> None:
+    """Two labels at one place, and one at a distance of twice the radius."""
+    position = torch.tensor([[[0.1, 0.1], [0.1, 0.1], [0.1, 0.6]]], dtype=torch.float64)
+    far = math.exp(-4)
+    near, alone = [1 / (2 + far), 1 / (2 + far), far / (2 + far)], [far / (1 + 2 * far)] * 2 + [1 / (1 + 2 * far)]
+    close(spatial_adjacency(position, 0.25), torch.tensor([[near, near, alone]], dtype=torch.float64))
+
+
+def test_tsgcn_against_a_loop() -> None:
+    net, data = model("tsgcn"), batch((9, 4))
+    output, Z = net(data), data.label_vectors
+    leaky = nn.functional.leaky_relu
+    for b, count in enumerate((9, 4)):
+        x, box = data.x[b, :count], data.box[b, :count]
+        weights = (x @ net.activation.weight.T).exp()
+        a = weights / weights.sum(dim=0)
+        center = (box[:, :2] + box[:, 2:]) / 2
+        near = [sum(a[i, c] * center[i] for i in range(count)) for c in range(C)]
+        kernel = torch.stack([torch.stack([torch.exp(-(p - q).square().sum() * 16) for q in near]) for p in near])
+        A = kernel / kernel.sum(dim=1, keepdim=True)
+        semantic = net.adjacency @ leaky(net.adjacency @ Z @ net.semantic1.weight, 0.2) @ net.semantic2.weight
+        spatial = A @ leaky(A @ Z @ net.spatial1.weight, 0.2) @ net.spatial2.weight
+        f = [sum(a[i, c] * x[i] for i in range(count)) for c in range(C)]
+        for c in range(C):
+            close(output.logits[b, c], (semantic + spatial)[c] @ f[c])
+            close(output.label_states[b, c], f[c])
+        close(output.match_logits[b, :count], a)

@@ -35,6 +35,7 @@ RUNS = {
     "srn": ["model=srn", *GRID, "model.width=16", "model.map_size=4"],
     "tdrg": ["model=tdrg", *GRID, "model.width=16", "model.hidden=16", "model.map_size=4"],
     "cma": ["model=cma", *GRID, "model.width=16"],
+    "tsgcn": ["model=tsgcn", *GRID, "model.width=16"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }

@@ -12,6 +12,7 @@ from gm_mlic.nn.baselines.query2label import Query2Label
 from gm_mlic.nn.baselines.srn import SRN
 from gm_mlic.nn.baselines.ssgrl import SSGRL
 from gm_mlic.nn.baselines.tdrg import TDRG
+from gm_mlic.nn.baselines.tsgcn import TSGCN
 from gm_mlic.nn.conv import EdgeUpdate, GraphNetworkBlock, MessageMLP, NodeConv
 from gm_mlic.nn.gm_mlic import GMMLIC, Encoder, LabelCache
 from gm_mlic.nn.mlp import ConcatMLP, Decoder, HadamardFusion
@@ -26,6 +27,7 @@ __all__ = [
     "SRN",
     "SSGRL",
     "TDRG",
+    "TSGCN",
     "CTran",
     "ConcatMLP",
     "Decoder",

@@ -179,6 +179,12 @@ class GCNLayer(nn.Module):
         return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
 
 
+def label_classifiers(Z: Tensor, adjacency: Tensor, conv1: GCNLayer, conv2: GCNLayer) -> Tensor:
+    r"""Classifiers of labels from their word vectors, as in ML-GCN: :math:`A \, \mathrm{LeakyReLU}(A Z W_0) \, W_1`."""
+    W: Tensor = conv2(nn.functional.leaky_relu(conv1(Z, adjacency), SLOPE), adjacency)
+    return W
+
+
 class DynamicAdjacency(Composite):
     r"""The label graph of an image, from the states of its labels (ADD-GCN, Ye et al., ECCV 2020).
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    SLOPE,
     Composite,
     GCNLayer,
     as_batch,
     conditional_probabilities,
+    label_classifiers,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
@@ -109,9 +109,7 @@ class MLGCN(Composite):
 
     def classifiers(self, label_vectors: Tensor) -> Tensor:
         """(C, D), the classifiers of labels with these vectors (C, D_l)."""
-        hidden = nn.functional.leaky_relu(self.conv1(label_vectors, self.adjacency), SLOPE)
-        W: Tensor = self.conv2(hidden, self.adjacency)
-        return W
+        return label_classifiers(label_vectors, self.adjacency, self.conv1, self.conv2)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
