@@ -30,7 +30,22 @@ from gm_mlic.device import resolve_num_workers
 from gm_mlic.errors import ConfigError, GMMLICError
 from gm_mlic.graphs import RELATIONS
 from gm_mlic.metrics import CONVENTIONS
-from gm_mlic.nn import GMMLIC, MLGCN, SSGRL, DetectorLabels, GAPLinear, MILMax, Query2Label
+from gm_mlic.nn import (
+    ADDGCN,
+    CMA,
+    GMMLIC,
+    MLGCN,
+    SRN,
+    SSGRL,
+    TDRG,
+    TSGCN,
+    CTran,
+    DetectorLabels,
+    GAPLinear,
+    MILMax,
+    MLDecoder,
+    Query2Label,
+)
 from gm_mlic.optim import build_optimizer, build_scheduler
 from gm_mlic.registry import MODELS, OPTIMIZERS, SCHEDULERS, Registry
 from gm_mlic.schema import REQUIRED, Setting
@@ -62,6 +77,13 @@ CLASSES = {
     "ml_gcn": MLGCN,
     "ssgrl": SSGRL,
     "query2label": Query2Label,
+    "add_gcn": ADDGCN,
+    "ml_decoder": MLDecoder,
+    "c_tran": CTran,
+    "srn": SRN,
+    "tdrg": TDRG,
+    "cma": CMA,
+    "tsgcn": TSGCN,
 }
 GRIDS = [name for name in CLASSES if name not in ("detector_labels", "mil_max")]
 

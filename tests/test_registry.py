@@ -16,6 +16,13 @@ INPUTS: dict[str, dict[str, Any]] = {
     "mil_max": IMAGE,
     "gap_linear": IMAGE,
     "query2label": IMAGE,
+    "add_gcn": IMAGE,
+    "ml_decoder": IMAGE,
+    "c_tran": IMAGE,
+    "srn": IMAGE,
+    "tdrg": IMAGE,
+    "cma": IMAGE,
+    "tsgcn": IMAGE | WORDS,
     "ml_gcn": IMAGE | WORDS,
     "ssgrl": IMAGE | WORDS,
 }

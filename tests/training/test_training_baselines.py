@@ -11,6 +11,7 @@ from gm_mlic import Predictor, Scenes
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.demo import detector_scores
 from gm_mlic.errors import ConfigError
+from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.metrics import read_scored_images
 from gm_mlic.nn.baselines._common import conditional_probabilities
 from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
@@ -28,6 +29,13 @@ RUNS = {
     "ml_gcn": ["model=ml_gcn", "detector.grid_size=4"],
     "ssgrl": ["model=ssgrl", "detector.grid_size=4", "model.width=16"],
     "query2label": ["model=query2label", "detector.grid_size=4"],
+    "add_gcn": ["model=add_gcn", *GRID, "model.width=16"],
+    "ml_decoder": ["model=ml_decoder", *GRID, "model.width=16"],
+    "c_tran": ["model=c_tran", *GRID, "model.width=16"],
+    "srn": ["model=srn", *GRID, "model.width=16", "model.map_size=4"],
+    "tdrg": ["model=tdrg", *GRID, "model.width=16", "model.hidden=16", "model.map_size=4"],
+    "cma": ["model=cma", *GRID, "model.width=16"],
+    "tsgcn": ["model=tsgcn", *GRID, "model.width=16"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
@@ -62,6 +70,25 @@ def test_train_and_predict(root: Path, name: str):
     torch.testing.assert_close(ours, expected.float(), atol=5e-3, rtol=0)
     assert found[0].boxes.shape == (16, 4)
     assert found[0].detected == (None,) * 16
+
+
+def test_loss_of_auxiliary_logits_is_added(root: Path):
+    """To the loss, and not to the logged one."""
+    config = compose("train", [*SMALL, *RUNS["tdrg"], f"run_dir={root}/auxiliary"])
+    dataset = run.build.build_dataset(config, "train")
+    module, _, _ = run.build_module(config, dataset, run.build.build_detector(config))
+    batch = AssignmentBatch(
+        torch.randn(3, 16, module.model.instance_dim), torch.rand(3, 16, 4), torch.ones(3, 16, dtype=torch.bool),
+        torch.randn(22, 300), y=torch.from_numpy(dataset.targets[:3]),
+    )  # fmt: skip
+    module.log = lambda *args, **options: None
+    module._watch = lambda *args: None
+    loss = module.training_step(batch, 0)
+    output = module.model(batch)
+    losses = [module.loss(logits, batch.y, None) for logits in (output.logits, *output.auxiliary)]
+    assert len(losses) == 4
+    torch.testing.assert_close(loss, sum(losses))
+    torch.testing.assert_close(module.train_loss.compute(), losses[0].detach())
 
 
 def test_detector_labels(root: Path):

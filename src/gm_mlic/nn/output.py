@@ -33,6 +33,7 @@ class ModelOutput(TensorFields):
         label_states: (B, C, d) features of the labels after the last block; None from a model without label nodes.
         matches: (B, M, C) match logits, or one of each matching edge, (E,), with ``edges``.
         edges: (E,) image, instance and label of each matching edge, and (B + 1,) the first instance of each image.
+        auxiliary: (B, C) logits of further classifiers, to which the training loss is applied as well; None for none.
     """
 
     logits: Tensor
@@ -40,6 +41,7 @@ class ModelOutput(TensorFields):
     label_states: Tensor | None = None
     matches: Tensor | None = None
     edges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    auxiliary: tuple[Tensor, ...] | None = None
 
     @property
     def match_logits(self) -> Tensor:

@@ -115,10 +115,13 @@ class MLICModule(LightningModule):
             return None
         if self.current_epoch < self.instance_graph_warmup_epochs:
             batch = drop_edges(batch, SPATIAL)
-        loss: Tensor = self.loss(self._checked(self.model(batch)).logits, batch.y, _difficult(batch))
+        output = self._checked(self.model(batch))
+        loss: Tensor = self.loss(output.logits, batch.y, _difficult(batch))
         self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
+        for logits in output.auxiliary or ():
+            loss = loss + self.loss(logits, batch.y, _difficult(batch))
         if isinstance(self.model, Penalized):
             loss = loss + self.model.penalty() / (self.num_images * batch.y.shape[1])
         return loss

@@ -14,9 +14,12 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.nn.mlp import init_linear
+from gm_mlic.nn.mlp import ConcatMLP, init_linear
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.targets import normalize_targets
+
+#: Slope of LeakyReLU for negative values, in models with a GCN.
+SLOPE = 0.2
 
 
 def as_batch(
@@ -48,11 +51,57 @@ def as_batch(
 
 
 def location_output(
-    logits: Tensor, values: Tensor, batch: AssignmentBatch, label_states: Tensor | None = None
+    logits: Tensor,
+    values: Tensor,
+    batch: AssignmentBatch,
+    label_states: Tensor | None = None,
+    auxiliary: tuple[Tensor, ...] | None = None,
 ) -> ModelOutput:
     """The output of a whole-image model from label logits (B, C) and a value per location and label (B, M, C)."""
     values = values.masked_fill(~batch.mask[..., None], float("-inf"))
-    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values)
+    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values, auxiliary=auxiliary)
+
+
+def to_map(x: Tensor, box: Tensor, mask: Tensor, size: int) -> Tensor:
+    """A feature map of ``size`` x ``size`` cells, for convolutions: each cell is the location with the nearest center.
+
+    A grid of this size is copied cell by cell; a grid of another size is resampled.
+
+    Args:
+        x: (B, M, d) features of the locations.
+        box: (B, M, 4) as (x1, y1, x2, y2), divided by image width and height.
+        mask: (B, M) bool, False where padded.
+        size: G.
+
+    Returns:
+        (B, d, G, G), by row and column.
+    """
+    steps = (torch.arange(size, device=box.device, dtype=box.dtype) + 0.5) / size
+    cells = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)
+    center = (box[..., :2] + box[..., 2:]) / 2
+    distance = (cells[:, None] - center[:, None]).square().sum(dim=-1).masked_fill(~mask[:, None], float("inf"))
+    nearest = distance.argmin(dim=2)[..., None].expand(-1, -1, x.shape[2])
+    return x.gather(1, nearest).transpose(1, 2).reshape(-1, x.shape[2], size, size)
+
+
+def from_map(values: Tensor, box: Tensor) -> Tensor:
+    """The values (B, d, G, G) of the cells with the centers of the locations' boxes (B, M, 4): (B, M, d)."""
+    size = values.shape[-1]
+    column, row = ((box[..., :2] + box[..., 2:]) / 2 * size).long().clamp(0, size - 1).unbind(dim=-1)
+    index = (row * size + column)[..., None].expand(-1, -1, values.shape[1])
+    return values.flatten(2).transpose(1, 2).gather(1, index)
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Reset all parameters of a module, or of its submodules if it has no ``reset_parameters``."""
+    if isinstance(module, nn.MultiheadAttention):
+        module.out_proj.reset_parameters()
+        module._reset_parameters()
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()  # type: ignore[operator]
+    else:
+        for child in module.children():
+            reset_parameters(child)
 
 
 class Composite(nn.Module):
@@ -60,7 +109,7 @@ class Composite(nn.Module):
 
     def reset_parameters(self) -> None:
         for module in self.children():
-            module.reset_parameters()  # type: ignore[operator]
+            reset_parameters(module)
 
 
 class LeCunLinear(nn.Linear):
@@ -101,6 +150,124 @@ class LabelClassifiers(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+class GCNLayer(nn.Module):
+    r"""One layer of a graph convolutional network (Kipf & Welling, ICLR 2017): :math:`H' = \hat A H W`.
+
+    Args:
+        in_channels: length of a node's state.
+        out_channels: length of its new state.
+
+    Shapes:
+        - **input:** H (..., C, in_channels), :math:`\hat A` (..., C, C)
+        - **output:** (..., C, out_channels)
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_channels, out_channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight.T, a=SLOPE)
+
+    def forward(self, H: Tensor, adjacency: Tensor) -> Tensor:
+        return adjacency @ (H @ self.weight)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
+
+
+def label_classifiers(Z: Tensor, adjacency: Tensor, conv1: GCNLayer, conv2: GCNLayer) -> Tensor:
+    r"""Classifiers of labels from their word vectors, as in ML-GCN: :math:`A \, \mathrm{LeakyReLU}(A Z W_0) \, W_1`."""
+    W: Tensor = conv2(nn.functional.leaky_relu(conv1(Z, adjacency), SLOPE), adjacency)
+    return W
+
+
+class DynamicAdjacency(Composite):
+    r"""The label graph of an image, from the states of its labels (ADD-GCN, Ye et al., ECCV 2020).
+
+    .. math::
+        A_{cc'} = \sigma(w_{c'}^\top [g, h_c] + b_{c'}), \qquad
+        g = \mathrm{LeakyReLU}(\mathrm{Linear}(\tilde g))
+
+    with :math:`\tilde g` a vector of the whole image.
+
+    Args:
+        channels: length of :math:`h_c`.
+        global_channels: length of :math:`\tilde g`.
+        num_labels: C.
+
+    Shapes:
+        - **input:** h (B, C, channels), :math:`\tilde g` (B, global_channels)
+        - **output:** (B, C, C)
+    """
+
+    def __init__(self, channels: int, global_channels: int, num_labels: int) -> None:
+        super().__init__()
+        self.whole = LeCunLinear(global_channels, global_channels)
+        self.relation = LeCunLinear(global_channels + channels, num_labels)
+
+    def forward(self, h: Tensor, whole: Tensor) -> Tensor:
+        g = nn.functional.leaky_relu(self.whole(whole), SLOPE)
+        return torch.sigmoid(self.relation(torch.cat([g[:, None].expand(-1, h.shape[1], -1), h], dim=-1)))
+
+    def __repr__(self) -> str:
+        channels = self.relation.in_features - self.whole.in_features
+        return f"{type(self).__name__}({channels}, {self.whole.in_features}, {self.relation.out_features})"
+
+
+class DecoderLayer(Composite):
+    r"""A layer of a transformer decoder, with LayerNorm after each step (Vaswani et al., NeurIPS 2017, section 3.1).
+
+    .. math::
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \text{, with self_attention} \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
+
+    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and returns the attention. Without
+    the first step and with F = Q it is a layer of a transformer encoder.
+
+    Args:
+        channels: d.
+        heads: of both attentions.
+        dropout: of attention weights and of the terms added to Q.
+        hidden_channels: size of the MLP's hidden layer (default: 4 d).
+        self_attention: whether it has the first step.
+
+    Shapes:
+        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d) or None, mask (B, M) bool, False where padded, or None
+        - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        dropout: float,
+        hidden_channels: int | None = None,
+        *,
+        self_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.self_attention = (
+            nn.MultiheadAttention(channels, heads, dropout, batch_first=True) if self_attention else None
+        )
+        self.cross_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
+        self.mlp = ConcatMLP([channels], hidden_channels or 4 * channels, channels)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 + self_attention))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, Q: Tensor, F: Tensor, pos: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.self_attention is not None:
+            update, _ = self.self_attention(Q, Q, Q, need_weights=False)
+            Q = self.norms[0](Q + self.dropout(update))
+        keys, padded = F if pos is None else F + pos, None if mask is None else ~mask
+        update, attention = self.cross_attention(Q, keys, F, key_padding_mask=padded)
+        Q = self.norms[-2](Q + self.dropout(update))
+        Q = self.norms[-1](Q + self.dropout(self.mlp(Q)))
+        return Q, attention.transpose(1, 2)
 
 
 @runtime_checkable

@@ -5,17 +5,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, as_batch, conditional_probabilities, location_output
+from gm_mlic.nn.baselines._common import (
+    Composite,
+    GCNLayer,
+    as_batch,
+    conditional_probabilities,
+    label_classifiers,
+    location_output,
+)  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Fraction, Positive, Probability
-
-_SLOPE = 0.2
 
 
 def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
@@ -41,33 +46,6 @@ def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
     A.fill_diagonal_(1 - p)
     scale = A.sum(dim=1).rsqrt()
     return scale[:, None] * A * scale
-
-
-class GCNLayer(nn.Module):
-    r"""One layer of a graph convolutional network (Kipf & Welling, ICLR 2017): :math:`H' = \hat A H W` (eq. 2).
-
-    Args:
-        in_channels: length of a node's state.
-        out_channels: length of its new state.
-
-    Shapes:
-        - **input:** H (C, in_channels), :math:`\hat A` (C, C)
-        - **output:** (C, out_channels)
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_channels, out_channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_normal_(self.weight.T, a=_SLOPE)
-
-    def forward(self, H: Tensor, adjacency: Tensor) -> Tensor:
-        return adjacency @ (H @ self.weight)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(str, self.weight.shape))})"
 
 
 @register_model("ml_gcn")
@@ -131,9 +109,7 @@ class MLGCN(Composite):
 
     def classifiers(self, label_vectors: Tensor) -> Tensor:
         """(C, D), the classifiers of labels with these vectors (C, D_l)."""
-        hidden = nn.functional.leaky_relu(self.conv1(label_vectors, self.adjacency), _SLOPE)
-        W: Tensor = self.conv2(hidden, self.adjacency)
-        return W
+        return label_classifiers(label_vectors, self.adjacency, self.conv1, self.conv2)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)

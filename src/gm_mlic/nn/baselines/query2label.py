@@ -11,8 +11,14 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import LabelClassifiers, LeCunLinear, as_batch, location_output
-from gm_mlic.nn.mlp import ConcatMLP
+from gm_mlic.nn.baselines._common import (
+    Composite,
+    DecoderLayer,
+    LabelClassifiers,
+    LeCunLinear,
+    as_batch,
+    location_output,
+)  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Fraction, Positive
@@ -37,52 +43,8 @@ def position_encoding(box: Tensor, channels: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
-class DecoderLayer(nn.Module):
-    r"""A layer of a transformer decoder (the paper's query updating), with LayerNorm after each step.
-
-    .. math::
-        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \\
-        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
-        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
-
-    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and returns the attention.
-
-    Args:
-        channels: d.
-        heads: of both attentions.
-        dropout: of attention weights and of the terms added to Q.
-
-    Shapes:
-        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d), mask (B, M) bool, False where padded
-        - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
-    """
-
-    def __init__(self, channels: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.self_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
-        self.cross_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
-        self.mlp = ConcatMLP([channels], 4 * channels, channels)
-        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
-
-    def reset_parameters(self) -> None:
-        for attention in (self.self_attention, self.cross_attention):
-            attention.out_proj.reset_parameters()
-            attention._reset_parameters()
-        for module in (self.mlp, *self.norms):
-            module.reset_parameters()  # type: ignore[operator]
-
-    def forward(self, Q: Tensor, F: Tensor, pos: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        update, _ = self.self_attention(Q, Q, Q, need_weights=False)
-        Q = self.norms[0](Q + self.dropout(update))
-        update, attention = self.cross_attention(Q, F + pos, F, key_padding_mask=~mask)
-        Q = self.norms[1](Q + self.dropout(update))
-        Q = self.norms[2](Q + self.dropout(self.mlp(Q)))
-        return Q, attention.transpose(1, 2)
-
-
 @register_model("query2label")
-class Query2Label(nn.Module):
+class Query2Label(Composite):
     r"""Query2Label, from "Query2Label: A Simple Transformer Way to Multi-Label Classification" (Liu et al., 2021).
 
     .. math::
@@ -101,7 +63,7 @@ class Query2Label(nn.Module):
             ``heads``. The layers' MLPs have 4 d hidden units.
         layers: L, number of decoder layers (default: 2, the paper's).
         heads: heads of each attention (default: 4, the paper's).
-        dropout: probability of dropout (:class:`DecoderLayer`; default: 0.1, the paper's).
+        dropout: probability of dropout (``DecoderLayer``; default: 0.1, the paper's).
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
@@ -135,13 +97,12 @@ class Query2Label(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.queries)
-        for module in (self.project, *self.layers, self.classifiers):
-            module.reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = as_batch(data, self.num_labels, self.instance_dim)
         F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
-        Q = self.queries.expand(len(F), -1, -1)
+        Q = self.queries.expand(F.shape[0], -1, -1)
         for layer in self.layers:
             Q, attention = layer(Q, F, pos, batch.mask)
         return location_output(self.classifiers(Q), attention, batch, Q)

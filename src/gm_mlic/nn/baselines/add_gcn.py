@@ -1,0 +1,92 @@
+"""ADD-GCN: attention maps give a vector for each label, and these vectors the label graph of an image."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import check_positive
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.baselines._common import (
+    SLOPE,
+    Composite,
+    DynamicAdjacency,
+    GCNLayer,
+    LabelClassifiers,
+    LeCunLinear,
+    as_batch,
+    location_output,
+)  # fmt: skip
+from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
+from gm_mlic.schema import Positive
+
+
+@register_model("add_gcn")
+class ADDGCN(Composite):
+    r"""ADD-GCN, from "Attention-Driven Dynamic Graph Convolutional Network" (Ye et al., ECCV 2020).
+
+    .. math::
+        m_{ic} &= u_c^\top f_i, \qquad v_c = \sum_i \sigma(m_{ic}) \, \mathrm{Linear}(f_i)
+            \text{ (semantic attention module)} \\
+        H &= V + \mathrm{LeakyReLU}(A_s V W_s) \text{ (static GCN)} \\
+        Z &= V + \mathrm{LeakyReLU}(A_d H W_d) \text{ (dynamic GCN)} \\
+        s_c &= \tfrac{1}{2} ( \max_i m_{ic} + w_c^\top z_c + b_c )
+
+    :math:`A_s` is learned and the same for all images. :math:`A_d` is ``DynamicAdjacency`` of H and its mean over
+    labels. Neither word vectors nor co-occurrences are used. The match logits are the class activation map
+    :math:`m_{ic}`.
+
+    The formulas were compared with the authors' code, not with the paper's text. Both sums with V, and the maximum, are
+    those of the code. Left out are its batch normalization of the global vector, by which the result of an image would
+    depend on the batch, its biases in the GCN, and its second LeakyReLU in each layer of the GCN.
+
+    Args:
+        instance_dim: D, size of a location's feature.
+        num_labels: C.
+        width: size of a label's vector (default: 1024, the authors').
+
+    Shapes:
+        - **input:** an assignment graph or a batch of them; only its instances are used
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are Z
+    """
+
+    input: ClassVar[str] = "grid"
+
+    def __init__(self, instance_dim: int, num_labels: int, width: Positive = 1024) -> None:
+        super().__init__()
+        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width)
+        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
+        self.activation = LeCunLinear(instance_dim, num_labels, bias=False)
+        self.project = LeCunLinear(instance_dim, width)
+        self.static_adjacency = nn.Parameter(torch.empty(num_labels, num_labels))
+        self.static_conv = GCNLayer(width, width)
+        self.dynamic_adjacency = DynamicAdjacency(width, width, num_labels)
+        self.dynamic_conv = GCNLayer(width, width)
+        self.classifiers = LabelClassifiers(num_labels, width)
+        self._reset_adjacency()
+
+    def _reset_adjacency(self) -> None:
+        nn.init.normal_(self.static_adjacency, std=1 / math.sqrt(self.num_labels))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._reset_adjacency()
+
+    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
+        batch = as_batch(data, self.num_labels, self.instance_dim)
+        with torch.autocast(batch.x.device.type, enabled=False):  # rounded logits would be equal
+            maps: Tensor = self.activation(batch.x)
+        maps = maps.masked_fill(~batch.mask[..., None], float("-inf"))
+        V = maps.sigmoid().transpose(1, 2) @ self.project(batch.x)
+        H = V + nn.functional.leaky_relu(self.static_conv(V, self.static_adjacency), SLOPE)
+        A = self.dynamic_adjacency(H, H.mean(dim=1))
+        Z = V + nn.functional.leaky_relu(self.dynamic_conv(H, A), SLOPE)
+        return location_output((maps.amax(dim=1) + self.classifiers(Z)) / 2, maps, batch, Z)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width})"

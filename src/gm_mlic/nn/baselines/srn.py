@@ -1,0 +1,105 @@
+"""SRN: attention maps of all labels, and convolutions over these maps."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import HeteroData
+
+from gm_mlic.errors import check_positive
+from gm_mlic.graphs.batch import AssignmentBatch
+from gm_mlic.nn.baselines._common import (
+    Composite,
+    LeCunLinear,
+    as_batch,
+    from_map,
+    location_output,
+    to_map,
+)  # fmt: skip
+from gm_mlic.nn.output import ModelOutput
+from gm_mlic.registry import register_model
+from gm_mlic.schema import Positive
+
+#: Filters of the last convolution for each of its input maps.
+FILTERS = 4
+
+
+@register_model("srn")
+class SRN(Composite):
+    r"""SRN, from "Learning Spatial Regularization with Image-level Supervisions" (Zhu et al., CVPR 2017).
+
+    .. math::
+        Z &= f_{att}(X), \qquad a_{ic} = \underset{i}{\mathrm{softmax}} \; z_{ic}
+            \text{ (attention maps, section 3.2)} \\
+        S &= \mathrm{Conv}_{1 \times 1}(X) \text{ (confidence maps)}, \qquad
+            \hat y^{att}_c = \sum_i a_{ic} s_{ic} \\
+        U &= \sigma(S) \odot A, \qquad \hat y^{sr} = f_{sr}(U) \text{ (spatial regularization, section 3.2)} \\
+        \hat y^{cls}_c &= u_c^\top ( \frac{1}{M} \sum_i f_i ) + d_c, \qquad
+            s = \tfrac{1}{2} ( \hat y^{cls} + \hat y^{sr} )
+
+    :math:`f_{att}` has convolutions of 1 x 1, 3 x 3 and 1 x 1 cells, :math:`f_{sr}` two of 1 x 1 and one of the whole
+    map, with four filters for each single input map, and a linear layer. A ReLU follows each convolution but the last
+    of :math:`f_{att}`. X is the map of the locations (``to_map``), on which the sums over i run. The match logits are
+    the weighted attention U. The training loss is applied to :math:`\hat y^{att}` as well.
+
+    The paper's text was not available: formulas, sections and sizes are written from memory of it, and were compared
+    with nothing. Decided here: the paper trains in four stages, this model in one. The paper computes X and
+    :math:`\hat y^{cls}` from two layers of a ResNet-101; graphs have the features of one layer, which is used for both.
+
+    Args:
+        instance_dim: D, size of a location's feature.
+        num_labels: C.
+        width: channels between the convolutions (default: 512, the paper's).
+        map_size: cells along each side of X (default: 14, the paper's). A grid of this size is not resampled.
+
+    Shapes:
+        - **input:** an assignment graph or a batch of them; only its instances are used
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``auxiliary`` is :math:`\hat y^{att}`
+    """
+
+    input: ClassVar[str] = "grid"
+
+    def __init__(self, instance_dim: int, num_labels: int, width: Positive = 512, map_size: Positive = 14) -> None:
+        super().__init__()
+        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, map_size=map_size)
+        self.instance_dim, self.num_labels, self.width, self.map_size = instance_dim, num_labels, width, map_size
+        self.attention = nn.Sequential(
+            nn.Conv2d(instance_dim, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, num_labels, 1, bias=False),  # a constant cancels in the softmax
+        )
+        self.confidence = LeCunLinear(instance_dim, num_labels)
+        self.regularization = nn.Sequential(
+            nn.Conv2d(num_labels, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, FILTERS * width, map_size, groups=width),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        self.regularized = LeCunLinear(FILTERS * width, num_labels)
+        self.classifier = LeCunLinear(instance_dim, num_labels)
+
+    def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
+        batch = as_batch(data, self.num_labels, self.instance_dim)
+        X = to_map(batch.x, batch.box, batch.mask, self.map_size)
+        A = self.attention(X).flatten(2).softmax(dim=2)
+        mean = batch.x.masked_fill(~batch.mask[..., None], 0).sum(dim=1) / batch.mask.sum(dim=1)[:, None]
+        with torch.autocast(X.device.type, enabled=False):  # rounded logits would be equal
+            S: Tensor = self.confidence(X.flatten(2).transpose(1, 2)).transpose(1, 2)
+            U = (S.sigmoid() * A).reshape(-1, self.num_labels, *X.shape[2:])
+            logits = self.classifier(mean)
+        hidden = self.regularization(U)
+        with torch.autocast(X.device.type, enabled=False):
+            logits = (logits + self.regularized(hidden.to(logits.dtype))) / 2
+        auxiliary = ((A * S).sum(dim=2),)
+        return location_output(logits, from_map(U, batch.box), batch, auxiliary=auxiliary)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}"
+        return f"{type(self).__name__}({sizes}, map_size={self.map_size})"
