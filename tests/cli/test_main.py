@@ -68,7 +68,10 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     [
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["zzz"], f"unknown command 'zzz': choose from {', '.join(COMMANDS)}."),
-        (["train", "dataset=voc"], f"dataset=voc: unknown option; choose from {', '.join(DATASETS)}."),
+        (
+            ["train", "dataset=voc"],
+            f"dataset=voc: unknown option; choose from {', '.join(DATASETS)}, or that of a plugin (plugins=[MODULE]).",
+        ),
         (
             ["train", "graph.mm=3"],
             "graph.mm: unknown setting; did you mean graph.m? Settings of graph: labels_per_class, layout, m, num_l",

@@ -172,7 +172,7 @@ def test_hostile_or_damaged_folders_are_rejected(saved: Path, folder: Path, tmp_
     refused("not the config", surplus=1)
     for card in ("x", {"surplus": 1}, {"sizes": {"train": "many"}}, {"metrics": [1]}, {"license": 3}):
         refused("not the config", card=card)
-    refused("cannot be built", model={**config["model"], "name": "os.system"})
+    refused("os.system, is not registered", model={**config["model"], "name": "os.system"})
     refused("cannot be built", model={**config["model"], "widths": "x"})
     for graph in (
         {"surplus": 1},
