@@ -228,10 +228,7 @@ def test_a_mismatch_of_processes_and_devices_is_rejected(tmp_path: Path):
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed(tmp_path: Path):
-    """The other process reports it and ends; the same command resumes from the last epoch.
-
-    On a busy machine Lightning, which looks for ended processes every five seconds, may kill the other one before that.
-    """
+    """The other process reports it and ends; the same command resumes from the last epoch."""
     ddp = [*TWO, "trainer.batch_size=4", "trainer.devices=2", "trainer.strategy=ddp", "trainer.max_epochs=30"]
     process = subprocess.Popen(
         command(*ddp, "run_dir=run"), env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -242,10 +239,9 @@ def test_one_of_two_processes_is_killed(tmp_path: Path):
     (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(other), signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    assert process.returncode in (2, -signal.SIGKILL)
-    if process.returncode == 2:
-        assert err.decode().splitlines()[-1].startswith("gm-mlic: error: another process of this run has ended")
-        assert read_run(tmp_path / "run").state == "failed"
+    assert process.returncode == 2
+    assert err.decode().splitlines()[-1].startswith("gm-mlic: error: another process of this run has ended")
+    assert read_run(tmp_path / "run").state == "failed"
     again = finish(*command(*ddp, "run_dir=run"), cwd=tmp_path)
     assert "resuming" in again.stderr
     assert epochs(tmp_path / "run") == [str(n) for n in range(1, 31)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 import xml.sax.saxutils
 from pathlib import Path
 from typing import Any
@@ -387,11 +386,9 @@ def test_documents_with_entities_are_refused(voc: Path, encoding: str):
         (voc / "Annotations" / "b.xml").write_bytes(
             (f"<?xml version='1.0' encoding='{encoding}'?>" + text).encode(encoding)
         )
-        start = time.process_time()
         assert "b.xml is not valid XML (it declares XML entities or a document type): correct or remove it." in refused(
             voc, "Annotations"
         )
-        assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize(

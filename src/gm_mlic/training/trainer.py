@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
@@ -21,6 +25,24 @@ from gm_mlic.io import first_line
 from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
 from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
 from gm_mlic.training.preemption import PreemptionCheckpoint
+
+#: Seconds in which the other processes of a run can report that one has ended, before Lightning kills them.
+_GRACE = 60
+
+
+class _PatientObserver(_ChildProcessObserver):
+    """Lightning's observer of the processes that it starts; it kills all as soon as it finds that one has ended."""
+
+    def _terminate_all(self) -> None:
+        time.sleep(_GRACE)  # a daemon thread: it ends with the process
+        super()._terminate_all()
+
+
+def _observe(processes: list[subprocess.Popen[bytes]]) -> None:
+    _PatientObserver(os.getpid(), processes).start()
+
+
+subprocess_script._launch_process_observer = _observe
 
 
 def strategies() -> tuple[str, ...]:
