@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def make_run() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def registries() -> Iterator[None]:
-    """Remove what the test registers, also from Hydra's options, after the test."""
+def registries(tmp_path: Path) -> Iterator[None]:
+    """Remove what the test registers, also from Hydra's options, and modules of its folder, after the test."""
     groups = {name: found for name, found in SECTIONS.items() if isinstance(found, Registry)}
     before = {name: set(found.names()) for name, found in groups.items()}
     yield
@@ -66,3 +67,6 @@ def registries() -> Iterator[None]:
             del found._entries[name]
             for option in (name, f"_{name}"):
                 ConfigStore.instance().repo.get(group, {}).pop(f"{option}.yaml", None)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__dict__", {}).get("__file__")).startswith(str(tmp_path)):
+            del sys.modules[name]

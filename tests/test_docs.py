@@ -79,11 +79,6 @@ def in_temporary_folder(registries: None, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gm-mlic"])
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:  # modules of the page
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 @pytest.mark.usefixtures("in_temporary_folder")

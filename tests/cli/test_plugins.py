@@ -105,9 +105,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def registered(registries: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore registries and modules afterwards."""
+    """Restore registries, modules and the search path afterwards."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "my_plugin", raising=False)
 
 
 @pytest.mark.usefixtures("registered")
