@@ -100,7 +100,9 @@ def first_other_value(targets: Tensor | np.ndarray, allowed: Sequence[int]) -> A
     fits: Any = targets == allowed[0]
     for value in allowed[1:]:
         fits |= targets == value
-    return None if bool(fits.all()) else targets[~fits][0].item()
+    if bool(fits.all()):
+        return None
+    return targets.reshape(-1)[fits.reshape(-1).tolist().index(False)].item()
 
 
 def _is_signed(targets: Tensor | np.ndarray) -> bool:

@@ -64,7 +64,7 @@ def fit_thresholds(
         best = int(np.argmax(f1))
         high = ranked[at[best]]
         low = ranked[ends[best]] if ends[best] < len(ranked) else np.zeros_like(high)
-        middle = low + (high - low) / 2
+        middle = low + (high - low) * high.dtype.type(0.5)  # numpy 1 converts float32 / 2 to float64
         if rules.compare == "ge":
             return float(high if middle == low else middle)
         return float(low if middle == high else middle)

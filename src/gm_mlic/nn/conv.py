@@ -58,7 +58,7 @@ _HOOKS = [f"_{step}_{hooks}" for step in _STEPS for hooks in ("forward_hooks", "
 
 def _dense_parts(layer: Any, kind: type[nn.Module], *parts: Any) -> tuple[Any, ...]:
     """The arguments of a layer's formula on dense edges, where PyG's hooks and aggregations do not apply."""
-    own, cls = vars(layer), type(layer)
+    own, cls = layer.__dict__, type(layer)
     other = [name for name in ("propagate", "edge_updater", "aggregate", "update") if name in own]
     other += [name for name in ("aggregate", "update") if getattr(cls, name) is not getattr(kind, name)]
     other += [name for name in _HOOKS if own[name]]

@@ -323,7 +323,7 @@ class GMMLIC(nn.Module):
 
     def _match(self, graph: Any, cache: LabelCache | None, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
-        edge_index_dict, inputs = graph.edge_index_dict, dict(graph.x_dict)
+        edge_index_dict, inputs = _collect(graph, "edge_index"), dict(_collect(graph, "x"))
         x, w = self.head.features(inputs[INSTANCE]), inputs[LABEL]
         inputs[INSTANCE] = self.dropout(self._with_class_words(x, graph))
         attributes = _collect(graph, "edge_attr")
@@ -382,7 +382,7 @@ class GMMLIC(nn.Module):
         return torch.cat(match_logits), torch.cat(states)
 
     def _check(self, data: HeteroData | AssignmentBatch, cache: LabelCache | None, *, dense: bool = False) -> None:
-        if not isinstance(data, HeteroData | AssignmentBatch):
+        if not isinstance(data, (HeteroData, AssignmentBatch)):  # torch 2.8 does not compile unions
             raise ConfigError(f"The model takes a HeteroData or an AssignmentBatch, not {type(data).__name__}.")
         if (dense or cache is not None) and not isinstance(data, AssignmentBatch):
             raise ConfigError("A label cache needs an AssignmentBatch, not a HeteroData.")
@@ -408,9 +408,10 @@ class GMMLIC(nn.Module):
                 "The graph stores the attributes of matching edges, and the model changes the instance features in "
                 "them: give AssignmentGraph edge_attr=False."
             )
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
-        if dtype is None or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
+        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
+        if not dtypes or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
             return
+        dtype = dtypes[0]
         tensors = {f"x_dict[{t!r}]": x for t, x in x_dict.items()}
         for name, tensor in (tensors | {f"edge_attr_dict[{t!r}]": e for t, e in edge_attr_dict.items()}).items():
             if tensor.dtype != dtype:
@@ -427,7 +428,7 @@ class GMMLIC(nn.Module):
 
 
 def _collect(data: HeteroData | AssignmentBatch, name: str) -> dict[Any, Any]:
-    """``data.x_dict`` or another dictionary, empty where a ``HeteroData`` has none."""
+    """``data.x_dict`` or another dictionary, empty where a ``HeteroData`` has none (PyG 2.6's do not compile)."""
     if isinstance(data, AssignmentBatch):
         return getattr(data, f"{name}_dict")  # type: ignore[no-any-return]
     return data.collect(name, allow_empty=True)  # type: ignore[no-any-return]

@@ -113,13 +113,15 @@ def _pool_sparse(match_logits: Tensor, data: HeteroData, label_states: Tensor | 
     B, N = int(getattr(data, "num_graphs", 1)), labels.x.shape[0]
     C = N // B
     if not torch.compiler.is_compiling():  # the checks depend on values, which would break a compiled graph
-        check_label_counts(labels.ptr.diff().tolist() if "ptr" in labels else [])
-        isolated = (torch.bincount(target, minlength=N) == 0).nonzero().flatten().tolist()
-        if isolated:
-            raise ConfigError(_ISOLATED.format(isolated[:5]))
+        # Inside torch.func.grad, torch 2.8 converts no tensor to a list.
+        if "ptr" in labels and bool((labels.ptr.diff() != C).any()):
+            check_label_counts(labels.ptr.diff().tolist())
+        isolated = torch.bincount(target, minlength=N) == 0
+        if bool(isolated.any()):
+            raise ConfigError(_ISOLATED.format(isolated.nonzero().flatten().tolist()[:5]))
     logits, edge = scatter_max(match_logits, target, N)
     if pooling == "logsumexp":
-        views = torch.as_tensor(getattr(data, "views", 1), device=target.device).flatten()[0]
+        views = torch.as_tensor(data.stores[0].get("views", 1), device=target.device).flatten()[0]
         logits = scatter_logsumexp(match_logits, target, logits.detach()) - views.log()
     image = target // C
     # Of a single graph without ptr: [0, M].

@@ -46,6 +46,13 @@ class Penalized(Protocol):
 FLOOR = 1e-3
 
 
+def matching_edges(data: Any) -> Tensor | DenseEdges:
+    """The matching edges of a graph or batch. (``edge_index_dict`` of PyG 2.6's ``HeteroData`` does not compile.)"""
+    edges: Tensor | DenseEdges
+    edges = data.edge_index_dict[MATCHES] if isinstance(data, AssignmentBatch) else data[MATCHES].edge_index
+    return edges
+
+
 def match_confidence(data: Any) -> Tensor:
     """:math:`q_{ic}` of each matching edge: (E,) of a ``HeteroData``, (B, M, C) of an ``AssignmentBatch``."""
     q = getattr(data if isinstance(data, AssignmentBatch) else data[MATCHES], "confidence", None)
@@ -154,7 +161,7 @@ class LinearMatch(nn.Module):
             nn.init.zeros_(lin.weight)
 
     def forward(self, x: Tensor, w: Tensor, q: Tensor, data: Any) -> Tensor:
-        edge_index = data.edge_index_dict[MATCHES]
+        edge_index = matching_edges(data)
         box = data.box if isinstance(data, AssignmentBatch) else data[INSTANCE].box
         x1, y1, x2, y2 = box.to(x.dtype).unbind(-1)
         area = ((x2 - x1).clamp(min=0) + 0.02) * ((y2 - y1).clamp(min=0) + 0.02)
@@ -297,7 +304,7 @@ class MatchHead(nn.Module):
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
         if self.prior is None and self.linear is None and not self.network_shrinkage:
             return r
-        edge_index = data.edge_index_dict[MATCHES]
+        edge_index = matching_edges(data)
         with torch.autocast(r.device.type, enabled=False):
             if self.prior is not None or self.linear is not None:
                 q, w = match_confidence(data), self._centered(w)
@@ -320,7 +327,7 @@ class MatchHead(nn.Module):
         if self.prior is None:
             return None
         w = self._centered(data.x_dict[LABEL])
-        return self.prior(match_confidence(data), data.edge_index_dict[MATCHES], w)  # type: ignore[no-any-return]
+        return self.prior(match_confidence(data), matching_edges(data), w)  # type: ignore[no-any-return]
 
     def _centered(self, w: Tensor) -> Tensor:
         """Label vectors minus the mean of the training labels, of length 1."""
