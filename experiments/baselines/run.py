@@ -226,10 +226,12 @@ class Study:
             writer.writerow(row)
 
     def best_rate(self, name: str) -> str:
-        """The candidate learning rate with the best validation mAP of finished runs with seed 0."""
+        """The candidate learning rate with the best validation mAP of finished runs with seed 0; of equal ones, the
+        rate with the most runs."""
         rates = self.data.rates(ROWS[name])
-        found = {r["lr"]: float(r["val_mAP"]) for r in self.read() if r["row"] == name and r["seed"] == "0"}
-        return max((rate for rate in rates if rate in found), key=found.__getitem__, default=rates[0])
+        runs = [run for run in self.read() if run["row"] == name and run["lr"] in rates]
+        mAP = {run["lr"]: float(run["val_mAP"]) for run in runs if run["seed"] == "0"}
+        return max(mAP, key=lambda rate: (mAP[rate], sum(run["lr"] == rate for run in runs)), default=rates[0])
 
     def train_all(self, names: Iterable[str]) -> None:
         for name in names:
@@ -305,7 +307,7 @@ def costs(study: Study, names: Sequence[str]) -> dict[str, tuple[int, float, flo
         name: (
             sum(p.numel() for p in model.parameters()),
             flops[name] / BATCH / 1e9,
-            BATCH / statistics.median(timings[name]),
+            BATCH / min(timings[name]),  # the round that other processes disturbed least
         )
         for name, (model, _) in networks.items()
     }
