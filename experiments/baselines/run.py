@@ -227,7 +227,8 @@ class Study:
 
     def best_rate(self, name: str) -> str:
         """The candidate learning rate with the best validation mAP of finished runs with seed 0; of equal ones, the
-        rate with the most runs."""
+        rate with the most runs.
+        """
         rates = self.data.rates(ROWS[name])
         runs = [run for run in self.read() if run["row"] == name and run["lr"] in rates]
         mAP = {run["lr"]: float(run["val_mAP"]) for run in runs if run["seed"] == "0"}
