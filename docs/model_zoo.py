@@ -67,12 +67,13 @@ def zoo() -> str:
             f"`{result['dataset']['name']}` with the detector `{config['detector']}`; test split: {metrics}. "
             f"[Card](src/gm_mlic/zoo/models/{name}/README.md).\n"
         )
-    table = ROOT / "experiments/baselines/results.md"
-    if table.exists():  # the study takes hours
-        lines.append(
-            "\n## Comparison on scenes\n\nSee [experiments/baselines](experiments/baselines) for settings and "
-            f"limitations.\n\n{table.read_text()}"
-        )
+    for data, images in (("scenes", "scenes"), ("animals", "photos with animals")):
+        table = ROOT / f"experiments/baselines/{data}.md"
+        if table.exists():  # the study takes hours
+            lines.append(
+                f"\n## Comparison on {images}\n\nSee [experiments/baselines](experiments/baselines) for settings, "
+                f"columns and limitations.\n\n{table.read_text()}"
+            )
     return "".join(lines)
 
 

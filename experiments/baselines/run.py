@@ -1,20 +1,32 @@
-"""GM-MLIC and published baselines on the same scenes, backbone, training and evaluation.
+"""GM-MLIC and published baselines on the same images, backbone, training and evaluation. See README.md.
 
-    python experiments/baselines/run.py            # everything; finished runs are not repeated
-    python experiments/baselines/run.py collect    # only the table, from finished runs
+    python experiments/baselines/run.py scenes                              # all rows; finished runs are not repeated
+    python experiments/baselines/run.py scenes --only ml_gcn gm_mlic        # some rows
+    python experiments/baselines/run.py animals --shared SHARED             # real photos
+    python experiments/baselines/run.py scenes --collect                    # only the table, from finished runs
+    python experiments/baselines/run.py scenes --only ml_gcn --override trainer.max_epochs=1     # a trial
 
-results.csv has a row per finished run; delete a row to repeat the run. results.md is the table.
+scenes.csv and animals.csv have a row per finished run; delete a row to repeat the run. scenes.md and animals.md are the
+tables. Runs and instance stores are in runs/baselines/ of the current folder, and so are all results of a trial.
+Several processes may train different rows. SHARED contains data/voc2012-animals, data/glove and detector/nanodet.py,
+which needs ncnn.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+with contextlib.suppress(ImportError):
+    import ncnn  # noqa: F401 - before torch: each has an OpenMP runtime
 
 import torch
 from omegaconf import DictConfig
@@ -27,43 +39,59 @@ from gm_mlic.cli.main import run as command
 from gm_mlic.datasets.scenes import LABELS, Scenes
 from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.metrics import MultiLabelMetrics
+from gm_mlic.reporting.report import read_paper
 from gm_mlic.training import build
 from gm_mlic.training.run import build_module
 
 HERE = Path(__file__).parent
-RESULTS, RUNS = HERE / "results.csv", Path("runs/baselines")
+RUNS = Path("runs/baselines")
 SEEDS = (0, 1, 2)
-#: The learning rate of experiments/recipe, selected for GM-MLIC and mil_max.
-OURS = ("1e-3",)
-#: Candidates of the other models, selected by validation mAP with seed 0.
-THEIRS = ("1e-3", "3e-3", "1e-2", "3e-2")
-#: A linear model on small features needs larger ones.
-LINEAR = (*THEIRS, "1e-1", "3e-1", "1", "3", "10", "30")
-GRID = ["detector.grid_size=10"]
+#: Candidates of every model, selected by validation mAP with seed 0.
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 BATCH, ROUNDS = 32, 15
+#: Data sets of the paper's mAPs.
+PAPER = {"voc2007": "VOC 2007", "coco2014": "MS-COCO", "nuswide": "NUS-WIDE"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: name, input, overrides of experiment=scenes, learning rates."""
+    """A row of the table.
 
+    Attributes:
+        title: its name.
+        model: registered name of the model.
+        input: ``boxes`` or ``grid``.
+        settings: overrides of the data set's settings.
+    """
+
+    title: str
     model: str
     input: str
-    overrides: list[str]
-    rates: tuple[str, ...]
+    settings: Sequence[str] = ()
 
 
-#: In order of cost. Widths suit two cores; 64 is also that of gm_mlic_small.
+#: Widths suit two cores; 64 is also that of gm_mlic_small.
 ROWS = {
-    "detector_labels": Row("detector's own labels", "boxes", ["model=detector_labels"], OURS),
-    "mil_max": Row("max-pooled MIL", "boxes", ["model=mil_max"], OURS),
-    "gm_mlic": Row("GM-MLIC", "boxes", [], OURS),
-    "gap_linear": Row("global pooling", "grid", ["model=gap_linear"], LINEAR),
-    "ml_gcn": Row("ML-GCN", "grid", ["model=ml_gcn"], THEIRS),
-    "query2label": Row("Query2Label", "grid", ["model=query2label", "model.width=64"], THEIRS),
-    "mil_max-grid": Row("max-pooled MIL", "grid", ["model=mil_max", *GRID], OURS),
-    "ssgrl": Row("SSGRL", "grid", ["model=ssgrl", "model.width=256"], THEIRS),
-    "gm_mlic-grid": Row("GM-MLIC", "grid", GRID, OURS),
+    "detector_labels": Row("detector's own labels", "detector_labels", "boxes"),
+    "mil_max": Row("max-pooled MIL (HCP)", "mil_max", "boxes"),
+    "gm_mlic": Row("GM-MLIC", "gm_mlic", "boxes", ["model=gm_mlic_small"]),
+    "gap_linear": Row("global pooling (ResNet-101)", "gap_linear", "grid"),
+    "ml_gcn": Row("ML-GCN", "ml_gcn", "grid"),
+    "cma": Row("CMA", "cma", "grid"),
+    "add_gcn": Row("ADD-GCN", "add_gcn", "grid", ["model.width=256"]),
+    "tsgcn": Row("TSGCN", "tsgcn", "grid", ["model.width=256"]),
+    "query2label": Row("Query2Label", "query2label", "grid", ["model.width=64"]),
+    "ml_decoder": Row("ML-Decoder", "ml_decoder", "grid", ["model.width=64", "model.hidden=256"]),
+    "c_tran": Row("C-Tran", "c_tran", "grid", ["model.width=64"]),
+    "cnn_rnn": Row("CNN-RNN", "cnn_rnn", "grid"),
+    "pla": Row("PLA", "pla", "grid", ["model.width=64", "model.hidden=256"]),
+    "rnn_attention": Row("RNN-Attention", "rnn_attention", "grid", ["model.width=128", "model.map_size={grid}"]),
+    "kd_wsd": Row("MLIC-KD-WSD", "kd_wsd", "grid", ["model.width=256", "model.map_size={grid}"]),
+    "srn": Row("SRN", "srn", "grid", ["model.width=128", "model.map_size={grid}"]),
+    "tdrg": Row("TDRG", "tdrg", "grid", ["model.width=64", "model.hidden=256", "model.map_size={grid}"]),
+    "ssgrl": Row("SSGRL", "ssgrl", "grid", ["model.width=256"]),
+    "mil_max-grid": Row("max-pooled MIL", "mil_max", "grid"),
+    "gm_mlic-grid": Row("GM-MLIC", "gm_mlic", "grid", ["model=gm_mlic_small"]),
 }
 #: Labels with a unique appearance; labels that differ from a label of another theme only by context; labels that
 #: differ only by their position relative to an anchor object.
@@ -72,62 +100,149 @@ KINDS = {
     "context": [LABELS[4 * theme + place] for theme in range(4) for place in (2, 3)],
     "spatial": ["gate", "hatch", "comet", "satellite"],
 }
-MEASURES = ("mAP", *KINDS)
+#: The labels of animals with at least 10 training and 5 test photos.
+TWELVE = ["bottle", "car", "cat", "chair", "cow", "dog", "horse", "person", "pottedplant", "sheep", "sofa", "tvmonitor"]
 
 
-def train(name: str, rate: str, seed: int) -> None:
-    """Train and test, unless results.csv has the run; an interrupted run resumes."""
-    rows = read()
-    if any(found["row"] == name and found["lr"] == rate and int(found["seed"]) == seed for found in rows):
-        return
-    run_dir = RUNS / f"{name}-lr{rate}-{seed}"
-    settings = ["experiment=scenes", *ROWS[name].overrides, f"optimizer.lr={rate}", f"seed={seed}"]
-    code = command(["train", *settings, f"run_dir={run_dir}"])
-    if code:
-        sys.exit(code)
-    done = json.loads((run_dir / "metrics.json").read_text())
-    row = {
-        "row": name,
-        "lr": rate,
-        "seed": seed,
-        "val_mAP": round(done["val"]["mAP"], 2),
-        **{measure: round(value, 2) for measure, value in measured(done["test"]).items()},
-        "parameters": done["model"]["parameters"],
-        "train_seconds": done["train_seconds"],
-    }
-    rows = sorted([*rows, row], key=lambda r: (list(ROWS).index(r["row"]), float(r["lr"]), int(r["seed"])))
-    with RESULTS.open("w", newline="") as out:
-        writer = csv.DictWriter(out, row.keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read() -> list[dict[str, Any]]:
-    """The finished runs."""
-    return list(csv.DictReader(RESULTS.open())) if RESULTS.exists() else []
-
-
-def best_rate(name: str) -> str:
-    """The learning rate with the best validation mAP of finished runs with seed 0."""
-    found = {r["lr"]: float(r["val_mAP"]) for r in read() if r["row"] == name and r["seed"] == "0"}
-    return max(found, key=found.__getitem__, default=ROWS[name].rates[0])
-
-
-def train_all() -> None:
-    for name, row in ROWS.items():
-        for rate in row.rates:
-            train(name, rate, 0)
-        for seed in SEEDS[1:]:
-            train(name, best_rate(name), seed)
-
-
-# Tables
-
-
-def measured(test: dict[str, Any]) -> dict[str, float]:
+def of_scenes(test: dict[str, Any]) -> dict[str, float]:
     """mAP, and the mean AP of each kind of label."""
     of = {kind: statistics.mean(test["AP"][label] for label in labels) for kind, labels in KINDS.items()}
     return {"mAP": float(test["mAP"]), **of}
+
+
+def of_animals(test: dict[str, Any]) -> dict[str, float]:
+    """Mean AP over the twelve labels, and F1 over all labels."""
+    known = [test["AP"][label] for label in TWELVE if test["AP"].get(label) is not None]  # fewer in a trial
+    return {"mAP12": statistics.mean(known), "CF1": float(test["CF1"]), "OF1": float(test["OF1"])}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set and its backbone.
+
+    Attributes:
+        name: name of its files.
+        settings: its overrides.
+        boxes, grid: overrides of a model on boxes, on a grid.
+        grid_size: cells along each side.
+        linear: candidate learning rates of global pooling; they depend on the scale of the features.
+        measure: the measures of a table, from those of a split.
+    """
+
+    name: str
+    settings: list[str]
+    boxes: list[str]
+    grid: list[str]
+    grid_size: int
+    linear: tuple[str, ...]
+    measure: Callable[[dict[str, Any]], dict[str, float]]
+
+    def of(self, row: Row) -> list[str]:
+        """Overrides of a row."""
+        model = [setting.format(grid=self.grid_size) for setting in row.settings]
+        chosen = [] if any(setting.startswith("model=") for setting in model) else [f"model={row.model}"]
+        given = self.boxes if row.input == "boxes" else [*self.grid, f"detector.grid_size={self.grid_size}"]
+        return [*self.settings, *given, *chosen, *model]
+
+    def rates(self, row: Row) -> tuple[str, ...]:
+        return self.linear if row.model == "gap_linear" else RATES
+
+
+def scenes() -> Data:
+    return Data("scenes", ["experiment=scenes"], [], [], 10, ("3e-1", "1", "3", "10"), of_scenes)
+
+
+def animals(shared: Path) -> Data:
+    """The photos of experiments/photos, in one view, with NanoDet's boxes or its features at the cells of a grid."""
+    sys.path[:0] = map(str, (shared / "detector", HERE, HERE.parent / "photos"))
+    settings = [
+        "experiment=photos",
+        f"dataset.root={shared.absolute()}/data/voc2012-animals",
+        f"embedding.path={shared.absolute()}/data/glove/voc2007.npz",
+        f"instances.root={RUNS / 'stores'}",
+        "graph.views=1",
+        "trainer.checkpoint=best",
+    ]
+    plugin = "plugins=[nanodet_plugin]", "plugins=[nanodet_grid]"
+    boxes, grid = ([plugin[0], "detector=nanodet"], [plugin[1], "detector=nanodet_grid"])
+    return Data("animals", settings, boxes, grid, 7, ("1e-1", "3e-1", "1", "3"), of_animals)
+
+
+# Runs
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a data set.
+
+    Attributes:
+        data: the data set.
+        changed: changed settings, of a trial.
+    """
+
+    data: Data
+    changed: Sequence[str] = ()
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / "trial" if self.changed else HERE
+
+    @property
+    def results(self) -> Path:
+        return self.folder / f"{self.data.name}.csv"
+
+    def settings(self, name: str) -> list[str]:
+        return [*self.data.of(ROWS[name]), *self.changed]
+
+    def read(self) -> list[dict[str, Any]]:
+        """The finished runs."""
+        return list(csv.DictReader(self.results.open())) if self.results.exists() else []
+
+    def train(self, name: str, rate: str, seed: int) -> None:
+        """Train and test, unless the run is finished; an interrupted run resumes."""
+        if any((found["row"], found["lr"], found["seed"]) == (name, rate, str(seed)) for found in self.read()):
+            return
+        run_dir = RUNS / ("trial" if self.changed else "") / f"{self.data.name}-{name}-lr{rate}-{seed}"
+        run = [f"optimizer.lr={rate}", f"seed={seed}", f"run_dir={run_dir}"]
+        code = command(["train", *self.settings(name), *run])
+        if code:
+            sys.exit(code)
+        done = json.loads((run_dir / "metrics.json").read_text())
+        measures = self.data.measure(done["test"])
+        row = {
+            "row": name,
+            "lr": rate,
+            "seed": seed,
+            "val_mAP": round(done["val"]["mAP"], 2),
+            **{measure: round(value, 2) for measure, value in measures.items()},
+            "parameters": done["model"]["parameters"],
+            "train_seconds": done["train_seconds"],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", newline="") as out:  # other processes may append too
+            writer = csv.DictWriter(out, row.keys(), lineterminator="\n")
+            if out.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def best_rate(self, name: str) -> str:
+        """The candidate learning rate with the best validation mAP of finished runs with seed 0; of equal ones, the
+        rate with the most runs.
+        """
+        rates = self.data.rates(ROWS[name])
+        runs = [run for run in self.read() if run["row"] == name and run["lr"] in rates]
+        mAP = {run["lr"]: float(run["val_mAP"]) for run in runs if run["seed"] == "0"}
+        return max(mAP, key=lambda rate: (mAP[rate], sum(run["lr"] == rate for run in runs)), default=rates[0])
+
+    def train_all(self, names: Iterable[str]) -> None:
+        for name in names:
+            for rate in self.data.rates(ROWS[name]):
+                self.train(name, rate, 0)
+            for seed in SEEDS[1:]:
+                self.train(name, self.best_rate(name), seed)
+
+
+# Tables
 
 
 def known_limit() -> dict[str, float]:
@@ -138,26 +253,34 @@ def known_limit() -> dict[str, float]:
     metrics = MultiLabelMetrics(len(LABELS), convention=config.metrics.convention)
     metrics.update(torch.from_numpy(test.limit_scores).float(), torch.from_numpy(test.targets))
     values = metrics.compute()
-    return measured({"mAP": values["mAP"], "AP": dict(zip(LABELS, values["AP"].tolist(), strict=True))})
+    return of_scenes({"mAP": values["mAP"], "AP": dict(zip(LABELS, values["AP"].tolist(), strict=True))})
 
 
 def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
     """The network of a row with random weights, and a batch of random instances of matching sizes."""
     extractor = build.build_detector(config)
-    module, graph = build_module(config, build.build_dataset(config, "train"), extractor)
+    module, graph, _ = build_module(config, build.build_dataset(config, "train"), extractor)
     generator = torch.Generator().manual_seed(0)
-    corner, size = torch.rand(2, BATCH, config.graph.m, 2, generator=generator) / 2
+    m = config.graph.m
+    box = grid_boxes(config.detector.grid_size) if config.detector.get("grid_size") else torch.tensor([[0, 0, 1, 1]])
     batch = AssignmentBatch.from_padded(
-        x=torch.rand(BATCH, config.graph.m, extractor.feature_dim, generator=generator),
-        box=torch.cat([corner, corner + size], dim=-1),
-        mask=torch.ones(BATCH, config.graph.m, dtype=torch.bool),
+        x=torch.rand(BATCH, m, extractor.feature_dim, generator=generator),
+        box=box.float().expand(BATCH, m, 4),
+        mask=torch.ones(BATCH, m, dtype=torch.bool),
         label_vectors=graph.label_vectors,
         num_neighbors=graph.num_neighbors,
         edge_types=graph.edge_types,
-        score=torch.rand(BATCH, config.graph.m, generator=generator),
-        detected_label=torch.zeros(BATCH, config.graph.m, dtype=torch.int64),
+        score=torch.rand(BATCH, m, generator=generator),
+        detected_label=torch.zeros(BATCH, m, dtype=torch.int64),
     )
     return module.model.eval(), batch
+
+
+def grid_boxes(size: int) -> torch.Tensor:
+    """Boxes (G * G, 4) of the cells of a grid."""
+    row, column = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    corner = torch.stack([column, row], dim=-1).view(-1, 2)
+    return torch.cat([corner, corner + 1], dim=1) / size
 
 
 def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
@@ -173,11 +296,10 @@ def flops_of(model: torch.nn.Module, batch: AssignmentBatch) -> int:
 
 
 @torch.no_grad()
-def costs() -> dict[str, tuple[int, float, float]]:
+def costs(study: Study, names: Sequence[str]) -> dict[str, tuple[int, float, float]]:
     """Parameters, GFLOPs per image and images/s of each network, without detector and backbone."""
-    networks = {}
-    for name, row in ROWS.items():
-        networks[name] = network(compose("train", ["experiment=scenes", "dataset.sizes.train=64", *row.overrides]))
+    small = ["dataset.sizes.train=64"] if study.data.name == "scenes" else []
+    networks = {name: network(compose("train", [*study.settings(name), *small])) for name in names}
     flops = {name: flops_of(model, batch) for name, (model, batch) in networks.items()}
     timings = interleaved(
         {name: lambda model=model, batch=batch: model(batch) for name, (model, batch) in networks.items()}, ROUNDS
@@ -186,35 +308,55 @@ def costs() -> dict[str, tuple[int, float, float]]:
         name: (
             sum(p.numel() for p in model.parameters()),
             flops[name] / BATCH / 1e9,
-            BATCH / statistics.median(timings[name]),
+            BATCH / min(timings[name]),  # the round that other processes disturbed least
         )
         for name, (model, _) in networks.items()
     }
 
 
-def collect() -> None:
-    rows = read()
-    limit = " | ".join(f"{value:.1f}" for value in known_limit().values())
-    lines = [
-        "| model | input | lr | mAP | plain | context | spatial | parameters | GFLOPs per image | images/s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| upper bound | | | {limit} | | | |",
-    ]
-    cost = costs()
-    for name, row in ROWS.items():
-        of = [r for r in rows if r["row"] == name and r["lr"] == best_rate(name)]
-        if of:
-            parameters, gflops, speed = cost[name]
-            cells = [mean_and_std([float(r[measure]) for r in of]) for measure in MEASURES]
-            lines.append(
-                f"| {row.model} | {row.input} | {float(of[0]['lr']):g} | {' | '.join(cells)} | {parameters:,} | "
-                f"{gflops:.3g} | {speed:,.0f} |"
-            )
+def printed_in_the_paper() -> dict[str, list[str]]:
+    """The paper's printed mAP of each model on the data sets of PAPER; empty where it has none."""
+    paper = read_paper()
+    found = {}
+    for system, models in paper["models"].items():
+        values = [paper[data]["rows"].get(system) for data in PAPER]
+        columns = [[name for part in paper[data]["columns"] for name in part] for data in PAPER]
+        cells = [v[c.index("mAP")] if v else None for v, c in zip(values, columns, strict=True)]
+        found[models[0]] = ["" if cell is None else f"{cell:.1f}" for cell in cells]
+    return found
+
+
+def collect(study: Study) -> None:
+    """Print and write the table of finished runs."""
+    runs = study.read()
+    if not runs:
+        return
+    names = [name for name in ROWS if any(run["row"] == name for run in runs)]
+    measures = [key for key in runs[0] if key not in ("row", "lr", "seed", "val_mAP", "parameters", "train_seconds")]
+    head = [
+        "model", "input", "rates", "lr", "seeds", *measures, "parameters", "GFLOPs per image", "images/s",
+        *(f"{title}, paper" for title in PAPER.values()),
+    ]  # fmt: skip
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    if study.data.name == "scenes":
+        limit = [f"{value:.1f}" for value in known_limit().values()]
+        lines.append(["upper bound", "", "", "", "", *limit, *[""] * (3 + len(PAPER))])
+    cost, printed = costs(study, names), printed_in_the_paper()
+    for name in names:
+        row = ROWS[name]
+        tried = {run["lr"] for run in runs if run["row"] == name and run["seed"] == "0"}
+        rates = f"{len(tried)} of {len(study.data.rates(row))}"
+        of = [run for run in runs if run["row"] == name and run["lr"] == study.best_rate(name)]
+        parameters, gflops, speed = cost[name]
+        spread = [mean_and_std([float(run[measure]) for run in of]) for measure in measures]
+        sizes = [f"{parameters:,}", f"{gflops:.3g}", f"{speed:,.0f}"]
+        theirs = printed.pop(row.model, [""] * len(PAPER))  # in the first row of the model
+        lines.append([row.title, row.input, rates, f"{float(of[0]['lr']):g}", str(len(of)), *spread, *sizes, *theirs])
+    table = "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
     machine = describe_machine("cpu")
-    table = "\n".join(lines)
     print(table)
     print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}")
-    (HERE / "results.md").write_text(table + "\n")
+    (study.folder / f"{study.data.name}.md").write_text(table)
 
 
 def mean_and_std(values: list[float]) -> str:
@@ -223,7 +365,21 @@ def mean_and_std(values: list[float]) -> str:
     return f"{mean}{no_break}±{no_break}{statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=("scenes", "animals"))
+    parser.add_argument("--shared", type=Path, help="folder of photos, word vectors and detector (animals)")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all rows")
+    parser.add_argument("--collect", action="store_true", help="train nothing")
+    parser.add_argument("--override", nargs="+", default=[], metavar="KEY=VALUE", help="changed settings, for a trial")
+    given = parser.parse_args()
+    if given.data == "animals" and given.shared is None:
+        parser.error("animals needs --shared SHARED")
+    study = Study(scenes() if given.data == "scenes" else animals(given.shared), given.override)
+    if not given.collect:
+        study.train_all(given.only)
+    collect(study)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["collect"]:
-        train_all()
-    collect()
+    main()

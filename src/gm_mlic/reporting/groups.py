@@ -45,6 +45,11 @@ class Group:
         found = {int(run.setting("seed", 0)): (run.result or {})[split].get(metric) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
+    def label_values(self, label: str) -> list[float]:
+        """Test AP of a label, for runs that have it."""
+        found = [(run.result or {})["test"]["AP"].get(label) for run in self.runs]
+        return [float(value) for value in found if value is not None]
+
     def setting(self, key: str) -> Any:
         """Value of a setting that is the same in all runs."""
         return self.runs[0].setting(key)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import jinja2
@@ -25,7 +26,7 @@ from gm_mlic.reporting import plots
 from gm_mlic.reporting.annotated_images import label_box, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.runs import as_typed, unusual
-from gm_mlic.reporting.tables import markdown_table, number
+from gm_mlic.reporting.tables import gap, markdown_table, number
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
 from gm_mlic.safe_load import load_arrays
 
@@ -40,12 +41,13 @@ _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution block
 
 @dataclass(frozen=True)
 class Table:
-    """Table whose first column is text; ``strong`` rows are highlighted."""
+    """Table whose first column is text; ``strong`` rows are highlighted, ``quiet`` rows are gray."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: frozenset[int] = frozenset()
+    quiet: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Section:
 def write_report(runs: Sequence[Run], out: Path) -> Path:
     """Write ``report.html``, ``report.md`` and the figures to ``out``.
 
-    The sections, if the runs have data for them, are metrics beside the paper's (Tables 1 to 3), ablation (Table 4), m
-    and k (Figure 4), photos (Figure 3), label states (Figure 5), training curves, and unfinished runs.
+    The sections, if the runs have data for them, are the paper's table of the dataset (Tables 1 to 3) with runs of the
+    same models, metrics, ablation (Table 4), m and k (Figure 4), photos (Figure 3), label states (Figure 5), training
+    curves, and unfinished runs.
 
     Args:
         runs: runs of one or more studies; runs that differ only in the seed are grouped.
@@ -98,7 +101,10 @@ def write_report(runs: Sequence[Run], out: Path) -> Path:
     paper = read_paper()
     sections: list[Section] = []
     for dataset in dict.fromkeys(group.dataset for group in groups):
-        sections += _metrics(dataset, [g for g in groups if g.dataset == dataset], paper.get(dataset, {}))
+        of_dataset = [group for group in groups if group.dataset == dataset]
+        if dataset in paper:
+            sections.append(_paper_table(dataset, of_dataset, paper))
+        sections += _metrics(dataset, of_dataset)
     sections += _ablations(groups, paper)
     sections += _sweeps(groups, paper, out)
     best = _method(groups)
@@ -131,7 +137,7 @@ def is_complete(result: Mapping[str, Any] | None) -> bool:
 
 
 def read_paper() -> dict[str, Any]:
-    """Read the paper's numbers by dataset, from ``paper.yaml``."""
+    """Read the paper's numbers by dataset, and the models of its systems, from ``paper.yaml``."""
     text = importlib.resources.files("gm_mlic.reporting").joinpath("paper.yaml").read_text()
     content: dict[str, Any] = yaml.safe_load(text)
     return content
@@ -150,62 +156,65 @@ def _best_val(group: Group) -> float:
 # Sections
 
 
-def _metrics(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:
-    """Metrics as in Tables 2 and 3 (all and top-3), and AP of each label as in Table 1."""
-    theirs = paper.get("test", {})
+def _paper_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
+    """One of Tables 1 to 3: all rows of the paper, and below them those of runs of the same model."""
+    content, models = paper[dataset], paper["models"]
+    ours = {
+        system: _method(found)
+        for system in content["rows"]
+        if (found := [group for group in groups if group.setting("model.name") in models[system]])
+    }
+    columns = [name for part in content["columns"] for name in part]
+    items = []
+    for part in content["columns"]:
+        rows: list[list[str]] = []
+        strong, quiet = set(), set()
+        for system, values in content["rows"].items():
+            theirs = dict(zip(columns, values, strict=True))
+            quiet.add(len(rows))
+            rows.append([system, "paper", *(number(theirs[name]) for name in part)])
+            if system in ours:
+                group = ours[system]
+                strong.add(len(rows))
+                measured = [list(group.values(name).values()) or group.label_values(name) for name in part]
+                runs = "1 run" if len(group.runs) == 1 else f"{len(group.runs)} runs"
+                rows.append([system, f"{group.setting('model.name')}, {runs}", *map(spread, measured)])
+                gaps = [gap(mean(v) if v else None, theirs[name]) for v, name in zip(measured, part, strict=True)]
+                rows.append(["", "difference", *gaps])
+        head = ["", "source", *(name.replace("top3/", "top-3 ") for name in part)]
+        items.append(Table(f"{content['table']}, %", head, rows, frozenset(strong), frozenset(quiet)))
+    text = (
+        f"All systems of {content['table']} of Wu et al. (IJCAI 2021). Rows of source 'paper' have its printed "
+        "numbers, which were not measured here. Below them are runs of the same model, if there are any: mean ± sample "
+        "standard deviation over seeds, on the test split. Of several settings of a model, the best on val is shown."
+    )
+    return Section(f"The paper's {content['table']}: {dataset}", text, items, list(ours.values()))
 
-    def row(group: Group, names: Sequence[str]) -> list[str]:
-        cells = [spread(list(group.values(name).values())) for name in names]
-        return [group.name, str(len(group.runs)), *cells]
 
-    items: list[Table | Picture] = []
+def _metrics(dataset: str, groups: Sequence[Group]) -> Iterator[Section]:
+    """Metrics of all groups, and AP of each label."""
+    items = []
     for title, names in (("All labels", ("mAP", *ALL)), ("Top 3 labels", tuple(f"top3/{name}" for name in ALL))):
-        rows = [row(group, names) for group in groups]
-        strong: frozenset[int] = frozenset()
-        if any(name in theirs for name in names):
-            strong = frozenset({len(rows)})
-            rows.append([f"paper, {paper['table']}", "", *(number(theirs.get(name)) for name in names)])
+        cells = ((spread(list(group.values(name).values())) for name in names) for group in groups)
+        rows = [[group.name, str(len(group.runs)), *row] for group, row in zip(groups, cells, strict=True)]
         head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
-        items.append(Table(f"{title}, %", head, rows, strong))
+        items.append(Table(f"{title}, %", head, rows))
     text = "Mean ± sample standard deviation over seeds, on the test split. The epoch is selected on val."
-    if theirs:
-        text += f" The paper's numbers are from its {paper['table']}."
     yield Section(f"Metrics on {dataset}", text, items, groups)
-    if theirs:
-        yield _beside_the_paper(_method(groups), theirs, str(paper["table"]))
-    yield _label_table(dataset, groups, paper)
+    yield _label_table(dataset, groups)
 
 
-def _beside_the_paper(group: Group, theirs: Mapping[str, float], table: str) -> Section:
-    rows = []
-    for name in METRICS:
-        values = list(group.values(name).values())
-        if name in theirs and values:
-            ours = sum(values) / len(values)
-            rows.append([name, spread(values), number(theirs[name]), f"{ours - theirs[name]:+.1f}"])
-    items = [Table("", ["", "ours", "paper", "ours - paper"], rows)]
-    text = "Means over seeds, on the test split."
-    return Section(f"Comparison with the paper's {table}: {group.name}", text, items, [group])
-
-
-def _label_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]) -> Section:
-    theirs = paper.get("AP", {})
+def _label_table(dataset: str, groups: Sequence[Group]) -> Section:
     best = {id(group) for group in sorted(groups, key=_best_val, reverse=True)[:6]}
     columns = [group for group in groups if id(group) in best]  # in the order of the tables above
     labels = list((columns[0].runs[0].result or {})["test"]["AP"])
-    rows = []
-    for label in labels:
-        cells = []
-        for group in columns:
-            values = [(run.result or {})["test"]["AP"].get(label) for run in group.runs]
-            cells.append(spread([float(value) for value in values if value is not None]))
-        rows.append([label, *cells, *([number(theirs.get(label))] if theirs else [])])
-    head = ["", *(group.name for group in columns), *(["paper, Table 1"] if theirs else [])]
+    rows = [[label, *(spread(group.label_values(label)) for group in columns)] for label in labels]
     left_out = len(groups) - len(columns)
     text = "Labels without a positive test image are marked with -."
     if left_out:
         text += f" The columns are the {len(columns)} best on val; {left_out} more are in the tables above."
-    return Section(f"AP of each label on {dataset}", text, [Table("AP, %", head, rows)], columns)
+    table = Table("AP, %", ["", *(group.name for group in columns)], rows)
+    return Section(f"AP of each label on {dataset}", text, [table], columns)
 
 
 def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Section]:

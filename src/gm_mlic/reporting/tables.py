@@ -116,7 +116,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
         made.add_section()
         other, differences = result["against"], result["difference"].values()
         add("other mAP", (values["mAP"] for values in other.values()))
-        made.add_row("gain", *(_gap(metrics[name]["mAP"], other[name]["mAP"]) for name in metrics))
+        made.add_row("gain", *(gap(metrics[name]["mAP"], other[name]["mAP"]) for name in metrics))
         add_intervals(difference["interval"] for difference in differences)
         made.add_row("p", *(f"{d['p']:.3f}" if d["p"] >= 0.0005 else "<.001" for d in differences))
     for heading, source in (("", metrics), ("fitted", result.get("calibrated", {}))):
@@ -157,5 +157,6 @@ def _resamples(result: Mapping[str, Any]) -> str:
     return f"{bootstrap['resamples']} resamples of the images, seed {bootstrap['seed']}"
 
 
-def _gap(ours: float | None, other: float | None) -> str:
+def gap(ours: float | None, other: float | None) -> str:
+    """Difference of two metrics in percent, with its sign; a dash if one is None."""
     return "-" if ours is None or other is None else f"{ours - other:+.1f}"
