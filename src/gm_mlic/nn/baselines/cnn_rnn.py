@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class CNNRNN(Composite):
 
     *Training* (section 3.4): cross-entropy of the next label given the true ones before it. The labels of an image are
     sorted by their frequency in the training images, the most frequent first, and END follows. :meth:`fit` counts; the
-    order is a buffer, and part of checkpoints. This loss replaces the configured one, since the logits have no
+    order is a buffer, and part of checkpoints. This loss replaces the configured one: in training, the logits have no
     gradient.
 
     *Inference* (section 3.3): beam search for the most probable path of labels up to END. At each step, the N most
@@ -114,7 +115,6 @@ class CNNRNN(Composite):
             label = following
         return torch.stack(scores, dim=1)
 
-    @torch.no_grad()
     def search(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Beam search, for images (B, width).
 
@@ -153,7 +153,8 @@ class CNNRNN(Composite):
             locations = self.image(batch.x)
             image = locations.masked_fill(~batch.mask[..., None], 0).sum(dim=1) / batch.mask.sum(dim=1)[:, None]
             values = self.labels(locations)[..., :-1]
-            _, logits = self.search(image)
+            with torch.no_grad() if self.training else contextlib.nullcontext():
+                _, logits = self.search(image)
             loss = None
             if self.training and batch.y is not None:
                 paths = label_paths(present_labels(batch), self.rank, self.steps)
