@@ -33,8 +33,11 @@ from gm_mlic.metrics import CONVENTIONS
 from gm_mlic.nn import (
     ADDGCN,
     CMA,
+    CNNRNN,
     GMMLIC,
+    KDWSD,
     MLGCN,
+    PLA,
     SRN,
     SSGRL,
     TDRG,
@@ -45,6 +48,7 @@ from gm_mlic.nn import (
     MILMax,
     MLDecoder,
     Query2Label,
+    RNNAttention,
 )
 from gm_mlic.optim import build_optimizer, build_scheduler
 from gm_mlic.registry import MODELS, OPTIMIZERS, SCHEDULERS, Registry
@@ -83,6 +87,10 @@ CLASSES = {
     "srn": SRN,
     "tdrg": TDRG,
     "cma": CMA,
+    "cnn_rnn": CNNRNN,
+    "rnn_attention": RNNAttention,
+    "pla": PLA,
+    "kd_wsd": KDWSD,
     "tsgcn": TSGCN,
 }
 GRIDS = [name for name in CLASSES if name not in ("detector_labels", "mil_max")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,10 @@ from gm_mlic.graphs import MATCHES, AssignmentBatch, AssignmentGraph
 from gm_mlic.nn import (
     ADDGCN,
     CMA,
+    CNNRNN,
+    KDWSD,
     MLGCN,
+    PLA,
     SRN,
     SSGRL,
     TDRG,
@@ -30,13 +34,18 @@ from gm_mlic.nn import (
     MLDecoder,
     ModelOutput,
     Query2Label,
+    RNNAttention,
 )
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.nn.baselines._common import conditional_probabilities, from_map, to_map
+from gm_mlic.nn.baselines._sequence import NO_TARGET, label_paths, log_odds
 from gm_mlic.nn.baselines.c_tran import random_known
 from gm_mlic.nn.baselines.cma import similarity_loss
+from gm_mlic.nn.baselines.kd_wsd import detection_log_scores, windows
 from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
+from gm_mlic.nn.baselines.pla import align, assignment
 from gm_mlic.nn.baselines.query2label import position_encoding
+from gm_mlic.nn.baselines.rnn_attention import region_constraints, sample_region
 from gm_mlic.nn.baselines.ssgrl import GGNNStep
 from gm_mlic.nn.baselines.tdrg import cross_scale
 from gm_mlic.nn.baselines.tsgcn import spatial_adjacency
@@ -54,6 +63,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tdrg": {"num_labels": C, "width": 12, "layers": 1, "heads": 2, "hidden": 16, "map_size": 3},
     "cma": {"num_labels": C, "width": 12},
     "tsgcn": {"num_labels": C, "label_dim": D_L, "width": 12},
+    "cnn_rnn": {"num_labels": C, "width": 12, "hidden": 16},
+    "rnn_attention": {"num_labels": C, "width": 12, "regions": 3, "region_size": 2, "map_size": 3},
+    "pla": {"num_labels": C, "width": 12, "hidden": 16},
+    "kd_wsd": {"num_labels": C, "width": 12, "dropout": 0.0, "map_size": 3},
 }
 #: Length of the label states of models that have some.
 STATES = {
@@ -67,7 +80,7 @@ STATES = {
     "tsgcn": D_O,
 }
 #: Models whose match logits are attention that sums to 1 over the locations.
-ATTENTION = {"ssgrl", "query2label", "ml_decoder", "tsgcn"}
+ATTENTION = {"ssgrl", "query2label", "ml_decoder", "tsgcn", "pla"}
 TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
 every_model = pytest.mark.parametrize("name", SETTINGS)
 
@@ -102,6 +115,13 @@ def graphs(dense: AssignmentBatch) -> list[HeteroData]:
     return made
 
 
+def training_loss(output: ModelOutput, y: Tensor) -> Tensor:
+    """The training loss, with binary cross-entropy as the configured one."""
+    logits = (output.logits, *(output.auxiliary or ()))
+    terms = [nn.functional.binary_cross_entropy_with_logits(x, y.to(x.dtype)) for x in logits]
+    return sum(terms, start=torch.tensor(0.0) if output.loss is None else output.loss)
+
+
 def close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -127,7 +147,7 @@ def test_shapes(name: str) -> None:
 @every_model
 def test_gradients_reach_every_parameter(name: str) -> None:
     net, data = model(name), replace(batch((9, 4, 6)), y=TARGETS[:3])
-    net(data).logits.sin().sum().backward()
+    training_loss(net(data), TARGETS[:3]).backward()
     assert [key for key, p in net.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
 
 
@@ -164,9 +184,9 @@ def test_overfits_16_images(name: str) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.02, weight_decay=0)
     for _ in range(250):
         optimizer.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(net(data).logits, y)
-        loss.backward()
+        training_loss(net(replace(data, y=y)), y).backward()
         optimizer.step()
+    loss = nn.functional.binary_cross_entropy_with_logits(net.eval()(data).logits, y)
     assert float(loss.detach()) < 0.05
 
 
@@ -189,7 +209,7 @@ def test_compiled_in_one_graph(name: str) -> None:
     close(compiled(data).match_logits, net(data).match_logits)
 
 
-@pytest.mark.parametrize("name", ["c_tran", "tdrg"])
+@pytest.mark.parametrize("name", ["c_tran", "tdrg", "cnn_rnn", "rnn_attention", "pla", "kd_wsd"])
 def test_exported_with_any_number_of_images_and_locations(name: str) -> None:
     net, label_vectors = model(name).eval(), batch().label_vectors
 
@@ -207,7 +227,8 @@ def test_exported_with_any_number_of_images_and_locations(name: str) -> None:
         return data.x, data.box, data.mask
 
     shapes = ({0: Dim("images"), 1: Dim("locations")},) * 3
-    program = torch.export.export(Logits(), inputs((9, 4, 6)), dynamic_shapes=shapes)
+    with torch.no_grad():  # as `gm-mlic export` does
+        program = torch.export.export(Logits(), inputs((9, 4, 6)), dynamic_shapes=shapes)
     for counts in ((5,), (12, 3, 7, 7)):
         close(program.module()(*inputs(counts)), Logits()(*inputs(counts)))
 
@@ -260,6 +281,10 @@ def test_repr() -> None:
         "TDRG(8, 4, width=12, layers=1, map_size=3)",
         "CMA(8, 4, width=12)",
         "TSGCN(8, 5, 4, width=12)",
+        "CNNRNN(8, 4, width=12, hidden=16, beams=4)",
+        "RNNAttention(8, 4, width=12, regions=3, map_size=3)",
+        "PLA(8, 4, width=12, hidden=16)",
+        "KDWSD(8, 4, width=12, map_size=3)",
     ]
 
 
@@ -291,6 +316,10 @@ def test_repr() -> None:
         (lambda: CMA(8, 3, threshold=2.0), "^threshold"),
         (lambda: TSGCN(8, 3, 3, width=0), "^width"),
         (lambda: TSGCN(8, 3, 3, radius=0.0), "^radius"),
+        (lambda: CNNRNN(8, 3, beams=0), "^beams"),
+        (lambda: RNNAttention(8, 3, regions=0), "^regions"),
+        (lambda: PLA(8, 3, steps=0), "^steps"),
+        (lambda: KDWSD(8, 3, dropout=1.0), "^dropout"),
     ],
 )
 def test_invalid_arguments(make: Any, message: str) -> None:
@@ -750,3 +779,293 @@ def test_tsgcn_against_a_loop() -> None:
             close(output.logits[b, c], (semantic + spatial)[c] @ f[c])
             close(output.label_states[b, c], f[c])
         close(output.match_logits[b, :count], a)
+
+
+# Sequences of labels
+
+
+def test_label_paths() -> None:
+    """Labels by rank, then END (4); at most two labels in the second case."""
+    rank, P = torch.tensor([2, 0, 3, 1]), NO_TARGET
+    present = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]) > 0
+    assert label_paths(present, rank, 4).tolist() == [[1, 3, 0, 4], [2, 4, P, P], [4, P, P, P]]
+    assert label_paths(present, rank, 2).tolist() == [[1, 3, 4], [2, 4, P], [4, P, P]]
+
+
+def test_log_odds() -> None:
+    scores = torch.randn(3, 5).double()
+    p = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
+    close(log_odds(scores), torch.log(p / (1 - p)))
+    large = torch.tensor([[100.0, 0.0, -100.0]], requires_grad=True)
+    torch.testing.assert_close(log_odds(large).detach(), torch.tensor([[100.0, -100.0, -200.0]]))
+    log_odds(large).sum().backward()
+    assert large.grad is not None
+    assert bool(large.grad.isfinite().all())
+
+
+def lstm_step(cell: nn.LSTMCell, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, g, o = (cell.weight_ih @ x + cell.bias_ih + cell.weight_hh @ h + cell.bias_hh).chunk(4)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+# CNN-RNN
+
+
+def path_probabilities(net: Any, image: Tensor, path: tuple[int, ...]) -> list[Tensor]:
+    """The softmax over labels and END at each step of a path, one step after the other."""
+    h = c = torch.zeros(16).double()
+    found, U = [], net.labels.weight
+    for label in (C, *path):
+        h, c = lstm_step(net.lstm, U[label], h, c)
+        s = U @ torch.relu(net.output.weight @ h + net.image.weight @ image)
+        found.append(s.exp() / s.exp().sum())
+    return found
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_beam_search_against_all_paths(steps: int) -> None:
+    """With as many beams as unfinished paths the search is exhaustive; with fewer, it finds no better path."""
+    wide, narrow = (model("cnn_rnn", steps=steps, beams=beams) for beams in (24, 1))
+    for parameter in wide.parameters():
+        parameter.data.mul_(4)  # less uniform probabilities, so that the best paths are long
+    narrow.load_state_dict(wide.state_dict())
+    data = batch((9, 4, 6), seed=2)
+    images = [data.x[b, :count].mean(dim=0) for b, count in enumerate((9, 4, 6))]
+    paths = [path for n in range(steps + 1) for path in itertools.permutations(range(C), n)]
+    found, odds = wide.search(torch.stack(images) @ wide.image.weight.T)
+    greedy, _ = narrow.search(torch.stack(images) @ wide.image.weight.T)
+    assert bool((greedy <= found + 1e-9).all())
+    lengths = set()
+    for b, image in enumerate(images):
+        p = {path: path_probabilities(wide, image, path) for path in paths}
+        value = {path: sum(p[path][t][label].log() for t, label in enumerate((*path, C))) for path in paths}
+        best = max(paths, key=lambda path: float(value[path].detach()))
+        largest = torch.stack(p[best]).amax(dim=0)[:C]
+        close(found[b], value[best])
+        close(odds[b], torch.log(largest / (1 - largest)))
+        lengths.add(len(best))
+    assert lengths - {0}
+    close(wide(data).logits, odds)
+
+
+def test_cnn_rnn_learns_labels_by_frequency() -> None:
+    """TARGETS have 3, 3, 2 and 2 images with the labels: 0, 1, 2, 3."""
+    net, y = model("cnn_rnn"), TARGETS[:3]
+    assert net.rank.tolist() == [0, 1, 2, 3]
+    net.fit(TARGETS.flip(1))
+    assert net.rank.tolist() == [2, 3, 0, 1]
+    data = batch((9, 4, 6))
+    images = [data.x[b, :count].mean(dim=0) for b, count in enumerate((9, 4, 6))]
+    paths = [(0, 1), (2, 0), (2, 3, 1)]
+    terms = [
+        -p[label].log()
+        for image, path in zip(images, paths, strict=True)
+        for label, p in zip((*path, C), path_probabilities(net, image, path), strict=True)
+    ]
+    output = net(replace(data, y=y))
+    close(output.loss, sum(terms) / len(terms))
+    assert not output.logits.requires_grad
+    close(output.logits, net.eval()(replace(data, y=y)).logits)
+    assert net(replace(data, y=y)).loss is None
+
+
+def test_difficult_labels_are_unknown_in_paths() -> None:
+    net, data = model("cnn_rnn"), batch((9,))
+    difficult = torch.tensor([[False, True, False, False]])
+    output = net(replace(data, y=TARGETS[:1], difficult=difficult))
+    p = path_probabilities(net, data.x[0].mean(dim=0), (0,))
+    close(output.loss, -sum((q[label] / (1 - q[1])).log() for label, q in zip((0, C), p, strict=True)) / 2)
+
+
+# RNN-Attention
+
+
+def bilinear(X: Tensor, x: float, y: float) -> Tensor:
+    """The value of a map (d, G, G) at a place, in cells from the center of the first one; zero outside."""
+    total, G = torch.zeros(X.shape[0]).double(), X.shape[-1]
+    for i in range(math.floor(y), math.floor(y) + 2):
+        for j in range(math.floor(x), math.floor(x) + 2):
+            if 0 <= i < G and 0 <= j < G:
+                total += (1 - abs(y - i)) * (1 - abs(x - j)) * X[:, i, j]
+    return total
+
+
+def sampled(X: Tensor, region: Tensor, size: int) -> Tensor:
+    """``sample_region`` for one map."""
+    sx, sy, tx, ty = region.tolist()
+    place = [-1 + (2 * k + 1) / size for k in range(size)]
+    G = X.shape[-1]
+    rows = [
+        [bilinear(X, ((sx * u + tx + 1) * G - 1) / 2, ((sy * v + ty + 1) * G - 1) / 2) for u in place] for v in place
+    ]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1)
+
+
+def test_sampled_regions() -> None:
+    X = torch.randn(3, 2, 4, 4).double()
+    whole, part, outside = [1, 1, 0, 0], [0.3, 0.6, -0.5, 0.2], [0.5, -0.4, 0.9, -0.8]
+    regions = torch.tensor([whole, part, outside], dtype=torch.float64)
+    found = sample_region(X, regions, 4)
+    for b in range(3):
+        close(found[b], sampled(X[b], regions[b], 4))
+    close(found[0], X[0])
+
+
+def test_region_constraints_of_two_images() -> None:
+    """Anchors of three regions: the center, and two points on the circle of radius sqrt(1 / 2)."""
+    r = math.sqrt(0.5)
+    good = [[0.5, 0.2, 0, 0], [0.3, 0.4, 0, r], [0.1, 0.1, 0, -r]]
+    bad = [[0.7, 0.2, 0, 0.4], [-0.9, 0.05, 0, r], [0.1, 0.1, 0.2, -r]]
+    expected = 0.2**2 + 0.4**2 + 0.01 * (0.4**2 + 0.2**2) / 2 + 0.1 * (1.0 + 0.05)
+    found = region_constraints(torch.tensor([good, bad], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor(expected / 2).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_rnn_attention_against_a_loop() -> None:
+    net, relu = model("rnn_attention"), torch.relu
+    nn.init.normal_(net.localization.weight, std=0.3)
+    x, box = torch.randn(1, 9, D_O).double(), grid_boxes(3)
+    data = AssignmentBatch(x, box[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
+    output = net(data)
+    X = (x[0] @ net.project.weight[:, :, 0, 0].T + net.project.bias).T.view(12, 3, 3)
+    region, h, c = torch.tensor([1.0, 1.0, 0.0, 0.0]).double(), torch.zeros(12).double(), torch.zeros(12).double()
+    scores, regions = [], []
+    for k in range(4):
+        f = relu(net.region.weight @ sampled(X, region, 2).flatten() + net.region.bias)
+        h, c = lstm_step(net.lstm, f, h, c)
+        z = relu(net.hidden.weight @ h + net.hidden.bias)
+        if k > 0:
+            scores.append(net.scores.weight @ z + net.scores.bias)
+            regions.append(region)
+        region = net.localization.weight @ z + net.localization.bias
+    close(output.logits[0], torch.stack(scores).amax(dim=0))
+    close(output.loss, 0.1 * region_constraints(torch.stack(regions)[None]))
+    for label in range(C):
+        sx, sy, tx, ty = regions[int(torch.stack(scores)[:, label].argmax())].tolist()
+        cells = [((j - 1) * 2 / 3, (i - 1) * 2 / 3) for i in range(3) for j in range(3)]
+        expected = [-(((u - tx) / max(abs(sx), 0.1)) ** 2) - ((v - ty) / max(abs(sy), 0.1)) ** 2 for u, v in cells]
+        close(output.match_logits[0, :, label], torch.tensor(expected, dtype=torch.float64))
+
+
+# PLA
+
+
+@pytest.mark.parametrize("size", range(7))
+def test_assignment_against_all_permutations(size: int) -> None:
+    generator = np.random.default_rng(size)
+    for cost in (generator.normal(size=(size, size)), generator.integers(3, size=(size, size)).astype(float)):
+        found = assignment(cost)
+        assert sorted(found) == list(range(size))
+        best = min(sum(cost[i, j] for i, j in enumerate(order)) for order in itertools.permutations(range(size)))
+        assert sum(cost[i, j] for i, j in enumerate(found)) == pytest.approx(best)
+
+
+def test_alignment_against_all_permutations() -> None:
+    """Of the orders that keep predicted labels at the first steps that predict them, the one of the least loss."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 5, 5, generator=generator).double()
+    present = torch.rand(40, 4, generator=generator) < 0.7
+    paths = label_paths(present, torch.arange(4), 4)
+    kept = 0
+    for score, path, found in zip(scores, paths.tolist(), align(scores, paths).tolist(), strict=True):
+        n = path.index(4)
+        first: dict[int, int] = {}
+        for step, label in enumerate(score[:n].argmax(dim=1).tolist()):
+            if label in path[:n]:
+                first.setdefault(label, step)
+        allowed = [o for o in itertools.permutations(path[:n]) if all(o[t] == label for label, t in first.items())]
+        loss = {order: -sum(score[t].log_softmax(0)[label] for t, label in enumerate(order)) for order in allowed}
+        assert found[n:] == path[n:]
+        assert tuple(found[:n]) in loss
+        assert loss[tuple(found[:n])] == pytest.approx(float(min(loss.values())))
+        kept += len(first)
+    assert kept > 20
+
+
+def test_pla_against_a_loop() -> None:
+    net, data, relu = model("pla"), batch((9, 4, 6)), torch.relu
+    with torch.no_grad():
+        net.scores.bias[C] = -1  # more than one step
+    output, y = net(replace(data, y=TARGETS[:3])), TARGETS
+    terms = []
+    for b, count in enumerate((9, 4, 6)):
+        x = data.x[b, :count]
+        h, c = net.start_h(x.mean(dim=0)), net.start_c(x.mean(dim=0))
+        label, ended, probabilities, attentions, scores = C, False, [], [], []
+        for _ in range(C + 1):
+            weight = torch.stack([net.attention(relu(net.location(f) + net.query(h)))[0] for f in x]).exp()
+            a = weight / weight.sum()
+            seen = torch.sigmoid(net.gate(h)) * sum(a[i] * x[i] for i in range(count))
+            h, c = lstm_step(net.lstm, torch.cat([net.labels.weight[label], seen]), h, c)
+            s = net.scores(h)
+            scores.append(s)
+            if not ended:
+                probabilities.append(s.exp() / s.exp().sum())
+                attentions.append(a)
+            label = int(s.argmax())
+            ended = ended or label == C
+        p = torch.stack(probabilities)[:, :C]
+        largest, step = p.max(dim=0)
+        close(output.logits[b], torch.log(largest / (1 - largest)))
+        close(output.match_logits[b, :count], torch.stack([attentions[t] for t in step], dim=1))
+        path = align(torch.stack(scores)[None], label_paths(y[b : b + 1] > 0, torch.arange(C), C))[0].tolist()
+        terms += [-s.log_softmax(0)[label] for s, label in zip(scores, path, strict=False)]
+    assert not output.logits.requires_grad
+    close(output.loss, sum(terms) / len(terms))
+
+
+# KD-WSD
+
+
+def test_windows_of_a_map() -> None:
+    """Of 4 x 4 cells: the whole map, 3 x 3 windows of two cells, and 16 single cells."""
+    X = torch.randn(2, 3, 4, 4).double()
+    squares = [(0, 0, 4), *((i, j, 2) for i in range(3) for j in range(3))]
+    squares += [(i, j, 1) for i in range(4) for j in range(4)]
+    expected = [X[:, :, i : i + side, j : j + side].amax(dim=(2, 3)) for i, j, side in squares]
+    close(windows(X), torch.stack(expected, dim=1))
+
+
+def test_detection_scores_against_a_loop() -> None:
+    x, y = torch.randn(2, 2, 5, 3).double()
+    found = detection_log_scores(x, y).exp()
+    for b in range(2):
+        for c in range(3):
+            of_class = [x[b, r, c].exp() / x[b, r].exp().sum() for r in range(5)]
+            of_region = [y[b, r, c].exp() / y[b, :, c].exp().sum() for r in range(5)]
+            close(found[b, c], sum(p * q for p, q in zip(of_class, of_region, strict=True)))
+
+
+def test_kd_wsd_against_a_loop() -> None:
+    net, relu = model("kd_wsd"), torch.relu
+    x = torch.randn(1, 9, D_O).double()
+    data = AssignmentBatch(x, grid_boxes(3)[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
+    output = net(data)
+
+    def features(part: Any, cells: list[int]) -> Tensor:
+        conv, (lin1, _, _, lin2, _, _) = part.map[0], part.layers
+        maps = [relu(conv.weight[:, :, 0, 0] @ x[0, i] + conv.bias) for i in cells]
+        return relu(lin2(relu(lin1(torch.stack(maps).amax(dim=0)))))
+
+    regions = [list(range(9)), *([3 * i + j for i in (a, a + 1) for j in (b, b + 1)] for a in (0, 1) for b in (0, 1))]
+    regions += [[i] for i in range(9)]  # sides of 3, 2 and 1 cells
+    v, u = (torch.stack([features(part, cells) for cells in regions]) for part in (net.teacher, net.student))
+    close(output.logits[0], net.classifier(u[0]))
+    close(output.match_logits[0], net.classifier(u[5:]))
+    p = detection_log_scores(net.classes(v)[None], net.proposals(v)[None]).exp()[0]
+    close(output.auxiliary[0][0], torch.log(p / (1 - p)))
+    soft = detection_log_scores(2 * net.classes(v)[None], 2 * net.proposals(v)[None]).exp()[0]
+    own = torch.sigmoid(output.logits[0] / 5)
+    entropy = -(soft * own.log() + (1 - soft) * (1 - own).log()).mean()
+    close(output.loss, (u - v).square().mean() + entropy)
+
+
+def test_distillation_does_not_train_the_teacher() -> None:
+    net, data = model("kd_wsd"), batch()
+    net(data).loss.backward()
+    assert all(p.grad is None for part in (net.teacher, net.classes, net.proposals) for p in part.parameters())
+    assert all(p.grad is not None for part in (net.student, net.classifier) for p in part.parameters())
+    output = net.eval()(data)
+    assert output.auxiliary is None
+    assert output.loss is None

@@ -36,6 +36,10 @@ RUNS = {
     "tdrg": ["model=tdrg", *GRID, "model.width=16", "model.hidden=16", "model.map_size=4"],
     "cma": ["model=cma", *GRID, "model.width=16"],
     "tsgcn": ["model=tsgcn", *GRID, "model.width=16"],
+    "cnn_rnn": ["model=cnn_rnn", *GRID, "model.width=16", "model.hidden=16"],
+    "rnn_attention": ["model=rnn_attention", *GRID, "model.width=16", "model.map_size=4"],
+    "pla": ["model=pla", *GRID, "model.width=16", "model.hidden=16"],
+    "kd_wsd": ["model=kd_wsd", *GRID, "model.width=16", "model.map_size=4"],
     "mil_max": ["model=mil_max", *GRID],
     "gm_mlic": ["model.widths=[8,8]", *GRID],
 }
@@ -72,9 +76,10 @@ def test_train_and_predict(root: Path, name: str):
     assert found[0].detected == (None,) * 16
 
 
-def test_loss_of_auxiliary_logits_is_added(root: Path):
+@pytest.mark.parametrize(("name", "count"), [("tdrg", 4), ("cnn_rnn", 1), ("kd_wsd", 2)])
+def test_further_losses_are_added(root: Path, name: str, count: int):
     """To the loss, and not to the logged one."""
-    config = compose("train", [*SMALL, *RUNS["tdrg"], f"run_dir={root}/auxiliary"])
+    config = compose("train", [*SMALL, *RUNS[name], f"run_dir={root}/further_{name}"])
     dataset = run.build.build_dataset(config, "train")
     module, _, _ = run.build_module(config, dataset, run.build.build_detector(config))
     batch = AssignmentBatch(
@@ -83,11 +88,15 @@ def test_loss_of_auxiliary_logits_is_added(root: Path):
     )  # fmt: skip
     module.log = lambda *args, **options: None
     module._watch = lambda *args: None
+    torch.manual_seed(0)
     loss = module.training_step(batch, 0)
+    torch.manual_seed(0)  # dropout
     output = module.model(batch)
-    losses = [module.loss(logits, batch.y, None) for logits in (output.logits, *output.auxiliary)]
-    assert len(losses) == 4
-    torch.testing.assert_close(loss, sum(losses))
+    losses = [module.loss(logits, batch.y, None) for logits in (output.logits, *(output.auxiliary or ()))]
+    assert len(losses) == count
+    assert (output.loss is None) == (name == "tdrg")
+    torch.testing.assert_close(loss, sum(losses) + (0 if output.loss is None else output.loss))
+    assert losses[0].requires_grad == (name != "cnn_rnn")
     torch.testing.assert_close(module.train_loss.compute(), losses[0].detach())
 
 

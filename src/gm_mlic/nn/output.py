@@ -34,6 +34,9 @@ class ModelOutput(TensorFields):
         matches: (B, M, C) match logits, or one of each matching edge, (E,), with ``edges``.
         edges: (E,) image, instance and label of each matching edge, and (B + 1,) the first instance of each image.
         auxiliary: (B, C) logits of further classifiers, to which the training loss is applied as well; None for none.
+        loss: scalar, the model's own term of the training loss, in training mode only; None for none. It is added to
+            the loss of the logits, and replaces it if the model gives logits without gradient (``logits.detach()``).
+            The logged losses are those of the logits.
     """
 
     logits: Tensor
@@ -42,6 +45,7 @@ class ModelOutput(TensorFields):
     matches: Tensor | None = None
     edges: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     auxiliary: tuple[Tensor, ...] | None = None
+    loss: Tensor | None = None
 
     @property
     def match_logits(self) -> Tensor:

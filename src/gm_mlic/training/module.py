@@ -117,13 +117,15 @@ class MLICModule(LightningModule):
             batch = drop_edges(batch, SPATIAL)
         output = self._checked(self.model(batch))
         loss: Tensor = self.loss(output.logits, batch.y, _difficult(batch))
-        self._watch(loss, batch)
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         for logits in output.auxiliary or ():
             loss = loss + self.loss(logits, batch.y, _difficult(batch))
+        if output.loss is not None:
+            loss = loss + output.loss
         if isinstance(self.model, Penalized):
             loss = loss + self.model.penalty() / (self.num_images * batch.y.shape[1])
+        self._watch(loss, batch)
         return loss
 
     def _checked(self, output: Any) -> ModelOutput:

@@ -56,10 +56,11 @@ def location_output(
     batch: AssignmentBatch,
     label_states: Tensor | None = None,
     auxiliary: tuple[Tensor, ...] | None = None,
+    loss: Tensor | None = None,
 ) -> ModelOutput:
     """The output of a whole-image model from label logits (B, C) and a value per location and label (B, M, C)."""
     values = values.masked_fill(~batch.mask[..., None], float("-inf"))
-    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values, auxiliary=auxiliary)
+    return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values, auxiliary=auxiliary, loss=loss)
 
 
 def to_map(x: Tensor, box: Tensor, mask: Tensor, size: int) -> Tensor:
@@ -279,19 +280,15 @@ class LabelStatistics(Protocol):
         ...
 
 
-def conditional_probabilities(targets: Tensor, num_labels: int, difficult: Tensor | None = None) -> Tensor:
-    r"""Probability of label j given label i: :math:`P_{ij} = P(L_j | L_i) = M_{ij} / N_{ij}`.
-
-    :math:`M_{ij}` counts the images with both, :math:`N_{ij}` those with i for which j is known.
-    Difficult labels (VOC) are unknown, and count for neither. The row of a label without images is zero.
+def present_and_difficult(
+    targets: Tensor, num_labels: int, difficult: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Masks (N, C) of present labels, which are not difficult, and of difficult ones, or None.
 
     Args:
         targets: (N, C) in {0, 1}.
         num_labels: C of the model.
         difficult: (N, C) bool, or None.
-
-    Returns:
-        (C, C) float32, the diagonal 0.
 
     Raises:
         ConfigError: for targets of another shape.
@@ -299,7 +296,21 @@ def conditional_probabilities(targets: Tensor, num_labels: int, difficult: Tenso
     """
     if targets.ndim != 2 or targets.shape[1] != num_labels:
         raise ConfigError(f"The targets have shape {tuple(targets.shape)}, the model has {num_labels} labels.")
-    mask, difficult = normalize_targets(targets, difficult)
+    return normalize_targets(targets, difficult)
+
+
+def conditional_probabilities(targets: Tensor, num_labels: int, difficult: Tensor | None = None) -> Tensor:
+    r"""Probability of label j given label i: :math:`P_{ij} = P(L_j | L_i) = M_{ij} / N_{ij}`.
+
+    :math:`M_{ij}` counts the images with both, :math:`N_{ij}` those with i for which j is known.
+    Difficult labels (VOC) are unknown, and count for neither. The row of a label without images is zero.
+
+    Args and errors are those of :func:`present_and_difficult`.
+
+    Returns:
+        (C, C) float32, the diagonal 0.
+    """
+    mask, difficult = present_and_difficult(targets, num_labels, difficult)
     present = mask.double()
     both = present.T @ present
     known = present.T @ (torch.ones_like(mask) if difficult is None else ~difficult).double()
