@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.bench.measure import FlopCounter, interleaved, matrix_rate, peak_bytes
-from gm_mlic.detection.protocol import InstanceExtractor
+from gm_mlic.detection.protocol import InstanceExtractor, detect
 from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
@@ -312,7 +312,7 @@ def shares(
         network.model(batch, cache)
 
     runs: dict[str, Callable[[], object]] = {
-        "detection": lambda: detector(images, m=case.m),
+        "detection": lambda: detect(detector, images, case.m),
         "data": lambda: store.__getitems__(rows).to(device),
         "graph": graph,
         "train": network.train,

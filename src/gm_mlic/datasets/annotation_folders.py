@@ -14,14 +14,11 @@ import yaml
 from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, shown, split_called
 from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.datasets.photo_folder import inside
 from gm_mlic.errors import DataError
 from gm_mlic.io import few, first_line
 
-#: Suffixes of photos in a folder.
-_PHOTOS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif", ".ppm", ".pgm"}
-)
 #: Overhang of a box over the image border that is rounding, as a fraction of the image.
 _ROUNDING = 0.01
 #: Files with one class name per line, in the order of preference.
@@ -131,7 +128,7 @@ def _class_names(source: Path, names: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _is_photo(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in _PHOTOS
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _yolo_images(source: Source, path: Any, place: Any, split: str) -> Iterator[PurePosixPath]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
@@ -51,7 +52,6 @@ _SHAPES: Mapping[str, tuple[tuple[int, ...], str]] = {
     "features": ((2,), "(M, D)"),
 }
 _ALL_NAMES = tuple(name for names in KEYS.values() for name in names)
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _HDF5 = (".h5", ".hdf5")
 #: File with the class names, in a folder of files.
 LABELS_FILE = "labels.txt"
@@ -204,9 +204,10 @@ class Precomputed:
         if self.missing == "skip":
             has = f"{shown}; it has {self._keys[0]}"
             return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {has}.")
+        have = f"photo{'s' * (total > 1)} {'has' if len(without) == 1 else 'have'}"
         return DataError(
-            f"{len(without):,} of {total:,} photos have no instances in {self.path}: {shown}: add them, or set "
-            "`missing='skip'` to leave these photos out."
+            f"{len(without):,} of {total:,} {have} no instances in {self.path}: {shown}: add them, or set "
+            "`missing='skip'` to leave photos out."
         )
 
     def _instances(self, where: str, arrays: dict[str, np.ndarray], size: tuple[int, int] | None) -> Instances:
@@ -326,7 +327,7 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         rows = array[:count]
         if not np.isfinite(rows).all():
             row = int(np.argwhere(~np.isfinite(rows))[0][0])
-            raise DataError(f"{where}: {key}[{row}] is NaN or infinite.")
+            raise DataError(f"{where}: {key}[{row}] is NaN or infinite: leave this instance out, or detect again.")
         kind = np.float64 if key in ("boxes", "classes") else np.float32
         with np.errstate(over="ignore"):
             found[key] = torch.from_numpy(np.ascontiguousarray(rows, dtype=kind))
@@ -336,7 +337,7 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
 def _number(where: str, key: str, array: np.ndarray) -> float:
     """A number that is stored as an array of one element."""
     if array.size != 1 or array.dtype.kind not in "fiub" or not math.isfinite(float(array.reshape(-1)[0])):
-        raise DataError(f"{where}: {KEYS[key][0]} is not a number.")
+        raise DataError(f"{where}: {KEYS[key][0]} is not a number: write the file again.")
     return float(array.reshape(-1)[0])
 
 
@@ -388,7 +389,7 @@ def _only(name: str, keys: list[str]) -> str:
 
 
 def _without_suffix(name: str) -> str:
-    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in _SUFFIXES else name
+    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
 def _ends(name: str) -> list[str]:
