@@ -367,9 +367,7 @@ class _Names:
         forms += [*(("whole", end) for end in _ends(short)), ("end", short), ("number", number), ("whole", number)]
         keys = next((self._keys[form] for form in forms if form in self._keys), [])
         if len(keys) > 1:
-            raise DataError(
-                f"The photo {name} matches several precomputed entries: {', '.join(keys[:3])}: rename them."
-            )
+            raise DataError(f"The photo {name} matches several precomputed entries: {few(keys)}: rename them.")
         return keys[0] if keys else None
 
 
@@ -543,9 +541,11 @@ class _Groups(_Source):
 
     def _find(self, group: Any, prefix: str) -> None:
         """Collect the groups with boxes."""
+        import h5py
+
         for name in group:
             inner = _member(self._path, group, name)
-            if hasattr(inner, "keys"):  # a group
+            if isinstance(inner, h5py.Group):
                 if any(key in inner for key in KEYS["boxes"]):
                     self.keys[prefix + name] = None
                 else:
@@ -598,9 +598,8 @@ def _member(path: Path, group: Any, name: str) -> Any:
     import h5py
 
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise DataError(
-            f"{path}: {group.name.strip('/')}{'/' * (group.name != '/')}{name} is a link: copy its data into the file."
-        )
+        where = f"{group.name}/{name}".strip("/")
+        raise DataError(f"{path}: {where} is a link: copy its data into the file.")
     return group[name]
 
 
