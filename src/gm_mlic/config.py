@@ -298,7 +298,7 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
         ConfigError: for the first unknown setting, or missing or invalid value.
     """
     OmegaConf.set_struct(config, False)
-    sections = [key for key in map(str, config) if key in SECTIONS]
+    sections = [key for key in map(str, config) if key in SECTIONS and key not in (fields or {})]
     for key in sections:
         _finish_section(config, key)
     if fields is not None:
