@@ -141,11 +141,11 @@ def detect(
     if len(found) != len(images):
         raise StoreError(f"The detector {extractor.name} returned {len(found)} results for {len(images)} images.")
     for name, instances in zip(names or [f"image {i} of a batch" for i in range(len(images))], found, strict=True):
-        check_instances(extractor, instances, m, name)
+        check_detected(extractor, instances, m, name)
     return list(found)
 
 
-def check_instances(extractor: InstanceExtractor, found: Any, m: int, name: object) -> None:
+def check_detected(extractor: InstanceExtractor, found: Any, m: int, name: object) -> None:
     """Raise :class:`~gm_mlic.errors.StoreError` if the result of an extractor for one image violates the protocol.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
-from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, check_instances, detect
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, check_detected, detect
 from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.instances.image_loader import ImageViews, Views, read_batches
 from gm_mlic.instances.manifest import MANIFEST, Manifest, job_fields
@@ -187,7 +187,7 @@ def _instances(
         for i, found in zip(readable, looked_up, strict=True):
             results[i] = found if isinstance(found, str) else [found]
             if not isinstance(found, str):
-                check_instances(extractor, found, job.m, f"image {ids[i]!r}, view 0")
+                check_detected(extractor, found, job.m, f"image {ids[i]!r}, view 0")
         return list(results.values())
     for view in range(1 + job.views if readable else 0):
         batch = [_to_tensor(image[view]) for image in readable.values()]
