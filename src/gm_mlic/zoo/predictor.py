@@ -296,8 +296,8 @@ class Predictor:
         m = self.graph.m
         assert m is not None
         if not isinstance(self.extractor, LookupExtractor):
-            names = [photo for photo, _ in read]
-            found = detect(self.extractor, [to_tensor(image) for _, image in read], m, names) if read else []
+            images = [to_tensor(image) for _, image in read]
+            found = detect(self.extractor, images, m, [photo for photo, _ in read]) if read else []
             return [_Detected(*item, instances.top(m)) for item, instances in zip(read, found, strict=True)]
         names = [str(getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo) for photo, _ in read]
         if "" in names:
