@@ -130,7 +130,8 @@ def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData
     """A batch of assignment graphs with random instances."""
     options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
     transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
-    graphs = AssignmentGraphDataset(RandomStore(case.batch, case.m, case.C), transform)
+    store = RandomStore(case.batch, case.m, case.C, INSTANCE_DIM)
+    graphs = AssignmentGraphDataset(store, transform)
     batch: HeteroData = Batch.from_data_list([graphs[i] for i in range(case.batch)])
     return batch
 
