@@ -340,7 +340,7 @@ def _finish_settings(
     """Add and check the settings of a node; ``also``: its other keys, which are not checked here."""
     for name in map(str, node):
         if name not in (*settings, *also, "hydra"):
-            raise ConfigError(unknown(path + name, [*settings, *also], kind))
+            raise ConfigError(unknown(path + name, settings if path else [*settings, *also], kind))
     for name, setting in settings.items():
         if name not in node:
             node[name] = setting.default
