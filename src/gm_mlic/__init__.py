@@ -27,32 +27,6 @@ if TYPE_CHECKING:
 # PyG uses TorchScript when it is imported; users cannot change that.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 
-_HOME = {
-    "MultiLabelDataset": "datasets",
-    "Scenes": "datasets",
-    "InstanceExtractor": "detection",
-    "Instances": "detection",
-    "build_extractor": "detection",
-    "embed_labels": "embeddings",
-    "GMMLICError": "errors",
-    "AssignmentBatch": "graphs",
-    "AssignmentGraph": "graphs",
-    "to_hetero_data": "graphs",
-    "InstanceStore": "instances",
-    "extract": "instances",
-    "WeightedBCE": "losses",
-    "MultiLabelMetrics": "metrics",
-    "GMMLIC": "nn",
-    "create_model": "zoo",
-    "list_models": "registry",
-    "pretrained_models": "zoo",
-    "register_dataset": "registry",
-    "register_detector": "registry",
-    "register_embedding": "registry",
-    "register_model": "registry",
-    "Predictor": "zoo",
-}
-
 __all__ = [
     "GMMLIC",
     "AssignmentBatch",
@@ -80,9 +54,20 @@ __all__ = [
     "to_hetero_data",
 ]
 
-
-__getattr__ = lazy_attributes(__name__, _HOME)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "datasets": ("MultiLabelDataset", "Scenes"),
+        "detection": ("InstanceExtractor", "Instances", "build_extractor"),
+        "embeddings": ("embed_labels",),
+        "errors": ("GMMLICError",),
+        "graphs": ("AssignmentBatch", "AssignmentGraph", "to_hetero_data"),
+        "instances": ("InstanceStore", "extract"),
+        "losses": ("WeightedBCE",),
+        "metrics": ("MultiLabelMetrics",),
+        "nn": ("GMMLIC",),
+        "registry": ("list_models", "register_dataset", "register_detector", "register_embedding", "register_model"),
+        "zoo": ("Predictor", "create_model", "pretrained_models"),
+    },
+    "__version__",
+)

@@ -280,9 +280,7 @@ def settings_of_section(key: str, name: str | None = None) -> Mapping[str, Setti
 
 def section(config: DictConfig, key: str) -> dict[str, Any]:
     """Section of the config as a resolved, plain dict."""
-    value = OmegaConf.to_container(config[key], resolve=True)
-    assert isinstance(value, dict)
-    return {str(k): v for k, v in value.items()}
+    return dict(_plain(config, key))
 
 
 def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, complete: bool = True) -> DictConfig:
@@ -300,15 +298,11 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
         ConfigError: for the first unknown setting, or missing or invalid value.
     """
     OmegaConf.set_struct(config, False)
-    for key in [str(key) for key in config if str(key) != "hydra"]:
-        if fields is not None and key in fields:
-            continue
-        if key in SECTIONS:
-            _finish_section(config, key)
-        elif fields is not None:
-            raise ConfigError(unknown(key, [*fields, *(k for k in SECTIONS if k in config)]))
-    for key, setting in (fields or {}).items():
-        _finish_setting(config, key, key, setting)
+    sections = [key for key in map(str, config) if key in SECTIONS and key not in (fields or {})]
+    for key in sections:
+        _finish_section(config, key)
+    if fields is not None:
+        _finish_settings(config, fields, also=sections)
     _derive(config)
     _check_together(config)
     if complete:
@@ -337,29 +331,28 @@ def _finish_section(config: DictConfig, key: str) -> None:
     if named and "name" not in found:
         raise ConfigError(f"{key}.name is missing: set it (gm-mlic COMMAND --help lists the options).")
     settings = settings_of_section(key, found.name if named else None)
-    for name in map(str, found):
-        if name not in settings and not (named and name == "name"):
-            raise ConfigError(unknown(f"{key}.{name}", settings, f" ({found.name})" if named else ""))
+    _finish_settings(found, settings, f"{key}.", f" ({found.name})" if named else "", ["name"] if named else [])
+
+
+def _finish_settings(
+    node: DictConfig, settings: Mapping[str, Setting], path: str = "", kind: str = "", also: Sequence[str] = ()
+) -> None:
+    """Add and check the settings of a node; ``also``: its other keys, which are not checked here."""
+    for name in map(str, node):
+        if name not in (*settings, *also, "hydra"):
+            raise ConfigError(unknown(path + name, settings if path else [*settings, *also], kind))
     for name, setting in settings.items():
-        _finish_setting(found, name, f"{key}.{name}", setting)
-
-
-def _finish_setting(parent: DictConfig, name: str, path: str, setting: Setting) -> None:
-    if name not in parent:
-        parent[name] = setting.default
-    if OmegaConf.is_missing(parent, name):
-        return
-    if isinstance(setting.default, Mapping) and isinstance(parent[name], DictConfig):
-        for key in map(str, parent[name]):
-            if key not in setting.default:
-                raise ConfigError(unknown(f"{path}.{key}", setting.default))
-        for key, nested in setting.nested().items():
-            _finish_setting(parent[name], key, f"{path}.{key}", nested)
-        return
-    value = _plain(parent, name)
-    is_default = value == setting.default and type(value) is type(setting.default)  # True == 1
-    if not is_default and not setting.accepts(value):
-        raise ConfigError(f"{path}={as_typed(value)}: expected {setting.expected}.")
+        if name not in node:
+            node[name] = setting.default
+        if OmegaConf.is_missing(node, name):
+            continue
+        if isinstance(setting.default, Mapping) and isinstance(node[name], DictConfig):
+            _finish_settings(node[name], setting.nested(), f"{path}{name}.")
+            continue
+        value = _plain(node, name)
+        is_default = value == setting.default and type(value) is type(setting.default)  # True == 1
+        if not is_default and not setting.accepts(value):
+            raise ConfigError(f"{path}{name}={as_typed(value)}: expected {setting.expected}.")
 
 
 def _plain(parent: DictConfig, name: str) -> Any:
@@ -410,18 +403,22 @@ def _derive(config: DictConfig) -> None:
         graph.labels_per_class = None
 
 
+#: Settings that exclude others: key, value that excludes none, words, other key, its only allowed value, and reason.
+_EXCLUSIONS = (
+    ("trainer.compile", False, "excludes", "model.gradient_checkpointing", False,
+     "the compiler controls recomputation"),
+    ("detector.trainable", "none", "excludes", "model.components", None,
+     "the statistics of its features would not stay valid"),
+    ("detector.trainable", "none", "excludes", "graph.views", 1, "its photos are detected in one view"),
+    ("graph.labels_per_class", None, "is incompatible with", "detector.grid_size", None, "a grid has no classes"),
+    ("graph.labels_per_class", None, "is incompatible with", "instances.online", False,
+     "candidates are learned from a store"),
+)  # fmt: skip
+
+
 def _check_together(config: DictConfig) -> None:
     def get(key: str) -> Any:
         return OmegaConf.select(config, key, default=None)
-
-    def excluded(key: str, value: Any, because: str, *others: tuple[str, Any, str]) -> None:
-        """Refuse other settings than the given values."""
-        for other, allowed, reason in others:
-            if get(other) not in (None, allowed):
-                raise ConfigError(
-                    f"{key}={as_typed(value)} {because} {other}={as_typed(get(other))}: {reason}. Set "
-                    f"{other}={as_typed(allowed)}."
-                )
 
     if get("graph.m") and get("detector.max_instances") and get("graph.m") > get("detector.max_instances"):
         raise ConfigError(
@@ -433,27 +430,17 @@ def _check_together(config: DictConfig) -> None:
         raise ConfigError(
             f"model.widths={as_typed(list(widths))} has {len(widths)} widths, model.k={k}: set one width per block."
         )
-    if get("trainer.compile"):
-        reason = "the compiler controls recomputation"
-        excluded("trainer.compile", True, "excludes", ("model.gradient_checkpointing", False, reason))
     trainable = get("detector.trainable")
-    if trainable not in (None, "none"):
-        if not get("instances.online"):
+    if trainable not in (None, "none") and not get("instances.online"):
+        raise ConfigError(
+            f"detector.trainable={trainable} needs instances.online=true: stores hold instances of a frozen detector."
+        )
+    for key, off, words, other, allowed, reason in _EXCLUSIONS:
+        if get(key) not in (None, off) and get(other) not in (None, allowed):
             raise ConfigError(
-                f"detector.trainable={trainable} needs instances.online=true: stores hold instances of a frozen "
-                "detector."
+                f"{key}={as_typed(get(key))} {words} {other}={as_typed(get(other))}: {reason}. Set "
+                f"{other}={as_typed(allowed)}."
             )
-        excluded(
-            "detector.trainable", trainable, "excludes",
-            ("model.components", None, "the statistics of its features would not stay valid"),
-            ("graph.views", 1, "its photos are detected in one view"),
-        )  # fmt: skip
-    if get("graph.labels_per_class") is not None:
-        excluded(
-            "graph.labels_per_class", get("graph.labels_per_class"), "is incompatible with",
-            ("detector.grid_size", None, "a grid has no classes"),
-            ("instances.online", False, "candidates are learned from a store"),
-        )  # fmt: skip
     after, epochs = get("trainer.instance_graph_warmup_epochs"), get("trainer.max_epochs")
     if "spatial" in (get("model.edge_types") or ()) and after is not None:
         if epochs is not None and after >= epochs:
@@ -478,8 +465,7 @@ def run_identity(config: DictConfig) -> dict[str, Any]:
     for key in map(str, config):
         if key in NOT_PART_OF_A_RUN[""]:  # not resolved: run_dir depends on the identity
             continue
-        node = config._get_node(key)
-        resolved[key] = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else config[key]
+        resolved[key] = _plain(config, key)
     return decisive(resolved)
 
 

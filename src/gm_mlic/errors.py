@@ -115,7 +115,7 @@ class UnreadableImage(DataError):  # noqa: N818 - describes the image
 
 
 class StoreError(GMMLICError):
-    """Instance store that is missing, incomplete, damaged, or made for other data."""
+    """Instances that violate the protocol, or a store that is missing, incomplete, damaged, or made for other data."""
 
 
 class WeightsError(GMMLICError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, ClassVar, get_args
 
 import torch
 from annotated_types import Ge
@@ -52,6 +52,8 @@ class MultiLabelLoss(nn.Module):
     """
 
     label_ratio: Tensor
+    #: Settings of the loss itself, for ``repr``.
+    _own: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -108,12 +110,9 @@ class MultiLabelLoss(nn.Module):
         """Loss (B, C) of each image and label."""
         raise NotImplementedError
 
-    def _options(self) -> dict[str, float]:
-        return {}
-
     def __repr__(self) -> str:
         voc = ", target_format='voc'" if self.target_format == "voc" else ""
-        own = "".join(f"{name}={value}, " for name, value in self._options().items())
+        own = "".join(f"{name}={getattr(self, name)}, " for name in self._own)
         return f"{type(self).__name__}(C={self.label_ratio.numel()}, {own}difficult={self.difficult!r}{voc})"
 
 
@@ -143,6 +142,8 @@ class WeightedBCE(MultiLabelLoss):
         DataError: as in :class:`MultiLabelLoss`.
     """
 
+    _own = ("beta",)
+
     def __init__(
         self,
         label_ratio: Tensor,
@@ -164,9 +165,6 @@ class WeightedBCE(MultiLabelLoss):
         weight = torch.where(positive, torch.exp(self.beta * (1 - ratio)), torch.exp(self.beta * ratio))
         y = positive.to(logits.dtype)
         return nn.functional.binary_cross_entropy_with_logits(logits, y, weight, reduction="none")
-
-    def _options(self) -> dict[str, float]:
-        return {"beta": self.beta}
 
 
 @LOSSES.register("asymmetric")
@@ -196,6 +194,8 @@ class AsymmetricLoss(MultiLabelLoss):
         DataError: as in :class:`MultiLabelLoss`.
     """
 
+    _own = ("gamma_positive", "gamma_negative", "margin")
+
     def __init__(
         self,
         label_ratio: Tensor,
@@ -223,11 +223,6 @@ class AsymmetricLoss(MultiLabelLoss):
         present = -nn.functional.logsigmoid(logits) * _power((-logits).sigmoid(), self.gamma_positive)
         return torch.where(positive, present, -log_absent * _power(q, self.gamma_negative))
 
-    def _options(self) -> dict[str, float]:
-        return {
-            "gamma_positive": self.gamma_positive, "gamma_negative": self.gamma_negative, "margin": self.margin,
-        }  # fmt: skip
-
 
 @LOSSES.register("focal")
 class FocalLoss(MultiLabelLoss):
@@ -252,6 +247,8 @@ class FocalLoss(MultiLabelLoss):
         DataError: as in :class:`MultiLabelLoss`.
     """
 
+    _own = ("gamma", "alpha")
+
     def __init__(
         self,
         label_ratio: Tensor,
@@ -275,9 +272,6 @@ class FocalLoss(MultiLabelLoss):
         right = torch.where(positive, logits, -logits)  # logit of the probability of what is true
         weight = torch.where(positive, logits.new_tensor(self.alpha), logits.new_tensor(1 - self.alpha))
         return -weight * _power((-right).sigmoid(), self.gamma) * nn.functional.logsigmoid(right)
-
-    def _options(self) -> dict[str, float]:
-        return {"gamma": self.gamma, "alpha": self.alpha}
 
 
 @LOSSES.register("warp")

@@ -133,7 +133,9 @@ def test_shares() -> None:
 
         def __call__(self, images: Any, m: int) -> list[Instances]:
             assert m == 3
-            instances = Instances(torch.rand(1, 4), torch.rand(1), torch.zeros(1).long(), torch.rand(1, 16))
+            instances = Instances(
+                torch.rand(1, 4).sort().values, torch.rand(1), torch.zeros(1).long(), torch.rand(1, 16)
+            )
             return [instances for _ in images]
 
     seconds = shares(Detector(), [torch.rand(3, 8, 8)] * 2, TINY, repeats=1)

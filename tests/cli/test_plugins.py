@@ -261,6 +261,17 @@ def test_errors_of_a_plugin(case: str, folder: Path, capsys: pytest.CaptureFixtu
     assert (folder / "runs/stripes").exists() == (case in RUNNING)
 
 
+@pytest.mark.parametrize("command", [["plan"], ["train", "instances.online=true"], ["train", "graph.views=2"]])
+@pytest.mark.usefixtures("registered")
+def test_results_of_a_detector_are_checked_without_a_store(command, folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(MODULE.replace(CALL, "return [None for image in images]"))
+    settings = [setting for setting in SMALL if command[0] == "train" or not setting.startswith("run_dir")]
+    assert run([*command, *settings, "plugins=[my_plugin]"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "gm-mlic: error: The detector cells returned, for image " in error
+    assert "an object of type NoneType, expected Instances." in error
+
+
 PARTS = textwrap.dedent("""
     import torch
     from gm_mlic import AssignmentBatch, register_embedding, register_model

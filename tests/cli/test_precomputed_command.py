@@ -70,9 +70,9 @@ def failed(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str
 def test_train(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     path = damaged(folder, tmp_path / "one", missing="val-00003", infinite="test-00002")
-    lacks = f"1 of 8 photos have no instances in {path}: val-00003: add them, or set detector.missing=skip to leave "
-    failed([*TRAIN, f"detector.path={path}"], f"{lacks}these photos out.", capsys)
-    nan = f"{path}/test-00002.npz: features[3] is NaN or infinite."
+    lacks = f"1 of 8 photos has no instances in {path}: val-00003: add them, or set detector.missing=skip to leave "
+    failed([*TRAIN, f"detector.path={path}"], f"{lacks}photos out.", capsys)
+    nan = f"{path}/test-00002.npz: features[3] is NaN or infinite: leave this instance out, or detect again."
     failed([*TRAIN, f"detector.path={path}", "detector.missing=skip"], nan, capsys)
 
 
@@ -81,9 +81,10 @@ def test_predict_explain_and_serve(checkpoint: Path, folder: Path, tmp_path: Pat
     path = damaged(folder, tmp_path / "one", missing="test-00001", infinite="test-00002")
     photos = {i: f"{folder}/photos/test-0000{i}.png" for i in range(4)}
     predict = ["predict", f"checkpoint={checkpoint}", f"detector.path={path}"]
-    lacks = f"1 of 2 photos have no instances in {path}: {photos[1]}: add them, or set detector.missing=skip to leave "
-    failed([*predict, f"images=[{photos[0]},{photos[1]}]"], f"{lacks}these photos out.", capsys)
-    failed([*predict, f"images={photos[2]}"], f"{path}/test-00002.npz: features[3] is NaN or infinite.", capsys)
+    lacks = f"1 of 2 photos has no instances in {path}: {photos[1]}: add them, or set detector.missing=skip to leave "
+    failed([*predict, f"images=[{photos[0]},{photos[1]}]"], f"{lacks}photos out.", capsys)
+    nan = f"{path}/test-00002.npz: features[3] is NaN or infinite: leave this instance out, or detect again."
+    failed([*predict, f"images={photos[2]}"], nan, capsys)
     assert run([*predict, f"images=[{photos[0]},{photos[1]},{photos[3]}]", "detector.missing=skip"]) == 0
     lines = (tmp_path / "runs" / "predictions" / "predictions.jsonl").read_text().splitlines()
     assert [Path(json.loads(line)["image"]).name for line in lines] == ["test-00000.png", "test-00003.png"]

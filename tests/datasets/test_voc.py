@@ -115,7 +115,7 @@ def test_boxes_are_one_based_without_difficult_objects(root: Path) -> None:
     [
         (annotation([("unicorn", 0, (1, 1, 5, 5))]), ["'unicorn'", "object number 0"]),
         (annotation([("dog", 0, (1, 1, 50, 30))]), ["outside the image of 40 x 30"]),
-        (annotation([("dog", 0, (9, 1, 5, 5))]), ["invalid box, max < min"]),
+        (annotation([("dog", 0, (9, 1, 5, 5))]), ["has the box [9.0, 1.0, 5.0, 5.0], max < min"]),
         (annotation([("dog", 0, (1, 1, 5, 5))]).replace("<xmin>1", "<xmin>one"), ["bndbox/xmin", "'one'"]),
         (annotation([], (41, 30)), ["is 40 x 30 pixels", "has 41 x 30: correct the annotation or replace the image"]),
         ("<annotation>", ["not valid XML"]),

@@ -88,7 +88,7 @@ def test_evaluate_and_predict(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "new", new, range(8, 12))
     other = Predictor.from_checkpoint(checkpoint, extractor=looked_up(tmp_path / "new"))
     assert len(list(other(sorted((tmp_path / "new").glob("*.png"))))) == 4
-    with pytest.raises(DataError, match=r"1 of 1 photos have no instances in .*new: .*test-00000\.png"):
+    with pytest.raises(DataError, match=r"1 of 1 photo has no instances in .*new: .*test-00000\.png"):
         list(other(photos[:1]))
     skipped: dict[str, str] = {}
     skipping = Predictor.from_checkpoint(checkpoint, extractor=looked_up(tmp_path / "new", missing="skip"))

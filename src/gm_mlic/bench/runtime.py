@@ -13,8 +13,8 @@ from torch import Tensor
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.bench.measure import FlopCounter, interleaved, matrix_rate, peak_bytes
-from gm_mlic.detection.protocol import InstanceExtractor
-from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph
+from gm_mlic.detection.protocol import InstanceExtractor, detect
+from gm_mlic.graphs import AssignmentBatch, AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset
 from gm_mlic.losses import WeightedBCE
 from gm_mlic.nn import GMMLIC
 from gm_mlic.nn.gm_mlic import CHECKPOINTED_EDGES, Fusion, Norm
@@ -128,17 +128,11 @@ class Execution:
 
 def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:
     """A batch of assignment graphs with random instances."""
-    generator = torch.Generator().manual_seed(2)
     options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
     transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
-    graphs = []
-    for _ in range(case.batch):
-        data = HeteroData()
-        data["instance"].x = torch.randn(case.m, INSTANCE_DIM, generator=generator)
-        corner, size = torch.rand(2, case.m, 2, generator=generator) / 2
-        data["instance"].box = torch.cat([corner, corner + size + 0.01], dim=1)
-        graphs.append(transform(data))
-    batch: HeteroData = Batch.from_data_list(graphs)
+    store = RandomStore(case.batch, case.m, case.C, INSTANCE_DIM)
+    graphs = AssignmentGraphDataset(store, transform)
+    batch: HeteroData = Batch.from_data_list([graphs[i] for i in range(case.batch)])
     return batch
 
 
@@ -312,7 +306,7 @@ def shares(
         network.model(batch, cache)
 
     runs: dict[str, Callable[[], object]] = {
-        "detection": lambda: detector(images, m=case.m),
+        "detection": lambda: detect(detector, images, case.m),
         "data": lambda: store.__getitems__(rows).to(device),
         "graph": graph,
         "train": network.train,

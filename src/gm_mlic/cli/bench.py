@@ -33,14 +33,12 @@ def bench(config: DictConfig) -> dict[str, Any]:
     device = resolve_device(config.device)
     machine = describe_machine(device)
     limit = int(_MEMORY_SHARE * machine["memory"])
-    start = replace(
-        CASES[settings["cases"][0]],
-        **{name: settings[name] for name in ("batch", "k", "norm", "precision")},
-    )
+    shared = {name: settings[name] for name in ("batch", "k", "norm", "precision")}
+    start = replace(CASES[settings["cases"][0]], **shared)
     options: dict[str, Any] = {"device": device, "memory_limit": limit, "log": log.info}
     results = [
         compare(
-            replace(start, name=f"{name}, {fusion}", fusion=fusion, **_size(name)),
+            replace(CASES[name], name=f"{name}, {fusion}", fusion=fusion, **shared),
             settings["executions"],
             repeats=tuple(settings["repeats"]),
             **options,
@@ -84,11 +82,6 @@ def bench(config: DictConfig) -> dict[str, Any]:
     print(f"folder:   {folder}\npictures: {', '.join(pictures)}")
     print(json.dumps({key: value if value is None else round(value, 3) for key, value in summary.items()}))
     return content
-
-
-def _size(name: str) -> dict[str, Any]:
-    case = CASES[name]
-    return {"m": case.m, "C": case.C, "num_label_neighbors": case.num_label_neighbors}
 
 
 def describe_machine(device: str) -> dict[str, Any]:

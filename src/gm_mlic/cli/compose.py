@@ -151,20 +151,18 @@ def _defaults(settings: Mapping[str, Setting]) -> dict[str, Any]:
 
 def _primary(command: str) -> dict[str, Any]:
     """The config of a command: its groups and settings, and where Hydra writes."""
-    kind, name = COMMANDS[command], {"job": {"name": command}}
-    without = command in WITHOUT_FOLDER
+    kind, without = COMMANDS[command], command in WITHOUT_FOLDER
     groups = [{group: option} for group, option in kind.groups.items()]
     log = {"override hydra/job_logging": "console" if without else "gm_mlic"}
     defaults = [*groups, "_self_", log] if kind.changed else ["_self_", *groups, log]
     each = "" if command in ("train", "extract", "demo", "dataset", "train-detector") else "/${hydra:job.num}"
-    sweep = {
+    hydra: dict[str, Any] = {"job": {"name": command}, "run": {"dir": "." if without else "${run_dir}"}}
+    if without:
+        hydra["output_subdir"] = None
+    else:
         # Folder of multirun.yaml. Each job has its own run_dir, so multiruns resume like single runs.
-        "dir": "runs/multirun/${now:%Y-%m-%d_%H-%M-%S}",
-        "subdir": "${gm_mlic.absolute:${run_dir}}" + each,
-    }
-    hydra: dict[str, Any] = {**name, "run": {"dir": "."}, "output_subdir": None}
-    if not without:
-        hydra = {**name, "run": {"dir": "${run_dir}"}, "sweep": sweep}
+        folder = "runs/multirun/${now:%Y-%m-%d_%H-%M-%S}"
+        hydra["sweep"] = {"dir": folder, "subdir": "${gm_mlic.absolute:${run_dir}}" + each}
     if command == "train":
         hydra["callbacks"] = {"sweep_folder": {"_target_": "gm_mlic.cli.commands.SweepFolder"}}
     return {"defaults": defaults, **_defaults(fields_of(command)), **kind.changed, "hydra": hydra}

@@ -75,7 +75,7 @@ def dashboard(config: DictConfig) -> None:
         raise ConfigError("The dashboard needs W&B: pip install 'gm-mlic[wandb]'.") from error
     offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
     entity = config.entity
-    if (not offline and os.environ.get("WANDB_API_KEY")) or _is_logged_in(wandb):
+    if not offline and (os.environ.get("WANDB_API_KEY") or _is_logged_in(wandb)):
         try:
             api = wandb.Api(timeout=20)
             entity = entity or api.default_entity

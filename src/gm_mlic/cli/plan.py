@@ -23,7 +23,7 @@ from gm_mlic.cli.bench import describe_machine
 from gm_mlic.config import section
 from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.images import to_tensor
-from gm_mlic.detection import InstanceExtractor
+from gm_mlic.detection.protocol import InstanceExtractor, detect
 from gm_mlic.device import resolve_device
 from gm_mlic.errors import DataError, UnreadableImage, config_keys
 from gm_mlic.graphs import AssignmentGraph
@@ -196,9 +196,9 @@ def _detection(
         return (found + [torch.rand(3, _PHOTO[1], _PHOTO[0]) for _ in range(_IMAGES)])[:_IMAGES]
 
     views = [torch.rand(3, side, side) for _ in range(_IMAGES)]
-    runs: dict[str, Callable[[], object]] = {"photo": lambda: extractor(photos(), m)}
+    runs: dict[str, Callable[[], object]] = {"photo": lambda: detect(extractor, photos(), m)}
     if config.instances.num_augmentations:
-        runs["view"] = lambda: extractor(views, m)
+        runs["view"] = lambda: detect(extractor, views, m)
     for run in runs.values():
         run()
     seconds = {name: median(times) / _IMAGES for name, times in interleaved(runs, 2, device).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +16,6 @@ from gm_mlic.schema import Natural, Positive, Probability, Seed, Setting, settin
 _Names = Annotated[str | Annotated[Sequence[str], Len(1)], DocInfo("names, e.g. [cat,zebra crossing]")]
 _DEVICE = Literal["auto", "cpu", "cuda"]
 _Splits = Annotated[Sequence[Literal["train", "val", "test"]], Len(1)]
-_CHECKPOINT = "runs/NAME/checkpoints/best.ckpt, a folder of gm-mlic export, or USER/NAME on the Hugging Face hub."
 #: Config groups of a run, with their default options. A dataset selects its default detector, so it comes after it.
 _RUN: Mapping[str, str | None] = MappingProxyType({
     "detector": "scenes_tiny", "dataset": "scenes", "instances": "default", "embedding": "hashed", "graph": "default",
@@ -239,8 +238,20 @@ class Eval(Command):
                 raise ConfigError(f"{key}={config[key]} needs calibrate=true.")
 
 
+class OfModel(Command):
+    """Base of commands that use a trained model.
+
+    Args:
+        checkpoint: model: runs/NAME/checkpoints/best.ckpt, a folder of gm-mlic export, or USER/NAME on the Hugging Face
+            hub.
+        device: device of model and detector.
+        embedding: vectors of new labels.
+        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
+    """
+
+
 @dataclass
-class Predict(Command):
+class Predict(OfModel):
     """Predict the labels of photos and their argmax boxes.
 
     Writes predictions.jsonl (a line per photo), predictions.csv (a line per label) and, with pictures=true, photos with
@@ -253,7 +264,6 @@ class Predict(Command):
       gm-mlic predict checkpoint=FILE images=a.jpg labels=[cat,"zebra crossing"]
 
     Args:
-        checkpoint: model: {checkpoint}
         images: photo, folder (searched recursively), pattern (``photos/*.jpg``), or a list of these.
         labels: labels, e.g. labels=[cat,"zebra crossing"]; null: those of the model.
         top: minimum number of labels per photo in the output.
@@ -261,10 +271,7 @@ class Predict(Command):
         pictures: true: draw each photo with its labels and argmax boxes; labels below 0.01 are not drawn. Pictures
             listed in an earlier predictions.jsonl in run_dir are removed in any case.
         batch_size: photos per batch.
-        device: device of model and detector.
         run_dir: output folder of predictions.jsonl, predictions.csv and pictures/.
-        embedding: vectors of new labels.
-        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -281,7 +288,7 @@ class Predict(Command):
 
 
 @dataclass
-class Explain(Command):
+class Explain(OfModel):
     """Explain a predicted label of a photo: match matrix and influence of each edge.
 
     Writes a picture (photo with instances, match matrix, largest edge influences) and a JSON file with all values. The
@@ -293,12 +300,9 @@ class Explain(Command):
       gm-mlic explain checkpoint=my-model image=a.jpg label="tennis racket"
 
     Args:
-        checkpoint: model: {checkpoint}
         image: photo.
         label: label of the model; null: the most probable one.
-        device: device of model and detector.
         run_dir: output folder of the picture and the JSON file.
-        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -310,7 +314,7 @@ class Explain(Command):
 
 
 @dataclass
-class Serve(Command):
+class Serve(OfModel):
     """Serve a local web page for interactive prediction.
 
     Drop a photo, edit the labels, and see which instance matches which label. Nothing leaves the machine; photos are
@@ -322,12 +326,8 @@ class Serve(Command):
       gm-mlic serve checkpoint=my-model port=8080
 
     Args:
-        checkpoint: model: {checkpoint}
-        embedding: vectors of new labels.
         host: IP address. 127.0.0.1: this machine only; 0.0.0.0: all hosts on the network, without a password.
         port: port; 0: any free port.
-        device: device of model and detector.
-        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -339,7 +339,7 @@ class Serve(Command):
 
 
 @dataclass
-class Export(Command):
+class Export(OfModel):
     """Export a trained model as a folder to share, or to torch.export or ONNX.
 
     format=pretrained writes a folder for Predictor.from_pretrained in the format of the Hugging Face hub;
@@ -353,7 +353,6 @@ class Export(Command):
       gm-mlic export checkpoint=my-model out=photos.onnx format=onnx part=all size=[448,600]
 
     Args:
-        checkpoint: model: {checkpoint}
         out: output: a folder for format=pretrained, a file for other formats.
         format: pretrained: safetensors, config, label vectors, model card. torch: torch.export. onnx: ONNX (extra
             export).
@@ -362,11 +361,9 @@ class Export(Command):
         size: height and width of the photos in pixels, for parts with a detector; null: a square of the detector's
             shorter side.
         labels: labels, for torch and onnx, e.g. [cat,zebra crossing]; null: those of the model.
-        embedding: vectors of new labels.
         license: license of the weights for the model card (mit, cc-by-4.0, ...); null: not stated.
         push: USER/NAME: upload to the Hugging Face hub (extra hub; log in with HF_TOKEN); null: no upload.
         private: visibility of the uploaded model. true: private; false: public.
-        detector: files of the detector, if they were moved since training, e.g. detector.weights=FILE.
     """
 
     checkpoint: str
@@ -584,10 +581,7 @@ WITHOUT_FOLDER = ("explain", "serve", "export", "plan", "runs", "report", "dashb
 
 def fields_of(command: str) -> dict[str, Setting]:
     """Settings of a command outside of its config groups."""
-    own = settings_of(COMMANDS[command])  # type: ignore[arg-type]
-    return {n: replace(s, text=s.text.replace("{checkpoint}", _CHECKPOINT)) for n, s in own.items()} | {
-        "plugins": _PLUGINS
-    }
+    return {**settings_of(COMMANDS[command]), "plugins": _PLUGINS}  # type: ignore[arg-type]
 
 
 def summary(command: str) -> str:

@@ -14,14 +14,11 @@ import yaml
 from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, shown, split_called
 from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.datasets.photo_folder import inside
 from gm_mlic.errors import DataError
 from gm_mlic.io import few, first_line
 
-#: Suffixes of photos in a folder.
-_PHOTOS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif", ".ppm", ".pgm"}
-)
 #: Overhang of a box over the image border that is rounding, as a fraction of the image.
 _ROUNDING = 0.01
 #: Files with one class name per line, in the order of preference.
@@ -131,7 +128,7 @@ def _class_names(source: Path, names: Sequence[Any]) -> tuple[str, ...]:
 
 
 def _is_photo(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in _PHOTOS
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _yolo_images(source: Source, path: Any, place: Any, split: str) -> Iterator[PurePosixPath]:
@@ -304,27 +301,15 @@ def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path
     root = parse_xml(file, "correct or remove it")
     if root.tag != "annotation":
         raise DataError(f"{where} has the element {shown(root.tag)}: expected Pascal VOC's <annotation>.")
-    sides = [_number(root.findtext(f"size/{side}") or "0", f"{where}: size/{side}") for side in ("width", "height")]
-    size = (int(sides[0]), int(sides[1])) if min(sides) >= 1 else None
+    width, height = (xml_number(root, f"size/{side}", where, "0") for side in ("width", "height"))
+    size = (int(width), int(height)) if min(width, height) >= 1 else None
     present: dict[str, bool] = {}
     boxes = []
-    for number, item in enumerate(root.iter("object")):
-        place = f"{where}: object number {number}"
-        label = (item.findtext("name") or "").strip()
+    for place, label, is_difficult, box in voc_objects(root, where, size):
         if not label:
             raise DataError(f"{place} has no name: add the label.")
-        difficult = (item.findtext("difficult") or "0").strip() == "1" and source.form.target_format == "voc"
+        difficult = is_difficult and source.form.target_format == "voc"
         present[label] = present.get(label, False) or not difficult
-        if item.find("bndbox") is None:
-            continue
-        corners = [
-            _number(item.findtext(f"bndbox/{key}") or "", f"{place}: {key}") for key in ("xmin", "ymin", "xmax", "ymax")
-        ]
-        if corners[2] < corners[0] or corners[3] < corners[1]:
-            raise DataError(f"{place} has the box {shown(corners)}, max < min: correct the file.")
-        box: Box | None = (corners[0] - 1, corners[1] - 1, corners[2], corners[3])  # pixels count from 1
-        if size is not None and box is not None:
-            box = clip_box(box, size, f"{place} has the box {shown(corners)}")
         if box is not None and not difficult:
             boxes.append((box, label))
     photo = find(file, (root.findtext("filename") or "").strip().replace("\\", "/"), where)
@@ -364,11 +349,36 @@ def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
     return root
 
 
-def _number(text: str, where: str) -> float:
+def xml_number(element: ElementTree.Element, path: str, where: str, default: str = "") -> float:
+    """Finite number at a path below an element; raises :class:`DataError`, which starts with ``where``, for another."""
+    text = element.findtext(path) or default
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{where} is {shown(text)}: expected a number.")
+        raise DataError(f"{where}: {path} is {shown(text)}: expected a number.")
     return value
+
+
+def voc_objects(
+    root: ElementTree.Element, where: str, size: tuple[int, int] | None, *, boxed: bool = False
+) -> Iterator[tuple[str, str, bool, Box | None]]:
+    """Objects of a Pascal VOC file: the start of messages, the name, whether it is difficult, and its box.
+
+    VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax. If ``size`` (width, height) is
+    given, boxes are clipped to it, and those without area are None. With ``boxed``, each object must have a box.
+
+    Raises:
+        DataError: if a box is malformed or outside of the image; the message starts with ``where``.
+    """
+    for number, item in enumerate(root.iter("object")):
+        place, box = f"{where}: object number {number}", None
+        if boxed or item.find("bndbox") is not None:
+            corners = [xml_number(item, f"bndbox/{key}", place) for key in ("xmin", "ymin", "xmax", "ymax")]
+            if corners[2] < corners[0] or corners[3] < corners[1]:
+                raise DataError(f"{place} has the box {shown(corners)}, max < min: correct the file.")
+            box = (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
+            box = box if size is None else clip_box(box, size, f"{place} has the box {shown(corners)}")
+        difficult = (item.findtext("difficult") or "0").strip() == "1"
+        yield place, (item.findtext("name") or "").strip(), difficult, box

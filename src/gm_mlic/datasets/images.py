@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 #: Larger images are refused before decoding: 100 million pixels need 300 MB as RGB, 1.2 GB as a float tensor.
 MAX_PIXELS = 100_000_000
 
+#: Suffixes of image files.
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".avif", ".heic", ".heif", ".ppm", ".pgm"}
+)
+
 #: EXIF orientation tag; values 5 to 8 swap width and height.
 _ORIENTATION = 0x0112
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Annotated, Any
@@ -497,10 +497,6 @@ class Scenes(MultiLabelDataset):
     def image(self, i: int) -> Image.Image:
         """Draw the image of row ``i``: RGB, ``image_size`` square, deterministic."""
         return Image.fromarray(self._draw(range(len(self))[i]))
-
-    def images_uint8(self, rows: Sequence[int]) -> NDArray[np.uint8]:
-        """Draw several images: (n, image_size, image_size, 3) uint8, equal to :meth:`image`."""
-        return np.stack([self._draw(range(len(self))[i]) for i in rows])
 
     def _draw(self, i: int) -> NDArray[np.uint8]:
         size, scene = self.image_size, self._layout

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.annotation_folders import parse_xml
+from gm_mlic.datasets.annotation_folders import parse_xml, voc_objects, xml_number
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
-from gm_mlic.datasets.coco_format import check_size, clip_box
+from gm_mlic.datasets.coco_format import check_size
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
@@ -95,8 +94,6 @@ class _VOC(MultiLabelDataset):
     def boxes(self, i: int) -> BoxAnnotations:
         """Boxes of row ``i`` from its XML file, without difficult objects; possibly empty.
 
-        VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax.
-
         Raises:
             DataError: if the file is missing or malformed, names an unknown class, or does not match the image.
         """
@@ -104,21 +101,13 @@ class _VOC(MultiLabelDataset):
         root = parse_xml(source, "extract the archive again")
         path = self.folder / "JPEGImages" / f"{self.ids[i]}.jpg"
         size = image_size(path)
-        annotated = int(_number(root, "size/width", str(source))), int(_number(root, "size/height", str(source)))
-        check_size(path, size, annotated, str(source))
+        width, height = (int(xml_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
+        check_size(path, size, (width, height), str(source))
         boxes, labels = [], []
-        for number, item in enumerate(root.iter("object")):
-            where = f"{source}: object number {number}"
-            label = (item.findtext("name") or "").strip()
+        for where, label, difficult, box in voc_objects(root, str(source), size, boxed=True):
             if label not in LABELS:
                 raise DataError(f"{where} has name {label!r}, not one of VOC's 20 classes: correct the file.")
-            xmin, ymin, xmax, ymax = (_number(item, f"bndbox/{key}", where) for key in ("xmin", "ymin", "xmax", "ymax"))
-            if xmax < xmin or ymax < ymin:
-                raise DataError(
-                    f"{where} has an invalid box, max < min ({xmin:g}, {ymin:g}, {xmax:g}, {ymax:g}): correct the file."
-                )
-            box = clip_box((xmin - 1, ymin - 1, xmax, ymax), size, f"{where} has a box")
-            if box is not None and (item.findtext("difficult") or "0").strip() != "1":
+            if box is not None and not difficult:
                 boxes.append(box)
                 labels.append(LABELS.index(label))
         return BoxAnnotations.of(boxes, labels)
@@ -228,14 +217,3 @@ def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
     if wrong is not None:
         raise DataError(f"{source}: image {ids[wrong]} has value {values[wrong]!r}, expected 1, 0 or -1.")
     return ids, np.array(values, dtype=np.int8)
-
-
-def _number(element: ElementTree.Element, path: str, where: str) -> float:
-    text = element.findtext(path)
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = float("nan")
-    if not np.isfinite(value):
-        raise DataError(f"{where} has {path} {text!r}: expected a number.")
-    return value

@@ -29,22 +29,13 @@ __all__ = [
     "save_detector",
 ]
 
-__getattr__ = lazy_attributes(
+__getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "ARCHITECTURES": "faster_rcnn",
-        "FasterRCNNExtractor": "faster_rcnn",
-        "FixedDetector": "static_shape",
-        "GridExtractor": "grid",
-        "InstanceExtractor": "protocol",
-        "Instances": "protocol",
-        "LookupExtractor": "protocol",
-        "MultiViewExtractor": "multi_view",
-        "build_extractor": "protocol",
-        "save_detector": "faster_rcnn",
+        "faster_rcnn": ("ARCHITECTURES", "FasterRCNNExtractor", "save_detector"),
+        "grid": ("GridExtractor",),
+        "multi_view": ("MultiViewExtractor",),
+        "protocol": ("InstanceExtractor", "Instances", "LookupExtractor", "build_extractor"),
+        "static_shape": ("FixedDetector",),
     },
 )
-
-
-def __dir__() -> list[str]:
-    return __all__

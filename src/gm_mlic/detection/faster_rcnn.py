@@ -118,11 +118,6 @@ class FasterRCNNExtractor(TorchvisionExtractor):
         return self._instances(chosen, features, sizes)
 
 
-def check_architecture(name: str) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``name`` is one of :data:`ARCHITECTURES`."""
-    check_choice("name", name, ARCHITECTURES)
-
-
 def build_detector(
     name: str,
     num_classes: int,
@@ -146,7 +141,7 @@ def build_detector(
     Raises:
         ConfigError: if the architecture is unknown or an argument is out of range.
     """
-    check_architecture(name)
+    check_choice("name", name, ARCHITECTURES)
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     build, default_size = _BUILDERS[name]
     # By default, torchvision's builders download backbone weights.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, detect
 from gm_mlic.errors import ArgumentError
 
 #: Views of a photo: left, top, width and height as fractions of its size, and whether it is mirrored.
@@ -61,7 +61,7 @@ class MultiViewExtractor:
         found: list[list[Instances]] = [[] for _ in images]
         for view in VIEWS[: self.views]:
             crops, places = zip(*(_crop(image, *view) for image in images), strict=True)
-            for of_image, instances, place in zip(found, self.extractor(crops, m), places, strict=True):
+            for of_image, instances, place in zip(found, detect(self.extractor, crops, m), places, strict=True):
                 of_image.append(_placed(instances, place, mirrored=view[4]))
         return [_merged(of_image, m) for of_image in found]
 

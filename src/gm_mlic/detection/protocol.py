@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.registry import DETECTORS
 
 #: Tolerance of scores and boxes.
@@ -45,44 +45,6 @@ class Instances:
         """The only instance of an image without detections: score 0, label -1, and the feature (D,) of the image."""
         box = feature.new_tensor([[0, 0, 1, 1]], dtype=torch.float32)
         return cls(box, box.new_zeros(1), torch.full_like(box[:, 0], -1, dtype=torch.int64), feature[None])
-
-    @staticmethod
-    def problem(found: Any, m: int, feature_dim: int, num_classes: int) -> str | None:
-        """What is wrong with the result of an extractor for one image; None if it fulfills the protocol.
-
-        Args:
-            found: the result.
-            m: maximum number of instances.
-            feature_dim: D.
-            num_classes: number of the extractor's ``labels``.
-        """
-        if not isinstance(found, Instances):
-            return f"an object of type {type(found).__name__}, expected Instances"
-        for name, value in vars(found).items():
-            if not isinstance(value, Tensor):
-                return f"{name} of type {type(value).__name__}, expected a tensor"
-        M = len(found)
-        if not 1 <= M <= m:
-            return f"{M} instances, expected 1 to {m} by the InstanceExtractor protocol"
-        shapes = {"features": (M, feature_dim), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
-        for name, shape in shapes.items():
-            value = getattr(found, name)
-            if tuple(value.shape) != shape:
-                return f"{name} of shape {tuple(value.shape)}, expected {shape}"
-            if name != "detected_labels" and not torch.isfinite(value).all():
-                return f"{name} that are NaN or infinite: check its weights"
-        if (found.scores.diff() > 0).any():
-            return "instances that are not sorted by descending score"
-        if found.scores[0] > 1 + _ROUNDING or found.scores[-1] < -_ROUNDING:
-            return "scores outside of 0 to 1"
-        if not -1 <= int(found.detected_labels.min()) <= int(found.detected_labels.max()) < num_classes:
-            return f"detected labels that are neither -1 nor an index of its {num_classes} classes"
-        low, high = found.boxes[:, :2], found.boxes[:, 2:]
-        if low.min() < -_ROUNDING or high.max() > 1 + _ROUNDING:
-            return "boxes outside of 0 to 1: divide them by the width and height of the image, and clip them"
-        if (low > high).any():
-            return "boxes that are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"
-        return None
 
 
 @runtime_checkable
@@ -157,6 +119,74 @@ class LookupExtractor(Protocol):
     def log_corrections(self) -> None:
         """Log in one line what was corrected since the last call, if anything."""
         ...
+
+
+def detect(
+    extractor: InstanceExtractor, images: Sequence[Tensor], m: int, names: Sequence[object] | None = None
+) -> list[Instances]:
+    """Call an extractor and check what it returns.
+
+    Args:
+        extractor: the extractor.
+        images, m: see :meth:`InstanceExtractor.__call__`.
+        names: names of the images for messages; None: their numbers.
+
+    Raises:
+        StoreError: if the result violates the protocol.
+    """
+    found = extractor(images, m)
+    if not isinstance(found, Sequence):
+        kind = type(found).__name__
+        raise StoreError(f"The detector {extractor.name} returned a {kind}, expected a list of Instances.")
+    if len(found) != len(images):
+        raise StoreError(f"The detector {extractor.name} returned {len(found)} results for {len(images)} images.")
+    for name, instances in zip(names or [f"image {i} of a batch" for i in range(len(images))], found, strict=True):
+        check_detected(extractor, instances, m, name)
+    return list(found)
+
+
+def check_detected(extractor: InstanceExtractor, found: Any, m: int, name: object) -> None:
+    """Raise :class:`~gm_mlic.errors.StoreError` if the result of an extractor for one image violates the protocol.
+
+    Args:
+        extractor: the extractor.
+        found: the result.
+        m: maximum number of instances.
+        name: the image, for the message.
+    """
+    if (problem := _instances_problem(found, m, extractor.feature_dim, len(extractor.labels))) is not None:
+        raise StoreError(f"The detector {extractor.name} returned, for {name}, {problem}.")
+
+
+def _instances_problem(found: Any, m: int, feature_dim: int, num_classes: int) -> str | None:
+    if not isinstance(found, Instances):
+        return f"an object of type {type(found).__name__}, expected Instances"
+    for name, value in vars(found).items():
+        if not isinstance(value, Tensor):
+            return f"{name} of type {type(value).__name__}, expected a tensor"
+    M = len(found)
+    if not 1 <= M <= m:
+        return f"{M} instances, expected 1 to {m} by the InstanceExtractor protocol"
+    shapes = {"features": (M, feature_dim), "boxes": (M, 4), "scores": (M,), "detected_labels": (M,)}
+    for name, shape in shapes.items():
+        value = getattr(found, name)
+        if tuple(value.shape) != shape:
+            return f"{name} of shape {tuple(value.shape)}, expected {shape}"
+        # Features with a gradient are those of a trained detector; the loss shows whether it has diverged.
+        if name != "detected_labels" and not value.requires_grad and not torch.isfinite(value).all():
+            return f"{name} that are NaN or infinite: check its weights"
+    if (found.scores.diff() > 0).any():
+        return "instances that are not sorted by descending score"
+    if found.scores[0] > 1 + _ROUNDING or found.scores[-1] < -_ROUNDING:
+        return "scores outside of 0 to 1"
+    if not -1 <= int(found.detected_labels.min()) <= int(found.detected_labels.max()) < num_classes:
+        return f"detected labels that are neither -1 nor an index of its {num_classes} classes"
+    low, high = found.boxes[:, :2], found.boxes[:, 2:]
+    if low.min() < -_ROUNDING or high.max() > 1 + _ROUNDING:
+        return "boxes outside of 0 to 1: divide them by the width and height of the image, and clip them"
+    if (low > high).any():
+        return "boxes that are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"
+    return None
 
 
 def build_extractor(name: str, device: str | torch.device = "cpu", **settings: Any) -> InstanceExtractor:

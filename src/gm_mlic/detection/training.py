@@ -21,8 +21,8 @@ from torchvision.transforms.functional import hflip, pil_to_tensor
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
-from gm_mlic.detection.faster_rcnn import build_detector, check_architecture
-from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError
+from gm_mlic.detection.faster_rcnn import ARCHITECTURES, build_detector
+from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, check_choice
 from gm_mlic.io import Progress, atomic_write
 from gm_mlic.optim import one_cycle
 from gm_mlic.safe_load import load_tensors
@@ -88,7 +88,7 @@ def train_detector(
         WeightsError: if ``weights`` or the saved state of an earlier run cannot be used.
     """
     out = Path(out)
-    check_architecture(name)
+    check_choice("name", name, ARCHITECTURES)
     if out.suffix != ".safetensors":
         raise ArgumentError("out", f"is {out}: expected a name that ends in .safetensors.")
     if val is not None and val.labels != train.labels:

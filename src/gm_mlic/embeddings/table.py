@@ -39,7 +39,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     if not path.is_file():
         raise DataError(f"The table of label vectors {path} does not exist: check `path`.")
     try:
-        names, vectors = _npz(path) if path.suffix == ".npz" else _pt(path)
+        names, vectors = _names_and_vectors(path)
     except _UNREADABLE as error:
         raise DataError(
             f"The table of label vectors {path} cannot be read ({first_line(error)}): expected labels (C,) and "
@@ -58,17 +58,11 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     return table, vectors.shape[1]
 
 
-def _npz(path: Path) -> tuple[list[str], np.ndarray]:
-    arrays = load_arrays(path)
-    with np.errstate(over="ignore"):  # infinity is refused by the caller
-        return [str(name) for name in arrays["labels"].tolist()], arrays["vectors"].astype(np.float32)
-
-
-def _pt(path: Path) -> tuple[list[str], np.ndarray]:
-    content: Any = load_tensors(path)
+def _names_and_vectors(path: Path) -> tuple[list[str], np.ndarray]:
+    content: Any = load_arrays(path) if path.suffix == ".npz" else load_tensors(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"it contains a {type(content).__name__}, not a dict")
-    if set(content) >= {"labels", "vectors"}:
+    if path.suffix == ".npz" or set(content) >= {"labels", "vectors"}:
         names, vectors = [str(name) for name in content["labels"]], content["vectors"]
     else:
         names, vectors = [str(name) for name in content], [torch.as_tensor(v) for v in content.values()]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
-from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor
-from gm_mlic.errors import ArgumentError, ConfigError, StoreError, check_positive
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, check_detected, detect
+from gm_mlic.errors import ArgumentError, ConfigError, check_positive
 from gm_mlic.instances.image_loader import ImageViews, Views, read_batches
 from gm_mlic.instances.manifest import MANIFEST, Manifest, job_fields
 from gm_mlic.instances.store import InstanceStore
@@ -186,21 +186,19 @@ def _instances(
         looked_up = extractor.look_up([ids[i] for i in readable], sizes, job.m)
         for i, found in zip(readable, looked_up, strict=True):
             results[i] = found if isinstance(found, str) else [found]
+            if not isinstance(found, str):
+                check_detected(extractor, found, job.m, f"image {ids[i]!r}, view 0")
         return list(results.values())
     for view in range(1 + job.views if readable else 0):
         batch = [_to_tensor(image[view]) for image in readable.values()]
         try:
             with torch.no_grad():
-                detected = extractor(batch, job.m)
+                names = [f"image {ids[i]!r}, view {view}" for i in readable]
+                detected = detect(extractor, batch, job.m, names)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"The detector {job.detector} is out of memory with `batch_size={job.batch_size}`: lower it."
             ) from error
-        if not isinstance(detected, Sequence):
-            kind = type(detected).__name__
-            raise StoreError(f"The detector {job.detector} returned a {kind}, expected a list of Instances.")
-        if len(detected) != len(batch):
-            raise StoreError(f"The detector {job.detector} returned {len(detected)} results for {len(batch)} images.")
         for i, instances in zip(readable, detected, strict=True):
             results[i].append(instances)
     return list(results.values())

@@ -122,7 +122,7 @@ class StoreWriter:
         The block is written, and released, with its last row.
 
         Raises:
-            StoreError: if instances violate the protocol (the message names the image), or the disk is full.
+            StoreError: if features are too large for float16 (the message names the image), or the disk is full.
         """
         block = rows[0] // self.job.block_size
         block_rows = self.blocks[block]
@@ -144,18 +144,17 @@ class StoreWriter:
             self.release([block])
 
     def _fill(self, slots: dict[str, np.ndarray], instances: Instances, image: str) -> None:
-        """Check ``instances`` and copy them into the (1, m, ...) slots of one view."""
-        where = f"The detector {self.job.detector} returned, for {image},"
-        m, D = slots["features"].shape[1:]
-        if (problem := Instances.problem(instances, m, D, len(self.job.detector_labels))) is not None:
-            raise StoreError(f"{where} {problem}.")
+        """Copy ``instances`` into the (1, m, ...) slots of one view."""
         slots["counts"][...] = M = len(instances)
         for name in ("features", "boxes", "scores", "detected_labels"):
             # values above 65504 overflow float16 to inf
             with np.errstate(over="ignore"):
                 slots[name][0, :M] = getattr(instances, name).detach().cpu().numpy()
             if name != "detected_labels" and not np.isfinite(slots[name]).all():
-                raise StoreError(f"{where} {name} that are too large for float16: check its weights.")
+                raise StoreError(
+                    f"The detector {self.job.detector} returned, for {image}, {name} that are too large for float16: "
+                    "check its weights."
+                )
 
     def release(self, blocks: Sequence[int] | None = None) -> None:
         """Release claimed blocks; default: all, after an error."""

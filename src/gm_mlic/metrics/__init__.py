@@ -39,29 +39,15 @@ __all__ = [
     "write_scored_images",
 ]
 
-__getattr__ = lazy_attributes(
+__getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "CONVENTIONS": "conventions",
-        "Convention": "conventions",
-        "MultiLabelMetrics": "multilabel",
-        "PrecisionRecall": "functional",
-        "ScoredImages": "score_files",
-        "average_precision": "functional",
-        "bootstrap_map": "bootstrap",
-        "evaluate_files": "evaluation",
-        "evaluate_scores": "evaluation",
-        "fit_thresholds": "thresholds",
-        "get_convention": "conventions",
-        "interval": "bootstrap",
-        "p_value": "bootstrap",
-        "precision_recall": "functional",
-        "predicted": "functional",
-        "read_scored_images": "score_files",
-        "write_scored_images": "score_files",
+        "bootstrap": ("bootstrap_map", "interval", "p_value"),
+        "conventions": ("CONVENTIONS", "Convention", "get_convention"),
+        "evaluation": ("evaluate_files", "evaluate_scores"),
+        "functional": ("PrecisionRecall", "average_precision", "precision_recall", "predicted"),
+        "multilabel": ("MultiLabelMetrics",),
+        "score_files": ("ScoredImages", "read_scored_images", "write_scored_images"),
+        "thresholds": ("fit_thresholds",),
     },
 )
-
-
-def __dir__() -> list[str]:
-    return __all__

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
-from gm_mlic.detection import InstanceExtractor
+from gm_mlic.detection.protocol import InstanceExtractor, detect
 from gm_mlic.graphs import AssignmentBatch, AssignmentGraph, collate_instances, to_hetero_data
 from gm_mlic.instances import OnlineBatch
 
@@ -38,7 +38,8 @@ class OnlineGraphs(nn.Module):
     def forward(self, batch: OnlineBatch, device: torch.device) -> AssignmentBatch | HeteroData:
         """Assignment graphs of the batch, on ``device``."""
         with torch.autocast(device.type, enabled=False):  # full precision, as in extraction
-            found = self.extractor(batch.images, self.graph.m)
+            assert self.graph.m is not None
+            found = detect(self.extractor, batch.images, self.graph.m)
         targets, rows = batch.targets.to(device, torch.int64), batch.rows.to(device)
         difficult = None if batch.difficult is None else batch.difficult.to(device)
         if self.dense:

@@ -16,14 +16,8 @@ from torch import nn
 from torch_geometric.data import Batch, HeteroData
 
 from gm_mlic.datasets.images import read_image, to_tensor
-from gm_mlic.detection import (
-    GridExtractor,
-    InstanceExtractor,
-    Instances,
-    LookupExtractor,
-    MultiViewExtractor,
-    build_extractor,
-)
+from gm_mlic.detection import GridExtractor, MultiViewExtractor
+from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, build_extractor, detect
 from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
@@ -302,10 +296,8 @@ class Predictor:
         m = self.graph.m
         assert m is not None
         if not isinstance(self.extractor, LookupExtractor):
-            found = self.extractor([to_tensor(image) for _, image in read], m) if read else []
-            for (photo, _), of_photo in zip(read, found, strict=True):
-                if problem := Instances.problem(of_photo, m, self.detector.feature_dim, len(self.detector.labels)):
-                    raise DataError(f"The detector {self.detector.name} returned, for {photo}, {problem}.")
+            images = [to_tensor(image) for _, image in read]
+            found = detect(self.extractor, images, m, [photo for photo, _ in read]) if read else []
             return [_Detected(*item, instances.top(m)) for item, instances in zip(read, found, strict=True)]
         names = [str(getattr(photo, "filename", "") if isinstance(photo, Image.Image) else photo) for photo, _ in read]
         if "" in names:

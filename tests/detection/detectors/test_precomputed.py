@@ -191,6 +191,7 @@ def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
         (["a"], "a", "a"), (["a"], "a.jpg", "a"), (["a.jpg"], "a", "a.jpg"), (["a"], "photos/a.JPG", "a"),
         (["a.jpg", "a.png"], "x/a.png", "a.png"), (["x/a", "y/a"], "y/a.jpg", "y/a"),
         (["x/a", "y/a"], "/p/x/a.jpg", "x/a"),
+        (["a"], "a.heic", "a"), (["a"], "a.AVIF", "a"),
         (["x/a"], "a.jpg", "x/a"), (["x/a"], "y/a.jpg", None), (["a"], "b", None), (["a.v1"], "a.v2", None),
         (["000000000042"], "42", "000000000042"), (["COCO_val2014_000000000042"], "42", "COCO_val2014_000000000042"),
         (["42"], "val2014/COCO_val2014_000000000042.jpg", "42"), (["2007_000042"], "42", None),
@@ -202,7 +203,7 @@ def test_names(tmp_path: Path, keys: list[str], name: str, found: str | None) ->
         np.savez(tmp_path / f"{key}.npz", boxes=np.array([[0, 0, 1, 1]]), features=np.array([[i]]))
     extractor = build_extractor("precomputed", path=str(tmp_path), box_units="fraction")
     if found is None:
-        with pytest.raises(DataError, match="1 of 1 photos have no instances"):
+        with pytest.raises(DataError, match="1 of 1 photo has no instances"):
             extractor.check_ids([name])
     else:
         extractor.check_ids([name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import logging
@@ -132,22 +133,17 @@ class ONNXDetector:
         self._wanted = [name for name in outputs if name is not None]
         self._parse(found)
         self.feature_dim = self._width(found)
-        self._fingerprint: str | None = None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the settings, the class names, the file and its external data."""
-        if self._fingerprint is None:
-            settings = [
-                *(self.format, self._by_column, self._outputs, self.labels, self._label_of_class.tolist()),
-                *(self.activation, self.box_format, self.box_units, self.size, self.resize, self.channels),
-                *(self.value_range, self.mean, self.std, self.score_threshold, self.nms_threshold),
-            ]
-            digest = hashlib.sha256(json.dumps(["onnx", *settings]).encode())
-            for file in self._files:
-                digest.update(sha256(file).encode())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        settings = [
+            *(self.format, self._by_column, self._outputs, self.labels, self._label_of_class.tolist()),
+            *(self.activation, self.box_format, self.box_units, self.size, self.resize, self.channels),
+            *(self.value_range, self.mean, self.std, self.score_threshold, self.nms_threshold),
+        ]
+        files = [sha256(file) for file in self._files]
+        return hashlib.sha256("".join([json.dumps(["onnx", *settings]), *files]).encode()).hexdigest()
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
@@ -323,8 +319,11 @@ class ONNXDetector:
                 f"{self.path} returned the score {worst:.4g}, expected 0 to 1: set `activation='sigmoid'` or "
                 "`activation='softmax'` if scores are logits."
             )
-        row, label, score = self._candidates(scores.clamp(0, 1), classes)
-        boxes = boxes[row]
+        scores = scores.clamp(0, 1) if classes is None else self._of_classes(scores.clamp(0, 1), classes)
+        row, number = (scores > self.score_threshold).nonzero(as_tuple=True)
+        known = self._label_of_class[number] >= 0
+        row, number = row[known], number[known]
+        boxes, score, label = boxes[row], scores[row, number], self._label_of_class[number]
         self._check("boxes", boxes, image)
         boxes = box_convert(boxes, self.box_format, "xyxy")
         if self.box_units == "fraction":
@@ -338,10 +337,9 @@ class ONNXDetector:
         kept = kept[score[kept].sort(descending=True, stable=True).indices[:m]]
         if len(kept) == 0:
             whole = boxes.new_tensor([[0.0, 0.0, 1.0, 1.0]]) * scale + shift
-            return Instances.whole_image(self._feature(found, whole, None, scores, label, score, image)[0])
-        boxes, row, label, score = boxes[kept], row[kept], label[kept], score[kept]
-        features = self._feature(found, boxes * scale + shift, row, scores, label, score, image)
-        return Instances(boxes, score, label, features)
+            return Instances.whole_image(self._feature(found, whole, None, scores, image)[0])
+        features = self._feature(found, boxes[kept] * scale + shift, row[kept], scores, image)
+        return Instances(boxes[kept], score[kept], label[kept], features)
 
     def _prepare(self, image: Tensor) -> tuple[np.ndarray, tuple[int, int, int, int]]:
         """The input (1, 3, H, W), and the left, top, width and height of the image in it."""
@@ -360,42 +358,26 @@ class ONNXDetector:
         ready = (ready * self.value_range - mean) / std
         return ready[None].numpy().astype(self._dtype), (left, top, width, height)
 
-    def _candidates(self, scores: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Row, label and score of each detection above the threshold."""
-        if classes is None:
-            row, number = (scores > self.score_threshold).nonzero(as_tuple=True)
-            score = scores[row, number]
-        else:
-            row = (scores > self.score_threshold).nonzero().flatten()
-            number, score = classes[row], scores[row]
-            if number.numel() and not 0 <= int(number.min()) <= int(number.max()) < len(self._label_of_class):
-                last = len(self._label_of_class) - 1
-                worst = max(number.tolist(), key=lambda n: abs(n - last / 2))
-                raise WeightsError(
-                    f"{self.path} returned the class {worst}, `labels` names the classes up to {last}: check `labels` "
-                    "and `first_class`."
-                )
-        label = self._label_of_class[number]
-        known = label >= 0
-        return row[known], label[known], score[known]
+    def _of_classes(self, scores: Tensor, classes: Tensor) -> Tensor:
+        """Scores (N, C) of detections of one class each. Those below the threshold are 0 and may have no class."""
+        columns, used = len(self._label_of_class), scores > self.score_threshold
+        wrong = classes[used & ((classes < 0) | (classes >= columns))]
+        if len(wrong):
+            raise WeightsError(
+                f"{self.path} returned the class {int(wrong[0])}, `labels` names the classes up to {columns - 1}: "
+                "check `labels` and `first_class`."
+            )
+        column = torch.where(used, classes, 0)
+        return scores.new_zeros(len(scores), columns).scatter(1, column[:, None], (scores * used)[:, None])
 
     def _feature(
-        self,
-        found: dict[str, np.ndarray],
-        boxes: Tensor,
-        row: Tensor | None,
-        scores: Tensor,
-        label: Tensor,
-        score: Tensor,
-        image: Tensor,
+        self, found: dict[str, np.ndarray], boxes: Tensor, row: Tensor | None, scores: Tensor, image: Tensor
     ) -> Tensor:
         """Features (M, D) of boxes in pixels of the input; ``row`` is None for the whole image."""
         if self._features is None:
             if row is None:
                 return torch.zeros(1, self.feature_dim)
-            if scores.dim() == 1:
-                return torch.zeros(len(row), self.feature_dim).scatter(1, label[:, None], score[:, None])
-            return scores.clamp(0, 1)[row][:, self._label_of_class >= 0]
+            return scores[row][:, self._label_of_class >= 0]
         output: Tensor = torch.from_numpy(found[self._features].astype(np.float32))
         pooled: Tensor
         if output.dim() == 4:
@@ -404,14 +386,14 @@ class ONNXDetector:
             pooled = roi_align(output, [rois], _CELLS, aligned=True).mean(dim=(2, 3))
         else:
             rows = output.reshape(-1, self.feature_dim)
-            if row is not None and len(rows) != len(scores):
+            if row is None:
+                pooled = rows.mean(dim=0, keepdim=True) if len(rows) else torch.zeros(1, self.feature_dim)
+            elif len(rows) == len(scores):
+                pooled = rows[row]
+            else:
                 raise WeightsError(
                     f"{self.path}: the output {self._features!r} has {len(rows)} rows for {len(scores)} boxes."
                 )
-            if row is None:
-                pooled = rows.mean(dim=0, keepdim=True) if len(rows) else torch.zeros(1, self.feature_dim)
-            else:
-                pooled = rows[row]
         self._check("features", pooled, image)
         return pooled
 
@@ -479,19 +461,15 @@ def _input_size(
     path: Path, shape: list[Any], size: int | list[int] | None, metadata: dict[str, str]
 ) -> tuple[int, int]:
     """Height and width of the input."""
+    if size is None and all(isinstance(side, int) for side in shape):
+        size = shape
     if size is None:
-        with_text = [side if isinstance(side, int) else None for side in shape]
-        if None in with_text:
-            try:
-                with_text = [int(side) for side in ast.literal_eval(metadata["imgsz"])]
-            except (KeyError, ValueError, SyntaxError, TypeError):
-                raise ArgumentError(
-                    "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
-                ) from None
-        height, width = with_text
-        assert height is not None
-        assert width is not None
-        return height, width
+        try:
+            size = [int(side) for side in ast.literal_eval(metadata["imgsz"])]
+        except (KeyError, ValueError, SyntaxError, TypeError):
+            raise ArgumentError(
+                "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
+            ) from None
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise ArgumentError("size", f"is {size}: expected a number, or [height, width], in pixels.")

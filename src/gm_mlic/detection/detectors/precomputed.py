@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
@@ -51,7 +53,6 @@ _SHAPES: Mapping[str, tuple[tuple[int, ...], str]] = {
     "features": ((2,), "(M, D)"),
 }
 _ALL_NAMES = tuple(name for names in KEYS.values() for name in names)
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _HDF5 = (".h5", ".hdf5")
 #: File with the class names, in a folder of files.
 LABELS_FILE = "labels.txt"
@@ -131,9 +132,8 @@ class Precomputed:
         if self._has_features:
             self.feature_dim = _rows(first, arrays)["features"].shape[1]
         self._clipped = self._dropped = 0
-        self._fingerprint: str | None = None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the settings, the class names, and the content of the files.
 
@@ -142,14 +142,12 @@ class Precomputed:
         another machine. Of an HDF5 file all bytes are read; above 256 MB, their SHA-256 is stored in the file
         ``.NAME.sha256`` beside it and used until its size or time changes.
         """
-        if self._fingerprint is None:
-            # Not `missing`: it does not change the instances of a photo.
-            settings = [self.labels, self._label_of_class.tolist(), self.box_format, self.box_units]
-            digest = hashlib.sha256(json.dumps(["precomputed", *settings]).encode())
-            for part in (part for source in self._sources for part in source.content()):
-                digest.update(json.dumps(part).encode())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+        # Not `missing`: it does not change the instances of a photo.
+        settings = [self.labels, self._label_of_class.tolist(), self.box_format, self.box_units]
+        digest = hashlib.sha256(json.dumps(["precomputed", *settings]).encode())
+        for part in (part for source in self._sources for part in source.content()):
+            digest.update(json.dumps(part).encode())
+        return digest.hexdigest()
 
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
         """Not possible: raises :class:`~gm_mlic.errors.ConfigError`."""
@@ -204,9 +202,10 @@ class Precomputed:
         if self.missing == "skip":
             has = f"{shown}; it has {self._keys[0]}"
             return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {has}.")
+        have = f"photo{'s' * (total > 1)} {'has' if len(without) == 1 else 'have'}"
         return DataError(
-            f"{len(without):,} of {total:,} photos have no instances in {self.path}: {shown}: add them, or set "
-            "`missing='skip'` to leave these photos out."
+            f"{len(without):,} of {total:,} {have} no instances in {self.path}: {shown}: add them, or set "
+            "`missing='skip'` to leave photos out."
         )
 
     def _instances(self, where: str, arrays: dict[str, np.ndarray], size: tuple[int, int] | None) -> Instances:
@@ -326,7 +325,7 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
         rows = array[:count]
         if not np.isfinite(rows).all():
             row = int(np.argwhere(~np.isfinite(rows))[0][0])
-            raise DataError(f"{where}: {key}[{row}] is NaN or infinite.")
+            raise DataError(f"{where}: {key}[{row}] is NaN or infinite: leave this instance out, or detect again.")
         kind = np.float64 if key in ("boxes", "classes") else np.float32
         with np.errstate(over="ignore"):
             found[key] = torch.from_numpy(np.ascontiguousarray(rows, dtype=kind))
@@ -336,7 +335,7 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
 def _number(where: str, key: str, array: np.ndarray) -> float:
     """A number that is stored as an array of one element."""
     if array.size != 1 or array.dtype.kind not in "fiub" or not math.isfinite(float(array.reshape(-1)[0])):
-        raise DataError(f"{where}: {KEYS[key][0]} is not a number.")
+        raise DataError(f"{where}: {KEYS[key][0]} is not a number: write the file again.")
     return float(array.reshape(-1)[0])
 
 
@@ -348,17 +347,12 @@ class _Names:
     """
 
     def __init__(self, keys: Collection[str]) -> None:
-        self._exact = {key: key for key in keys}
-        self._whole: dict[str, list[str]] = {}
-        self._ends: dict[str, list[str]] = {}
-        self._numbers: dict[str, list[str]] = {}
+        self._keys: dict[tuple[str, str], list[str]] = {}
         for key in keys:
             short = _without_suffix(key)
-            self._whole.setdefault(short, []).append(key)
-            for end in _ends(short)[1:]:
-                self._ends.setdefault(end, []).append(key)
-            if number := _coco_number(short):
-                self._numbers.setdefault(number, []).append(key)
+            ends = [("end", end) for end in _ends(short)[1:]]
+            for form in (("exact", key), ("whole", short), *ends, ("number", _coco_number(short))):
+                self._keys.setdefault(form, []).append(key)
 
     def find(self, name: str) -> str | None:
         """Entry of a photo, or None.
@@ -367,28 +361,18 @@ class _Names:
             DataError: if it matches several equally well.
         """
         name = PurePosixPath(str(name).replace("\\", "/")).as_posix()
-        if name in self._exact:
-            return name
         short = _without_suffix(name)
-        for exact in _ends(name):
-            if exact in self._exact:
-                return exact
-        for end in _ends(short):
-            if end in self._whole:
-                return _only(name, self._whole[end])
         number = _coco_number(short) or short
-        keys = self._ends.get(short) or self._numbers.get(number) or self._whole.get(number)
-        return _only(name, keys) if keys else None
-
-
-def _only(name: str, keys: list[str]) -> str:
-    if len(keys) > 1:
-        raise DataError(f"The photo {name} matches several precomputed entries: {', '.join(keys[:3])}: rename them.")
-    return keys[0]
+        forms = [("exact", exact) for exact in (name, *_ends(name))]
+        forms += [*(("whole", end) for end in _ends(short)), ("end", short), ("number", number), ("whole", number)]
+        keys = next((self._keys[form] for form in forms if form in self._keys), [])
+        if len(keys) > 1:
+            raise DataError(f"The photo {name} matches several precomputed entries: {few(keys)}: rename them.")
+        return keys[0] if keys else None
 
 
 def _without_suffix(name: str) -> str:
-    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in _SUFFIXES else name
+    return name[: -len(suffix)] if (suffix := PurePosixPath(name).suffix).lower() in IMAGE_SUFFIXES else name
 
 
 def _ends(name: str) -> list[str]:
@@ -397,9 +381,10 @@ def _ends(name: str) -> list[str]:
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-def _coco_number(name: str) -> str | None:
+def _coco_number(name: str) -> str:
+    """Number of a COCO image; empty for other names."""
     match = re.search(r"(?:^|[_/])(\d{12})$", name)
-    return str(int(match.group(1))) if match else None
+    return str(int(match.group(1))) if match else ""
 
 
 # Files
@@ -556,12 +541,10 @@ class _Groups(_Source):
 
     def _find(self, group: Any, prefix: str) -> None:
         """Collect the groups with boxes."""
-        h5py = _h5py(self._path)
+        import h5py
+
         for name in group:
-            link = group.get(name, getlink=True)
-            if not isinstance(link, h5py.HardLink):
-                raise DataError(f"{self._path}: {prefix}{name} is a link: copy its data into the file.")
-            inner = group[name]
+            inner = _member(self._path, group, name)
             if isinstance(inner, h5py.Group):
                 if any(key in inner for key in KEYS["boxes"]):
                     self.keys[prefix + name] = None
@@ -596,18 +579,13 @@ def _load(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         raise DataError(f"{file} cannot be read ({error}): write it again with numpy.savez.") from error
 
 
-def _h5py(path: Path) -> Any:
+@contextlib.contextmanager
+def _hdf5(path: Path) -> Iterator[Any]:
+    """An open HDF5 file; errors of the library become one line."""
     try:
         import h5py
     except ImportError as error:
         raise ConfigError(f"The file {path} needs h5py: pip install 'gm-mlic[hdf5]'.") from error
-    return h5py
-
-
-@contextlib.contextmanager
-def _hdf5(path: Path) -> Iterator[Any]:
-    """An open HDF5 file; errors of the library become one line."""
-    h5py = _h5py(path)
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -615,17 +593,23 @@ def _hdf5(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is not an HDF5 file, or damaged ({first_line(error)}).") from error
 
 
-def _datasets(path: Path, group: Any) -> dict[str, Any]:
-    """Datasets of a group that are arrays of :data:`KEYS`, stored in the file itself.
+def _member(path: Path, group: Any, name: str) -> Any:
+    """A group or dataset that is stored in the file itself: HDF5 files can refer to any other file of the machine."""
+    import h5py
 
-    HDF5 files can refer to any other file of the machine; such files are refused.
-    """
-    h5py = _h5py(path)
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        where = f"{group.name}/{name}".strip("/")
+        raise DataError(f"{path}: {where} is a link: copy its data into the file.")
+    return group[name]
+
+
+def _datasets(path: Path, group: Any) -> dict[str, Any]:
+    """Datasets of a group that are arrays of :data:`KEYS`."""
+    import h5py
+
     found = {}
     for name in (name for name in _ALL_NAMES if name in group):
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise DataError(f"{path}: {name} is a link: copy its data into the file.")
-        dataset = group[name]
+        dataset = _member(path, group, name)
         if not isinstance(dataset, h5py.Dataset):
             raise DataError(f"{path}: {name} is a group, expected an array.")
         if dataset.external or dataset.is_virtual:

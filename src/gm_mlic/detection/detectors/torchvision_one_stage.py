@@ -34,6 +34,7 @@ from gm_mlic.detection.torchvision_detector import (
     image_sizes,
     padded_sizes,
 )
+from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Probability
 
@@ -157,6 +158,8 @@ def one_stage(
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
+    if arch in _FIXED_SIZE and (min_size, max_size) != (None, None):
+        raise ArgumentError("min_size", f"or `max_size` is set, but {arch} has a fixed input size: leave them out.")
     checkpoint = read_checkpoint(arch, weights, labels)
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
@@ -174,35 +177,15 @@ def one_stage(
     return OneStageExtractor(detector, checkpoint.categories[1:], arch).to(device)
 
 
-def single_shot(
-    arch: str,
-    *,
-    labels: Sequence[str] | None = None,
-    weights: str | Path | None = None,
-    score_threshold: Probability = 0.05,
-    nms_threshold: Probability = 0.5,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-) -> OneStageExtractor:
-    """Build an instance extractor from an SSD of torchvision, whose input size is fixed.
-
-    Args:
-        arch: name of an SSD of torchvision.
-        labels, weights, score_threshold, nms_threshold, seed, device: see :func:`one_stage`.
-    """
-    options: dict[str, Any] = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "seed": seed}
-    return one_stage(arch, labels=labels, weights=weights, device=device, **options)
-
-
 # The thresholds are torchvision's defaults.
 for _arch, _summary, _score, _nms in (
     ("retinanet_resnet50_fpn", "RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
     ("retinanet_resnet50_fpn_v2", "RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
     ("fcos_resnet50_fpn", "FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
-):
-    register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(partial(one_stage, _arch))
-for _arch, _summary, _score, _nms in (
     ("ssd300_vgg16", "SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
     ("ssdlite320_mobilenet_v3_large", "SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
 ):
-    register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(partial(single_shot, _arch))
+    _build = partial(one_stage, _arch)
+    if _arch in _FIXED_SIZE:
+        _build.no_settings = ("min_size", "max_size")  # type: ignore[attr-defined]
+    register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(_build)
