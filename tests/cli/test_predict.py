@@ -158,6 +158,14 @@ def test_files_patterns_and_lists(photos: Path):
         find_photos(["empty"])
 
 
+def test_folders_with_heic_before_its_reader_is_registered(tmp_path: Path):
+    for name in ("a.HEIC", "b.avif", "c.txt"):
+        (tmp_path / name).touch()
+    code = f"from gm_mlic.cli.predict import find_photos\nprint(*(p.name for p in find_photos([{str(tmp_path)!r}])))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["a.HEIC", "b.avif"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,6 +13,7 @@ from torchvision.ops import box_iou, roi_align
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from gm_mlic.datasets import Scenes
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import ARCHITECTURES, FasterRCNNExtractor, InstanceExtractor, build_extractor
 from gm_mlic.errors import ConfigError
 
@@ -26,7 +27,7 @@ def scenes() -> Scenes:
 
 @pytest.fixture(scope="module")
 def images(scenes: Scenes) -> list[torch.Tensor]:
-    return list(torch.from_numpy(scenes.images_uint8(range(SCENES))).permute(0, 3, 1, 2).float() / 255)
+    return [to_tensor(scenes.image(i)) for i in range(SCENES)]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import resnet101
 
 from gm_mlic.datasets import Scenes
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import GridExtractor, InstanceExtractor, build_extractor, checkpoints
 from gm_mlic.errors import ConfigError, WeightsError
 
@@ -20,7 +21,7 @@ from gm_mlic.errors import ConfigError, WeightsError
 @pytest.fixture(scope="module")
 def images() -> list[torch.Tensor]:
     scenes = Scenes("test", size=3, seed=3)
-    return list(torch.from_numpy(scenes.images_uint8(range(3))).permute(0, 3, 1, 2).float() / 255)
+    return [to_tensor(scenes.image(i)) for i in range(3)]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from gm_mlic.datasets.images import read_image
+from gm_mlic.datasets.images import IMAGE_SUFFIXES, read_image
 from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
 from gm_mlic.io import Progress
@@ -121,7 +121,8 @@ def find_photos(names: Sequence[str]) -> list[Path]:
     Raises:
         DataError: for a name without photos.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = IMAGE_SUFFIXES | readable
     photos: dict[Path, None] = {}
     for name in names:
         path = Path(name)
