@@ -27,13 +27,13 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## run the demo (5 minutes on 2 cores)
+demo: $(INSTALLED) ## run the demo (7 minutes on 2 cores)
 	$(BIN)/gm-mlic demo
 
 test: $(INSTALLED) ## run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not scatter"
 
-test-slow: $(INSTALLED) ## run the slow tests: kills, full disks, multiple processes, compilation (10 minutes)
+test-slow: $(INSTALLED) ## run the slow tests: kills, full disks, multiple processes, compilation (about 30 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # torch-scatter has no binary wheel on PyPI, so it is built against the installed torch.
