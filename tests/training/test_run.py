@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from gm_mlic.instances import InstanceStore
 from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
 from gm_mlic.nn import GMMLIC
 from gm_mlic.runs import read_run
-from gm_mlic.training import build, run
+from gm_mlic.training import build, callbacks, run
 from gm_mlic.training.data import EpochSampler
 from gm_mlic.training.module import MLICModule
 from gm_mlic.training.preemption import position
@@ -178,7 +179,6 @@ def test_killed_run_resumes_within_the_epoch(
     run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ):
     overrides = [*overrides, "trainer.max_epochs=3", "trainer.batch_size=5"]
-    run.train(run_config(*overrides))
     other, steps = tmp_path / "other", []
     step = MLICModule.training_step
 
@@ -187,6 +187,10 @@ def test_killed_run_resumes_within_the_epoch(
         return step(module, batch, i)
 
     monkeypatch.setattr(MLICModule, "training_step", counted)
+    clock = SimpleNamespace(monotonic=lambda: 1000.0 + len(steps))  # one second for each step
+    monkeypatch.setattr(callbacks, "time", clock)
+    run.train(run_config(*overrides))
+    steps.clear()
     stop_and_resume(
         run_config(*overrides, f"run_dir={other}", "trainer.checkpoint_every_n_minutes=0"), monkeypatch, epoch=1
     )
@@ -195,6 +199,8 @@ def test_killed_run_resumes_within_the_epoch(
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(a[key], b[key], key)
     assert rows(tmp_path / "run") == rows(other)
+    with (other / "metrics.csv").open(newline="") as file:
+        assert [row["seconds"] for row in csv.DictReader(file)] == ["5.000"] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -26,7 +26,10 @@ class EpochProgressBar(Callback):
         self._bar: Progress | None = None  # none for the rest of an epoch that is resumed
         self._open = ExitStack()
         self._best = float("-inf")
-        self._begin = 0.0
+        self._begin = self._seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._begin = time.monotonic() - self._seconds  # an epoch that is resumed has no on_train_epoch_start
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin = time.monotonic()
@@ -59,17 +62,18 @@ class EpochProgressBar(Callback):
         return f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"best": self._best, "seconds": time.monotonic() - self._begin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = state_dict["best"]
+        self._best, self._seconds = state_dict["best"], state_dict["seconds"]
 
 
 class EpochCSV(Callback):
     """Writer of ``metrics.csv``, with one row per epoch (from 1).
 
     The file is replaced atomically at each epoch, so a killed run loses no rows. A resumed run keeps the rows up to the
-    epoch of its checkpoint (Lightning's CSVLogger deletes the file).
+    epoch of its checkpoint (Lightning's CSVLogger deletes the file). The seconds of an epoch that it resumes include
+    those before the checkpoint.
 
     Args:
         path: the output file.
@@ -78,9 +82,10 @@ class EpochCSV(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
-        self._begin = 0.0
+        self._begin = self._seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._begin = time.monotonic() - self._seconds  # an epoch that is resumed has no on_train_epoch_start
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self._rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= trainer.current_epoch]
@@ -107,3 +112,9 @@ class EpochCSV(Callback):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": time.monotonic() - self._begin}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seconds = state_dict["seconds"]
