@@ -78,6 +78,12 @@ def test_confidence_of_each_match(pairs: list[tuple[int, float]], rows: list[lis
     assert batched.tolist() == [expected] * 2
 
 
+def test_counts_of_labels_without_a_class_are_infinite() -> None:
+    table = torch.tensor([[False, False, True], [False, False, False], [False, True, False]])
+    assert transform(class_labels=table)(instances(2))[LABEL].count.tolist() == [float("inf"), 0.0, 120.0]
+    assert transform(class_labels=None)(instances(2))[LABEL].count.tolist() == [5.0, 0.0, 120.0]
+
+
 def test_class_beyond_the_table() -> None:
     with pytest.raises(ConfigError, match="class 3, but the table is of classes 0 to 2"):
         class_confidence(TABLE, torch.tensor([0, 3]), torch.ones(2))

@@ -209,6 +209,15 @@ def standardized(standardize: Standardize, x: Array) -> Array:
     return z if standardize.axes is None else z @ standardize.axes.numpy().T
 
 
+def shares(head: MatchHead, case: dict[str, Any], tau: float) -> Array:
+    """h_c: 1 without a prior, for labels that are no class, and without shrinkage."""
+    with_class = np.array(case["class_labels"]).any(axis=0)
+    n = np.array(case["label_counts"], dtype=np.float64)
+    if head.prior is None or tau == 0:
+        return np.ones(n.shape)
+    return np.where(with_class, n / (n + tau), 1.0)
+
+
 def head_by_hand(head: MatchHead, case: dict[str, Any], data: HeteroData, r: Array) -> Array:
     """Match logits (M, C) of one image from the network's logits r (M, C)."""
     x, q = data["instance"].x.numpy(), confidence(case, data)
@@ -216,12 +225,10 @@ def head_by_hand(head: MatchHead, case: dict[str, Any], data: HeteroData, r: Arr
     w = vectors(case["C"], case["seed"]).numpy()
     if head.prior is not None or head.linear is not None:
         w = normalized(w, head.center.numpy())
-    n = np.array(case["label_counts"], dtype=np.float64)
-    if head.network_shrinkage:
-        r = r * n / (n + head.network_shrinkage)
+    r = r * shares(head, case, head.network_shrinkage)
     if head.linear is not None:
         linear = linear_by_hand(head.linear, x, data["instance"].box.numpy(), q, w)
-        r = r + (linear * n / (n + head.shrinkage) if head.shrinkage else linear)
+        r = r + linear * shares(head, case, head.shrinkage)
     return r if head.prior is None else r + prior_by_hand(head.prior, q, w)
 
 
@@ -304,8 +311,7 @@ def test_mil_max_computes_its_formula(width: int | None, case: dict[str, Any]) -
                 standard = torch.from_numpy((box - 0.5) * math.sqrt(12))
                 s = net.decoder(net.encoder(torch.from_numpy(x), standard)).numpy()
         s = s if net.head.linear is None else s + linear_by_hand(net.head.linear, x, box, q, w)
-        n = np.array(case["label_counts"], dtype=np.float64)
-        s = s * n / (n + net.head.shrinkage) if net.head.shrinkage else s
+        s = s * shares(net.head, case, net.head.shrinkage)
         s = s if net.head.prior is None else s + prior_by_hand(net.head.prior, q, w)
         edges = np.zeros(q.shape, dtype=bool)
         edges[tuple(alone[MATCHES].edge_index.numpy())] = True
@@ -724,11 +730,12 @@ def test_model_with_nothing_to_compute() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_graph_without_the_tables_of_the_model(layout: str) -> None:
     data = AssignmentGraph(vectors(4), num_neighbors=2)(instances(3, 0))
+    classes = AssignmentGraph(vectors(4), num_neighbors=2, class_labels=torch.eye(4).bool())(instances(3, 0))
+    with pytest.raises(ConfigError, match="give AssignmentGraph label_counts"):
+        GMMLIC(D_O, D_L, widths=(4, 4), prior=True, shrinkage=3.0).double()(as_layout(classes, layout))
     for options, message in (
         ({"prior": True}, "give AssignmentGraph class_labels"),
         ({"linear": True}, "give AssignmentGraph class_labels"),
-        ({"shrinkage": 3.0}, "give AssignmentGraph label_counts"),
-        ({"network_shrinkage": 3.0}, "give AssignmentGraph label_counts"),
     ):
         with pytest.raises(ConfigError, match=message):
             GMMLIC(D_O, D_L, widths=(4, 4), **options).double()(as_layout(data, layout))

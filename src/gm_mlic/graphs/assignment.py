@@ -114,7 +114,9 @@ class AssignmentGraph(BaseTransform):
             matching edges: the score of instances that are detected as the label, 0 on all other edges.
         views: number of views of the image whose instances are in one graph (see
             :class:`~gm_mlic.detection.MultiViewExtractor`; default: 1).
-        label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,).
+        label_counts: (C,), the number of training images with each label. Adds ``label.count`` (C,). With
+            ``class_labels``, the count of a label without a class is infinite: :class:`~gm_mlic.nn.MatchHead` shrinks
+            nothing that is learned for it.
         edge_attr: also store the attributes of eq. 2 and 3 (default: ``False``). They repeat node attributes; the model
             computes them if absent. Graphs that store them have no dense form.
 
@@ -156,6 +158,8 @@ class AssignmentGraph(BaseTransform):
                 )
         if label_counts is not None and (label_counts.shape != (C,) or bool((label_counts < 0).any())):
             raise ArgumentError("label_counts", f"must be {C} numbers of images, got {_shape(label_counts)}.")
+        if label_counts is not None and class_labels is not None:
+            label_counts = label_counts.float().masked_fill(~class_labels.any(dim=0), torch.inf)
         self.label_vectors = label_vectors
         self.candidates, self.class_labels, self.label_counts = candidates, class_labels, label_counts
         self.m, self.views = None if m is None else m * views, views

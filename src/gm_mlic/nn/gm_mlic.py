@@ -189,7 +189,8 @@ class GMMLIC(nn.Module):
             (:class:`~gm_mlic.nn.Standardize`); null: features as they are.
         dropout: probability of zeros in the features that enter the encoder and the decoder.
         shrinkage: what ``linear`` adds for a label with n training images is multiplied by n / (n + shrinkage)
-            (:class:`~gm_mlic.nn.MatchHead`); 0: no shrinkage.
+            (:class:`~gm_mlic.nn.MatchHead`); 0: no shrinkage. Labels without a prior are not shrunk: labels that are
+            no class of the detector, and all without ``prior``.
         network_shrinkage: the same, for what the network adds; null: as ``shrinkage``.
         ridge: penalty on the weights of ``linear``: ridge / 2 times the sum of their squares, divided by images times
             labels.

@@ -62,7 +62,7 @@ def match_confidence(data: Any) -> Tensor:
 
 
 def label_counts(data: Any) -> Tensor:
-    """The number of training images with each label: (B * C,) of a ``HeteroData``, (1, C) of an ``AssignmentBatch``."""
+    """n_c of :class:`MatchHead`: (B * C,) of a ``HeteroData``, (1, C) of an ``AssignmentBatch``."""
     counts = data.label_counts if isinstance(data, AssignmentBatch) else data[LABEL].get("count")
     if counts is None:
         raise ConfigError("Shrinkage needs the number of images with each label: give AssignmentGraph label_counts.")
@@ -233,9 +233,10 @@ class MatchHead(nn.Module):
         s_{ic} = \mathrm{Prior}_{ic} + h_c(\tau) \, \mathrm{Linear}_{ic} + h_c(\tau') \, r_{ic}, \qquad
         h_c(\tau) = n_c / (n_c + \tau)
 
-    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: what is learned
-    for rare labels is small. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it is
-    computed in the dtype of the parameters.
+    with :math:`r_{ic}` the network's logit and :math:`n_c` the number of training images with label c: rare labels stay
+    near the detector's logits. Where there are none, because c is not a class of the detector or ``prior`` is false,
+    :math:`h_c = 1`. Without any setting it is :math:`s_{ic} = r_{ic}`, the paper's. Under autocast it is computed in
+    the dtype of the parameters.
 
     Args:
         instance_dim: D, size of an instance's feature.
@@ -302,24 +303,22 @@ class MatchHead(nn.Module):
         return x if self.standardize is None else self.standardize(x)  # type: ignore[no-any-return]
 
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
-        if self.prior is None and self.linear is None and not self.network_shrinkage:
+        if self.prior is None and self.linear is None:
             return r
         edge_index = matching_edges(data)
         with torch.autocast(r.device.type, enabled=False):
-            if self.prior is not None or self.linear is not None:
-                q, w = match_confidence(data), self._centered(w)
+            q, w = match_confidence(data), self._centered(w)
             s = self._shrunk(r, self.network_shrinkage, edge_index, data)
             if self.linear is not None:
                 s = s + self._shrunk(self.linear(x.to(w.dtype), w, q, data), self.shrinkage, edge_index, data)
             return s if self.prior is None else s + self.prior(q, edge_index, w)
 
-    @staticmethod
-    def _shrunk(s: Tensor, tau: float, edge_index: Tensor | DenseEdges, data: Any) -> Tensor:
+    def _shrunk(self, s: Tensor, tau: float, edge_index: Tensor | DenseEdges, data: Any) -> Tensor:
         """Logits times h_c."""
-        if not tau:
+        if self.prior is None or not tau:
             return s
         n = label_counts(data).to(torch.promote_types(s.dtype, torch.float32))
-        h = 1 - tau / (n + tau)  # 1 where a count is inf in float16
+        h = 1 - tau / (n + tau)  # 1 where a count is inf
         return s * _at_labels(edge_index, h.to(s.dtype))
 
     def prior_logits(self, data: Any) -> Tensor | None:

@@ -272,7 +272,7 @@ def build_module(
         detector_labels=extractor.labels,
     )
     tables, words = {}, None
-    if any(model.get(name) for name in ("prior", "linear", "class_words", "shrinkage", "network_shrinkage")):
+    if any(model.get(name) for name in ("prior", "linear", "class_words")):
         words = build.class_vectors(config, extractor.labels)
         tables = build.prior_tables(dataset, extractor, embedding.vectors, words)
     metadata = ModelMetadata(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from gm_mlic.detection.multi_view import VIEWS
 from gm_mlic.detection.protocol import InstanceExtractor, LookupExtractor
@@ -105,10 +104,9 @@ class ModelMetadata:
     ) -> ModelMetadata:
         """Copy for other labels.
 
-        Labels that the model was not trained on are candidates of every class. One that is a class of the detector
-        has 0 training images if the model has a prior: with shrinkage, only the prior scores it, which is better than
-        what is learned for other labels (experiments/photos). Others count as many as the trained label with the
-        nearest vector, times the cosine similarity.
+        Labels that the model was not trained on are candidates of every class and have 0 training images. With a prior
+        and shrinkage, only the prior scores those that are classes of the detector, which is better than what is
+        learned for other labels (experiments/photos).
 
         Args:
             labels: C' names.
@@ -125,15 +123,7 @@ class ModelMetadata:
         if graph.get("class_labels") is not None:
             graph["class_labels"] = class_labels or [[] for _ in graph["class_labels"]]
         if (counts := graph.get("label_counts")) is not None:
-            similarity = normalize(label_vectors, dim=1) @ normalize(self.label_vectors, dim=1).T
-            cosine, nearest = similarity.clamp(min=0).max(dim=1)
-            expected = cosine * torch.tensor(counts, dtype=cosine.dtype)[nearest]
-            if self.model.get("prior"):
-                expected[[c for numbers in class_labels or () for c in numbers]] = 0
-            graph["label_counts"] = [
-                counts[before[label]] if label in before else float(n)
-                for label, n in zip(labels, expected, strict=True)
-            ]
+            graph["label_counts"] = [counts[before[label]] if label in before else 0 for label in labels]
         return replace(self, labels=labels, label_vectors=label_vectors, label_source=label_source, graph=graph)
 
     def to_checkpoint(self) -> dict[str, Any]:
