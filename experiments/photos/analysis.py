@@ -130,24 +130,20 @@ def measure_unseen(shared: Path, runs: Sequence[Run], extractor: Any, limit: int
 
 
 def unseen_labels(shared: Path, run: Run, extractor: Any, limit: int | None) -> dict[str, Any]:
-    """AP by method and label, and what holds back each label left out of training."""
+    """AP by method and label."""
     predictor = Predictor.from_checkpoint(run.path / "checkpoints/last.ckpt", extractor=extractor)
     data = voc(shared, limit=limit)
     train, one_view = stores(shared, extractor, data, ONE_VIEW, ("train", "test"))
     (six_views,) = stores(shared, extractor, data, [], ["test"])
     labels = one_view.manifest.labels
     wide = predictor.with_labels(labels)
-    counts = dict(zip(labels, wide.metadata.graph["label_counts"], strict=True))
     unseen = UNSEEN[run.seed]
     vectors = wide.metadata.label_vectors
     seen = torch.tensor([label not in unseen for label in labels])
     scores = {
         "detector": torch.from_numpy(raw([one_view])[0]),
-        "prior, 6 views": graph_scores(with_counts(wide, dict.fromkeys(labels, 0.0)), six_views),
+        "prior, 6 views": graph_scores(prior_alone(wide), six_views),
         "ridge regression": regression(train, one_view, vectors, seen),
-        "GM-MLIC, unseen labels by the prior": graph_scores(
-            with_counts(wide, counts | dict.fromkeys(unseen, 0.0)), six_views
-        ),
         "GM-MLIC": graph_scores(wide, six_views),
     }
     targets = torch.from_numpy(np.asarray(six_views.targets)[six_views.rows])
@@ -156,14 +152,12 @@ def unseen_labels(shared: Path, run: Run, extractor: Any, limit: int | None) -> 
         values = (100 * average_precision(of, targets)).tolist()
         values = [None if np.isnan(value) else value for value in values]
         AP[method] = {label: values[labels.index(label)] for label in TWELVE}
-    tau = predictor.metadata.model["shrinkage"]
-    held = {label: {"count": counts[label], "factor": counts[label] / (counts[label] + tau)} for label in unseen}
-    return {"AP": AP, "held_back": held}
+    return {"AP": AP}
 
 
-def with_counts(predictor: Predictor, counts: dict[str, float]) -> Predictor:
-    """The predictor with other numbers of training photos; 0 leaves the prior alone."""
-    graph = {**predictor.metadata.graph, "label_counts": [counts[label] for label in predictor.metadata.labels]}
+def prior_alone(predictor: Predictor) -> Predictor:
+    """The predictor without what is learned: all labels have 0 training photos, and all are classes of the detector."""
+    graph = {**predictor.metadata.graph, "label_counts": [0] * len(predictor.metadata.labels)}
     return Predictor(predictor.model, replace(predictor.metadata, graph=graph), predictor.detector)
 
 
@@ -284,11 +278,9 @@ def unseen_rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
         for method, AP in content["AP"].items():
             names = ("seen", "unseen", "harmonic")
             means = dict(zip(names, seen_and_unseen(AP, UNSEEN[run.seed]), strict=True))
-            held = {f"factor {i}": round(of["factor"], 3) for i, of in enumerate(content["held_back"].values(), 1)}
-            left_out = {"labels": ";".join(UNSEEN[run.seed])} | held
             values = means | {f"AP {label}": value for label, value in AP.items() if value is not None}
             values = {name: round(value, 2) for name, value in values.items()}
-            yield {"method": method, "seed": run.seed, **left_out, **values}
+            yield {"method": method, "seed": run.seed, "labels": ";".join(UNSEEN[run.seed]), **values}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -439,10 +431,6 @@ def print_unseen(rows: Sequence[dict[str, Any]]) -> None:
         some = [of for of in rows if of["method"] == method]
         cells = [mean_and_std([of[name] for of in some]) for name in ("seen", "unseen", "harmonic")]
         print(f"| {method} | {' | '.join(cells)} |")
-    print("\nn / (n + tau) of the labels left out:\n")
-    for of in (of for of in rows if of["method"] == "GM-MLIC"):
-        names = of["labels"].split(";")
-        print(f"- seed {of['seed']}:", ", ".join(f"{name} {of[f'factor {i}']}" for i, name in enumerate(names, 1)))
 
 
 def mean_and_std(values: Sequence[float], sign: str = "") -> str:
