@@ -385,7 +385,8 @@ def print_worth(values: dict[str, dict[int, float]], drawn: dict[str, np.ndarray
 
 def differences(values: dict[int, float], other: dict[int, float]) -> list[float]:
     """Differences with the same seed; a model with one run is compared with every seed of the other."""
-    seeds = sorted(set(values) & set(other)) if min(len(values), len(other)) > 1 else sorted({*values, *other})
+    both = min(len(values), len(other)) > 1
+    seeds = sorted(set(values) & set(other) if both else max(values, other, key=len))
     of = [[v[seed] if len(v) > 1 else next(iter(v.values())) for seed in seeds] for v in (values, other)]
     return [a - b for a, b in zip(*of, strict=True)]
 
