@@ -165,7 +165,10 @@ class Registry:
             raise ConfigError(f"{called} has no argument {unknown[0]!r}. It takes: {allowed}.")
         if missing:
             raise ConfigError(f"{called} needs {' and '.join(missing)}.")
-        return entry.build(**arguments)
+        try:
+            return entry.build(**arguments)
+        except SystemExit as error:  # a plugin must not end gm-mlic without a message
+            raise ConfigError(f"The {self.kind} {name}, {called}, called exit({error.code}): correct it.") from error
 
 
 MODELS = Registry(
@@ -260,7 +263,7 @@ def import_entry_points() -> None:
         try:
             point.load()
             _plugin_packages.add(point.module.partition(".")[0])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.warning("The plugin %s cannot be imported and is left out: %s", point.value, first_line(error))
 
 

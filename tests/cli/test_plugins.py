@@ -197,6 +197,12 @@ WRONG = {
         "self.other = ",
         "The detector cells, Cells, has no attribute fingerprint",
     ),
+    "empty_fingerprint": (
+        'hashlib.sha256(f"cells {side}".encode()).hexdigest()',
+        "''",
+        "The detector cells has the fingerprint '', expected a string",
+    ),
+    "exit": ("self.side = side", "raise SystemExit(7)", "The detector cells, Cells, called exit(7): correct it."),
     "no_features": ('"cells", (), 3', '"cells", (), 0', "has the feature_dim 0, expected an integer"),
     "folderfolder": (
         'name, labels, feature_dim = "cells"',
@@ -206,6 +212,12 @@ WRONG = {
     "constructor": ("self.side = side", "{}['x']", "the plugin my_plugin failed: KeyError: 'x' (my_plugin.py, line "),
     "abstract": ("def image(", "def picture(", "Stripes has no image: correct it."),
     "labels": ("labels = tuple(COLORS)", "names = tuple(COLORS)", "The dataset Stripes has no attribute labels"),
+    "labels_list": ("labels = tuple(COLORS)", "labels = list(COLORS)", "has labels of type list, expected a tuple."),
+    "ids": (
+        'tuple(f"{split}-{i}" for i in range(number))',
+        "tuple(range(number))",
+        "has ids of type int, expected strings.",
+    ),
     "targets": (".astype(np.int8)", ".astype(np.int8).T", "targets have shape (3, 12), expected (12, 3)."),
     "no_images": ("for i in range(number))", "for i in range(0))", "The dataset has no images: check its folder"),
     "splits": (
@@ -227,6 +239,7 @@ RUNNING = {
     ),
     "none": (CALL, "return [None for image in images]", "an object of type NoneType, expected Instances."),
     "generator": (CALL, "return (self.one(image).top(m) for image in images)", "returned a generator, expected a list"),
+    "double": (" pooled)", " pooled.double())", "features of type torch.float64, expected torch.float32."),
     "arrays": (" pooled)", " pooled.numpy())", "features of type ndarray, expected a tensor."),
     "nan": (" pooled)", " pooled / 0)", "features that are NaN or infinite"),
     "pixels": ("Instances(boxes,", "Instances(64 * boxes,", "boxes outside of 0 to 1: divide them by"),

@@ -646,6 +646,7 @@ def _corrupted(name, value):
         (_corrupted("features", lambda f: f + 70000), "too large for float16"),
         (_corrupted("boxes", lambda b: b / 0), "boxes that are NaN"),
         (_corrupted("scores", lambda s: s.flip(0)), "not sorted by descending score"),
+        (_corrupted("features", lambda f: f.double()), "features of type torch.float64, expected torch.float32"),
         (_corrupted("features", lambda f: f[:, :3]), "features of shape"),
         (_corrupted("scores", lambda s: s[:-1]), "scores of shape"),
         (lambda i: i.top(0), "0 instances, expected 1 to 5"),

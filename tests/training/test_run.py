@@ -18,7 +18,9 @@ from omegaconf import DictConfig
 from PIL import Image
 from torch_geometric.data import Batch
 
-from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError
+from gm_mlic.cli.compose import compose
+from gm_mlic.datasets import Scenes
+from gm_mlic.errors import ConfigError, StoreError, Terminated, UnreadableImage, WeightsError
 from gm_mlic.graphs import AssignmentBatch, AssignmentGraphDataset
 from gm_mlic.instances import InstanceStore
 from gm_mlic.metrics import MultiLabelMetrics, read_scored_images
@@ -139,6 +141,47 @@ def test_a_folder_with_another_run_is_rejected(run_config: Config, tmp_path: Pat
         run.train(run_config("trainer.max_epochs=1", "seed=3", "graph.m=4"))
     run.train(run_config("trainer.max_epochs=1", "instances.num_workers=1"))  # not part of the run identity
     assert run.train(run_config("trainer.max_epochs=1", "seed=3", "overwrite=true"))["seed"] == 3
+
+
+@pytest.mark.parametrize("overrides", [[], ["overwrite=true"]])
+def test_a_folder_with_other_files_is_rejected(run_config: Config, tmp_path: Path, overrides: list[str]):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("mine: 1\n")
+    with pytest.raises(ConfigError, match=r"has a file config\.yaml that is not of a run: choose another run_dir"):
+        run.train(run_config(*overrides))
+    assert (tmp_path / "run/config.yaml").read_text() == "mine: 1\n"
+
+
+@pytest.mark.usefixtures("run_config")  # a detector without weights
+def test_one_label(tmp_path: Path):
+    for i in range(12):
+        Image.new("RGB", (64, 48), (20 * i, 90, 200 - 10 * i)).save(tmp_path / f"{i}.jpg")
+    rows = [f"{i}.jpg,{'moon' if i % 2 else ''},{('train', 'val', 'test')[i % 3]}" for i in range(12)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,labels,split", *rows]) + "\n")
+    data = ["dataset=custom", f"dataset.root={tmp_path}", "detector=scenes_tiny", "embedding=hashed"]
+    small = ["model.widths=[8,8]", "trainer.accelerator=cpu", "trainer.max_epochs=1", f"run_dir={tmp_path}/run"]
+    result = run.train(compose("train", [*data, *small, f"instances.root={tmp_path}/stores"]))
+    assert result["test"]["AP"]["moon"] == pytest.approx(result["test"]["mAP"])
+
+
+def test_an_example_that_is_lost_after_extraction(
+    run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+):
+    """The instances are in the store, so only its picture is missing."""
+    run.train(run_config("trainer.max_epochs=1"))
+    image = Scenes.image
+
+    def lost(scenes: Scenes, row: int) -> Image.Image:
+        if scenes.split == "test" and row == 1:
+            raise UnreadableImage("1.jpg does not exist")
+        return image(scenes, row)
+
+    monkeypatch.setattr(Scenes, "image", lost)
+    run.train(run_config("trainer.max_epochs=1", f"run_dir={tmp_path}/b"))
+    assert "left out of examples: 1.jpg does not exist" in caplog.text
+    of = [[example["file"] for example in json.loads((tmp_path / name / "examples/examples.json").read_text())]
+          for name in ("run", "b")]  # fmt: skip
+    assert of[1] == [name for name in of[0] if name != "01.jpg"]
 
 
 @pytest.mark.parametrize(

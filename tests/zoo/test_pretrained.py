@@ -140,6 +140,20 @@ def test_the_card_is_kept_when_a_model_is_saved_again(saved: Path, tmp_path: Pat
     assert "Not stated" in (other.save_pretrained(tmp_path / "other") / "README.md").read_text()
 
 
+@pytest.mark.parametrize("other", ["README.md", "config.json"])
+def test_a_folder_with_other_files_is_not_overwritten(saved: Path, tmp_path: Path, other: str):
+    model, mine = Predictor.from_pretrained(saved), tmp_path / "mine"
+    mine.mkdir()
+    (mine / other).write_text("{}")
+    with pytest.raises(ConfigError, match="has files that are not of an exported model: choose an empty folder"):
+        model.save_pretrained(mine)
+    assert [(path.name, path.read_text()) for path in mine.iterdir()] == [(other, "{}")]
+    (mine / other).rename(mine / ".hidden")
+    assert model.save_pretrained(model.save_pretrained(mine)) == mine
+    (mine / "config.json").unlink()  # as after an interruption
+    assert model.save_pretrained(mine) == mine
+
+
 def test_an_empty_card(folder: Path, tmp_path: Path):
     predictor = Predictor.load(folder / "mil/checkpoints/best.ckpt")
     text = (predictor.save_pretrained(tmp_path / "m") / "README.md").read_text()

@@ -134,8 +134,10 @@ def check_dataset(dataset: object) -> None:
             raise DataError(f"The dataset {kind} has no attribute {attribute}: correct its class.")
     for attribute in ("labels", "ids"):
         names = getattr(dataset, attribute)
-        if other := next((name for name in names if not isinstance(name, str)), None):
-            raise DataError(f"The dataset {kind} has {attribute} of type {type(other).__name__}, expected strings.")
+        if not isinstance(names, tuple):
+            raise DataError(f"The dataset {kind} has {attribute} of type {type(names).__name__}, expected a tuple.")
+        if others := [name for name in names if not isinstance(name, str)]:
+            raise DataError(f"The dataset {kind} has {attribute} of type {type(others[0]).__name__}, expected strings.")
     if not isinstance(dataset.name, str) or not re.fullmatch(r"\w[\w.-]*", dataset.name):
         raise DataError(f"The dataset {kind} has the name {dataset.name!r}, which cannot be the name of a folder.")
     if not isinstance(dataset.targets, np.ndarray):

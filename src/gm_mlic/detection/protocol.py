@@ -172,6 +172,8 @@ def _instances_problem(found: Any, m: int, feature_dim: int, num_classes: int) -
         value = getattr(found, name)
         if tuple(value.shape) != shape:
             return f"{name} of shape {tuple(value.shape)}, expected {shape}"
+        if name != "detected_labels" and (not value.is_floating_point() or value.dtype == torch.float64):
+            return f"{name} of type {value.dtype}, expected torch.float32"
         # Features with a gradient are those of a trained detector; the loss shows whether it has diverged.
         if name != "detected_labels" and not value.requires_grad and not torch.isfinite(value).all():
             return f"{name} that are NaN or infinite: check its weights"
@@ -187,6 +189,21 @@ def _instances_problem(found: Any, m: int, feature_dim: int, num_classes: int) -
     if (low > high).any():
         return "boxes that are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"
     return None
+
+
+def checked_fingerprint(extractor: InstanceExtractor) -> str:
+    """The fingerprint of an extractor, which may be slow to compute.
+
+    Raises:
+        ConfigError: if it is not a string, or empty.
+    """
+    fingerprint: Any = extractor.fingerprint
+    if not isinstance(fingerprint, str) or not fingerprint:
+        raise ConfigError(
+            f"The detector {extractor.name} has the fingerprint {fingerprint!r}, expected a string, such as a hash: "
+            "correct its class."
+        )
+    return fingerprint
 
 
 def build_extractor(name: str, device: str | torch.device = "cpu", **settings: Any) -> InstanceExtractor:

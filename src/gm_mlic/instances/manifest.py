@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from gm_mlic.datasets.base import MultiLabelDataset
-from gm_mlic.detection.protocol import InstanceExtractor
-from gm_mlic.errors import ConfigError, StoreError
+from gm_mlic.detection.protocol import InstanceExtractor, checked_fingerprint
+from gm_mlic.errors import StoreError
 from gm_mlic.schema import Natural, Positive, settings_of
 
 FORMAT = 3
@@ -166,10 +166,7 @@ def job_fields(dataset: MultiLabelDataset | None, extractor: InstanceExtractor |
         found |= {"dataset": dataset.name, "dataset_fingerprint": dataset.fingerprint}
         found["difficult"] = dataset.difficult is not None
     if extractor is not None:
-        if not isinstance(extractor.fingerprint, str):
-            kind = type(extractor.fingerprint).__name__
-            raise ConfigError(f"The detector {extractor.name} has a fingerprint of type {kind}, expected a string.")
-        found |= {"detector": extractor.name, "detector_fingerprint": extractor.fingerprint}
+        found |= {"detector": extractor.name, "detector_fingerprint": checked_fingerprint(extractor)}
         found |= {"detector_labels": tuple(extractor.labels), "feature_dim": int(extractor.feature_dim)}
     return found
 

@@ -127,7 +127,8 @@ def metrics_of(
 def by_name(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """Computed metrics as JSON, with ``AP`` by label; NaN (AP of labels without positives) becomes None."""
     named: dict[str, Any] = {name: _number(value) for name, value in values.items() if name != "AP"}
-    named["AP"] = {label: _number(ap) for label, ap in zip(labels, values["AP"], strict=True)}
+    AP = values["AP"].reshape(len(labels))  # torchmetrics returns a single value as a scalar
+    named["AP"] = {label: _number(ap) for label, ap in zip(labels, AP, strict=True)}
     return named
 
 

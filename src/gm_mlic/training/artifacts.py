@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, rgb_image
+from gm_mlic.errors import DataError, UnreadableImage
 from gm_mlic.graphs import AssignmentBatch
 from gm_mlic.graphs.schema import INSTANCE
-from gm_mlic.io import atomic_write, write_file
+from gm_mlic.io import atomic_write, first_line, write_file
 from gm_mlic.nn import ModelOutput
 from gm_mlic.runs import EXAMPLES, LABEL_STATES
+
+log = logging.getLogger(__name__)
 
 #: Number of example photos, and their longer side in pixels.
 NUMBER, SIDE = 12, 640
@@ -67,7 +71,8 @@ def write_examples(
     """Write ``RUN/examples/``: photos as JPEG, and their predictions in ``examples.json``.
 
     Each image has its top three labels and all other labels that are predicted or present. A label is ``right`` or
-    ``wrong`` if it is predicted (in the top three, or its score reaches the threshold), otherwise ``missed``.
+    ``wrong`` if it is predicted (in the top three, or its score reaches the threshold), otherwise ``missed``. Images
+    that cannot be read are left out with a warning.
     """
     folder = run_dir / EXAMPLES
     folder.mkdir(exist_ok=True)
@@ -77,10 +82,14 @@ def write_examples(
     if dataset.difficult is not None:
         is_present = is_present | dataset.difficult
     for n, (row, scores, boxes) in enumerate(zip(examples.rows, examples.scores, examples.boxes, strict=True)):
-        image = dataset.image(row)
+        try:
+            image = rgb_image(dataset, row)
+        except (UnreadableImage, DataError) as error:  # found late, because the instances were already in the store
+            log.warning("left out of %s: %s", EXAMPLES, first_line(error))
+            continue
         size = {"width": image.width, "height": image.height}
         image.thumbnail((SIDE, SIDE))
-        image.convert("RGB").save(folder / f"{n:02d}.jpg", quality=88)
+        image.save(folder / f"{n:02d}.jpg", quality=88)
         labels = []
         for rank, c in enumerate(scores.argsort(descending=True, stable=True).tolist()):
             present = bool(is_present[row, c])

@@ -28,6 +28,7 @@ from gm_mlic._version import __version__
 from gm_mlic.config import changed_settings, finish, require_values, section
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection import InstanceExtractor
+from gm_mlic.detection.protocol import checked_fingerprint
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import ConfigError, DataError, StoreError, Terminated, WeightsError, config_keys
@@ -37,7 +38,7 @@ from gm_mlic.instances.manifest import MANIFEST
 from gm_mlic.io import atomic_write, sha256, write_file
 from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
 from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, RunState
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, STATE, RunState
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
 from gm_mlic.training.data import GraphData
@@ -105,6 +106,7 @@ def _train(
 ) -> dict[str, Any]:
     finished = run_dir / RESULT
     first = rank_info().rank == 0
+    _check_foreign(run_dir)
     if config.overwrite:
         _forget(run_dir, wait=not first)
     else:
@@ -282,7 +284,7 @@ def build_module(
         model=model,
         graph=build.graph_settings(config) | tables,
         detector=extractor.name,
-        detector_fingerprint=extractor.fingerprint,
+        detector_fingerprint=checked_fingerprint(extractor),
         detector_settings={} if custom else section(config, "detector"),
         embedding=section(config, "embedding"),
     )
@@ -424,10 +426,17 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
 # The run folder
 
 
+def _check_foreign(run_dir: Path) -> None:
+    """Raise ConfigError if ``run_dir`` has a file ``config.yaml`` that no run has written."""
+    of_a_run = (STATE, RESULT, "checkpoints/last.ckpt")
+    if (run_dir / CONFIG).exists() and not any((run_dir / name).exists() for name in of_a_run):
+        raise ConfigError(f"run_dir={run_dir} has a file {CONFIG} that is not of a run: choose another run_dir.")
+
+
 def _check_same_run(config: DictConfig, run_dir: Path) -> None:
     """Raise ConfigError if ``run_dir`` holds a run with other settings, which must not be resumed."""
-    path = run_dir / "config.yaml"
-    begun = any((run_dir / name).exists() for name in ("checkpoints/last.ckpt", "metrics.json"))
+    path = run_dir / CONFIG
+    begun = any((run_dir / name).exists() for name in ("checkpoints/last.ckpt", RESULT))
     if not begun or not path.is_file():
         return
     before = OmegaConf.load(path)

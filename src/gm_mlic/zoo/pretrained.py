@@ -95,6 +95,7 @@ def write_pretrained(
 ) -> Path:
     """Write a model folder; an existing model is replaced file by file, ``config.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(folder)
     (folder / CONFIG).unlink(missing_ok=True)
     metadata = _without_paths(metadata, extractor, folder)
     _save(folder / MODEL, model.state_dict())
@@ -104,6 +105,19 @@ def write_pretrained(
     content["card"] = asdict(card)
     write_file(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raise ConfigError if the files of a folder, except hidden ones, are not those of a model folder."""
+    files = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    replaceable = not files or MODEL in files  # an interrupted export has no config.json
+    if CONFIG in files:
+        try:
+            replaceable = json.loads((folder / CONFIG).read_text())["library"] == "gm-mlic"
+        except (KeyError, TypeError, ValueError):
+            replaceable = False
+    if not replaceable:
+        raise ConfigError(f"{folder} has files that are not of an exported model: choose an empty folder.")
 
 
 def read_pretrained(folder: Path) -> tuple[ModelMetadata, nn.Module, ModelCard]:
