@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ConfigError, Terminated
 from gm_mlic.io import first_line
 from gm_mlic.schema import Setting, settings_of, summary_of
 
@@ -167,6 +167,8 @@ class Registry:
             raise ConfigError(f"{called} needs {' and '.join(missing)}.")
         try:
             return entry.build(**arguments)
+        except Terminated:
+            raise
         except SystemExit as error:  # a plugin must not end gm-mlic without a message
             raise ConfigError(f"The {self.kind} {name}, {called}, called exit({error.code}): correct it.") from error
 
@@ -263,6 +265,8 @@ def import_entry_points() -> None:
         try:
             point.load()
             _plugin_packages.add(point.module.partition(".")[0])
+        except Terminated:
+            raise
         except (Exception, SystemExit) as error:
             log.warning("The plugin %s cannot be imported and is left out: %s", point.value, first_line(error))
 
@@ -283,6 +287,8 @@ def import_plugins(modules: Sequence[str]) -> None:
         try:
             module = importlib.import_module(name)
             _plugin_packages.add(name.partition(".")[0])
+        except Terminated:
+            raise
         except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
                 hint = "no such module; install it, or start gm-mlic in its folder"

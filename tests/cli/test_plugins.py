@@ -189,6 +189,15 @@ def test_plugin_that_cannot_be_imported(source, message, folder: Path, capsys: p
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("place", ["import", "constructor"])
+@pytest.mark.usefixtures("registered")
+def test_a_signal_within_a_plugin_is_no_error_of_it(place: str, folder: Path):
+    stop = "from gm_mlic.errors import Terminated\nraise Terminated\n"
+    built = MODULE.replace("self.side = side", "from gm_mlic.errors import Terminated; raise Terminated")
+    (folder / "my_plugin.py").write_text(stop if place == "import" else built)
+    assert run(["train", *SMALL, "plugins=[my_plugin]"]) == 143
+
+
 CALL, IMAGE = "return [self.one(image).top(m) for image in images]", "return image\n"
 WRONG = {
     # what is replaced, by what, and the error
