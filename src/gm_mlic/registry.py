@@ -295,9 +295,9 @@ def import_plugins(modules: Sequence[str]) -> None:
             else:
                 hint = f"{first_line(error).rstrip('.')}{_place(error, name)}; correct it"
             raise ConfigError(f"plugins={name}: {hint}.") from error
-        here = Path(f"{name}.py")
-        if here.is_file() and not here.samefile(getattr(module, "__file__", None) or "/"):
-            raise ConfigError(f"plugins={name}: there is an installed module of this name; rename {here}.")
+        for here, own in ((Path(f"{name}.py"), f"{name}.py"), (Path(name, "__init__.py"), f"the folder {name}")):
+            if here.is_file() and not here.samefile(getattr(module, "__file__", None) or "/"):
+                raise ConfigError(f"plugins={name}: there is an installed module of this name; rename {own}.")
 
 
 def plugin_failure(error: BaseException) -> str | None:

@@ -164,7 +164,8 @@ def describe(annotation: Any) -> str:
         return f"a mapping of names to {_plural(arguments[1])}"
     if isinstance(origin, type) and issubclass(origin, Sequence):
         inner = [a for a in arguments if a is not Ellipsis]
-        return f"a list of {_plural(inner[0])}" if len(set(inner)) == 1 else "a list"
+        number = f"{len(inner)} " if origin is tuple and Ellipsis not in arguments else ""
+        return f"a list of {number}{_plural(inner[0])}" if len(set(inner)) == 1 else "a list"
     return _NAMES.get(annotation, _OTHER)
 
 

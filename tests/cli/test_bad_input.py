@@ -65,6 +65,16 @@ def train(root: Path, *overrides: str) -> int:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("setting", ["trainer.accelerator=cuda", "instances.root=file"])
+def test_settings_that_fail_late_leave_no_run_folder(setting: str, photos: Path, capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available() and "cuda" in setting:
+        pytest.skip("the accelerator is available")
+    Path("file").touch()
+    assert train(photos, setting) == 2
+    assert setting.partition("=")[0] in refused(capsys)
+    assert not Path("run").exists()
+
+
 def change(root: Path, split: str, key: str, i: int, **values: Any) -> None:
     path = root / "annotations" / f"instances_{split}.json"
     content = json.loads(path.read_text())

@@ -78,7 +78,21 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (["train", "graph.m=3\r"], "'graph.m=3\\r': remove the carriage return; scripts need Unix line ends."),
         (["train", "grap.m=3"], "grap: unknown setting; did you mean graph?"),
-        (["train", "seed"], "missing EQUAL"),
+        (["train", "seed"], "seed: settings are written as KEY=VALUE; gm-mlic train --help has examples."),
+        (["predict", "a.ckpt", "a.jpg"], "a.ckpt: settings are written as KEY=VALUE; gm-mlic predict --help has exa"),
+        (
+            ["train", "dataset.root=a[b"],
+            "Hydra cannot parse this value; if it is a text, write it in quotes: dataset.root='\"a[b\"'.",
+        ),
+        (["train", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: expected a list of 2 numbers."),
+        (
+            ["train", "experiment=scenes", "model=ml_gcn", "ablation=no_semantic"],
+            "model.edge_types: unknown setting. Settings of model (ml_gcn): p, tau, width. It is set by "
+            "experiment=scenes or ablation=no_semantic: leave that out.",
+        ),
+        (["train", "-m", "model=gm_mlic,ml_gcn", "model.k=2"], "model.k: unknown setting. Settings of model: name, p"),
+        (["train", "-m", "seed=0,1", "graph.m=3,0"], "graph.m=0: expected an integer of at least 1."),
+        (["train", "sweep=m", "model.k=0"], "model.k=0: expected an integer of at least 1."),
         (["train", "experimant=scenes"], "experimant: unknown setting; did you mean experiment? Settings: abl"),
         (
             ["train", "+graph.q=1"],
@@ -272,7 +286,7 @@ def test_a_multirun_continues_after_a_failed_job(monkeypatch: pytest.MonkeyPatch
     ],
 )  # fmt: skip
 def test_lists_of_overrides_are_quoted(typed: str, parsed: list[str]):
-    arguments = ["checkpoint=x/checkpoints/best.ckpt", commands._with_quoted_items(f"overrides={typed}")]
+    arguments = ["checkpoint=x/checkpoints/best.ckpt", commands._with_quotes(f"overrides={typed}", True)]
     assert list(compose("eval", arguments).overrides) == parsed
 
 
@@ -285,10 +299,13 @@ def test_lists_of_overrides_are_quoted(typed: str, parsed: list[str]):
         ("label=7", True, "label='7'"),
         *((same, True, same) for same in ("images=a/*.jpg", "labels=[a,b c]", "labels='a,b'", "labels=null", "top=3")),
         ("seed=1,2", True, "seed=1,2"),
+        ("labels=[猫,'a, b',zèbre]", True, "labels=['猫','a, b','zèbre']"),
+        ("dataset.root=Käse", True, "dataset.root='Käse'"),
+        *((same, True, same) for same in ("dataset.root='Käse'", "model.k=(1", "--config-dir=ä", "images=")),
     ],
 )  # fmt: skip
 def test_names_are_quoted_if_hydra_needs_it(typed: str, one_run: bool, quoted: str):
-    assert commands._with_quoted_name(typed, one_run) == quoted
+    assert commands._with_quotes(typed, one_run) == quoted
 
 
 @pytest.mark.parametrize("folders", [["runs/a"], ["a b", "c,d"], ["it's", "[x]", "back\\slash"]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 from pathlib import Path
 
@@ -49,13 +48,11 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     assert json.loads((tmp_path / "run-1" / "state.json").read_text())["sweep"] == str(tmp_path / "sweep")
 
 
-def test_jobs_with_invalid_settings_are_recorded(tmp_path: Path):
-    done = multirun(tmp_path, "-m", "graph.m=0,3")
+def test_a_job_with_an_invalid_setting_is_found_before_the_first_job_starts(tmp_path: Path):
+    done = multirun(tmp_path, "-m", "graph.m=3,0", "run_dir=runs/${hydra:job.num}")
     assert done.returncode == 2
-    assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"]
-    message = "graph.m=0: expected an integer of at least 1"
-    assert [job["error"] for job in read_jobs(tmp_path / "sweep")] == [message, None]
-    assert re.search(rf"^job .*graph\.m=0 failed: {message}$", done.stdout, re.MULTILINE)
+    assert done.stderr == "gm-mlic: error: graph.m=0: expected an integer of at least 1.\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sweep_over_an_unknown_setting(tmp_path: Path):

@@ -342,13 +342,39 @@ def test_names_of_plugins(folder: Path, capsys: pytest.CaptureFixture[str]):
         MODULE.replace('register_detector("cells")', 'register_detector("resnet50_fpn")')
     )
     (folder / "json.py").write_text("")
+    (folder / "xml").mkdir()
+    (folder / "xml" / "__init__.py").write_text("")
     for name, message in {
         "my_plugin": "The detector resnet50_fpn of a plugin has the name of a preset of gm-mlic: choose another name.",
         "my_plugin.py": "plugins=my_plugin.py: name the module without .py: plugins=[my_plugin].",
         "json": "plugins=json: there is an installed module of this name; rename json.py.",
+        "xml": "plugins=xml: there is an installed module of this name; rename the folder xml.",
     }.items():
         assert run(["train", *SMALL, f"plugins=[{name}]"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("registered")
+def test_statistics_check_what_a_dataset_returns(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(MODULE.replace("return image\n", "return image.convert('L')\n"))
+    assert run(["dataset", "plugins=[my_plugin]", "dataset=stripes", "check=true"]) == 0
+    assert "returned an image of mode L for 'train-0', expected an RGB image" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("command", ["dataset", "extract", "train"])
+def test_splits_have_the_same_labels(command: str, folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "my_plugin.py").write_text(
+        MODULE.replace(
+            "self.split = split\n",
+            "self.split = split\n        self.labels = tuple(COLORS)[:: 1 - 2 * (split == 'val')]\n",
+        )
+    )
+    assert run([command, "plugins=[my_plugin]", "dataset=stripes"]) == 2
+    message = "The labels of val and train differ: all splits need the same labels in one order."
+    assert message in capsys.readouterr().err
+    assert not (folder / "data").exists()
+    assert not list(folder.glob("runs/*"))
 
 
 @pytest.mark.usefixtures("registered")

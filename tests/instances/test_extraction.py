@@ -787,7 +787,7 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
                 os.seteuid(65534)  # root can write everywhere
             store = InstanceStore.open(folder / "store")
             assert len(store.instances(0)) > 0
-            with pytest.raises(StoreError, match=r"Cannot write .*ermission denied.*`path`"):
+            with pytest.raises(ConfigError, match=r"Cannot write .*ermission denied.*`path`"):
                 extract(dataset, PixelExtractor(), folder / "other", **SETTINGS)
         finally:
             if root:
@@ -798,7 +798,7 @@ def test_read_only_folder(dataset, undisturbed, tmp_path):
 
 def test_existing_file_or_other_folder_is_refused(dataset, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match="Cannot write"):
+    with pytest.raises(ConfigError, match="Cannot write"):
         extract(dataset, PixelExtractor(), tmp_path / "file" / "store", **SETTINGS)
     with pytest.raises(StoreError, match="not an instance store"):
         extract(dataset, PixelExtractor(), tmp_path / "file", overwrite=True, **SETTINGS)

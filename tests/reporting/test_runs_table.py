@@ -38,6 +38,15 @@ def test_settings_that_follow_from_another_are_hidden(tmp_path: Path, make_run: 
     assert "model.widths" not in head
 
 
+def test_models_and_datasets_that_differ_are_columns(tmp_path: Path, make_run: MakeRun):
+    for model, dataset in (("mil_max", "scenes"), ("query2label", "voc2007"), ("query2label", "scenes")):
+        make_run(tmp_path / f"{model}-{dataset}", model={"name": model}, dataset={"name": dataset})
+    head, *rows = (line for line in printed(tmp_path) if "state" in line or "finished" in line)
+    assert "model.name" in head
+    assert "dataset.name" in head
+    assert sum(("query2label" in line.split("│")[4:][0]) or ("query2label" in line.split("│")[5]) for line in rows) == 2
+
+
 def test_all_settings_of_a_search_are_shown(tmp_path: Path, make_run: MakeRun):
     for n in (1, 2, 3):
         make_run(tmp_path / str(n), optimizer={"lr": n / 1000, "weight_decay": n / 10})

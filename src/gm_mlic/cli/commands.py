@@ -27,14 +27,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
-from gm_mlic.cli.compose import CONFIG_MODULE, check, compose, prepare
+from gm_mlic.cli.compose import CONFIG_MODULE, check, check_jobs, compose, prepare
 from gm_mlic.cli.config_security import check_arguments
 from gm_mlic.cli.environment import prepare_process
 from gm_mlic.cli.help import print_help
 from gm_mlic.distributed import rank_info
-from gm_mlic.errors import config_keys
+from gm_mlic.errors import ConfigError, config_keys
 from gm_mlic.registry import import_plugins
-from gm_mlic.runs import RunFolderError, find_runs, now, read_jobs, write_job
+from gm_mlic.runs import CONFIG, STATE, RunFolderError, find_runs, now, read_jobs, write_job
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     if command in _FOLDERS:
         arguments = _folders_as_setting(arguments)
     one_run = not _MULTIRUN.intersection(arguments)
-    arguments = [_with_quoted_name(_with_quoted_items(argument), one_run) for argument in arguments]
+    arguments = [_with_quotes(argument, one_run) for argument in arguments]
     folders = check_arguments(arguments)
     if verbose:
         arguments = [*arguments, "hydra.verbose=[gm_mlic]"]
@@ -61,6 +61,8 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
         prepare(command, settings)
         if flags & _SHOWS_CONFIG and not _is_multirun(settings):
             compose(command, settings, folders)  # checks it
+        elif not flags - {"--config-dir", "-cd", *_MULTIRUN}:
+            check_jobs(command, settings, folders)  # before the first one starts
         _run_hydra(command, arguments, flags)
     else:
         config = compose(command, settings, folders, return_hydra_config=True, complete=command != "plan")
@@ -79,13 +81,13 @@ def _run_once(command: str, config: DictConfig) -> None:
     is_new = not folder.exists()
     job = run_job(task, config, "hydra.run.dir", None, context)
     if job.status is JobStatus.FAILED:
-        if (
-            is_new
-            and rank_info().rank == 0
-            and all(p.name in (".lock", ".hydra", f"{command}.log") for p in folder.iterdir())
-        ):
+        error: Exception = job._return_value  # type: ignore[assignment]  # the property return_value would print it
+        without_result = {".lock", ".hydra", f"{command}.log"}
+        if isinstance(error, ConfigError):
+            without_result |= {CONFIG, STATE}
+        if is_new and rank_info().rank == 0 and without_result.issuperset(p.name for p in folder.iterdir()):
             shutil.rmtree(folder)  # nothing has been done yet
-        raise job._return_value  # type: ignore[misc]  # the property return_value would print it
+        raise error
 
 
 def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
@@ -132,9 +134,10 @@ def extract(config: DictConfig) -> None:
     """``gm-mlic extract``."""
     from gm_mlic.training import build
 
+    datasets = build.build_datasets(config, config.splits)
     extractor = build.build_detector(config)
-    for split in config.splits:
-        store = build.build_store(config, build.build_dataset(config, split), extractor)
+    for split, dataset in datasets.items():
+        store = build.build_store(config, dataset, extractor)
         if store is None:
             log.info("%s: shard %s is finished, other shards are not", split, config.instances.shard)
         else:
@@ -289,31 +292,40 @@ def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
     return [f"folders=[{','.join(map(_quoted, folders))}]", *(a for a in arguments if a not in folders)]
 
 
-def _with_quoted_items(argument: str) -> str:
-    """Quote items for Hydra, which needs it for =: ``overrides=[a=1,b=[2,3]]`` to ``overrides=['a=1','b=[2,3]']``."""
-    if not (argument.startswith("overrides=[") and argument.endswith("]")) or "'" in argument or '"' in argument:
-        return argument
-    items, depth = [""], 0
-    for character in argument.removeprefix("overrides=[")[:-1]:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            items.append("")
-        else:
-            items[-1] += character
-    return f"overrides=[{','.join(_quoted(item.strip()) for item in items if item.strip())}]"
-
-
-def _with_quoted_name(argument: str, one_run: bool) -> str:
-    """Quote names that Hydra would parse otherwise: ``image=IMG (1).jpg`` to ``image='IMG (1).jpg'``."""
+def _with_quotes(argument: str, one_run: bool) -> str:
+    """Quote what Hydra would not parse, or as something else: ``image=IMG (1).jpg`` to ``image='IMG (1).jpg'``,
+    ``labels=[été]`` to ``labels=['été']``, and ``overrides=[a=1,b=[2,3]]`` to ``overrides=['a=1','b=[2,3]']``.
+    """
     key, _, value = argument.partition("=")
-    if key not in _NAMES or not value:
+    if not value or argument.startswith("-"):
         return argument
+    is_quoted = value[0] in "'\"" and value[0] == value[-1]
+    is_list = value[0] == "[" and value[-1] == "]"
+    if key == "overrides" and is_list and "'" not in value and '"' not in value:
+        return f"{key}={_with_quoted_items(value)}"
     try:
         parsed = OverridesParser.create().parse_override(argument)
         is_name = not isinstance(parsed.value(), (bool, int, float)) and not (one_run and parsed.is_sweep_override())
     except HydraException:
-        is_name = False
-    return argument if is_name or (value[0] in "['\"" and value[-1] in "]'\"") else f"{key}={_quoted(value)}"
+        if is_quoted or (key not in _NAMES and value.isascii()):  # Hydra's grammar is in ASCII
+            return argument
+        return f"{key}={_with_quoted_items(value) if is_list else _quoted(value)}"
+    return argument if is_name or is_quoted or is_list or key not in _NAMES else f"{key}={_quoted(value)}"
+
+
+def _with_quoted_items(value: str) -> str:
+    """Quote the items of ``[A,B]``, except those that are quoted."""
+    items, depth, quote = [""], 0, ""
+    for character in value[1:-1]:
+        if character in "'\"" and quote in ("", character):
+            quote = "" if quote else character
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quote:
+            items.append("")
+        else:
+            items[-1] += character
+    quoted = (item if item[0] in "'\"" else _quoted(item) for item in map(str.strip, items) if item)
+    return f"[{','.join(quoted)}]"
 
 
 def _quoted(text: str) -> str:

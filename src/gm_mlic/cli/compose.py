@@ -13,9 +13,12 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
@@ -47,6 +50,39 @@ def compose(
     Raises:
         ConfigError: for an unknown or missing key, or an invalid value.
     """
+    return check(command, _composed(command, overrides, folders, return_hydra_config), complete=complete)
+
+
+def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
+    """Check all jobs of a multirun. Those of a search are unknown before it runs, and are not checked.
+
+    Args:
+        command: name of the command.
+        overrides: Hydra overrides, with lists of values.
+        folders: further folders of configs.
+
+    Raises:
+        ConfigError: as :func:`compose`, for the first invalid job.
+    """
+    parse = OverridesParser.create().parse_overrides
+    fixed = [override.input_line for override in parse(list(overrides)) if not override.is_sweep_override()]
+    sweeper = _composed(command, fixed, folders, True).hydra.sweeper
+    if sweeper._target_ != BasicSweeperConf._target_:
+        return
+    grid = parse([*(f"{key}={values}" for key, values in (sweeper.params or {}).items()), *overrides])
+    for number, job in enumerate(BasicSweeper.split_arguments(grid, None)[0]):
+        try:
+            config = _composed(command, job, folders, True)
+        except HydraException as error:
+            from gm_mlic.cli.errors import config_error
+
+            raise ConfigError(config_error(error, command, job)) from error
+        config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)  # for interpolations as in run_dir=runs/${hydra:job.num}
+        check(command, config, complete=command != "plan")
+
+
+def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], return_hydra_config: bool) -> DictConfig:
     prepare(command, overrides)
     if folders:
         paths = [f"'file://{folder.absolute()}'" for folder in folders]
@@ -54,7 +90,7 @@ def compose(
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
-    return check(command, config, complete=complete)
+    return config
 
 
 def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:

@@ -29,7 +29,7 @@ def describe(config: DictConfig) -> dict[str, Any]:
         GMMLICError: if the dataset cannot be read. Missing and unreadable images and labels without a vector are
             listed instead, if the settings of the dataset allow them.
     """
-    datasets = {split: build.build_dataset(config, split) for split in config.splits}
+    datasets = build.build_datasets(config, config.splits)
     splits = [statistics(dataset) for dataset in datasets.values()]
     unreadable = {split: _check(dataset) for split, dataset in datasets.items()} if config.check else None
     labels = splits[0].labels

@@ -8,7 +8,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -64,14 +69,14 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         arguments: arguments of the command, used for suggestions.
     """
     if isinstance(error, GMMLICError):
-        return f"error: {_one_line(str(error))}", error.exit_code
+        return f"error: {_one_line(str(error))}{_set_by(str(error), arguments)}", error.exit_code
     for argument in arguments:
         if "\r" in argument:
             return f"error: {argument!r}: remove the carriage return; scripts need Unix line ends.", 2
     if sys.flags.optimize and "override_parser" in "".join(traceback.format_tb(error.__traceback__)):
         return "error: Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O.", 2
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return f"error: {_one_line(_config_error(error, command, arguments))}", 2
+        return f"error: {_one_line(config_error(error, command, arguments))}", 2
     if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
         path = f"{error.filename}: " if error.filename else ""
         return f"error: {path}{_USER_OS_ERRORS[error.errno]}.", 2
@@ -111,8 +116,10 @@ def _compile_error(error: BaseException, command: str) -> str:
     return f"torch.compile failed ({_one_line(lines[0])}): {install}{_WITHOUT_COMPILE[command]}."
 
 
-def _config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:
+def config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:
     """Message for an error of Hydra or OmegaConf, with valid values or keys."""
+    if isinstance(error, OverrideParseException):
+        return _syntax_error(error, command, arguments)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
@@ -142,6 +149,25 @@ def _config_error(error: BaseException, command: str, arguments: Sequence[str]) 
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         message += f" ({first_line(error.__cause__)})"
     return re.sub(r"\s+(object|reference)_type=\w+", "", message)
+
+
+def _syntax_error(error: OverrideParseException, command: str, arguments: Sequence[str]) -> str:
+    """Message for a setting that Hydra cannot parse."""
+    setting = error.override
+    if "=" not in setting:
+        return f"{setting}: settings are written as KEY=VALUE; gm-mlic {command} --help has examples."
+    key, _, value = setting.partition("=")
+    quoted = '"' + value.strip("'\"").replace('"', "") + '"'
+    return f"{setting}: Hydra cannot parse this value; if it is a text, write it in quotes: {key}='{quoted}'."
+
+
+def _set_by(message: str, arguments: Sequence[str]) -> str:
+    """Names the options that may have set an unknown key, which is not on the command line."""
+    key = re.match(r"([\w.]+): unknown setting", message)
+    presets = [a for a in arguments if re.match(r"(experiment|ablation|sweep)=", a)]
+    if key is None or not presets or any(a.lstrip("+~").startswith(key[1]) for a in arguments):
+        return ""
+    return f" It is set by {' or '.join(presets)}: leave that out."
 
 
 def _invalid_option(arguments: Sequence[str]) -> str:

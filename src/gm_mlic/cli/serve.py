@@ -43,7 +43,8 @@ def serve(config: DictConfig) -> None:
         listener.bind((config.host, config.port))
         listener.listen()  # before the address is printed, so that clients can connect immediately
     except OSError as error:
-        raise ConfigError(f"host={config.host}, port={config.port}: {error.strerror or error}.") from error
+        problem = f"host={config.host}, port={config.port}: {error.strerror or error}"
+        raise ConfigError(f"{problem}. Set another port=NUMBER, or port=0 for any free one.") from error
     host, port = listener.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     print(f"http://{name}:{port} (Ctrl-C to stop)", flush=True)

@@ -320,10 +320,16 @@ class Serve(OfModel):
     Drop a photo, edit the labels, and see which instance matches which label. Nothing leaves the machine; photos are
     not stored.
 
+    Programs get the same as JSON: GET /model returns labels and detector of the model. POST /predict, with a photo as
+    the body and optionally labels as in /predict?label=cat&label=dog, returns labels by descending probability,
+    probabilities, argmax_instance and match_probabilities in the same order, and boxes, scores and detected of the
+    instances; or status 400 or 413 and an error.
+
     Examples::
 
       gm-mlic serve checkpoint=runs/NAME/checkpoints/best.ckpt
       gm-mlic serve checkpoint=my-model port=8080
+      curl --data-binary @a.jpg http://127.0.0.1:7860/predict
 
     Args:
         host: IP address. 127.0.0.1: this machine only; 0.0.0.0: all hosts on the network, without a password.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.base import MultiLabelDataset, rgb_image
 from gm_mlic.errors import DataError
 from gm_mlic.targets import normalize_targets
 
@@ -162,7 +162,7 @@ def unreadable_images(
 
     def reason(i: int) -> str | None:
         try:
-            dataset.image(i)
+            rgb_image(dataset, i)
         except DataError as error:
             return str(error)
         return None

@@ -187,13 +187,13 @@ def _instances(
         for i, found in zip(readable, looked_up, strict=True):
             results[i] = found if isinstance(found, str) else [found]
             if not isinstance(found, str):
-                check_detected(extractor, found, job.m, f"image {ids[i]!r}, view 0")
+                check_detected(extractor, found, job.m, f"image {ids[i]!r}")
         return list(results.values())
     for view in range(1 + job.views if readable else 0):
         batch = [_to_tensor(image[view]) for image in readable.values()]
         try:
             with torch.no_grad():
-                names = [f"image {ids[i]!r}, view {view}" for i in readable]
+                names = [f"image {ids[i]!r}{f', augmented view {view}' if view else ''}" for i in readable]
                 detected = detect(extractor, batch, job.m, names)
         except torch.OutOfMemoryError as error:
             raise ConfigError(

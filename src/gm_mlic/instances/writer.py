@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import DataError, StoreError, UnreadableImage
+from gm_mlic.errors import ConfigError, DataError, StoreError, UnreadableImage
 from gm_mlic.instances.image_loader import CRASHES
 from gm_mlic.instances.manifest import MANIFEST, TARGETS, Manifest, block_name
 from gm_mlic.instances.store import REMEDY, InstanceStore, partial_path, read_tensors
@@ -247,12 +247,12 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Context manager that converts file system errors to :class:`~gm_mlic.errors.StoreError`."""
+        """Context manager that converts file system errors to those of the package."""
         try:
             yield
         except OSError as error:
             if error.errno not in _NO_ROOM:
-                raise StoreError(
+                raise ConfigError(
                     f"Cannot write {error.filename or self.partial}: {error.strerror}: choose another `path`."
                 ) from error
             raise StoreError(

@@ -12,8 +12,6 @@ from rich.table import Table
 
 from gm_mlic.runs import Run, flat_settings, varying
 
-#: Names, which are implied by other settings.
-_NAMES = ("dataset.name", "model.name")
 #: Settings that follow from another setting.
 FOLLOWS = {
     "graph.m": ("detector.max_instances",),
@@ -34,7 +32,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     A setting that follows from others (``model.widths`` from k) is left out if another column makes the same
     distinction. If many settings differ, one column lists each run's settings that deviate from the most common values.
     """
-    differing = [key for key in varying(runs) if key not in _NAMES]
+    differing = varying(runs)
     keys = _distinct(runs, differing)
     several = len(keys) > _MOST_COLUMNS
     table = Table(title=f"{len(runs)} runs" if len(runs) != 1 else "1 run", title_justify="left")

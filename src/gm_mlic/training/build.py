@@ -21,7 +21,7 @@ from gm_mlic.detection import InstanceExtractor, LookupExtractor, MultiViewExtra
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
 from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
-from gm_mlic.errors import ConfigError, config_keys
+from gm_mlic.errors import ConfigError, DataError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
 from gm_mlic.metrics import MultiLabelMetrics
@@ -51,6 +51,22 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
         dataset: MultiLabelDataset = DATASETS.build(split=split, **section(config, "dataset"))
         check_dataset(dataset)
     return dataset
+
+
+def build_datasets(config: DictConfig, splits: Sequence[str] = SPLITS) -> dict[str, MultiLabelDataset]:
+    """Build splits of ``config.dataset``.
+
+    Raises:
+        DataError: if their labels differ.
+    """
+    datasets = {split: build_dataset(config, split) for split in splits}
+    first = datasets[splits[0]]
+    for split, dataset in datasets.items():
+        if tuple(dataset.labels) != tuple(first.labels):
+            raise DataError(
+                f"The labels of {split} and {first.split} differ: all splits need the same labels in one order."
+            )
+    return datasets
 
 
 # Detection and instances

@@ -31,7 +31,7 @@ from gm_mlic.detection import InstanceExtractor
 from gm_mlic.detection.protocol import checked_fingerprint
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
-from gm_mlic.errors import ConfigError, DataError, StoreError, Terminated, WeightsError, config_keys
+from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.manifest import MANIFEST
@@ -118,10 +118,7 @@ def _train(
     _quieten_lightning()
 
     # Everything that can fail is built before the stores, which may take hours.
-    datasets = {split: build.build_dataset(config, split) for split in build.SPLITS}
-    for split, dataset in datasets.items():
-        if tuple(dataset.labels) != tuple(datasets["train"].labels):
-            raise DataError(f"The labels of {split} and train differ: all splits need the same labels in one order.")
+    datasets = build.build_datasets(config)
     custom = extractor is not None
     if extractor is None:
         extractor = build.build_detector(config)
