@@ -69,7 +69,7 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         arguments: arguments of the command, used for suggestions.
     """
     if isinstance(error, GMMLICError):
-        return f"error: {_one_line(str(error))}{_set_by(str(error), arguments)}", error.exit_code
+        return f"error: {_one_line(str(error))}{_set_by(str(error), command, arguments)}", error.exit_code
     for argument in arguments:
         if "\r" in argument:
             return f"error: {argument!r}: remove the carriage return; scripts need Unix line ends.", 2
@@ -161,13 +161,15 @@ def _syntax_error(error: OverrideParseException, command: str, arguments: Sequen
     return f"{setting}: Hydra cannot parse this value; if it is a text, write it in quotes: {key}='{quoted}'."
 
 
-def _set_by(message: str, arguments: Sequence[str]) -> str:
-    """Names the options that may have set an unknown key, which is not on the command line."""
-    key = re.match(r"([\w.]+): unknown setting", message)
+def _set_by(message: str, command: str, arguments: Sequence[str]) -> str:
+    """Where a key with an error comes from that is not on the command line."""
+    key = re.match(r"([\w.]+)(=.*)?: (unknown setting|expected )", message)
     presets = [a for a in arguments if re.match(r"(experiment|ablation|sweep)=", a)]
-    if key is None or not presets or any(a.lstrip("+~").startswith(key[1]) for a in arguments):
+    if key is None or any(a.lstrip("+~").startswith(key[1]) for a in arguments):
         return ""
-    return f" It is set by {' or '.join(presets)}: leave that out."
+    if command == "train-detector":
+        return " train-detector is for Faster R-CNN of torchvision, e.g. detector=mobilenet_v3_large_fpn."
+    return f" It is set by {' or '.join(presets)}: leave that out." if presets else ""
 
 
 def _invalid_option(arguments: Sequence[str]) -> str:
