@@ -9,7 +9,7 @@ import pytest
 from gm_mlic.instances import manifest
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "BLOCK_IMAGES", 4)
