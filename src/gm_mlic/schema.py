@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import DocInfo, Ge, Interval, Predicate
+from annotated_types import DocInfo, Ge, Interval, Len, Predicate
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
@@ -151,7 +151,11 @@ def describe(annotation: Any) -> str:
         return f"settings: {', '.join(settings_of(annotation))}"  # type: ignore[arg-type]
     if origin is Annotated:
         words = [part.documentation for part in arguments[1:] if isinstance(part, DocInfo)]
-        return words[0] if words else describe(arguments[0]) + _bounds(arguments[1:])
+        text = describe(arguments[0])
+        for length in (part for part in arguments[1:] if isinstance(part, Len) and part.min_length):
+            fixed = length.min_length == length.max_length
+            text = text.replace("a list of", f"a list of {length.min_length}" if fixed else "a non-empty list of", 1)
+        return words[0] if words else text + _bounds(arguments[1:])
     if origin in (Union, types.UnionType):
         texts = dict.fromkeys(
             describe(a) for a in arguments if a is not type(None) and not (a is Path and str in arguments)

@@ -115,7 +115,7 @@ def test_subset_of_splits(photos: Path, capsys: pytest.CaptureFixture[str]):
     assert custom("dataset", photos, "splits=[train,val]") == 0
     assert cells(capsys.readouterr().out, "images") == ["12", "12"]
     assert custom("dataset", photos, "splits=[all]") == 2
-    assert "splits=[all]: expected a list of some of train, val, test." in refused(capsys)
+    assert "splits=[all]: expected a non-empty list of some of train, val, test." in refused(capsys)
     assert custom("dataset", photos, "splits=[]") == 2
     assert "splits=[]: expected" in refused(capsys)
 

@@ -84,6 +84,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             ["train", "dataset.root=a[b"],
             "Hydra cannot parse this value; if it is a text, write it in quotes: dataset.root='\"a[b\"'.",
         ),
+        (
+            ["train", "loss=focal loss.beta=1"],
+            "loss=focal loss.beta=1: write settings as separate arguments, without q",
+        ),
+        (["predict", "checkpoint=x", "images=[]"], "images=[]: expected a string, or a non-empty list of strings."),
         (["train", "optimizer.betas=[0.9]"], "optimizer.betas=[0.9]: expected a list of 2 numbers."),
         (
             ["train", "experiment=scenes", "model=ml_gcn", "ablation=no_semantic"],

@@ -80,6 +80,8 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
     if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
         path = f"{error.filename}: " if error.filename else ""
         return f"error: {path}{_USER_OS_ERRORS[error.errno]}.", 2
+    if isinstance(error, FileNotFoundError) and any(a.endswith(f"={error.filename}") for a in arguments):
+        return f"error: {error.filename}: no such file or folder, and none can be created: choose another path.", 2
     # By name, since importing torch is slow. On a CPU, torch raises RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
         advice = _LESS_MEMORY.get(command, _LESS_MEMORY["train"])
@@ -157,6 +159,8 @@ def _syntax_error(error: OverrideParseException, command: str, arguments: Sequen
     if "=" not in setting:
         return f"{setting}: settings are written as KEY=VALUE; gm-mlic {command} --help has examples."
     key, _, value = setting.partition("=")
+    if re.search(r" \w[\w./]*=", value):
+        return f"{setting}: write settings as separate arguments, without quotes around several of them."
     quoted = '"' + value.strip("'\"").replace('"', "") + '"'
     return f"{setting}: Hydra cannot parse this value; if it is a text, write it in quotes: {key}='{quoted}'."
 
