@@ -451,7 +451,7 @@ def all_runs(shared: Path, limit: int | None = None) -> Iterator[Run]:
             for model in CURVE:
                 data = partial(voc, shared, size=size, seed=seed, limit=limit)
                 yield Run("curve", model, seed, data, MODELS.get(model, []), f"n={size}")
-    for seed in range(3):
+    for seed in SEEDS:
         for m in (5, 10, 35):
             yield Run("m", "GM-MLIC", seed, whole, [f"graph.m={m}", "detector.max_instances=35"], f"m={m}")
         for k in (2, 3):
@@ -462,7 +462,7 @@ def all_runs(shared: Path, limit: int | None = None) -> Iterator[Run]:
                 yield Run("coco", model, seed, partial(coco, shared), MODELS.get(model, []))
     for seed, labels in UNSEEN.items():
         yield Run("unseen", "GM-MLIC", seed, partial(voc, shared, unseen=labels, limit=limit), [])
-    for seed in range(3):
+    for seed in SEEDS:
         for model, overrides in ORACLE.items():
             yield Run("oracle", model, seed, whole, overrides, boxes="true")
 
