@@ -372,7 +372,7 @@ def test_invalid_values_fail_at_composition():
         ("overwrite=0", r"overwrite=0: expected true or false\."),
         ("dataset.sizes=7", r"dataset\.sizes=7: expected settings: train, val, test\."),
         ("model.fusion=sum", r"model\.fusion=sum: expected one of concat, product\."),
-        ("trainer.devices=0", r"trainer\.devices=0: expected an integer of at least 1, or one of -1, auto, or a non-em"),
+        ("trainer.devices=0", r"trainer\.devices=0: expected an integer of at least 1, or one of -1, auto, or a non-"),
         ("trainer.devices=[]", r"trainer\.devices=\[\]: expected"),
         ("trainer.precision=half", r"trainer\.precision=half: expected one of 32-true, 16-mixed, bf16-mixed\."),
         ("loss.beta=-1", r"loss\.beta=-1: expected a number of at least 0\."),
