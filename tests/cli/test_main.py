@@ -307,6 +307,7 @@ def test_lists_of_overrides_are_quoted(typed: str, parsed: list[str]):
         ("seed=1,2", True, "seed=1,2"),
         ("labels=[猫,'a, b',zèbre]", True, "labels=['猫','a, b','zèbre']"),
         ("dataset.root=Käse", True, "dataset.root='Käse'"),
+        ("dataset.root=ä,b", False, "dataset.root=ä,b"),  # a sweep
         *((same, True, same) for same in ("dataset.root='Käse'", "model.k=(1", "--config-dir=ä", "images=")),
     ],
 )  # fmt: skip

@@ -307,7 +307,8 @@ def _with_quotes(argument: str, one_run: bool) -> str:
         parsed = OverridesParser.create().parse_override(argument)
         is_name = not isinstance(parsed.value(), (bool, int, float)) and not (one_run and parsed.is_sweep_override())
     except HydraException:
-        if is_quoted or (key not in _NAMES and value.isascii()):  # Hydra's grammar is in ASCII
+        is_text = is_list or not re.search(r"[,{(]", value)  # neither a sweep, a mapping nor a function
+        if is_quoted or (key not in _NAMES and (value.isascii() or not is_text)):  # Hydra's grammar is in ASCII
             return argument
         return f"{key}={_with_quoted_items(value) if is_list else _quoted(value)}"
     return argument if is_name or is_quoted or is_list or key not in _NAMES else f"{key}={_quoted(value)}"

@@ -8,12 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -121,7 +116,7 @@ def _compile_error(error: BaseException, command: str) -> str:
 def config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:
     """Message for an error of Hydra or OmegaConf, with valid values or keys."""
     if isinstance(error, OverrideParseException):
-        return _syntax_error(error, command, arguments)
+        return _syntax_error(error, command)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
@@ -153,7 +148,7 @@ def config_error(error: BaseException, command: str, arguments: Sequence[str]) -
     return re.sub(r"\s+(object|reference)_type=\w+", "", message)
 
 
-def _syntax_error(error: OverrideParseException, command: str, arguments: Sequence[str]) -> str:
+def _syntax_error(error: OverrideParseException, command: str) -> str:
     """Message for a setting that Hydra cannot parse."""
     setting = error.override
     if "=" not in setting:

@@ -75,9 +75,9 @@ def extract(
 
     Raises:
         StoreError: if an existing store is damaged or of another job, if the detector returns invalid values (such as
-            NaN; the message names the image), or if the disk is full or read-only. Written blocks are kept.
+            NaN; the message names the image), or if the disk is full. Written blocks are kept.
         DataError: if no image can be read, or the dataset is empty or inconsistent.
-        ConfigError: if a number is out of range.
+        ConfigError: if a number is out of range, or ``path`` cannot be written.
     """
     path = Path(path)
     index, shards = shard

@@ -60,12 +60,10 @@ def build_datasets(config: DictConfig, splits: Sequence[str] = SPLITS) -> dict[s
         DataError: if their labels differ.
     """
     datasets = {split: build_dataset(config, split) for split in splits}
-    first = datasets[splits[0]]
+    first = splits[0]
     for split, dataset in datasets.items():
-        if tuple(dataset.labels) != tuple(first.labels):
-            raise DataError(
-                f"The labels of {split} and {first.split} differ: all splits need the same labels in one order."
-            )
+        if tuple(dataset.labels) != tuple(datasets[first].labels):
+            raise DataError(f"The labels of {split} and {first} differ: all splits need the same labels in one order.")
     return datasets
 
 
