@@ -44,6 +44,10 @@ REMOVED = {
     "w/o holding back": "holding back of labels with few photos",
     "GM-MLIC, one view": "six views",
 }
+#: Models whose scores are combined with the other labels of a photo.
+WITH_CONTEXT = ("detector", "logsumexp-pooled, prior", "GM-MLIC")
+#: Every photo has at least one of these (or a bird, which is not among the twelve labels).
+ANIMALS = ("cat", "cow", "dog", "horse", "sheep")
 RESAMPLES = 1000
 BATCH = 32
 
@@ -212,6 +216,10 @@ def report(shared: Path, runs: Sequence[Run], out: Path) -> None:
         drawn = resampled(done, "main", TWELVE)
         print("## What each graph and each addition is worth\n")
         print_worth(main, drawn)
+        print("\n## Context\n")
+        context = list(context_rows(done, shared))
+        write(out / "context.csv", context)
+        print_context(context)
         print("\n## Models\n")
         print_values([run for run in done if run.part == "main"])
         print()
@@ -283,6 +291,46 @@ def unseen_rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
             yield {"method": method, "seed": run.seed, "labels": ";".join(UNSEEN[run.seed]), **values}
 
 
+def context_rows(runs: Sequence[Run], shared: Path) -> Iterator[dict[str, Any]]:
+    """Mean AP with the other labels of a photo added to the scores of a model.
+
+    The logit of label c becomes logit(p_c) + w (logit P(c | others) - logit P(c)), with a logistic regression on the
+    other labels of the training photos. ``own``: w = 0; ``predicted``: the model's p in place of the other labels;
+    ``true``: the labels of the test photos. With w = 1 this is Bayes' rule, if a label's appearance does not depend on
+    the other labels.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    chosen = [run for run in runs if run.part == "main" and run.model in WITH_CONTEXT]
+    files = [run.path / SCORES for run in chosen]
+    images = read_scored_images(files, files[0])
+    assert images.labels is not None
+    with (shared / "data/voc2012-animals/labels.csv").open(newline="") as file:
+        train = [of["labels"].split(";") for of in csv.DictReader(file) if of["split"] == "train"]
+    y = np.array([[label in of for label in images.labels] for of in train])
+    true = images.targets.double().numpy()
+    columns = [images.labels.index(label) for label in TWELVE]
+    context = {c: LogisticRegression(C=1.0).fit(np.delete(y, c, axis=1), y[:, c]) for c in columns}
+    for run, scores in zip(chosen, images.scores, strict=True):
+        p = scores.double().numpy().clip(1e-6, 1 - 1e-6)
+        for source, others in (("own", None), ("predicted", p), ("true", true)):
+            for weight in (0.0,) if others is None else (0.5, 1.0):
+                logits = np.log(p) - np.log1p(-p)
+                for c, model in context.items():
+                    if others is not None:
+                        bias = np.log(y[:, c].mean() / (1 - y[:, c].mean()))
+                        logits[:, c] += weight * (model.decision_function(np.delete(others, c, axis=1)) - bias)
+                AP = 100 * average_precision(torch.from_numpy(logits[:, columns]).sigmoid(), images.targets[:, columns])
+                of = dict(zip(TWELVE, AP.tolist(), strict=True))
+                means = {
+                    "animals": statistics.mean(value for label, value in of.items() if label in ANIMALS),
+                    "others": statistics.mean(value for label, value in of.items() if label not in ANIMALS),
+                    "mAP12": statistics.mean(of.values()),
+                }
+                values = {name: round(value, 2) for name, value in means.items()}
+                yield {"model": run.model, "seed": run.seed, "other labels": source, "weight": weight, **values}
+
+
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if rows:
         columns = dict.fromkeys(name for of in rows for name in of)
@@ -317,7 +365,7 @@ def by_setting(runs: Sequence[Run], part: str, default: int) -> dict[int, list[f
     for run in runs:
         if run.part == part:
             found.setdefault(int(run.setting[2:]), []).append(run.mean())
-        elif (run.part, run.model) == ("main", "GM-MLIC") and run.seed < 3:
+        elif (run.part, run.model) == ("main", "GM-MLIC"):
             found.setdefault(default, []).append(run.mean())
     return dict(sorted(found.items()))
 
@@ -401,6 +449,18 @@ def print_labels(runs: Sequence[Run], shared: Path) -> None:
         of = [[run.result["test"]["AP"][label] for run in runs if run.model == model] for model in models]
         cells = [f"{statistics.mean(v):.1f}" if None not in v else "-" for v in of]
         print(f"| {label} | {count['train', label]} | {count['test', label]} | {' | '.join(cells)} |")
+
+
+def print_context(rows: Sequence[dict[str, Any]]) -> None:
+    """Mean AP with other labels of a photo, mean and standard deviation over seeds."""
+    print("| model | other labels | weight | animals | others | all twelve |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for of in sorted(rows, key=lambda of: WITH_CONTEXT.index(of["model"])):
+        found.setdefault((of["model"], of["other labels"], of["weight"]), []).append(of)
+    for (model, source, weight), some in found.items():
+        cells = [mean_and_std([of[name] for of in some]) for name in ("animals", "others", "mAP12")]
+        print(f"| {model} | {source} | {weight:g} | {' | '.join(cells)} |")
 
 
 def print_grid(values: dict[str, dict[int, list[float]]], columns: Sequence[int], name: str) -> None:
