@@ -123,12 +123,12 @@ def test_frameworks_are_imported_only_in_their_stages():
     }
 
 
-@pytest.mark.parametrize("name", ["nn", "graphs", "losses", "metrics"])
-def test_core_loads_neither_frameworks_nor_torchvision(name: str):
+def test_core_loads_neither_frameworks_nor_torchvision():
     """Including indirect imports. PyG itself imports transformers, if it is installed, and that imports PIL."""
     heavy = {"torchvision", "PIL", "matplotlib", "rich", "gm_mlic.datasets", "gm_mlic.detection.faster_rcnn"}
     by_pyg = {"PIL", "rich"}.intersection(loaded_by("import torch_geometric.nn", "PIL", "rich"))
-    assert set(loaded_by(f"import gm_mlic.{name}", *FRAMEWORKS, *heavy)) <= by_pyg
+    core = "import gm_mlic.nn, gm_mlic.graphs, gm_mlic.losses, gm_mlic.metrics"
+    assert set(loaded_by(core, *FRAMEWORKS, *heavy)) <= by_pyg
 
 
 def test_lazy_packages_provide_listed_names():
@@ -143,41 +143,41 @@ def test_command_line_starts_without_heavy_imports():
     assert loaded_by("import gm_mlic.cli.main", "torch", "hydra", "lightning", "matplotlib") == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+def run_all(commands: list[list[str]], code: str = "0") -> str:
+    """Code that runs commands one after the other in one process, and checks their exit codes."""
+    run = f"code = run(arguments)\n    assert code == {code}, (arguments, code)"
+    return f"from gm_mlic.cli.main import run\nfor arguments in {commands!r}:\n    {run}"
+
+
+def test_help_and_errors_of_commands_without_a_registry_load_no_torch():
+    """Of commands that have no registered options."""
+    commands = [
         ["predict", "--help"], ["explain", "--help"], ["serve", "--help"], ["export", "--help"], ["eval", "--help"],
         ["runs", "--help"], ["report", "--help"], ["dashboard", "--help"], ["predict"], ["explain", "imag=x"],
         ["export", "checkpoint=x", "out=y", "size=[1]"], ["eval", "split=tset"], ["runs", "nowhere"],
-    ],
-    ids=" ".join,
-)  # fmt: skip
-def test_help_and_errors_of_commands_without_a_registry_load_no_torch(arguments: list[str]):
-    """Of commands that have no registered options."""
-    code = f"from gm_mlic.cli.main import run\nassert run({arguments!r}) == {0 if '--help' in arguments else 2}"
+    ]  # fmt: skip
+    code = run_all(commands, "0 if '--help' in arguments else 2")
     assert loaded_by(code, "torch", "lightning", "gm_mlic.training") == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["predict", "images=photo.png", "device=cpu"],
-        ["explain", "image=photo.png", "device=cpu"],
-        ["export", "out=model"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_commands_of_a_trained_model_load_no_lightning(arguments: list[str], tmp_path: Path):
+def test_commands_of_a_trained_model_load_no_lightning(tmp_path: Path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "photo.png")
-    arguments = [*arguments, "checkpoint=gm_mlic_scenes"]
-    code = f"import os\nos.chdir({str(tmp_path)!r})\nfrom gm_mlic.cli.main import run\nassert run({arguments!r}) == 0"
+    commands = [
+        [*arguments, "checkpoint=gm_mlic_scenes"]
+        for arguments in (
+            ["predict", "images=photo.png", "device=cpu"],
+            ["explain", "image=photo.png", "device=cpu"],
+            ["export", "out=model"],
+        )
+    ]
+    code = f"import os\nos.chdir({str(tmp_path)!r})\n{run_all(commands)}"
     assert loaded_by(code, "torch", "lightning", "pytorch_lightning", "gm_mlic.training") == ["torch"]
 
 
-@pytest.mark.parametrize("module", ["cli.serve", "cli.bench", "cli.dataset", "training.build"])
-def test_dataset_and_extract_load_no_lightning(module: str):
+def test_dataset_and_extract_load_no_lightning():
     """``gm-mlic extract`` imports only :mod:`gm_mlic.training.build`."""
-    assert loaded_by(f"import gm_mlic.{module}", "lightning", "pytorch_lightning") == []
+    code = "import gm_mlic.cli.serve, gm_mlic.cli.bench, gm_mlic.cli.dataset, gm_mlic.training.build"
+    assert loaded_by(code, "lightning", "pytorch_lightning") == []
 
 
 #: Config key, not a call.
