@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,26 +37,6 @@ _ANIMATED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF"})
 #: Brands in the first bytes of HEIC and AVIF files.
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
 
-#: Exceptions of Pillow's decoders on damaged files (they differ by format).
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    AttributeError,
-    AssertionError,
-    ZeroDivisionError,
-    NotImplementedError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
-
 
 def read_image(path: str | Path) -> Image.Image:
     """Read one image file as RGB, 8 bit per channel, upright.
@@ -78,7 +56,7 @@ def read_image(path: str | Path) -> Image.Image:
         _scale_transparent_color(image)
         image.load()
         result = _to_rgb(_upright(image))
-        with contextlib.suppress(*_DECODING_ERRORS):  # of the second frame
+        with contextlib.suppress(Exception):  # of the second frame
             if image.format in _ANIMATED and getattr(image, "is_animated", False):
                 _log_animated(str(path))
         return result
@@ -94,7 +72,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         width, height = image.size
         try:
             rotated = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-        except _DECODING_ERRORS:
+        except Exception:
             rotated = False
         return (height, width) if rotated else (width, height)
 
@@ -104,22 +82,23 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image and read its header; any error, also in the ``with`` block, becomes UnreadableImage."""
     try:
         size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"Image {path} does not exist: restore the file or remove it from the list.") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise UnreadableImage(
-                f"Image {path} does not exist: restore the file or remove it from the list."
-            ) from error
         raise UnreadableImage(f"Image {path} cannot be opened ({first_line(error)}).") from error
     if path.is_dir():
         raise UnreadableImage(f"Image {path} is a folder: name an image file.")
     if size == 0:
         raise UnreadableImage(f"Image {path} is empty (0 bytes): copy or download it again.")
+    has_reader = True
     try:
+        if _is_heif(path):
+            has_reader = _register_heif()
         with warnings.catch_warnings():
             # Pillow warns above 89 million pixels; MAX_PIXELS is checked below. Damaged metadata is no error if the
             # pixels are intact.
             warnings.simplefilter("ignore")
-            with _open(path) as image:
+            with Image.open(path) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UnreadableImage(
@@ -131,28 +110,14 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:  # Pillow refuses the largest images when opening
         raise UnreadableImage(f"Image {path} is over the limit of {MAX_PIXELS:,} pixels: scale it down.") from error
     except UnidentifiedImageError as error:
-        if _is_heif(path) and not _register_heif():
-            raise UnreadableImage(
-                f"Image {path} is HEIC or AVIF: install its reader (pip install 'gm-mlic[heif]'), or convert it to "
-                "JPEG or PNG."
-            ) from error
-        raise UnreadableImage(
-            f"Image {path} is not an image, or damaged, or of an unknown format: convert it to JPEG or PNG."
-        ) from error
-    except _DECODING_ERRORS as error:
+        problem = "is not an image, or damaged, or of an unknown format: convert it to JPEG or PNG."
+        if not has_reader:
+            problem = "is HEIC or AVIF: install its reader (pip install 'gm-mlic[heif]'), or convert it to JPEG or PNG."
+        raise UnreadableImage(f"Image {path} {problem}") from error
+    except Exception as error:  # on damaged files, Pillow's decoders raise errors of almost any class
         raise UnreadableImage(
             f"Image {path} cannot be decoded ({first_line(error)}): copy or download it again."
         ) from error
-
-
-def _open(path: Path) -> Image.Image:
-    """Open an image, with the reader of HEIC if Pillow does not know the format."""
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError:
-        if _is_heif(path) and _register_heif():
-            return Image.open(path)
-        raise
 
 
 def _is_heif(path: Path) -> bool:
@@ -192,7 +157,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Apply the EXIF orientation; with damaged metadata, return the image unchanged."""
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODING_ERRORS:
+    except Exception:
         return image
 
 
