@@ -223,7 +223,7 @@ def test_fingerprint_depends_on_file_sizes(root: Path):
 def test_invalid_label_lists(root: Path):
     message = refused(root, labels=["cat", "dogs"])
     assert f"{root / 'labels.csv'}: line 2: the label 'dog' is not in `labels`; did you mean 'dogs'?" in message
-    assert "lists the label 'cat' twice" in refused(root, labels=["cat", "cat"])
+    assert "`labels` has the label 'cat' twice" in refused(root, labels=["cat", "cat"])
     assert "is empty: list at least one label" in refused(root, labels=[])
     assert "'Cat' and 'cat'" in refused(root, labels=["cat", "Cat", "dog"])
     assert "`labels` has the label 3" in refused(root, labels=["cat", 3])

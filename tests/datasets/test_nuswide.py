@@ -104,7 +104,11 @@ def corrupt(root: Path, file: str, text: str) -> None:
         ("ImageList/TestImagelist.txt", "\n", ["TestImagelist.txt is empty"]),
         ("ImageList/TestImagelist.txt", "bear\\a.jpg\n" * 6, ["None of the 6 photos", "bear/a.jpg", "Flickr"]),
         ("ConceptsList/Concepts81.txt", "sky\nsky\n", ["label 'sky' occurs more than once"]),
-        ("ConceptsList/Concepts81.txt", "sky\nsea\n", ["Labels_sea_Test.txt is missing", "Groundtruth.zip"]),
+        (
+            "ConceptsList/Concepts81.txt",
+            "sky\nsea\n",
+            ["Labels_sea_Test.txt cannot be read (No such", "Groundtruth.zip"],
+        ),
     ],
 )
 def test_malformed_files(root: Path, file: str, text: str, words: list[str]) -> None:
@@ -117,7 +121,7 @@ def test_malformed_files(root: Path, file: str, text: str, words: list[str]) -> 
 
 
 def test_missing_lists_error_names_the_downloads(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Concepts81\.txt is missing.*Groundtruth\.zip.*ImageList\.zip.*Flickr/"):
+    with pytest.raises(DataError, match=r"Concepts81\.txt cannot be read.*Groundtruth\.zip.*ImageList\.zip.*Flickr/"):
         NUSWIDE(tmp_path, "train")
 
 

@@ -153,7 +153,7 @@ def test_malformed_class_files(root: Path) -> None:
     cow.write_text("")
     refused(root, "empty")
     cow.unlink()
-    refused(root, "cow_test.txt is missing", "`download=True`")
+    refused(root, "cow_test.txt cannot be read (No such file or directory)", "`download=True`")
 
 
 def test_duplicate_image(root: Path) -> None:

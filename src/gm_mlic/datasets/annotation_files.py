@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gm_mlic.datasets import coco_format
 from gm_mlic.datasets.annotation_folders import read_folder, read_yolo
 from gm_mlic.datasets.annotation_rows import (
     Annotations,
@@ -23,6 +22,7 @@ from gm_mlic.datasets.annotation_rows import (
     shown,
 )
 from gm_mlic.datasets.annotation_tables import close_to, read_table, read_text
+from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 
@@ -130,25 +130,8 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
 
 
 def _read_coco(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
-    content = coco_format.load(source.path)
-    labels, photos = coco_format.parse(content, source.path, locate=source.file)
-    key_of_split = source.form.split
-    splits = {entry["id"]: entry[key_of_split] for entry in content["images"] if key_of_split in entry}
-    rows = []
-    for key in sorted(photos):
-        photo, where = photos[key], f"{source.path}: image id {key}"
-        boxes = tuple((box, labels[c]) for box, c in zip(photo.boxes, photo.box_labels, strict=True))
-        rows.append(
-            ImageRow(
-                photo.file_name,
-                where,
-                source.split(splits[key], where) if key in splits else None,
-                tuple(labels[c] for c in sorted(photo.labels)),
-                boxes=None if photo.unboxed and not boxes else boxes,
-                size=(photo.width, photo.height),
-            )
-        )
-    return labels, rows
+    labels, rows = read_instances(source.path, source=source)
+    return labels, list(rows.values())
 
 
 _READERS = {

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import yaml
 
-from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, shown, split_called
+from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, label_names, shown, split_called
 from gm_mlic.datasets.annotation_tables import read_text
+from gm_mlic.datasets.base import read_bytes
 from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.datasets.photo_folder import inside
@@ -67,22 +69,17 @@ def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
         names = [names[n] for n in range(len(names))]
     if not isinstance(content, dict) or not isinstance(names, list) or not names:
         raise DataError(f"{source.path} has no list 'names': expected YOLO's data.yaml with names, train and val.")
-    labels = _class_names(source.path, names)
+    labels = label_names(names, str(source.path))
     splits = {split: content.get(key) for split, key in _split_keys(content).items() if content.get(key)}
     if not splits:
         raise DataError(f"{source.path} has none of the keys train, val and test: add the folders of the images.")
-    first: dict[PurePosixPath, str] = {}
-    rows = []
-    for split, places in splits.items():
-        for place in places if isinstance(places, list) else [places]:
-            for image in _yolo_images(source, content.get("path"), place, split):
-                if first.setdefault(image, split) != split:
-                    raise DataError(
-                        f"{source.path}: the image {str(image)!r} is in {first[image]} and in {split}: an image "
-                        "belongs to one split."
-                    )
-                rows.append((image, split if len(splits) > 1 else None))
-    return labels, _yolo_rows(source, dict(rows), labels, bool(content.get("kpt_shape")))
+    images = [
+        (image, split if len(splits) > 1 else None)
+        for split, places in splits.items()
+        for place in (places if isinstance(places, list) else [places])
+        for image in _yolo_images(source, content.get("path"), place, split)
+    ]
+    return labels, _yolo_rows(source, images, labels, bool(content.get("kpt_shape")))
 
 
 def _split_keys(content: dict[str, Any]) -> dict[str, str]:
@@ -95,13 +92,13 @@ def _read_yolo_folder(source: Source, classes: Path) -> tuple[tuple[str, ...], l
 
     Folders in it that are called as splits, such as ``images/train``, are the splits.
     """
-    labels = _class_names(classes, [line for line in read_text(classes).splitlines() if line.strip()])
+    labels = label_names(filter(str.strip, read_text(classes).splitlines()), str(classes))
     for folder in (source.path.parent / "images", source.path):
         below = _below_root(source, folder)
         images = [] if below is None else [path for path in source.folder.files(below) if _is_photo(path)]
         if below is not None and images:
             splits = [split_called(path.relative_to(below).parts[0]) for path in images]
-            named = dict(zip(images, splits, strict=True)) if None not in splits else dict.fromkeys(images)
+            named = [(image, None if None in splits else split) for image, split in zip(images, splits, strict=True)]
             return labels, _yolo_rows(source, named, labels, False)
     raise DataError(f"{source.path} has no images: expected them in {source.path.parent / 'images'}.")
 
@@ -116,18 +113,7 @@ def _below_root(source: Source, path: Path) -> PurePosixPath | None:
     return None
 
 
-def _class_names(source: Path, names: Sequence[Any]) -> tuple[str, ...]:
-    for name in names:
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{source} has the class name {shown(name)}: expected a text, in quotes.")
-    labels = tuple(name.strip() for name in names)
-    if len(set(labels)) != len(labels):
-        twice = next(name for name in labels if labels.count(name) > 1)
-        raise DataError(f"{source} has the class name {shown(twice)} twice: names must be unique.")
-    return labels
-
-
-def _is_photo(path: PurePosixPath) -> bool:
+def _is_photo(path: PurePath) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
@@ -168,11 +154,11 @@ def _listed_image(source: Source, folder: PurePosixPath, name: str, where: str) 
 
 
 def _yolo_rows(
-    source: Source, images: dict[PurePosixPath, str | None], labels: tuple[str, ...], keypoints: bool
+    source: Source, images: list[tuple[PurePosixPath, str | None]], labels: tuple[str, ...], keypoints: bool
 ) -> list[ImageRow]:
     """A row per image. An image without a text file has no labels."""
     rows, without = [], []
-    for image, split in images.items():
+    for image, split in images:
         parts = list(image.parts)
         if "images" in parts[:-1]:  # the last one
             parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
@@ -266,23 +252,22 @@ def _image_sets(folder: Path) -> dict[str, str]:
     return splits
 
 
-def _photo_of(source: Source) -> Callable[[Path, str, str], str]:
-    """Function of an XML file, its ``filename`` and the start of error messages: the path of the photo.
+def _photo_of(source: Source) -> Callable[[Path, str], str]:
+    """Function of an XML file and its ``filename``: the path of the photo.
 
     Photos are in a folder ``JPEGImages`` or ``images`` beside the folder of the XML files, beside the XML file, or in
     the root. They have the name of the XML file, or else ``filename``.
     """
-    by_stem: dict[PurePosixPath, dict[str, list[str]]] = {}
 
+    @functools.cache
     def photos(folder: PurePosixPath) -> dict[str, list[str]]:
-        if folder not in by_stem:
-            by_stem[folder] = {}
-            for path in sorted((source.folder.root / folder).iterdir()):
-                if _is_photo(PurePosixPath(path.name)):
-                    by_stem[folder].setdefault(path.stem, []).append(path.name)
-        return by_stem[folder]
+        """File names by their part before the suffix."""
+        names: dict[str, list[str]] = {}
+        for path in filter(_is_photo, sorted((source.folder.root / folder).iterdir())):
+            names.setdefault(path.stem, []).append(path.name)
+        return names
 
-    def find(file: Path, filename: str, where: str) -> str:
+    def find(file: Path, filename: str) -> str:
         name = (inside(filename.rpartition("/")[2]) or PurePosixPath(file.stem)).name
         near = source.path.parent
         places = [near / "JPEGImages", near / "images", file.parent, source.folder.root]
@@ -290,13 +275,13 @@ def _photo_of(source: Source) -> Callable[[Path, str, str], str]:
         for folder in folders:
             found = photos(folder).get(file.stem) or photos(folder).get(PurePosixPath(name).stem) or []
             if found:
-                return str(source.folder.find(folder / (name if name in found else found[0])))
+                return str(folder / (name if name in found else found[0]))
         return str(folders[0] / name)
 
     return find
 
 
-def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path, str, str], str]) -> ImageRow:
+def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path, str], str]) -> ImageRow:
     where = str(file)
     root = parse_xml(file, "correct or remove it")
     if root.tag != "annotation":
@@ -312,7 +297,7 @@ def _voc_row(source: Source, file: Path, split: str | None, find: Callable[[Path
         present[label] = present.get(label, False) or not difficult
         if box is not None and not difficult:
             boxes.append((box, label))
-    photo = find(file, (root.findtext("filename") or "").strip().replace("\\", "/"), where)
+    photo = find(file, (root.findtext("filename") or "").strip().replace("\\", "/"))
     return ImageRow(
         photo,
         where,
@@ -338,12 +323,11 @@ def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
     Raises:
         DataError: if it cannot be read, is not valid, or declares a document type; ``remedy`` ends the message.
     """
+    content = read_bytes(source, remedy)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
-        parser.feed(source.read_bytes())
+        parser.feed(content)
         root: ElementTree.Element = parser.close()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}): {remedy}.") from error
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise DataError(f"{source} is not valid XML ({first_line(error)}): {remedy}.") from error
     return root

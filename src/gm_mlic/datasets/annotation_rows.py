@@ -8,18 +8,23 @@ import math
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from PIL import Image
+
+from gm_mlic.datasets.base import Box
+from gm_mlic.datasets.images import check_size, read_image
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 
-Box = tuple[float, float, float, float]
-
 #: Largest number of characters of a file name, with its folders.
 _MAX_NAME = 4096
+#: What no file name has: NUL, and halves of characters, which JSON may have and which cannot be encoded.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 #: What a missing value is written as, in lower case: by pandas, spreadsheets and databases.
 _MISSING = frozenset({"nan", "-nan", "none", "null", "n/a", "#n/a", "na", "<na>"})
 _SPLITS = {
@@ -50,6 +55,22 @@ def split_called(name: Any) -> str | None:
 def place(where: str) -> str:
     """``line 3`` of ``FILE: line 3``."""
     return where.rpartition(": ")[2]
+
+
+def label_names(names: Iterable[Any], where: str) -> tuple[str, ...]:
+    """Label names of a list, without surrounding spaces.
+
+    Raises:
+        DataError: if one is blank, no text or repeated; ``where`` starts the message.
+    """
+    labels: dict[str, None] = {}
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{where} has the label {shown(name)}: expected a text, in quotes.")
+        if name.strip() in labels:
+            raise DataError(f"{where} has the label {shown(name)} twice: names must be unique.")
+        labels[name.strip()] = None
+    return tuple(labels)
 
 
 def is_finite(value: Any) -> bool:
@@ -115,6 +136,27 @@ class ImageRow(NamedTuple):
     relative: bool = False
     other: Mapping[str, Any] = {}
 
+    def image(self, root: Path) -> Image.Image:
+        """The photo as RGB, upright.
+
+        Raises:
+            UnreadableImage: if it cannot be decoded.
+            DataError: if its size differs from the annotated one.
+        """
+        image = read_image(root / self.file)
+        if self.size is not None:
+            check_size(root / self.file, image.size, self.size, self.where)
+        return image
+
+
+def label_mask(rows: Sequence[ImageRow], labels: Sequence[str], which: Literal["present", "difficult"]) -> np.ndarray:
+    """(N, C) bool mask of the labels in ``present`` or ``difficult`` of each row."""
+    column = {label: c for c, label in enumerate(labels)}
+    mask = np.zeros((len(rows), len(labels)), dtype=bool)
+    for i, row in enumerate(rows):
+        mask[i, [column[label] for label in getattr(row, which)]] = True
+    return mask
+
 
 @dataclass(frozen=True)
 class Annotations:
@@ -165,7 +207,7 @@ class Source:
         Raises:
             DataError: if it is no file name, or outside the folder.
         """
-        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or "\0" in name or not _is_text(name):
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or _NO_TEXT.search(name):
             raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
         file = self.folder.locate(name + suffix)
         if file is None:
@@ -227,15 +269,6 @@ class Source:
             else:
                 labels[item] = None
         return tuple(labels)
-
-
-def _is_text(name: str) -> bool:
-    """Whether a text can be encoded; JSON may have halves of characters."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _base_name(file: str) -> str:

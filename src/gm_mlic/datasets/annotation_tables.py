@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gm_mlic.datasets.annotation_rows import ImageRow, Source, TableFormat, place, shown
+from gm_mlic.datasets.base import read_bytes
 from gm_mlic.errors import DataError
 from gm_mlic.io import few
 
@@ -83,27 +84,24 @@ def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
     return tuple(others), rows
 
 
-def read_text(source: Path) -> str:
+def read_text(source: Path, remedy: str = "check the path and the permissions") -> str:
     """Read a UTF-8 text file, without its byte order mark.
 
     Raises:
         DataError: if it cannot be read or is not UTF-8.
     """
-    try:
-        content = source.read_bytes()
-    except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}).") from error
-    remedy = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
+    content = read_bytes(source, remedy)
+    save = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{source} is UTF-16: {remedy}")
+        raise DataError(f"{source} is UTF-16: {save}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{source}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): {remedy}") from error
+        raise DataError(f"{source}: line {line} is not UTF-8 (byte {content[error.start]:#04x}): {save}") from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(f"{source}: line {line} has a NUL character, so it is not text: {remedy}")
+        raise DataError(f"{source}: line {line} has a NUL character, so it is not text: {save}")
     return text
 
 
@@ -122,17 +120,15 @@ def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[in
     path, file = source.path, source.form.file
     text, delimiters = _without_preamble(path, text)
     headers: dict[str, list[str]] = {}
-    problem: DataError | None = None
     for delimiter in delimiters:
         try:
             _, record = next(_records(path, text, delimiter))
             headers[delimiter] = [name.strip() for name in record]
         except StopIteration:
             raise DataError(f"{path} is empty: its first line must name the columns.") from None
-        except DataError as error:  # quoting is invalid for this delimiter
-            problem = error
-    if not headers and problem is not None:
-        raise problem
+        except DataError:  # quoting is invalid for this delimiter
+            if delimiter == delimiters[-1] and not headers:
+                raise
     fitting = [delimiter for delimiter, header in headers.items() if file in header]
     if any(len(headers[delimiter]) == 1 for delimiter in fitting):
         fitting = fitting[:1]  # a single column, under any delimiter

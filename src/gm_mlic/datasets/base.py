@@ -20,6 +20,9 @@ from gm_mlic.errors import DataError
 from gm_mlic.io import few
 from gm_mlic.targets import first_other_value, normalize_targets
 
+#: Corners (x1, y1, x2, y2).
+Box = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class BoxAnnotations:
@@ -33,9 +36,10 @@ class BoxAnnotations:
     labels: Tensor
 
     @classmethod
-    def of(cls, boxes: Sequence[tuple[float, float, float, float]], labels: Sequence[int]) -> BoxAnnotations:
-        """Boxes and labels from lists, which may be empty."""
-        return cls(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(labels, dtype=torch.int64))
+    def of(cls, boxes: Sequence[tuple[Box, str]], labels: Sequence[str]) -> BoxAnnotations:
+        """From pairs of a box and its label, which may be none, and all labels."""
+        corners, names = torch.tensor([box for box, _ in boxes], dtype=torch.float32), [name for _, name in boxes]
+        return cls(corners.reshape(-1, 4), torch.tensor([labels.index(name) for name in names], dtype=torch.int64))
 
 
 class MultiLabelDataset(ABC):
@@ -143,6 +147,14 @@ def check_dataset(dataset: object) -> None:
     if not isinstance(dataset.targets, np.ndarray):
         raise DataError(f"The dataset {kind} has targets of type {type(dataset.targets).__name__}, expected an array.")
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
+
+
+def read_bytes(source: Path, remedy: str = "check the path and the permissions") -> bytes:
+    """Content of a file; raises :class:`DataError`, which ends with ``remedy``, if it cannot be read."""
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read ({error.strerror}): {remedy}.") from error
 
 
 def check_images(folder: Path, names: Sequence[str], listed_in: str) -> None:

@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from gm_mlic.datasets.annotation_rows import label_mask
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
-from gm_mlic.datasets.coco_format import load, parse, read_photo
+from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError, check_choice
@@ -115,18 +116,14 @@ class COCO2014(MultiLabelDataset):
                     f"COCO's {what} is missing: expected {path} under `root` ({self.root}); `download=True` fetches it."
                 )
 
-        labels, photos = parse(load(source), source, label_order)
-        chosen = [photos[i] for i in sorted(photos) if unlabeled == "keep" or photos[i].labels]
-        chosen = [chosen[row] for row in rows_of(split, len(chosen), val_fraction, seed)]
-        check_images(self.folder, [photo.file_name for photo in chosen], str(source))
-
-        self.labels = labels
-        self.ids = tuple(str(photo.id) for photo in chosen)
-        self.targets = np.zeros((len(chosen), len(labels)), dtype=np.int8)
-        for row, photo in enumerate(chosen):
-            self.targets[row, list(photo.labels)] = 1
+        self.labels, rows = read_instances(source, label_order)
+        keys = [key for key, row in rows.items() if unlabeled == "keep" or row.present]
+        keys = [keys[n] for n in rows_of(split, len(keys), val_fraction, seed)]
+        self._rows = [rows[key] for key in keys]
+        check_images(self.folder, [row.file for row in self._rows], str(source))
+        self.ids = tuple(map(str, keys))
+        self.targets = label_mask(self._rows, self.labels, "present").astype(np.int8)
         check_targets(self.ids, self.labels, self.targets)
-        self._chosen = chosen
 
     def image(self, i: int) -> Image.Image:
         """The photo of row ``i`` as RGB, upright.
@@ -135,8 +132,8 @@ class COCO2014(MultiLabelDataset):
             UnreadableImage: if it cannot be decoded.
             DataError: if its size differs from the annotated one.
         """
-        return read_photo(self.folder, self._chosen[i])
+        return self._rows[i].image(self.folder)
 
     def boxes(self, i: int) -> BoxAnnotations:
         """Object boxes of row ``i`` without crowd regions; possibly empty."""
-        return self._chosen[i].box_annotations()
+        return BoxAnnotations.of(self._rows[i].boxes or (), self.labels)

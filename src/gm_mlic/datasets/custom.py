@@ -19,17 +19,16 @@ from PIL import Image
 from gm_mlic.datasets.annotation_files import (
     SUFFIXES,
     Annotations,
-    ImageRow,
     TableFormat,
     close_to,
     read_annotations,
     read_text,
 )
-from gm_mlic.datasets.annotation_rows import shown
+from gm_mlic.datasets.annotation_rows import label_mask, label_names, shown
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
-from gm_mlic.datasets.coco_format import check_size, clip_box, leaves_folder
-from gm_mlic.datasets.images import image_size, read_image
-from gm_mlic.datasets.photo_folder import PhotoFolder
+from gm_mlic.datasets.coco_format import clip_box
+from gm_mlic.datasets.images import image_size
+from gm_mlic.datasets.photo_folder import PhotoFolder, inside
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
 from gm_mlic.io import few
@@ -184,7 +183,7 @@ class CustomDataset(MultiLabelDataset):
         read = _read_all(self.root, annotations, folders or {}, form)  # type: ignore[arg-type]
         rows = [row for part in read for row in part.rows]
         self.labels = _labels(read, allowed)
-        targets, difficult = (_mask(rows, self.labels, name) for name in ("present", "difficult"))
+        targets, difficult = label_mask(rows, self.labels, "present"), label_mask(rows, self.labels, "difficult")
         if split == "train":  # the same for every split: warn once
             for part in read:
                 for note in part.notes:
@@ -224,11 +223,7 @@ class CustomDataset(MultiLabelDataset):
             UnreadableImage: if it cannot be decoded.
             DataError: if its size differs from the one in COCO JSON.
         """
-        row = self._rows[i]
-        image = read_image(self.root / row.file)
-        if row.size is not None:
-            check_size(self.root / row.file, image.size, row.size, row.where)
-        return image
+        return self._rows[i].image(self.root)
 
     def boxes(self, i: int) -> BoxAnnotations | None:
         """Boxes of row ``i``, clipped to the image; None if none are annotated or the image cannot be read.
@@ -249,7 +244,7 @@ class CustomDataset(MultiLabelDataset):
             boxes = tuple(((x1 * width, y1 * height, x2 * width, y2 * height), c) for (x1, y1, x2, y2), c in boxes)
             clipped = [(clip_box(box, size, f"{row.where} has the box {list(box)}"), label) for box, label in boxes]
             boxes = tuple((box, label) for box, label in clipped if box is not None)
-        return BoxAnnotations.of([box for box, _ in boxes], [self.labels.index(label) for _, label in boxes])
+        return BoxAnnotations.of(boxes, self.labels)
 
 
 # ---- Reading ----
@@ -269,7 +264,7 @@ def _read_all(
     for split, folder in folders.items():
         if split not in annotations:
             raise ArgumentError("folders", f"has the key {split!r}, which `annotations` lacks.")
-        if leaves_folder(folder):
+        if folder not in ("", ".") and inside(folder) is None:
             raise ArgumentError(f"folders[{split!r}]", f"is {folder!r}: name a folder inside `root`.")
     read = []
     first: dict[str, str] = {}
@@ -311,17 +306,12 @@ def _allowed(root: Path, labels: str | Path | Sequence[str]) -> tuple[str, ...]:
     """Label names from the argument ``labels``."""
     if isinstance(labels, (str, Path)):
         source = _path(root, labels, "labels")
-        names = tuple(line.strip() for line in read_text(source).splitlines() if line.strip())
-        where = f"{source}"
+        where, labels = str(source), list(filter(str.strip, read_text(source).splitlines()))
     else:
-        names, where = tuple(labels), "`labels`"
+        where = "`labels`"
+    names = label_names(labels, where)
     if not names:
         raise DataError(f"{where} is empty: list at least one label.")
-    for n, name in enumerate(names):
-        if not isinstance(name, str):
-            raise DataError(f"{where} has the label {name!r}: expected a string.")
-        if name in names[:n]:
-            raise DataError(f"{where} lists the label {name!r} twice: remove one.")
     _check_spelling(dict.fromkeys(names, where))
     return names
 
@@ -378,15 +368,6 @@ def _check_spelling(first_at: Mapping[str, str]) -> None:
         first[key] = label
 
 
-def _mask(rows: Sequence[ImageRow], labels: Sequence[str], which: str) -> np.ndarray:
-    """(N, C) bool mask of the labels in ``present`` or ``difficult`` of each row."""
-    column = {label: c for c, label in enumerate(labels)}
-    mask = np.zeros((len(rows), len(labels)), dtype=bool)
-    for i, row in enumerate(rows):
-        mask[i, [column[label] for label in getattr(row, which)]] = True
-    return mask
-
-
 def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     """Warn about unused labels and probable separators inside labels."""
     never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
@@ -409,18 +390,14 @@ def _assign(
 ) -> np.ndarray:
     """(N,) split of each row: annotated or drawn."""
     splits = np.array([split or "train" for split in annotated])
-    if annotated[0] is None:
-        _draw(splits, "test", targets, test_fraction, seed)
+    drawn = {"test": test_fraction} if annotated[0] is None else {}
     if "val" not in annotated:
-        _draw(splits, "val", targets, val_fraction, seed)
+        drawn["val"] = val_fraction
+    for split, fraction in drawn.items():
+        rows = np.flatnonzero(splits == "train")
+        if fraction and rows.size:
+            splits[rows[stratified(targets[rows], fraction, seed)]] = split
     return splits
-
-
-def _draw(splits: np.ndarray, split: str, targets: np.ndarray, fraction: float, seed: int) -> None:
-    """Move a fraction of the training rows to ``split`` in place."""
-    rows = np.flatnonzero(splits == "train")
-    if fraction and rows.size:
-        splits[rows[stratified(targets[rows], fraction, seed)]] = split
 
 
 def _empty(
@@ -455,9 +432,7 @@ def _similar_file(root: Path, file: str) -> str:
         names = [entry.name for entry in (root / path.parent).iterdir()]
     except (OSError, ValueError):
         return f"; the folder {root / path.parent} does not exist"
-    similar = [name for name in names if name.casefold() in (path.name.casefold(), path.stem.casefold())]
-    similar += [
-        name for name in names if PurePosixPath(name).stem.casefold() in (path.name.casefold(), path.stem.casefold())
-    ]
+    wanted = {path.name.casefold(), path.stem.casefold()}
+    similar = [name for name in names if wanted & {name.casefold(), PurePosixPath(name).stem.casefold()}]
     similar += difflib.get_close_matches(path.name, names[:5000], n=1, cutoff=0.8)
     return f"; similar: {similar[0]!r}" if similar else ""

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from gm_mlic.errors import UnreadableImage
+from gm_mlic.errors import DataError, UnreadableImage
 from gm_mlic.io import first_line
 
 log = logging.getLogger(__name__)
@@ -145,6 +145,15 @@ def _log_animated(path: str) -> None:
 
 
 _has_logged_animated = False
+
+
+def check_size(path: Path, size: tuple[int, int], annotated: tuple[int, int], where: str) -> None:
+    """Raise :class:`DataError` if the (width, height) of an image differs from the annotated one."""
+    if size != annotated:
+        raise DataError(
+            f"Image {path} is {size[0]} x {size[1]} pixels, but {where} has {annotated[0]} x {annotated[1]}: correct "
+            "the annotation or replace the image."
+        )
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.base import MultiLabelDataset, check_targets
+from gm_mlic.datasets.annotation_rows import shown
+from gm_mlic.datasets.annotation_tables import read_text
+from gm_mlic.datasets.base import MultiLabelDataset, check_targets, read_bytes
 from gm_mlic.datasets.images import read_image
+from gm_mlic.datasets.photo_folder import PhotoFolder, inside
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import ConfigError, DataError, check_choice
 from gm_mlic.io import few
@@ -88,14 +90,14 @@ class NUSWIDE(MultiLabelDataset):
         part = "Test" if split == "test" else "Train"
         concepts = self.root / "ConceptsList" / "Concepts81.txt"
         self.labels = tuple(_lines(concepts))
-        invalid = next((name for name in self.labels if len(name) > 100 or "/" in name or "\\" in name), None)
-        if invalid is not None:
-            raise DataError(f"{concepts} has the invalid concept name {invalid[:100]!r}: unpack it again.")
+        for name in self.labels:
+            if len(name) > 100 or "/" in name or "\\" in name:
+                raise DataError(f"{concepts} has the invalid concept name {shown(name)}: unpack it again.")
         source = self.root / "ImageList" / f"{part}Imagelist.txt"
         names = [line.replace("\\", "/") for line in _lines(source)]
-        outside = next((name for name in names if name.startswith("/") or ".." in name.split("/") or ":" in name), None)
-        if outside is not None:
-            raise DataError(f"{source} has the image {outside!r}: it must stay inside the image folder.")
+        for name in names:
+            if inside(name) is None:
+                raise DataError(f"{source} has the image {shown(name)}: it must stay inside the image folder.")
         present = np.stack([self._label_file(label, part, len(names), source) for label in self.labels], axis=1)
 
         rows = rows_of(split, len(names), val_fraction, seed)
@@ -103,26 +105,26 @@ class NUSWIDE(MultiLabelDataset):
             rows = rows[present[rows].any(axis=1)]
             if not rows.size:
                 raise DataError(f"No image of {source} in split {split!r} has a concept: set `unlabeled='keep'`.")
-        places = self._find([names[row] for row in rows])
-        present_rows = [n for n, place in enumerate(places) if place is not None]
-        self.missing = tuple(names[rows[n]] for n, place in enumerate(places) if place is None)
-        if not present_rows:
+        photos = PhotoFolder(self.root)
+        found = {int(row): file for row in rows if (file := _find(photos, names[row])) is not None}
+        self.missing = tuple(names[row] for row in rows if row not in found)
+        if not found:
             raise DataError(
-                f"None of the {len(places)} photos of {source} is in {self.root / 'Flickr'} or {self.root / 'images'} "
+                f"None of the {len(rows)} photos of {source} is in {self.root / 'Flickr'} or {self.root / 'images'} "
                 f"(the first is {names[rows[0]]}). {_BY_HAND}."
             )
         if self.missing:
             log.warning(
                 "nuswide %s: %d of %d photos are missing in %s and are dropped: %s",
-                split, len(self.missing), len(places), self.root, few(self.missing),
+                split, len(self.missing), len(rows), self.root, few(self.missing),
             )  # fmt: skip
-        self._places = [place for place in places if place is not None]
-        self.ids = tuple(names[rows[n]] for n in present_rows)
-        self.targets = present[rows[present_rows]].astype(np.int8)
+        self._files = tuple(found.values())
+        self.ids = tuple(names[row] for row in found)
+        self.targets = present[list(found)].astype(np.int8)
         check_targets(self.ids, self.labels, self.targets)
 
     def image(self, i: int) -> Image.Image:
-        return read_image(self._places[i])
+        return read_image(self.root / self._files[i])
 
     def _label_file(self, label: str, part: str, count: int, listed: Path) -> np.ndarray:
         """(count,) bool of one concept, from a file with 0 or 1 per line."""
@@ -130,7 +132,7 @@ class NUSWIDE(MultiLabelDataset):
         folders = (self.root / "TrainTestLabels", self.root / "Groundtruth" / "TrainTestLabels")
         source = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
         # Parsed as bytes: a million one-digit lines take milliseconds.
-        values = np.frombuffer(_read(source), dtype=np.uint8)
+        values = np.frombuffer(read_bytes(source, _BY_HAND), dtype=np.uint8)
         values = values[~np.isin(values, np.frombuffer(b"\r\n \t", dtype=np.uint8))]
         wrong = np.flatnonzero((values != ord("0")) & (values != ord("1")))
         if wrong.size:
@@ -142,46 +144,16 @@ class NUSWIDE(MultiLabelDataset):
         result: np.ndarray = values == ord("1")
         return result
 
-    def _find(self, names: list[str]) -> list[Path | None]:
-        """Path of each photo, None if missing. Each folder is listed once."""
-        listings: dict[Path, set[str]] = {}
 
-        def has(folder: Path, name: str) -> bool:
-            if folder not in listings:
-                try:
-                    with os.scandir(folder) as entries:
-                        listings[folder] = {entry.name for entry in entries}
-                except OSError:
-                    listings[folder] = set()
-            return name in listings[folder]
-
-        places: list[Path | None] = []
-        for listed in names:
-            folder, _, name = listed.rpartition("/")
-            candidates = [top / inner for top in (self.root / "Flickr", self.root / "images") for inner in (folder, "")]
-            places.append(next((place / name for place in candidates if has(place, name)), None))
-        return places
-
-
-def _read(source: Path) -> bytes:
-    try:
-        return source.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{source} is missing. {_BY_HAND}.") from error
-    except OSError as error:
-        raise DataError(f"{source} cannot be read ({error.strerror}).") from error
+def _find(photos: PhotoFolder, name: str) -> PurePosixPath | None:
+    """Path of a photo relative to the root; None if it is missing."""
+    places = (PurePosixPath(top, part) for top in ("Flickr", "images") for part in (name, name.rpartition("/")[2]))
+    return next((found for place in places if (found := photos.find(place)) is not None), None)
 
 
 def _lines(source: Path) -> list[str]:
     """Stripped, non-empty lines of a text file."""
-    try:
-        text = _read(source).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{source} is not UTF-8 text: unpack it again.") from error
-    if "\0" in text:
-        raise DataError(f"{source} is not text: unpack it again.")
-    lines = [line.strip() for line in text.splitlines()]
-    kept = [line for line in lines if line]
-    if not kept:
+    lines = [line.strip() for line in read_text(source, _BY_HAND).splitlines() if line.strip()]
+    if not lines:
         raise DataError(f"{source} is empty: unpack it again.")
-    return kept
+    return lines

@@ -33,7 +33,7 @@ class PhotoFolder:
     """
 
     def __init__(self, root: Path, below: str = "") -> None:
-        self.root, self.below = root, PurePosixPath(below)
+        self.root, self.below = root, PurePosixPath(below.replace("\\", "/"))
         self._listed: dict[str, dict[str, str]] = {}
 
     def locate(self, name: str) -> str | None:

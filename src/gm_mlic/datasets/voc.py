@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 
 from gm_mlic.datasets.annotation_folders import parse_xml, voc_objects, xml_number
+from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
-from gm_mlic.datasets.coco_format import check_size
 from gm_mlic.datasets.download import Archive, fetch
-from gm_mlic.datasets.images import image_size, read_image
+from gm_mlic.datasets.images import check_size, image_size, read_image
 from gm_mlic.datasets.splits import check_split, rows_of
 from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
@@ -103,14 +103,13 @@ class _VOC(MultiLabelDataset):
         size = image_size(path)
         width, height = (int(xml_number(root, f"size/{side}", str(source))) for side in ("width", "height"))
         check_size(path, size, (width, height), str(source))
-        boxes, labels = [], []
+        boxes = []
         for where, label, difficult, box in voc_objects(root, str(source), size, boxed=True):
             if label not in LABELS:
                 raise DataError(f"{where} has name {label!r}, not one of VOC's 20 classes: correct the file.")
             if box is not None and not difficult:
-                boxes.append(box)
-                labels.append(LABELS.index(label))
-        return BoxAnnotations.of(boxes, labels)
+                boxes.append((box, label))
+        return BoxAnnotations.of(boxes, LABELS)
 
 
 @register_dataset("voc2007", root="data/voc2007")
@@ -204,12 +203,7 @@ class VOC2012(_VOC):
 
 def _class_file(source: Path) -> tuple[list[str], np.ndarray]:
     """Ids and values of one ``ImageSets/Main/CLASS_SET.txt``, with lines of an id and 1, 0 or -1."""
-    try:
-        words = source.read_text(encoding="ascii").split()
-    except FileNotFoundError as error:
-        raise DataError(f"{source} is missing: extract the archive again, or set `download=True`.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source} cannot be read ({error}): extract the archive again.") from error
+    words = read_text(source, "extract the archive again, or set `download=True`").split()
     ids, values = words[::2], words[1::2]
     if len(ids) != len(values) or not ids:
         raise DataError(f"{source} is truncated or empty ({len(words)} words): extract the archive again.")
