@@ -12,11 +12,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from numbers import Integral, Real
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge, Interval
+from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -205,7 +206,6 @@ class _Layout:
     ``kind`` (N, 8): plain, small or occluded; ``style`` (N, 8, 6) uint8: random bytes for color and patch.
     """
 
-    theme: Array
     label: Array
     origin: Array
     extent: Array
@@ -223,8 +223,8 @@ def _streams(seed: int, split: str, purpose: int, *more: int) -> np.random.Gener
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
-def _objects(u: Array) -> tuple[Array, Array, Array]:
-    """Themes (n,), labels (n, 8), relation of the kit (n,) (1 beside, 2 above or below) from random numbers (n, 16)."""
+def _objects(u: Array) -> tuple[Array, Array]:
+    """Labels (n, 8), and relation of the kit (n,) (1 beside, 2 above or below) from random numbers (n, 16)."""
     n = len(u)
     theme = _pick(u[:, 0], 0, 3)
     label = np.full((n, _SLOTS), -1, dtype=np.int8)
@@ -237,7 +237,7 @@ def _objects(u: Array) -> tuple[Array, Array, Array]:
     label[:, 1] = np.where(kit, 16 + 3 * family + relation, -1)
     # A lone anchor is never of the kit's family; without a kit, `family` is uniform.
     label[:, _LONE_SLOT] = np.where(u[:, 15] < LONE_ANCHOR, 16 + 3 * (1 - family), -1)
-    return theme, label, relation
+    return label, relation
 
 
 def _kit_centers(u: Array, relation: Array, d: int) -> Array:
@@ -297,7 +297,7 @@ def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size:
         u, v = objects.random((n, 16)), sizes.random((n, 4 + 2 * _SLOTS))
         style = styles.integers(0, 256, (n, _SLOTS, 6), dtype=np.uint8)
         dice = positions.random((n, _SLOTS - 2, _CANDIDATES, 2), dtype=np.float32)
-        theme, label, relation = _objects(u)
+        label, relation = _objects(u)
         rolled, length = v[:, 4 : 4 + _SLOTS], v[:, 4 + _SLOTS :]
         kind = np.where(rolled < hard_fraction / 2, _IS_SMALL, np.where(rolled < hard_fraction, _IS_OCCLUDED, _PLAIN))
         length = np.where(kind == _IS_SMALL, _pick(length, *_SMALL), _pick(length, *_SIZE)) * image_size // 160
@@ -307,25 +307,11 @@ def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size:
         fits = _place(origin, extent, label >= 0, dice, image_size)
         for row in np.flatnonzero(~fits):  # rare: keep the kit, redraw the others until they fit
             rng = _streams(seed, split, 4, start + int(row))
-            this_row = slice(row, row + 1)
-            while not _place(
-                origin[this_row],
-                extent[this_row],
-                label[this_row] >= 0,
-                rng.random((1, *dice.shape[1:]), dtype=np.float32),
-                image_size,
-            ):
-                pass
-        blocks.append(
-            (
-                theme.astype(np.int8),
-                label,
-                origin.astype(np.int16),
-                extent.astype(np.int16),
-                kind.astype(np.int8),
-                style,
-            )
-        )
+            one = slice(row, row + 1)
+            while not fits[row]:
+                again = rng.random((1, *dice.shape[1:]), dtype=np.float32)
+                fits[one] = _place(origin[one], extent[one], label[one] >= 0, again, image_size)
+        blocks.append((label, origin.astype(np.int16), extent.astype(np.int16), kind.astype(np.int8), style))
     return _Layout(*(np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -444,27 +430,23 @@ class Scenes(MultiLabelDataset):
         context_pairs: Annotated[int, Interval(ge=0, le=4)] = 4,
         spatial_pairs: Annotated[int, Interval(ge=0, le=2)] = 2,
         hard_fraction: Probability = 0.3,
-        image_size: Annotated[int, Ge(32)] = 160,
+        image_size: Annotated[int, Interval(ge=96, le=640)] = 160,
         *,
         sizes: Mapping[str, Positive] = SIZES,
     ) -> None:
         check_choice("split", split, SIZES)
         size = sizes[split] if size is None else size
-        for key, value, low, high in (
-            ("size", size, 1, 10_000_000),
-            ("seed", seed, 0, 2**63 - 1),
-            ("context_pairs", context_pairs, 0, 4),
-            ("spatial_pairs", spatial_pairs, 0, 2),
-            ("image_size", image_size, 96, 640),
+        for key, value, kind, low, high in (
+            ("size", size, Integral, 1, 10_000_000),
+            ("seed", seed, Integral, 0, 2**63 - 1),
+            ("context_pairs", context_pairs, Integral, 0, 4),
+            ("spatial_pairs", spatial_pairs, Integral, 0, 2),
+            ("image_size", image_size, Integral, 96, 640),
+            ("hard_fraction", hard_fraction, Real, 0, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-                raise ArgumentError(key, f"is {value!r}: expected an integer from {low} to {high}.")
-        if (
-            isinstance(hard_fraction, bool)
-            or not isinstance(hard_fraction, (int, float))
-            or not 0 <= hard_fraction <= 1
-        ):
-            raise ArgumentError("hard_fraction", f"is {hard_fraction!r}: expected a fraction in [0, 1].")
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                expected = "an integer" if kind is Integral else "a number"
+                raise ArgumentError(key, f"is {value!r}: expected {expected} from {low} to {high}.")
         self.split, self.seed = split, int(seed)
         self.context_pairs, self.spatial_pairs = int(context_pairs), int(spatial_pairs)
         self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)
