@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import lzma
 import shutil
 import ssl
 import stat
@@ -26,7 +25,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,17 +60,6 @@ _CHUNK = 1 << 18
 _PASSING = {408, 425, 429, 500, 502, 503, 504}
 #: File system errors caused by invalid member names.
 _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.ENOTEMPTY}
-#: Errors of the readers for damaged archives; RuntimeError for encrypted zip files and unsupported compression.
-_DAMAGES = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    ValueError,
-    RuntimeError,
-)
 
 
 @dataclass(frozen=True)
@@ -168,9 +155,10 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         is_disk_error = isinstance(error, OSError) and error.errno is not None and error.errno not in _BAD_NAME
-        if isinstance(error, _DAMAGES) and not is_disk_error:
-            raise DataError(f"{archive_file} cannot be unpacked ({first_line(error)}): download it again.") from error
-        raise
+        if is_disk_error or isinstance(error, DataError) or not isinstance(error, Exception):
+            raise
+        # on damaged archives, the readers raise errors of many classes
+        raise DataError(f"{archive_file} cannot be unpacked ({first_line(error)}): download it again.") from error
     staging.rename(_moving(into, archive_file.name))
     _finish_move(into, archive_file.name)
 
