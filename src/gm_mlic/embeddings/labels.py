@@ -15,11 +15,9 @@ from gm_mlic.embeddings.glove import read_words
 from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.table import read_table, table_key
 from gm_mlic.embeddings.words import ALIASES, words_of
-from gm_mlic.errors import ArgumentError, ConfigError, DataError, check_choice
+from gm_mlic.errors import ConfigError, DataError, check_choice, check_positive
 from gm_mlic.registry import EMBEDDINGS, register_embedding
 from gm_mlic.schema import Positive, Seed
-
-_POLICIES = ("error", "skip_words", "zeros", "hashed")
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ def hashed(labels: Sequence[str], dim: Positive = 300, seed: Seed = 0) -> LabelE
         dim: length of the vectors.
         seed: seed of the vectors.
     """
-    if isinstance(dim, bool) or dim < 1:
-        raise ArgumentError("dim", f"is {dim}: expected 1 or more.")
+    check_positive(dim=dim)
     words = {label: tuple(words_of(label)) or (label,) for label in labels}
     vectors = torch.from_numpy(hashed_vectors(labels, dim, seed))
     return LabelEmbedding(tuple(labels), vectors, f"hashed (dim {dim}, seed {seed})", words)
@@ -115,15 +112,33 @@ def glove(
             to the median norm of the known labels), or skip_words (mean of the known words; an error if none is known).
         seed: seed of hashed vectors.
     """
-    check_choice("oov", oov, _POLICIES)
-    path = Path(path)
+    check_choice("oov", oov, ("error", "skip_words", "zeros", "hashed"))
+    labels, path = tuple(labels), Path(path)
     if path.suffix in (".npz", ".pt"):
         entries, dim = read_table(path)
         pieces = {label: _from_table(label, entries) for label in labels}
     else:
         entries, dim = read_words(path, _wanted(labels))
         pieces = {label: [_word(word, entries, str) for word in words_of(label)] for label in labels}
-    return _assemble(tuple(labels), pieces, entries, dim, oov, seed, path)
+    used: dict[str, tuple[str, ...]] = {}
+    for label in labels:
+        known = [piece for piece in pieces[label] if piece is not None]
+        complete = bool(known) and (len(known) == len(pieces[label]) or oov == "skip_words")
+        used[label] = tuple(entry for piece in known for entry in piece) if complete else ()
+    unknown = [label for label in labels if not used[label]]
+    if unknown and oov in ("error", "skip_words"):
+        raise DataError(_out_of_vocabulary(unknown, pieces, oov, path))
+    vectors = np.zeros((len(labels), dim), dtype=np.float32)
+    for row, label in enumerate(labels):
+        if used[label]:
+            vectors[row] = np.mean([entries[entry] for entry in used[label]], axis=0)
+    if unknown and oov == "hashed":
+        filled = hashed_vectors(unknown, dim, seed)
+        norms = np.linalg.norm(vectors, axis=1)[[bool(used[label]) for label in labels]]
+        if norms.size:
+            filled *= np.median(norms) / np.linalg.norm(filled, axis=1, keepdims=True)
+        vectors[[labels.index(label) for label in unknown]] = filled
+    return LabelEmbedding(labels, torch.from_numpy(vectors), f"{path.name} (dim {dim})", used)
 
 
 def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
@@ -165,36 +180,6 @@ def _from_table(label: str, entries: dict[str, np.ndarray]) -> _Pieces:
         if table_key(name) in entries:
             return [(table_key(name),)]
     return [_word(word, entries, table_key) for word in words_of(label)]
-
-
-def _assemble(
-    labels: tuple[str, ...],
-    pieces: dict[str, _Pieces],
-    entries: dict[str, np.ndarray],
-    dim: int,
-    oov: str,
-    seed: int,
-    path: Path,
-) -> LabelEmbedding:
-    used: dict[str, tuple[str, ...]] = {}
-    for label in labels:
-        known = [piece for piece in pieces[label] if piece is not None]
-        complete = bool(known) and (len(known) == len(pieces[label]) or oov == "skip_words")
-        used[label] = tuple(entry for piece in known for entry in piece) if complete else ()
-    unknown = [label for label in labels if not used[label]]
-    if unknown and oov in ("error", "skip_words"):
-        raise DataError(_out_of_vocabulary(unknown, pieces, oov, path))
-    vectors = np.zeros((len(labels), dim), dtype=np.float32)
-    for row, label in enumerate(labels):
-        if used[label]:
-            vectors[row] = np.mean([entries[entry] for entry in used[label]], axis=0)
-    if unknown and oov == "hashed":
-        filled = hashed_vectors(unknown, dim, seed)
-        norms = np.linalg.norm(vectors, axis=1)[[bool(used[label]) for label in labels]]
-        if norms.size:
-            filled *= np.median(norms) / np.linalg.norm(filled, axis=1, keepdims=True)
-        vectors[[labels.index(label) for label in unknown]] = filled
-    return LabelEmbedding(labels, torch.from_numpy(vectors), f"{path.name} (dim {dim})", used)
 
 
 def _out_of_vocabulary(unknown: list[str], pieces: dict[str, _Pieces], oov: str, path: Path) -> str:
