@@ -70,7 +70,7 @@ def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
     if not isinstance(content, dict) or not isinstance(names, list) or not names:
         raise DataError(f"{source.path} has no list 'names': expected YOLO's data.yaml with names, train and val.")
     labels = label_names(names, str(source.path))
-    splits = {split: content.get(key) for split, key in _split_keys(content).items() if content.get(key)}
+    splits = {split: places for key, places in content.items() if (split := split_called(key)) and places}
     if not splits:
         raise DataError(f"{source.path} has none of the keys train, val and test: add the folders of the images.")
     images = [
@@ -80,11 +80,6 @@ def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
         for image in _yolo_images(source, content.get("path"), place, split)
     ]
     return labels, _yolo_rows(source, images, labels, bool(content.get("kpt_shape")))
-
-
-def _split_keys(content: dict[str, Any]) -> dict[str, str]:
-    keys = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-    return {split: next((name for name in names if name in content), names[0]) for split, names in keys.items()}
 
 
 def _read_yolo_folder(source: Source, classes: Path) -> tuple[tuple[str, ...], list[ImageRow]]:

@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from gm_mlic.io import few
 
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
-#: Values allowed in a label column: present, difficult, absent. Spreadsheets and pandas write 1.0 for 1 where a column
-#: had gaps, and True for a Boolean.
-_CELLS: dict[str, tuple[frozenset[str], frozenset[str], frozenset[str]]] = {
-    "binary": (
-        frozenset({"1", "1.0", "true", "True", "TRUE"}),
-        frozenset(),
-        frozenset({"0", "0.0", "false", "False", "FALSE"}),
-    ),
-    "voc": (frozenset({"1", "1.0"}), frozenset({"0", "0.0"}), frozenset({"-1", "-1.0"})),
-}
+#: Values allowed in a label column, and their meaning. Spreadsheets and pandas write 1.0 for 1 where a column had gaps,
+#: and True for a Boolean.
+_CELLS = {
+    "binary": {
+        **dict.fromkeys(("1", "1.0", "true", "True", "TRUE"), "present"),
+        **dict.fromkeys(("0", "0.0", "false", "False", "FALSE"), "absent"),
+    },
+    "voc": {
+        "1": "present", "1.0": "present", "0": "difficult", "0.0": "difficult", "-1": "absent", "-1.0": "absent",
+    },
+}  # fmt: skip
 #: Column names that are rarely labels, although all of their values may be 0 and 1.
 _SUSPICIOUS = re.compile(
     r"(.*[_ ])?(ids?|idx|index|fold|kfold|width|height|count|size|score|confidence|weight|year|page|group|batch|"
@@ -34,9 +35,6 @@ _SUSPICIOUS = re.compile(
     r"unnamed: ?\d+|level_\d+)",
     re.IGNORECASE,
 )
-
-#: Reader of the labels of one record: present and difficult ones.
-_Reader = Callable[[list[str], str], tuple[tuple[str, ...], tuple[str, ...]]]
 
 
 def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
@@ -58,17 +56,20 @@ def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
             f"{path} has neither a column {form.labels!r} nor label columns: add one, or set `columns['labels']` to "
             "its name."
         )
-    read = _listed(source, position) if listed else _one_column_each(source, position, others)
+    if not listed and "" in others:
+        raise DataError(f"{path}: column {position[''] + 1} has no name: remove it (pandas: to_csv(..., index=False)).")
     rows = []
     for line, record in records:
         where = f"{path}: line {line}"
         split = source.split(record[position[form.split]], where) if form.split in position else None
-        present, difficult = read(record, where)
-        name = record[position[form.file]].strip()
-        other: dict[str, Any] = {"labels": (present, difficult)}
+        cells = {column: record[position[column]] for column in others}
         if listed:
-            other = {column: record[position[column]].strip() for column in others}
-        rows.append(source.row(name, where, split, present, difficult, other=other))
+            labels: tuple[tuple[str, ...], ...] = (source.labels_of_text(record[position[str(form.labels)]], where),)
+            other: dict[str, Any] = {column: cell.strip() for column, cell in cells.items()}
+        else:
+            labels = _labels_of_cells(source, cells, where)
+            other = {"labels": labels}
+        rows.append(source.row(record[position[form.file]].strip(), where, split, *labels, other=other))
     if listed:
         return None, rows
     if form.target_format == "voc" and rows and all(len(r.present) + len(r.difficult) == len(others) for r in rows):
@@ -154,7 +155,7 @@ def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[in
             raise DataError(f"{path} has two columns {shown(name)}: rename or remove one.")
     records = _records(path, text, fitting[0])
     next(records)
-    return header, _completed(source.form, path, header, fitting[0], records)
+    return header, _completed(source, header, fitting[0], records)
 
 
 def _without_preamble(path: Path, text: str) -> tuple[str, Sequence[str]]:
@@ -187,11 +188,11 @@ def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, lis
 
 
 def _completed(
-    form: TableFormat, path: Path, header: list[str], delimiter: str, records: Iterable[tuple[int, list[str]]]
+    source: Source, header: list[str], delimiter: str, records: Iterable[tuple[int, list[str]]]
 ) -> Iterator[tuple[int, list[str]]]:
     """Records with one field per column. If the delimiter separates labels too, surplus fields are further labels."""
-    listed = form.labels is not None and form.labels in header
-    column = header.index(str(form.labels)) if listed and delimiter == form.separator else None
+    listed = source.form.labels in header
+    column = header.index(str(source.form.labels)) if listed and delimiter == source.form.separator else None
     for line, record in records:
         surplus = len(record) - len(header)
         if surplus > 0 and column is not None:
@@ -199,8 +200,8 @@ def _completed(
         elif surplus:
             hint = f", or set `separator={delimiter!r}` if they are labels" if surplus > 0 and listed else ""
             raise DataError(
-                f"{path}: line {line} has {len(record)} fields, but the first line has {len(header)}: quote fields "
-                f"that contain the delimiter{hint}."
+                f"{source.path}: line {line} has {len(record)} fields, but the first line has {len(header)}: quote "
+                f"fields that contain the delimiter{hint}."
             )
         yield line, record
 
@@ -208,42 +209,21 @@ def _completed(
 # ---- Records to labels ----
 
 
-def _listed(source: Source, position: dict[str, int]) -> _Reader:
-    """Reader of records that list their labels in one cell."""
-    column = position[str(source.form.labels)]
-    return lambda record, where: (source.labels_of_text(record[column], where), ())
-
-
-def _one_column_each(source: Source, position: dict[str, int], labels: list[str]) -> _Reader:
-    """Reader of records with one column per label."""
-    form = source.form
-    if "" in labels:
-        raise DataError(
-            f"{source.path}: column {position[''] + 1} has no name: remove it (pandas: to_csv(..., index=False))."
-        )
-    columns = [position[label] for label in labels]
-    present, difficult, absent = _CELLS[form.target_format]
-    known = present | difficult | absent
-
-    def value(label: str, cell: str, where: str) -> str:
-        cell = cell.strip()
-        if form.missing_value == "absent" and (not cell or form.is_missing(cell)):
+def _labels_of_cells(source: Source, cells: dict[str, str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Present and difficult labels of a record with one column per label."""
+    form, meanings = source.form, _CELLS[source.form.target_format]
+    found: dict[str, list[str]] = {"present": [], "difficult": [], "absent": []}
+    for label, cell in cells.items():
+        meaning = meanings.get(cell)
+        if meaning is None:
+            meaning = meanings.get(cell := cell.strip())
+        if meaning is None:
+            if form.missing_value == "error" or (cell and not form.is_missing(cell)):
+                raise DataError(f"{where}: column {shown(label)} has {shown(cell)}{_expected_cell(cell, label, form)}")
             source.note("{count} empty cells are read as absent, the first at {example}", f"{place(where)}, {label}")
-            return next(iter(absent))
-        if cell not in known:
-            raise DataError(f"{where}: column {shown(label)} has {shown(cell)}{_expected_cell(cell, label, form)}")
-        return cell
-
-    def read(record: list[str], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        cells = [record[column] for column in columns]
-        if set(cells) - known:
-            cells = [value(label, cell, where) for label, cell in zip(labels, cells, strict=True)]
-        return (
-            tuple(label for label, cell in zip(labels, cells, strict=True) if cell in present),
-            tuple(label for label, cell in zip(labels, cells, strict=True) if cell in difficult) if difficult else (),
-        )
-
-    return read
+            meaning = "absent"
+        found[meaning].append(label)
+    return tuple(found["present"]), tuple(found["difficult"])
 
 
 def _expected_cell(cell: str, label: str, form: TableFormat) -> str:
