@@ -423,6 +423,8 @@ def test_table_without_column_names(tmp_path: Path):
     )
     assert message.count("\n") == 0
     assert "such as file;labels" in refused(tmp_path, "cat;sub\\a.jpg\n")
+    for other in ("sub", "x" * 300):  # a folder, and a name that no file can have
+        assert "has no column 'file' in its first line" in refused(tmp_path, f"{other},cat\n")
 
 
 def test_hostile_sizes(tmp_path: Path):

@@ -220,6 +220,11 @@ def test_malformed_yolo_lines(yolo: Path, line: str, message: str):
         ("names: [cat, dog]\ntrain: /etc", "which is no folder in"),
         ("names: [cat, dog]\ntrain: 3", "train is 3: expected the folder"),
         ("path: 3\nnames: [cat, dog]\ntrain: images", "expected the folder"),
+        ('path: "a\\0b"\nnames: [cat, dog]\ntrain: none', "train is 'none', which is no folder in"),
+        ('names: [cat, dog]\ntrain: "a\\0b"', "train is 'a\\x00b', which is no folder in"),
+        ('names: [cat, dog]\ntrain: "a\\ud800b"', "train is 'a\\ud800b', which is no folder in"),
+        ("names: [cat, dog]\ntrain: " + "x" * 5000, "which is no folder in"),
+        ("names: [cat, dog]\ntrain: classes.txt", "has no rows: expected one per image"),
         ("names: [cat, dog]\ntrain: labels", "has no images: copy them into it"),
         (
             "names: [cat, dog]\ntrain: images\nval: images/val",
@@ -232,7 +237,15 @@ def test_malformed_yolo_lines(yolo: Path, line: str, message: str):
 )
 def test_malformed_data_yaml(yolo: Path, text: str, message: str):
     write(yolo / "data.yaml", text + "\n")
+    write(yolo / "classes.txt", "\n")
     assert message in refused(yolo, "data.yaml")
+
+
+def test_lists_of_images_that_do_not_exist(yolo: Path):
+    write(yolo / "data.yaml", "names: [cat, dog]\ntrain: train.txt\n")
+    for name in ("x" * 300 + ".jpg", "no/such/folder/a.jpg"):
+        write(yolo / "train.txt", f"images/train/a.jpg\n{name}\n")
+        assert "1 of 2 images of split 'train' are missing" in refused(yolo, "data.yaml")
 
 
 def test_nested_aliases_in_yaml_are_refused(yolo: Path):

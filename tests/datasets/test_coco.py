@@ -220,6 +220,14 @@ def test_missing_files_error_names_the_expected_path(root: Path) -> None:
     assert f"expected {root / 'val2014'} under `root`" in refused(root)
 
 
+def test_file_name_that_no_file_can_have(root: Path) -> None:
+    content = instances("val2014", 4, first=500)
+    path = write(root, "val2014", content)
+    content["images"][0]["file_name"] = "x" * 300
+    path.write_text(json.dumps(content))
+    assert "1 of 3 images" in refused(root)
+
+
 def test_many_missing_images_are_counted(root: Path) -> None:
     for path in (root / "train2014").glob("*.jpg"):
         path.unlink()

@@ -162,6 +162,14 @@ def test_duplicate_image(root: Path) -> None:
     refused(root, "lists image 000021 twice")
 
 
+@pytest.mark.parametrize("name", ["../../../000023", "x" * 300])
+def test_photos_outside_the_folder_are_missing(root: Path, name: str) -> None:
+    (root / "VOCdevkit/VOC2007/JPEGImages/000023.jpg").rename(root / "000023.jpg")
+    for path in main_file(root, "x").parent.glob("*_test.txt"):
+        path.write_text(path.read_text().replace("000023", name))
+    refused(root, "1 of 6 images of test are missing", name)
+
+
 def test_missing_photos_and_folders(root: Path) -> None:
     (root / "VOCdevkit/VOC2007/JPEGImages/000022.jpg").unlink()
     refused(root, "1 of 6 images of test are missing", "000022.jpg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -102,9 +103,10 @@ def _below_root(source: Source, path: Path) -> PurePosixPath | None:
     """A path relative to the dataset's root; None if it does not exist or is outside."""
     root = source.folder.root
     plain = Path(os.path.normpath(path.absolute()))  # a link in the root may lead to another disk
-    for found, start in ((plain, root.absolute()), (path.resolve(), root.resolve())):
-        if found.exists() and found.is_relative_to(start):
-            return PurePosixPath(found.relative_to(start).as_posix())
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # names that no file can have, and links in a circle
+        for found, start in ((plain, root.absolute()), (path.resolve(), root.resolve())):
+            if found.exists() and found.is_relative_to(start):
+                return PurePosixPath(found.relative_to(start).as_posix())
     return None
 
 
@@ -118,7 +120,7 @@ def _yolo_images(source: Source, path: Any, place: Any, split: str) -> Iterator[
     The folder is relative to the key ``path``, or to data.yaml. Files of some tools have a wrong ``..`` in front.
     """
     where = f"{source.path}: {split}"
-    if not isinstance(place, str) or "\0" in place or not isinstance(path, str | None):
+    if not isinstance(place, str) or not isinstance(path, str | None):
         raise DataError(f"{where} is {shown(place)}: expected the folder of the images.")
     home, plain = source.path.parent, place.replace("\\", "/")
     candidates = (home / (path or "") / plain, home / plain, home / plain.removeprefix("../"))
@@ -157,11 +159,12 @@ def _yolo_rows(
         parts = list(image.parts)
         if "images" in parts[:-1]:  # the last one
             parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
-        file = source.folder.root.joinpath(*parts).with_suffix(".txt")
+        found = source.folder.find(PurePosixPath(*parts).with_suffix(".txt"))
+        file = source.folder.root / (found or PurePosixPath(*parts).with_suffix(".txt"))
         boxes: dict[tuple[Box, str], None] = {}
         if not file.resolve().is_relative_to(source.folder.root.resolve()):
             raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")
-        if file.is_file():
+        if found is not None:
             for number, line in enumerate(read_text(file).splitlines(), start=1):
                 if line.strip():
                     label, box = _yolo_box(line.split(), labels, keypoints, f"{file}: line {number}")
@@ -170,7 +173,7 @@ def _yolo_rows(
             without.append(file)
         present = tuple(dict.fromkeys(label for _, label in boxes))
         rows.append(ImageRow(str(image), str(file), split, present, boxes=tuple(boxes), relative=True))
-    if len(without) == len(rows):
+    if rows and len(without) == len(rows):
         raise DataError(f"{source.path}: no image has a file with its labels: expected {without[0]}.")
     if without:
         source.note(

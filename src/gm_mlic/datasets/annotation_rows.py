@@ -18,7 +18,7 @@ from PIL import Image
 
 from gm_mlic.datasets.base import Box
 from gm_mlic.datasets.images import check_size, read_image
-from gm_mlic.datasets.photo_folder import PhotoFolder
+from gm_mlic.datasets.photo_folder import PhotoFolder, file_size
 from gm_mlic.errors import DataError
 
 #: Largest number of characters of a file name, with its folders.
@@ -225,7 +225,7 @@ class Source:
         if not 0 < len(name) <= _MAX_NAME:
             return False
         file = self.folder.locate(name + self.form.suffix)
-        return file is not None and (self.folder.root / file).is_file()
+        return file is not None and file_size(self.folder.root / file) is not None
 
     def row(self, name: Any, where: str, *values: Any, other: Mapping[str, Any], boxes: Any = None) -> ImageRow:
         """A row of the photo ``name``. Two names of one photo that differ by more than their folder are not merged."""

@@ -8,7 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 from gm_mlic.io import few
 from gm_mlic.targets import first_other_value, normalize_targets
@@ -159,8 +160,8 @@ def read_bytes(source: Path, remedy: str = "check the path and the permissions")
 
 def check_images(folder: Path, names: Sequence[str], listed_in: str) -> None:
     """Raise :class:`DataError` if an image does not exist in the folder. The folder is listed once, which is fast."""
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [name for name in names if name not in present and not (folder / name).is_file()]
+    photos = PhotoFolder(folder)
+    missing = [name for name in names if photos.find(PurePosixPath(name)) != PurePosixPath(name)]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(names)} images of {listed_in} are missing in {folder} ({few(missing)}): extract "

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import logging
-import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -28,7 +27,7 @@ from gm_mlic.datasets.annotation_rows import label_mask, label_names, shown
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import image_size
-from gm_mlic.datasets.photo_folder import PhotoFolder, inside
+from gm_mlic.datasets.photo_folder import PhotoFolder, file_size, inside
 from gm_mlic.datasets.splits import SPLITS, check_split, stratified
 from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
 from gm_mlic.io import few
@@ -195,7 +194,7 @@ class CustomDataset(MultiLabelDataset):
         if not chosen.size:
             raise DataError(_empty(split, splits, read, val_fraction, test_fraction))
 
-        sizes = [_bytes(self.root / rows[i].file) for i in chosen]
+        sizes = [file_size(self.root / rows[i].file) for i in chosen]
         absent = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
         if absent:
             message = f"{len(absent)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
@@ -414,15 +413,6 @@ def _empty(
 
 
 # ---- Files ----
-
-
-def _bytes(path: Path) -> int | None:
-    """File size in bytes; None if the file does not exist."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _similar_file(root: Path, file: str) -> str:

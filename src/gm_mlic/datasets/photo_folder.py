@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,15 @@ def inside(name: str) -> PurePosixPath | None:
     path = PurePosixPath(name.replace("\\", "/"))
     unsafe = not path.parts or path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name
     return None if unsafe else path
+
+
+def file_size(path: Path) -> int | None:
+    """Size of a file in bytes; None if there is none of this name."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 class PhotoFolder:
