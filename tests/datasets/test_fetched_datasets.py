@@ -139,7 +139,7 @@ def test_command_line_downloads_and_verifies(
     folder, address, asked = served
     voc_archives(folder, monkeypatch)
     monkeypatch.chdir(tmp_path)
-    command = ["dataset", "dataset=voc2007", "dataset.root=voc"]
+    command = ["dataset", "dataset=voc2007", "dataset.root=voc", "splits=[train]"]
     assert run(command) == 2
     assert "dataset.download=true fetches it" in capsys.readouterr().err
     fetching = [*command, "dataset.download=true", f"dataset.mirror={address}"]

@@ -191,9 +191,9 @@ def test_sampling_frequencies(many: Scenes) -> None:
     assert (twins.sum(axis=1) <= 1).all()
     assert twins.any(axis=1).mean() == pytest.approx(0.5, abs=0.015)
     assert (kinds[:, 16] & ~kinds[:, 17:19].any(axis=1)).mean() == pytest.approx(0.075, abs=0.01)
-    singles = np.array([sum(o.label in module.LABELS[:16] for o in many.explain(i)) for i in range(2000)])
-    assert set(singles) == {2, 3, 4, 5}
-    objects = [o for i in range(2000) for o in many.explain(i)]
+    explained = [many.explain(i) for i in range(2000)]
+    assert {sum(o.label in module.LABELS[:16] for o in objects) for objects in explained} == {2, 3, 4, 5}
+    objects = [o for scene in explained for o in scene]
     assert np.mean([o.small for o in objects]) == pytest.approx(0.15, abs=0.02)
     assert np.mean([o.occluded for o in objects]) == pytest.approx(0.15, abs=0.02)
     for o in objects:
@@ -309,7 +309,7 @@ def test_explanations_are_consistent(test_split: Scenes) -> None:
 @pytest.mark.parametrize("context_pairs", range(5))
 @pytest.mark.parametrize("spatial_pairs", range(3))
 def test_number_of_labels_that_share_a_look(context_pairs: int, spatial_pairs: int) -> None:
-    scenes = Scenes("val", context_pairs=context_pairs, spatial_pairs=spatial_pairs)
+    scenes = Scenes("val", size=120, context_pairs=context_pairs, spatial_pairs=spatial_pairs)
     looks: dict[str, set[str]] = {}
     for i in range(len(scenes)):
         for o in scenes.explain(i):
