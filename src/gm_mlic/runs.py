@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -109,7 +109,7 @@ def read_run(path: str | Path) -> Run:
         known = "finished"
     elif known == "running" and not _is_locked(path):
         known = "stopped"
-    return Run(path, config, known, state.get("error"), tuple(_read_epochs(path / EPOCHS)), result)
+    return Run(path, config, known, state.get("error"), read_epochs(path), result)
 
 
 def _parsed(path: Path, parse: Any) -> dict[str, Any]:
@@ -126,20 +126,27 @@ def _damaged(path: Path) -> RunFolderError:
     return RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.")
 
 
-def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
-    if not path.is_file():
-        return
+def read_epochs(path: Path) -> tuple[dict[str, float], ...]:
+    """Rows of the ``metrics.csv`` of a run folder; empty if it has none.
+
+    Raises:
+        RunFolderError: if the file is damaged.
+    """
+    file = path / EPOCHS
+    if not file.is_file():
+        return ()
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
     except (ValueError, csv.Error) as error:
-        raise _damaged(path) from error
+        raise _damaged(file) from error
+    epochs: list[dict[str, float]] = []
     for row in rows:
-        values = {}
+        epochs.append({})
         for name, text in row.items():
             with contextlib.suppress(TypeError, ValueError):
-                values[name] = float(text)
-        yield values
+                epochs[-1][name] = float(text)
+    return tuple(epochs)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:

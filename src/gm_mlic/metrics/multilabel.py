@@ -12,7 +12,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from gm_mlic.errors import ArgumentError, DataError
 from gm_mlic.metrics.conventions import Convention, get_convention
-from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
+from gm_mlic.metrics.functional import all_metrics, checked_targets
 from gm_mlic.targets import TargetFormat, as_table, check_target_format
 
 _STATES = ("scores", "targets", "difficult", "ids")
@@ -141,15 +141,10 @@ class MultiLabelMetrics(Metric):
             DataError: if there are no images, or one id has different targets.
         """
         scores, targets, difficult, _ = self._rows()
-        rules = self.convention
-        AP = _average_precision(scores, targets, difficult, rules.ap, rules.difficult_ap)
-        result = {"mAP": AP.nanmean()}
-        both = _precision_recalls(scores, targets, difficult, rules, (None, 3))
-        for prefix, numbers in zip(("", "top3/"), both, strict=True):
-            result |= {prefix + name: value for name, value in vars(numbers).items()}
-        result["AP"] = AP
-        self.excluded_labels = tuple(name for name, ap in zip(self.labels, AP.tolist(), strict=True) if ap != ap)
-        return {name: 100 * value for name, value in result.items()}
+        result = all_metrics(scores, targets, difficult, self.convention)
+        undefined = result["AP"].isnan().tolist()
+        self.excluded_labels = tuple(name for name, nan in zip(self.labels, undefined, strict=True) if nan)
+        return result
 
     def collected(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Accumulated rows of all processes, without duplicates.
