@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from PIL import Image
 
 from gm_mlic.errors import ConfigError
-from gm_mlic.training import run, tracking
+from gm_mlic.training import run
 
 Config = Callable[..., DictConfig]
 
@@ -79,7 +79,7 @@ class FakeWandb:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    monkeypatch.setattr(tracking, "_import_wandb", lambda: fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return fake
 
