@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _train(
             store = data["train"].store
             assert store is not None  # config.finish excludes on-line mode
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
-            module.metadata = module.metadata.with_candidates(candidates)
+            module.metadata = replace(module.metadata, graph=module.metadata.graph | {"candidates": candidates})
             graph = module.metadata.build_graph()
         fitted_on = data["train"].store or data["val"].store  # on-line, the training images have none
         if fitted_on is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +24,6 @@ from gm_mlic.nn import GMMLIC, LabelCache
 from gm_mlic.registry import DETECTORS
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
-
-log = logging.getLogger(__name__)
 
 #: A file or an open image.
 Photo: TypeAlias = "str | Path | Image.Image"
@@ -153,9 +150,8 @@ class Predictor:
         """
         path = Path(path)
         metadata, content = read_checkpoint(path)
-        settings = {**metadata.detector_settings, **detector_settings}
-        settings.pop("max_instances", None)
         if extractor is None:
+            settings = metadata.detector_settings | detector_settings
             extractor = _built(settings, device, path, metadata.detector)
         trained = any(name.startswith("online.detector.") for name in content["state_dict"])
         if trained and isinstance(extractor, nn.Module):
@@ -191,8 +187,7 @@ class Predictor:
         """
         folder = find_pretrained(name, revision)
         metadata, model, card = read_pretrained(folder)
-        settings = {**metadata.detector_settings, **detector_settings}
-        settings.pop("max_instances", None)
+        settings = metadata.detector_settings | detector_settings
         body_weights = None
         if settings.get("weights") == DETECTOR:
             body_weights = folder / DETECTOR if settings.get("grid_size") is not None else None
@@ -361,6 +356,7 @@ def _built(settings: dict[str, Any], device: str | torch.device, source: Path, n
             f"{source}: its detector, {settings['name']}, is not registered: name its module with plugins=[MODULE], or "
             "install its package."
         )
+    settings = {key: value for key, value in settings.items() if key != "max_instances"}
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)
