@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -175,18 +176,13 @@ class MultiLabelMetrics(Metric):
 
     def _sort_rows(self) -> None:
         """Sort the rows by id and drop duplicates."""
-        ids, order = self.ids[0].sort(stable=True)
-        duplicate = torch.zeros_like(ids, dtype=torch.bool)
-        duplicate[1:] = ids[1:] == ids[:-1]
-        at = duplicate.nonzero()[:, 0]
-        row, before = order[at], order[at - 1]
-        differs = (
-            (self.targets[0][row] != self.targets[0][before]) | (self.difficult[0][row] != self.difficult[0][before])
-        ).any(1)
-        if differs.any():
-            raise DataError(
-                f"Image id {int(ids[at[differs][0]])} occurs twice with different targets: ids must be unique."
-            )
-        keep = order[~duplicate]
+        ids = self.ids[0].cpu().numpy()
+        _, rows, copies = np.unique(ids, return_index=True, return_inverse=True)
+        keep = torch.from_numpy(rows)  # the first row of each id
+        first = keep[torch.from_numpy(copies)]
+        for table in (self.targets[0], self.difficult[0]):
+            differs = (table != table[first]).any(dim=1).cpu().numpy()
+            if differs.any():
+                raise DataError(f"Image id {ids[differs][0]} occurs twice with different targets: ids must be unique.")
         for name in _STATES:
             setattr(self, name, [getattr(self, name)[0][keep]])
