@@ -49,6 +49,11 @@ NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
 CONFIG, STATE, EPOCHS, RESULT = "config.yaml", "state.json", "metrics.csv", "metrics.json"
 SCORES, EXAMPLES, LABEL_STATES = "test.npz", "examples", "label_states.npz"
 DIVERGED = "diverged.json"
+#: Files that a run deletes before it starts again.
+WRITTEN = (
+    RESULT, EPOCHS, "checkpoints/best.ckpt", "checkpoints/last.ckpt", SCORES, f"{EXAMPLES}/examples.json", LABEL_STATES,
+    DIVERGED,
+)  # fmt: skip
 _LOCK = ".lock"
 
 #: Lock timeout; other processes hold the lock briefly to check whether the run is alive.

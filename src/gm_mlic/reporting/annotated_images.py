@@ -40,8 +40,10 @@ class LabelBox:
 
 
 def label_box(entry: Mapping[str, Any]) -> LabelBox:
-    """Label of an entry of ``RUN/examples/examples.json``."""
+    """Label of an entry of ``RUN/examples/examples.json``; ValueError, KeyError or TypeError if it is damaged."""
     x1, y1, x2, y2 = map(float, entry["box"])
+    if entry["kind"] not in COLORS:
+        raise ValueError(f"unknown kind {entry['kind']!r}")
     return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
 
 

@@ -47,7 +47,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     order = sorted(range(len(runs)), key=lambda i: [_order(runs[i].setting(key)) for key in keys])
     for i, run in ((i, runs[i]) for i in order):
         best = max((row["val/mAP"] for row in run.epochs if "val/mAP" in row), default=None)
-        test = run.result["test"]["mAP"] if run.result is not None else None
+        test = run.result["test"].get("mAP") if run.result is not None else None
         table.add_row(
             escape(str(run.path)),
             f"[{_COLORS[run.state]}]{run.state}[/]",

@@ -37,14 +37,14 @@ from gm_mlic.instances.manifest import MANIFEST
 from gm_mlic.io import atomic_write, sha256, write_file
 from gm_mlic.metrics import ScoredImages, evaluate_scores, write_scored_images
 from gm_mlic.metrics.evaluation import by_name
-from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, STATE, RunState, read_epochs
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, STATE, WRITTEN, RunState, read_epochs
 from gm_mlic.training import build
 from gm_mlic.training.artifacts import write_examples, write_label_states
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position, restored_signal_handlers
-from gm_mlic.training.tracking import Tracker
+from gm_mlic.training.tracking import ID_FILE, Tracker
 from gm_mlic.training.trainer import build_trainer, training_callbacks
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 
@@ -424,8 +424,8 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
 
 
 def _forget(run_dir: Path, wait: bool) -> None:
-    """Delete the state of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
-    for name in (RESULT, "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+    """Delete the files of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
+    for name in (*WRITTEN, ID_FILE):
         while wait and (run_dir / name).exists():
             time.sleep(0.1)
         (run_dir / name).unlink(missing_ok=True)
