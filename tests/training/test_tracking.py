@@ -148,6 +148,8 @@ def test_a_finished_run_is_not_opened_again(run_config: Config, wandb: FakeWandb
     for _ in range(2):
         run.train(run_config("logger=wandb"))
     assert len(wandb.runs) == 1
+    run.train(run_config("logger=wandb", "overwrite=true", "trainer.max_epochs=1"))
+    assert [logged.arguments["id"] for logged in wandb.runs] == [None, None]
 
 
 def test_the_logger_does_not_change_the_run_identity(run_config: Config, wandb: FakeWandb, finished_copy: Path) -> None:

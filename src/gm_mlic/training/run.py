@@ -44,7 +44,7 @@ from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
 from gm_mlic.training.preemption import position, restored_signal_handlers
-from gm_mlic.training.tracking import ID_FILE, Tracker
+from gm_mlic.training.tracking import Tracker
 from gm_mlic.training.trainer import build_trainer, training_callbacks
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 
@@ -425,7 +425,7 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
 
 def _forget(run_dir: Path, wait: bool) -> None:
     """Delete the files of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
-    for name in (*WRITTEN, ID_FILE):
+    for name in WRITTEN:
         while wait and (run_dir / name).exists():
             time.sleep(0.1)
         (run_dir / name).unlink(missing_ok=True)

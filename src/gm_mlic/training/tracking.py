@@ -2,7 +2,7 @@
 
 Names are those of ``metrics.csv`` and ``metrics.json``: ``train/loss``, ``val/mAP``, ``test/top3/CF1``, ... over
 ``epoch``; summaries keep the best values. The W&B run id is stored in ``RUN/wandb_id``, so a resumed run continues the
-same W&B run.
+same W&B run; ``overwrite=true`` starts another one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Tracker:
             "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
             "dir": str(self.run_dir),
             "config": {**content, "ablation": _ablation(self.config), "revision": self.revision},
-            "id": id_file.read_text().strip() if id_file.is_file() else None,
+            "id": id_file.read_text().strip() if id_file.is_file() and not self.config.overwrite else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
             "settings": _settings(wandb),
