@@ -23,6 +23,7 @@ for name in sys.argv[2:]:
         print(found.top(1)[0].label, *(f"{p:.4f}" for p in found.probabilities))
     except WeightsError as error:
         print(error)
+assert not {"hydra", "lightning", "wandb", "matplotlib"} & set(sys.modules), "prediction needs none of them"
 """
 EXPORTS = """
 import json
@@ -77,7 +78,10 @@ def test_download_fetches_model_files_only_and_caches_them(
     files = {file.name: file.read_bytes() for file in saved.iterdir()}
     hub.repositories["me/model"] = Repository(files | {"evil.py": b"raise SystemExit('run')"})
 
-    found, refusal = python("-c", PREDICT, photos[0], "me/model", "me/other").stdout.splitlines()
+    done = python("-c", PREDICT, photos[0], checkpoint, "me/model", "me/other")
+    assert done.returncode == 0, done.stderr
+    local, found, refusal = done.stdout.splitlines()
+    assert local.split()[0] == found.split()[0]
     assert found.split()[0] == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
     assert refusal.startswith("me/other: no such folder, and download from the hub failed")
     assert not any("evil.py" in request for request in hub.requests)
