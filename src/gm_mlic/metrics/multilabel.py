@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import ArgumentError, DataError, check_positive
 from gm_mlic.metrics.conventions import Convention, get_convention
 from gm_mlic.metrics.functional import all_metrics, checked_targets
 from gm_mlic.targets import TargetFormat, as_table, check_target_format
@@ -64,8 +64,7 @@ class MultiLabelMetrics(Metric):
         **options: Any,
     ) -> None:
         super().__init__()
-        if num_labels < 1:
-            raise ArgumentError("num_labels", f"must be 1 or more, got {num_labels}.")
+        check_positive(num_labels=num_labels)
         if labels is not None and len(labels) != num_labels:
             raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
         check_target_format(target_format)

@@ -18,7 +18,7 @@ from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import GridExtractor, MultiViewExtractor
 from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, build_extractor, detect
 from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
-from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, config_keys
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError, check_positive, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC, LabelCache
 from gm_mlic.registry import DETECTORS
@@ -255,8 +255,7 @@ class Predictor:
             DataError: for a photo without instances, if the detector looks them up in files.
             ConfigError: for an open image without a file name, if the detector looks instances up.
         """
-        if batch_size < 1:
-            raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
+        check_positive(batch_size=batch_size)
         label_cache = None
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
