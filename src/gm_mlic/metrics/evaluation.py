@@ -73,12 +73,14 @@ def evaluate_scores(
     AP = next(iter(result["metrics"].values()))["AP"]
     result["excluded_labels"] = [label for label, value in AP.items() if value is None]
     if val is not None:
-        fitted = {
-            name: replace(rules, threshold=fit_thresholds(val.scores[0], val.targets, rules, difficult=val.difficult))
+        fitted: dict[str, list[float]] = {
+            name: fit_thresholds(val.scores[0], val.targets, rules, difficult=val.difficult).tolist()
             for name, rules in conventions.items()
         }
-        result["calibrated"] = measured(0, fitted)
-        result["thresholds"] = {name: dict(zip(labels, rules.threshold, strict=True)) for name, rules in fitted.items()}
+        result["calibrated"] = measured(
+            0, {name: replace(rules, threshold=tuple(fitted[name])) for name, rules in conventions.items()}
+        )
+        result["thresholds"] = {name: dict(zip(labels, values, strict=True)) for name, values in fitted.items()}
         result["val_images"] = len(val.targets)
     if len(images.scores) > 1:
         result["against"] = measured(1, conventions)
