@@ -95,8 +95,8 @@ def picture_grid(
             kind = max((label.kind for label in same_box), key=("right", "missed", "wrong").index)
             x1, x2 = (v * image.width - 0.5 for v in box[0::2])
             y1, y2 = (v * image.height - 0.5 for v in box[1::2])
-            for color, width, line in (("white", 3.2, "-"), (COLORS[kind], 1.8, "--" if kind == "missed" else "-")):
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=width, ls=line))
+            for color, lw, ls in (("white", 3.2, "-"), (COLORS[kind], 1.8, "--" if kind == "missed" else "-")):
+                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=lw, ls=ls))
             axes.text(
                 x1, y1, str(n), color="white", fontsize=8, fontweight="bold", ha="left", va="bottom", clip_on=False,
                 bbox={"facecolor": COLORS[kind], "edgecolor": "none", "pad": 1.2},
