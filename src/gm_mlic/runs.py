@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -49,6 +49,11 @@ NOT_PART_OF_A_RUN: Mapping[str, frozenset[str]] = {
 CONFIG, STATE, EPOCHS, RESULT = "config.yaml", "state.json", "metrics.csv", "metrics.json"
 SCORES, EXAMPLES, LABEL_STATES = "test.npz", "examples", "label_states.npz"
 DIVERGED = "diverged.json"
+#: Files that a run deletes before it starts again.
+WRITTEN = (
+    RESULT, EPOCHS, "checkpoints/best.ckpt", "checkpoints/last.ckpt", SCORES, f"{EXAMPLES}/examples.json", LABEL_STATES,
+    DIVERGED,
+)  # fmt: skip
 _LOCK = ".lock"
 
 #: Lock timeout; other processes hold the lock briefly to check whether the run is alive.
@@ -109,7 +114,7 @@ def read_run(path: str | Path) -> Run:
         known = "finished"
     elif known == "running" and not _is_locked(path):
         known = "stopped"
-    return Run(path, config, known, state.get("error"), tuple(_read_epochs(path / EPOCHS)), result)
+    return Run(path, config, known, state.get("error"), read_epochs(path), result)
 
 
 def _parsed(path: Path, parse: Any) -> dict[str, Any]:
@@ -126,20 +131,27 @@ def _damaged(path: Path) -> RunFolderError:
     return RunFolderError(f"{path} is damaged: delete {path.parent} and run its command again.")
 
 
-def _read_epochs(path: Path) -> Iterator[dict[str, float]]:
-    if not path.is_file():
-        return
+def read_epochs(path: Path) -> tuple[dict[str, float], ...]:
+    """Rows of the ``metrics.csv`` of a run folder; empty if it has none.
+
+    Raises:
+        RunFolderError: if the file is damaged.
+    """
+    file = path / EPOCHS
+    if not file.is_file():
+        return ()
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
     except (ValueError, csv.Error) as error:
-        raise _damaged(path) from error
+        raise _damaged(file) from error
+    epochs: list[dict[str, float]] = []
     for row in rows:
-        values = {}
+        epochs.append({})
         for name, text in row.items():
             with contextlib.suppress(TypeError, ValueError):
-                values[name] = float(text)
-        yield values
+                epochs[-1][name] = float(text)
+    return tuple(epochs)
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[Run]:

@@ -378,9 +378,16 @@ def test_a_report_needs_a_finished_run(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
+DAMAGED_BOX = {"label": "a", "score": 1, "box": [0, 0, 1, 1], "kind": "new"}
+
+
 @pytest.mark.parametrize(
-    "text", ["[", "{}", '[{"file": "00.jpg"}]', '[{"file": "00.jpg", "top": [{"box": [1]}]}]', "[0]"]
-)
+    "text",
+    [
+        "[", "{}", '[{"file": "00.jpg"}]', '[{"file": "00.jpg", "top": [{"box": [1]}]}]', "[0]",
+        json.dumps([{"file": "00.jpg", "top": [DAMAGED_BOX]}]),
+    ],
+)  # fmt: skip
 def test_damaged_pictures_are_left_out(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     run = write_run(tmp_path / "run")
     (run / "examples" / "examples.json").write_text(text)
@@ -392,9 +399,20 @@ def test_damaged_pictures_are_left_out(tmp_path: Path, text: str, caplog: pytest
     assert "label_states.npz is damaged" in caplog.text
 
 
+def test_label_states_of_other_shapes_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = write_run(tmp_path / "run")
+    np.savez(run / "label_states.npz", labels=np.array(LABELS), states=np.ones((3, 8)), input=np.ones((3, 5)))
+    page = write_report(find_runs([run]), tmp_path / "out").read_text()
+    assert "Figure 5" not in page
+    assert "label_states.npz is damaged" in caplog.text
+
+
 def test_report_of_a_single_run(tmp_path: Path) -> None:
     """The run has no examples, label states or ablations."""
     run = write_run(tmp_path / "a")
+    result = json.loads((run / "metrics.json").read_text())
+    del result["revision"]
+    (run / "metrics.json").write_text(json.dumps(result))
     shutil.rmtree(run / "examples")
     (run / "label_states.npz").unlink()
     headings = re.findall(r"<h2>(.*?)</h2>", write_report(runs(tmp_path), tmp_path / "out").read_text())

@@ -79,6 +79,12 @@ def test_states_of_unfinished_runs(tmp_path: Path, make_run: MakeRun):
     assert "2/?" in text
 
 
+def test_result_of_another_version(tmp_path: Path, make_run: MakeRun):
+    run = make_run(tmp_path / "a")
+    (run / "metrics.json").write_text('{"test": {}}')
+    assert "finished" in "\n".join(printed(tmp_path))
+
+
 def test_the_table_fits_a_terminal(tmp_path: Path, make_run: MakeRun):
     make_run(tmp_path / "a-run-with-quite-a-long-name-in-a-deep-folder")
     assert all(len(line) <= 80 for line in printed(tmp_path, width=80))

@@ -15,8 +15,9 @@ import pytest
 from omegaconf import DictConfig
 from PIL import Image
 
+from gm_mlic import training
 from gm_mlic.errors import ConfigError
-from gm_mlic.training import run, tracking
+from gm_mlic.training import run
 
 Config = Callable[..., DictConfig]
 
@@ -79,7 +80,7 @@ class FakeWandb:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     fake = FakeWandb()
-    monkeypatch.setattr(tracking, "_import_wandb", lambda: fake)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     return fake
 
@@ -148,10 +149,12 @@ def test_a_finished_run_is_not_opened_again(run_config: Config, wandb: FakeWandb
     for _ in range(2):
         run.train(run_config("logger=wandb"))
     assert len(wandb.runs) == 1
+    run.train(run_config("logger=wandb", "overwrite=true", "trainer.max_epochs=1"))
+    assert [logged.arguments["id"] for logged in wandb.runs] == [None, None]
 
 
-def test_the_logger_does_not_change_the_run_identity(run_config: Config, wandb: FakeWandb) -> None:
-    without = run.train(run_config())
+def test_the_logger_does_not_change_the_run_identity(run_config: Config, wandb: FakeWandb, finished_copy: Path) -> None:
+    without = json.loads((finished_copy / "metrics.json").read_text())
     assert run.train(run_config("logger=wandb")) == without
 
 
@@ -218,6 +221,14 @@ def test_missing_package_is_reported(run_config: Config, monkeypatch: pytest.Mon
         run.train(run_config("logger=wandb"))
 
 
+#: The command line, with a shorter timeout of the first connection.
+MAIN = """
+import sys
+from gm_mlic.cli.main import run
+from gm_mlic.training import tracking
+tracking._TIMEOUT_S = 5
+sys.exit(run(sys.argv[1:]))
+"""
 SMALL = [
     "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
     "trainer.max_epochs=1", "model.widths=[8,8]", "trainer.accelerator=cpu", "logger=wandb", "run_dir=run",
@@ -228,7 +239,7 @@ def gm_mlic(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"OMP_NUM_THREADS": "1", "HOME": str(folder), **variables}
     return subprocess.run(
-        [str(Path(sys.executable).with_name("gm-mlic")), "train", *SMALL, *arguments],
+        [sys.executable, "-c", MAIN, "train", *SMALL, *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -263,6 +274,7 @@ def test_missing_login_and_network_with_real_wandb(tmp_path: Path, variables: di
 
 
 def test_wandb_is_imported_lazily() -> None:
-    code = "import sys, gm_mlic.training.run\nprint('wandb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    """No module imports it at its top level."""
+    for path in Path(training.__file__).parents[1].rglob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not [line for line in lines if line.startswith(("import wandb", "from wandb"))], path

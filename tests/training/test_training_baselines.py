@@ -21,7 +21,7 @@ from gm_mlic.zoo.export import export
 
 SMALL = [
     "experiment=scenes_smoke", "dataset.sizes={train: 24, val: 8, test: 8}", "dataset.image_size=96",
-    "detector.min_size=64", "trainer.batch_size=8", "trainer.max_epochs=2", "trainer.accelerator=cpu",
+    "detector.min_size=64", "trainer.batch_size=8", "trainer.max_epochs=1", "trainer.accelerator=cpu",
 ]  # fmt: skip
 GRID = ["detector.grid_size=4"]
 RUNS = {

@@ -71,9 +71,14 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
     assert done.stdout.strip() == predictor.metadata.labels[0]
 
 
-@pytest.mark.parametrize("name", ["gm", "sparse", "mil"])
-def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: str):
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("gm", None), ("sparse", ["cat", "zebra crossing"]), ("mil", None)],
+    ids=["gm", "sparse", "mil"],
+)
+def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: str, labels: list[str] | None):
     predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
+    predictor = predictor if labels is None else predictor.with_labels(labels)
     export(predictor, tmp_path / "network.pt2", "torch")
     extra = {"labels": "", "detector_labels": ""}
     program = torch.export.load(tmp_path / "network.pt2", extra_files=extra).module()
@@ -94,16 +99,28 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
             np.testing.assert_allclose(match_logits[0, : len(instances)].numpy(), prediction.match_logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gm", "candidates"])
-def test_onnx_of_detector_and_network_equals_predictor(folder: Path, photos: list[Path], tmp_path: Path, name: str):
+@pytest.mark.parametrize(("name", "form"), [("gm", "torch"), ("candidates", "onnx")])
+def test_detector_and_network_equal_the_predictor(
+    folder: Path, photos: list[Path], tmp_path: Path, name: str, form: str
+):
+    """A model that reads the detector's classes, and one that does not."""
     predictor = Predictor.load(folder / name / "checkpoints/best.ckpt")
-    assert export(predictor, tmp_path / "all.onnx", "onnx", "all", (96, 96)) <= 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
-    (image,) = [value.name for value in session.get_inputs()]
-    names = [value.name for value in session.get_outputs()]
+    assert export(predictor, tmp_path / "all", form, "all", (96, 96)) <= 1e-4
+    names = [*module.MATCH_OUTPUTS, "boxes", "mask"]
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "all", providers=["CPUExecutionProvider"])
+        (image,) = [value.name for value in session.get_inputs()]
+        assert [value.name for value in session.get_outputs()] == names
+    else:
+        program = torch.export.load(tmp_path / "all").module()
     for photo, prediction in zip(photos, predictor(photos), strict=True):
         pixels = np.array(Image.open(photo)).transpose(2, 0, 1).astype(np.float32) / 255
-        out = dict(zip(names, session.run(None, {image: pixels}), strict=True))
+        if form == "onnx":
+            values = session.run(None, {image: pixels})
+        else:
+            with torch.no_grad():
+                values = [value.numpy() for value in program(torch.from_numpy(pixels))]
+        out = dict(zip(names, values, strict=True))
         n = len(prediction.boxes)
         assert out["mask"].tolist() == [True] * n + [False] * (len(out["mask"]) - n)
         np.testing.assert_allclose(1 / (1 + np.exp(-out["logits"][0])), prediction.probabilities, atol=1e-4)
@@ -120,14 +137,8 @@ def test_torch_detector(predictor: Predictor, photos: list[Path], tmp_path: Path
     torch.testing.assert_close(features[mask], expected.features, rtol=1e-3, atol=1e-4)
 
 
-def test_torch_network_with_other_labels(predictor: Predictor, tmp_path: Path):
-    other = predictor.with_labels(["cat", "zebra crossing"])
-    export(other, tmp_path / "two.pt2", "torch")
-    network = torch.export.load(tmp_path / "two.pt2").module()
-    assert network(torch.randn(2, 7, 256), torch.rand(2, 7, 4), torch.ones(2, 7, dtype=torch.bool))[0].shape == (2, 2)
-
-
-def test_differing_export_is_removed(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_differing_export_is_removed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    predictor = Predictor.load(folder / "mil/checkpoints/best.ckpt")  # the fastest export
     (tmp_path / "network.pt2").write_text("previous file")
     loaded = module._loaded_program
 

@@ -23,6 +23,16 @@ for name in sys.argv[2:]:
         print(found.top(1)[0].label, *(f"{p:.4f}" for p in found.probabilities))
     except WeightsError as error:
         print(error)
+assert not {"hydra", "lightning", "wandb", "matplotlib"} & set(sys.modules), "prediction needs none of them"
+"""
+EXPORTS = """
+import json
+import os
+import sys
+from gm_mlic.cli.main import run
+for token, *settings in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    print("code", run(["export", *settings]))
 """
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -56,14 +66,9 @@ def python(hub: FakeHub, tmp_path: Path) -> Command:
 
 
 @pytest.fixture
-def export(python: Command, checkpoint: Path, tmp_path: Path) -> Command:
-    """Run ``gm-mlic export`` of a checkpoint with settings and environment."""
-
-    def run(*settings: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        arguments = ["export", f"checkpoint={checkpoint}", f"out={tmp_path}/out", *settings]
-        return python("-m", "gm_mlic", *arguments, **environment)
-
-    return run
+def settings(checkpoint: Path, tmp_path: Path) -> list[str]:
+    """Settings of ``gm-mlic export``."""
+    return [f"checkpoint={checkpoint}", f"out={tmp_path}/out"]
 
 
 def test_download_fetches_model_files_only_and_caches_them(
@@ -73,7 +78,10 @@ def test_download_fetches_model_files_only_and_caches_them(
     files = {file.name: file.read_bytes() for file in saved.iterdir()}
     hub.repositories["me/model"] = Repository(files | {"evil.py": b"raise SystemExit('run')"})
 
-    found, refusal = python("-c", PREDICT, photos[0], "me/model", "me/other").stdout.splitlines()
+    done = python("-c", PREDICT, photos[0], checkpoint, "me/model", "me/other")
+    assert done.returncode == 0, done.stderr
+    local, found, refusal = done.stdout.splitlines()
+    assert local.split()[0] == found.split()[0]
     assert found.split()[0] == next(Predictor.load(saved)(photos[:1])).top(1)[0].label
     assert refusal.startswith("me/other: no such folder, and download from the hub failed")
     assert not any("evil.py" in request for request in hub.requests)
@@ -81,10 +89,8 @@ def test_download_fetches_model_files_only_and_caches_them(
     assert python("-c", PREDICT, photos[0], "me/model", HF_HUB_OFFLINE="1").stdout.splitlines() == [found]
 
 
-def test_upload_and_download(
-    hub: FakeHub, python: Command, export: Command, checkpoint: Path, photos: list[Path], tmp_path: Path
-):
-    done = export("push=me/pushed", HF_TOKEN=TOKEN)
+def test_upload_and_download(hub: FakeHub, python: Command, settings: list[str], photos: list[Path], tmp_path: Path):
+    done = python("-m", "gm_mlic", "export", *settings, "push=me/pushed", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     assert f"uploaded to {hub.address}/me/pushed" in done.stdout
     pushed = hub.repositories["me/pushed"]
@@ -97,36 +103,41 @@ def test_upload_and_download(
     assert "no such folder, and download from the hub failed" in stranger.stdout  # private
 
     (tmp_path / "out" / "notes.txt").write_text("mine")  # other files are not uploaded
-    again = export("push=me/pushed", "license=mit", HF_TOKEN=TOKEN)
-    assert again.returncode == 0, again.stderr
+    pushes = [
+        [TOKEN, *settings, "push=me/pushed", "license=mit"],
+        [TOKEN, *settings, "push=me/public", "private=false"],
+    ]
+    again = python("-c", EXPORTS, json.dumps(pushes))
+    assert again.stdout.count("code 0") == 2, again.stderr
     assert pushed.commits == 2
     assert b"license: mit" in pushed.files["README.md"].replace(b'"', b"")
     assert "notes.txt" not in pushed.files
-
-
-def test_public_upload(hub: FakeHub, export: Command):
-    assert export("push=me/pushed", "private=false", HF_TOKEN=TOKEN).returncode == 0
-    assert not hub.repositories["me/pushed"].private
+    assert not hub.repositories["me/public"].private
 
 
 @pytest.mark.parametrize(
-    ("settings", "environment"),
+    ("pushes", "environment"),
     [
-        (["push=me/pushed"], {}),
-        (["push=me/pushed"], {"HF_TOKEN": "hf_wrong"}),
-        (["push=you/pushed"], {"HF_TOKEN": TOKEN}),
-        (["push=me/pushed"], {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:1"}),
+        ([("", "me/pushed"), ("hf_wrong", "me/pushed"), (TOKEN, "you/pushed")], {}),
+        ([(TOKEN, "me/pushed")], {"HF_ENDPOINT": "http://127.0.0.1:1"}),
     ],
-    ids=["no token", "wrong token", "another user", "no hub"],
+    ids=["no token, wrong token, another user", "no hub"],
 )
 def test_failed_uploads_are_reported(
-    hub: FakeHub, export: Command, tmp_path: Path, settings: list[str], environment: dict[str, str]
+    hub: FakeHub,
+    python: Command,
+    tmp_path: Path,
+    settings: list[str],
+    pushes: list[tuple[str, str]],
+    environment: dict[str, str],
 ):
-    done = export(*settings, **environment)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert f"{settings[0]}: upload to the hub failed" in last
-    assert "HF_TOKEN" in last
+    exports = [[token, *settings, f"push={name}"] for token, name in pushes]
+    done = python("-c", EXPORTS, json.dumps(exports), **environment)
+    assert done.stdout.count("code 2") == len(pushes)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("gm-mlic: error: ")]
+    for (_, name), error in zip(pushes, errors, strict=True):
+        assert f"push={name}: upload to the hub failed" in error
+        assert "HF_TOKEN" in error
     assert "Traceback" not in done.stderr
     assert not hub.repositories
     # the exported folder is kept

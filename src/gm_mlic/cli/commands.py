@@ -199,7 +199,8 @@ def evaluate(config: DictConfig) -> None:
         **resampling,
     )
     title = f"{config.split} split of {result['dataset']['name']}"
-    print_metrics(result["metrics"], result["convention"], title, result)
+    if rank_info().rank == 0:
+        print_metrics(result["metrics"], result["convention"], title, result)
 
 
 def train_detector(config: DictConfig) -> None:

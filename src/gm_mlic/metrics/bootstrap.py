@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import DataError, check_positive
 from gm_mlic.metrics.conventions import APRule, Convention, get_convention
 from gm_mlic.metrics.functional import area, check_scores, for_each_label, in_threads, ranking, tie_ends
 from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
@@ -75,8 +75,7 @@ def bootstrap_map(
         DataError: if scores and targets cannot be evaluated together.
         ArgumentError: if ``resamples`` is below 1, or a convention is unknown.
     """
-    if resamples < 1:
-        raise ArgumentError("resamples", f"must be 1 or more, got {resamples}.")
+    check_positive(resamples=resamples)
     chosen = [get_convention(convention) for convention in conventions]
     scores, targets = [as_table("scores", table) for table in scores], as_table("targets", targets)
     difficult = None if difficult is None else as_table("difficult", difficult, targets.device)

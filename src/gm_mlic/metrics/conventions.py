@@ -56,10 +56,8 @@ class Convention:
             object.__setattr__(self, "threshold", tuple(self.threshold))
         each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
         for value in each:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ArgumentError("threshold", f"is {value!r}: expected a number in [0, 1].")
-            if not 0.0 <= value <= 1.0:
-                raise ArgumentError("threshold", f"is {value}: expected a number in [0, 1], as the scores.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ArgumentError("threshold", f"is {value!r}: expected a number in [0, 1], as the scores.")
 
 
 #: Conventions by name. Options that a source does not define (ssgrl and voc11: F1 and top-3; asl: top-3) are those of
@@ -85,8 +83,7 @@ def get_convention(convention: str | Convention = "mlgcn", **options: Any) -> Co
         ArgumentError: if the convention, an option or a value is unknown.
     """
     if not isinstance(convention, Convention):
-        if not isinstance(convention, str) or convention not in CONVENTIONS:
-            raise ArgumentError("convention", f"is {convention!r}: choose one of {', '.join(CONVENTIONS)}.")
+        check_choice("convention", convention, CONVENTIONS)
         convention = CONVENTIONS[convention]
     known = [field.name for field in fields(Convention)]
     for option in options:

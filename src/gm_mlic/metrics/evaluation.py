@@ -6,18 +6,19 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from gm_mlic.errors import DataError
 from gm_mlic.io import Progress, write_file
 from gm_mlic.metrics.bootstrap import bootstrap_map, interval, p_value
 from gm_mlic.metrics.conventions import CONVENTIONS, Convention
-from gm_mlic.metrics.multilabel import MultiLabelMetrics
+from gm_mlic.metrics.functional import all_metrics, checked_targets
 from gm_mlic.metrics.score_files import ScoredImages, check_label_lists, read_scored_images
 from gm_mlic.metrics.thresholds import fit_thresholds
 from gm_mlic.targets import TargetFormat
@@ -49,9 +50,11 @@ def evaluate_scores(
         ``difference`` (interval and p of the difference in mAP).
 
     Raises:
-        DataError: if the labels of ``val`` differ.
+        DataError: if there are no images, or the labels of ``val`` differ.
     """
     labels = images.labels or tuple(str(c) for c in range(images.targets.shape[1]))
+    if not len(images.targets):
+        raise DataError("There are no scores to evaluate: pass at least one image.")
     if val is not None:
         if val.targets.shape[1] != images.targets.shape[1]:
             raise DataError(f"val_scores have {val.targets.shape[1]} labels, scores {len(labels)}: they must be equal.")
@@ -60,21 +63,29 @@ def evaluate_scores(
         "images": len(images.targets),
         "labels": len(labels),
         "target_format": images.target_format,
-        "metrics": {},
     }
-    for name, rules in conventions.items():
-        result["metrics"][name] = metrics_of(images.scores[0], images.targets, rules, labels, images.difficult)
+
+    def measured(model: int, conventions: Mapping[str, Convention]) -> dict[str, Any]:
+        scores, targets, difficult = images.scores[model], images.targets, images.difficult
+        return {name: metrics_of(scores, targets, rules, labels, difficult) for name, rules in conventions.items()}
+
+    result["metrics"] = measured(0, conventions)
     AP = next(iter(result["metrics"].values()))["AP"]
     result["excluded_labels"] = [label for label, value in AP.items() if value is None]
     if val is not None:
-        result |= _calibrated(images, val, conventions, labels)
-    if len(images.scores) > 1:
-        result["against"] = {
-            name: metrics_of(images.scores[1], images.targets, rules, labels, images.difficult)
+        fitted: dict[str, list[float]] = {
+            name: fit_thresholds(val.scores[0], val.targets, rules, difficult=val.difficult).tolist()
             for name, rules in conventions.items()
         }
+        result["calibrated"] = measured(
+            0, {name: replace(rules, threshold=tuple(fitted[name])) for name, rules in conventions.items()}
+        )
+        result["thresholds"] = {name: dict(zip(labels, values, strict=True)) for name, values in fitted.items()}
+        result["val_images"] = len(val.targets)
+    if len(images.scores) > 1:
+        result["against"] = measured(1, conventions)
     if bootstrap:
-        result |= bootstrapped(images.scores, images.targets, conventions, bootstrap, seed, images.difficult)
+        result |= _bootstrapped(images, conventions, bootstrap, seed)
     return result
 
 
@@ -119,9 +130,7 @@ def metrics_of(
     scores: Tensor, targets: Tensor, rules: Convention, labels: Sequence[str], difficult: Tensor | None = None
 ) -> dict[str, Any]:
     """Metrics as JSON in percent, with ``AP`` by label; None for undefined values. Targets are in {0, 1}."""
-    metrics = MultiLabelMetrics(len(labels), labels=labels, **asdict(rules))
-    metrics.update(scores, targets, difficult)
-    return by_name(metrics.compute(), labels)
+    return by_name(all_metrics(*checked_targets(scores, targets, difficult, num_labels=len(labels)), rules), labels)
 
 
 def by_name(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
@@ -132,55 +141,26 @@ def by_name(values: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     return named
 
 
-def calibrated(
-    scores: Tensor,
-    targets: Tensor,
-    thresholds: Tensor,
-    rules: Convention,
-    labels: Sequence[str],
-    difficult: Tensor | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Metrics with fitted thresholds, and the thresholds by label."""
-    fitted = asdict(rules) | {"threshold": thresholds}
-    metrics = metrics_of(scores, targets, Convention(**fitted), labels, difficult)
-    return metrics, dict(zip(labels, thresholds.tolist(), strict=True))
-
-
-def bootstrapped(
-    scores: Sequence[Tensor],
-    targets: Tensor,
-    conventions: Mapping[str, Convention],
-    resamples: int,
-    seed: int,
-    difficult: Tensor | None = None,
+def _bootstrapped(
+    images: ScoredImages, conventions: Mapping[str, Convention], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Entries ``bootstrap``, ``intervals`` and, for two models, ``difference`` of :func:`evaluate_scores`."""
-    rules = list(conventions.values())
     with Progress("bootstrap", "resamples", resamples, log=log) as progress:
-        drawn = bootstrap_map(scores, targets, rules, resamples, seed, progress.advance, difficult=difficult)
-    result: dict[str, Any] = {"bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95}, "intervals": {}}
-    if len(scores) > 1:
-        result["difference"] = {}
-    for m, name in enumerate(conventions):
-        ends = interval(drawn[0, m])
-        result["intervals"][name] = [_number(end) for end in ends]
-        if len(scores) > 1:
-            difference = drawn[0, m] - drawn[1, m]
-            result["difference"][name] = {
-                "interval": [_number(end) for end in interval(difference)],
-                "p": p_value(difference),
-            }
-    return result
+        drawn = bootstrap_map(
+            images.scores, images.targets, list(conventions.values()), resamples, seed, progress.advance,
+            difficult=images.difficult,
+        )  # fmt: skip
 
+    def ends(resampled: np.ndarray) -> list[float | None]:
+        return [_number(end) for end in interval(resampled)]
 
-def _calibrated(
-    images: ScoredImages, val: ScoredImages, conventions: Mapping[str, Convention], labels: Sequence[str]
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"calibrated": {}, "thresholds": {}, "val_images": len(val.targets)}
-    for name, rules in conventions.items():
-        thresholds = fit_thresholds(val.scores[0], val.targets, rules, difficult=val.difficult)
-        metrics, by_label = calibrated(images.scores[0], images.targets, thresholds, rules, labels, images.difficult)
-        result["calibrated"][name], result["thresholds"][name] = metrics, by_label
+    result: dict[str, Any] = {"bootstrap": {"resamples": resamples, "seed": seed, "level": 0.95}}
+    result["intervals"] = {name: ends(values) for name, values in zip(conventions, drawn[0], strict=True)}
+    if len(drawn) > 1:
+        result["difference"] = {
+            name: {"interval": ends(values), "p": p_value(values)}
+            for name, values in zip(conventions, drawn[0] - drawn[1], strict=True)
+        }
     return result
 
 

@@ -39,8 +39,8 @@ def checked_targets(
     scores: Tensor,
     targets: Tensor,
     difficult: Tensor | None,
-    target_format: TargetFormat,
-    allow_all_present: bool,
+    target_format: TargetFormat = "binary",
+    allow_all_present: bool = False,
     num_labels: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check scores and targets.
@@ -84,6 +84,16 @@ def check_scores(scores: Tensor, targets: Tensor, num_labels: int | None = None)
         )
     if low < 0 or high > 1:
         raise DataError(f"scores are in [{low:.4g}, {high:.4g}], expected [0, 1]: apply a sigmoid to logits.")
+
+
+def all_metrics(scores: Tensor, present: Tensor, difficult: Tensor | None, convention: Convention) -> dict[str, Tensor]:
+    """Metrics of :meth:`MultiLabelMetrics.compute`, in percent, of validated inputs."""
+    AP = _average_precision(scores, present, difficult, convention.ap, convention.difficult_ap)
+    result = {"mAP": AP.nanmean()}
+    both = _precision_recalls(scores, present, difficult, convention, (None, 3))
+    for prefix, numbers in zip(("", "top3/"), both, strict=True):
+        result |= {prefix + name: value for name, value in vars(numbers).items()}
+    return {name: 100 * value for name, value in {**result, "AP": AP}.items()}
 
 
 def average_precision(
@@ -354,8 +364,7 @@ def _thresholds(convention: Convention, scores: Array) -> Array:
 def _array(tensor: Tensor) -> Array:
     """Numpy view of a tensor; half precision becomes float32."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
-    array: Array = (tensor.detach().float() if half else tensor.detach()).cpu().numpy()
-    return array
+    return (tensor.float() if half else tensor).numpy(force=True)
 
 
 def in_threads(function: Callable[[int], T], firsts: Iterable[int], size: int) -> list[T]:

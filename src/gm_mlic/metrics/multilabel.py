@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from gm_mlic.errors import ArgumentError, DataError
+from gm_mlic.errors import ArgumentError, DataError, check_positive
 from gm_mlic.metrics.conventions import Convention, get_convention
-from gm_mlic.metrics.functional import _average_precision, _precision_recalls, checked_targets
+from gm_mlic.metrics.functional import all_metrics, checked_targets
 from gm_mlic.targets import TargetFormat, as_table, check_target_format
 
 _STATES = ("scores", "targets", "difficult", "ids")
@@ -63,8 +64,7 @@ class MultiLabelMetrics(Metric):
         **options: Any,
     ) -> None:
         super().__init__()
-        if num_labels < 1:
-            raise ArgumentError("num_labels", f"must be 1 or more, got {num_labels}.")
+        check_positive(num_labels=num_labels)
         if labels is not None and len(labels) != num_labels:
             raise ArgumentError("labels", f"has {len(labels)} names for {num_labels} labels.")
         check_target_format(target_format)
@@ -141,15 +141,10 @@ class MultiLabelMetrics(Metric):
             DataError: if there are no images, or one id has different targets.
         """
         scores, targets, difficult, _ = self._rows()
-        rules = self.convention
-        AP = _average_precision(scores, targets, difficult, rules.ap, rules.difficult_ap)
-        result = {"mAP": AP.nanmean()}
-        both = _precision_recalls(scores, targets, difficult, rules, (None, 3))
-        for prefix, numbers in zip(("", "top3/"), both, strict=True):
-            result |= {prefix + name: value for name, value in vars(numbers).items()}
-        result["AP"] = AP
-        self.excluded_labels = tuple(name for name, ap in zip(self.labels, AP.tolist(), strict=True) if ap != ap)
-        return {name: 100 * value for name, value in result.items()}
+        result = all_metrics(scores, targets, difficult, self.convention)
+        undefined = result["AP"].isnan().tolist()
+        self.excluded_labels = tuple(name for name, nan in zip(self.labels, undefined, strict=True) if nan)
+        return result
 
     def collected(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Accumulated rows of all processes, without duplicates.
@@ -180,18 +175,13 @@ class MultiLabelMetrics(Metric):
 
     def _sort_rows(self) -> None:
         """Sort the rows by id and drop duplicates."""
-        ids, order = self.ids[0].sort(stable=True)
-        duplicate = torch.zeros_like(ids, dtype=torch.bool)
-        duplicate[1:] = ids[1:] == ids[:-1]
-        at = duplicate.nonzero()[:, 0]
-        row, before = order[at], order[at - 1]
-        differs = (
-            (self.targets[0][row] != self.targets[0][before]) | (self.difficult[0][row] != self.difficult[0][before])
-        ).any(1)
-        if differs.any():
-            raise DataError(
-                f"Image id {int(ids[at[differs][0]])} occurs twice with different targets: ids must be unique."
-            )
-        keep = order[~duplicate]
+        ids = self.ids[0].cpu().numpy()
+        _, rows, copies = np.unique(ids, return_index=True, return_inverse=True)
+        keep = torch.from_numpy(rows)  # the first row of each id
+        first = keep[torch.from_numpy(copies)]
+        for table in (self.targets[0], self.difficult[0]):
+            differs = (table != table[first]).any(dim=1).cpu().numpy()
+            if differs.any():
+                raise DataError(f"Image id {ids[differs][0]} occurs twice with different targets: ids must be unique.")
         for name in _STATES:
             setattr(self, name, [getattr(self, name)[0][keep]])

@@ -164,24 +164,14 @@ def _named(path: Path) -> Iterator[None]:
 Content = tuple[Tensor, "Tensor | None", "tuple[str, ...] | None", "tuple[str, ...] | None"]
 
 
-def _read_npz(path: Path, key: str) -> Content:
+def _read_arrays(path: Path, key: str) -> Content:
+    """Read an ``.npz`` or ``.pt`` file."""
     try:
-        return _entries(key, load_arrays(path))
+        content = (load_arrays if path.suffix == ".npz" else load_tensors)(path)
     except (ValueError, OSError) as error:
-        raise DataError(f"not an .npz file of numbers and strings ({error}).") from error
-
-
-def _read_pt(path: Path, key: str) -> Content:
-    try:
-        content = load_tensors(path)
-    except (ValueError, OSError) as error:
-        raise DataError(f"not a .pt file of tensors, strings and numbers ({str(error)[:100]}).") from error
+        raise DataError(f"not a {path.suffix} file of numbers and strings ({str(error)[:100]}).") from error
     if not isinstance(content, dict):
         raise DataError(f"contains a {type(content).__name__}; save a dict with {key!r}.")
-    return _entries(key, content)
-
-
-def _entries(key: str, content: Mapping[str, Any]) -> Content:
     if key not in content:
         found = ", ".join(map(repr, content)) or "nothing"
         raise DataError(f"has no {key!r} (only {found}); rename the entry to {key!r}.")
@@ -254,7 +244,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-_READERS: Mapping[str, Callable[[Path, str], Content]] = {".npz": _read_npz, ".csv": _read_csv, ".pt": _read_pt}
+_READERS: Mapping[str, Callable[[Path, str], Content]] = {
+    ".npz": _read_arrays,
+    ".csv": _read_csv,
+    ".pt": _read_arrays,
+}
 
 
 def _align(table: Table, truth: Table) -> Tensor:

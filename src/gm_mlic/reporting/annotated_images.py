@@ -40,8 +40,10 @@ class LabelBox:
 
 
 def label_box(entry: Mapping[str, Any]) -> LabelBox:
-    """Label of an entry of ``RUN/examples/examples.json``."""
+    """Label of an entry of ``RUN/examples/examples.json``; ValueError, KeyError or TypeError if it is damaged."""
     x1, y1, x2, y2 = map(float, entry["box"])
+    if entry["kind"] not in COLORS:
+        raise ValueError(f"unknown kind {entry['kind']!r}")
     return LabelBox(str(entry["label"]), float(entry["score"]), (x1, y1, x2, y2), entry["kind"])
 
 
@@ -93,18 +95,11 @@ def picture_grid(
             kind = max((label.kind for label in same_box), key=("right", "missed", "wrong").index)
             x1, x2 = (v * image.width - 0.5 for v in box[0::2])
             y1, y2 = (v * image.height - 0.5 for v in box[1::2])
-            color, dashed = COLORS[kind], kind == "missed"
-            frame = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="white", linewidth=3.2)
-            axes.add_patch(frame)
-            axes.add_patch(
-                Rectangle(
-                    (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=1.8,
-                    linestyle="--" if dashed else "-",
-                )
-            )  # fmt: skip
+            for color, lw, ls in (("white", 3.2, "-"), (COLORS[kind], 1.8, "--" if kind == "missed" else "-")):
+                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=lw, ls=ls))
             axes.text(
                 x1, y1, str(n), color="white", fontsize=8, fontweight="bold", ha="left", va="bottom", clip_on=False,
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 1.2},
+                bbox={"facecolor": COLORS[kind], "edgecolor": "none", "pad": 1.2},
             )  # fmt: skip
         below = figure.add_subplot(grid[2 * row + 1, column])
         below.set_axis_off()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from gm_mlic.reporting.runs import FOLLOWS, as_typed
+from gm_mlic.reporting.runs import as_typed, followers
 from gm_mlic.runs import Run, flat_settings, varying
 
 #: Names of the ablations in the paper's Table 4.
@@ -19,6 +19,7 @@ ABLATIONS = {
     "no_matches": "w/o ILM edges",
 }
 _EDGE_TYPES = "model.edge_types"
+Item = TypeVar("Item")
 
 
 def _removed(edge_types: Sequence[str] | None) -> list[str]:
@@ -68,12 +69,8 @@ class Group:
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Group finished runs by all settings except the seed."""
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
-        settings = flat_settings(run.config)
-        settings.pop("seed", None)
-        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
-    members = [tuple(sorted(matching, key=lambda run: run.setting("seed", 0))) for matching in by_settings.values()]
+    alike = _alike(runs, lambda run: run, {"seed"})
+    members = [tuple(sorted(matching, key=lambda run: run.setting("seed", 0))) for matching in alike]
     names = _names([matching[0] for matching in members])
     groups = [Group(name, matching) for name, matching in zip(names, members, strict=True)]
     return sorted(
@@ -101,7 +98,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
         model = settings.get("model.name")
         same = [run for run, other in zip(runs, flat, strict=True) if other.get("model.name") == model]
         differing = [key for key in varying(same) if key not in ("seed", "model.name")]
-        hidden = {_EDGE_TYPES, *(follower for key in differing for follower in FOLLOWS.get(key, ()))}
+        hidden = {_EDGE_TYPES, *followers(differing)}
         parts = [str(model)] if several else []
         if _EDGE_TYPES in differing:
             parts += [ABLATIONS[name] for name in _removed(settings.get(_EDGE_TYPES))]
@@ -118,16 +115,20 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else as_typed(value)
 
 
-def families(groups: Sequence[Group], *studied: str) -> list[list[Group]]:
-    """Families of two or more groups that differ only in the ``studied`` settings and those that follow from them."""
-    by_settings: dict[str, list[Group]] = {}
-    left_out = {"seed", *studied, *(follower for key in studied for follower in FOLLOWS.get(key, ()))}
-    for group in groups:
-        if any(group.setting(key) is None for key in studied):
-            continue
-        settings = {key: v for key, v in flat_settings(group.runs[0].config).items() if key not in left_out}
-        by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(group)
-    return [matching for matching in by_settings.values() if len(matching) > 1]
+def families(groups: Sequence[Group], studied: str) -> list[list[Group]]:
+    """Families of two or more groups that differ only in the ``studied`` setting and those that follow from it."""
+    known = [group for group in groups if group.setting(studied) is not None]
+    alike = _alike(known, lambda group: group.runs[0], {"seed", studied, *followers([studied])})
+    return [family for family in alike if len(family) > 1]
+
+
+def _alike(items: Sequence[Item], run_of: Callable[[Item], Run], left_out: Collection[str]) -> list[list[Item]]:
+    """Lists of items whose runs have the same settings, except those ``left_out``."""
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        settings = {key: v for key, v in flat_settings(run_of(item).config).items() if key not in left_out}
+        found.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(item)
+    return list(found.values())
 
 
 def ablation_families(groups: Sequence[Group]) -> list[list[Group]]:

@@ -295,18 +295,18 @@ def _label_states(group: Group, out: Path) -> Iterator[Section]:
         content = load_arrays(run.path / LABEL_STATES)
         labels = [str(name) for name in content["labels"]]
         states = {"label vectors (input)": content["input"], "label states after the last block": content["states"]}
-    except _DAMAGED as error:
-        log.warning("Map of label states left out: %s is damaged (%s).", run.path / LABEL_STATES, error)
-        return
-    if len(labels) < 4:
-        return
-    try:
-        file = plots.save(plots.draw_label_map(labels, states), out, "label_map")
+        if len(labels) < 4:
+            return
+        figure = plots.draw_label_map(labels, states)
     except ImportError:
         log.warning("Map of label states left out: it needs scikit-learn (pip install 'gm-mlic[report]').")
         return
+    except _DAMAGED as error:
+        log.warning("Map of label states left out: %s is damaged (%s).", run.path / LABEL_STATES, error)
+        return
     text = "As the paper's Figure 5: t-SNE with cosine distance; labels with similar states are close."
-    yield Section("Learned label states", text, [Picture("Map of labels", file)], [Group(group.name, (run,))])
+    picture = Picture("Map of labels", plots.save(figure, out, "label_map"))
+    yield Section("Learned label states", text, [picture], [Group(group.name, (run,))])
 
 
 def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
@@ -352,7 +352,7 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
             all_of([", ".join(f"{n} {s}" for s, n in result["dataset"]["sizes"].items()) for result in results]),
         ),
         ("versions", all_of([", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results])),
-        ("revision", all_of([result["revision"] for result in results])),
+        ("revision", all_of([result.get("revision", "-") for result in results])),
     ]
     flat = [flat_settings(run.config) for run in runs]
     shared = [f"{k}={as_typed(v)}" for k, v in flat[0].items() if k != "seed" and all(f.get(k, ...) == v for f in flat)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -13,7 +13,7 @@ from rich.table import Table
 from gm_mlic.runs import Run, flat_settings, varying
 
 #: Settings that follow from another setting.
-FOLLOWS = {
+_FOLLOWERS = {
     "graph.m": ("detector.max_instances",),
     "detector.grid_size": ("detector.max_instances", "graph.m"),
     "model.k": ("model.widths", "model.encoder_width"),
@@ -47,7 +47,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     order = sorted(range(len(runs)), key=lambda i: [_order(runs[i].setting(key)) for key in keys])
     for i, run in ((i, runs[i]) for i in order):
         best = max((row["val/mAP"] for row in run.epochs if "val/mAP" in row), default=None)
-        test = run.result["test"]["mAP"] if run.result is not None else None
+        test = run.result["test"].get("mAP") if run.result is not None else None
         table.add_row(
             escape(str(run.path)),
             f"[{_COLORS[run.state]}]{run.state}[/]",
@@ -56,6 +56,11 @@ def runs_table(runs: Sequence[Run]) -> Table:
             *("" if value is None else f"{value:.2f}" for value in (best, test)),
         )
     return table
+
+
+def followers(keys: Iterable[str]) -> set[str]:
+    """Settings that follow from others."""
+    return {follower for key in keys for follower in _FOLLOWERS.get(key, ())}
 
 
 def as_typed(value: Any) -> str:
@@ -74,8 +79,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 def unusual(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     """Settings of each run that deviate from the most common values, in the syntax of the command line."""
     flat = [flat_settings(run.config) for run in runs]
-    followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
-    keys = [key for key in keys if key not in followers]
+    keys = [key for key in keys if key not in followers(keys)]
     usual = {key: Counter(as_typed(f[key]) for f in flat if key in f).most_common(1)[0][0] for key in keys}
     return [" ".join(f"{k}={as_typed(f[k])}" for k in keys if k in f and as_typed(f[k]) != usual[k]) for f in flat]
 
@@ -87,11 +91,10 @@ def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     another.
     """
     kept: dict[tuple[Any, ...], str] = {}
-    followers = {follower for key in keys for follower in FOLLOWS.get(key, ())}
     for key in keys:
         values = [as_typed(run.setting(key)) for run in runs]
         pattern: tuple[Any, ...] = tuple(values.index(value) for value in values)
-        if key not in followers and len(set(values)) > 2 and not any(_order(run.setting(key))[0] for run in runs):
+        if key not in followers(keys) and len(set(values)) > 2 and not any(_order(run.setting(key))[0] for run in runs):
             pattern = (key, *pattern)
         if pattern not in kept or len(max(values, key=len)) < max(
             len(as_typed(run.setting(kept[pattern]))) for run in runs

@@ -20,6 +20,7 @@ from gm_mlic.graphs.schema import INSTANCE
 from gm_mlic.io import atomic_write, first_line, write_file
 from gm_mlic.nn import ModelOutput
 from gm_mlic.runs import EXAMPLES, LABEL_STATES
+from gm_mlic.targets import positives_and_counted
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,7 @@ def write_examples(
     folder.mkdir(exist_ok=True)
     thresholds = np.broadcast_to(threshold, len(dataset.labels))
     content = []
-    is_present = np.asarray(dataset.targets) == 1
-    if dataset.difficult is not None:
-        is_present = is_present | dataset.difficult
+    is_present, _ = positives_and_counted(np.asarray(dataset.targets) == 1, dataset.difficult, "positive")
     for n, (row, scores, boxes) in enumerate(zip(examples.rows, examples.scores, examples.boxes, strict=True)):
         try:
             image = rgb_image(dataset, row)

@@ -29,6 +29,7 @@ from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.optim import build_optimizer, check_schedule
 from gm_mlic.registry import DATASETS, LOSSES, MODELS
+from gm_mlic.targets import positives_and_counted
 from gm_mlic.zoo.metadata import ModelMetadata
 
 log = logging.getLogger(__name__)
@@ -209,9 +210,7 @@ def prior_tables(
     elif len(named) < len(dataset.labels):
         rest = [label for c, label in enumerate(dataset.labels) if c not in named]
         log.info("%d labels without a class of the detector: %s", len(rest), ", ".join(rest[:5]))
-    present = dataset.targets == 1
-    if dataset.difficult is not None:
-        present = present | dataset.difficult
+    present, _ = positives_and_counted(dataset.targets == 1, dataset.difficult, "positive")
     return {"class_labels": lists or [[]], "label_counts": present.sum(axis=0).tolist()}
 
 
@@ -225,9 +224,8 @@ def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> lis
     """
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
-    present = store.targets[store.rows] == 1
-    if store.difficult is not None:  # difficult objects are in the image
-        present |= store.difficult[store.rows]
+    difficult = None if store.difficult is None else store.difficult[store.rows]
+    present, _ = positives_and_counted(store.targets[store.rows] == 1, difficult, "positive")  # they are in the image
     class_to_label = torch.tensor(labels_of(store.manifest.detector_labels, store.manifest.labels), dtype=torch.int64)
     with config_keys("graph"):
         table = label_candidates(detected_label, score, torch.from_numpy(present), labels_per_class, class_to_label)

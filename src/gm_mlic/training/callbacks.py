@@ -1,4 +1,4 @@
-"""Progress bar and ``metrics.csv`` of a training run."""
+"""Progress, log and ``metrics.csv`` of a training run."""
 
 from __future__ import annotations
 
@@ -16,60 +16,10 @@ from gm_mlic.io import Progress, atomic_write
 log = logging.getLogger(__name__)
 
 
-class EpochProgressBar(Callback):
-    """Progress bar for each epoch, followed by a log line with train loss, val mAP and best val mAP.
+class EpochLog(Callback):
+    """Progress bar of each epoch, and at its end a row of ``metrics.csv`` (epochs from 1) and a log line.
 
-    If stderr is not a terminal, only the log line is written.
-    """
-
-    def __init__(self) -> None:
-        self._bar: Progress | None = None  # none for the rest of an epoch that is resumed
-        self._open = ExitStack()
-        self._best = float("-inf")
-        self._begin = self._seconds = 0.0
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._begin = time.monotonic() - self._seconds  # an epoch that is resumed has no on_train_epoch_start
-
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._begin = time.monotonic()
-        bar = Progress(self._title(trainer), "steps", int(trainer.num_training_batches), show=trainer.is_global_zero)
-        self._bar = self._open.enter_context(bar)
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
-        if self._bar is not None:
-            self._bar.advance(1)
-
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._open.close()
-        if not trainer.is_global_zero:
-            return
-        values = trainer.callback_metrics
-        mAP = float(values["val/mAP"])
-        mark = " *" if mAP > self._best else ""
-        self._best = max(self._best, mAP)
-        seconds = time.monotonic() - self._begin
-        log.info(
-            "%s  train loss %.4f  val mAP %5.2f  best %5.2f  %.1f s%s",
-            self._title(trainer), float(values["train/loss"]), mAP, self._best, seconds, mark,
-        )  # fmt: skip
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._open.close()
-
-    @staticmethod
-    def _title(trainer: Trainer) -> str:
-        return f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "seconds": time.monotonic() - self._begin}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best, self._seconds = state_dict["best"], state_dict["seconds"]
-
-
-class EpochCSV(Callback):
-    """Writer of ``metrics.csv``, with one row per epoch (from 1).
+    The log line has train loss, val mAP and best val mAP. There is no bar if stderr is not a terminal.
 
     The file is replaced atomically at each epoch, so a killed run loses no rows. A resumed run keeps the rows up to the
     epoch of its checkpoint (Lightning's CSVLogger deletes the file). The seconds of an epoch that it resumes include
@@ -82,6 +32,8 @@ class EpochCSV(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[dict[str, Any]] = []
+        self._bar: Progress | None = None  # none for the rest of an epoch that is resumed
+        self._open = ExitStack()
         self._begin = self._seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -92,29 +44,43 @@ class EpochCSV(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._begin = time.monotonic()
+        bar = Progress(_title(trainer), "steps", int(trainer.num_training_batches), show=trainer.is_global_zero)
+        self._bar = self._open.enter_context(bar)
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, i: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(1)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._open.close()
         if not trainer.is_global_zero:
             return
         values = {name: f"{float(value):.6g}" for name, value in sorted(trainer.callback_metrics.items())}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self._rows.append(
-            {
-                "epoch": trainer.current_epoch + 1,
-                "step": trainer.global_step,
-                "seconds": f"{time.monotonic() - self._begin:.3f}",
-                "lr": f"{lr:.6g}",
-                **values,
-            }
-        )
+        seconds = time.monotonic() - self._begin
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": f"{seconds:.3f}"}
+        mAP, before = float(values["val/mAP"]), [float(row["val/mAP"]) for row in self._rows]
+        self._rows.append({**row, "lr": f"{lr:.6g}", **values})
         names = list(dict.fromkeys(name for row in self._rows for name in row))
         with atomic_write(self.path) as part, part.open("w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._rows)
+        log.info(
+            "%s  train loss %.4f  val mAP %5.2f  best %5.2f  %.1f s%s",
+            _title(trainer), float(values["train/loss"]), mAP, max([mAP, *before]), seconds,
+            " *" if mAP > max(before, default=float("-inf")) else "",
+        )  # fmt: skip
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._open.close()
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": time.monotonic() - self._begin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds = state_dict["seconds"]
+
+
+def _title(trainer: Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch_geometric.loader import DataLoader as GraphLoader
-
-from gm_mlic.graphs import AssignmentBatchDataset
-from gm_mlic.instances import OnlineImages
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -88,16 +86,12 @@ class GraphData(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(self, split: str, sampler: Any) -> DataLoader[Any]:
-        dataset = self.splits[split]
         settings: dict[str, Any] = {
             "batch_size": self.batch_size,
             "sampler": sampler,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
         }
-        if isinstance(dataset, AssignmentBatchDataset):
-            return DataLoader(dataset, collate_fn=cast("Any", AssignmentBatchDataset.collate), **settings)
-        if isinstance(dataset, OnlineImages):
-            return DataLoader(dataset, collate_fn=dataset.collate, **settings)
-        loader: DataLoader[Any] = GraphLoader(dataset, **settings)
-        return loader
+        collate = getattr(self.splits[split], "collate", None)  # PyG's loader collates graphs
+        loader: Any = GraphLoader if collate is None else partial(DataLoader, collate_fn=collate)
+        return loader(self.splits[split], **settings)  # type: ignore[no-any-return]

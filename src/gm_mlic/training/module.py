@@ -115,7 +115,10 @@ class MLICModule(LightningModule):
             return None
         if self.current_epoch < self.instance_graph_warmup_epochs:
             batch = drop_edges(batch, SPATIAL)
-        output = self._checked(self.model(batch))
+        output = self.model(batch)
+        if not isinstance(output, ModelOutput):
+            kind, name = type(output).__name__, self.metadata.model["name"]
+            raise ConfigError(f"The model {name} returned a {kind}, expected a ModelOutput.")
         loss: Tensor = self.loss(output.logits, batch.y, _difficult(batch))
         self.train_loss.update(loss.detach(), batch.num_graphs)
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
@@ -127,12 +130,6 @@ class MLICModule(LightningModule):
             loss = loss + self.model.penalty() / (self.num_images * batch.y.shape[1])
         self._watch(loss, batch)
         return loss
-
-    def _checked(self, output: Any) -> ModelOutput:
-        if not isinstance(output, ModelOutput):
-            kind = type(output).__name__
-            raise ConfigError(f"The model {self.metadata.model['name']} returned a {kind}, expected a ModelOutput.")
-        return output
 
     def _watch(self, loss: Tensor, batch: Any) -> None:
         """Record the first step with a non-finite loss; check it rarely, since a check synchronizes the GPU."""
@@ -160,12 +157,10 @@ class MLICModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.stop_if_diverged()
 
-    def on_validation_epoch_start(self) -> None:
-        self.stop_if_diverged()  # before a checkpoint is saved
-
     # Evaluation
 
     def on_validation_start(self) -> None:
+        self.stop_if_diverged()  # before a checkpoint is saved
         self._label_cache = None  # the weights have changed
 
     def on_test_start(self) -> None:

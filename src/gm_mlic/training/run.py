@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
 import json
 import logging
@@ -13,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,11 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
 from gm_mlic.instances.manifest import MANIFEST
 from gm_mlic.io import atomic_write, sha256, write_file
-from gm_mlic.metrics import Convention, fit_thresholds, write_scored_images
-from gm_mlic.metrics.evaluation import bootstrapped, by_name, calibrated
-from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, STATE, RunState
+from gm_mlic.metrics import ScoredImages, evaluate_scores, write_scored_images
+from gm_mlic.metrics.evaluation import by_name
+from gm_mlic.runs import CONFIG, DIVERGED, RESULT, SCORES, STATE, WRITTEN, RunState, read_epochs
 from gm_mlic.training import build
-from gm_mlic.training.artifacts import Examples, write_examples, write_label_states
+from gm_mlic.training.artifacts import write_examples, write_label_states
 from gm_mlic.training.data import GraphData
 from gm_mlic.training.module import DivergedError, MLICModule
 from gm_mlic.training.online import OnlineGraphs
@@ -135,7 +134,7 @@ def _train(
             store = data["train"].store
             assert store is not None  # config.finish excludes on-line mode
             candidates = build.learn_candidates(store, config.graph.m, config.graph.labels_per_class)
-            module.metadata = module.metadata.with_candidates(candidates)
+            module.metadata = replace(module.metadata, graph=module.metadata.graph | {"candidates": candidates})
             graph = module.metadata.build_graph()
         fitted_on = data["train"].store or data["val"].store  # on-line, the training images have none
         if fitted_on is not None:
@@ -149,10 +148,12 @@ def _train(
             raise
 
         chosen = run_dir / "checkpoints" / f"{config.trainer.checkpoint}.ckpt"
-        tested = _test(config, chosen, data["test"], extractor)
-        result = _summary(config, run_dir, module, data, tested.values) | {"command": state.command}
+        tested, images = _test(config, chosen, data["test"], extractor)
+        result = _summary(config, run_dir, module, data, tested.test_values) | {"command": state.command}
         if first:
-            tested.write(run_dir, datasets["test"], module.metadata)
+            _write_scores(run_dir / SCORES, images)
+            write_examples(run_dir, datasets["test"], tested.examples, tested.metrics.convention.threshold)
+            write_label_states(run_dir, module.metadata.labels, tested.examples, module.metadata.label_vectors)
             tracker.log_result(result)
             write_file(finished, json.dumps(result, indent=2) + "\n")
     return result
@@ -197,27 +198,24 @@ def evaluate(
     extractor = build.build_detector(config) if extractor is None else extractor
     metadata.check_extractor(extractor, path)
     data = split_data(config, dataset, extractor)
-    tested = _test(config, path, data, extractor)
-    convention, rules = config.metrics.convention, tested.rules
+    tested, images = _test(config, path, data, extractor)
+    val = None
+    if calibrate:
+        _, val = _test(config, path, split_data(config, build.build_dataset(config, "val"), extractor), extractor)
+    convention = config.metrics.convention
+    rules = {convention: tested.metrics.convention}
+    found = evaluate_scores(images, val=val, conventions=rules, bootstrap=bootstrap, seed=seed)
     result: dict[str, Any] = {
         "checkpoint": str(path),
         "split": split,
         "dataset": {"name": dataset.name, "sizes": {split: len(dataset)}},
         "convention": convention,
         "skipped": {split: data.skipped},
-        "metrics": by_name(tested.values, dataset.labels),
     }
-    if calibrate:
-        val = split_data(config, build.build_dataset(config, "val"), extractor)
-        fitted_on = _test(config, path, val, extractor)
-        thresholds = fit_thresholds(fitted_on.scores, fitted_on.targets, rules, difficult=fitted_on.difficult)
-        result["calibrated"], result["thresholds"] = calibrated(
-            tested.scores, tested.targets, thresholds, rules, dataset.labels, tested.difficult
-        )
-    if bootstrap:
-        result |= bootstrapped([tested.scores], tested.targets, {convention: rules}, bootstrap, seed, tested.difficult)
-    if out is not None:
-        tested.write_scores(Path(out) / f"{split}.npz", dataset)
+    result |= {key: found[key][convention] for key in ("metrics", "calibrated", "thresholds") if key in found}
+    result |= {key: found[key] for key in ("bootstrap", "intervals") if key in found}
+    if out is not None and rank_info().rank == 0:
+        _write_scores(Path(out) / f"{split}.npz", images)
         write_file(Path(out) / f"{split}.json", json.dumps(result, indent=2) + "\n")
     return result
 
@@ -368,31 +366,11 @@ def _stopped_early(content: dict[str, Any]) -> bool:
     return any(state.get("stopped_epoch", 0) > 0 for state in content["callbacks"].values() if isinstance(state, dict))
 
 
-@dataclass(frozen=True)
-class _TestResult:
-    """Metric values with the scores, targets and difficult (n, C) of the dataset's rows (n,)."""
+def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> tuple[MLICModule, ScoredImages]:
+    """Test a checkpoint on one split; returns the module with the results, and the scores.
 
-    values: dict[str, Any]
-    scores: Tensor
-    targets: Tensor
-    difficult: Tensor | None
-    rows: list[int]
-    rules: Convention
-    examples: Examples
-
-    def write_scores(self, path: Path, dataset: MultiLabelDataset) -> None:
-        ids = [dataset.ids[row] for row in self.rows]
-        write_scored_images(path, self.scores, self.targets, ids, dataset.labels, self.difficult)
-
-    def write(self, run_dir: Path, dataset: MultiLabelDataset, metadata: ModelMetadata) -> None:
-        """Write scores, example photos and label states to the run folder."""
-        self.write_scores(run_dir / SCORES, dataset)
-        write_examples(run_dir, dataset, self.examples, self.rules.threshold)
-        write_label_states(run_dir, metadata.labels, self.examples, metadata.label_vectors)
-
-
-def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> _TestResult:
-    """Test a checkpoint on one split; used by ``gm-mlic train`` and ``gm-mlic eval``."""
+    Used by ``gm-mlic train`` and ``gm-mlic eval``.
+    """
     metadata, content = read_checkpoint(checkpoint)
     model = metadata.build_model()
     load_weights(model, content, checkpoint)
@@ -409,15 +387,14 @@ def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any)
     build_trainer(config, None).test(module, loaders.evaluation_loader(split), verbose=False)
     assert module.test_scores is not None
     scores, targets, difficult, rows = module.test_scores
-    return _TestResult(
-        module.test_values,
-        scores.cpu(),
-        targets.cpu(),
-        None if difficult is None else difficult.cpu(),
-        rows.tolist(),
-        module.metrics.convention,
-        module.examples,
-    )
+    difficult = None if difficult is None else difficult.cpu()
+    ids = tuple(data.dataset.ids[row] for row in rows.tolist())
+    return module, ScoredImages((scores.cpu(),), targets.cpu(), difficult, ids, metadata.labels)
+
+
+def _write_scores(path: Path, images: ScoredImages) -> None:
+    ids, labels = images.ids or (), images.labels or ()
+    write_scored_images(path, images.scores[0], images.targets, ids, labels, images.difficult)
 
 
 # The run folder
@@ -447,15 +424,15 @@ def _check_same_run(config: DictConfig, run_dir: Path) -> None:
 
 
 def _forget(run_dir: Path, wait: bool) -> None:
-    """Delete the state of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
-    for name in (RESULT, "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+    """Delete the files of an earlier run; with ``wait``, wait until rank 0 has deleted it."""
+    for name in WRITTEN:
         while wait and (run_dir / name).exists():
             time.sleep(0.1)
         (run_dir / name).unlink(missing_ok=True)
 
 
 def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
-    path = checkpoint.parent.parent / "config.yaml"
+    path = checkpoint.parent.parent / CONFIG
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; checkpoints are evaluated with the config of their run folder.")
     text = path.read_text()
@@ -481,13 +458,12 @@ def _run_config(checkpoint: Path, overrides: Sequence[str]) -> DictConfig:
 def _summary(
     config: DictConfig, run_dir: Path, module: MLICModule, data: dict[str, SplitData], values: dict[str, Any]
 ) -> dict[str, Any]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        epochs = list(csv.DictReader(file))
-    best = max(epochs, key=lambda row: float(row["val/mAP"]))
+    epochs = read_epochs(run_dir)
+    best = max(epochs, key=lambda row: row["val/mAP"])
     tested = epochs[-1] if config.trainer.checkpoint == "last" else best
     return {
         "test": by_name(values, data["test"].dataset.labels),
-        "val": {name.removeprefix("val/"): float(tested[name]) for name in tested if name.startswith("val/")},
+        "val": {name.removeprefix("val/"): value for name, value in tested.items() if name.startswith("val/")},
         "best_epoch": int(best["epoch"]),
         "epochs": len(epochs),
         "seed": config.seed,
@@ -508,7 +484,7 @@ def _summary(
         "skipped": {split: part.skipped for split, part in data.items()},
         "model": {**module.metadata.model, "parameters": sum(p.numel() for p in module.model.parameters())},
         "detector": {"name": module.metadata.detector, "fingerprint": module.metadata.detector_fingerprint},
-        "train_seconds": round(sum(float(row["seconds"]) for row in epochs), 3),
+        "train_seconds": round(sum(row["seconds"] for row in epochs), 3),
         "versions": {
             "gm-mlic": __version__,
             "python": ".".join(map(str, sys.version_info[:3])),

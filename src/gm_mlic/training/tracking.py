@@ -2,7 +2,7 @@
 
 Names are those of ``metrics.csv`` and ``metrics.json``: ``train/loss``, ``val/mAP``, ``test/top3/CF1``, ... over
 ``epoch``; summaries keep the best values. The W&B run id is stored in ``RUN/wandb_id``, so a resumed run continues the
-same W&B run.
+same W&B run; ``overwrite=true`` starts another one.
 """
 
 from __future__ import annotations
@@ -57,12 +57,15 @@ class Tracker:
     def __init__(self, config: DictConfig, run_dir: Path, sweep: str | None, revision: str | None) -> None:
         self.config, self.run_dir, self.sweep, self.revision = config, run_dir, sweep, revision
         self.run: Any = None
-        self._wandb: ModuleType | None = None
+        self._wandb: Any = None
 
     def __enter__(self) -> Tracker:
         if self.config.logger.name == "wandb" and rank_info().rank == 0:
-            self._wandb = _import_wandb()
-            self.run = self._start(self._wandb)
+            try:
+                import wandb
+            except ImportError as error:
+                raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
+            self._wandb, self.run = wandb, self._start(wandb)
         return self
 
     def __exit__(
@@ -98,7 +101,7 @@ class Tracker:
             "tags": [self.config.dataset.name, self.config.model.name, *settings.tags],
             "dir": str(self.run_dir),
             "config": {**content, "ablation": _ablation(self.config), "revision": self.revision},
-            "id": id_file.read_text().strip() if id_file.is_file() else None,
+            "id": id_file.read_text().strip() if id_file.is_file() and not self.config.overwrite else None,
             "resume": "allow",
             "mode": "disabled" if disabled else "offline" if offline else "online",
             "settings": _settings(wandb),
@@ -129,29 +132,27 @@ class Tracker:
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         """Log the test: metrics as summaries, tables of AP per label and of photos, and the tested checkpoint."""
-        if self.run is not None:
-            with _not_fatal("the result"):
-                self._log_result(self._wandb, self.run, result)
-
-    def _log_result(self, wandb: Any, run: Any, result: Mapping[str, Any]) -> None:
-        test = {name: value for name, value in result["test"].items() if name != "AP"}
-        run.summary.update(
-            {f"test/{name}": value for name, value in test.items()} | {"best_epoch": result["best_epoch"]}
-        )
-        labels = [[name, value] for name, value in result["test"]["AP"].items()]
-        tables = {"test/AP": wandb.Table(columns=["label", "AP"], data=labels)}
-        examples = self.run_dir / EXAMPLES / "examples.json"
-        if examples.is_file():
-            columns = ["id", "photo", "present", "predicted"]
-            rows = [_photo(wandb, examples.parent, example) for example in json.loads(examples.read_text())]
-            tables["test/photos"] = wandb.Table(columns=columns, data=rows)
-        run.log(tables)
-        if self.config.logger.log_model:
-            name = self.config.trainer.checkpoint
-            metadata = {"val/mAP": result["val"]["mAP"]} | test
-            artifact = wandb.Artifact(f"{run.id}-{name}", type="model", metadata=metadata)
-            artifact.add_file(str(self.run_dir / "checkpoints" / f"{name}.ckpt"))
-            run.log_artifact(artifact, aliases=[name])
+        if self.run is None:
+            return
+        with _not_fatal("the result"):
+            test = {name: value for name, value in result["test"].items() if name != "AP"}
+            summary = {f"test/{name}": value for name, value in test.items()}
+            self.run.summary.update({**summary, "best_epoch": result["best_epoch"]})
+            folder = self.run_dir / EXAMPLES
+            photos = [_photo(self._wandb, folder, e) for e in json.loads((folder / "examples.json").read_text())]
+            labels, table = [list(pair) for pair in result["test"]["AP"].items()], self._wandb.Table
+            self.run.log(
+                {
+                    "test/AP": table(columns=["label", "AP"], data=labels),
+                    "test/photos": table(columns=["id", "photo", "present", "predicted"], data=photos),
+                }
+            )
+            if self.config.logger.log_model:
+                name = self.config.trainer.checkpoint
+                metadata = {"val/mAP": result["val"]["mAP"]} | test
+                artifact = self._wandb.Artifact(f"{self.run.id}-{name}", type="model", metadata=metadata)
+                artifact.add_file(str(self.run_dir / "checkpoints" / f"{name}.ckpt"))
+                self.run.log_artifact(artifact, aliases=[name])
 
 
 class _Epochs(Callback):
@@ -166,14 +167,6 @@ class _Epochs(Callback):
             lr = trainer.optimizers[0].param_groups[0]["lr"]
             with _not_fatal(f"epoch {trainer.current_epoch + 1}"):
                 self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
-
-
-def _import_wandb() -> ModuleType:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
-    return wandb
 
 
 def _settings(wandb: ModuleType) -> Any:

@@ -23,7 +23,7 @@ from gm_mlic.distributed import launcher, rank_info
 from gm_mlic.errors import ConfigError
 from gm_mlic.io import first_line
 from gm_mlic.training.atomic_checkpoint_io import AtomicCheckpointIO
-from gm_mlic.training.callbacks import EpochCSV, EpochProgressBar
+from gm_mlic.training.callbacks import EpochLog
 from gm_mlic.training.preemption import PreemptionCheckpoint
 
 #: Seconds in which the other processes of a run can report that one has ended, before Lightning kills them.
@@ -115,7 +115,7 @@ def _is_deterministic(config: DictConfig) -> bool:
 
 
 def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
-    """Build the callbacks: progress bar, CSV log, checkpoints of the best and last epoch, and optional ones."""
+    """Build the callbacks: progress and CSV log, checkpoints of the best and last epoch, and optional ones."""
     settings = config.trainer
     checkpoints: dict[str, Any] = {
         "dirpath": run_dir / "checkpoints",
@@ -123,8 +123,7 @@ def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:
         "enable_version_counter": False,
     }
     callbacks: list[Callback] = [
-        EpochProgressBar(),
-        EpochCSV(run_dir / "metrics.csv"),
+        EpochLog(run_dir / "metrics.csv"),
         # Two callbacks, because ModelCheckpoint(save_last=True) only writes last.ckpt when the best one changes. Best
         # is first: last.ckpt then contains its state, and a run killed between the two repeats the epoch.
         ModelCheckpoint(filename="best", monitor="val/mAP", mode="max", **checkpoints),

@@ -88,10 +88,7 @@ def explain(predictor: Predictor, photo: Photo, label: str | None = None) -> Exp
     (prediction,) = predictor([photo])
     names = prediction.labels
     if label is not None and label not in names:
-        raise ArgumentError(
-            "label",
-            f"is {label!r}: the labels are {few(names, 10)}.",
-        )
+        raise ArgumentError("label", f"is {label!r}: the labels are {few(names, 10)}.")
     c = names.index(label) if label is not None else int(prediction.probabilities.argmax())
     data = predictor.assignment_graph(photo)
     with torch.no_grad():

@@ -82,15 +82,9 @@ class MatchNetwork(nn.Module):
         output = self.model(batch) if self.label_cache is None else self.model(batch, self.label_cache)
         return output.logits, output.match_logits, output.argmax_instance
 
-    def batch(
-        self,
-        features: Tensor,
-        boxes: Tensor,
-        mask: Tensor,
-        detected_labels: Tensor | None = None,
-        scores: Tensor | None = None,
-    ) -> AssignmentBatch:
+    def batch(self, features: Tensor, boxes: Tensor, mask: Tensor, *classes: Tensor | None) -> AssignmentBatch:
         """Assignment graphs of the inputs."""
+        detected_labels, scores = classes or (None, None)
         if self.class_labels is not None and detected_labels is None:  # a detector without classes
             detected_labels, scores = torch.full(mask.shape, -1), torch.zeros_like(boxes[..., 0])
         return AssignmentBatch.from_padded(

@@ -91,10 +91,6 @@ class ModelMetadata:
             settings["label_counts"] = torch.tensor(counts, dtype=torch.float32)
         return AssignmentGraph(self.label_vectors, **settings)
 
-    def with_candidates(self, candidates: list[list[int]]) -> ModelMetadata:
-        """Copy with label candidates for each detector class."""
-        return replace(self, graph={**self.graph, "candidates": candidates})
-
     def with_labels(
         self,
         labels: tuple[str, ...],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,14 +18,12 @@ from gm_mlic.datasets.images import read_image, to_tensor
 from gm_mlic.detection import GridExtractor, MultiViewExtractor
 from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, build_extractor, detect
 from gm_mlic.embeddings import embed_classes, embed_labels, labels_of_classes
-from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, config_keys
+from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError, check_positive, config_keys
 from gm_mlic.graphs import collate_instances, to_hetero_data
 from gm_mlic.nn import GMMLIC, LabelCache
 from gm_mlic.registry import DETECTORS
 from gm_mlic.zoo.metadata import ModelMetadata, load_weights, read_checkpoint
 from gm_mlic.zoo.pretrained import DETECTOR, ModelCard, find_pretrained, load_safely, read_pretrained, write_pretrained
-
-log = logging.getLogger(__name__)
 
 #: A file or an open image.
 Photo: TypeAlias = "str | Path | Image.Image"
@@ -153,9 +150,8 @@ class Predictor:
         """
         path = Path(path)
         metadata, content = read_checkpoint(path)
-        settings = {**metadata.detector_settings, **detector_settings}
-        settings.pop("max_instances", None)
         if extractor is None:
+            settings = metadata.detector_settings | detector_settings
             extractor = _built(settings, device, path, metadata.detector)
         trained = any(name.startswith("online.detector.") for name in content["state_dict"])
         if trained and isinstance(extractor, nn.Module):
@@ -191,8 +187,7 @@ class Predictor:
         """
         folder = find_pretrained(name, revision)
         metadata, model, card = read_pretrained(folder)
-        settings = {**metadata.detector_settings, **detector_settings}
-        settings.pop("max_instances", None)
+        settings = metadata.detector_settings | detector_settings
         body_weights = None
         if settings.get("weights") == DETECTOR:
             body_weights = folder / DETECTOR if settings.get("grid_size") is not None else None
@@ -260,8 +255,7 @@ class Predictor:
             DataError: for a photo without instances, if the detector looks them up in files.
             ConfigError: for an open image without a file name, if the detector looks instances up.
         """
-        if batch_size < 1:
-            raise ArgumentError("batch_size", f"must be 1 or more, got {batch_size}.")
+        check_positive(batch_size=batch_size)
         label_cache = None
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
         while batch := list(islice(rest, batch_size)):
@@ -361,6 +355,7 @@ def _built(settings: dict[str, Any], device: str | torch.device, source: Path, n
             f"{source}: its detector, {settings['name']}, is not registered: name its module with plugins=[MODULE], or "
             "install its package."
         )
+    settings = {key: value for key, value in settings.items() if key != "max_instances"}
     try:
         with config_keys("detector"):
             return build_extractor(device=device, **settings)
