@@ -21,11 +21,11 @@ from torchvision.models.detection.image_list import ImageList
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.grid import GridExtractor
 from gm_mlic.detection.labels import NO_CLASS
-from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.detection.torchvision_detector import (
     MIN_SIZE,
     NO_LIMIT,
+    Found,
     TorchvisionExtractor,
     build_random,
     check_thresholds,
@@ -63,9 +63,9 @@ class FasterRCNNExtractor(TorchvisionExtractor):
        :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box describe the same
        region. (Class scores are computed from the proposal's RoI.)
 
-    The detector always runs in evaluation mode, even after ``train()``. Only images of equal size after resizing and
-    padding share a forward pass, so an image's instances do not depend on its batch (up to rounding in convolutions).
-    Features have gradients, depending on ``trainable``; boxes, scores and labels have none.
+    The detector always runs in evaluation mode, even after ``train()``. An image's instances do not depend on its batch
+    (:class:`~gm_mlic.detection.network.NetworkExtractor`). Features have gradients, depending on ``trainable``; boxes,
+    scores and labels have none.
 
     Args:
         detector: the model; it is set to evaluation mode, and its limit on detections is removed.
@@ -99,23 +99,16 @@ class FasterRCNNExtractor(TorchvisionExtractor):
             *(heads.score_thresh, heads.nms_thresh),
         ]
 
-    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        grad, heads, sizes = torch.is_grad_enabled(), self.detector.roi_heads, batch.image_sizes
-        with torch.set_grad_enabled(grad and self.trainable == "all"):
-            maps = self.detector.backbone(batch.tensors)
-            maps = {"0": maps} if isinstance(maps, Tensor) else maps
-        with torch.no_grad():
-            proposals, _ = self.detector.rpn(batch, maps)
-            pooled = heads.box_roi_pool(maps, proposals, padded_sizes(batch))
-            detections = heads.postprocess_detections(*heads.box_predictor(heads.box_head(pooled)), proposals, sizes)
-            chosen = [
-                self._choose(boxes, scores, classes, size, m)
-                for boxes, scores, classes, size in zip(*detections, sizes, strict=True)
-            ]
-        with torch.set_grad_enabled(grad and self.trainable != "none"):
-            pooled = heads.box_roi_pool(maps, [boxes for boxes, _, _ in chosen], padded_sizes(batch))
-            features = heads.box_head(pooled).float()
-        return self._instances(chosen, features, sizes)
+    def _detections(self, batch: ImageList, maps: dict[str, Tensor]) -> list[Found]:
+        proposals, _ = self.detector.rpn(batch, maps)
+        heads, features = self.detector.roi_heads, self._features(batch, maps, proposals)
+        found = heads.postprocess_detections(*heads.box_predictor(features), proposals, batch.image_sizes)
+        return list(zip(*found, strict=True))
+
+    def _features(self, batch: ImageList, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        heads = self.detector.roi_heads
+        features: Tensor = heads.box_head(heads.box_roi_pool(maps, boxes, padded_sizes(batch)))
+        return features
 
 
 def build_detector(

@@ -112,7 +112,7 @@ def test_labels_with_gaps_and_repeated_names(transformer_folder):
 @pytest.mark.parametrize("kind", ["detr", "rt_detr"])
 def test_min_size(kind, transformer_folder):
     extractor = build_extractor("transformers", weights=transformer_folder(kind), min_size=32)
-    assert min(extractor._prepare(torch.rand(3, 90, 120))["pixel_values"].shape[-2:]) == 32
+    assert min(extractor._prepare(torch.rand(3, 90, 120))[0].shape[-2:]) == 32
     assert len(extractor([torch.rand(3, 90, 120)], m=3)[0]) <= 3
 
 

@@ -25,9 +25,9 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint
-from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.torchvision_detector import (
     NO_LIMIT,
+    Found,
     TorchvisionExtractor,
     build_random,
     check_thresholds,
@@ -96,41 +96,28 @@ class OneStageExtractor(TorchvisionExtractor):
         detector = self.detector
         return [detector.score_thresh, detector.nms_thresh, detector.topk_candidates, detector.transform.fixed_size]
 
-    @torch.no_grad()
-    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        maps = self.detector.backbone(batch.tensors)
-        chosen = []
-        for found, size in zip(self._detections(batch, list(maps.values())), batch.image_sizes, strict=True):
-            solid = remove_small_boxes(found["boxes"], min_size=1e-2)
-            boxes, scores, classes = (found[key][solid] for key in ("boxes", "scores", "labels"))
-            chosen.append(self._choose(boxes, scores, classes, size, m))
-        final = [boxes for boxes, _, _ in chosen]
-        if self._pool is not None:
-            pooled = self._pool(maps, final, padded_sizes(batch))
-        else:
-            levels = list(maps.values())[:2]
-            pooled = torch.cat([_pooled(level, final, batch.tensors.shape[-1]) for level in levels], dim=1)
-        return self._instances(chosen, pooled.mean(dim=(2, 3)).float(), batch.image_sizes)
-
-    def _detections(self, batch: ImageList, levels: list[Tensor]) -> list[dict[str, Tensor]]:
-        """All detections of each image, in pixels of the resized image."""
-        detector = self.detector
+    def _detections(self, batch: ImageList, maps: dict[str, Tensor]) -> list[Found]:
+        detector, levels = self.detector, list(maps.values())
         outputs, anchors = detector.head(levels), detector.anchor_generator(batch, levels)
-        if isinstance(detector, SSD):
-            return detector.postprocess_detections(outputs, anchors, batch.image_sizes)  # type: ignore[no-any-return]
-        cells = [level[0, 0].numel() for level in levels]
-        per_cell = len(anchors[0]) // sum(cells)
-        counts = [count * per_cell for count in cells]
-        split = {key: list(output.split(counts, dim=1)) for key, output in outputs.items()}
-        of_levels = [list(of_image.split(counts)) for of_image in anchors]
-        return detector.postprocess_detections(split, of_levels, batch.image_sizes)  # type: ignore[no-any-return]
+        if not isinstance(detector, SSD):  # SSD selects from all levels together
+            cells = [level[0, 0].numel() for level in levels]
+            counts = [count * (len(anchors[0]) // sum(cells)) for count in cells]
+            outputs = {key: list(output.split(counts, dim=1)) for key, output in outputs.items()}
+            anchors = [list(of_image.split(counts)) for of_image in anchors]
+        chosen = []
+        for found in detector.postprocess_detections(outputs, anchors, batch.image_sizes):
+            solid = remove_small_boxes(found["boxes"], min_size=1e-2)
+            chosen.append((found["boxes"][solid], found["scores"][solid], found["labels"][solid]))
+        return chosen
 
-
-def _pooled(level: Tensor, boxes: list[Tensor], width: int) -> Tensor:
-    """RoIAlign on one map; its stride is a power of 2."""
-    stride = 2 ** round(math.log2(width / level.shape[-1]))
-    pooled: Tensor = roi_align(level, boxes, _CELLS, 1 / stride, _SAMPLES)
-    return pooled
+    def _features(self, batch: ImageList, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        if self._pool is not None:
+            pooled = [self._pool(maps, boxes, padded_sizes(batch))]
+        else:  # the stride of a map is a power of 2
+            levels = list(maps.values())[:2]
+            strides = [2 ** round(math.log2(batch.tensors.shape[-1] / level.shape[-1])) for level in levels]
+            pooled = [roi_align(m, boxes, _CELLS, 1 / s, _SAMPLES) for m, s in zip(levels, strides, strict=True)]
+        return torch.cat(pooled, dim=1).mean(dim=(2, 3))
 
 
 def one_stage(
