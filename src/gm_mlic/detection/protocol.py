@@ -38,7 +38,11 @@ class Instances:
 
     def top(self, m: int) -> Instances:
         """Top ``m`` instances by confidence (fewer if the image has fewer)."""
-        return Instances(self.boxes[:m], self.scores[:m], self.detected_labels[:m], self.features[:m])
+        return self.at(slice(m))
+
+    def at(self, index: slice | Tensor) -> Instances:
+        """Instances at some indices."""
+        return Instances(**{name: value[index] for name, value in vars(self).items()})
 
     @classmethod
     def whole_image(cls, feature: Tensor) -> Instances:
