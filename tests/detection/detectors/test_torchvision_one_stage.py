@@ -185,5 +185,5 @@ def test_checkpoint_of_gm_mlic(small_one_stage, tmp_path):
     record = {"arch": "ssd300_vgg16", "labels": ["a", "b", "c"], "min_size": 300, "max_size": 300}
     save_checkpoint(tmp_path / "w.safetensors", detector.state_dict(), record)
     checkpoint = read_checkpoint("ssd300_vgg16", tmp_path / "w.safetensors", None)
-    assert checkpoint.labels == ("a", "b", "c")
+    assert checkpoint.categories[1:] == ("a", "b", "c")
     load_into(small_one_stage("ssd", seed=1).detector, checkpoint, "ssd300_vgg16")
