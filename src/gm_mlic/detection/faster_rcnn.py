@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,12 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models.detection import (
-    FasterRCNN,
-    fasterrcnn_mobilenet_v3_large_fpn,
-    fasterrcnn_resnet50_fpn,
-    fasterrcnn_resnet50_fpn_v2,
-)
+from torchvision.models import get_model_builder
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
@@ -40,15 +36,15 @@ from gm_mlic.schema import Positive, Probability
 TRAINABLE = ("none", "box_head", "all")
 
 
-#: Builder and default input size of each detector.
-_BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
-    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, MIN_SIZE),
-    "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, MIN_SIZE),
-    "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, MIN_SIZE),
-    "scenes_tiny": (scenes_tiny, 160),
+#: Summary of each detector.
+_SUMMARIES = {
+    "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
+    "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
+    "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
+    "scenes_tiny": "Small Faster R-CNN for scenes, with built-in weights",
 }
 #: Architectures of :func:`faster_rcnn`.
-ARCHITECTURES = tuple(_BUILDERS)
+ARCHITECTURES = tuple(_SUMMARIES)
 
 
 class FasterRCNNExtractor(TorchvisionExtractor):
@@ -136,16 +132,16 @@ def build_detector(
     """
     check_choice("name", name, ARCHITECTURES)
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
-    build, default_size = _BUILDERS[name]
+    is_tiny = name == "scenes_tiny"
     # By default, torchvision's builders download backbone weights.
-    settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
+    settings = {} if is_tiny else {"weights": None, "weights_backbone": None}
     return build_random(
-        build,
+        scenes_tiny if is_tiny else get_model_builder(name),
         seed,
         num_classes=num_classes,
         box_score_thresh=score_threshold,
         box_nms_thresh=nms_threshold,
-        **image_sizes(min_size, max_size, default_size),
+        **image_sizes(min_size, max_size, 160 if is_tiny else MIN_SIZE),
         **settings,
     )
 
@@ -205,12 +201,7 @@ def faster_rcnn(
     return FasterRCNNExtractor(detector, checkpoint.categories[1:], arch, trainable).to(device)
 
 
-for _arch, _summary in {
-    "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
-    "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
-    "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
-    "scenes_tiny": "Small Faster R-CNN for scenes, with built-in weights",
-}.items():
+for _arch, _summary in _SUMMARIES.items():
     register_detector(_arch, _summary)(partial(faster_rcnn, _arch))
 
 

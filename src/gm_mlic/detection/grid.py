@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,9 +22,6 @@ from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Positive
 
-#: Classifier backbones, available only as a grid.
-_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
-CLASSIFIERS = tuple(_CLASSIFIERS)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -141,8 +137,8 @@ def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
     return maps if isinstance(maps, Tensor) else list(maps.values())[-1]
 
 
-def classifier_grid(
-    arch: str,
+@register_detector("resnet101", "ResNet-101 as in published baselines: grid cells of its feature map")
+def resnet101_grid(
     *,
     weights: str | Path | None = None,
     min_size: Annotated[int, Ge(32)] | None = None,
@@ -151,10 +147,9 @@ def classifier_grid(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> GridExtractor:
-    """Build a grid from a classifier backbone, without its pooling and last layer.
+    """Build a grid from ResNet-101, without its pooling and last layer.
 
     Args:
-        arch: one of :data:`CLASSIFIERS`.
         weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file
             (:func:`~gm_mlic.detection.checkpoints.read_classifier`); null: random weights.
         min_size: images are scaled to min_size x min_size pixels; null: 448.
@@ -167,17 +162,10 @@ def classifier_grid(
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
-    checkpoint = read_classifier(arch, weights)
-    whole = build_random(_CLASSIFIERS[arch], seed, weights=None)
+    checkpoint = read_classifier("resnet101", weights)
+    whole = build_random(resnet101, seed, weights=None)
     layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
     body = nn.Sequential(OrderedDict(layers))
-    if checkpoint.tensors is not None:
-        load_into(body, checkpoint, arch)
-    return GridExtractor(body, grid_size, min_size or MIN_SIZE, f"{arch}-grid{grid_size}", trainable=trainable).to(
-        device
-    )
-
-
-register_detector("resnet101", "ResNet-101 as in published baselines: grid cells of its feature map")(
-    partial(classifier_grid, "resnet101")
-)
+    load_into(body, checkpoint, "resnet101")
+    name = f"resnet101-grid{grid_size}"
+    return GridExtractor(body, grid_size, min_size or MIN_SIZE, name, trainable=trainable).to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,15 +11,8 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models.detection import (
-    FCOS,
-    RetinaNet,
-    fcos_resnet50_fpn,
-    retinanet_resnet50_fpn,
-    retinanet_resnet50_fpn_v2,
-    ssd300_vgg16,
-    ssdlite320_mobilenet_v3_large,
-)
+from torchvision.models import get_model_builder
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
@@ -38,12 +31,13 @@ from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Probability
 
-_BUILDERS: dict[str, Callable[..., RetinaNet | FCOS | SSD]] = {
-    "retinanet_resnet50_fpn": retinanet_resnet50_fpn,
-    "retinanet_resnet50_fpn_v2": retinanet_resnet50_fpn_v2,
-    "fcos_resnet50_fpn": fcos_resnet50_fpn,
-    "ssd300_vgg16": ssd300_vgg16,
-    "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
+#: Summary of each detector, and torchvision's defaults of its thresholds.
+_DETECTORS = {
+    "retinanet_resnet50_fpn": ("RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
+    "retinanet_resnet50_fpn_v2": ("RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
+    "fcos_resnet50_fpn": ("FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
+    "ssd300_vgg16": ("SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
+    "ssdlite320_mobilenet_v3_large": ("SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
 }
 _FIXED_SIZE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 #: Number of RoIAlign cells along each side, and of samples in a cell, as in torchvision's Faster R-CNN.
@@ -151,7 +145,7 @@ def one_stage(
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
     detector = build_random(
-        _BUILDERS[arch],
+        get_model_builder(arch),
         seed,
         weights=None,
         weights_backbone=None,
@@ -164,14 +158,7 @@ def one_stage(
     return OneStageExtractor(detector, checkpoint.categories[1:], arch).to(device)
 
 
-# The thresholds are torchvision's defaults.
-for _arch, _summary, _score, _nms in (
-    ("retinanet_resnet50_fpn", "RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
-    ("retinanet_resnet50_fpn_v2", "RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
-    ("fcos_resnet50_fpn", "FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
-    ("ssd300_vgg16", "SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
-    ("ssdlite320_mobilenet_v3_large", "SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
-):
+for _arch, (_summary, _score, _nms) in _DETECTORS.items():
     _build = partial(one_stage, _arch)
     if _arch in _FIXED_SIZE:
         _build.no_settings = ("min_size", "max_size")  # type: ignore[attr-defined]
