@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
-from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ArgumentError, ConfigError, WeightsError, check_positive
 from gm_mlic.io import first_line, sha256
 from gm_mlic.registry import register_detector
@@ -312,7 +312,7 @@ class ONNXDetector:
         found = self._run(ready)
         boxes, scores, classes = self._parse(found)
         self._check("scores", scores, image)
-        if scores.numel() and not -1e-3 <= float(scores.min()) <= float(scores.max()) <= 1 + 1e-3:
+        if scores.numel() and not -ROUNDING <= float(scores.min()) <= float(scores.max()) <= 1 + ROUNDING:
             worst = max(scores.flatten().tolist(), key=lambda score: abs(score - 0.5))
             raise WeightsError(
                 f"{self.path} returned the score {worst:.4g}, expected 0 to 1: set `activation='sigmoid'` or "

@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
-from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
 from gm_mlic.io import few, first_line, sha256
 from gm_mlic.registry import register_detector
@@ -264,10 +264,11 @@ class Precomputed:
         """Scores (M,) and labels (M,)."""
         scores = parts.get("scores", torch.ones(count)).float()
         classes = parts.get("classes")
-        outside = ((scores < 0) | (scores > 1)).nonzero()
+        outside = ((scores < -ROUNDING) | (scores > 1 + ROUNDING)).nonzero()
         if len(outside):
             at = outside[0].tolist()
             raise DataError(f"{where}: scores{at} is {float(scores[tuple(at)]):g}, expected 0 to 1.")
+        scores = scores.clamp(0, 1)
         if scores.dim() == 2:
             C = self._num_classes
             if not self.labels or scores.shape[1] not in (C, C + 1):
