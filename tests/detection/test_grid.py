@@ -151,10 +151,13 @@ def test_m_less_than_number_of_cells_is_refused(extractor, images):
 # ResNet-101
 
 
-def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path):
-    random_resnet = resnet101().eval()
-    torch.save(random_resnet.state_dict(), tmp_path / "r.pth")
-    save_file(random_resnet.state_dict(), tmp_path / "r.safetensors")
+@pytest.mark.parametrize(
+    ("build", "save", "file"), [(resnet101, torch.save, "r.pth"), (small_resnet, save_file, "r.safetensors")]
+)
+def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path, monkeypatch, build, save, file):
+    monkeypatch.setattr(grid, "resnet101", build)
+    random_resnet = build().eval()
+    save(random_resnet.state_dict(), tmp_path / file)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     pooled: list[torch.Tensor] = []
     hook = random_resnet.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output))
@@ -162,10 +165,9 @@ def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path):
     with torch.no_grad():
         random_resnet(((image - mean[:, None, None]) / std[:, None, None])[None])
     hook.remove()
-    for file in ("r.pth", "r.safetensors"):
-        extractor = build_extractor("resnet101", weights=tmp_path / file, grid_size=1, min_size=64)
-        assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
-        torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
+    extractor = build_extractor("resnet101", weights=tmp_path / file, grid_size=1, min_size=64)
+    assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
+    torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
 
 
 def test_random_weights_use_only_the_seed(small: nn.Module):
