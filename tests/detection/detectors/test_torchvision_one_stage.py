@@ -107,7 +107,7 @@ def test_settings_of_ssdlite(tmp_path):
     torch.save(extractor.detector.state_dict(), tmp_path / "w.pth")
     loaded = build_extractor(name, labels=("cat", "dog"), weights=tmp_path / "w.pth")
     assert loaded.fingerprint == extractor.fingerprint
-    assert build_extractor(name, weights=tmp_path / "w.pth").labels == ("class 1", "class 2")
+    assert read_checkpoint(name, tmp_path / "w.pth", None).categories[1:] == ("class 1", "class 2")
     assert build_extractor(name, labels=("cat", "dog"), seed=4).fingerprint != extractor.fingerprint
     assert build_extractor(name, labels=("cat", "dog"), seed=3, nms_threshold=0.5).fingerprint != extractor.fingerprint
 
@@ -117,8 +117,8 @@ def test_settings_of_ssdlite(tmp_path):
     [
         (b"", "cannot be read"),
         (b"\x80\x02}q\x00.", "w.pth"),
-        ({"linear.weight": torch.zeros(2, 2)}, "expected a torchvision ssd300_vgg16"),
-        ({"head.classification_head.module_list.0.weight": torch.zeros(12, 2)}, "missing"),
+        ({"linear.weight": torch.zeros(2, 2)}, "expected a torchvision ssdlite320_mobilenet_v3_large"),
+        ({"head.classification_head.module_list.0.1.weight": torch.zeros(18, 2)}, "missing"),
     ],
 )
 def test_weights_that_do_not_fit(content, named, tmp_path):
@@ -128,7 +128,7 @@ def test_weights_that_do_not_fit(content, named, tmp_path):
     else:
         torch.save(content, path)
     with pytest.raises(WeightsError, match=named) as caught:
-        build_extractor("ssd300_vgg16", weights=path, labels=("cat", "dog"))
+        build_extractor("ssdlite320_mobilenet_v3_large", weights=path, labels=("cat", "dog"))
     assert "\n" not in str(caught.value)
 
 
