@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet101
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from gm_mlic.datasets import Scenes
 from gm_mlic.datasets.images import to_tensor
-from gm_mlic.detection import GridExtractor, InstanceExtractor, build_extractor, checkpoints
+from gm_mlic.detection import GridExtractor, InstanceExtractor, build_extractor, checkpoints, grid
+from gm_mlic.detection.faster_rcnn import build_detector
 from gm_mlic.errors import ConfigError, WeightsError
 
 
@@ -29,9 +31,16 @@ def extractor() -> GridExtractor:
     return build_extractor("scenes_tiny", weights="scenes", grid_size=10)
 
 
-@pytest.fixture(scope="module")
-def random_resnet() -> nn.Module:
-    return resnet101().eval()
+def small_resnet(weights: None = None) -> ResNet:
+    """A ResNet with one narrow block in each stage, and the widths of ResNet-101 after them."""
+    return ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=4)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
+    """A random small network, built instead of ResNet-101, whose files are large."""
+    monkeypatch.setattr(grid, "resnet101", small_resnet)
+    return small_resnet().eval()
 
 
 def test_grid_implements_the_protocol(extractor, images):
@@ -64,8 +73,8 @@ def test_cells_are_averages_of_the_box_heads_map(extractor, images):
 
 @pytest.mark.parametrize("arch", ["fasterrcnn_resnet50_fpn", "fasterrcnn_mobilenet_v3_large_fpn"])
 def test_feature_pyramid_uses_the_last_map_of_the_body(arch):
-    extractor = build_extractor(arch, grid_size=2, min_size=64)
-    detector = build_extractor(arch, min_size=64).detector
+    detector = build_detector(arch, 3, min_size=64).eval()
+    extractor = GridExtractor.of_detector(detector, 2, arch)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         last = list(detector.backbone.body(detector.transform.normalize(image)[None]).values())[-1]
@@ -142,9 +151,13 @@ def test_m_less_than_number_of_cells_is_refused(extractor, images):
 # ResNet-101
 
 
-def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path, random_resnet: nn.Module):
-    torch.save(random_resnet.state_dict(), tmp_path / "r.pth")
-    save_file(random_resnet.state_dict(), tmp_path / "r.safetensors")
+@pytest.mark.parametrize(
+    ("build", "save", "file"), [(resnet101, torch.save, "r.pth"), (small_resnet, save_file, "r.safetensors")]
+)
+def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path, monkeypatch, build, save, file):
+    monkeypatch.setattr(grid, "resnet101", build)
+    random_resnet = build().eval()
+    save(random_resnet.state_dict(), tmp_path / file)
     image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     pooled: list[torch.Tensor] = []
     hook = random_resnet.avgpool.register_forward_hook(lambda module, inputs, output: pooled.append(output))
@@ -152,13 +165,12 @@ def test_resnet101_equals_torchvision_without_last_layers(tmp_path: Path, random
     with torch.no_grad():
         random_resnet(((image - mean[:, None, None]) / std[:, None, None])[None])
     hook.remove()
-    for file in ("r.pth", "r.safetensors"):
-        extractor = build_extractor("resnet101", weights=tmp_path / file, grid_size=1, min_size=64)
-        assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
-        torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
+    extractor = build_extractor("resnet101", weights=tmp_path / file, grid_size=1, min_size=64)
+    assert (extractor.name, extractor.feature_dim) == ("resnet101-grid1", 2048)
+    torch.testing.assert_close(extractor([image], m=1)[0].features, pooled[0].flatten(1), atol=1e-4, rtol=1e-4)
 
 
-def test_random_weights_use_only_the_seed():
+def test_random_weights_use_only_the_seed(small: nn.Module):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -166,15 +178,15 @@ def test_random_weights_use_only_the_seed():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_imagenet_weights_are_verified_by_hash(tmp_path: Path, monkeypatch, random_resnet: nn.Module):
-    torch.save(random_resnet.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+def test_imagenet_weights_are_verified_by_hash(tmp_path: Path, monkeypatch, small: nn.Module):
+    torch.save(small.state_dict(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "w.pth").read_bytes()
     served = tmp_path / f"r-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served.write_bytes(content)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=served.as_uri()))
     extractor = build_extractor("resnet101", weights="imagenet", grid_size=2, min_size=64)
-    assert torch.equal(extractor.body.state_dict()["conv1.weight"], random_resnet.state_dict()["conv1.weight"])
+    assert torch.equal(extractor.body.state_dict()["conv1.weight"], small.state_dict()["conv1.weight"])
     wrong = tmp_path / "r-00000000.pth"
     wrong.write_bytes(b"something else")
     monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=wrong.as_uri()))
@@ -182,8 +194,8 @@ def test_imagenet_weights_are_verified_by_hash(tmp_path: Path, monkeypatch, rand
         build_extractor("resnet101", weights="imagenet", grid_size=2)
 
 
-def test_invalid_weights(tmp_path: Path, random_resnet: nn.Module):
-    tensors = {key: t for key, t in random_resnet.state_dict().items() if key != "layer3.0.bn1.bias"}
+def test_invalid_weights(tmp_path: Path, small: nn.Module):
+    tensors = {key: t for key, t in small.state_dict().items() if key != "layer3.0.bn1.bias"}
     torch.save(tensors, tmp_path / "short.pt")
     (tmp_path / "broken.safetensors").write_bytes(b"not weights")
     for weights, named in (

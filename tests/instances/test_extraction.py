@@ -11,7 +11,6 @@ import select
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,13 +30,17 @@ SETTINGS = {"m": 5, "views": 1, "view_size": 24, "batch_size": 4, "progress": Fa
 BLOCKS = 6  # of 21 images, each with one batch
 
 
-@pytest.fixture
-def dataset(tmp_path):
+def with_unreadable(root: Path) -> Files:
     """21 images, two of them unreadable."""
-    files = Files(tmp_path / "photos")
+    files = Files(root / "photos")
     files.file("0002").write_bytes(b"")
     files.file("0013").write_bytes(files.file("0013").read_bytes()[:200])
     return files
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return with_unreadable(tmp_path)
 
 
 def files_of(store: Path) -> dict[str, bytes]:
@@ -53,12 +56,21 @@ def calls(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.fixture
-def undisturbed(dataset, tmp_path):
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
     """Files and extractor calls of an uninterrupted extraction."""
-    log = tmp_path / "undisturbed.txt"
-    extract(dataset, PixelExtractor(log), tmp_path / "undisturbed", **SETTINGS)
-    return files_of(tmp_path / "undisturbed"), calls(log)
+    root = tmp_path_factory.mktemp("undisturbed")
+    store = extract(with_unreadable(root), PixelExtractor(root / "calls.txt"), root / "store", **SETTINGS)
+    return files_of(store.path), calls(root / "calls.txt")
+
+
+@pytest.fixture
+def undisturbed(extracted, tmp_path):
+    """The same, and a copy of the store as ``undisturbed``."""
+    (tmp_path / "undisturbed").mkdir()
+    for name, content in extracted[0].items():
+        (tmp_path / "undisturbed" / name).write_bytes(content)
+    return extracted
 
 
 def start(work) -> int:
@@ -119,18 +131,15 @@ def test_finished_store_is_opened_without_extraction(dataset, tmp_path, undistur
     assert calls(log) == []
 
 
-def test_temporary_files_are_removed(dataset, tmp_path, undisturbed):
-    names = {"manifest.json", "targets.safetensors", *(f"block-0000{block}.safetensors" for block in range(BLOCKS))}
-    assert set(undisturbed[0]) == names
-    assert not (tmp_path / "undisturbed.partial").exists()
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_store_is_deterministic(dataset, tmp_path, undisturbed, num_workers):
     torch.manual_seed(1)
     before = torch.get_rng_state()
     store = extract(dataset, PixelExtractor(), tmp_path / "again", num_workers=num_workers, **SETTINGS)
     assert files_of(store.path) == undisturbed[0]
+    blocks = {f"block-0000{block}.safetensors" for block in range(BLOCKS)}
+    assert set(undisturbed[0]) == {"manifest.json", "targets.safetensors", *blocks}
+    assert not (tmp_path / "again.partial").exists()
     assert torch.equal(torch.get_rng_state(), before)
     store.verify()
 
@@ -303,25 +312,6 @@ def test_killed_while_replacing_a_store(dataset, tmp_path, undisturbed, monkeypa
     assert not (tmp_path / "store.old").exists()
 
 
-COMMAND = """
-import logging, sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from fake_stages import Files, PixelExtractor
-from gm_mlic.instances import extract, manifest
-manifest.BLOCK_IMAGES = 4
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-class Held(PixelExtractor):
-    left = {free_calls}
-    def __call__(self, images, m):
-        self.left -= 1
-        while self.left < 0 and not Path({gate!r}).exists():
-            time.sleep(0.05)
-        return super().__call__(images, m)
-extract(Files(Path({photos!r})), Held(Path({log!r})), {path!r}, num_workers=2, **{settings!r})
-"""
-
-
 def wait_until(condition) -> None:
     for _ in range(1200):
         if condition():
@@ -334,32 +324,38 @@ def test_killed_process_is_resumed_by_two_others(dataset, tmp_path, undisturbed)
     """A process with workers is killed. Of two processes that resume, both extract, and one waits for the other."""
     path, log, gate = tmp_path / "store", tmp_path / "calls.txt", tmp_path / "gate"
 
-    def start(name: str, free_calls: int) -> tuple[subprocess.Popen, Path]:
+    def begin(name: str, free_calls: int) -> tuple[int, Path]:
         """Start a process that pauses after ``free_calls`` extractor calls until the gate file exists."""
-        code = COMMAND.format(
-            tests=str(Path(__file__).parent),
-            photos=str(dataset.root),
-            log=str(log),
-            path=str(path),
-            gate=str(gate),
-            settings=SETTINGS | {"overwrite": True},  # also resumes, and does not extract again after waiting
-            free_calls=free_calls,
-        )
         messages = tmp_path / f"{name}.txt"
-        with messages.open("w") as stream:
-            return subprocess.Popen([sys.executable, "-c", code], stderr=stream), messages
+        messages.touch()
 
-    first, _ = start("first", 5)
+        class Held(PixelExtractor):
+            left = free_calls
+
+            def __call__(self, images, m):
+                self.left -= 1
+                if self.left < 0:
+                    wait_until(gate.exists)
+                return super().__call__(images, m)
+
+        def work() -> None:
+            logging.basicConfig(filename=messages, level=logging.INFO, format="%(message)s", force=True)
+            # overwrite=True also resumes, and does not extract again after waiting
+            extract(dataset, Held(log), path, num_workers=2, overwrite=True, **SETTINGS)
+
+        return start(work), messages
+
+    first, _ = begin("first", 5)
     wait_until(lambda: len(calls(log)) == 5)
-    first.kill()
-    first.wait()
+    os.kill(first, signal.SIGKILL)
+    end(first)
     assert written(path) == [0, 1]  # the third block has only its original view
-    second, second_log = start("second", 3)
+    second, second_log = begin("second", 3)
     wait_until(lambda: len(calls(log)) == 8)
-    third, third_log = start("third", 100)
+    third, third_log = begin("third", 100)
     wait_until(lambda: "Waiting for" in third_log.read_text())
     gate.touch()
-    assert second.wait(100) == third.wait(100) == 0
+    assert end(second) == end(third) == 0
     assert "8 of 21 images are done" in second_log.read_text()
     assert files_of(path) == undisturbed[0]
     assert sorted(calls(log)) == sorted(undisturbed[1] + undisturbed[1][4:5])

@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.instances import InstanceStore, extract
+from gm_mlic.instances import store as stores
+
+verify = InstanceStore.verify
 
 
 @pytest.fixture(scope="module")
@@ -288,6 +291,26 @@ def test_verify_detects_a_changed_byte(made, tmp_path, name, at):
     (path / name).write_bytes(data)
     with pytest.raises(StoreError, match=name):
         InstanceStore.open(path).verify()
+
+
+def test_large_store_is_verified_again_after_a_change(made, tmp_path, monkeypatch):
+    """The stamp beside it may be damaged."""
+    dataset, extractor, store = made
+    path, stamp = copy(store, tmp_path / "large"), tmp_path / ".large.verified"
+    monkeypatch.setattr(stores, "_SMALL_BYTES", 0)
+    verified = []
+    monkeypatch.setattr(InstanceStore, "verify", lambda self: verified.append(verify(self)))
+    for damage in (None, None, b"\xff\xfe"):
+        if damage is not None:
+            stamp.write_bytes(damage)
+        extract(dataset, extractor, path, m=8, views=2, view_size=32, batch_size=4, progress=False)
+    assert len(verified) == 2
+    file = path / FILES[0]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=FILES[0]):
+        extract(dataset, extractor, path, m=8, views=2, view_size=32, batch_size=4, progress=False)
 
 
 def _without(values, name):

@@ -64,22 +64,6 @@ class Checkpoint:
     min_size: int | None = None
     max_size: int | None = None
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names without background and unused classes."""
-        return tuple(name for name in self.categories if name not in UNUSED)
-
-    def check_labels(self, labels: Sequence[str]) -> None:
-        """Raise :class:`~gm_mlic.errors.WeightsError` unless ``labels`` equal those of the weights, in order."""
-        if self.labels != tuple(labels):
-            pairs = zip(self.labels, labels, strict=False)
-            mismatch = next((f"{a!r} instead of {b!r}" for a, b in pairs if a != b), None)
-            raise WeightsError(
-                f"The weights {self.source} were trained for other labels "
-                f"({mismatch or f'{len(self.labels)} instead of {len(labels)}'}): omit `labels`, or train on these "
-                "labels with gm-mlic train-detector."
-            )
-
 
 def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str] | None) -> Checkpoint:
     """Read the ``weights`` of :func:`~gm_mlic.detection.build_extractor`.
@@ -95,7 +79,9 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
             return Checkpoint("random weights", None, _COCO_CATEGORIES)
         return Checkpoint("random weights", None, _read_safetensors(SCENES_WEIGHTS, arch).categories)
     if weights == "coco":
-        checkpoint = _download_coco(arch)
+        if arch not in _COCO:
+            raise ArgumentError("weights", f"is 'coco', which requires one of {', '.join(_COCO)}, not `name={arch!r}`.")
+        checkpoint = Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
     elif weights == "scenes":
         if arch != "scenes_tiny":
             raise ArgumentError("weights", f"is 'scenes', which requires `name='scenes_tiny'`, not {arch}.")
@@ -104,8 +90,15 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         path = _existing(Path(weights).expanduser(), "null, coco, scenes")
         is_own = path.suffix == ".safetensors"
         checkpoint = _read_safetensors(path, arch) if is_own else _read_torch(path, arch, labels)
-    if labels is not None:
-        checkpoint.check_labels(labels)
+    trained = [name for name in checkpoint.categories if name not in UNUSED]
+    if labels is not None and trained != list(labels):
+        pairs = zip(trained, labels, strict=False)
+        mismatch = next((f"{a!r} instead of {b!r}" for a, b in pairs if a != b), None)
+        raise WeightsError(
+            f"The weights {checkpoint.source} were trained for other labels "
+            f"({mismatch or f'{len(trained)} instead of {len(labels)}'}): omit `labels`, or train on these labels with "
+            "gm-mlic train-detector."
+        )
     return checkpoint
 
 
@@ -172,12 +165,6 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[s
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     write_file(path, serialize(on_cpu, metadata={"gm_mlic": text}))
     write_file(path.with_suffix(".json"), text + "\n")
-
-
-def _download_coco(arch: str) -> Checkpoint:
-    if arch not in _COCO:
-        raise ArgumentError("weights", f"is 'coco', which requires one of {', '.join(_COCO)}, not `name={arch!r}`.")
-    return Checkpoint(str(_COCO[arch]), _download(arch, _COCO[arch]), _COCO_CATEGORIES)
 
 
 def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:

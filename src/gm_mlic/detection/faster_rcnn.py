@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,22 +10,18 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models.detection import (
-    FasterRCNN,
-    fasterrcnn_mobilenet_v3_large_fpn,
-    fasterrcnn_resnet50_fpn,
-    fasterrcnn_resnet50_fpn_v2,
-)
+from torchvision.models import get_model_builder
+from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.grid import GridExtractor
 from gm_mlic.detection.labels import NO_CLASS
-from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.detection.torchvision_detector import (
     MIN_SIZE,
     NO_LIMIT,
+    Found,
     TorchvisionExtractor,
     build_random,
     check_thresholds,
@@ -40,15 +36,15 @@ from gm_mlic.schema import Positive, Probability
 TRAINABLE = ("none", "box_head", "all")
 
 
-#: Builder and default input size of each detector.
-_BUILDERS: dict[str, tuple[Callable[..., FasterRCNN], int]] = {
-    "fasterrcnn_resnet50_fpn": (fasterrcnn_resnet50_fpn, MIN_SIZE),
-    "fasterrcnn_resnet50_fpn_v2": (fasterrcnn_resnet50_fpn_v2, MIN_SIZE),
-    "fasterrcnn_mobilenet_v3_large_fpn": (fasterrcnn_mobilenet_v3_large_fpn, MIN_SIZE),
-    "scenes_tiny": (scenes_tiny, 160),
+#: Summary of each detector.
+_SUMMARIES = {
+    "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
+    "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
+    "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
+    "scenes_tiny": "Small Faster R-CNN for scenes, with built-in weights",
 }
 #: Architectures of :func:`faster_rcnn`.
-ARCHITECTURES = tuple(_BUILDERS)
+ARCHITECTURES = tuple(_SUMMARIES)
 
 
 class FasterRCNNExtractor(TorchvisionExtractor):
@@ -63,9 +59,9 @@ class FasterRCNNExtractor(TorchvisionExtractor):
        :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box describe the same
        region. (Class scores are computed from the proposal's RoI.)
 
-    The detector always runs in evaluation mode, even after ``train()``. Only images of equal size after resizing and
-    padding share a forward pass, so an image's instances do not depend on its batch (up to rounding in convolutions).
-    Features have gradients, depending on ``trainable``; boxes, scores and labels have none.
+    The detector always runs in evaluation mode, even after ``train()``. An image's instances do not depend on its batch
+    (:class:`~gm_mlic.detection.network.NetworkExtractor`). Features have gradients, depending on ``trainable``; boxes,
+    scores and labels have none.
 
     Args:
         detector: the model; it is set to evaluation mode, and its limit on detections is removed.
@@ -99,23 +95,16 @@ class FasterRCNNExtractor(TorchvisionExtractor):
             *(heads.score_thresh, heads.nms_thresh),
         ]
 
-    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        grad, heads, sizes = torch.is_grad_enabled(), self.detector.roi_heads, batch.image_sizes
-        with torch.set_grad_enabled(grad and self.trainable == "all"):
-            maps = self.detector.backbone(batch.tensors)
-            maps = {"0": maps} if isinstance(maps, Tensor) else maps
-        with torch.no_grad():
-            proposals, _ = self.detector.rpn(batch, maps)
-            pooled = heads.box_roi_pool(maps, proposals, padded_sizes(batch))
-            detections = heads.postprocess_detections(*heads.box_predictor(heads.box_head(pooled)), proposals, sizes)
-            chosen = [
-                self._choose(boxes, scores, classes, size, m)
-                for boxes, scores, classes, size in zip(*detections, sizes, strict=True)
-            ]
-        with torch.set_grad_enabled(grad and self.trainable != "none"):
-            pooled = heads.box_roi_pool(maps, [boxes for boxes, _, _ in chosen], padded_sizes(batch))
-            features = heads.box_head(pooled).float()
-        return self._instances(chosen, features, sizes)
+    def _detections(self, batch: ImageList, maps: dict[str, Tensor]) -> list[Found]:
+        proposals, _ = self.detector.rpn(batch, maps)
+        heads, features = self.detector.roi_heads, self._features(batch, maps, proposals)
+        found = heads.postprocess_detections(*heads.box_predictor(features), proposals, batch.image_sizes)
+        return list(zip(*found, strict=True))
+
+    def _features(self, batch: ImageList, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        heads = self.detector.roi_heads
+        features: Tensor = heads.box_head(heads.box_roi_pool(maps, boxes, padded_sizes(batch)))
+        return features
 
 
 def build_detector(
@@ -143,16 +132,16 @@ def build_detector(
     """
     check_choice("name", name, ARCHITECTURES)
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
-    build, default_size = _BUILDERS[name]
+    is_tiny = name == "scenes_tiny"
     # By default, torchvision's builders download backbone weights.
-    settings = {} if build is scenes_tiny else {"weights": None, "weights_backbone": None}
+    settings = {} if is_tiny else {"weights": None, "weights_backbone": None}
     return build_random(
-        build,
+        scenes_tiny if is_tiny else get_model_builder(name),
         seed,
         num_classes=num_classes,
         box_score_thresh=score_threshold,
         box_nms_thresh=nms_threshold,
-        **image_sizes(min_size, max_size, default_size),
+        **image_sizes(min_size, max_size, 160 if is_tiny else MIN_SIZE),
         **settings,
     )
 
@@ -212,12 +201,7 @@ def faster_rcnn(
     return FasterRCNNExtractor(detector, checkpoint.categories[1:], arch, trainable).to(device)
 
 
-for _arch, _summary in {
-    "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
-    "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN with ResNet-50-FPN, second version: more accurate, slower",
-    "fasterrcnn_mobilenet_v3_large_fpn": "Faster R-CNN with MobileNetV3-Large-FPN: several times faster on a CPU",
-    "scenes_tiny": "Small Faster R-CNN for scenes, with built-in weights",
-}.items():
+for _arch, _summary in _SUMMARIES.items():
     register_detector(_arch, _summary)(partial(faster_rcnn, _arch))
 
 

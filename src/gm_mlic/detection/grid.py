@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,21 +14,18 @@ from torchvision.models import resnet101
 from torchvision.models.detection import FasterRCNN
 
 from gm_mlic.detection.checkpoints import load_into, read_classifier
-from gm_mlic.detection.fingerprint import Fingerprint
+from gm_mlic.detection.network import NetworkExtractor
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
+from gm_mlic.detection.torchvision_detector import MIN_SIZE, build_random
 from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Positive
 
-#: Classifier backbones, available only as a grid.
-_CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {"resnet101": resnet101}
-CLASSIFIERS = tuple(_CLASSIFIERS)
-_SIZE = 448
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class GridExtractor(nn.Module):
+class GridExtractor(NetworkExtractor):
     r"""Instance extractor (:class:`~gm_mlic.detection.protocol.InstanceExtractor`) with G x G cells of a feature map.
 
     Images are normalized and resized to a square, without keeping the aspect ratio. The last feature map is averaged
@@ -51,7 +47,7 @@ class GridExtractor(nn.Module):
         ``scenes_tiny``.
 
     Raises:
-        ConfigError: if an argument is invalid.
+        ConfigError: if an argument is invalid, or ``m`` in a call is less than the number of cells.
     """
 
     def __init__(
@@ -64,16 +60,14 @@ class GridExtractor(nn.Module):
         image_std: Sequence[float] = _STD,
         trainable: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(name, ())
         if trainable not in ("none", "all"):
             raise ArgumentError("trainable", f"is {trainable!r}: with `grid_size`, choose one of none, all.")
-        self.name, self.grid_size, self.size, self.trainable = name, grid_size, size, trainable
-        self.labels: tuple[str, ...] = ()
-        self.body = body.requires_grad_(trainable == "all")
+        self.grid_size, self.size, self.trainable = grid_size, size, trainable
+        self.body = body.eval().requires_grad_(trainable == "all")
         # The meta device computes only shapes.
         shapes = {key: tensor.to("meta") for key, tensor in body.state_dict().items()}
         example = torch.empty(1, 3, size, size, device="meta")
-        body.eval()
         _, self.feature_dim, *sides = _last(torch.func.functional_call(body, shapes, (example,))).shape
         if not 1 <= grid_size <= min(sides):
             raise ArgumentError(
@@ -89,8 +83,6 @@ class GridExtractor(nn.Module):
         row, column = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
         corner = torch.stack([column, row], dim=-1).view(-1, 2)
         self.register_buffer("_boxes", torch.cat([corner, corner + 1], dim=1) / grid_size, persistent=False)
-        self._fingerprint = Fingerprint()
-        self.train(False)
 
     @classmethod
     def of_detector(cls, detector: FasterRCNN, grid_size: int, name: str, trainable: str = "none") -> GridExtractor:
@@ -111,47 +103,31 @@ class GridExtractor(nn.Module):
             trainable=trainable,
         )
 
-    def train(self, mode: bool = True) -> GridExtractor:
-        """Keep evaluation mode; ``mode`` is ignored."""
-        super().train(False)
-        return self
-
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of name, G, input size, normalization, and every tensor's name, type, shape and bytes."""
         settings = [self.name, self.grid_size, self.size, self._mean.flatten().tolist(), self._std.flatten().tolist()]
-        return self._fingerprint(settings, self.body)
+        return self._hash(settings, self.body)
 
-    def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """Return all cells of each image in row-major order.
-
-        See :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`. Only features have gradients, depending on
-        ``trainable``.
-
-        Raises:
-            ConfigError: if ``m`` is less than the number of cells.
-        """
+    def _detect(self, pixels: Tensor, rests: Sequence[None], m: int) -> list[Instances]:
+        """All cells of each image in row-major order."""
         M = self.grid_size**2
         if m < M:
             raise ArgumentError(
                 "m", f"is {m}, but a grid of {self.grid_size} x {self.grid_size} has {M} cells: set it to {M}."
             )
-        if len(images) == 0:
-            return []
-        with torch.no_grad():
-            batch = torch.stack([self._prepare(image.to(self._mean.device)) for image in images])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable == "all"):
-            cells = nn.functional.adaptive_avg_pool2d(_last(self.body(batch)), self.grid_size)
+            cells = nn.functional.adaptive_avg_pool2d(_last(self.body(pixels)), self.grid_size)
             features = cells.flatten(2).transpose(1, 2).float()
         scores, labels = self._boxes.new_ones(M), torch.full((M,), -1, device=self._boxes.device)
         return [Instances(self._boxes, scores, labels, of_image) for of_image in features]
 
-    def _prepare(self, image: Tensor) -> Tensor:
+    def _prepare(self, image: Tensor) -> tuple[Tensor, None]:
         """Normalize and resize, as the detector does."""
-        image = (image - self._mean) / self._std
-        if image.shape[-2:] == (self.size, self.size):
-            return image
-        return nn.functional.interpolate(image[None], (self.size, self.size), mode="bilinear")[0]
+        pixels = ((image - self._mean) / self._std)[None]
+        if pixels.shape[-2:] != (self.size, self.size):
+            pixels = nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear")
+        return pixels, None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, grid_size={self.grid_size}, size={self.size})"
@@ -161,8 +137,8 @@ def _last(maps: Tensor | dict[str, Tensor]) -> Tensor:
     return maps if isinstance(maps, Tensor) else list(maps.values())[-1]
 
 
-def classifier_grid(
-    arch: str,
+@register_detector("resnet101", "ResNet-101 as in published baselines: grid cells of its feature map")
+def resnet101_grid(
     *,
     weights: str | Path | None = None,
     min_size: Annotated[int, Ge(32)] | None = None,
@@ -171,10 +147,9 @@ def classifier_grid(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> GridExtractor:
-    """Build a grid from a classifier backbone, without its pooling and last layer.
+    """Build a grid from ResNet-101, without its pooling and last layer.
 
     Args:
-        arch: one of :data:`CLASSIFIERS`.
         weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file
             (:func:`~gm_mlic.detection.checkpoints.read_classifier`); null: random weights.
         min_size: images are scaled to min_size x min_size pixels; null: 448.
@@ -187,18 +162,10 @@ def classifier_grid(
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
-    checkpoint = read_classifier(arch, weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        whole = _CLASSIFIERS[arch](weights=None)
+    checkpoint = read_classifier("resnet101", weights)
+    whole = build_random(resnet101, seed, weights=None)
     layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
     body = nn.Sequential(OrderedDict(layers))
-    if checkpoint.tensors is not None:
-        load_into(body, checkpoint, arch)
-    size = _SIZE if min_size is None else min_size
-    return GridExtractor(body, grid_size, size, f"{arch}-grid{grid_size}", trainable=trainable).to(device)
-
-
-register_detector("resnet101", "ResNet-101 as in published baselines: grid cells of its feature map")(
-    partial(classifier_grid, "resnet101")
-)
+    load_into(body, checkpoint, "resnet101")
+    name = f"resnet101-grid{grid_size}"
+    return GridExtractor(body, grid_size, min_size or MIN_SIZE, name, trainable=trainable).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -84,17 +85,12 @@ def _placed(instances: Instances, place: tuple[float, float, float, float], *, m
         x1, x2 = 1 - x2, 1 - x1
     left, top, width, height = place
     boxes = torch.stack([left + width * x1, top + height * y1, left + width * x2, top + height * y2], dim=1)
-    return Instances(boxes.clamp(0, 1), instances.scores, instances.detected_labels, instances.features)
+    return replace(instances, boxes=boxes.clamp(0, 1))
 
 
 def _merged(found: list[Instances], m: int) -> Instances:
     """The ``m`` most confident instances of all views; an empty view's placeholder only where all are empty."""
     detected = [part for part in found if bool(((part.detected_labels >= 0) | (part.scores > 0)).any())] or found[:1]
-    merged = Instances(
-        torch.cat([instances.boxes for instances in detected]),
-        torch.cat([instances.scores for instances in detected]),
-        torch.cat([instances.detected_labels for instances in detected]),
-        torch.cat([instances.features for instances in detected]),
-    )
-    order = merged.scores.argsort(descending=True, stable=True)[:m]
-    return Instances(merged.boxes[order], merged.scores[order], merged.detected_labels[order], merged.features[order])
+    names = [field.name for field in fields(Instances)]
+    merged = Instances(**{name: torch.cat([getattr(part, name) for part in detected]) for name in names})
+    return merged.at(merged.scores.argsort(descending=True, stable=True)[:m])

@@ -14,7 +14,7 @@ from gm_mlic.errors import ConfigError, StoreError
 from gm_mlic.registry import DETECTORS
 
 #: Tolerance of scores and boxes.
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class Instances:
 
     def top(self, m: int) -> Instances:
         """Top ``m`` instances by confidence (fewer if the image has fewer)."""
-        return Instances(self.boxes[:m], self.scores[:m], self.detected_labels[:m], self.features[:m])
+        return self.at(slice(m))
+
+    def at(self, index: slice | Tensor) -> Instances:
+        """Instances at some indices."""
+        return Instances(**{name: value[index] for name, value in vars(self).items()})
 
     @classmethod
     def whole_image(cls, feature: Tensor) -> Instances:
@@ -179,12 +183,12 @@ def _instances_problem(found: Any, m: int, feature_dim: int, num_classes: int) -
             return f"{name} that are NaN or infinite: check its weights"
     if (found.scores.diff() > 0).any():
         return "instances that are not sorted by descending score"
-    if found.scores[0] > 1 + _ROUNDING or found.scores[-1] < -_ROUNDING:
+    if found.scores[0] > 1 + ROUNDING or found.scores[-1] < -ROUNDING:
         return "scores outside of 0 to 1"
     if not -1 <= int(found.detected_labels.min()) <= int(found.detected_labels.max()) < num_classes:
         return f"detected labels that are neither -1 nor an index of its {num_classes} classes"
     low, high = found.boxes[:, :2], found.boxes[:, 2:]
-    if low.min() < -_ROUNDING or high.max() > 1 + _ROUNDING:
+    if low.min() < -ROUNDING or high.max() > 1 + ROUNDING:
         return "boxes outside of 0 to 1: divide them by the width and height of the image, and clip them"
     if (low > high).any():
         return "boxes that are not (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2"

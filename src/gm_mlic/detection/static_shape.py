@@ -36,10 +36,10 @@ class FixedDetector(nn.Module):
         self.extractor = extractor
         self.m = m
         with torch.no_grad():
-            ready = extractor._prepare(torch.zeros(3, *size))
-            maps = self._maps(ready)
-            self.size = ready.image_sizes[0]
-            anchors = extractor.detector.rpn.anchor_generator(ready, list(maps.values()))[0]
+            pixels, self.size = extractor._prepare(torch.zeros(3, *size))
+            maps = extractor._maps(pixels)
+            batch = ImageList(pixels, [self.size])
+            anchors = extractor.detector.rpn.anchor_generator(batch, list(maps.values()))[0]
             heads = extractor.detector.roi_heads
             heads.box_roi_pool(maps, [anchors[:1]], [self.size])  # infers the scales of the maps
             objectness, _ = extractor.detector.rpn.head(list(maps.values()))
@@ -52,8 +52,8 @@ class FixedDetector(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Compute features, boxes, mask, scores and detected labels."""
         heads = self.extractor.detector.roi_heads
-        ready = self.extractor._prepare(image)
-        maps = self._maps(ready)
+        pixels, _ = self.extractor._prepare(image)
+        maps = self.extractor._maps(pixels)
         proposals, valid = self._propose(maps)
         features = heads.box_head(self._pool(maps, proposals))
         logits, deltas = heads.box_predictor(features)
@@ -69,10 +69,6 @@ class FixedDetector(nn.Module):
         features = heads.box_head(self._pool(maps, boxes)).float() * mask[:, None]
         boxes = (boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1) * mask[:, None]
         return features, boxes, mask, scores.clamp(min=0), detected_labels
-
-    def _maps(self, ready: ImageList) -> dict[str, Tensor]:
-        maps: Tensor | dict[str, Tensor] = self.extractor.detector.backbone(ready.tensors)
-        return {"0": maps} if isinstance(maps, Tensor) else maps
 
     def _propose(self, maps: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Proposals (P, 4) by descending score, and the mask of valid ones."""

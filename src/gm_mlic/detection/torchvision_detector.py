@@ -1,64 +1,33 @@
-"""Common parts of extractors: batches of equal size, selection of instances, and torchvision's image preparation."""
+"""Base class of extractors from torchvision's detectors, and arguments of their builders."""
 
 from __future__ import annotations
 
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
-from gm_mlic.detection.fingerprint import Fingerprint
-from gm_mlic.detection.labels import BACKGROUND, label_of_class
+from gm_mlic.detection.labels import BACKGROUND
+from gm_mlic.detection.network import NetworkExtractor, stretch
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.errors import ArgumentError, ConfigError, check_positive
+from gm_mlic.errors import ArgumentError, ConfigError
 
 #: Default of ``min_size``, in pixels.
 MIN_SIZE = 448
 
-Ready = TypeVar("Ready")
 Detector = TypeVar("Detector", bound=nn.Module)
 
-
-def detect_by_size(
-    images: Sequence[Tensor],
-    prepare: Callable[[Tensor], Ready],
-    size: Callable[[Ready], Hashable],
-    detect: Callable[[list[Ready]], list[Instances]],
-) -> list[Instances]:
-    """Detect the images of equal size together, so that an image's instances do not depend on its batch.
-
-    Args:
-        images: images of any size.
-        prepare: preprocessing of an image.
-        size: size of a preprocessed image, including its padding.
-        detect: instances of preprocessed images of the same size.
-    """
-    groups: dict[Hashable, list[tuple[int, Ready]]] = {}
-    for i, image in enumerate(images):
-        ready = prepare(image)
-        groups.setdefault(size(ready), []).append((i, ready))
-    detected: dict[int, Instances] = {}
-    for group in groups.values():
-        detected.update(zip((i for i, _ in group), detect([ready for _, ready in group]), strict=True))
-    return [detected[i] for i in range(len(images))]
+#: Boxes (N, 4) in pixels of the resized image, scores (N,), and classes or labels (N,).
+Found = tuple[Tensor, Tensor, Tensor]
 
 
-def stretch(image: Tensor, least: int) -> Tensor:
-    """Image (3, H, W) with sides of at least ``least`` pixels, for narrow strips."""
-    height, width = image.shape[-2:]
-    return nn.functional.interpolate(image[None], (max(height, least), max(width, least)))[0]
-
-
-class TorchvisionExtractor(nn.Module):
+class TorchvisionExtractor(NetworkExtractor):
     """Base class of instance extractors from torchvision's detectors.
-
-    The detector always runs in evaluation mode, even after ``train()``. Only images of equal size after resizing and
-    padding share a forward pass, so an image's instances do not depend on its batch (up to rounding in convolutions).
 
     Args:
         detector: the model; it is set to evaluation mode.
@@ -70,24 +39,11 @@ class TorchvisionExtractor(nn.Module):
         ConfigError: if the numbers of labels and classes differ.
     """
 
-    feature_dim: int
-
     def __init__(self, detector: nn.Module, labels: Sequence[str], name: str, num_classes: int) -> None:
-        super().__init__()
-        self.name = name
-        self.detector: Any = detector
         if len(labels) != num_classes - 1:
             raise ConfigError(f"The detector {name} has {num_classes - 1} classes, but {len(labels)} labels.")
-        self.labels, table = label_of_class([BACKGROUND, *labels])
-        self.register_buffer("_label_of_class", table, persistent=False)
-        self._label_of_class: Tensor
-        self._fingerprint = Fingerprint()
-        self.train(False)
-
-    def train(self, mode: bool = True) -> TorchvisionExtractor:
-        """Keep evaluation mode; ``mode`` is ignored."""
-        super().train(False)
-        return self
+        super().__init__(name, [BACKGROUND, *labels])
+        self.detector: Any = detector.eval()
 
     @property
     def fingerprint(self) -> str:
@@ -98,55 +54,53 @@ class TorchvisionExtractor(nn.Module):
             *(transform.min_size, transform.max_size, transform.image_mean, transform.image_std),
             *self._settings(),
         ]
-        return self._fingerprint(settings, self.detector)
-
-    def forward(self, images: Sequence[Tensor], m: int) -> list[Instances]:
-        """Detect instances, see :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
-
-        Boxes, scores and labels have no gradients.
-
-        Raises:
-            ConfigError: if ``m`` is less than 1.
-        """
-        check_positive(m=m)
-        device = self._label_of_class.device
-
-        def prepare(image: Tensor) -> ImageList:
-            with torch.no_grad():
-                return self._prepare(image.to(device))
-
-        def detect(ready: list[ImageList]) -> list[Instances]:
-            tensors, sizes = torch.cat([r.tensors for r in ready]), [r.image_sizes[0] for r in ready]
-            return self._detect(ImageList(tensors, sizes), m)
-
-        return detect_by_size(images, prepare, lambda ready: ready.tensors.shape, detect)
+        return self._hash(settings, self.detector)
 
     @abstractmethod
     def _settings(self) -> list[Any]:
         """Thresholds for the fingerprint."""
 
     @abstractmethod
-    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        """Instances of images with the same padded size."""
+    def _detections(self, batch: ImageList, maps: dict[str, Tensor]) -> list[Found]:
+        """All detections of each image, with their classes."""
 
-    def _prepare(self, image: Tensor) -> ImageList:
-        """Normalize, resize (if needed) and pad, as the detector does."""
+    @abstractmethod
+    def _features(self, batch: ImageList, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """Features of the boxes of all images."""
+
+    def _prepare(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Normalize, resize (if needed) and pad, as the detector does; the size is that without padding."""
         transform, (height, width) = self.detector.transform, image.shape[-2:]
-        if transform.fixed_size is not None:
-            return transform([image])[0]
-        scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
-        if min(height, width) * scale < 1:  # a narrow strip: its shorter side would vanish
-            image = stretch(image, math.ceil(1 / scale) + 1)
-        if scale != 1:
-            return transform([image])[0]
-        return ImageList(
-            transform.batch_images([transform.normalize(image)], transform.size_divisible), [(height, width)]
-        )
+        if transform.fixed_size is None:
+            scale = min(transform.min_size[-1] / min(height, width), transform.max_size / max(height, width))
+            if scale == 1:
+                return transform.batch_images([transform.normalize(image)], transform.size_divisible), (height, width)
+            if min(height, width) * scale < 1:  # a narrow strip: its shorter side would vanish
+                image = stretch(image, math.ceil(1 / scale) + 1)
+        ready = transform([image])[0]
+        return ready.tensors, ready.image_sizes[0]
 
-    def _choose(
-        self, boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int], m: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Top m detections of one image, or the whole image; boxes in pixels of the resized image."""
+    def _maps(self, pixels: Tensor) -> dict[str, Tensor]:
+        maps: Tensor | dict[str, Tensor] = self.detector.backbone(pixels)
+        return {"0": maps} if isinstance(maps, Tensor) else maps
+
+    def _detect(self, pixels: Tensor, sizes: Sequence[tuple[int, int]], m: int) -> list[Instances]:
+        batch, grad = ImageList(pixels, list(sizes)), torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and self.trainable == "all"):
+            maps = self._maps(pixels)
+        with torch.no_grad():
+            detections = self._detections(batch, maps)
+            chosen = [self._choose(*found, size, m) for found, size in zip(detections, sizes, strict=True)]
+        with torch.set_grad_enabled(grad and self.trainable != "none"):
+            features = self._features(batch, maps, [boxes for boxes, _, _ in chosen]).float()
+        of_images = torch.split(features, [len(boxes) for boxes, _, _ in chosen])
+        return [
+            Instances((boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1), scores, labels, of_image)
+            for (boxes, scores, labels), (height, width), of_image in zip(chosen, sizes, of_images, strict=True)
+        ]
+
+    def _choose(self, boxes: Tensor, scores: Tensor, classes: Tensor, size: tuple[int, int], m: int) -> Found:
+        """Top m detections of one image with their labels, or the whole image."""
         labels = self._label_of_class[classes]
         known = labels >= 0
         boxes, scores, labels = boxes[known], scores[known], labels[known]
@@ -155,17 +109,6 @@ class TorchvisionExtractor(nn.Module):
             return boxes.new_tensor([[0, 0, width, height]]), scores.new_zeros(1), labels.new_full((1,), -1)
         best = torch.sort(scores, descending=True, stable=True).indices[:m]
         return boxes[best], scores[best], labels[best]
-
-    @staticmethod
-    def _instances(
-        chosen: Sequence[tuple[Tensor, Tensor, Tensor]], features: Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> list[Instances]:
-        """Instances from the results of :meth:`_choose` for each image, and the features of all boxes."""
-        of_images = torch.split(features, [len(boxes) for boxes, _, _ in chosen])
-        return [
-            Instances((boxes / boxes.new_tensor([width, height] * 2)).clamp(0, 1), scores, labels, of_image)
-            for (boxes, scores, labels), (height, width), of_image in zip(chosen, sizes, of_images, strict=True)
-        ]
 
 
 def padded_sizes(batch: ImageList) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN
+from torchvision.ops import remove_small_boxes
 from torchvision.transforms.functional import hflip, pil_to_tensor
 
 from gm_mlic._version import __version__
@@ -143,10 +144,10 @@ def train_detector(
         if not losses:
             raise DataError(f"No image of {train.name} ({train.split}) can be read: check the dataset folder.")
         history["loss"].append(sum(losses) / len(losses))
-        history["val_ap50"].append(
-            None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
-        )
-        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], _percent(history["val_ap50"][-1]))
+        ap50 = None if val is None else average_precision(detector, val, batch_size, num_workers, device, progress)
+        history["val_ap50"].append(ap50)
+        shown = "-" if ap50 is None else f"{ap50:.1f} %"
+        _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], shown)
         _save_state(state, record, parts, history)
     if history["skipped"]:
         image_id, reason = next(iter(history["skipped"].items()))
@@ -203,7 +204,7 @@ class _LabeledImages(Dataset):
         annotations = self.dataset.boxes(row)
         assert annotations is not None  # see _rows_with_boxes
         boxes, labels = annotations.boxes.float(), annotations.labels + 1
-        wide_enough = (boxes[:, 2:] - boxes[:, :2] >= _MIN_SIDE).all(dim=1)
+        wide_enough = remove_small_boxes(boxes, _MIN_SIDE)
         boxes, labels = boxes[wide_enough], labels[wide_enough]
         if self.flips is not None and self.flips[k]:
             image = hflip(image)
@@ -214,15 +215,10 @@ class _LabeledImages(Dataset):
 
 
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
-    rows, annotated = [], False
-    for i in range(len(dataset)):
-        annotations = dataset.boxes(i)
-        if annotations is None:
-            continue
-        annotated = True
-        if bool((annotations.boxes[:, 2:] - annotations.boxes[:, :2] >= _MIN_SIDE).all(dim=1).any()):
-            rows.append(i)
-    if not annotated:
+    annotations = ((i, dataset.boxes(i)) for i in range(len(dataset)))
+    counts = {i: len(remove_small_boxes(found.boxes, _MIN_SIDE)) for i, found in annotations if found is not None}
+    rows = [i for i, count in counts.items() if count]
+    if not counts:
         raise ConfigError(
             f"The dataset {dataset.name} ({dataset.split}) has no boxes: choose one with box annotations."
         )
@@ -271,10 +267,6 @@ def _freeze_or_train(detector: FasterRCNN, frozen_norm: bool) -> None:
     for module in detector.modules():
         if frozen_norm and isinstance(module, nn.BatchNorm2d):
             module.eval().requires_grad_(False)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} %"
 
 
 def _step(

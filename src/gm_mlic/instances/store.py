@@ -243,15 +243,15 @@ class InstanceStore:
         stats = {name: (self.path / name).stat() for name in self.manifest.files}
         if sum(stat.st_size for stat in stats.values()) <= _SMALL_BYTES:
             return self.verify()
-        state = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()])
+        state = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]).encode()
         stamp = self.path.with_name(f".{self.path.name}.verified")
         with contextlib.suppress(OSError):
-            if stamp.read_text() == state:
+            if stamp.read_bytes() == state:
                 return None
         log.info("Verifying the instance store %s.", self.path)
         self.verify()
         with contextlib.suppress(OSError):  # without write permission, verify each time
-            stamp.write_text(state)
+            stamp.write_bytes(state)
         return None
 
 

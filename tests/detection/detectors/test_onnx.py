@@ -419,7 +419,7 @@ def test_missing_libraries(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_listing_detectors_loads_no_optional_library() -> None:
     code = (
         "import sys\nfrom gm_mlic.registry import DETECTORS\nassert 'onnx' in DETECTORS.names()\n"
-        "print(*({'onnx', 'onnxruntime', 'h5py'} & set(sys.modules)))"
+        "print(*({'onnx', 'onnxruntime', 'h5py', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

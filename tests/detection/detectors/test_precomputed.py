@@ -185,6 +185,13 @@ def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
     assert look_up(extractor, ["a"])[0].detected_labels.tolist() == [-1] * 4
 
 
+def test_scores_beyond_one_by_rounding(tmp_path: Path) -> None:
+    scores = np.array([1 + 2e-7, 0.5, -1e-7])
+    np.savez(tmp_path / "a.npz", boxes=np.tile([0, 0, 1, 1], (3, 1)), scores=scores, features=np.ones((3, 1)))
+    (found,) = look_up(build_extractor("precomputed", path=str(tmp_path), box_units="fraction"), ["a"])
+    assert found.scores.tolist() == [1, 0.5, 0]
+
+
 @pytest.mark.parametrize(
     ("keys", "name", "found"),
     [

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision.models.detection
-from torchvision.models import get_model_weights
+from torchvision.models import get_model, get_model_weights
 from torchvision.ops import roi_align
 
 from gm_mlic.detection import build_extractor
 from gm_mlic.detection.checkpoints import _COCO, load_into, read_checkpoint, save_checkpoint
-from gm_mlic.detection.detectors.torchvision_one_stage import _BUILDERS, OneStageExtractor
+from gm_mlic.detection.detectors.torchvision_one_stage import _DETECTORS, OneStageExtractor
 from gm_mlic.errors import ConfigError, WeightsError
 
 KINDS = ("fcos", "retinanet", "ssd")
@@ -90,9 +89,8 @@ def test_number_of_labels_must_fit(small_one_stage):
 
 
 def test_names_and_coco_weights_are_torchvisions():
-    assert set(_BUILDERS) < set(_COCO)
-    for name in _BUILDERS:
-        assert _BUILDERS[name] is getattr(torchvision.models.detection, name)
+    assert set(_DETECTORS) < set(_COCO)
+    for name in _DETECTORS:
         assert _COCO[name] is get_model_weights(name).COCO_V1
         assert tuple(_COCO[name].meta["categories"]) == read_checkpoint(name, None, None).categories
 
@@ -109,7 +107,7 @@ def test_settings_of_ssdlite(tmp_path):
     torch.save(extractor.detector.state_dict(), tmp_path / "w.pth")
     loaded = build_extractor(name, labels=("cat", "dog"), weights=tmp_path / "w.pth")
     assert loaded.fingerprint == extractor.fingerprint
-    assert build_extractor(name, weights=tmp_path / "w.pth").labels == ("class 1", "class 2")
+    assert read_checkpoint(name, tmp_path / "w.pth", None).categories[1:] == ("class 1", "class 2")
     assert build_extractor(name, labels=("cat", "dog"), seed=4).fingerprint != extractor.fingerprint
     assert build_extractor(name, labels=("cat", "dog"), seed=3, nms_threshold=0.5).fingerprint != extractor.fingerprint
 
@@ -119,8 +117,8 @@ def test_settings_of_ssdlite(tmp_path):
     [
         (b"", "cannot be read"),
         (b"\x80\x02}q\x00.", "w.pth"),
-        ({"linear.weight": torch.zeros(2, 2)}, "expected a torchvision ssd300_vgg16"),
-        ({"head.classification_head.module_list.0.weight": torch.zeros(12, 2)}, "missing"),
+        ({"linear.weight": torch.zeros(2, 2)}, "expected a torchvision ssdlite320_mobilenet_v3_large"),
+        ({"head.classification_head.module_list.0.1.weight": torch.zeros(18, 2)}, "missing"),
     ],
 )
 def test_weights_that_do_not_fit(content, named, tmp_path):
@@ -130,7 +128,7 @@ def test_weights_that_do_not_fit(content, named, tmp_path):
     else:
         torch.save(content, path)
     with pytest.raises(WeightsError, match=named) as caught:
-        build_extractor("ssd300_vgg16", weights=path, labels=("cat", "dog"))
+        build_extractor("ssdlite320_mobilenet_v3_large", weights=path, labels=("cat", "dog"))
     assert "\n" not in str(caught.value)
 
 
@@ -150,13 +148,13 @@ def test_invalid_settings(settings, named):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", _BUILDERS)
+@pytest.mark.parametrize("name", _DETECTORS)
 def test_coco_weights_equal_torchvisions_model(name, monkeypatch, tmp_path):
     """Torchvision reads the same file, with its own batch norm."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
-    tensors = _BUILDERS[name](weights=None, weights_backbone=None, num_classes=91).state_dict()
+    tensors = get_model(name, weights=None, weights_backbone=None, num_classes=91).state_dict()
     frozen = name in ("retinanet_resnet50_fpn", "fcos_resnet50_fpn")
     if frozen:
         tensors = {key: t for key, t in tensors.items() if not key.endswith("num_batches_tracked")}
@@ -166,7 +164,7 @@ def test_coco_weights_equal_torchvisions_model(name, monkeypatch, tmp_path):
             tensors[key.replace("running_var", "weight")].uniform_(1e-3, 2e-3)
     torch.save(tensors, tmp_path / "hub" / "checkpoints" / Path(_COCO[name].url).name)
     size = {} if "ssd" in name else {"min_size": 96, "max_size": 160}
-    theirs = _BUILDERS[name](weights="COCO_V1", **size).eval()
+    theirs = get_model(name, weights="COCO_V1", **size).eval()
     ours = build_extractor(name, weights="coco", score_threshold=0.0, **size)
     assert len(ours.labels) == 80
     side = 320 if "ssd" in name else 96
@@ -185,5 +183,5 @@ def test_checkpoint_of_gm_mlic(small_one_stage, tmp_path):
     record = {"arch": "ssd300_vgg16", "labels": ["a", "b", "c"], "min_size": 300, "max_size": 300}
     save_checkpoint(tmp_path / "w.safetensors", detector.state_dict(), record)
     checkpoint = read_checkpoint("ssd300_vgg16", tmp_path / "w.safetensors", None)
-    assert checkpoint.labels == ("a", "b", "c")
+    assert checkpoint.categories[1:] == ("a", "b", "c")
     load_into(small_one_stage("ssd", seed=1).detector, checkpoint, "ssd300_vgg16")

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
-from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ArgumentError, ConfigError, WeightsError, check_positive
 from gm_mlic.io import first_line, sha256
 from gm_mlic.registry import register_detector
@@ -125,12 +125,12 @@ class ONNXDetector:
         self.labels, self._label_of_class = label_of_class(names, first_class)
         self._features = features
         self._outputs = {"boxes": boxes, "scores": scores, "classes": classes, "features": features}
-        # One run on a gray image shows the shapes.
-        found = self._run(np.full((1, 3, *self.size), 0.5 * value_range, self._dtype), every=True)
+        # One run on a gray image shows the shapes of all outputs.
+        self._wanted = [output.name for output in self._session.get_outputs()]
+        found = self._run(np.full((1, 3, *self.size), 0.5 * value_range, self._dtype))
         self.format, self._by_column = self._layout(format, {name: array.shape for name, array in found.items()})
         self.box_format = box_format or ("cxcywh" if self.format.startswith("yolo") else "xyxy")
-        outputs = {self._outputs[key]: None for key in ("boxes", "scores", "classes", "features")}
-        self._wanted = [name for name in outputs if name is not None]
+        self._wanted = list(dict.fromkeys(name for name in self._outputs.values() if name is not None))
         self._parse(found)
         self.feature_dim = self._width(found)
 
@@ -177,19 +177,18 @@ class ONNXDetector:
             raise WeightsError(f"{self.path} takes batches of {image.shape[0]} images: export it for one image.")
         return image.name, _DTYPES[image.type], list(image.shape[-2:]), sizes[0].name if sizes else None
 
-    def _run(self, image: np.ndarray, *, every: bool = False) -> dict[str, np.ndarray]:
-        """Outputs of the network by name; with ``every``, also those that are not used."""
+    def _run(self, image: np.ndarray) -> dict[str, np.ndarray]:
+        """The wanted outputs of the network by name."""
         inputs = {self._input: image if self._batch else image[0]}
         if self._size_input is not None:
             inputs[self._size_input] = np.array([self.size[::-1]], np.int64)
-        names = [output.name for output in self._session.get_outputs()] if every else self._wanted
         try:
-            arrays = self._session.run(names, inputs)
+            arrays = self._session.run(self._wanted, inputs)
         except Exception as error:
             raise WeightsError(
                 f"{self.path} fails on an image of {self.size[0]} x {self.size[1]} pixels ({first_line(error)})."
             ) from error
-        return dict(zip(names, arrays, strict=True))
+        return dict(zip(self._wanted, arrays, strict=True))
 
     def _names(self, metadata: dict[str, str]) -> tuple[str, ...]:
         """Class names in the file, as Ultralytics writes them: the text of a dict or list."""
@@ -313,7 +312,7 @@ class ONNXDetector:
         found = self._run(ready)
         boxes, scores, classes = self._parse(found)
         self._check("scores", scores, image)
-        if scores.numel() and not -1e-3 <= float(scores.min()) <= float(scores.max()) <= 1 + 1e-3:
+        if scores.numel() and not -ROUNDING <= float(scores.min()) <= float(scores.max()) <= 1 + ROUNDING:
             worst = max(scores.flatten().tolist(), key=lambda score: abs(score - 0.5))
             raise WeightsError(
                 f"{self.path} returned the score {worst:.4g}, expected 0 to 1: set `activation='sigmoid'` or "

@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
-from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
 from gm_mlic.io import few, first_line, sha256
 from gm_mlic.registry import register_detector
@@ -159,8 +159,15 @@ class Precomputed:
     def check_ids(self, ids: Sequence[str]) -> None:
         """Raise :class:`~gm_mlic.errors.DataError` if photos have no entry, unless ``missing="skip"``."""
         without = [name for name in ids if self._names.find(name) is None]
-        if without and (self.missing == "error" or len(without) == len(ids)):
-            raise self._lacks(without, len(ids))
+        if without and self.missing == "error":
+            have = f"photo{'s' * (len(ids) > 1)} {'has' if len(without) == 1 else 'have'}"
+            raise DataError(
+                f"{len(without):,} of {len(ids):,} {have} no instances in {self.path}: {few(without)}: add them, or "
+                "set `missing='skip'` to leave photos out."
+            )
+        if without and len(without) == len(ids):
+            has = f"{few(without)}; it has {self._keys[0]}"
+            raise DataError(f"None of {len(ids):,} photos has instances in {self.path}, e.g. {has}.")
 
     def look_up(self, ids: Sequence[str], sizes: Sequence[tuple[int, int] | None], m: int) -> list[Instances | str]:
         """Instances of photos; see :meth:`gm_mlic.detection.protocol.LookupExtractor.look_up`.
@@ -172,9 +179,8 @@ class Precomputed:
         """
         check_positive(m=m)
         keys = [self._names.find(name) for name in ids]
-        without = [name for name, key in zip(ids, keys, strict=True) if key is None]
-        if without and self.missing == "error":
-            raise self._lacks(without, len(ids))
+        if None in keys and self.missing == "error":
+            self.check_ids(ids)
         entries: dict[str, _Entry] = {}
         for source in self._sources:
             entries |= source.read([key for key in keys if key is not None and key in source.keys])
@@ -196,17 +202,6 @@ class Precomputed:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r}, photos={len(self._keys)}, D={self.feature_dim})"
-
-    def _lacks(self, without: Sequence[str], total: int) -> DataError:
-        shown = few(without)
-        if self.missing == "skip":
-            has = f"{shown}; it has {self._keys[0]}"
-            return DataError(f"None of {total:,} photos has instances in {self.path}, e.g. {has}.")
-        have = f"photo{'s' * (total > 1)} {'has' if len(without) == 1 else 'have'}"
-        return DataError(
-            f"{len(without):,} of {total:,} {have} no instances in {self.path}: {shown}: add them, or set "
-            "`missing='skip'` to leave photos out."
-        )
 
     def _instances(self, where: str, arrays: dict[str, np.ndarray], size: tuple[int, int] | None) -> Instances:
         """Checked and sorted instances of one photo."""
@@ -269,10 +264,11 @@ class Precomputed:
         """Scores (M,) and labels (M,)."""
         scores = parts.get("scores", torch.ones(count)).float()
         classes = parts.get("classes")
-        outside = ((scores < 0) | (scores > 1)).nonzero()
+        outside = ((scores < -ROUNDING) | (scores > 1 + ROUNDING)).nonzero()
         if len(outside):
             at = outside[0].tolist()
             raise DataError(f"{where}: scores{at} is {float(scores[tuple(at)]):g}, expected 0 to 1.")
+        scores = scores.clamp(0, 1)
         if scores.dim() == 2:
             C = self._num_classes
             if not self.labels or scores.shape[1] not in (C, C + 1):
@@ -425,19 +421,23 @@ class _Source(ABC):
     keys: dict[str, Any]
     labels: tuple[str, ...] | None = None
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
     @abstractmethod
     def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
         """Entries of photos."""
 
-    @abstractmethod
     def content(self) -> Iterator[Any]:
         """JSON-serializable parts that change with the content."""
+        yield _content(self._path)
 
 
 class _Folder(_Source):
     """An ``.npz`` file for each photo."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        super().__init__(path)
         self.keys = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
 
     def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
@@ -445,7 +445,7 @@ class _Folder(_Source):
 
     def content(self) -> Iterator[Any]:
         for key, file in self.keys.items():
-            yield [key, _directory(file)]
+            yield [key, _content(file)]
 
 
 class _Table(_Source):
@@ -455,7 +455,7 @@ class _Table(_Source):
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        super().__init__(path)
         self._memory = None if path.suffix.lower() in _HDF5 else _by_key(_load(path, _ALL_NAMES))
         self._small: dict[str, np.ndarray] = {}
         with self._arrays() as arrays:
@@ -522,15 +522,12 @@ class _Table(_Source):
                 found[key] = f"{self._path}, photo {key}", entry
         return found
 
-    def content(self) -> Iterator[Any]:
-        yield _directory(self._path) if self._memory is not None else _kept_hash(self._path)
-
 
 class _Groups(_Source):
     """An HDF5 file with a group for each photo."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        super().__init__(path)
         self.keys = {}
         with _hdf5(path) as file:
             self._find(file, "")
@@ -559,9 +556,6 @@ class _Groups(_Source):
                 arrays |= {name: np.asarray(value) for name, value in file[key].attrs.items()}
                 found[key] = f"{self._path}, group {key}", _by_key(arrays)
         return found
-
-    def content(self) -> Iterator[Any]:
-        yield _kept_hash(self._path)
 
 
 def _by_key(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -625,17 +619,17 @@ def _texts(path: Path, name: str, array: np.ndarray) -> tuple[str, ...]:
     return tuple(item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in array.tolist())
 
 
-def _directory(file: Path) -> list[Any]:
-    """Names, sizes and CRC-32 of the arrays of an ``.npz`` file."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return sorted([info.filename, info.file_size, info.CRC] for info in archive.infolist())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} is not an .npz file, or damaged: write it again with numpy.savez.") from error
+def _content(file: Path) -> Any:
+    """Names, sizes and CRC-32 of the arrays of an ``.npz`` file; SHA-256 of an HDF5 file.
 
-
-def _kept_hash(file: Path) -> str:
-    """SHA-256 of a file; of a large one, stored beside it until its size or time changes."""
+    The SHA-256 of a large file is stored beside it until its size or time changes.
+    """
+    if file.suffix.lower() == ".npz":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return sorted([info.filename, info.file_size, info.CRC] for info in archive.infolist())
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{file} is not an .npz file, or damaged: write it again with numpy.savez.") from error
     stat = file.stat()
     state = [stat.st_size, stat.st_mtime_ns]
     stamp = file.with_name(f".{file.name}.sha256")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,23 +11,16 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models.detection import (
-    FCOS,
-    RetinaNet,
-    fcos_resnet50_fpn,
-    retinanet_resnet50_fpn,
-    retinanet_resnet50_fpn_v2,
-    ssd300_vgg16,
-    ssdlite320_mobilenet_v3_large,
-)
+from torchvision.models import get_model_builder
+from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint
-from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.torchvision_detector import (
     NO_LIMIT,
+    Found,
     TorchvisionExtractor,
     build_random,
     check_thresholds,
@@ -38,12 +31,13 @@ from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
 from gm_mlic.schema import Probability
 
-_BUILDERS: dict[str, Callable[..., RetinaNet | FCOS | SSD]] = {
-    "retinanet_resnet50_fpn": retinanet_resnet50_fpn,
-    "retinanet_resnet50_fpn_v2": retinanet_resnet50_fpn_v2,
-    "fcos_resnet50_fpn": fcos_resnet50_fpn,
-    "ssd300_vgg16": ssd300_vgg16,
-    "ssdlite320_mobilenet_v3_large": ssdlite320_mobilenet_v3_large,
+#: Summary of each detector, and torchvision's defaults of its thresholds.
+_DETECTORS = {
+    "retinanet_resnet50_fpn": ("RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
+    "retinanet_resnet50_fpn_v2": ("RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
+    "fcos_resnet50_fpn": ("FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
+    "ssd300_vgg16": ("SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
+    "ssdlite320_mobilenet_v3_large": ("SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
 }
 _FIXED_SIZE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 #: Number of RoIAlign cells along each side, and of samples in a cell, as in torchvision's Faster R-CNN.
@@ -96,41 +90,28 @@ class OneStageExtractor(TorchvisionExtractor):
         detector = self.detector
         return [detector.score_thresh, detector.nms_thresh, detector.topk_candidates, detector.transform.fixed_size]
 
-    @torch.no_grad()
-    def _detect(self, batch: ImageList, m: int) -> list[Instances]:
-        maps = self.detector.backbone(batch.tensors)
-        chosen = []
-        for found, size in zip(self._detections(batch, list(maps.values())), batch.image_sizes, strict=True):
-            solid = remove_small_boxes(found["boxes"], min_size=1e-2)
-            boxes, scores, classes = (found[key][solid] for key in ("boxes", "scores", "labels"))
-            chosen.append(self._choose(boxes, scores, classes, size, m))
-        final = [boxes for boxes, _, _ in chosen]
-        if self._pool is not None:
-            pooled = self._pool(maps, final, padded_sizes(batch))
-        else:
-            levels = list(maps.values())[:2]
-            pooled = torch.cat([_pooled(level, final, batch.tensors.shape[-1]) for level in levels], dim=1)
-        return self._instances(chosen, pooled.mean(dim=(2, 3)).float(), batch.image_sizes)
-
-    def _detections(self, batch: ImageList, levels: list[Tensor]) -> list[dict[str, Tensor]]:
-        """All detections of each image, in pixels of the resized image."""
-        detector = self.detector
+    def _detections(self, batch: ImageList, maps: dict[str, Tensor]) -> list[Found]:
+        detector, levels = self.detector, list(maps.values())
         outputs, anchors = detector.head(levels), detector.anchor_generator(batch, levels)
-        if isinstance(detector, SSD):
-            return detector.postprocess_detections(outputs, anchors, batch.image_sizes)  # type: ignore[no-any-return]
-        cells = [level[0, 0].numel() for level in levels]
-        per_cell = len(anchors[0]) // sum(cells)
-        counts = [count * per_cell for count in cells]
-        split = {key: list(output.split(counts, dim=1)) for key, output in outputs.items()}
-        of_levels = [list(of_image.split(counts)) for of_image in anchors]
-        return detector.postprocess_detections(split, of_levels, batch.image_sizes)  # type: ignore[no-any-return]
+        if not isinstance(detector, SSD):  # SSD selects from all levels together
+            cells = [level[0, 0].numel() for level in levels]
+            counts = [count * (len(anchors[0]) // sum(cells)) for count in cells]
+            outputs = {key: list(output.split(counts, dim=1)) for key, output in outputs.items()}
+            anchors = [list(of_image.split(counts)) for of_image in anchors]
+        chosen = []
+        for found in detector.postprocess_detections(outputs, anchors, batch.image_sizes):
+            solid = remove_small_boxes(found["boxes"], min_size=1e-2)
+            chosen.append((found["boxes"][solid], found["scores"][solid], found["labels"][solid]))
+        return chosen
 
-
-def _pooled(level: Tensor, boxes: list[Tensor], width: int) -> Tensor:
-    """RoIAlign on one map; its stride is a power of 2."""
-    stride = 2 ** round(math.log2(width / level.shape[-1]))
-    pooled: Tensor = roi_align(level, boxes, _CELLS, 1 / stride, _SAMPLES)
-    return pooled
+    def _features(self, batch: ImageList, maps: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        if self._pool is not None:
+            pooled = [self._pool(maps, boxes, padded_sizes(batch))]
+        else:  # the stride of a map is a power of 2
+            levels = list(maps.values())[:2]
+            strides = [2 ** round(math.log2(batch.tensors.shape[-1] / level.shape[-1])) for level in levels]
+            pooled = [roi_align(m, boxes, _CELLS, 1 / s, _SAMPLES) for m, s in zip(levels, strides, strict=True)]
+        return torch.cat(pooled, dim=1).mean(dim=(2, 3))
 
 
 def one_stage(
@@ -164,7 +145,7 @@ def one_stage(
     check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
     sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
     detector = build_random(
-        _BUILDERS[arch],
+        get_model_builder(arch),
         seed,
         weights=None,
         weights_backbone=None,
@@ -177,14 +158,7 @@ def one_stage(
     return OneStageExtractor(detector, checkpoint.categories[1:], arch).to(device)
 
 
-# The thresholds are torchvision's defaults.
-for _arch, _summary, _score, _nms in (
-    ("retinanet_resnet50_fpn", "RetinaNet with ResNet-50-FPN: one stage", 0.05, 0.5),
-    ("retinanet_resnet50_fpn_v2", "RetinaNet with ResNet-50-FPN, second version: more accurate", 0.05, 0.5),
-    ("fcos_resnet50_fpn", "FCOS with ResNet-50-FPN: one stage, without anchors", 0.2, 0.6),
-    ("ssd300_vgg16", "SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
-    ("ssdlite320_mobilenet_v3_large", "SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
-):
+for _arch, (_summary, _score, _nms) in _DETECTORS.items():
     _build = partial(one_stage, _arch)
     if _arch in _FIXED_SIZE:
         _build.no_settings = ("min_size", "max_size")  # type: ignore[attr-defined]

@@ -6,20 +6,20 @@ import inspect
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Interval
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_convert
 
-from gm_mlic.detection.fingerprint import Fingerprint
-from gm_mlic.detection.labels import NO_CLASS, label_of_class
+from gm_mlic.detection.labels import NO_CLASS
+from gm_mlic.detection.network import NetworkExtractor, stretch
 from gm_mlic.detection.protocol import Instances
-from gm_mlic.detection.torchvision_detector import detect_by_size, stretch
-from gm_mlic.errors import ConfigError, WeightsError, check_positive
+from gm_mlic.errors import ConfigError, WeightsError
 from gm_mlic.io import first_line
 from gm_mlic.registry import register_detector
 
@@ -41,7 +41,7 @@ _LEAST_SIDE = 32
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-class TransformersExtractor(nn.Module):
+class TransformersExtractor(NetworkExtractor):
     r"""Instance extractor (:class:`~gm_mlic.detection.InstanceExtractor`) from a detection transformer.
 
     These detectors predict one box for each of their queries. Images are prepared by the model's own image processor.
@@ -55,8 +55,8 @@ class TransformersExtractor(nn.Module):
     (eq. 1) is the last hidden state of its query, from which the model computes box and classes. If nothing is
     detected, the feature of the whole image is the mean over all queries.
 
-    The model is frozen and always runs in evaluation mode, even after ``train()``. Only images of equal size after
-    resizing share a forward pass, so an image's instances do not depend on its batch (up to rounding).
+    The model is frozen and always runs in evaluation mode, even after ``train()``. An image's instances do not depend
+    on its batch (:class:`~gm_mlic.detection.network.NetworkExtractor`).
 
     Args:
         model: a ``...ForObjectDetection`` model of one of :data:`MODEL_TYPES`; it is set to evaluation mode.
@@ -71,27 +71,16 @@ class TransformersExtractor(nn.Module):
     """
 
     def __init__(self, model: Any, processor: Any, score_threshold: float = 0.05) -> None:
-        super().__init__()
         kind = str(model.config.model_type)
         if kind not in MODEL_TYPES:
             raise ConfigError(f"A model of type {kind} is no supported detector: use one of {', '.join(MODEL_TYPES)}.")
-        self.name = f"transformers-{kind}"
-        self.model = model.requires_grad_(False)
+        names = {int(i): str(name).strip() for i, name in model.config.id2label.items() if name is not None}
+        classes = [names.get(i) or NO_CLASS for i in range(int(model.config.num_labels))]  # those of COCO have gaps
+        super().__init__(f"transformers-{kind}", classes)
+        self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.score_threshold = score_threshold
         self.feature_dim = int(model.config.hidden_size)
-        names = {int(i): str(name).strip() for i, name in model.config.id2label.items() if name is not None}
-        # Numbers of COCO have gaps.
-        self.labels, table = label_of_class([names.get(i) or NO_CLASS for i in range(int(model.config.num_labels))])
-        self.register_buffer("_label_of_class", table, persistent=False)
-        self._label_of_class: Tensor
-        self._fingerprint = Fingerprint()
-        self.train(False)
-
-    def train(self, mode: bool = True) -> TransformersExtractor:
-        """Keep evaluation mode; ``mode`` is ignored."""
-        super().train(False)
-        return self
 
     @property
     def fingerprint(self) -> str:
@@ -101,34 +90,23 @@ class TransformersExtractor(nn.Module):
         for volatile in ("_name_or_path", "transformers_version", "dtype", "architectures"):
             settings.pop(volatile, None)
             prepared.pop(volatile, None)
-        return self._fingerprint([self.name, settings, prepared, self.score_threshold], self.model)
+        return self._hash([self.name, settings, prepared, self.score_threshold], self.model)
 
-    @torch.no_grad()
-    def forward(self, images: list[Tensor], m: int) -> list[Instances]:
-        """Detect instances, see :meth:`gm_mlic.detection.protocol.InstanceExtractor.__call__`.
-
-        Raises:
-            ConfigError: if ``m`` is less than 1.
-        """
-        check_positive(m=m)
-        return detect_by_size(
-            images, self._prepare, lambda ready: ready["pixel_values"].shape, lambda ready: self._detect(ready, m)
-        )
-
-    def _prepare(self, image: Tensor) -> dict[str, Tensor]:
+    def _prepare(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Resize, normalize and pad one image, as in training: from 8-bit colors."""
         height, width = image.shape[-2:]
         longest = dict(self.processor.size).get("longest_edge")
         if longest is not None:  # the aspect ratio is kept: a narrow strip would get too narrow
             image = stretch(image, -(-_LEAST_SIDE * max(height, width) // int(longest)))
-        colors = (image * 255).round().clamp(0, 255).to(torch.uint8).to(self._label_of_class.device)
+        colors = (image * 255).round().clamp(0, 255).to(torch.uint8)
         ready = self.processor(images=[colors], return_tensors="pt", input_data_format="channels_first")
         taken = inspect.signature(self.model.forward).parameters
-        return {key: tensor.to(colors.device) for key, tensor in ready.items() if key in taken}
+        inputs = {key: tensor.to(colors.device) for key, tensor in ready.items() if key in taken}
+        return inputs.pop("pixel_values"), inputs
 
-    def _detect(self, ready: list[dict[str, Tensor]], m: int) -> list[Instances]:
-        """Instances of images of the same size."""
-        output = self.model(**{key: torch.cat([one[key] for one in ready]) for key in ready[0]})
+    @torch.no_grad()
+    def _detect(self, pixels: Tensor, rests: Sequence[dict[str, Tensor]], m: int) -> list[Instances]:
+        output = self.model(pixels, **{key: torch.cat([rest[key] for rest in rests]) for key in rests[0]})
         queries = output.logits.shape[1]
         # YOLOS: the tokens of the queries follow those of the image.
         states = output.last_hidden_state[:, -queries:].float()
