@@ -432,21 +432,21 @@ def test_model_accepts_other_labels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "^k must be 1 or more"),
+        ({"k": 0}, "^k must be an integer of at least 1; got 0"),
         ({"k": -1, "widths": None}, "^k must be"),
         ({"k": 3}, "^widths must have k = 3"),
-        ({"widths": (6, 0)}, "^widths must be 1 or more"),
-        ({"encoder_width": 0}, "^encoder_width must be 1 or more"),
+        ({"widths": (6, 0)}, "^widths must be an integer of at least 1, or a list of integers of at least 1"),
+        ({"encoder_width": 0}, "^encoder_width must be an integer of at least 1"),
         ({"fusion": "sum"}, "concat, product; got 'sum'"),
         ({"norm": "batch"}, "none, encoder, all"),
         ({"edge_types": ["near"]}, "^edge_types must be names among spatial, semantic, matches"),
         ({"edge_types": "spatial"}, "^edge_types must be names among"),
         ({"edge_types": SPATIAL}, "^edge_types must be names among"),
         ({"edge_types": None}, "^edge_types must be names among .* got None"),
-        ({"k": 2.0}, "^k must be a whole number, got 2.0"),
-        ({"k": True}, "^k must be a whole number, got True"),
-        ({"widths": 0}, "^widths must be 1 or more, got 0"),
-        ({"widths": 2.5}, "^widths must be a size or a list of sizes, got 2.5"),
+        ({"k": 2.0}, "^k must be an integer of at least 1; got 2.0"),
+        ({"k": True}, "^k must be an integer of at least 1; got True"),
+        ({"widths": 0}, "^widths must be an integer of at least 1, or a list .*; got 0"),
+        ({"widths": 2.5}, "^widths must be an integer of at least 1, or a list .*, or None; got 2.5"),
     ],
 )
 def test_invalid_arguments(options: dict[str, Any], message: str) -> None:
