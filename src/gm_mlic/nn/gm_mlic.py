@@ -12,6 +12,7 @@ from annotated_types import DocInfo, Predicate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError
@@ -92,8 +93,8 @@ class Encoder(nn.Module):
             self.edge_attr[t] = ConcatMLP(parts, out_channels, out_channels, product=fusion, norm=norm)
 
     def reset_parameters(self) -> None:
-        for mlp in (*self.x.values(), *self.edge_attr.values()):
-            mlp.reset_parameters()
+        reset(self.x)
+        reset(self.edge_attr)
 
     def forward(
         self,
@@ -272,8 +273,8 @@ class GMMLIC(nn.Module):
         self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last, zero=prior)
 
     def reset_parameters(self) -> None:
-        for module in (self.encoder, *self.blocks, self.decoder, self.head):
-            module.reset_parameters()  # type: ignore[operator]
+        for module in (self.encoder, self.blocks, self.decoder, self.head):
+            reset(module)
 
     @torch.no_grad()
     def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
+from torch_geometric.nn.inits import reset
 from torch_geometric.utils import scatter
 
 from gm_mlic.errors import ArgumentError, ConfigError
@@ -279,9 +280,8 @@ class MatchHead(nn.Module):
             self.register_buffer("center", torch.zeros(label_dim))
 
     def reset_parameters(self) -> None:
-        for module in (self.prior, self.linear):
-            if module is not None:
-                module.reset_parameters()
+        reset(self.prior)
+        reset(self.linear)
 
     @torch.no_grad()
     def fit(self, features: Tensor, label_vectors: Tensor) -> None:
