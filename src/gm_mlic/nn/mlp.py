@@ -30,7 +30,7 @@ def make_linear(in_channels: int, out_channels: int, *, bias: bool = True) -> nn
     if in_channels == -1:
         return nn.LazyLinear(out_channels, bias)
     lin = _EmptyLinear(in_channels, out_channels, bias)  # skip_init of torch takes ten times longer
-    lin.__class__ = nn.Linear
+    lin.__class__ = nn.Linear  # type: ignore[assignment]
     return lin
 
 
