@@ -128,7 +128,7 @@ def test_gradcheck(difficult: str) -> None:
         ([0.5], {"beta": float("inf")}, "^beta must"),
         ([0.5], {"beta": float("nan")}, "^beta must"),
         ([0.5], {"difficult": "maybe"}, "positive, negative, ignore; got 'maybe'"),
-        ([0.5], {"target_format": "pm1"}, "target_format is 'pm1': choose binary"),
+        ([0.5], {"target_format": "pm1"}, "target_format must be one of binary, voc; got 'pm1'"),
     ],
 )
 def test_invalid_arguments(ratio: list[float], options: dict[str, object], message: str) -> None:
@@ -240,10 +240,10 @@ def test_less_loss_after_a_step(loss: MultiLabelLoss) -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (AsymmetricLoss, {"gamma_negative": -1}, "^gamma_negative must be 0 or more"),
-        (AsymmetricLoss, {"margin": 1.0}, r"^margin must be in \[0, 1\)"),
-        (FocalLoss, {"gamma": float("nan")}, "^gamma must be 0 or more"),
-        (FocalLoss, {"alpha": 2}, r"^alpha must be in \[0, 1\]"),
+        (AsymmetricLoss, {"gamma_negative": -1}, "^gamma_negative must be a number of at least 0; got -1"),
+        (AsymmetricLoss, {"margin": 1.0}, "^margin must be a number of at least 0 and below 1; got 1.0"),
+        (FocalLoss, {"gamma": float("nan")}, "^gamma must be a number of at least 0; got nan"),
+        (FocalLoss, {"alpha": 2}, "^alpha must be a number from 0 to 1; got 2"),
     ],
 )
 def test_invalid_arguments_of_other_losses(kind: type, options: dict[str, float], message: str) -> None:

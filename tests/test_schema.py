@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
+import torch
 from annotated_types import DocInfo, Gt, Interval, Len, Predicate
 
+from gm_mlic.errors import ArgumentError
 from gm_mlic.schema import (
     REQUIRED,
     Fraction,
@@ -20,6 +23,7 @@ from gm_mlic.schema import (
     Setting,
     Url,
     as_typed,
+    checked,
     describe,
     settings_of,
     summary_of,
@@ -199,3 +203,57 @@ def test_empty_strings_are_valid_only_as_defaults():
 )  # fmt: skip
 def test_values_are_written_as_typed(value: Any, typed: str):
     assert as_typed(value) == typed
+
+
+class Layer:
+    """A layer."""
+
+    @checked
+    def __init__(
+        self,
+        size: Positive,
+        weights: Any = None,
+        rate: Fraction = 0.5,
+        widths: Positive | Sequence[Positive] | None = None,
+        kind: Literal["max", "mean"] = "max",
+        radius: Annotated[float, Gt(0)] | None = None,
+        root: Url | None = None,
+        *,
+        norm: bool = False,
+    ) -> None:
+        self.size, self.weights = size, weights
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be an integer of at least 1; got 0."),
+        ({"size": True}, "size must be an integer of at least 1; got True."),
+        ({"size": 2.0}, "size must be an integer of at least 1; got 2.0."),
+        ({"size": "2"}, "size must be an integer of at least 1; got '2'."),
+        ({"rate": 1}, "rate must be a number of at least 0 and below 1; got 1."),
+        ({"rate": float("nan")}, "rate must be a number of at least 0 and below 1; got nan."),
+        ({"rate": None}, "rate must be a number of at least 0 and below 1; got None."),
+        ({"widths": (3, 0)}, "widths must be an integer of at least 1, or a list of .* at least 1, or None; got"),
+        ({"widths": "33"}, "widths must be .*; got '33'."),
+        ({"kind": "min"}, "kind must be one of max, mean; got 'min'."),
+        ({"radius": 0.0}, "radius must be a number above 0, or None; got 0.0."),
+        ({"radius": float("inf")}, "radius must be .*; got inf."),
+        ({"norm": "no"}, "norm must be true or false; got 'no'."),
+    ],
+)
+def test_checked_constructors_refuse(options: dict[str, Any], message: str):
+    with pytest.raises(ArgumentError, match=f"^{message}") as error:
+        Layer(**{"size": 1, **options})
+    assert error.value.argument in options
+
+
+def test_checked_constructors_accept():
+    """Integers and numbers of NumPy, and anything where the annotation is not checked; errors of Python are its own."""
+    layer = Layer(np.int64(2), torch.ones(2), np.float32(0.5), [1, np.int64(3)], radius=1, norm=True)
+    assert layer.size == 2
+    assert layer.weights.tolist() == [1, 1]
+    assert Layer(size=1, root=3, widths=None).size == 1
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
+        Layer()
+    assert list(settings_of(Layer)) == ["size", "weights", "rate", "widths", "kind", "radius", "root", "norm"]

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, get_args
+from typing import ClassVar
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 
 from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import LOSSES
-from gm_mlic.schema import Fraction, Probability
-from gm_mlic.targets import (
-    DifficultRule,
-    TargetFormat,
-    as_table,
-    check_target_format,
-    normalize_targets,
-    positives_and_counted,
-)
-
-DIFFICULT_POLICIES: tuple[str, ...] = get_args(DifficultRule)
+from gm_mlic.schema import Fraction, NotNegative, Probability, checked
+from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
 
 
 class MultiLabelLoss(nn.Module):
@@ -55,6 +45,7 @@ class MultiLabelLoss(nn.Module):
     #: Settings of the loss itself, for ``repr``.
     _own: ClassVar[tuple[str, ...]] = ()
 
+    @checked
     def __init__(
         self,
         label_ratio: Tensor,
@@ -68,13 +59,8 @@ class MultiLabelLoss(nn.Module):
         ratio = as_table("label_ratio", label_ratio).to(torch.float64)
         if not bool(((ratio >= 0) & (ratio <= 1)).all()):
             raise ArgumentError("label_ratio", "must be in [0, 1].")
-        if difficult not in DIFFICULT_POLICIES:
-            raise ArgumentError("difficult", f"must be one of {', '.join(DIFFICULT_POLICIES)}; got {difficult!r}.")
-        check_target_format(target_format)
-        self.difficult = difficult
-        self.target_format = target_format
-        self.allow_all_present = allow_all_present
-        self.validate_args = validate_args
+        self.difficult, self.target_format = difficult, target_format
+        self.allow_all_present, self.validate_args = allow_all_present, validate_args
         self.register_buffer("label_ratio", ratio)
 
     def forward(self, logits: Tensor, targets: Tensor, difficult: Tensor | None = None) -> Tensor:
@@ -144,10 +130,11 @@ class WeightedBCE(MultiLabelLoss):
 
     _own = ("beta",)
 
+    @checked
     def __init__(
         self,
         label_ratio: Tensor,
-        beta: Annotated[float, Ge(0)] = 0.0,
+        beta: NotNegative = 0.0,
         difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
         *,
@@ -157,7 +144,6 @@ class WeightedBCE(MultiLabelLoss):
         super().__init__(
             label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
         )
-        check_not_negative(beta=beta)
         self.beta = beta
 
     def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
@@ -196,11 +182,12 @@ class AsymmetricLoss(MultiLabelLoss):
 
     _own = ("gamma_positive", "gamma_negative", "margin")
 
+    @checked
     def __init__(
         self,
         label_ratio: Tensor,
-        gamma_positive: Annotated[float, Ge(0)] = 0.0,
-        gamma_negative: Annotated[float, Ge(0)] = 4.0,
+        gamma_positive: NotNegative = 0.0,
+        gamma_negative: NotNegative = 4.0,
         margin: Fraction = 0.05,
         difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
@@ -211,9 +198,6 @@ class AsymmetricLoss(MultiLabelLoss):
         super().__init__(
             label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
         )
-        check_not_negative(gamma_positive=gamma_positive, gamma_negative=gamma_negative)
-        if not 0 <= margin < 1:
-            raise ArgumentError("margin", f"must be in [0, 1), got {margin}.")
         self.gamma_positive, self.gamma_negative, self.margin = gamma_positive, gamma_negative, margin
 
     def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
@@ -249,10 +233,11 @@ class FocalLoss(MultiLabelLoss):
 
     _own = ("gamma", "alpha")
 
+    @checked
     def __init__(
         self,
         label_ratio: Tensor,
-        gamma: Annotated[float, Ge(0)] = 2.0,
+        gamma: NotNegative = 2.0,
         alpha: Probability = 0.25,
         difficult: DifficultRule = "positive",
         target_format: TargetFormat = "binary",
@@ -263,9 +248,6 @@ class FocalLoss(MultiLabelLoss):
         super().__init__(
             label_ratio, difficult, target_format, allow_all_present=allow_all_present, validate_args=validate_args
         )
-        check_not_negative(gamma=gamma)
-        if not 0 <= alpha <= 1:
-            raise ArgumentError("alpha", f"must be in [0, 1], got {alpha}.")
         self.gamma, self.alpha = gamma, alpha
 
     def pairwise(self, logits: Tensor, positive: Tensor) -> Tensor:
@@ -306,13 +288,6 @@ class WARPLoss(MultiLabelLoss):
         harmonic = steps.reciprocal().cumsum(0)
         weight = torch.where(rank > 0, harmonic[(rank - 1).clamp(min=0)] / rank.clamp(min=1), 0)
         return (weight * margins.sum(dim=2)).sum() / (logits.numel() if counted is None else counted.sum().clamp(min=1))
-
-
-def check_not_negative(**values: float) -> None:
-    """Raise ArgumentError for a number that is negative or not finite."""
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ArgumentError(name, f"must be 0 or more, got {value}.")
 
 
 def _power(base: Tensor, exponent: float) -> Tensor:

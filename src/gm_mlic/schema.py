@@ -15,20 +15,27 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
+import numbers
 import pkgutil
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import DocInfo, Ge, Interval, Len, Predicate
+from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, Predicate
+
+from gm_mlic.errors import ArgumentError
+
+P = ParamSpec("P")
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
 #: Seed of NumPy and torch.
 Seed = Annotated[int, Interval(ge=0, lt=2**32)]
+NotNegative = Annotated[float, Ge(0)]
 Probability = Annotated[float, Interval(ge=0, le=1)]
 #: A fraction of images, or a probability of dropout, of which 1 would leave none.
 Fraction = Annotated[float, Interval(ge=0, lt=1)]
@@ -102,6 +109,7 @@ def settings_of(build: Callable[..., Any], leave_out: tuple[str, ...] = ()) -> M
 def _annotations(function: Any) -> dict[str, Any]:
     """Evaluated annotations; Any for names that exist only for type checkers."""
     found: dict[str, Any] = {}
+    function = inspect.unwrap(function)
     for name, annotation in getattr(function, "__annotations__", {}).items():
         try:
             one = types.SimpleNamespace(__annotations__={name: annotation})
@@ -109,6 +117,58 @@ def _annotations(function: Any) -> dict[str, Any]:
         except (NameError, TypeError):
             found[name] = Any
     return found
+
+
+def checked(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorator of a constructor that checks arguments by their annotations.
+
+    These are numbers with bounds, as :data:`Positive`, sequences of them, ``Literal`` and ``bool``, also as parts of a
+    union. Other annotations are not checked.
+
+    Raises:
+        ArgumentError: when called, for a value that the annotation does not allow.
+    """
+    names = tuple(inspect.signature(init).parameters)
+
+    @functools.wraps(init)
+    def checking(*args: P.args, **kwargs: P.kwargs) -> None:
+        hints = _annotations(init)
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
+            if not _allows(hints.get(name, Any), value):
+                expected = describe(hints[name]).replace("null", "None")
+                raise ArgumentError(name, f"must be {expected}; got {value!r}.")
+        init(*args, **kwargs)
+
+    return checking
+
+
+def _allows(annotation: Any, value: Any) -> bool:
+    """Whether an annotation allows a value; True for annotations that are not checked."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is type(None) or origin is Literal:
+        return value in (arguments or (None,))
+    if origin in (Union, types.UnionType):
+        return any(_allows(part, value) for part in arguments)
+    if origin is Sequence and get_origin(arguments[0]) is Annotated:
+        return isinstance(value, Sequence) and all(_allows(arguments[0], item) for item in value)
+    if annotation is bool:
+        return isinstance(value, bool)
+    if origin is not Annotated or arguments[0] not in (int, float):
+        return True
+    kind = numbers.Integral if arguments[0] is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        return False
+    bounds = [part for c in arguments[1:] for part in (c if hasattr(c, "__iter__") else [c])]
+    return all(_WITHIN[type(bound)](value, bound) for bound in bounds if type(bound) in _WITHIN)
+
+
+_WITHIN: dict[type, Callable[[Any, Any], bool]] = {
+    Ge: lambda value, bound: value >= bound.ge,
+    Gt: lambda value, bound: value > bound.gt,
+    Le: lambda value, bound: value <= bound.le,
+    Lt: lambda value, bound: value < bound.lt,
+    Predicate: lambda value, bound: bound.func(value),
+}
 
 
 def summary_of(build: Callable[..., Any]) -> str:

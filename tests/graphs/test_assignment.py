@@ -178,7 +178,7 @@ def test_works_in_a_pipeline() -> None:
         (torch.zeros(0, 3), {}, "C >= 1"),
         (torch.tensor([[1.0], [float("nan")], [float("inf")]]), {}, r"labels \[1, 2\]"),
         (W.numpy(), {}, r"\(C, D_l\) with C >= 1, got ndarray \(4, 2\)\.$"),
-        (W, {"m": 0}, "^m must be 1 or more, got 0"),
+        (W, {"m": 0}, "^m must be an integer of at least 1, or None; got 0"),
         (W, {"m": 2.5}, "^m .* got 2.5"),
         (W, {"m": True}, "^m .* got True"),
         (W, {"edge_types": None}, "^edge_types must be names among"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -85,11 +86,20 @@ TARGETS = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 0, 1]])
 every_model = pytest.mark.parametrize("name", SETTINGS)
 
 
+@functools.cache
+def statistics(name: str, **changes: Any) -> dict[str, Tensor]:
+    """What the model counts in TARGETS; the embedding of CMA takes 500 gradient steps."""
+    made = create_model(name, **{"instance_dim": D_O, **SETTINGS[name], **changes})
+    before = {key: buffer.clone() for key, buffer in made.named_buffers()}
+    made.fit(TARGETS)
+    return {key: buffer for key, buffer in made.named_buffers() if not torch.equal(buffer, before[key])}
+
+
 def model(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(3)
     made = create_model(name, **{"instance_dim": D_O, **SETTINGS[name], **changes})
     if isinstance(made, LabelStatistics):
-        made.fit(TARGETS)
+        made.load_state_dict(statistics(name, **changes), strict=False)
     return made.double()
 
 
@@ -182,12 +192,16 @@ def test_overfits_16_images(name: str) -> None:
     net, data = model(name, instance_dim=wide).float(), batch((4,) * 16, instance_dim=wide).to(torch.float32)
     y = torch.randint(2, (16, C), generator=torch.Generator().manual_seed(1)).float()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.02, weight_decay=0)
-    for _ in range(250):
+    losses = []
+    for step in range(1, 251):
         optimizer.zero_grad()
-        training_loss(net(replace(data, y=y)), y).backward()
+        training_loss(net.train()(replace(data, y=y)), y).backward()
         optimizer.step()
-    loss = nn.functional.binary_cross_entropy_with_logits(net.eval()(data).logits, y)
-    assert float(loss.detach()) < 0.05
+        if step % 25 == 0:
+            losses.append(float(nn.functional.binary_cross_entropy_with_logits(net.eval()(data).logits, y).detach()))
+            if losses[-1] < 0.05:
+                return
+    raise AssertionError(f"losses after 25, 50, ... steps: {losses}")
 
 
 @every_model
@@ -291,16 +305,16 @@ def test_repr() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GAPLinear(0, 3), "1 or more"),
-        (lambda: MLGCN(4, 4, 3, width=0), "^width must be 1"),
-        (lambda: MLGCN(4, 4, 3, tau=1.5), r"^tau must be in \[0, 1\]"),
-        (lambda: MLGCN(4, 4, 3, p=1.0), r"^p must be in \[0, 1\)"),
+        (lambda: GAPLinear(0, 3), "^instance_dim must be an integer of at least 1; got 0"),
+        (lambda: MLGCN(4, 4, 3, width=0), "^width must be an integer of at least 1; got 0"),
+        (lambda: MLGCN(4, 4, 3, tau=1.5), "^tau must be a number from 0 to 1; got 1.5"),
+        (lambda: MLGCN(4, 4, 3, p=1.0), "^p must be a number of at least 0 and below 1; got 1.0"),
         (lambda: SSGRL(4, 4, 3, steps=0), "^steps"),
         (lambda: Query2Label(4, 3, layers=0), "^layers"),
         (lambda: Query2Label(6, 3, heads=2), "^width must be a multiple of 4 and of heads=2, got 6"),
         (lambda: Query2Label(8, 3, heads=3), "of heads=3"),
         (lambda: Query2Label(8, 3, dropout=1.0), "^dropout"),
-        (lambda: ADDGCN(4, 3, width=0), "^width must be 1"),
+        (lambda: ADDGCN(4, 3, width=0), "^width must be an integer of at least 1; got 0"),
         (lambda: MLDecoder(4, 3, groups=0), "^groups"),
         (lambda: MLDecoder(4, 3, width=9), "^width must be a multiple of heads=8, got 9"),
         (lambda: MLDecoder(8, 3, dropout=1.0), "^dropout"),
@@ -310,7 +324,7 @@ def test_repr() -> None:
         (lambda: CTran(8, 3, dropout=1.0), "^dropout"),
         (lambda: SRN(8, 3, map_size=0), "^map_size"),
         (lambda: TDRG(8, 3, width=9), "^width must be a multiple of heads=4, got 9"),
-        (lambda: TDRG(8, 3, map_size=2), "^map_size must be 3 or more"),
+        (lambda: TDRG(8, 3, map_size=2), "^map_size must be an integer of at least 3; got 2"),
         (lambda: TDRG(8, 3, dropout=1.0), "^dropout"),
         (lambda: CMA(8, 3, width=0), "^width"),
         (lambda: CMA(8, 3, threshold=2.0), "^threshold"),

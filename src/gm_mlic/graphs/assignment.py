@@ -10,9 +10,10 @@ from torch_geometric.data import HeteroData
 from torch_geometric.data.datapipes import functional_transform
 from torch_geometric.transforms import BaseTransform
 
-from gm_mlic.errors import ArgumentError, ConfigError, check_positive
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.classes import candidate_edges, class_confidence
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, SEMANTIC, SPATIAL, EdgeType, edge_table
+from gm_mlic.schema import Positive, checked
 
 
 def knn_edge_index(box: Tensor, num_neighbors: int) -> Tensor:
@@ -126,18 +127,19 @@ class AssignmentGraph(BaseTransform):
         ConfigError: when called, for an image without instances, with NaN or infinite values, or with other boxes.
     """
 
+    @checked
     def __init__(
         self,
         label_vectors: Tensor,
-        m: int | None = None,
-        num_neighbors: int = 5,
-        num_label_neighbors: int | None = None,
+        m: Positive | None = None,
+        num_neighbors: Positive = 5,
+        num_label_neighbors: Positive | None = None,
         *,
         edge_types: Sequence[str | EdgeType] = RELATIONS,
         candidates: Tensor | None = None,
         class_labels: Tensor | None = None,
         label_counts: Tensor | None = None,
-        views: int = 1,
+        views: Positive = 1,
         edge_attr: bool = False,
     ) -> None:
         if not isinstance(label_vectors, Tensor) or label_vectors.ndim != 2 or label_vectors.shape[0] == 0:
@@ -147,9 +149,6 @@ class AssignmentGraph(BaseTransform):
             raise ArgumentError(
                 "label_vectors", f"of labels {invalid[:10]} hold NaN or infinite values: correct the embedding file."
             )
-        optional = {"m": m, "num_label_neighbors": num_label_neighbors}
-        check_positive(num_neighbors=num_neighbors, views=views)
-        check_positive(**{name: value for name, value in optional.items() if value is not None})
         C = label_vectors.shape[0]
         for name, table in (("candidates", candidates), ("class_labels", class_labels)):
             if table is not None and (table.dtype != torch.bool or table.shape[1:] != (C,)):

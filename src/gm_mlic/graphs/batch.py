@@ -93,6 +93,19 @@ class AssignmentBatch(TensorFields):
         """Node attributes: instances (B, M, D_o), labels (1, C, D_l)."""
         return {INSTANCE: self.x, LABEL: self.label_vectors[None]}
 
+    def collect(self, key: str, allow_empty: bool = False) -> dict[Any, Any]:
+        """An attribute by node or edge type, as :meth:`torch_geometric.data.HeteroData.collect`."""
+        if key in ("x", "edge_index", "edge_attr"):
+            found: dict[Any, Any] = getattr(self, f"{key}_dict")
+        elif key == "count":
+            found = {} if self.label_counts is None else {LABEL: self.label_counts[None]}
+        else:
+            value = getattr(self, key)
+            found = {} if value is None else {MATCHES if key == "confidence" else INSTANCE: value}
+        if not found and not allow_empty:
+            raise KeyError(key)
+        return found
+
     @property
     def match_mask(self) -> Tensor:
         """(B, M, C or 1) bool, the matching edges that exist."""

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch_geometric.nn import MeanAggregation, MessagePassing
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 
 from gm_mlic.errors import ArgumentError, ConfigError
@@ -187,9 +188,8 @@ class NodeConv(nn.Module):
         self.phi_n = ModuleDict({t: ConcatMLP(parts[t], out_channels, out_channels, norm=norm) for t in size})
 
     def reset_parameters(self) -> None:
-        for module in (*self.message.values(), self.phi_n):
-            for function in module.values():
-                function.reset_parameters()
+        reset(self.message)
+        reset(self.phi_n)
 
     def forward(
         self, x_dict: NodeValues, edge_index_dict: EdgeValues, edge_attr_dict: EdgeValues
@@ -300,8 +300,8 @@ class GraphNetworkBlock(nn.Module):
                 self.edge_conv[t] = EdgeUpdate(out_channels, dims[t], out_channels, product=fusion, norm=norm)
 
     def reset_parameters(self) -> None:
-        for layer in (self.node_conv, *self.edge_conv.values()):
-            layer.reset_parameters()
+        reset(self.node_conv)
+        reset(self.edge_conv)
 
     def forward(
         self, x_dict: NodeValues, edge_index_dict: EdgeValues, edge_attr_dict: EdgeValues

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge
+from annotated_types import DocInfo, Predicate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
+from torch_geometric.nn.inits import reset
 from torch_geometric.nn.module_dict import ModuleDict
 
-from gm_mlic.errors import ArgumentError, ConfigError, check_positive
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
 from gm_mlic.graphs.dense import DenseEdges, EdgeTensor, apply_linear, call, edge_ends, expanded, is_plain, reused
 from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, RELATIONS, EdgeSpec, EdgeType, NodeType, edge_table
 from gm_mlic.nn.conv import EdgeValues, GraphNetworkBlock, MessageMLP, NodeValues, by_type, node_types
 from gm_mlic.nn.mlp import ConcatLinear, ConcatMLP, Decoder
-from gm_mlic.nn.output import POOLINGS, ModelOutput, Pooling, pool_instances
-from gm_mlic.nn.prior import MatchHead
+from gm_mlic.nn.output import ModelOutput, Pooling, pool_instances
+from gm_mlic.nn.prior import MatchHead, attribute
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive
+from gm_mlic.schema import Fraction, Natural, NotNegative, Positive, checked
 
 Fusion = Literal["concat", "product"]
 Norm = Literal["none", "encoder", "all"]
 Relation = Literal["spatial", "semantic", "matches"]
-FUSIONS: tuple[str, ...] = get_args(Fusion)
-NORMS: tuple[str, ...] = get_args(Norm)
+Dim = Annotated[int, Predicate(lambda d: d > 0 or d == -1), DocInfo("1 or more, or -1 to take it from the first graph")]
 
 #: Number of edges that gradient checkpointing computes at a time, over all images: enough to use all cores, and about
 #: 200 MB at the widths of the paper.
@@ -93,8 +93,8 @@ class Encoder(nn.Module):
             self.edge_attr[t] = ConcatMLP(parts, out_channels, out_channels, product=fusion, norm=norm)
 
     def reset_parameters(self) -> None:
-        for mlp in (*self.x.values(), *self.edge_attr.values()):
-            mlp.reset_parameters()
+        reset(self.x)
+        reset(self.edge_attr)
 
     def forward(
         self,
@@ -210,10 +210,11 @@ class GMMLIC(nn.Module):
         ConfigError: when called, for a graph of other sizes or dtypes than the model, or without an edge type.
     """
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        label_dim: int,
+        instance_dim: Dim,
+        label_dim: Dim,
         k: Positive = 2,
         widths: Positive | Sequence[Positive] | None = None,
         encoder_width: Positive | None = None,
@@ -223,40 +224,25 @@ class GMMLIC(nn.Module):
         edge_types: Mapping[EdgeType, EdgeSpec] | Sequence[Relation | EdgeType] = RELATIONS,  # type: ignore[assignment]
         prior: bool = False,
         linear: bool = False,
-        class_words: bool | int = False,
+        class_words: bool | Natural = False,
         components: Positive | None = None,
         dropout: Fraction = 0.0,
-        shrinkage: Annotated[float, Ge(0)] = 0.0,
-        network_shrinkage: Annotated[float, Ge(0)] | None = None,
-        ridge: Annotated[float, Ge(0)] = 1000.0,
+        shrinkage: NotNegative = 0.0,
+        network_shrinkage: NotNegative | None = None,
+        ridge: NotNegative = 1000.0,
         pooling: Pooling = "max",
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(k=k)
         if isinstance(widths, int):
             widths = (widths,) * k
-        if not isinstance(widths, Iterable | None):
-            raise ArgumentError("widths", f"must be a size or a list of sizes, got {widths!r}.")
         widths = (512,) * (k - 1) + (256,) if widths is None else tuple(widths)
         if len(widths) != k:
             raise ArgumentError("widths", f"must have k = {k} entries, got {list(widths)}.")
         encoder_width = widths[0] if encoder_width is None else encoder_width
-        for width in widths:
-            check_positive(widths=width)
-        check_positive(encoder_width=encoder_width)
-        for name, size in (("instance_dim", instance_dim), ("label_dim", label_dim)):
-            if size < 1 and size != -1:
-                raise ArgumentError(name, f"must be 1 or more, or -1 to take it from the first graph; got {size}.")
-        choices = (("fusion", fusion, FUSIONS), ("norm", norm, NORMS), ("pooling", pooling, POOLINGS))
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ArgumentError(name, f"must be one of {', '.join(allowed)}; got {value!r}.")
         self.instance_dim, self.label_dim, self.k = instance_dim, label_dim, k
         self.widths, self.encoder_width, self.fusion, self.norm = widths, encoder_width, fusion, norm
         self.edge_types = edge_table(edge_types)
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be at least 0 and below 1, got {dropout}.")
         self.pooling, self.dropout, self.gradient_checkpointing = pooling, nn.Dropout(dropout), gradient_checkpointing
 
         product, last = fusion == "product", widths[-1]
@@ -270,8 +256,6 @@ class GMMLIC(nn.Module):
             network_shrinkage=network_shrinkage,
             ridge=ridge,
         )
-        if not isinstance(class_words, int) or class_words < 0:
-            raise ArgumentError("class_words", f"must be the number of detector classes, got {class_words!r}.")
         if class_words and min(instance_dim, label_dim) < 1:
             raise ArgumentError("class_words", "needs instance_dim and label_dim, not -1.")
         self.class_vectors: Tensor
@@ -289,8 +273,8 @@ class GMMLIC(nn.Module):
         self.decoder = Decoder([last] if MATCHES in self.edge_types else [last, last], last, zero=prior)
 
     def reset_parameters(self) -> None:
-        for module in (self.encoder, *self.blocks, self.decoder, self.head):
-            module.reset_parameters()  # type: ignore[operator]
+        for module in (self.encoder, self.blocks, self.decoder, self.head):
+            reset(module)
 
     @torch.no_grad()
     def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
@@ -324,10 +308,9 @@ class GMMLIC(nn.Module):
 
     def _match(self, graph: Any, cache: LabelCache | None, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Eq. 4 to 13: the logit of each matching edge, and the features of the labels."""
-        edge_index_dict, inputs = _collect(graph, "edge_index"), dict(_collect(graph, "x"))
+        inputs, edge_index_dict, attributes = (graph.collect(key, True) for key in ("x", "edge_index", "edge_attr"))
         x, w = self.head.features(inputs[INSTANCE]), inputs[LABEL]
         inputs[INSTANCE] = self.dropout(self._with_class_words(x, graph))
-        attributes = _collect(graph, "edge_attr")
         x_dict, edge_attr_dict = run(Encoder, self.encoder, inputs, edge_index_dict, attributes, cache)
         for block in self.blocks:
             x_dict, edge_attr_dict = run(GraphNetworkBlock, block, x_dict, edge_index_dict, edge_attr_dict)
@@ -342,10 +325,8 @@ class GMMLIC(nn.Module):
     def _with_class_words(self, x: Tensor, graph: Any) -> Tensor:
         if not self.class_words:
             return x
-        instances = graph if isinstance(graph, AssignmentBatch) else graph[INSTANCE]
-        score, detected_label = (getattr(instances, name, None) for name in ("score", "detected_label"))
-        if score is None or detected_label is None:
-            raise ConfigError("The graph has no score and detected_label of instances, which `class_words` needs.")
+        otherwise = "The graph has no score and detected_label of instances, which `class_words` needs."
+        score, detected_label = (attribute(graph, INSTANCE, key, otherwise) for key in ("score", "detected_label"))
         return torch.cat([x, self.class_vectors[detected_label], score[..., None].to(x.dtype)], dim=-1)
 
     def precompute_labels(self, data: AssignmentBatch) -> LabelCache:
@@ -387,7 +368,7 @@ class GMMLIC(nn.Module):
             raise ConfigError(f"The model takes a HeteroData or an AssignmentBatch, not {type(data).__name__}.")
         if (dense or cache is not None) and not isinstance(data, AssignmentBatch):
             raise ConfigError("A label cache needs an AssignmentBatch, not a HeteroData.")
-        x_dict, edge_index_dict, edge_attr_dict = (_collect(data, name) for name in ("x", "edge_index", "edge_attr"))
+        x_dict, edge_index_dict, edge_attr_dict = (data.collect(key, True) for key in ("x", "edge_index", "edge_attr"))
         check_sizes(x_dict, self.instance_dim, self.label_dim)
         for t in (*self.edge_types, MATCHES):
             if t not in edge_index_dict:
@@ -409,12 +390,12 @@ class GMMLIC(nn.Module):
                 "The graph stores the attributes of matching edges, and the model changes the instance features in "
                 "them: give AssignmentGraph edge_attr=False."
             )
-        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        if not dtypes or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
+        if dtype is None or torch.is_autocast_enabled(x_dict[INSTANCE].device.type):
             return
-        dtype = dtypes[0]
         tensors = {f"x_dict[{t!r}]": x for t, x in x_dict.items()}
-        for name, tensor in (tensors | {f"edge_attr_dict[{t!r}]": e for t, e in edge_attr_dict.items()}).items():
+        tensors |= {f"edge_attr_dict[{t!r}]": e for t, e in edge_attr_dict.items()}
+        for name, tensor in tensors.items():
             if tensor.dtype != dtype:
                 raise ConfigError(
                     f"{name} of the graph is {tensor.dtype}, the model's parameters are {dtype}: convert one of them, "
@@ -426,10 +407,3 @@ class GMMLIC(nn.Module):
             f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, k={self.k}, widths={list(self.widths)}, "
             f"fusion={self.fusion!r})"
         )
-
-
-def _collect(data: HeteroData | AssignmentBatch, name: str) -> dict[Any, Any]:
-    """``data.x_dict`` or another dictionary, empty where a ``HeteroData`` has none (PyG 2.6's do not compile)."""
-    if isinstance(data, AssignmentBatch):
-        return getattr(data, f"{name}_dict")  # type: ignore[no-any-return]
-    return data.collect(name, allow_empty=True)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
 from gm_mlic.nn.scatter import scatter_logsumexp, scatter_max
 
 Pooling = Literal["max", "logsumexp"]
-POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 _ISOLATED = "Label nodes {} have no matching edge: connect each to at least one instance."
 

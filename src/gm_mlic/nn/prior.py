@@ -12,12 +12,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
+from torch_geometric.nn.inits import reset
 from torch_geometric.utils import scatter
 
-from gm_mlic.errors import ArgumentError, ConfigError, check_positive
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.dense import DenseEdges, edge_dot
-from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES
+from gm_mlic.graphs.schema import INSTANCE, LABEL, MATCHES, EdgeType, NodeType
+from gm_mlic.schema import NotNegative, Positive, checked
 
 
 @runtime_checkable
@@ -46,27 +48,22 @@ class Penalized(Protocol):
 FLOOR = 1e-3
 
 
-def matching_edges(data: Any) -> Tensor | DenseEdges:
-    """The matching edges of a graph or batch. (``edge_index_dict`` of PyG 2.6's ``HeteroData`` does not compile.)"""
-    edges: Tensor | DenseEdges
-    edges = data.edge_index_dict[MATCHES] if isinstance(data, AssignmentBatch) else data[MATCHES].edge_index
-    return edges
+def attribute(data: Any, kind: NodeType | EdgeType, key: str, otherwise: str) -> Any:
+    """An attribute of the nodes or edges of a type, in a ``HeteroData`` or an ``AssignmentBatch``.
+
+    Raises:
+        ConfigError: with the message ``otherwise``, if there is none.
+    """
+    value = data.collect(key, allow_empty=True).get(kind)
+    if value is None:
+        raise ConfigError(otherwise)
+    return value
 
 
 def match_confidence(data: Any) -> Tensor:
     """:math:`q_{ic}` of each matching edge: (E,) of a ``HeteroData``, (B, M, C) of an ``AssignmentBatch``."""
-    q = getattr(data if isinstance(data, AssignmentBatch) else data[MATCHES], "confidence", None)
-    if q is None:
-        raise ConfigError("The graph has no confidence of matching edges: give AssignmentGraph class_labels.")
-    return q  # type: ignore[no-any-return]
-
-
-def label_counts(data: Any) -> Tensor:
-    """n_c of :class:`MatchHead`: (B * C,) of a ``HeteroData``, (1, C) of an ``AssignmentBatch``."""
-    counts = data.label_counts if isinstance(data, AssignmentBatch) else data[LABEL].get("count")
-    if counts is None:
-        raise ConfigError("Shrinkage needs the number of images with each label: give AssignmentGraph label_counts.")
-    return counts[None] if isinstance(data, AssignmentBatch) else counts
+    otherwise = "The graph has no confidence of matching edges: give AssignmentGraph class_labels."
+    return attribute(data, MATCHES, "confidence", otherwise)  # type: ignore[no-any-return]
 
 
 def image_mean(x: Tensor, weight: Tensor, data: Any) -> Tensor:
@@ -161,9 +158,8 @@ class LinearMatch(nn.Module):
             nn.init.zeros_(lin.weight)
 
     def forward(self, x: Tensor, w: Tensor, q: Tensor, data: Any) -> Tensor:
-        edge_index = matching_edges(data)
-        box = data.box if isinstance(data, AssignmentBatch) else data[INSTANCE].box
-        x1, y1, x2, y2 = box.to(x.dtype).unbind(-1)
+        edge_index = data.collect("edge_index")[MATCHES]
+        x1, y1, x2, y2 = data.collect("box")[INSTANCE].to(x.dtype).unbind(-1)
         area = ((x2 - x1).clamp(min=0) + 0.02) * ((y2 - y1).clamp(min=0) + 0.02)
         everywhere = self.instance(x) + self.image(image_mean(x, area.sqrt(), data))
         logits = edge_dot(edge_index, everywhere, w) + (q > 0) * edge_dot(edge_index, self.detected(x), w)
@@ -196,10 +192,10 @@ class Standardize(nn.Module):
     scale: Tensor
     axes: Tensor | None
 
-    def __init__(self, in_channels: int, out_channels: int | None = None) -> None:
+    @checked
+    def __init__(self, in_channels: Positive, out_channels: Positive | None = None) -> None:
         super().__init__()
-        check_positive(in_channels=in_channels)
-        if out_channels is not None and not 1 <= out_channels <= in_channels:
+        if out_channels is not None and out_channels > in_channels:
             raise ArgumentError("out_channels", f"must be 1 to {in_channels}, got {out_channels}.")
         self.in_channels, self.out_channels = in_channels, out_channels or in_channels
         self.register_buffer("mean", torch.zeros(in_channels))
@@ -256,6 +252,7 @@ class MatchHead(nn.Module):
 
     center: Tensor
 
+    @checked
     def __init__(
         self,
         instance_dim: int,
@@ -263,20 +260,17 @@ class MatchHead(nn.Module):
         *,
         prior: bool = False,
         linear: bool = False,
-        components: int | None = None,
-        shrinkage: float = 0.0,
-        network_shrinkage: float | None = None,
-        ridge: float = 1000.0,
+        components: Positive | None = None,
+        shrinkage: NotNegative = 0.0,
+        network_shrinkage: NotNegative | None = None,
+        ridge: NotNegative = 1000.0,
     ) -> None:
         super().__init__()
         if (prior or linear) and min(instance_dim, label_dim) < 1:
             raise ArgumentError("prior" if prior else "linear", "needs instance_dim and label_dim, not -1.")
-        if components is not None and (components < 1 or instance_dim < 1):
-            raise ArgumentError("components", f"must be 1 or more, with instance_dim, got {components}.")
+        if components is not None and instance_dim < 1:
+            raise ArgumentError("components", "needs instance_dim, not -1.")
         network_shrinkage = shrinkage if network_shrinkage is None else network_shrinkage
-        for name, value in (("shrinkage", shrinkage), ("network_shrinkage", network_shrinkage), ("ridge", ridge)):
-            if not 0 <= value < float("inf"):
-                raise ArgumentError(name, f"must be 0 or more, got {value}.")
         self.shrinkage, self.network_shrinkage, self.ridge = float(shrinkage), float(network_shrinkage), float(ridge)
         self.standardize = None if components is None else Standardize(instance_dim, min(components, instance_dim))
         self.out_channels = instance_dim if self.standardize is None else self.standardize.out_channels
@@ -286,9 +280,8 @@ class MatchHead(nn.Module):
             self.register_buffer("center", torch.zeros(label_dim))
 
     def reset_parameters(self) -> None:
-        for module in (self.prior, self.linear):
-            if module is not None:
-                module.reset_parameters()
+        reset(self.prior)
+        reset(self.linear)
 
     @torch.no_grad()
     def fit(self, features: Tensor, label_vectors: Tensor) -> None:
@@ -305,7 +298,7 @@ class MatchHead(nn.Module):
     def forward(self, r: Tensor, x: Tensor, w: Tensor, data: Any) -> Tensor:
         if self.prior is None and self.linear is None:
             return r
-        edge_index = matching_edges(data)
+        edge_index = data.collect("edge_index")[MATCHES]
         with torch.autocast(r.device.type, enabled=False):
             q, w = match_confidence(data), self._centered(w)
             s = self._shrunk(r, self.network_shrinkage, edge_index, data)
@@ -317,7 +310,8 @@ class MatchHead(nn.Module):
         """Logits times h_c."""
         if self.prior is None or not tau:
             return s
-        n = label_counts(data).to(torch.promote_types(s.dtype, torch.float32))
+        otherwise = "Shrinkage needs the number of images with each label: give AssignmentGraph label_counts."
+        n = attribute(data, LABEL, "count", otherwise).to(torch.promote_types(s.dtype, torch.float32))
         h = 1 - tau / (n + tau)  # 1 where a count is inf
         return s * _at_labels(edge_index, h.to(s.dtype))
 
@@ -325,8 +319,8 @@ class MatchHead(nn.Module):
         """The detector's part of the match logits, (E,) or (B, M, C); None without a prior."""
         if self.prior is None:
             return None
-        w = self._centered(data.x_dict[LABEL])
-        return self.prior(match_confidence(data), matching_edges(data), w)  # type: ignore[no-any-return]
+        w = self._centered(data.collect("x")[LABEL])
+        return self.prior(match_confidence(data), data.collect("edge_index")[MATCHES], w)  # type: ignore[no-any-return]
 
     def _centered(self, w: Tensor) -> Tensor:
         """Label vectors minus the mean of the training labels, of length 1."""

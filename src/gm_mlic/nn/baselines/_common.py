@@ -6,13 +6,13 @@ The instances of whole-image baselines are a grid of locations (``detector.grid_
 from __future__ import annotations
 
 import math
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ConfigError
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
 from gm_mlic.nn.mlp import ConcatMLP, init_linear
 from gm_mlic.nn.output import ModelOutput
@@ -27,8 +27,6 @@ def as_batch(
     num_labels: int,
     instance_dim: int | None = None,
     label_dim: int | None = None,
-    *,
-    complete: bool = True,
 ) -> AssignmentBatch:
     """The dense form of ``data``.
 
@@ -36,7 +34,6 @@ def as_batch(
         data: the graphs.
         num_labels: C of the model.
         instance_dim, label_dim: sizes that the model was built for; None for any size.
-        complete: refuse graphs whose matching edges lead to candidates only.
 
     Raises:
         ConfigError: if the graphs have no dense form, or their sizes differ from the model's.
@@ -45,8 +42,6 @@ def as_batch(
     check_sizes(batch.x_dict, instance_dim, label_dim)
     if batch.num_labels != num_labels:
         raise ConfigError(f"The graph has {batch.num_labels} labels, the model {num_labels}.")
-    if complete and batch.match_mask.shape[2] > 1:
-        raise ConfigError("Whole-image models need complete matching edges: build the graphs without candidates.")
     return batch
 
 
@@ -61,6 +56,11 @@ def location_output(
     """The output of a whole-image model from label logits (B, C) and a value per location and label (B, M, C)."""
     values = values.masked_fill(~batch.mask[..., None], float("-inf"))
     return ModelOutput(logits, values.detach().argmax(dim=1), label_states, values, auxiliary=auxiliary, loss=loss)
+
+
+def mean_pool(x: Tensor, mask: Tensor) -> Tensor:
+    """The mean (B, d) of values (B, M, d) over the locations of each image."""
+    return x.masked_fill(~mask[..., None], 0).sum(dim=1) / mask.sum(dim=1)[:, None]
 
 
 def to_map(x: Tensor, box: Tensor, mask: Tensor, size: int) -> Tensor:
@@ -113,11 +113,52 @@ class Composite(nn.Module):
             reset_parameters(module)
 
 
+class WholeImageModel(Composite):
+    """Base of whole-image models. Their instances are a grid of locations; boxes work as well.
+
+    Args:
+        instance_dim: D, size of a location's feature.
+        num_labels: C.
+        label_dim: D_l, size of a label's vector; None for any size.
+        width: of the model's layers; None for none.
+        **shown: further arguments that ``repr`` shows.
+    """
+
+    input: ClassVar[str] = "grid"
+
+    def __init__(
+        self, instance_dim: int, num_labels: int, label_dim: int | None = None, width: int | None = None, **shown: int
+    ) -> None:
+        super().__init__()
+        self.instance_dim, self.num_labels, self.label_dim, self.width = instance_dim, num_labels, label_dim, width
+        self._shown = shown if width is None else {"width": width, **shown}
+
+    def as_batch(self, data: HeteroData | AssignmentBatch) -> AssignmentBatch:
+        """The dense form of ``data``, as of :func:`as_batch`; also refuses edges to candidates only."""
+        batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
+        if batch.match_mask.shape[2] > 1:
+            raise ConfigError("Whole-image models need complete matching edges: build the graphs without candidates.")
+        return batch
+
+    def __repr__(self) -> str:
+        sizes = [n for n in (self.instance_dim, self.label_dim, self.num_labels) if n is not None]
+        shown = [f"{name}={value}" for name, value in self._shown.items()]
+        return f"{type(self).__name__}({', '.join([*map(str, sizes), *shown])})"
+
+
 class LeCunLinear(nn.Linear):
     """A Linear with LeCun normal initialization, for use without a ReLU after it."""
 
     def reset_parameters(self) -> None:
         init_linear(self)
+
+
+class LogitLinear(LeCunLinear):
+    """A Linear to logits. Autocast does not apply: rounded logits would be equal, and their order decides rankings."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class LabelClassifiers(nn.Module):
@@ -240,6 +281,9 @@ class DecoderLayer(Composite):
     Shapes:
         - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d) or None, mask (B, M) bool, False where padded, or None
         - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
+
+    Raises:
+        ArgumentError: for a model's argument ``width``, d, that is not a multiple of ``heads``.
     """
 
     def __init__(
@@ -252,6 +296,8 @@ class DecoderLayer(Composite):
         self_attention: bool = True,
     ) -> None:
         super().__init__()
+        if channels % heads:
+            raise ArgumentError("width", f"must be a multiple of heads={heads}, got {channels}.")
         self.self_attention = (
             nn.MultiheadAttention(channels, heads, dropout, batch_first=True) if self_attention else None
         )

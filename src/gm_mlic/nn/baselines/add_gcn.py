@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
     SLOPE,
-    Composite,
     DynamicAdjacency,
     GCNLayer,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    LogitLinear,
+    WholeImageModel,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 
 @register_model("add_gcn")
-class ADDGCN(Composite):
+class ADDGCN(WholeImageModel):
     r"""ADD-GCN, from "Attention-Driven Dynamic Graph Convolutional Network" (Ye et al., ECCV 2020).
 
     .. math::
@@ -55,13 +53,10 @@ class ADDGCN(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are Z
     """
 
-    input: ClassVar[str] = "grid"
-
-    def __init__(self, instance_dim: int, num_labels: int, width: Positive = 1024) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width)
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
-        self.activation = LeCunLinear(instance_dim, num_labels, bias=False)
+    @checked
+    def __init__(self, instance_dim: Positive, num_labels: Positive, width: Positive = 1024) -> None:
+        super().__init__(instance_dim, num_labels, width=width)
+        self.activation = LogitLinear(instance_dim, num_labels, bias=False)
         self.project = LeCunLinear(instance_dim, width)
         self.static_adjacency = nn.Parameter(torch.empty(num_labels, num_labels))
         self.static_conv = GCNLayer(width, width)
@@ -78,15 +73,10 @@ class ADDGCN(Composite):
         self._reset_adjacency()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
-        with torch.autocast(batch.x.device.type, enabled=False):  # rounded logits would be equal
-            maps: Tensor = self.activation(batch.x)
-        maps = maps.masked_fill(~batch.mask[..., None], float("-inf"))
+        batch = self.as_batch(data)
+        maps = self.activation(batch.x).masked_fill(~batch.mask[..., None], float("-inf"))
         V = maps.sigmoid().transpose(1, 2) @ self.project(batch.x)
         H = V + nn.functional.leaky_relu(self.static_conv(V, self.static_adjacency), SLOPE)
         A = self.dynamic_adjacency(H, H.mean(dim=1))
         Z = V + nn.functional.leaky_relu(self.dynamic_conv(H, A), SLOPE)
         return location_output((maps.amax(dim=1) + self.classifiers(Z)) / 2, maps, batch, Z)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width})"

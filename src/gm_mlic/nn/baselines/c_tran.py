@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     DecoderLayer,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive, Probability
+from gm_mlic.schema import Fraction, Positive, Probability, checked
 
 #: Logit of a label that is given in training; its cross-entropy is below 1e-8, its gradient zero.
 GIVEN = 20.0
@@ -43,7 +39,7 @@ def random_known(unknown: Tensor, share: float) -> Tensor:
 
 
 @register_model("c_tran")
-class CTran(Composite):
+class CTran(WholeImageModel):
     r"""C-Tran, from "General Multi-label Image Classification with Transformers" (Lanchantin et al., CVPR 2021).
 
     .. math::
@@ -79,28 +75,20 @@ class CTran(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`H_L` of the labels
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive | None = None,
         layers: Positive = 3,
         heads: Positive = 4,
         dropout: Fraction = 0.1,
         unknown: Probability = 0.25,
     ) -> None:
-        super().__init__()
         projected, width = width is not None, instance_dim if width is None else width
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, layers=layers, heads=heads)
-        if width % heads:
-            raise ArgumentError("width", f"must be a multiple of heads={heads}, got {width}.")
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
-        if not 0 <= unknown <= 1:
-            raise ArgumentError("unknown", f"must be in [0, 1], got {unknown}.")
-        self.instance_dim, self.num_labels, self.width, self.unknown = instance_dim, num_labels, width, unknown
+        super().__init__(instance_dim, num_labels, width=width, layers=layers)
+        self.unknown = unknown
         self.project = LeCunLinear(instance_dim, width) if projected else nn.Identity()
         self.labels = nn.Embedding(num_labels, width)
         self.states = nn.Embedding(2, width)  # absent, present
@@ -111,7 +99,7 @@ class CTran(Composite):
         self.classifiers = LabelClassifiers(num_labels, width)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         B, M = batch.mask.shape
         x = self.project(batch.x)
         labels = self.labels.weight.expand(B, -1, -1)
@@ -129,7 +117,3 @@ class CTran(Composite):
         logits = self.classifiers(states)
         logits = torch.where(known, torch.where(present, GIVEN, -GIVEN).to(logits.dtype), logits)
         return location_output(logits, attention[:, :M, M:], batch, states)
-
-    def __repr__(self) -> str:
-        layers = len(self.layers)
-        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width}, layers={layers})"

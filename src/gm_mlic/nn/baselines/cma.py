@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     LabelClassifiers,
-    as_batch,
+    WholeImageModel,
     conditional_probabilities,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.mlp import ConcatMLP
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive, Probability
+from gm_mlic.schema import Positive, Probability, checked
 
 #: Gradient steps and learning rate of the embedding of the label graph.
 STEPS, RATE = 500, 0.02
@@ -49,7 +45,7 @@ def similarity_loss(e: Tensor, A: Tensor, threshold: float) -> Tensor:
 
 
 @register_model("cma")
-class CMA(Composite):
+class CMA(WholeImageModel):
     r"""CMA, from "Cross-Modality Attention with Semantic Graph Embedding" (You et al., AAAI 2020).
 
     .. math::
@@ -80,15 +76,13 @@ class CMA(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are h
     """
 
-    input: ClassVar[str] = "grid"
     embeddings: Tensor
 
-    def __init__(self, instance_dim: int, num_labels: int, width: Positive = 256, threshold: Probability = 0.1) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width)
-        if not 0 <= threshold <= 1:
-            raise ArgumentError("threshold", f"must be in [0, 1], got {threshold}.")
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
+    @checked
+    def __init__(
+        self, instance_dim: Positive, num_labels: Positive, width: Positive = 256, threshold: Probability = 0.1
+    ) -> None:
+        super().__init__(instance_dim, num_labels, width=width)
         self.threshold = threshold
         self.transform = ConcatMLP([instance_dim], width, width)
         self.classifiers = LabelClassifiers(num_labels, width)
@@ -109,7 +103,7 @@ class CMA(Composite):
         self.embeddings.copy_(e.detach())
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         v = self.transform(batch.x)
         cosine = normalize(v, dim=-1) @ normalize(self.embeddings, dim=-1).to(v.dtype).T
         z = torch.relu(cosine).masked_fill(~batch.mask[..., None], 0)
@@ -118,6 +112,3 @@ class CMA(Composite):
         attention = z / z.sum(dim=1, keepdim=True)
         h = attention.transpose(1, 2) @ v
         return location_output(self.classifiers(h), cosine, batch, h)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width})"

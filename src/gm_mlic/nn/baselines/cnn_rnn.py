@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     location_output,
+    mean_pool,
     present_and_difficult,
 )  # fmt: skip
 from gm_mlic.nn.baselines._sequence import label_paths, log_odds, path_loss, present_labels
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 #: State of the LSTM: output and cell, each (rows, d).
 State = tuple[Tensor, Tensor]
 
 
 @register_model("cnn_rnn")
-class CNNRNN(Composite):
+class CNNRNN(WholeImageModel):
     r"""CNN-RNN, from "CNN-RNN: A Unified Framework for Multi-label Image Classification" (Wang et al., CVPR 2016).
 
     .. math::
@@ -67,23 +65,20 @@ class CNNRNN(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``loss`` is the cross-entropy, None without targets
     """
 
-    input: ClassVar[str] = "grid"
     rank: Tensor
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive = 64,
         hidden: Positive = 512,
         steps: Positive = 20,
         beams: Positive = 4,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width)
-        check_positive(hidden=hidden, steps=steps, beams=beams)
-        self.instance_dim, self.num_labels, self.width, self.beams = instance_dim, num_labels, width, beams
-        self.steps = min(steps, num_labels)
+        super().__init__(instance_dim, num_labels, width=width, hidden=hidden, beams=beams)
+        self.steps, self.beams = min(steps, num_labels), beams
         self.labels = LeCunLinear(width, num_labels + 1, bias=False)  # U_l, with END
         self.lstm = nn.LSTMCell(width, hidden)
         self.output = LeCunLinear(hidden, width, bias=False)
@@ -148,10 +143,10 @@ class CNNRNN(Composite):
         return best, best_odds
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         with torch.autocast(batch.x.device.type, enabled=False):  # rounded probabilities would change paths
             locations = self.image(batch.x)
-            image = locations.masked_fill(~batch.mask[..., None], 0).sum(dim=1) / batch.mask.sum(dim=1)[:, None]
+            image = mean_pool(locations, batch.mask)
             values = self.labels(locations)[..., :-1]
             with torch.no_grad() if self.training else contextlib.nullcontext():
                 _, logits = self.search(image)
@@ -160,7 +155,3 @@ class CNNRNN(Composite):
                 paths = label_paths(present_labels(batch), self.rank, self.steps)
                 loss = path_loss(self.path_scores(image, paths), paths, batch)
         return location_output(logits, values, batch, loss=loss)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}, hidden={self.lstm.hidden_size}"
-        return f"{type(self).__name__}({sizes}, beams={self.beams})"

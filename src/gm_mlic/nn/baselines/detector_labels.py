@@ -13,10 +13,8 @@ from gm_mlic.errors import ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import as_batch
 from gm_mlic.nn.output import ModelOutput, pool_instances
+from gm_mlic.nn.prior import FLOOR
 from gm_mlic.registry import register_model
-
-#: Confidence of a label that the detector did not predict for an instance, before calibration.
-FLOOR = 1e-3
 
 
 @register_model("detector_labels")

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, LeCunLinear, as_batch, location_output
+from gm_mlic.nn.baselines._common import LogitLinear, WholeImageModel, location_output, mean_pool
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
+from gm_mlic.schema import Positive, checked
 
 
 @register_model("gap_linear")
-class GAPLinear(Composite):
+class GAPLinear(WholeImageModel):
     r"""Global average pooling and a linear classifier, from "Deep Residual Learning" (He et al., CVPR 2016, Table 1).
 
     .. math::
@@ -35,20 +31,12 @@ class GAPLinear(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
     """
 
-    input: ClassVar[str] = "grid"
-
-    def __init__(self, instance_dim: int, num_labels: int) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels)
-        self.classifier = LeCunLinear(instance_dim, num_labels)
+    @checked
+    def __init__(self, instance_dim: Positive, num_labels: Positive) -> None:
+        super().__init__(instance_dim, num_labels)
+        self.classifier = LogitLinear(instance_dim, num_labels)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.classifier.out_features, self.classifier.in_features)
-        with torch.autocast(batch.x.device.type, enabled=False):  # rounded logits would be equal
-            matches: Tensor = self.classifier(batch.x)
-        present = batch.mask[..., None]
-        logits = matches.masked_fill(~present, 0).sum(dim=1) / present.sum(dim=1)
-        return location_output(logits, matches, batch)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.classifier.in_features}, {self.classifier.out_features})"
+        batch = self.as_batch(data)
+        matches = self.classifier(batch.x)
+        return location_output(mean_pool(matches, batch.mask), matches, batch)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, max_pool2d, mse_loss
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, LeCunLinear, as_batch, from_map, location_output, to_map
+from gm_mlic.nn.baselines._common import Composite, LogitLinear, WholeImageModel, from_map, location_output, to_map
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive
+from gm_mlic.schema import Fraction, Positive, checked
 
 #: Sides of the windows, as parts of the map's side.
 SIDES = (1.0, 0.5, 0.25)
@@ -86,7 +83,7 @@ class RegionFeatures(Composite):
 
 
 @register_model("kd_wsd")
-class KDWSD(Composite):
+class KDWSD(WholeImageModel):
     r"""KD-WSD, from "Multi-Label Image Classification via Knowledge Distillation from Weakly-Supervised Detection".
 
     Liu et al., ACM Multimedia 2018.
@@ -126,47 +123,36 @@ class KDWSD(Composite):
           ``loss`` is the sum of both distillation losses
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive = 512,
         dropout: Fraction = 0.5,
         map_size: Positive = 14,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, map_size=map_size)
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
-        self.instance_dim, self.num_labels, self.width, self.map_size = instance_dim, num_labels, width, map_size
+        super().__init__(instance_dim, num_labels, width=width, map_size=map_size)
+        self.map_size = map_size
         self.teacher = RegionFeatures(instance_dim, width, dropout)
-        self.classes = LeCunLinear(width, num_labels)
-        self.proposals = LeCunLinear(width, num_labels)
+        self.classes = LogitLinear(width, num_labels)
+        self.proposals = LogitLinear(width, num_labels)
         self.student = RegionFeatures(instance_dim, width, dropout)
-        self.classifier = LeCunLinear(width, num_labels)
+        self.classifier = LogitLinear(width, num_labels)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         X = to_map(batch.x, batch.box, batch.mask, self.map_size)
         S = self.student.map(X)
-        whole, cells = self.student(S.amax(dim=(2, 3))), self.student(S.flatten(2).transpose(1, 2))
-        with torch.autocast(X.device.type, enabled=False):  # rounded logits would be equal
-            logits = self.classifier(whole.to(X.dtype))
-            values = self.classifier(cells.to(X.dtype)).transpose(1, 2).reshape(-1, self.num_labels, *X.shape[2:])
+        logits = self.classifier(self.student(S.amax(dim=(2, 3))))
+        cells = self.classifier(self.student(S.flatten(2).transpose(1, 2)))
         auxiliary, loss = None, None
         if self.training:
-            v, u = self.teacher(windows(self.teacher.map(X))), self.student(windows(S))
-            with torch.autocast(X.device.type, enabled=False):
-                v, u = v.to(X.dtype), u.to(X.dtype)
-                classes, proposals = self.classes(v), self.proposals(v)
-                log_p = detection_log_scores(classes, proposals).clamp(max=-torch.finfo(X.dtype).eps)
-                auxiliary = (log_p - torch.log1p(-log_p.exp()),)
-                soft = detection_log_scores(classes / TEACHER, proposals / TEACHER).exp().detach().clamp(max=1)
-                loss = mse_loss(u, v.detach()) + binary_cross_entropy_with_logits(logits / STUDENT, soft)
-        return location_output(logits, from_map(values, batch.box), batch, auxiliary=auxiliary, loss=loss)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}"
-        return f"{type(self).__name__}({sizes}, map_size={self.map_size})"
+            v, u = self.teacher(windows(self.teacher.map(X))).to(X.dtype), self.student(windows(S)).to(X.dtype)
+            classes, proposals = self.classes(v), self.proposals(v)
+            log_p = detection_log_scores(classes, proposals).clamp(max=-torch.finfo(X.dtype).eps)
+            auxiliary = (log_p - torch.log1p(-log_p.exp()),)
+            soft = detection_log_scores(classes / TEACHER, proposals / TEACHER).exp().detach().clamp(max=1)
+            loss = mse_loss(u, v.detach()) + binary_cross_entropy_with_logits(logits / STUDENT, soft)
+        values = from_map(cells.transpose(1, 2).unflatten(2, X.shape[2:]), batch.box)
+        return location_output(logits, values, batch, auxiliary=auxiliary, loss=loss)

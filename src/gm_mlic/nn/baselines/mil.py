@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
+from gm_mlic.errors import ArgumentError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.graphs.schema import standardize_boxes
 from gm_mlic.nn.baselines._common import as_batch
 from gm_mlic.nn.mlp import ConcatMLP, Decoder
-from gm_mlic.nn.output import POOLINGS, ModelOutput, Pooling, pool_instances
+from gm_mlic.nn.output import ModelOutput, Pooling, pool_instances
 from gm_mlic.nn.prior import MatchHead
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import NotNegative, Positive, checked
 
 
 @register_model("mil_max")
@@ -48,29 +47,26 @@ class MILMax(nn.Module):
 
     one_hot: Tensor
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive | None = 512,
         *,
         prior: bool = False,
         linear: bool = False,
         components: Positive | None = None,
-        shrinkage: Annotated[float, Ge(0)] = 0.0,
-        ridge: Annotated[float, Ge(0)] = 1000.0,
+        shrinkage: NotNegative = 0.0,
+        ridge: NotNegative = 1000.0,
         pooling: Pooling = "max",
     ) -> None:
         super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels)
-        if pooling not in POOLINGS:
-            raise ArgumentError("pooling", f"must be one of {', '.join(POOLINGS)}; got {pooling!r}.")
         self.instance_dim, self.num_labels, self.width, self.pooling = instance_dim, num_labels, width, pooling
         options: dict[str, Any] = {"components": components, "shrinkage": shrinkage, "ridge": ridge}
         self.head = MatchHead(instance_dim, num_labels, prior=prior, linear=linear, **options)
         self.register_buffer("one_hot", torch.eye(num_labels)[None], persistent=False)
         if width is not None:
-            check_positive(width=width)
             self.encoder = ConcatMLP([self.head.out_channels, 4], width, width, norm=True)
             self.decoder = Decoder([width], width, num_labels, zero=prior)
         elif not prior and not linear:
@@ -92,7 +88,7 @@ class MILMax(nn.Module):
         return self.head.penalty()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim, complete=False)
+        batch = as_batch(data, self.num_labels, self.instance_dim)
         x = self.head.features(batch.x)
         if self.width is None:
             match_logits = x.new_zeros(*batch.mask.shape, self.num_labels)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     DecoderLayer,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive
+from gm_mlic.schema import Fraction, Positive, checked
 
 
 @register_model("ml_decoder")
-class MLDecoder(Composite):
+class MLDecoder(WholeImageModel):
     r"""ML-Decoder, from "ML-Decoder: Scalable and Versatile Classification Head" (Ridnik et al., 2021).
 
     .. math::
@@ -57,50 +53,39 @@ class MLDecoder(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_{3,k}` of each label's group
     """
 
-    input: ClassVar[str] = "grid"
     queries: Tensor
     group: Tensor
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive = 768,
         groups: Positive = 100,
         heads: Positive = 8,
         hidden: Positive = 2048,
         dropout: Fraction = 0.1,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, groups=groups)
-        check_positive(heads=heads, hidden=hidden)
-        if width % heads:
-            raise ArgumentError("width", f"must be a multiple of heads={heads}, got {width}.")
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
-        size = -(-num_labels // min(groups, num_labels))
+        group = torch.arange(num_labels) // -(-num_labels // min(groups, num_labels))
+        K = int(group[-1]) + 1
+        super().__init__(instance_dim, num_labels, width=width, groups=K)
         self.project = LeCunLinear(instance_dim, width)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         self.layer = DecoderLayer(width, heads, dropout, hidden, self_attention=False)
         self.classifiers = LabelClassifiers(num_labels, width)
-        group = torch.arange(num_labels) // size
         self.register_buffer("group", group, persistent=False)
-        self.register_buffer("queries", torch.randn(int(group[-1]) + 1, width))
+        self.register_buffer("queries", torch.randn(K, width))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.queries.normal_()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         F = torch.relu(self.project(batch.x))
         Q = self.norm(self.queries + self.dropout(self.queries.expand(F.shape[0], -1, -1)))
         Q, attention = self.layer(Q, F, None, batch.mask)
         states = Q[:, self.group]
         return location_output(self.classifiers(states), attention[:, :, self.group], batch, states)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}"
-        return f"{type(self).__name__}({sizes}, groups={len(self.queries)})"

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     GCNLayer,
-    as_batch,
+    WholeImageModel,
     conditional_probabilities,
     label_classifiers,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive, Probability
+from gm_mlic.schema import Fraction, Positive, Probability, checked
 
 
 def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
@@ -49,7 +45,7 @@ def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
 
 
 @register_model("ml_gcn")
-class MLGCN(Composite):
+class MLGCN(WholeImageModel):
     r"""ML-GCN, from "Multi-Label Image Recognition with Graph Convolutional Networks" (Chen et al., CVPR 2019).
 
     .. math::
@@ -78,25 +74,19 @@ class MLGCN(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`
     """
 
-    input: ClassVar[str] = "grid"
     adjacency: Tensor
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        label_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        label_dim: Positive,
+        num_labels: Positive,
         width: Positive = 1024,
         tau: Probability = 0.4,
         p: Fraction = 0.2,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width)
-        if not 0 <= tau <= 1:
-            raise ArgumentError("tau", f"must be in [0, 1], got {tau}.")
-        if not 0 <= p < 1:
-            raise ArgumentError("p", f"must be in [0, 1), got {p}.")
-        self.instance_dim, self.label_dim, self.num_labels = instance_dim, label_dim, num_labels
+        super().__init__(instance_dim, num_labels, label_dim, width=width)
         self.tau, self.p = tau, p
         self.conv1 = GCNLayer(label_dim, width)
         self.conv2 = GCNLayer(width, instance_dim)
@@ -112,14 +102,10 @@ class MLGCN(Composite):
         return label_classifiers(label_vectors, self.adjacency, self.conv1, self.conv2)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
+        batch = self.as_batch(data)
         W = self.classifiers(batch.label_vectors)
         pooled = batch.x.masked_fill(~batch.mask[..., None], float("-inf")).amax(dim=1)
         with torch.autocast(pooled.device.type, enabled=False):  # rounded logits would be equal
             W = W.to(pooled.dtype)
             logits, matches = pooled @ W.T, batch.x @ W.T
         return location_output(logits, matches, batch)
-
-    def __repr__(self) -> str:
-        width = self.conv1.weight.shape[1]
-        return f"{type(self).__name__}({self.instance_dim}, {self.label_dim}, {self.num_labels}, width={width})"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, LeCunLinear, as_batch, location_output
+from gm_mlic.nn.baselines._common import LeCunLinear, WholeImageModel, location_output, mean_pool
 from gm_mlic.nn.baselines._sequence import label_paths, log_odds, path_loss, present_labels
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 
 def assignment(cost: np.ndarray) -> list[int]:
@@ -78,7 +75,7 @@ def align(scores: Tensor, paths: Tensor) -> Tensor:
 
 
 @register_model("pla")
-class PLA(Composite):
+class PLA(WholeImageModel):
     r"""PLA, from "Orderless Recurrent Models for Multi-label Classification" (Yazici et al., CVPR 2020).
 
     .. math::
@@ -115,14 +112,16 @@ class PLA(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``loss`` is the cross-entropy, None without targets
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
-        self, instance_dim: int, num_labels: int, width: Positive = 256, hidden: Positive = 512, steps: Positive = 20
+        self,
+        instance_dim: Positive,
+        num_labels: Positive,
+        width: Positive = 256,
+        hidden: Positive = 512,
+        steps: Positive = 20,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, hidden=hidden, steps=steps)
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
+        super().__init__(instance_dim, num_labels, width=width, hidden=hidden)
         self.steps = min(steps, num_labels)
         self.start_h = LeCunLinear(instance_dim, hidden)
         self.start_c = LeCunLinear(instance_dim, hidden)
@@ -145,7 +144,7 @@ class PLA(Composite):
     def decode(self, batch: AssignmentBatch, least: int) -> tuple[Tensor, Tensor]:
         """Scores (B, T, C + 1) and attention (B, T, M) of greedy steps, until all images ended, at least ``least``."""
         x, keys, mask = batch.x, self.location(batch.x), batch.mask
-        mean = x.masked_fill(~mask[..., None], 0).sum(dim=1) / mask.sum(dim=1)[:, None]
+        mean = mean_pool(x, mask)
         h, c = self.start_h(mean), self.start_c(mean)
         label = torch.full_like(batch.mask[:, 0], self.num_labels, dtype=torch.int64)
         ended = torch.zeros_like(batch.mask[:, 0])
@@ -161,7 +160,7 @@ class PLA(Composite):
         return torch.stack(scores, dim=1), torch.stack(attentions, dim=1)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         paths = None
         if self.training and batch.y is not None:
             # The order of the labels is free: any rank.
@@ -178,7 +177,3 @@ class PLA(Composite):
                 loss, logits = path_loss(scores, align(scores, paths), batch), logits.detach()
         values = attention.gather(1, step[..., None].expand(-1, -1, attention.shape[2])).transpose(1, 2)
         return location_output(logits, values, batch, loss=loss)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}, hidden={self.lstm.hidden_size}"
-        return f"{type(self).__name__}({sizes})"

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
+from gm_mlic.errors import ArgumentError
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     DecoderLayer,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive
+from gm_mlic.schema import Fraction, Positive, checked
 
 
 def position_encoding(box: Tensor, channels: int) -> Tensor:
@@ -44,7 +42,7 @@ def position_encoding(box: Tensor, channels: int) -> Tensor:
 
 
 @register_model("query2label")
-class Query2Label(Composite):
+class Query2Label(WholeImageModel):
     r"""Query2Label, from "Query2Label: A Simple Transformer Way to Multi-Label Classification" (Liu et al., 2021).
 
     .. math::
@@ -70,25 +68,20 @@ class Query2Label(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive | None = None,
         layers: Positive = 2,
         heads: Positive = 4,
         dropout: Fraction = 0.1,
     ) -> None:
-        super().__init__()
         width = instance_dim if width is None else width
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, layers=layers, heads=heads)
-        if width % 4 or width % heads:
+        if width % 4:
             raise ArgumentError("width", f"must be a multiple of 4 and of heads={heads}, got {width}.")
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
-        self.instance_dim, self.num_labels, self.width = instance_dim, num_labels, width
+        super().__init__(instance_dim, num_labels, width=width, layers=layers)
         self.project = LeCunLinear(instance_dim, width)
         self.queries = nn.Parameter(torch.empty(num_labels, width))
         self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
@@ -100,13 +93,10 @@ class Query2Label(Composite):
         super().reset_parameters()
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
-        F, pos = self.project(batch.x), position_encoding(batch.box, self.width)
+        batch = self.as_batch(data)
+        F = self.project(batch.x)
+        pos = position_encoding(batch.box, F.shape[-1])
         Q = self.queries.expand(F.shape[0], -1, -1)
         for layer in self.layers:
             Q, attention = layer(Q, F, pos, batch.mask)
         return location_output(self.classifiers(Q), attention, batch, Q)
-
-    def __repr__(self) -> str:
-        layers = len(self.layers)
-        return f"{type(self).__name__}({self.instance_dim}, {self.num_labels}, width={self.width}, layers={layers})"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, LeCunLinear, as_batch, location_output, to_map
+from gm_mlic.nn.baselines._common import LeCunLinear, WholeImageModel, location_output, to_map
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 #: Largest scale without penalty, smallest scale without penalty (alpha and beta of the paper).
 LARGEST, SMALLEST = 0.5, 0.1
@@ -81,7 +79,7 @@ class Localization(LeCunLinear):
 
 
 @register_model("rnn_attention")
-class RNNAttention(Composite):
+class RNNAttention(WholeImageModel):
     r"""RNN-Attention, from "Multi-label Image Recognition by Recurrently Discovering Attentional Regions".
 
     Wang et al., ICCV 2017.
@@ -121,22 +119,18 @@ class RNNAttention(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``loss`` is the weighted penalty, None in evaluation
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive = 512,
         regions: Positive = 5,
         region_size: Positive = 7,
         map_size: Positive = 14,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, regions=regions)
-        check_positive(region_size=region_size, map_size=map_size)
-        self.instance_dim, self.num_labels, self.width, self.regions = instance_dim, num_labels, width, regions
-        self.region_size, self.map_size = region_size, map_size
+        super().__init__(instance_dim, num_labels, width=width, regions=regions, map_size=map_size)
+        self.regions, self.region_size, self.map_size = regions, region_size, map_size
         self.project = nn.Conv2d(instance_dim, width, 1)
         self.region = nn.Linear(width * region_size**2, width)
         self.lstm = nn.LSTMCell(width, width)
@@ -145,7 +139,7 @@ class RNNAttention(Composite):
         self.localization = Localization(width)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         X = self.project(to_map(batch.x, batch.box, batch.mask, self.map_size))
         with torch.autocast(X.device.type, enabled=False):  # rounded regions would be others, rounded logits equal
             logits, regions = self.look(X.to(batch.x.dtype))
@@ -159,7 +153,7 @@ class RNNAttention(Composite):
 
     def look(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Scores (B, K, C) and regions (B, K, 4) of maps (B, width, G, G)."""
-        h = c = X.new_zeros(X.shape[0], self.width)
+        h = c = X.new_zeros(X.shape[0], self.lstm.hidden_size)
         region = X.new_tensor([1.0, 1.0, 0.0, 0.0]).expand(X.shape[0], -1)
         scores, regions = [], []
         for k in range(self.regions + 1):
@@ -171,7 +165,3 @@ class RNNAttention(Composite):
                 regions.append(region)
             region = self.localization(z)
         return torch.stack(scores, dim=1), torch.stack(regions, dim=1)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}, regions={self.regions}"
-        return f"{type(self).__name__}({sizes}, map_size={self.map_size})"

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import (
-    Composite,
-    LeCunLinear,
-    as_batch,
-    from_map,
-    location_output,
-    to_map,
-)  # fmt: skip
+from gm_mlic.nn.baselines._common import LogitLinear, WholeImageModel, from_map, location_output, mean_pool, to_map
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 #: Filters of the last convolution for each of its input maps.
 FILTERS = 4
 
 
 @register_model("srn")
-class SRN(Composite):
+class SRN(WholeImageModel):
     r"""SRN, from "Learning Spatial Regularization with Image-level Supervisions" (Zhu et al., CVPR 2017).
 
     .. math::
@@ -59,12 +48,12 @@ class SRN(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``auxiliary`` is :math:`\hat y^{att}`
     """
 
-    input: ClassVar[str] = "grid"
-
-    def __init__(self, instance_dim: int, num_labels: int, width: Positive = 512, map_size: Positive = 14) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, map_size=map_size)
-        self.instance_dim, self.num_labels, self.width, self.map_size = instance_dim, num_labels, width, map_size
+    @checked
+    def __init__(
+        self, instance_dim: Positive, num_labels: Positive, width: Positive = 512, map_size: Positive = 14
+    ) -> None:
+        super().__init__(instance_dim, num_labels, width=width, map_size=map_size)
+        self.map_size = map_size
         self.attention = nn.Sequential(
             nn.Conv2d(instance_dim, width, 1),
             nn.ReLU(),
@@ -72,7 +61,7 @@ class SRN(Composite):
             nn.ReLU(),
             nn.Conv2d(width, num_labels, 1, bias=False),  # a constant cancels in the softmax
         )
-        self.confidence = LeCunLinear(instance_dim, num_labels)
+        self.confidence = LogitLinear(instance_dim, num_labels)
         self.regularization = nn.Sequential(
             nn.Conv2d(num_labels, width, 1),
             nn.ReLU(),
@@ -82,24 +71,15 @@ class SRN(Composite):
             nn.ReLU(),
             nn.Flatten(),
         )
-        self.regularized = LeCunLinear(FILTERS * width, num_labels)
-        self.classifier = LeCunLinear(instance_dim, num_labels)
+        self.regularized = LogitLinear(FILTERS * width, num_labels)
+        self.classifier = LogitLinear(instance_dim, num_labels)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         X = to_map(batch.x, batch.box, batch.mask, self.map_size)
         A = self.attention(X).flatten(2).softmax(dim=2)
-        mean = batch.x.masked_fill(~batch.mask[..., None], 0).sum(dim=1) / batch.mask.sum(dim=1)[:, None]
-        with torch.autocast(X.device.type, enabled=False):  # rounded logits would be equal
-            S: Tensor = self.confidence(X.flatten(2).transpose(1, 2)).transpose(1, 2)
-            U = (S.sigmoid() * A).reshape(-1, self.num_labels, *X.shape[2:])
-            logits = self.classifier(mean)
-        hidden = self.regularization(U)
-        with torch.autocast(X.device.type, enabled=False):
-            logits = (logits + self.regularized(hidden.to(logits.dtype))) / 2
-        auxiliary = ((A * S).sum(dim=2),)
-        return location_output(logits, from_map(U, batch.box), batch, auxiliary=auxiliary)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}"
-        return f"{type(self).__name__}({sizes}, map_size={self.map_size})"
+        S = self.confidence(X.flatten(2).transpose(1, 2)).transpose(1, 2)
+        U = (S.sigmoid() * A).unflatten(2, X.shape[2:])
+        classified = self.classifier(mean_pool(batch.x, batch.mask))
+        logits = (classified + self.regularized(self.regularization(U))) / 2
+        return location_output(logits, from_map(U, batch.box), batch, auxiliary=((A * S).sum(dim=2),))

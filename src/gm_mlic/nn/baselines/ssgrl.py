@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
     Composite,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     conditional_probabilities,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 
 class SemanticDecoupling(Composite):
@@ -96,7 +93,7 @@ class GGNNStep(Composite):
 
 
 @register_model("ssgrl")
-class SSGRL(Composite):
+class SSGRL(WholeImageModel):
     r"""SSGRL, from "Learning Semantic-Specific Graph Representation for Multi-Label Image Recognition"
     (Chen et al., ICCV 2019).
 
@@ -122,15 +119,19 @@ class SSGRL(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`h^T`
     """
 
-    input: ClassVar[str] = "grid"
     adjacency: Tensor
 
+    @checked
     def __init__(
-        self, instance_dim: int, label_dim: int, num_labels: int, width: Positive = 1024, steps: Positive = 3
+        self,
+        instance_dim: Positive,
+        label_dim: Positive,
+        num_labels: Positive,
+        width: Positive = 1024,
+        steps: Positive = 3,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width, steps=steps)
-        self.instance_dim, self.label_dim, self.num_labels, self.steps = instance_dim, label_dim, num_labels, steps
+        super().__init__(instance_dim, num_labels, label_dim, width=width, steps=steps)
+        self.steps = steps
         self.decoupling = SemanticDecoupling(instance_dim, label_dim, width)
         self.conv = GGNNStep(instance_dim)
         self.out = LeCunLinear(2 * instance_dim, instance_dim)
@@ -142,14 +143,10 @@ class SSGRL(Composite):
         self.adjacency.copy_(conditional_probabilities(targets, self.num_labels, difficult))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
+        batch = self.as_batch(data)
         first, attention = self.decoupling(batch.x, batch.mask, batch.label_vectors)
         h = first
         for _ in range(self.steps):
             h = self.conv(h, self.adjacency)
         logits = self.classifiers(torch.tanh(self.out(torch.cat([h, first], dim=-1))))
         return location_output(logits, attention, batch, h)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.label_dim}, {self.num_labels}"
-        return f"{type(self).__name__}({sizes}, width={self.decoupling.U.out_features}, steps={self.steps})"

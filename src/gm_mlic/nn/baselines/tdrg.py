@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
@@ -10,24 +10,23 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
     SLOPE,
-    Composite,
     DecoderLayer,
     DynamicAdjacency,
     GCNLayer,
     LabelClassifiers,
     LeCunLinear,
-    as_batch,
+    LogitLinear,
+    WholeImageModel,
     from_map,
     location_output,
     to_map,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Fraction, Positive
+from gm_mlic.schema import Fraction, Positive, checked
 
 #: Part of the cells whose mean is the score of a label under the semantic-aware constraint.
 TOP = 0.05
@@ -51,7 +50,7 @@ def cross_scale(fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @register_model("tdrg")
-class TDRG(Composite):
+class TDRG(WholeImageModel):
     r"""TDRG, from "Transformer-Based Dual Relation Graph for Multi-Label Image Recognition" (Zhao et al., ICCV 2021).
 
     .. math::
@@ -92,12 +91,11 @@ class TDRG(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are G, ``auxiliary`` are :math:`s^T, s^G, s^C`
     """
 
-    input: ClassVar[str] = "grid"
-
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        num_labels: Positive,
         width: Positive = 512,
         layers: Positive = 3,
         heads: Positive = 4,
@@ -105,23 +103,15 @@ class TDRG(Composite):
         dropout: Fraction = 0.0,
         map_size: Annotated[int, Ge(3)] = 14,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, num_labels=num_labels, width=width, layers=layers)
-        check_positive(heads=heads, hidden=hidden)
-        if width % heads:
-            raise ArgumentError("width", f"must be a multiple of heads={heads}, got {width}.")
-        if not 0 <= dropout < 1:
-            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout}.")
-        if map_size < 3:
-            raise ArgumentError("map_size", f"must be 3 or more, got {map_size}.")
-        self.instance_dim, self.num_labels, self.width, self.map_size = instance_dim, num_labels, width, map_size
+        super().__init__(instance_dim, num_labels, width=width, layers=layers, map_size=map_size)
+        self.map_size = map_size
         self.fine = nn.Conv2d(instance_dim, width, 1)
         self.coarse = nn.Conv2d(instance_dim, width, 3, stride=2)
         self.layers = nn.ModuleList(
             DecoderLayer(width, heads, dropout, hidden, self_attention=False) for _ in range(layers)
         )
-        self.structural = LeCunLinear(2 * width, num_labels)
-        self.activation = LeCunLinear(instance_dim, num_labels, bias=False)
+        self.structural = LogitLinear(2 * width, num_labels)
+        self.activation = LogitLinear(instance_dim, num_labels, bias=False)
         self.project = LeCunLinear(instance_dim, width)
         self.guidance = LeCunLinear(width, width)
         self.adjacency = DynamicAdjacency(2 * width, 2 * width, num_labels)
@@ -136,14 +126,12 @@ class TDRG(Composite):
         return H
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim)
+        batch = self.as_batch(data)
         X = to_map(batch.x, batch.box, batch.mask, self.map_size)
         scales = [self.encode(scale) for scale in cross_scale(self.fine(X), self.coarse(X))]
-        pooled = torch.cat([F.amax(dim=1) for F in scales], dim=-1)
+        structural = self.structural(torch.cat([F.amax(dim=1) for F in scales], dim=-1))
         x = X.flatten(2).transpose(1, 2)
-        with torch.autocast(X.device.type, enabled=False):  # rounded logits would be equal
-            structural = self.structural(pooled.to(x.dtype))
-            maps: Tensor = self.activation(x)
+        maps = self.activation(x)
 
         shares = maps.sigmoid().transpose(1, 2)
         guided = self.guidance((shares @ scales[0]).detach())
@@ -154,9 +142,5 @@ class TDRG(Composite):
 
         constraint = maps.topk(max(1, round(TOP * maps.shape[1])), dim=1).values.mean(dim=1)
         logits = STRUCTURAL * structural + SEMANTIC * semantic
-        values = from_map(maps.transpose(1, 2).reshape(-1, self.num_labels, *X.shape[2:]), batch.box)
+        values = from_map(maps.transpose(1, 2).unflatten(2, X.shape[2:]), batch.box)
         return location_output(logits, values, batch, G, auxiliary=(structural, semantic, constraint))
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.num_labels}, width={self.width}, layers={len(self.layers)}"
-        return f"{type(self).__name__}({sizes}, map_size={self.map_size})"

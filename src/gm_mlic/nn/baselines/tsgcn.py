@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from annotated_types import Gt
 from torch import Tensor
 from torch_geometric.data import HeteroData
 
-from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.graphs.batch import AssignmentBatch
 from gm_mlic.nn.baselines._common import (
-    Composite,
     GCNLayer,
     LeCunLinear,
-    as_batch,
+    WholeImageModel,
     conditional_probabilities,
     label_classifiers,
     location_output,
@@ -23,7 +21,7 @@ from gm_mlic.nn.baselines._common import (
 from gm_mlic.nn.baselines.ml_gcn import reweighted_adjacency
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
-from gm_mlic.schema import Positive
+from gm_mlic.schema import Positive, checked
 
 
 def spatial_adjacency(position: Tensor, radius: float) -> Tensor:
@@ -41,7 +39,7 @@ def spatial_adjacency(position: Tensor, radius: float) -> Tensor:
 
 
 @register_model("tsgcn")
-class TSGCN(Composite):
+class TSGCN(WholeImageModel):
     r"""TSGCN, after "Joint Input and Output Space Learning for Multi-Label Image Classification" (Xu et al., TMM 2021).
 
     .. math::
@@ -74,22 +72,18 @@ class TSGCN(Composite):
         - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`f_c`
     """
 
-    input: ClassVar[str] = "grid"
     adjacency: Tensor
 
+    @checked
     def __init__(
         self,
-        instance_dim: int,
-        label_dim: int,
-        num_labels: int,
+        instance_dim: Positive,
+        label_dim: Positive,
+        num_labels: Positive,
         width: Positive = 1024,
         radius: Annotated[float, Gt(0)] = 0.25,
     ) -> None:
-        super().__init__()
-        check_positive(instance_dim=instance_dim, label_dim=label_dim, num_labels=num_labels, width=width)
-        if not radius > 0:
-            raise ArgumentError("radius", f"must be above 0, got {radius}.")
-        self.instance_dim, self.label_dim, self.num_labels = instance_dim, label_dim, num_labels
+        super().__init__(instance_dim, num_labels, label_dim, width=width)
         self.radius = radius
         self.activation = LeCunLinear(instance_dim, num_labels, bias=False)
         self.semantic1, self.semantic2 = GCNLayer(label_dim, width), GCNLayer(width, instance_dim)
@@ -101,7 +95,7 @@ class TSGCN(Composite):
         self.adjacency.copy_(reweighted_adjacency(conditional_probabilities(targets, self.num_labels, difficult)))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
-        batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
+        batch = self.as_batch(data)
         scores = self.activation(batch.x).masked_fill(~batch.mask[..., None], float("-inf"))
         attention = scores.softmax(dim=1).to(batch.x.dtype)
         features = attention.transpose(1, 2) @ batch.x
@@ -112,7 +106,3 @@ class TSGCN(Composite):
         with torch.autocast(batch.x.device.type, enabled=False):  # rounded logits would be equal
             logits = (W.to(batch.x.dtype) * features.to(batch.x.dtype)).sum(dim=-1)
         return location_output(logits, attention, batch, features)
-
-    def __repr__(self) -> str:
-        sizes = f"{self.instance_dim}, {self.label_dim}, {self.num_labels}"
-        return f"{type(self).__name__}({sizes}, width={self.semantic1.weight.shape[1]})"
