@@ -95,7 +95,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "model.edge_types: unknown setting. Settings of model (ml_gcn): p, tau, width. It is set by "
             "experiment=scenes or ablation=no_semantic: leave that out.",
         ),
-        (["train", "-m", "model=gm_mlic,ml_gcn", "model.k=2"], "model.k: unknown setting. Settings of model: name, p"),
+        (["train", "-m", "model=gm_mlic,ml_gcn", "model.k=2"], "model.k: unknown setting. Settings of model (ml_gcn): p, tau, width."),
         (["train-detector", "detector=onnx"], " train-detector is for Faster R-CNN of torchvision, e.g. detector=mob"),
         (["train", "-m", "seed=0,1", "graph.m=3,0"], "graph.m=0: expected an integer of at least 1."),
         (["train", "sweep=m", "model.k=0"], "model.k=0: expected an integer of at least 1."),

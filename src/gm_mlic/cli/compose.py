@@ -18,11 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
-from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
+from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section, unknown
 from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry, import_plugins, is_built_in
 from gm_mlic.schema import Setting
@@ -71,12 +70,7 @@ def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] =
         return
     grid = parse([*(f"{key}={values}" for key, values in (sweeper.params or {}).items()), *overrides])
     for number, job in enumerate(BasicSweeper.split_arguments(grid, None)[0]):
-        try:
-            config = _composed(command, job, folders, True)
-        except HydraException as error:
-            from gm_mlic.cli.errors import config_error
-
-            raise ConfigError(config_error(error, command, job)) from error
+        config = _composed(command, job, folders, True)
         config.hydra.job.num = number
         HydraConfig.instance().set_config(config)  # for interpolations as in run_dir=runs/${hydra:job.num}
         check(command, config, complete=command != "plan")
@@ -84,13 +78,27 @@ def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] =
 
 def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], return_hydra_config: bool) -> DictConfig:
     prepare(command, overrides)
+    given = [_added_if_unknown(command, override) for override in overrides]
     if folders:
         paths = [f"'file://{folder.absolute()}'" for folder in folders]
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(paths)}]"]
+        given.append(f"hydra.searchpath=[{','.join(paths)}]")
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
+        config: DictConfig = hydra_compose(command, overrides=given, return_hydra_config=return_hydra_config)
+    if return_hydra_config:
+        config.hydra.overrides.task = list(overrides)
     return config
+
+
+def _added_if_unknown(command: str, override: str) -> str:
+    """``++KEY=VALUE`` for a setting of a section, so that an unknown one is reported by :func:`finish`, not by Hydra."""
+    setting = re.match(r"(?!hydra\b)(\w+)(\.[\w.]+)?=({?)", override)
+    if setting is None:
+        return override
+    known = [*fields_of(command), *COMMANDS[command].groups]
+    if setting[1] not in known:
+        raise ConfigError(unknown(setting[1], known))
+    return f"++{override}" if setting[2] or setting[3] else override
 
 
 def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:
@@ -206,10 +214,8 @@ def _primary(command: str) -> dict[str, Any]:
 
 def _plugins(overrides: Sequence[str]) -> list[str]:
     given = [text for text in overrides if re.match(r"\+*plugins=", text)]
-    values = [OverridesParser.create().parse_override(text).value() for text in given]
-    return [
-        str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name is not None
-    ]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
+    return [str(name) for value in values if isinstance(value, list) for name in value]
 
 
 # Resolvers
