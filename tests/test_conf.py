@@ -441,7 +441,7 @@ def test_num_workers_have_one_rule():
         (["graph.m=40"], r"graph\.m=40 exceeds the instances per image in the store \(detector\.max_instances=15\)"),
         (["model.k=3", "model.widths=[8,8]"], r"model\.widths=\[8, 8\] has 2 widths, model\.k=3: set one width per"),
         (["trainer.compile=true", "model.gradient_checkpointing=true"], r"controls recomputation"),
-        (["detector.trainable=all"], r"detector\.trainable=all needs instances\.online=true"),
+        (["detector.trainable=all"], r"detector\.trainable=all excludes instances\.online=false: .* Set instances\.on"),
         (["trainer.strategy=fast"], r"trainer\.strategy=fast: expected one of auto, ddp"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -218,7 +218,8 @@ def _plain(value: Any) -> Any:
 def _adapter(annotation: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    return TypeAdapter(annotation, config=None if is_dataclass(annotation) else ConfigDict(arbitrary_types_allowed=True))
+    config = None if is_dataclass(annotation) else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(annotation, config=config)
 
 
 def _without_roles(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from gm_mlic import Scenes, register_model
+from gm_mlic.cli import commands
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
 from gm_mlic.registry import register_dataset
@@ -73,6 +74,14 @@ def test_settings_that_fail_late_leave_no_run_folder(setting: str, photos: Path,
     assert train(photos, setting) == 2
     assert setting.partition("=")[0] in refused(capsys)
     assert not Path("run").exists()
+
+
+def test_a_command_that_failed_late_keeps_its_folder(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """For example an extraction that was out of memory after an hour."""
+    monkeypatch.setattr(commands, "_SETUP_S", 0.0)
+    Path("file").touch()
+    assert train(photos, "instances.root=file") == 2
+    assert {"config.yaml", "state.json", "train.log"} <= {path.name for path in Path("run").iterdir()}
 
 
 def change(root: Path, split: str, key: str, i: int, **values: Any) -> None:

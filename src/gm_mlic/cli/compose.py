@@ -91,7 +91,7 @@ def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], r
 
 
 def _added_if_unknown(command: str, override: str) -> str:
-    """``++KEY=VALUE`` for a setting of a section, so that an unknown one is reported by :func:`finish`, not by Hydra."""
+    """``++KEY=VALUE`` for a setting of a section: an unknown one is reported by :func:`finish` instead of Hydra."""
     setting = re.match(r"(?!hydra\b)(\w+)(\.[\w.]+)?=({?)", override)
     if setting is None:
         return override
@@ -132,7 +132,9 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
 
 def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     """Import plugins, and register the resolvers and options of a command with Hydra."""
-    import_plugins(_plugins(overrides))
+    given = [override for override in overrides if re.match(r"\+*plugins=", override)]
+    for plugins in OverridesParser.create().parse_overrides(given):
+        import_plugins(list(map(str, plugins.value())) if isinstance(plugins.value(), list) else [])
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
@@ -152,22 +154,27 @@ def _store_command(command: str) -> None:
 def _store_options(group: str, registered: tuple[Any, ...]) -> None:
     """Register the options of a group, again only if what is registered has changed."""
     store = ConfigStore.instance()
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]  # Hydra copies it, a third of a composition
     for option, build in registered:
         if option in _files(group) and not is_built_in(build):
             raise ConfigError(
                 f"The {group} {option} of a plugin has the name of a preset of gm-mlic: choose another name."
             )
-    for option, node in _nodes(group).items():
+    for option in _names(group):
         # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
         for name in {f"_{option}", option} - _files(group):
-            store.store(group=group, name=name, node=node)
+            store.store(group=group, name=name, node=_node(group, option))
 
 
 def options(group: str) -> list[str]:
     """Options of a config group."""
+    return sorted({*_names(group), *_files(group)})
+
+
+def _names(group: str) -> list[str]:
+    """Options of a group that the code defines."""
     kind = SECTIONS.get(group)
-    names = kind.names() if isinstance(kind, Registry) else ["default"] if kind else []
-    return sorted({*names, *_files(group)})
+    return kind.names() if isinstance(kind, Registry) else ["default"] if kind else []
 
 
 @functools.cache
@@ -176,17 +183,16 @@ def _files(group: str) -> frozenset[str]:
     return frozenset(file.stem for file in (folder / group).glob("*.yaml"))
 
 
-def _nodes(group: str) -> dict[str, dict[str, Any]]:
-    """Options of a group that the code defines, with all settings."""
+def _node(group: str, option: str) -> dict[str, Any]:
+    """Settings of an option that the code defines, with their defaults."""
     kind = SECTIONS[group]
     if not isinstance(kind, Registry):
-        return {"default": _defaults(settings_of_section(group))}
-    nodes = {name: {"name": name, **_defaults(settings_of_section(group, name))} for name in kind.names()}
+        return _defaults(settings_of_section(group))
+    node = {"name": option, **_defaults(settings_of_section(group, option))}
     if group == "dataset":  # each selects its detector
-        for name, node in nodes.items():
-            detector = kind.attribute(name, "detector", "resnet50_fpn")
-            nodes[name] = {"defaults": ["_self_", {"override /detector@_global_.detector": detector}], **node}
-    return nodes
+        detector = kind.attribute(option, "detector", "resnet50_fpn")
+        node["defaults"] = ["_self_", {"override /detector@_global_.detector": detector}]
+    return node
 
 
 def _defaults(settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -210,12 +216,6 @@ def _primary(command: str) -> dict[str, Any]:
     if command == "train":
         hydra["callbacks"] = {"sweep_folder": {"_target_": "gm_mlic.cli.commands.SweepFolder"}}
     return {"defaults": defaults, **_defaults(fields_of(command)), **kind.changed, "hydra": hydra}
-
-
-def _plugins(overrides: Sequence[str]) -> list[str]:
-    given = [text for text in overrides if re.match(r"\+*plugins=", text)]
-    values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
-    return [str(name) for value in values if isinstance(value, list) for name in value]
 
 
 # Resolvers

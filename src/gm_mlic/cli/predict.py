@@ -108,8 +108,12 @@ def load(config: DictConfig) -> Predictor:
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
     """Predictor for the ``labels`` of ``config``, a list or a comma-separated string."""
     names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-    embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
-    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **embedding)
+    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **new_labels(config))
+
+
+def new_labels(config: DictConfig) -> dict[str, str]:
+    """Settings of the embedding of new labels; empty for that of training."""
+    return {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
 
 
 def find_photos(names: Sequence[str]) -> list[Path]:
