@@ -5,9 +5,9 @@ Settings are checked before any command starts its work.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import logging
+import pkgutil
 import re
 import shlex
 import shutil
@@ -89,8 +89,9 @@ def _run_once(command: str, config: DictConfig) -> None:
 
 def _perform(command: str, config: DictConfig) -> Any:
     """Run the task of a command; errors name config keys."""
+    task = _TASKS[command]
     with config_keys(**_KEYS.get(command, {})):
-        return _TASKS[command](config)
+        return (pkgutil.resolve_name(f"gm_mlic.cli.{task}") if isinstance(task, str) else task)(config)
 
 
 def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
@@ -355,29 +356,21 @@ _KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def _task(module: str, function: str | None = None) -> Callable[[DictConfig], Any]:
-    """Function of a module in ``cli/``, by default of the same name; the module is imported when the task runs."""
-
-    def task(config: DictConfig) -> Any:
-        return getattr(importlib.import_module(f"gm_mlic.cli.{module}"), function or module)(config)
-
-    return task
-
-
-_TASKS: dict[str, Callable[[DictConfig], Any]] = {
+#: Functions, or the names of those in modules of ``cli/`` that are imported when they are called.
+_TASKS: dict[str, Callable[[DictConfig], Any] | str] = {
     "extract": extract,
     "train": train,
     "eval": evaluate,
-    "predict": _task("predict"),
-    "explain": _task("explain", "explain_photo"),
-    "serve": _task("serve"),
-    "export": _task("export"),
+    "predict": "predict:predict",
+    "explain": "explain:explain_photo",
+    "serve": "serve:serve",
+    "export": "export:export",
     "train-detector": train_detector,
-    "dataset": _task("dataset", "describe"),
-    "bench": _task("bench"),
-    "plan": _task("plan"),
+    "dataset": "dataset:describe",
+    "bench": "bench:bench",
+    "plan": "plan:plan",
     "runs": lambda config: _show_runs(list(config.folders)),
     "report": report,
-    "dashboard": _task("dashboard"),
-    "demo": _task("demo"),
+    "dashboard": "dashboard:dashboard",
+    "demo": "demo:demo",
 }

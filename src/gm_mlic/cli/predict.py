@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,7 @@ def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold
         "height": prediction.size[1],
         "predicted": [item.label for item in found if item.probability >= threshold],
         "labels": [
-            {
-                "label": item.label,
-                "probability": round(item.probability, 6),
-                "box": [round(v, 1) for v in item.box],
-                "instance": item.instance,
-            }
+            asdict(item) | {"probability": round(item.probability, 6), "box": [round(v, 1) for v in item.box]}
             for item in found
         ],
     }
