@@ -280,21 +280,20 @@ def import_plugins(modules: Sequence[str]) -> None:
     if modules and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     for name in modules:
-        package = name.partition(".")[0]
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins={name}: expected the name of a module, e.g. my_package.my_module.")
         if name.endswith(".py") and Path(name).is_file():
             raise ConfigError(f"plugins={name}: name the module without .py: plugins=[{name.removesuffix('.py')}].")
         try:
             module = importlib.import_module(name)
-            _plugin_packages.add(package)
+            _plugin_packages.add(name.partition(".")[0])
         except Terminated:
             raise
         except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == package:
+            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
                 hint = "no such module; install it, or start gm-mlic in its folder"
             else:
-                hint = f"{first_line(error).rstrip('.')}{_place(error, package)}; correct it"
+                hint = f"{first_line(error).rstrip('.')}{_place(error, name)}; correct it"
             raise ConfigError(f"plugins={name}: {hint}.") from error
         for here, own in ((Path(f"{name}.py"), f"{name}.py"), (Path(name, "__init__.py"), f"the folder {name}")):
             if here.is_file() and not here.samefile(getattr(module, "__file__", None) or "/"):
@@ -303,24 +302,24 @@ def import_plugins(modules: Sequence[str]) -> None:
 
 def plugin_failure(error: BaseException) -> str | None:
     """Error message for an exception that was raised by a plugin, or by what it calls; None for others."""
-    package = next((name for name, _ in _frames(error) if name in _plugin_packages), None)
+    package = next((name for name in _frames(error) if name.partition(".")[0] in _plugin_packages), None)
     if package is None:
         return None
+    name = package.partition(".")[0]
     message = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
-    return f"the plugin {package} failed: {message}{_place(error, package)}; correct it, or see --verbose."
+    return f"the plugin {name} failed: {message}{_place(error, name)}; correct it, or see --verbose."
 
 
-def _frames(error: BaseException) -> list[tuple[str, str]]:
-    """Package, and file and line, of the frames of a traceback."""
-    return [
-        (
-            str(frame.f_globals.get("__name__")).partition(".")[0],
-            f" ({Path(frame.f_code.co_filename).name}, line {number})",
-        )
-        for frame, number in traceback.walk_tb(error.__traceback__)
-    ]
+def _frames(error: BaseException) -> list[str]:
+    """Names of the modules in a traceback."""
+    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _place(error: BaseException, package: str) -> str:
     """File and line of a package in a traceback, the last one; empty if it is not in it, as for a syntax error."""
-    return dict(_frames(error)).get(package, "")
+    lines = [
+        f" ({Path(frame.f_code.co_filename).name}, line {number})"
+        for frame, number in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package.partition(".")[0]
+    ]
+    return lines[-1] if lines else ""

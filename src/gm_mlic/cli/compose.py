@@ -138,7 +138,10 @@ def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
-    _store_command(command)
+    store = ConfigStore.instance()
+    # Hydra copies the store in each composition, which would take a third of its time, and does not change it.
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]
+    store.store(name=command, node=_primary(command))
     for group in COMMANDS[command].groups:
         kind = SECTIONS.get(group)
         if kind is not None:
@@ -146,15 +149,9 @@ def prepare(command: str, overrides: Sequence[str] = ()) -> None:
 
 
 @functools.cache
-def _store_command(command: str) -> None:
-    ConfigStore.instance().store(name=command, node=_primary(command))
-
-
-@functools.cache
 def _store_options(group: str, registered: tuple[Any, ...]) -> None:
     """Register the options of a group, again only if what is registered has changed."""
     store = ConfigStore.instance()
-    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]  # Hydra copies it, a third of a composition
     for option, build in registered:
         if option in _files(group) and not is_built_in(build):
             raise ConfigError(
