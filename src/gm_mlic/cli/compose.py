@@ -86,7 +86,7 @@ def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], r
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(command, overrides=given, return_hydra_config=return_hydra_config)
     if return_hydra_config:
-        config.hydra.overrides.task = list(overrides)
+        config.hydra.overrides.task = [text.removeprefix("++") for text in config.hydra.overrides.task]
     return config
 
 
