@@ -357,7 +357,8 @@ def test_identity_does_not_depend_on_how_settings_were_given():
 
 
 def test_jobs_of_a_multirun_use_their_own_run_dir():
-    config = compose("train", ["seed=3"], return_hydra_config=True)
+    config = compose("train", ["seed=3", "model.k=1"], return_hydra_config=True)
+    assert config.hydra.overrides.task == ["seed=3", "model.k=1"]
     assert Path(config.hydra.sweep.subdir) == Path(config.run_dir).absolute()
     assert config.hydra.run.dir == config.run_dir
 
