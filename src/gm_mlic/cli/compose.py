@@ -86,7 +86,8 @@ def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], r
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         config: DictConfig = hydra_compose(command, overrides=given, return_hydra_config=return_hydra_config)
     if return_hydra_config:
-        config.hydra.overrides.task = [text.removeprefix("++") for text in config.hydra.overrides.task]
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations are not resolved yet
+        config.hydra.overrides.task = [override.removeprefix("++") for override in task]
     return config
 
 
