@@ -357,7 +357,8 @@ def test_identity_does_not_depend_on_how_settings_were_given():
 
 
 def test_jobs_of_a_multirun_use_their_own_run_dir():
-    config = compose("train", ["seed=3"], return_hydra_config=True)
+    config = compose("train", ["seed=3", "model.k=1"], return_hydra_config=True)
+    assert config.hydra.overrides.task == ["seed=3", "model.k=1"]
     assert Path(config.hydra.sweep.subdir) == Path(config.run_dir).absolute()
     assert config.hydra.run.dir == config.run_dir
 
@@ -441,7 +442,7 @@ def test_num_workers_have_one_rule():
         (["graph.m=40"], r"graph\.m=40 exceeds the instances per image in the store \(detector\.max_instances=15\)"),
         (["model.k=3", "model.widths=[8,8]"], r"model\.widths=\[8, 8\] has 2 widths, model\.k=3: set one width per"),
         (["trainer.compile=true", "model.gradient_checkpointing=true"], r"controls recomputation"),
-        (["detector.trainable=all"], r"detector\.trainable=all needs instances\.online=true"),
+        (["detector.trainable=all"], r"detector\.trainable=all excludes instances\.online=false: .* Set instances\.on"),
         (["trainer.strategy=fast"], r"trainer\.strategy=fast: expected one of auto, ddp"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

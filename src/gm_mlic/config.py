@@ -338,11 +338,11 @@ def _finish_settings(
     node: DictConfig, settings: Mapping[str, Setting], path: str = "", kind: str = "", also: Sequence[str] = ()
 ) -> None:
     """Add and check the settings of a node; ``also``: its other keys, which are not checked here."""
-    for name in map(str, node):
-        if name not in (*settings, *also, "hydra"):
-            raise ConfigError(unknown(path + name, settings if path else [*settings, *also], kind))
+    present = set(map(str, node))  # `name in node` would resolve run_dir, with a hash of the whole config
+    if others := present - {*settings, *also, "hydra"}:
+        raise ConfigError(unknown(path + min(others), settings if path else [*settings, *also], kind))
     for name, setting in settings.items():
-        if name not in node:
+        if name not in present:
             node[name] = setting.default
         if OmegaConf.is_missing(node, name):
             continue
@@ -407,6 +407,7 @@ def _derive(config: DictConfig) -> None:
 _EXCLUSIONS = (
     ("trainer.compile", False, "excludes", "model.gradient_checkpointing", False,
      "the compiler controls recomputation"),
+    ("detector.trainable", "none", "excludes", "instances.online", True, "stores hold instances of a frozen detector"),
     ("detector.trainable", "none", "excludes", "model.components", None,
      "the statistics of its features would not stay valid"),
     ("detector.trainable", "none", "excludes", "graph.views", 1, "its photos are detected in one view"),
@@ -420,20 +421,16 @@ def _check_together(config: DictConfig) -> None:
     def get(key: str) -> Any:
         return OmegaConf.select(config, key, default=None)
 
-    if get("graph.m") and get("detector.max_instances") and get("graph.m") > get("detector.max_instances"):
+    m, stored = get("graph.m"), get("detector.max_instances")
+    if m and stored and m > stored:
         raise ConfigError(
-            f"graph.m={get('graph.m')} exceeds the instances per image in the store (detector.max_instances="
-            f"{get('detector.max_instances')}): raise detector.max_instances or lower graph.m."
+            f"graph.m={m} exceeds the instances per image in the store (detector.max_instances={stored}): raise "
+            "detector.max_instances or lower graph.m."
         )
     widths, k = get("model.widths"), get("model.k")
     if OmegaConf.is_list(widths) and k is not None and len(widths) != k:
         raise ConfigError(
             f"model.widths={as_typed(list(widths))} has {len(widths)} widths, model.k={k}: set one width per block."
-        )
-    trainable = get("detector.trainable")
-    if trainable not in (None, "none") and not get("instances.online"):
-        raise ConfigError(
-            f"detector.trainable={trainable} needs instances.online=true: stores hold instances of a frozen detector."
         )
     for key, off, words, other, allowed, reason in _EXCLUSIONS:
         if get(key) not in (None, off) and get(other) not in (None, allowed):
@@ -461,12 +458,8 @@ def _check_together(config: DictConfig) -> None:
 
 def run_identity(config: DictConfig) -> dict[str, Any]:
     """Resolved settings that determine the result of a run."""
-    resolved: dict[str, Any] = {}
-    for key in map(str, config):
-        if key in NOT_PART_OF_A_RUN[""]:  # not resolved: run_dir depends on the identity
-            continue
-        resolved[key] = _plain(config, key)
-    return decisive(resolved)
+    # run_dir is left out before it is resolved: it depends on the identity.
+    return decisive({key: _plain(config, key) for key in map(str, config) if key not in NOT_PART_OF_A_RUN[""]})
 
 
 def changed_settings(before: DictConfig, now: DictConfig) -> list[str]:

@@ -74,14 +74,14 @@ class Setting:
 
     def accepts(self, value: Any) -> bool:
         """Whether ``value``, as read from YAML, is valid."""
-        from pydantic import ValidationError
-
         if value == "" and self.default != "":
             return False
         try:
-            # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions.
-            _adapter(self.annotation).validate_json(json.dumps(value, default=str), strict=True)
-        except ValidationError:
+            # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions. YAML reads
+            # .inf and .nan as numbers; JSON has none.
+            content = json.dumps(value, default=str, allow_nan=False)
+            _adapter(self.annotation).validate_json(content, strict=True)
+        except ValueError:  # of json, and the base class of pydantic's error
             return False
         return True
 
@@ -278,10 +278,8 @@ def _plain(value: Any) -> Any:
 def _adapter(annotation: Any) -> Any:
     from pydantic import ConfigDict, TypeAdapter
 
-    if is_dataclass(annotation):
-        return TypeAdapter(annotation)
-    # YAML reads .inf and .nan as numbers.
-    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+    config = None if is_dataclass(annotation) else ConfigDict(arbitrary_types_allowed=True)
+    return TypeAdapter(annotation, config=config)
 
 
 def _without_roles(text: str) -> str:

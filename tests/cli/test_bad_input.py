@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from gm_mlic import Scenes, register_model
+from gm_mlic.cli import commands
 from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
 from gm_mlic.registry import register_dataset
@@ -55,6 +56,27 @@ def photos(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "photos"
 
 
+@pytest.fixture(scope="module")
+def finished(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with photos, a run on them, and its stores."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(good, folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["gm-mlic"])
+        assert train(Path("photos")) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Copy of the photos, the run and its stores that tests may change."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gm-mlic"])
+    return Path("photos")
+
+
 def train(root: Path, *overrides: str) -> int:
     return run(
         [
@@ -73,6 +95,14 @@ def test_settings_that_fail_late_leave_no_run_folder(setting: str, photos: Path,
     assert train(photos, setting) == 2
     assert setting.partition("=")[0] in refused(capsys)
     assert not Path("run").exists()
+
+
+def test_a_command_that_failed_late_keeps_its_folder(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """For example an extraction that was out of memory after an hour."""
+    monkeypatch.setattr(commands, "_SETUP_S", 0.0)
+    Path("file").touch()
+    assert train(photos, "instances.root=file") == 2
+    assert {"config.yaml", "state.json", "train.log"} <= {path.name for path in Path("run").iterdir()}
 
 
 def change(root: Path, split: str, key: str, i: int, **values: Any) -> None:
@@ -192,17 +222,15 @@ def test_a_store_with_fewer_instances(photos: Path, capsys: pytest.CaptureFixtur
     assert "m=5" in line
 
 
-def test_a_checkpoint_for_other_labels(photos: Path, capsys: pytest.CaptureFixture[str]):
-    assert train(photos) == 0
+def test_a_checkpoint_for_other_labels(trained: Path, capsys: pytest.CaptureFixture[str]):
     for split in ("train2014", "val2014"):
-        change(photos, split, "categories", 0, name="lion")
-    capsys.readouterr()
+        change(trained, split, "categories", 0, name="lion")
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 2
     assert "trained on other labels" in refused(capsys)
 
 
-def test_eval_equals_the_test_of_the_run(photos: Path, capsys: pytest.CaptureFixture[str]):
-    assert train(photos) == 0
+def test_eval_equals_the_test_of_the_run(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert train(trained) == 0  # prints the result of the finished run
     printed = capsys.readouterr().out
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt"]) == 0
     again = capsys.readouterr().out
@@ -211,8 +239,8 @@ def test_eval_equals_the_test_of_the_run(photos: Path, capsys: pytest.CaptureFix
     assert json.loads(Path("run/eval/test.json").read_text())["metrics"] == result()["test"]
 
 
-def test_eval_writes_scores_that_eval_reads(photos: Path, capsys: pytest.CaptureFixture[str]):
-    assert train(photos) == 0
+@pytest.mark.usefixtures("trained")
+def test_eval_writes_scores_that_eval_reads(capsys: pytest.CaptureFixture[str]):
     assert run(["eval", "checkpoint=run/checkpoints/best.ckpt", "calibrate=true", "bootstrap=20"]) == 0
     assert "top 3, fitted thresholds" in capsys.readouterr().out
     from_checkpoint = json.loads(Path("run/eval/test.json").read_text())

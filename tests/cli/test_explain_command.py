@@ -7,21 +7,13 @@ import pytest
 from PIL import Image
 
 from gm_mlic import Scenes
-from gm_mlic.cli.compose import compose
 from gm_mlic.cli.main import run
-from gm_mlic.training import run as training
 
 
-def test_explain_writes_a_picture_and_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_explain_writes_a_picture_and_json(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
-    settings = [
-        "experiment=scenes_smoke", "dataset.sizes={train: 16, val: 8, test: 8}", "dataset.image_size=96",
-        "trainer.max_epochs=1", "model.widths=[8,8]", "trainer.accelerator=cpu", "run_dir=run",
-    ]  # fmt: skip
-    training.train(compose("train", settings))
     Scenes("test", size=1, image_size=96).image(0).save("a photo.png")
-    arguments = ["explain", "checkpoint=run/checkpoints/best.ckpt", "image=a photo.png"]
-    capsys.readouterr()
+    arguments = ["explain", f"checkpoint={checkpoint}", "image=a photo.png"]
     assert run([*arguments, "label=fence post"]) == 0
     out = capsys.readouterr().out
     assert "fence post: argmax instance" in out
@@ -46,7 +38,7 @@ def test_explain_writes_a_picture_and_json(tmp_path: Path, monkeypatch: pytest.M
     from gm_mlic.reporting.explanation import explanation_picture
     from gm_mlic.zoo import explain
 
-    predictor = Predictor.load("run/checkpoints/best.ckpt").with_labels([r"$5 \frac{", "$x$", "汽车"])
+    predictor = Predictor.load(checkpoint).with_labels([r"$5 \frac{", "$x$", "汽车"])
     with Image.open("a photo.png") as photo:
         explanation_picture(explain(predictor, photo, "$x$"), photo.convert("RGB"), Path("dollars.png"))
     assert run([*arguments, "label=unicorn"]) == 2

@@ -95,7 +95,10 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "model.edge_types: unknown setting. Settings of model (ml_gcn): p, tau, width. It is set by "
             "experiment=scenes or ablation=no_semantic: leave that out.",
         ),
-        (["train", "-m", "model=gm_mlic,ml_gcn", "model.k=2"], "model.k: unknown setting. Settings of model: name, p"),
+        (
+            ["train", "-m", "model=gm_mlic,ml_gcn", "model.k=2"],
+            "model.k: unknown setting. Settings of model (ml_gcn): p, tau, width.",
+        ),
         (["train-detector", "detector=onnx"], " train-detector is for Faster R-CNN of torchvision, e.g. detector=mob"),
         (["train", "-m", "seed=0,1", "graph.m=3,0"], "graph.m=0: expected an integer of at least 1."),
         (["train", "sweep=m", "model.k=0"], "model.k=0: expected an integer of at least 1."),
@@ -147,7 +150,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "-m", "--cfg", "job", "graph.m=1,2"], "-m excludes --cfg."),
         (["train", "seed=4294967296"], "seed=4294967296: expected an integer of at least 0 and below 4294967296."),
         (["train", "plugins=[../x]"], "plugins=../x: expected the name of a module, e.g. my_package.my_module."),
-        (["train", "detector.trainable=all"], "detector.trainable=all needs instances.online=true"),
+        (["train", "detector.trainable=all"], "detector.trainable=all excludes instances.online=false"),
         (["train", "embedding=glove"], "embedding.path has no value: set it with embedding.path=VALUE."),
         (["train", "instances.shard=4/4"], "instances.shard=4/4: expected i/n with 0 <= i < n"),
         (["eval"], "set either checkpoint=FILE, or scores=FILE and targets=FILE."),

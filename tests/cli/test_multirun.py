@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_process import SMALL, command, environment
 
+from gm_mlic.cli.main import run
 from gm_mlic.runs import find_runs, read_jobs, read_run
 
 SETTINGS = [*SMALL, "trainer.max_epochs=1"]
@@ -48,34 +49,37 @@ def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     assert json.loads((tmp_path / "run-1" / "state.json").read_text())["sweep"] == str(tmp_path / "sweep")
 
 
-def test_a_job_with_an_invalid_setting_is_found_before_the_first_job_starts(tmp_path: Path):
-    done = multirun(tmp_path, "-m", "graph.m=3,0", "run_dir=runs/${hydra:job.num}")
-    assert done.returncode == 2
-    assert done.stderr == "gm-mlic: error: graph.m=0: expected an integer of at least 1.\n"
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["graph.m=3,0", "run_dir=runs/${hydra:job.num}"], "graph.m=0: expected an integer of at least 1."),
+        (["graph.q=1,2"], "graph.q: unknown setting. Settings of graph: "),
+    ],
+)
+def test_invalid_jobs_are_found_before_the_first_job_starts(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", *SETTINGS, "-m", *arguments, "hydra.sweep.dir=sweep"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gm-mlic: error: {message}")
+    assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_over_an_unknown_setting(tmp_path: Path):
-    done = multirun(tmp_path, "-m", "graph.q=1,2")
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("gm-mlic: error: graph.q: unknown setting. Settings of graph:")
-    assert "Traceback" not in done.stderr
-
-
-def test_runs_lists_the_jobs(tmp_path: Path):
+def test_runs_lists_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     assert multirun(tmp_path, "-m", "model.k=1,2", "model.widths=null").returncode == 0
-    listed = subprocess.run(command("runs"), cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert listed.returncode == 0, listed.stderr
-    head, first, second = (line for line in listed.stdout.splitlines() if "model.k" in line or "finished" in line)
+    monkeypatch.chdir(tmp_path)
+    assert run(["runs"]) == 0
+    listed = capsys.readouterr().out
+    head, first, second = (line for line in listed.splitlines() if "model.k" in line or "finished" in line)
     assert "val mAP" in head
     assert " 1/1 " in first
     assert [line.count("│") for line in (first, second)] == [7, 7]
-    for folder in ("sweep", "nothing"):
-        (tmp_path / "nothing").mkdir(exist_ok=True)
-        listed = subprocess.run(command("runs", folder), cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert listed.returncode == (2 if folder == "nothing" else 0)
-    assert listed.stderr == "gm-mlic: error: nothing contains no runs: create one with gm-mlic train.\n"
+    assert run(["runs", "sweep"]) == 0
+    (tmp_path / "nothing").mkdir()
+    assert run(["runs", "nothing"]) == 2
+    assert capsys.readouterr().err == "gm-mlic: error: nothing contains no runs: create one with gm-mlic train.\n"
 
 
 @pytest.mark.slow

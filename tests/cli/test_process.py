@@ -42,8 +42,18 @@ def epochs(run_dir: Path) -> list[str]:
         return [row["epoch"] for row in csv.DictReader(file)]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    settings = [*SMALL, "trainer.max_epochs=12", f"instances.root={folder}/instances", f"run_dir={folder}/run"]
+    run.train(compose("train", settings))
+    return folder / "run"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_training_resumes(tmp_path: Path, number: signal.Signals):
+def test_killed_training_resumes(tmp_path: Path, number: signal.Signals, whole: Path):
     """A run that is interrupted and resumed ends with the weights of an uninterrupted run."""
     folder = tmp_path / "run"
     arguments = ["train", *SMALL, "trainer.max_epochs=12", f"instances.root={tmp_path}/instances"]
@@ -73,10 +83,9 @@ def test_killed_training_resumes(tmp_path: Path, number: signal.Signals):
     assert epochs(folder) == [str(n) for n in range(1, 13)]
     assert "mAP" in again.stdout
 
-    torch.set_num_threads(1)
-    whole = run.train(compose("train", [*arguments[1:], f"run_dir={tmp_path}/whole"]))
-    assert json.loads((folder / "metrics.json").read_text())["test"] == whole["test"]
-    a, b = (torch.load(p / "checkpoints/last.ckpt", weights_only=True) for p in (folder, tmp_path / "whole"))
+    result, expected = (json.loads((path / "metrics.json").read_text()) for path in (folder, whole))
+    assert result["test"] == expected["test"]
+    a, b = (torch.load(p / "checkpoints/last.ckpt", weights_only=True) for p in (folder, whole))
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in b["state_dict"])
 
 

@@ -204,7 +204,7 @@ def test_label_list_defines_names_and_order(root: Path, caplog: pytest.LogCaptur
     assert data.labels == ("dog", "fish", "cat")
     assert (data.targets[:, 1] == 0).all()
     assert data.targets[0].tolist() == [1, 0, 1]
-    assert "1 labels occur in no image: fish" in caplog.text
+    assert "1 label occurs in no image: fish" in caplog.text
     (root / "names.txt").write_bytes("\ufeffdog\r\n\r\n fish\r\ncat".encode())
     assert CustomDataset(root, labels="names.txt").fingerprint == data.fingerprint
     assert CustomDataset(root).fingerprint != data.fingerprint

@@ -5,14 +5,15 @@ Settings are checked before any command starts its work.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import logging
+import pkgutil
 import re
 import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,11 +58,11 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
     settings = [argument for argument in arguments if not argument.startswith("-") and argument not in values]
     if flags & {"--help", "-h"}:
         print_help(command, compose(command, settings, folders))
-    elif flags - {"--config-dir", "-cd"} or _is_multirun(settings):
+    elif flags - _OF_ONE_RUN or _is_multirun(settings):
         prepare(command, settings)
         if flags & _SHOWS_CONFIG and not _is_multirun(settings):
             compose(command, settings, folders)  # checks it
-        elif not flags - {"--config-dir", "-cd", *_MULTIRUN}:
+        elif not flags - {*_OF_ONE_RUN, *_MULTIRUN}:
             check_jobs(command, settings, folders)  # before the first one starts
         _run_hydra(command, arguments, flags)
     else:
@@ -71,28 +72,30 @@ def run(command: str, arguments: list[str], verbose: bool = False) -> None:
 
 def _run_once(command: str, config: DictConfig) -> None:
     """Run a command as Hydra would, with a config that is composed and checked."""
-
-    def task(config: DictConfig) -> None:
-        with config_keys(**_KEYS.get(command, {})):
-            _TASKS[command](config)
-
     context = HydraContext(config_loader=None, callbacks=Callbacks())  # type: ignore[arg-type]
     folder = Path(config.hydra.run.dir)
-    is_new = not folder.exists()
-    job = run_job(task, config, "hydra.run.dir", None, context)
+    is_new, begin = not folder.exists(), time.monotonic()
+    job = run_job(lambda config: _perform(command, config), config, "hydra.run.dir", None, context)
     if job.status is JobStatus.FAILED:
         error: Exception = job._return_value  # type: ignore[assignment]  # the property return_value would print it
         without_result = {".lock", ".hydra", f"{command}.log"}
         if isinstance(error, ConfigError):
             without_result |= {CONFIG, STATE}
-        if is_new and rank_info().rank == 0 and without_result.issuperset(p.name for p in folder.iterdir()):
-            shutil.rmtree(folder)  # nothing has been done yet
+        has_begun = not is_new or time.monotonic() - begin > _SETUP_S
+        if not has_begun and rank_info().rank == 0 and without_result.issuperset(p.name for p in folder.iterdir()):
+            shutil.rmtree(folder)
         raise error
+
+
+def _perform(command: str, config: DictConfig) -> Any:
+    """Run the task of a command; errors name config keys."""
+    task = _TASKS[command]
+    with config_keys(**_KEYS.get(command, {})):
+        return (pkgutil.resolve_name(f"gm_mlic.cli.{task}") if isinstance(task, str) else task)(config)
 
 
 def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
     """Start Hydra for its flags and for multiruns."""
-    failures: list[Exception] = []
     # Hydra's parser accepts flags only before or after all settings.
     arguments = sorted(arguments, key=lambda argument: argument not in _MULTIRUN)
     if rank_info().rank and flags & _MULTIRUN:  # only rank 0 writes the folder of a multirun
@@ -101,14 +104,12 @@ def _run_hydra(command: str, arguments: list[str], flags: set[str]) -> None:
     SweepFolder.started.clear()
     start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=command)
     try:
-        start(_collecting_failures(command, failures))()
+        start(lambda config: _job(command, config))()
     finally:  # also if a multirun raises the error of a failed job
         for folder, _ in SweepFolder.started:
             if read_jobs(folder):
                 _show_runs([folder])
                 print(f"multirun folder: {folder}")
-    if failures:
-        raise failures[0]
     for folder, begin in SweepFolder.started:  # failed trials of a search do not raise
         jobs = [job for job in read_jobs(folder) if str(job.get("noted", "")) >= begin]
         failed = [job["error"] for job in jobs if job.get("error")]
@@ -259,30 +260,18 @@ def report(config: DictConfig) -> None:
     print(f"report: {page} ({finished} of {len(runs)} runs are finished)")
 
 
-def _collecting_failures(command: str, failures: list[Exception]) -> Callable[[DictConfig], Any]:
-    """Wrap the task of a command so that the error of a single run is collected: Hydra would print it itself.
-
-    In a multirun the error is logged and raised, since sweepers need it and the other jobs continue.
-    """
-    task = _TASKS[command]
-
-    def wrapped(config: DictConfig) -> Any:
-        try:
-            import_plugins(list(config.get("plugins") or ()))  # in processes of a launcher
-            check(command, config, complete=command != "plan")
-            with config_keys(**_KEYS.get(command, {})):
-                return task(config)
-        except Exception as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                job = HydraConfig.get().job
-                log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
-                if command == "train":
-                    _record_job(config, error)
-                raise
-            failures.append(error)
-            return None
-
-    return wrapped
+def _job(command: str, config: DictConfig) -> Any:
+    """Run a command for Hydra. Sweepers need the errors of jobs; the other jobs continue."""
+    try:
+        import_plugins(list(config.get("plugins") or ()))  # in processes of a launcher
+        return _perform(command, check(command, config, complete=command != "plan"))
+    except Exception as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            job = HydraConfig.get().job
+            log.error("job %s (%s) failed: %s", job.num, job.override_dirname, error)
+            if command == "train":
+                _record_job(config, error)
+        raise
 
 
 def _folders_as_setting(arguments: Sequence[str]) -> list[str]:
@@ -298,21 +287,19 @@ def _with_quotes(argument: str, one_run: bool) -> str:
     ``labels=[été]`` to ``labels=['été']``, and ``overrides=[a=1,b=[2,3]]`` to ``overrides=['a=1','b=[2,3]']``.
     """
     key, _, value = argument.partition("=")
-    if not value or argument.startswith("-"):
+    if not value or argument.startswith("-") or (value[0] in "'\"" and value[0] == value[-1]):
         return argument
-    is_quoted = value[0] in "'\"" and value[0] == value[-1]
     is_list = value[0] == "[" and value[-1] == "]"
-    if key == "overrides" and is_list and "'" not in value and '"' not in value:
-        return f"{key}={_with_quoted_items(value)}"
     try:
         parsed = OverridesParser.create().parse_override(argument)
-        is_name = not isinstance(parsed.value(), (bool, int, float)) and not (one_run and parsed.is_sweep_override())
+        is_other = isinstance(parsed.value(), (bool, int, float)) or (one_run and parsed.is_sweep_override())
+        needs_quotes = key in _NAMES and is_other and not is_list
     except HydraException:
         is_text = is_list or not re.search(r"[,{(]", value)  # neither a sweep, a mapping nor a function
-        if is_quoted or (key not in _NAMES and (value.isascii() or not is_text)):  # Hydra's grammar is in ASCII
-            return argument
-        return f"{key}={_with_quoted_items(value) if is_list else _quoted(value)}"
-    return argument if is_name or is_quoted or is_list or key not in _NAMES else f"{key}={_quoted(value)}"
+        needs_quotes = key in _NAMES or (is_text and not value.isascii())  # Hydra's grammar is in ASCII
+    if not needs_quotes and not (is_list and key == "overrides"):
+        return argument
+    return f"{key}={_with_quoted_items(value) if is_list else _quoted(value)}"
 
 
 def _with_quoted_items(value: str) -> str:
@@ -341,6 +328,10 @@ def _is_multirun(settings: Sequence[str]) -> bool:
     return any(override.is_sweep_override() for override in OverridesParser.create().parse_overrides(list(settings)))
 
 
+#: Seconds within which errors of settings are found. A command that failed later, as in an extraction, keeps its log.
+_SETUP_S = 60.0
+#: Flags that do not need Hydra.
+_OF_ONE_RUN = {"--config-dir", "-cd", "--run", "-r"}
 #: Flags that print the config.
 _SHOWS_CONFIG = {"--cfg", "-c"}
 #: Flags that are followed by a value.
@@ -366,29 +357,21 @@ _KEYS: dict[str, dict[str, str]] = {
 }
 
 
-def _task(module: str, function: str | None = None) -> Callable[[DictConfig], Any]:
-    """Function of a module in ``cli/``, by default of the same name; the module is imported when the task runs."""
-
-    def task(config: DictConfig) -> Any:
-        return getattr(importlib.import_module(f"gm_mlic.cli.{module}"), function or module)(config)
-
-    return task
-
-
-_TASKS: dict[str, Callable[[DictConfig], Any]] = {
+#: Functions, or the names of those in modules of ``cli/`` that are imported when they are called.
+_TASKS: dict[str, Callable[[DictConfig], Any] | str] = {
     "extract": extract,
     "train": train,
     "eval": evaluate,
-    "predict": _task("predict"),
-    "explain": _task("explain", "explain_photo"),
-    "serve": _task("serve"),
-    "export": _task("export"),
+    "predict": "predict:predict",
+    "explain": "explain:explain_photo",
+    "serve": "serve:serve",
+    "export": "export:export",
     "train-detector": train_detector,
-    "dataset": _task("dataset", "describe"),
-    "bench": _task("bench"),
-    "plan": _task("plan"),
+    "dataset": "dataset:describe",
+    "bench": "bench:bench",
+    "plan": "plan:plan",
     "runs": lambda config: _show_runs(list(config.folders)),
     "report": report,
-    "dashboard": _task("dashboard"),
-    "demo": _task("demo"),
+    "dashboard": "dashboard:dashboard",
+    "demo": "demo:demo",
 }

@@ -18,11 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
-from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section
+from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section, unknown
 from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry, import_plugins, is_built_in
 from gm_mlic.schema import Setting
@@ -71,12 +70,7 @@ def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] =
         return
     grid = parse([*(f"{key}={values}" for key, values in (sweeper.params or {}).items()), *overrides])
     for number, job in enumerate(BasicSweeper.split_arguments(grid, None)[0]):
-        try:
-            config = _composed(command, job, folders, True)
-        except HydraException as error:
-            from gm_mlic.cli.errors import config_error
-
-            raise ConfigError(config_error(error, command, job)) from error
+        config = _composed(command, job, folders, True)
         config.hydra.job.num = number
         HydraConfig.instance().set_config(config)  # for interpolations as in run_dir=runs/${hydra:job.num}
         check(command, config, complete=command != "plan")
@@ -84,13 +78,28 @@ def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] =
 
 def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], return_hydra_config: bool) -> DictConfig:
     prepare(command, overrides)
+    given = [_added_if_unknown(command, override) for override in overrides]
     if folders:
         paths = [f"'file://{folder.absolute()}'" for folder in folders]
-        overrides = [*overrides, f"hydra.searchpath=[{','.join(paths)}]"]
+        given.append(f"hydra.searchpath=[{','.join(paths)}]")
     GlobalHydra.instance().clear()
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config: DictConfig = hydra_compose(command, overrides=list(overrides), return_hydra_config=return_hydra_config)
+        config: DictConfig = hydra_compose(command, overrides=given, return_hydra_config=return_hydra_config)
+    if return_hydra_config:
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task)  # interpolations are not resolved yet
+        config.hydra.overrides.task = [override.removeprefix("++") for override in task]
     return config
+
+
+def _added_if_unknown(command: str, override: str) -> str:
+    """``++KEY=VALUE`` for a setting of a section: an unknown one is reported by :func:`finish` instead of Hydra."""
+    setting = re.match(r"(?!hydra\b)(\w+)(\.[\w.]+)?=({?)", override)
+    if setting is None:
+        return override
+    known = [*fields_of(command), *COMMANDS[command].groups]
+    if setting[1] not in known:
+        raise ConfigError(unknown(setting[1], known))
+    return f"++{override}" if setting[2] or setting[3] else override
 
 
 def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:
@@ -124,20 +133,20 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
 
 def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     """Import plugins, and register the resolvers and options of a command with Hydra."""
-    import_plugins(_plugins(overrides))
+    given = [override for override in overrides if re.match(r"\+*plugins=", override)]
+    for plugins in OverridesParser.create().parse_overrides(given):
+        import_plugins(list(map(str, plugins.value())) if isinstance(plugins.value(), list) else [])
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
-    _store_command(command)
+    store = ConfigStore.instance()
+    # Hydra copies the store in each composition, which would take a third of its time, and does not change it.
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]
+    store.store(name=command, node=_primary(command))
     for group in COMMANDS[command].groups:
         kind = SECTIONS.get(group)
         if kind is not None:
             _store_options(group, kind.builders() if isinstance(kind, Registry) else ())
-
-
-@functools.cache
-def _store_command(command: str) -> None:
-    ConfigStore.instance().store(name=command, node=_primary(command))
 
 
 @functools.cache
@@ -149,17 +158,21 @@ def _store_options(group: str, registered: tuple[Any, ...]) -> None:
             raise ConfigError(
                 f"The {group} {option} of a plugin has the name of a preset of gm-mlic: choose another name."
             )
-    for option, node in _nodes(group).items():
+    for option in _names(group):
         # Files of conf/ extend an option of this name: `defaults: [_NAME]`.
         for name in {f"_{option}", option} - _files(group):
-            store.store(group=group, name=name, node=node)
+            store.store(group=group, name=name, node=_node(group, option))
 
 
 def options(group: str) -> list[str]:
     """Options of a config group."""
+    return sorted({*_names(group), *_files(group)})
+
+
+def _names(group: str) -> list[str]:
+    """Options of a group that the code defines."""
     kind = SECTIONS.get(group)
-    names = kind.names() if isinstance(kind, Registry) else ["default"] if kind else []
-    return sorted({*names, *_files(group)})
+    return kind.names() if isinstance(kind, Registry) else ["default"] if kind else []
 
 
 @functools.cache
@@ -168,17 +181,16 @@ def _files(group: str) -> frozenset[str]:
     return frozenset(file.stem for file in (folder / group).glob("*.yaml"))
 
 
-def _nodes(group: str) -> dict[str, dict[str, Any]]:
-    """Options of a group that the code defines, with all settings."""
+def _node(group: str, option: str) -> dict[str, Any]:
+    """Settings of an option that the code defines, with their defaults."""
     kind = SECTIONS[group]
     if not isinstance(kind, Registry):
-        return {"default": _defaults(settings_of_section(group))}
-    nodes = {name: {"name": name, **_defaults(settings_of_section(group, name))} for name in kind.names()}
+        return _defaults(settings_of_section(group))
+    node = {"name": option, **_defaults(settings_of_section(group, option))}
     if group == "dataset":  # each selects its detector
-        for name, node in nodes.items():
-            detector = kind.attribute(name, "detector", "resnet50_fpn")
-            nodes[name] = {"defaults": ["_self_", {"override /detector@_global_.detector": detector}], **node}
-    return nodes
+        detector = kind.attribute(option, "detector", "resnet50_fpn")
+        node["defaults"] = ["_self_", {"override /detector@_global_.detector": detector}]
+    return node
 
 
 def _defaults(settings: Mapping[str, Setting]) -> dict[str, Any]:
@@ -202,14 +214,6 @@ def _primary(command: str) -> dict[str, Any]:
     if command == "train":
         hydra["callbacks"] = {"sweep_folder": {"_target_": "gm_mlic.cli.commands.SweepFolder"}}
     return {"defaults": defaults, **_defaults(fields_of(command)), **kind.changed, "hydra": hydra}
-
-
-def _plugins(overrides: Sequence[str]) -> list[str]:
-    given = [text for text in overrides if re.match(r"\+*plugins=", text)]
-    values = [OverridesParser.create().parse_override(text).value() for text in given]
-    return [
-        str(name) for value in values for name in (value if isinstance(value, list) else [value]) if name is not None
-    ]
 
 
 # Resolvers

@@ -9,17 +9,8 @@ import traceback
 from collections.abc import Sequence
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationToMissingValueError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from gm_mlic.cli.settings import COMMANDS
-from gm_mlic.config import unknown
 from gm_mlic.errors import GMMLICError
 from gm_mlic.io import first_line
 from gm_mlic.registry import plugin_failure
@@ -63,46 +54,47 @@ def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tup
         command: the command that raised it.
         arguments: arguments of the command, used for suggestions.
     """
+    message = _user_error(error, command, arguments)
+    if message is None:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"internal error: {text} (run with --verbose for the traceback, and please report it)", 1
+    return f"error: {' '.join(message.split())}", error.exit_code if isinstance(error, GMMLICError) else 2
+
+
+def _user_error(error: BaseException, command: str, arguments: Sequence[str]) -> str | None:
+    """What is wrong and what to do next; None for an internal error."""
+    text = f"{type(error).__name__}: {error}"
     if isinstance(error, GMMLICError):
-        return f"error: {_one_line(str(error))}{_set_by(str(error), command, arguments)}", error.exit_code
-    for argument in arguments:
-        if "\r" in argument:
-            return f"error: {argument!r}: remove the carriage return; scripts need Unix line ends.", 2
+        return f"{error}{_set_by(str(error), command, arguments)}"
+    if returns := [argument for argument in arguments if "\r" in argument]:
+        return f"{returns[0]!r}: remove the carriage return; scripts need Unix line ends."
     if sys.flags.optimize and "override_parser" in "".join(traceback.format_tb(error.__traceback__)):
-        return "error: Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O.", 2
+        return "Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return f"error: {_one_line(config_error(error, command, arguments))}", 2
+        return config_error(error, command)
     if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
-        path = f"{error.filename}: " if error.filename else ""
-        return f"error: {path}{_USER_OS_ERRORS[error.errno]}.", 2
+        return f"{error.filename or ''}: {_USER_OS_ERRORS[error.errno]}.".removeprefix(": ")
     if isinstance(error, FileNotFoundError) and any(a.endswith(f"={error.filename}") for a in arguments):
-        return f"error: {error.filename}: no such file or folder, and none can be created: choose another path.", 2
+        return f"{error.filename}: no such file or folder, and none can be created: choose another path."
     # By name, since importing torch is slow. On a CPU, torch raises RuntimeError.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(str(error)):
-        advice = _LESS_MEMORY.get(command, _LESS_MEMORY["train"])
-        return f"error: out of memory: {advice}", 2
-    if isinstance(error, RuntimeError) and _PEER_LOST.search(f"{type(error).__name__}: {error}"):
+        return f"out of memory: {_LESS_MEMORY.get(command, _LESS_MEMORY['train'])}"
+    if isinstance(error, RuntimeError) and _PEER_LOST.search(text):
         return (
-            "error: another process of this run has ended (its error, if any, is above); run the same command again to "
-            "resume.",
-            2,
+            "another process of this run has ended (its error, if any, is above); run the same command again to resume."
         )
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
         return (
-            "error: a data loader worker was killed, possibly by the system for lack of memory: lower "
-            "instances.num_workers and trainer.num_workers (0: no workers), then run the same command again to resume.",
-            2,
+            "a data loader worker was killed, possibly by the system for lack of memory: lower instances.num_workers "
+            "and trainer.num_workers (0: no workers), then run the same command again to resume."
         )
     if command in _WITHOUT_COMPILE and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"error: {_compile_error(error, command)}", 2
+        return _compile_error(error, command)
     if isinstance(error, ValueError) and str(error).startswith("Config group override must be"):
-        return f"error: {_invalid_option(arguments)}", 2
+        return _invalid_option(arguments)
     if isinstance(error, ValueError) and "StudyDirection" in str(error):
-        return "error: hydra.sweeper.direction: expected one of minimize, maximize.", 2
-    if failure := plugin_failure(error):
-        return f"error: {failure}", 2
-    message = _one_line(f"{type(error).__name__}: {error}")
-    return f"internal error: {message} (run with --verbose for the traceback, and please report it)", 1
+        return "hydra.sweeper.direction: expected one of minimize, maximize."
+    return plugin_failure(error)
 
 
 def _compile_error(error: BaseException, command: str) -> str:
@@ -110,10 +102,10 @@ def _compile_error(error: BaseException, command: str) -> str:
     cause: BaseException = getattr(error, "inner_exception", error)  # the first line of the outer error names no cause
     lines = f"{type(cause).__name__}: {cause}".splitlines()
     install = "install a C++ compiler, or " if _NO_COMPILER.search(lines[0]) else ""
-    return f"torch.compile failed ({_one_line(lines[0])}): {install}{_WITHOUT_COMPILE[command]}."
+    return f"torch.compile failed ({lines[0]}): {install}{_WITHOUT_COMPILE[command]}."
 
 
-def config_error(error: BaseException, command: str, arguments: Sequence[str]) -> str:
+def config_error(error: BaseException, command: str) -> str:
     """Message for an error of Hydra or OmegaConf, with valid values or keys."""
     if isinstance(error, OverrideParseException):
         return _syntax_error(error, command)
@@ -121,30 +113,23 @@ def config_error(error: BaseException, command: str, arguments: Sequence[str]) -
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in ("joblib", "submitit_local", "submitit_slurm", "optuna"):
             return f"{group}={option} is not installed: pip install 'gm-mlic[sweep]'."
-        listed = sorted(name for name in error.options if not name.startswith("_"))
-        plugin = (
-            ", or that of a plugin (plugins=[MODULE])" if group in ("detector", "dataset", "model", "embedding") else ""
-        )
-        return f"{group}={option}: unknown option; choose from {', '.join(listed)}{plugin}."
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.full_key:
-        return _unknown_key(str(cause.full_key), command, arguments)
+        listed = ", ".join(sorted(name for name in error.options if not name.startswith("_")))
+        has_plugins = group in ("detector", "dataset", "model", "embedding")
+        plugin = ", or that of a plugin (plugins=[MODULE])" if has_plugins else ""
+        return f"{group}={option}: unknown option; choose from {listed}{plugin}."
+    message = str(error)
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        found = re.search(r"[Mm]issing mandatory value: ([\w.]+)", str(error)) or re.search(
-            r"node '([\w.]+)'", str(error)
-        )
-        key = found.group(1) if found else str(getattr(error, "full_key", "") or "a setting")
+        found = re.search(r"(?:[Mm]issing mandatory value: |node ')([\w.]+)", message)
+        key = found[1] if found else str(getattr(error, "full_key", "") or "a setting")
         return f"{key} has no value: set it with {key}=VALUE."
-    several = re.match(r"Ambiguous value for argument '([^']*?)=([^']*)'", str(error))
-    if several:
+    if several := re.match(r"Ambiguous value for argument '([^']*?)=([^']*)'", message):
         key, values = several.groups()
         return f"{key}={values}: add -m to run each of these values, or write {key}=[{values}] for a list."
-    no_match = re.search(r"Could not override '([\w/@.]+)'", str(error))
-    if isinstance(error, ConfigCompositionException) and no_match:
-        return _unknown_key(no_match.group(1), command, arguments)
-    message = str(error)
-    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
-        message += f" ({first_line(error.__cause__)})"
+    if isinstance(error, ConfigCompositionException):
+        if no_match := re.search(r"Could not override '([\w/@.]+)'", message):  # of a search
+            return f"{no_match[1]}: unknown setting; see gm-mlic {command} --help."
+        if error.__cause__ is not None:
+            message += f" ({first_line(error.__cause__)})"
     return re.sub(r"\s+(object|reference)_type=\w+", "", message)
 
 
@@ -180,22 +165,3 @@ def _invalid_option(arguments: Sequence[str]) -> str:
         if options(group) and not re.search(r"=.*[A-Za-z]", argument.replace("null", "")):
             return f"{argument}: unknown option; choose from {', '.join(options(group))}."
     return "the option of a config group (model, dataset, ...) must be a name."
-
-
-def _unknown_key(key: str, command: str, arguments: Sequence[str]) -> str:
-    """Message for an unknown key, with the settings of its section."""
-    from gm_mlic.cli.compose import compose
-
-    parent = key.rpartition(".")[0]
-    groups = [a for a in arguments if re.fullmatch(r"\w+=\w+", a) and not a.startswith(f"{key}=")]
-    try:
-        config: DictConfig = compose(command, groups)
-        section = OmegaConf.select(config, parent) if parent else config
-        known = {str(k) for k in section}
-    except Exception:
-        return f"{key}: unknown setting; see gm-mlic {command} --help."
-    return unknown(key, known if parent else known | set(COMMANDS[command].groups))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

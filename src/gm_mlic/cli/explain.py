@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -69,14 +70,5 @@ def as_dict(found: Explanation, image: str) -> dict[str, object]:
         "match_logits": [
             [round(v, 5) if math.isfinite(v) else None for v in row] for row in prediction.match_logits.tolist()
         ],
-        "influences": [
-            {
-                "edge_type": list(i.edge_type),
-                "source": i.source,
-                "target": i.target,
-                "neighbor": i.neighbor,
-                "change": round(i.change, 6),
-            }
-            for i in found.influences
-        ],
+        "influences": [asdict(influence) | {"change": round(influence.change, 6)} for influence in found.influences],
     }

@@ -27,8 +27,6 @@ def export(config: DictConfig) -> Path:
         WeightsError: if the model cannot be loaded, or its upload fails.
         ConfigError: for settings that exclude each other.
     """
-    if config.push is not None and config.push.count("/") != 1:
-        raise ConfigError(f"push={config.push}: expected USER/NAME.")
     if config.push is not None and config.format != "pretrained":
         raise ConfigError(f"push={config.push} needs format=pretrained, got format={config.format}.")
     predictor = load(config)

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,12 @@ def load(config: DictConfig) -> Predictor:
 def for_labels(predictor: Predictor, config: DictConfig) -> Predictor:
     """Predictor for the ``labels`` of ``config``, a list or a comma-separated string."""
     names = config.labels.split(",") if isinstance(config.labels, str) else list(config.labels)
-    embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
-    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **embedding)
+    return predictor.with_labels([name for name in (str(name).strip() for name in names) if name], **new_labels(config))
+
+
+def new_labels(config: DictConfig) -> dict[str, str]:
+    """Settings of the embedding of new labels; empty for that of training."""
+    return {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
 
 
 def find_photos(names: Sequence[str]) -> list[Path]:
@@ -154,12 +159,7 @@ def _as_dict(prediction: Prediction, found: Sequence[LabelPrediction], threshold
         "height": prediction.size[1],
         "predicted": [item.label for item in found if item.probability >= threshold],
         "labels": [
-            {
-                "label": item.label,
-                "probability": round(item.probability, 6),
-                "box": [round(v, 1) for v in item.box],
-                "instance": item.instance,
-            }
+            asdict(item) | {"probability": round(item.probability, 6), "box": [round(v, 1) for v in item.box]}
             for item in found
         ],
     }

@@ -8,7 +8,7 @@ import socket
 
 from omegaconf import DictConfig
 
-from gm_mlic.cli.predict import load
+from gm_mlic.cli.predict import load, new_labels
 from gm_mlic.detection import LookupExtractor
 from gm_mlic.errors import ConfigError
 
@@ -25,11 +25,6 @@ def serve(config: DictConfig) -> None:
         from gm_mlic.serving.app import build_app
     except ImportError as error:
         raise ConfigError("gm-mlic serve needs the extra: pip install 'gm-mlic[serve]'.") from error
-    try:
-        ipaddress.ip_address(config.host)
-    except ValueError as error:
-        raise ConfigError(f"host={config.host}: expected an IP address, e.g. 127.0.0.1.") from error
-    embedding = {} if config.embedding.path is None else {"name": "glove", "path": config.embedding.path}
     predictor = load(config)
     if isinstance(predictor.detector, LookupExtractor):
         raise ConfigError(
@@ -51,7 +46,7 @@ def serve(config: DictConfig) -> None:
     if not _is_loopback(host):
         print("Every host on the network can use this page; it has no password.", flush=True)
     hosts = [config.host, name, "localhost"] if _is_loopback(host) else ["*"]
-    app = build_app(predictor, hosts, embedding)
+    app = build_app(predictor, hosts, new_labels(config))
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[listener])
 

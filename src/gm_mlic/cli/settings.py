@@ -26,14 +26,6 @@ _RUN: Mapping[str, str | None] = MappingProxyType({
 _PRESETS: Mapping[str, str | None] = MappingProxyType({"experiment": None, "ablation": "full"})
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class NewLabels:
     """Vectors of labels that the model was not trained on.
@@ -338,7 +330,9 @@ class Serve(OfModel):
 
     checkpoint: str
     embedding: NewLabels = NewLabels()
-    host: Annotated[str, Predicate(_is_address), DocInfo("an IP address, e.g. 127.0.0.1")] = "127.0.0.1"
+    host: Annotated[
+        str, Predicate(lambda v: bool(ipaddress.ip_address(v))), DocInfo("an IP address, e.g. 127.0.0.1")
+    ] = "127.0.0.1"
     port: Annotated[int, Interval(ge=0, le=65535)] = 7860
     device: _DEVICE = "auto"
     detector: Moved = Moved()

@@ -371,7 +371,8 @@ def _warn(labels: Sequence[str], targets: np.ndarray, separator: str) -> None:
     """Warn about unused labels and probable separators inside labels."""
     never = [label for c, label in enumerate(labels) if not targets[:, c].any()]
     if never:
-        log.warning("%d labels occur in no image: %s", len(never), few(never, 10))
+        occur = "1 label occurs" if len(never) == 1 else f"{len(never)} labels occur"
+        log.warning("%s in no image: %s", occur, few(never, 10))
     joined = [label for label in labels if any(mark in label for mark in ";|,\t" if mark != separator)]
     if joined:
         log.warning(
