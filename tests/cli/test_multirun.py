@@ -22,6 +22,7 @@ def multirun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_the_others_and_is_run_again(tmp_path: Path):
     """Three jobs, two at a time; a file in place of its checkpoint folder makes one fail."""
     jobs = ["-m", "seed=0,1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "run_dir=run-${seed}"]

@@ -52,6 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_training_resumes(tmp_path: Path, number: signal.Signals, whole: Path):
     """A run that is interrupted and resumed ends with the weights of an uninterrupted run."""

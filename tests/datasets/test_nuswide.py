@@ -140,6 +140,7 @@ def test_invalid_arguments(root: Path, settings: dict, message: str) -> None:
         NUSWIDE(root, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_full_size(shared_data: Path, tmp_path: Path) -> None:
     """Reads 269,648 images with their real labels, and checks the statistics in the docstring."""

@@ -212,6 +212,7 @@ def test_gradient_checkpointing_stores_less(layout: str) -> None:
     assert kept_bytes(True) < 0.5 * kept_bytes(False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="torch 2.8 compiles some sizes again")
 def test_one_compilation_for_batches_of_every_size() -> None:
     net = network(plain_case())

@@ -521,6 +521,7 @@ def test_compiles_to_one_graph(layout: str) -> None:
     close(output.match_logits, expected.match_logits)
 
 
+@pytest.mark.slow
 def test_batches_of_equal_shape_do_not_recompile() -> None:
     net, W = model(), vectors()
     torch._dynamo.reset()

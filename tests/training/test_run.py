@@ -525,6 +525,7 @@ def test_a_missing_accelerator_is_reported(run_config: Config):
         run.train(run_config("trainer.accelerator=mps"))
 
 
+@pytest.mark.slow
 def test_compiled_run_gives_identical_results(run_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The eager backend of the compiler gives bit-identical results."""
     compiled = []

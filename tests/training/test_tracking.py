@@ -244,6 +244,7 @@ def gm_mlic(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_offline_run_with_real_wandb(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     done = gm_mlic(tmp_path, "logger.offline=true")
@@ -256,6 +257,7 @@ def test_offline_run_with_real_wandb(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [{}, {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}],

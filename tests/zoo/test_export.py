@@ -38,6 +38,7 @@ def arrays(predictor: Predictor, photos: list[Path]) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path], tmp_path: Path):
     """The process loads onnxruntime only; inputs are real instances of one image and of several."""
     path = tmp_path / "network.onnx"
@@ -99,6 +100,7 @@ def test_torch_network(folder: Path, photos: list[Path], tmp_path: Path, name: s
             np.testing.assert_allclose(match_logits[0, : len(instances)].numpy(), prediction.match_logits, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), [("gm", "torch"), ("candidates", "onnx")])
 def test_detector_and_network_equal_the_predictor(
     folder: Path, photos: list[Path], tmp_path: Path, name: str, form: str
@@ -128,6 +130,7 @@ def test_detector_and_network_equal_the_predictor(
         np.testing.assert_allclose(out["match_logits"][0, :n], prediction.match_logits, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_torch_detector(predictor: Predictor, photos: list[Path], tmp_path: Path):
     export(predictor, tmp_path / "detector.pt2", "torch", "detector", (96, 96))
     program = torch.export.load(tmp_path / "detector.pt2").module()

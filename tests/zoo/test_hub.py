@@ -89,6 +89,7 @@ def test_download_fetches_model_files_only_and_caches_them(
     assert python("-c", PREDICT, photos[0], "me/model", HF_HUB_OFFLINE="1").stdout.splitlines() == [found]
 
 
+@pytest.mark.slow
 def test_upload_and_download(hub: FakeHub, python: Command, settings: list[str], photos: list[Path], tmp_path: Path):
     done = python("-m", "gm_mlic", "export", *settings, "push=me/pushed", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr

@@ -102,6 +102,7 @@ def test_an_explanation_removes_existing_edges_only(predictor: Predictor, photos
         assert sorted(named) == sorted(np.array(found.prediction.labels)[others])
 
 
+@pytest.mark.slow
 def test_network_export(predictor: Predictor, tmp_path: Path):
     """ONNX files are made from the program of ``torch.export``."""
     assert export(predictor, tmp_path / "network", "onnx") <= 1e-4

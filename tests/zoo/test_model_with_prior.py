@@ -146,6 +146,7 @@ def test_explanation_is_the_change_without_an_edge(predictor: Predictor, photos:
     assert influence.change == pytest.approx(found.logit - without, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_exported_network_reads_classes_and_scores(predictor: Predictor, photos: list[Path], tmp_path: Path) -> None:
     """ONNX files are made from the program of ``torch.export``."""
     assert export(predictor, tmp_path / "network", "onnx") <= 1e-4
@@ -168,6 +169,7 @@ def test_exported_network_reads_classes_and_scores(predictor: Predictor, photos:
     np.testing.assert_allclose(1 / (1 + np.exp(-logits)), probabilities, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_detector_and_network_of_several_views_are_exported_separately(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="uses 2 views of a photo"):
         export(predictor, tmp_path / "all", "torch", "all", (96, 96))
