@@ -131,7 +131,13 @@ def test_every_experiment_with_every_ablation(experiment: str, ablation: str):
     assert removed == ([] if ablation == "full" else [ablation.removeprefix("no_")])
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=[] if name in ("scenes", "photos") else [pytest.mark.slow])
+        for name in options("experiment")
+    ],
+)
 def test_every_experiment_with_every_baseline(experiment: str):
     """Another model only changes the model, and for most the boxes to grid cells of the same backbone."""
     without = compose("train", [f"experiment={experiment}"])

@@ -82,7 +82,7 @@ def test_unknown_name_suggests_the_closest() -> None:
         ("gm_mlic_paper", {"depth": 3}, "GMMLIC has no argument 'depth'. It takes: instance_dim, label_dim, k, widths"),
         ("gm_mlic", {}, "GMMLIC needs instance_dim and label_dim"),
         ("mil_max", {"instance_dim": 4, "num_labels": 3, "k": 2}, "MILMax has no argument 'k'. It takes: .*width"),
-        ("mil_max", {"instance_dim": 4, "num_labels": 0}, "1 or more"),
+        ("mil_max", {"instance_dim": 4, "num_labels": 0}, "num_labels must be an integer of at least 1; got 0"),
         ("gm_mlic_paper", {"widths": (8,)}, "widths must have k = 2"),
     ],
 )

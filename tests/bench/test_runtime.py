@@ -99,12 +99,14 @@ def test_compare() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_dense_execution_needs_less_memory() -> None:
     case = Case("small", m=10, C=20, batch=8)
     memory = {n: r["memory"] for n, r in compare(case, ["sparse", "dense"], repeats=(1, 1))["executions"].items()}
     assert memory["dense"] < memory["sparse"] / 1.5
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_needs_the_least_memory() -> None:
     case = Case("small", m=30, C=60, batch=6)
     kept, checkpointed = (peak_bytes(Execution(case, name).train) for name in ("dense", "checkpointed"))

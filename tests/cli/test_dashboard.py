@@ -50,6 +50,7 @@ def test_without_a_login_the_definition_is_written(tmp_path: Path) -> None:
         assert name in text, name
 
 
+@pytest.mark.slow
 def test_an_unreachable_server_is_reported(tmp_path: Path) -> None:
     done = dashboard(tmp_path, WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:9")
     assert done.returncode == 2

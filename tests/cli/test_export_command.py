@@ -10,6 +10,7 @@ from gm_mlic import Scenes
 from gm_mlic.cli.main import run
 
 
+@pytest.mark.slow
 def test_export_to_a_folder_and_a_program(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """The exported folder is exported again, converted to a program, and used for prediction."""
     monkeypatch.chdir(tmp_path)

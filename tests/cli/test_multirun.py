@@ -68,6 +68,7 @@ def test_invalid_jobs_are_found_before_the_first_job_starts(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_runs_lists_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     assert multirun(tmp_path, "-m", "model.k=1,2", "model.widths=null").returncode == 0
     monkeypatch.chdir(tmp_path)

@@ -103,6 +103,7 @@ def test_unreadable_images_are_skipped(tmp_path: Path, monkeypatch):
         "file,labels,split\n" + "".join(f"{n}.jpg,cat,{s}\n" for n, s in enumerate(["train"] * 4 + ["val", "test"]))
     )
     own = ["dataset=custom", f"dataset.root={tmp_path}", "dataset.annotations=labels.csv", "model.widths=[8,8]"]
+    own += ["detector=scenes_tiny", "detector.weights=scenes"]
     assert plan(compose("plan", [*own, "trainer.batch_size=2"]))["images"]["extract"] == 6
 
 

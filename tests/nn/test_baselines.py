@@ -215,6 +215,7 @@ def test_save_and_load(name: str, tmp_path: Path) -> None:
     assert torch.equal(other(data).logits, net(data).logits)
 
 
+@pytest.mark.slow
 @every_model
 def test_compiled_in_one_graph(name: str) -> None:
     net, data = model(name).eval(), batch((9, 4))
@@ -223,6 +224,7 @@ def test_compiled_in_one_graph(name: str) -> None:
     close(compiled(data).match_logits, net(data).match_logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["c_tran", "tdrg", "cnn_rnn", "rnn_attention", "pla", "kd_wsd"])
 def test_exported_with_any_number_of_images_and_locations(name: str) -> None:
     net, label_vectors = model(name).eval(), batch().label_vectors

@@ -163,5 +163,5 @@ def test_invalid_inputs() -> None:
         net(replace(data, label_vectors=data.label_vectors[:3]))
     odd = graphs(data)[-1]
     odd[MATCHES].edge_index = odd[MATCHES].edge_index[:, 1:]
-    with pytest.raises(ConfigError, match="complete matching edges"):
+    with pytest.raises(ConfigError, match="have no matching edge"):
         net(odd)

@@ -664,6 +664,7 @@ def test_one_label_has_no_direction_after_centering() -> None:
 # Compilation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiles_to_one_graph(layout: str) -> None:
     case = case_of()

@@ -72,6 +72,7 @@ def test_onnx_network_in_another_process(predictor: Predictor, photos: list[Path
     assert done.stdout.strip() == predictor.metadata.labels[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "labels"),
     [("gm", None), ("sparse", ["cat", "zebra crossing"]), ("mil", None)],

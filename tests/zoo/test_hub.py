@@ -71,6 +71,7 @@ def settings(checkpoint: Path, tmp_path: Path) -> list[str]:
     return [f"checkpoint={checkpoint}", f"out={tmp_path}/out"]
 
 
+@pytest.mark.slow
 def test_download_fetches_model_files_only_and_caches_them(
     hub: FakeHub, python: Command, checkpoint: Path, photos: list[Path], tmp_path: Path
 ):
@@ -116,6 +117,7 @@ def test_upload_and_download(hub: FakeHub, python: Command, settings: list[str],
     assert not hub.repositories["me/public"].private
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pushes", "environment"),
     [
