@@ -27,7 +27,9 @@ def reweighted_adjacency(P: Tensor, tau: float = 0.4, p: float = 0.2) -> Tensor:
         A'_{ij} = \begin{cases} p A_{ij} / \sum_{k \ne i} A_{ik} & i \ne j \\ 1 - p & i = j \end{cases}
         \text{ (eq. 8)}, \qquad \hat A = D^{-1/2} A' D^{-1/2}
 
-    with :math:`D_{ii} = \sum_j A'_{ij}`. A label without neighbors keeps only its self-loop.
+    with :math:`D_{ii} = \sum_j A'_{ij}`. A label without neighbors keeps only its self-loop. Unlike eq. 8, the
+    authors' code has p = 0.25, self-loops of weight 1, and the transpose of A: the neighbors of a label are those that
+    imply it.
 
     Args:
         P: (C, C), :math:`P_{ij} = P(L_j | L_i)` (eq. 6).

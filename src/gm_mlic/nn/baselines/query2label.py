@@ -51,8 +51,8 @@ class Query2Label(WholeImageModel):
         s_c &= w_c^\top Q_{L,c} + b_c
 
     :math:`Q_0` are learned queries, one for each label; neither word vectors nor co-occurrences are used. Positions are
-    encoded by :func:`position_encoding`. There is no transformer encoder before the decoder. The match logits
-    are the last layer's attention a.
+    encoded by :func:`position_encoding`. The match logits are the last layer's attention a. Unlike here, the authors'
+    code has by default one encoder layer before the decoder, and its decoder has no self-attention of the queries.
 
     Args:
         instance_dim: D, size of a location's feature.
