@@ -24,6 +24,7 @@ from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labe
 from gm_mlic.errors import ConfigError, DataError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
+from gm_mlic.io import few
 from gm_mlic.metrics import MultiLabelMetrics
 from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
@@ -209,7 +210,7 @@ def prior_tables(
         )  # fmt: skip
     elif len(named) < len(dataset.labels):
         rest = [label for c, label in enumerate(dataset.labels) if c not in named]
-        log.info("%d labels without a class of the detector: %s", len(rest), ", ".join(rest[:5]))
+        log.info("labels without a class of the detector: %s", few(rest, 5))
     present, _ = positives_and_counted(dataset.targets == 1, dataset.difficult, "positive")
     return {"class_labels": lists or [[]], "label_counts": present.sum(axis=0).tolist()}
 
