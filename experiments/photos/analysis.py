@@ -320,12 +320,13 @@ def context_rows(runs: Sequence[Run], shared: Path) -> Iterator[dict[str, Any]]:
                     if others is not None:
                         bias = np.log(y[:, c].mean() / (1 - y[:, c].mean()))
                         logits[:, c] += weight * (model.decision_function(np.delete(others, c, axis=1)) - bias)
-                AP = 100 * average_precision(torch.from_numpy(logits[:, columns]).sigmoid(), images.targets[:, columns])
-                of = dict(zip(TWELVE, AP.tolist(), strict=True))
-                means = {
-                    "animals": statistics.mean(value for label, value in of.items() if label in ANIMALS),
-                    "others": statistics.mean(value for label, value in of.items() if label not in ANIMALS),
-                    "mAP12": statistics.mean(of.values()),
+                probabilities = torch.from_numpy(logits[:, columns]).sigmoid()
+                AP = 100 * average_precision(probabilities, images.targets[:, columns]).numpy()
+                animal = np.array([label in ANIMALS for label in TWELVE])
+                means = {  # without labels that no photo has, with a limit
+                    "animals": float(np.nanmean(AP[animal])),
+                    "others": float(np.nanmean(AP[~animal])),
+                    "mAP12": float(np.nanmean(AP)),
                 }
                 values = {name: round(value, 2) for name, value in means.items()}
                 yield {"model": run.model, "seed": run.seed, "other labels": source, "weight": weight, **values}
