@@ -135,7 +135,9 @@ def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     """Import plugins, and register the resolvers and options of a command with Hydra."""
     given = [override for override in overrides if re.match(r"\+*plugins=", override)]
     for plugins in OverridesParser.create().parse_overrides(given):
-        import_plugins(list(map(str, plugins.value())) if isinstance(plugins.value(), list) else [])
+        if not isinstance(plugins.value(), list):
+            raise ConfigError(f"plugins={plugins.value()}: expected a list: plugins=[{plugins.value()}].")
+        import_plugins(list(map(str, plugins.value())))
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
     OmegaConf.register_new_resolver("gm_mlic.evaluation_of", _evaluation_of, replace=True)
