@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_process import SMALL, command, environment
 
+from gm_mlic.cli.compose import check_jobs
 from gm_mlic.cli.main import run
 from gm_mlic.runs import find_runs, read_jobs, read_run
 
@@ -113,9 +114,31 @@ def test_a_search_continues_its_study(tmp_path: Path):
 @pytest.mark.slow
 def test_a_failed_trial_does_not_stop_the_search(tmp_path: Path):
     search = ["sweep=optuna", "hydra.sweeper.n_trials=5", "hydra.sweeper.sampler.seed=0", "model.widths=null"]
-    done = multirun(tmp_path, *search, "graph.m=choice(0,3)")
+    done = multirun(tmp_path, *search, "graph.m=choice(3,0)")
     errors = [job["error"] for job in read_jobs(tmp_path / "sweep")]
     failed = sum(error is not None for error in errors)
     assert (len(errors), 0 < failed < 5, done.returncode) == (5, True, 2)
     assert f"gm-mlic: error: {failed} of 5 jobs failed; the first: graph.m=0" in done.stderr.strip().splitlines()[-1]
     assert [run.state for run in find_runs([tmp_path / "sweep"])] == ["finished"] * (5 - failed)
+
+
+@pytest.mark.parametrize(
+    ("swept", "line"),
+    [
+        ("model.kk=choice(1,2)", "model.kk: unknown setting; did you mean model.k?"),
+        ("graph.m=choice(0,3)", "graph.m=0: expected an integer of at least 1"),
+        ("model.k=interval(1,3)", "model.k=1.0: expected an integer"),
+        ("optimizer.lr=interval(-1,1)", "optimizer.lr=-1.0: expected a number"),
+    ],
+)
+def test_a_search_is_checked_before_it_starts(
+    swept: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", "sweep=optuna", swept]) == 2
+    assert line in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_with_valid_values_is_accepted():
+    check_jobs("train", ["sweep=optuna", "model.k=int(interval(1,3))", "graph.m=choice(3,5)", "seed=range(2,4)"])

@@ -18,13 +18,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.cli.settings import COMMANDS, WITHOUT_FOLDER, fields_of
 from gm_mlic.config import SECTIONS, finish, finished_copy, run_identity, settings_of_section, unknown
 from gm_mlic.errors import ConfigError
 from gm_mlic.registry import Registry, import_plugins, is_built_in
-from gm_mlic.schema import Setting
+from gm_mlic.schema import Setting, as_typed
 
 CONFIG_MODULE = "gm_mlic.conf"
 
@@ -53,7 +54,7 @@ def compose(
 
 
 def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
-    """Check all jobs of a multirun. Those of a search are unknown before it runs, and are not checked.
+    """Check all jobs of a multirun. Of a search, whose jobs are unknown before it runs, the first values are checked.
 
     Args:
         command: name of the command.
@@ -66,14 +67,23 @@ def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] =
     parse = OverridesParser.create().parse_overrides
     fixed = [override.input_line for override in parse(list(overrides)) if not override.is_sweep_override()]
     sweeper = _composed(command, fixed, folders, True).hydra.sweeper
-    if sweeper._target_ != BasicSweeperConf._target_:
-        return
     grid = parse([*(f"{key}={values}" for key, values in (sweeper.params or {}).items()), *overrides])
-    for number, job in enumerate(BasicSweeper.split_arguments(grid, None)[0]):
+    is_search = sweeper._target_ != BasicSweeperConf._target_
+    for number, job in enumerate([_first_job(grid)] if is_search else BasicSweeper.split_arguments(grid, None)[0]):
         config = _composed(command, job, folders, True)
         config.hydra.job.num = number
         HydraConfig.instance().set_config(config)  # for interpolations as in run_dir=runs/${hydra:job.num}
         check(command, config, complete=command != "plan")
+
+
+def _first_job(grid: Sequence[Override]) -> list[str]:
+    """The overrides, with the first value of each list or interval."""
+    return [
+        f"{o.get_key_element()}={o.value().start if o.is_interval_sweep() else next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else str(o.input_line)
+        for o in grid
+    ]
 
 
 def _composed(command: str, overrides: Sequence[str], folders: Sequence[Path], return_hydra_config: bool) -> DictConfig:
@@ -136,7 +146,8 @@ def prepare(command: str, overrides: Sequence[str] = ()) -> None:
     given = [override for override in overrides if re.match(r"\+*plugins=", override)]
     for plugins in OverridesParser.create().parse_overrides(given):
         if not isinstance(plugins.value(), list):
-            raise ConfigError(f"plugins={plugins.value()}: expected a list: plugins=[{plugins.value()}].")
+            module = plugins.value() or "MODULE"
+            raise ConfigError(f"plugins={as_typed(plugins.value())}: expected a list: plugins=[{module}].")
         import_plugins(list(map(str, plugins.value())))
     OmegaConf.register_new_resolver("gm_mlic.digest", _digest, replace=True)
     OmegaConf.register_new_resolver("gm_mlic.absolute", lambda path: str(Path(path).absolute()), replace=True)
