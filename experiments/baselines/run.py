@@ -46,7 +46,9 @@ from gm_mlic.training.run import build_module
 HERE = Path(__file__).parent
 RUNS = Path("runs/baselines")
 SEEDS = (0, 1, 2)
-#: Candidates of every model, selected by validation mAP with seed 0.
+#: Learning rates. Those of RATES are candidates of every model, selected by validation mAP with seed 0. While the best
+#: one is the largest or smallest that was tried, the next one is tried too.
+LADDER = ("1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1", "1", "3", "10", "30", "100")
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")
 BATCH, ROUNDS = 32, 15
 #: Data sets of the paper's mAPs.
@@ -90,8 +92,8 @@ ROWS = {
     "srn": Row("SRN", "srn", "grid", ["model.width=128", "model.map_size={grid}"]),
     "tdrg": Row("TDRG", "tdrg", "grid", ["model.width=64", "model.hidden=256", "model.map_size={grid}"]),
     "ssgrl": Row("SSGRL", "ssgrl", "grid", ["model.width=256"]),
-    "mil_max-grid": Row("max-pooled MIL", "mil_max", "grid"),
-    "gm_mlic-grid": Row("GM-MLIC", "gm_mlic", "grid", ["model=gm_mlic_small"]),
+    "mil_max-grid": Row("max-pooled MIL", "mil_max", "grid", ["model.components={dim}"]),
+    "gm_mlic-grid": Row("GM-MLIC", "gm_mlic", "grid", ["model=gm_mlic_small", "model.components={dim}"]),
 }
 #: Labels with a unique appearance; labels that differ from a label of another theme only by context; labels that
 #: differ only by their position relative to an anchor object.
@@ -125,7 +127,7 @@ class Data:
         settings: its overrides.
         boxes, grid: overrides of a model on boxes, on a grid.
         grid_size: cells along each side.
-        linear: candidate learning rates of global pooling; they depend on the scale of the features.
+        grid_dim: features of a cell.
         measure: the measures of a table, from those of a split.
     """
 
@@ -134,22 +136,19 @@ class Data:
     boxes: list[str]
     grid: list[str]
     grid_size: int
-    linear: tuple[str, ...]
+    grid_dim: int
     measure: Callable[[dict[str, Any]], dict[str, float]]
 
     def of(self, row: Row) -> list[str]:
         """Overrides of a row."""
-        model = [setting.format(grid=self.grid_size) for setting in row.settings]
+        model = [setting.format(grid=self.grid_size, dim=self.grid_dim) for setting in row.settings]
         chosen = [] if any(setting.startswith("model=") for setting in model) else [f"model={row.model}"]
         given = self.boxes if row.input == "boxes" else [*self.grid, f"detector.grid_size={self.grid_size}"]
         return [*self.settings, *given, *chosen, *model]
 
-    def rates(self, row: Row) -> tuple[str, ...]:
-        return self.linear if row.model == "gap_linear" else RATES
-
 
 def scenes() -> Data:
-    return Data("scenes", ["experiment=scenes"], [], [], 10, ("3e-1", "1", "3", "10"), of_scenes)
+    return Data("scenes", ["experiment=scenes"], [], [], 10, 48, of_scenes)
 
 
 def animals(shared: Path) -> Data:
@@ -165,7 +164,7 @@ def animals(shared: Path) -> Data:
     ]
     plugin = "plugins=[nanodet_plugin]", "plugins=[nanodet_grid]"
     boxes, grid = ([plugin[0], "detector=nanodet"], [plugin[1], "detector=nanodet_grid"])
-    return Data("animals", settings, boxes, grid, 7, ("1e-1", "3e-1", "1", "3"), of_animals)
+    return Data("animals", settings, boxes, grid, 7, 752, of_animals)
 
 
 # Runs
@@ -225,18 +224,29 @@ class Study:
                 writer.writeheader()
             writer.writerow(row)
 
+    def tried(self, name: str) -> dict[str, float]:
+        """Validation mAP of finished runs with seed 0, by ascending learning rate."""
+        found = {r["lr"]: float(r["val_mAP"]) for r in self.read() if (r["row"], r["seed"]) == (name, "0")}
+        return {rate: found[rate] for rate in LADDER if rate in found}
+
     def best_rate(self, name: str) -> str:
-        """The candidate learning rate with the best validation mAP of finished runs with seed 0; of equal ones, the
-        rate with the most runs.
-        """
-        rates = self.data.rates(ROWS[name])
-        runs = [run for run in self.read() if run["row"] == name and run["lr"] in rates]
-        mAP = {run["lr"]: float(run["val_mAP"]) for run in runs if run["seed"] == "0"}
-        return max(mAP, key=lambda rate: (mAP[rate], sum(run["lr"] == rate for run in runs)), default=rates[0])
+        """The learning rate with the best validation mAP; of equal ones, the smallest."""
+        tried = self.tried(name)
+        return max(tried, key=tried.__getitem__)
+
+    def next_rate(self, name: str) -> str | None:
+        """The rate beyond the best one, if that is the largest or smallest tried; None if it is neither."""
+        tried, best = self.tried(name), self.best_rate(name)
+        first, *_, last = tried
+        beyond = LADDER.index(best) + {first: -1, last: 1}.get(best, 0)
+        is_new = 0 <= beyond < len(LADDER) and LADDER[beyond] not in tried
+        return LADDER[beyond] if is_new and len(set(tried.values())) > 1 else None
 
     def train_all(self, names: Iterable[str]) -> None:
         for name in names:
-            for rate in self.data.rates(ROWS[name]):
+            for rate in RATES:
+                self.train(name, rate, 0)
+            while rate := self.next_rate(name):
                 self.train(name, rate, 0)
             for seed in SEEDS[1:]:
                 self.train(name, self.best_rate(name), seed)
@@ -344,8 +354,7 @@ def collect(study: Study) -> None:
     cost, printed = costs(study, names), printed_in_the_paper()
     for name in names:
         row = ROWS[name]
-        tried = {run["lr"] for run in runs if run["row"] == name and run["seed"] == "0"}
-        rates = f"{len(tried)} of {len(study.data.rates(row))}"
+        rates = str(len(study.tried(name)))
         of = [run for run in runs if run["row"] == name and run["lr"] == study.best_rate(name)]
         parameters, gflops, speed = cost[name]
         spread = [mean_and_std([float(run[measure]) for run in of]) for measure in measures]

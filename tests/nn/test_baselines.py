@@ -38,7 +38,7 @@ from gm_mlic.nn import (
     RNNAttention,
 )
 from gm_mlic.nn.baselines import LabelStatistics
-from gm_mlic.nn.baselines._common import conditional_probabilities, from_map, to_map
+from gm_mlic.nn.baselines._common import DecoderLayer, conditional_probabilities, from_map, to_map
 from gm_mlic.nn.baselines._sequence import NO_TARGET, label_paths, log_odds
 from gm_mlic.nn.baselines.c_tran import random_known
 from gm_mlic.nn.baselines.cma import similarity_loss
@@ -164,6 +164,8 @@ def test_gradients_reach_every_parameter(name: str) -> None:
 @every_model
 def test_padding_does_not_change_outputs(name: str) -> None:
     net, data = model(name), batch((9, 4, 6))
+    if name == "srn":
+        net.eval()  # batch normalization: in training, images depend on each other
     together = net(data)
     wider = AssignmentBatch(
         x=nn.functional.pad(data.x, (0, 0, 0, 5), value=7.0),
@@ -176,6 +178,18 @@ def test_padding_does_not_change_outputs(name: str) -> None:
     for b, alone in enumerate(graphs(data)):
         close(net(alone).logits[0], together.logits[b])
         assert torch.equal(net(alone).argmax_instance[0], together.argmax_instance[b])
+
+
+@every_model
+def test_features_are_standardized(name: str) -> None:
+    """Fitted statistics have the effect of standardized input, also on padded locations."""
+    net, data = model(name).eval(), batch((9, 4, 6))
+    features = data.x[data.mask]
+    standardized = (data.x - features.mean(dim=0)) / features.std(dim=0, correction=0)
+    expected = net(replace(data, x=standardized.masked_fill(~data.mask[..., None], 0)))
+    net.fit_features(features, data.label_vectors)  # type: ignore[operator]
+    close(net(data).logits, expected.logits)
+    assert torch.equal(net(data).argmax_instance, expected.argmax_instance)
 
 
 @every_model
@@ -519,16 +533,34 @@ def test_position_encoding() -> None:
 
 def test_decoder_layer_without_positions_equals_torch() -> None:
     """With zero positions the layer equals torch's, which also checks the sign of the mask."""
-    ours = model("query2label").layers[0]
+    ours = DecoderLayer(D_O, 2, 0.0).double()
     theirs = nn.TransformerDecoderLayer(D_O, 2, 4 * D_O, dropout=0.0, batch_first=True).double()
     theirs.self_attn.load_state_dict(ours.self_attention.state_dict())
     theirs.multihead_attn.load_state_dict(ours.cross_attention.state_dict())
-    for lin, mine in ((theirs.linear1, ours.mlp.lin1.lins[0]), (theirs.linear2, ours.mlp.lin2)):
-        lin.load_state_dict(mine.state_dict())
+    theirs.linear1.load_state_dict(ours.mlp[0].state_dict())
+    theirs.linear2.load_state_dict(ours.mlp[3].state_dict())
     data, Q = batch((9, 4)), torch.randn(2, C, D_O).double()
     found, attention = ours(Q, data.x, torch.zeros_like(data.x), data.mask)
     close(found, theirs(Q, data.x, memory_key_padding_mask=~data.mask))
     assert bool((attention[1, 4:] == 0).all())
+
+
+def test_query2label_equals_its_parts() -> None:
+    """Queries are added to the states in each layer, to those of locations their positions; values are without both."""
+    net, data = model("query2label"), batch((9, 9))
+    F, q = net.project(data.x), net.queries
+    keys, Q = F + position_encoding(data.box, D_O), torch.zeros(2, C, D_O).double()
+    first, second = net.layers
+    Q = first.norms[0](Q + first.cross_attention((Q + q), keys, F)[0])
+    Q = first.norms[1](Q + first.mlp(Q))
+    Q = second.norms[0](Q + second.self_attention(Q + q, Q + q, Q)[0])
+    update, attention = second.cross_attention(Q + q, keys, F)
+    Q = second.norms[1](Q + update)
+    Q = net.norm(second.norms[2](Q + second.mlp(Q)))
+    output = net(data)
+    close(output.label_states, Q)
+    close(output.logits, net.classifiers(Q))
+    close(output.match_logits, attention.transpose(1, 2))
 
 
 def test_query2label_uses_positions() -> None:
@@ -614,8 +646,8 @@ def test_encoder_layer_equals_torch() -> None:
     for layer in net.layers:
         theirs = nn.TransformerEncoderLayer(D_O, 2, D_O, dropout=0.0, batch_first=True).double()
         theirs.self_attn.load_state_dict(layer.cross_attention.state_dict())
-        theirs.linear1.load_state_dict(layer.mlp.lin1.lins[0].state_dict())
-        theirs.linear2.load_state_dict(layer.mlp.lin2.state_dict())
+        theirs.linear1.load_state_dict(layer.mlp[0].state_dict())
+        theirs.linear2.load_state_dict(layer.mlp[3].state_dict())
         theirs.norm1.load_state_dict(layer.norms[0].state_dict())
         theirs.norm2.load_state_dict(layer.norms[1].state_dict())
         H = theirs(H, src_key_padding_mask=padded)
@@ -660,34 +692,44 @@ def test_label_mask_training() -> None:
 
 
 def test_srn_against_a_loop() -> None:
-    net, size = model("srn"), 3
+    net, size = model("srn").eval(), 3
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
+        for values in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(values)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def normalized(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        return norm.weight * (x - norm.running_mean) / torch.sqrt(norm.running_var + 1e-5) + norm.bias
+
     x = torch.randn(1, 9, D_O).double()
     data = AssignmentBatch(x, grid_boxes(size)[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
     output = net(data)
-    (one, _, three, _, last), X = net.attention, x[0].view(size, size, D_O)
+    (one, norm1, _, three, norm2, _, last), X = net.attention, x[0].view(size, size, D_O)
     relu = torch.relu
-    hidden = [[relu(one.weight[:, :, 0, 0] @ X[i, j] + one.bias) for j in range(size)] for i in range(size)]
+    hidden = [[relu(normalized(norm1, one.weight[:, :, 0, 0] @ X[i, j])) for j in range(size)] for i in range(size)]
     U = torch.zeros(C, size, size).double()
     for c in range(C):
         z = torch.zeros(size, size).double()
         for i in range(size):
             for j in range(size):
-                total = three.bias.clone()
+                total = torch.zeros(8).double()
                 for di in (-1, 0, 1):
                     for dj in (-1, 0, 1):
                         if 0 <= i + di < size and 0 <= j + dj < size:
                             total = total + three.weight[:, :, di + 1, dj + 1] @ hidden[i + di][j + dj]
-                z[i, j] = last.weight[c, :, 0, 0] @ relu(total)
+                z[i, j] = last.weight[c, :, 0, 0] @ relu(normalized(norm2, total))
         a = z.exp() / z.exp().sum()
         s = X @ net.confidence.weight[c] + net.confidence.bias[c]
         close(output.auxiliary[0][0, c], (a * s).sum())
         U[c] = a / (1 + torch.exp(-s))
     close(output.match_logits[0], U.flatten(1).T)
-    first, _, second, _, whole, *_ = net.regularization
-    h = relu(torch.einsum("dc,cij->dij", first.weight[:, :, 0, 0], U) + first.bias[:, None, None])
-    h = relu(torch.einsum("ed,dij->eij", second.weight[:, :, 0, 0], h) + second.bias[:, None, None])
+    first, norm1, _, second, norm2, _, whole, *_ = net.regularization
+    h = relu(normalized(norm1, torch.einsum("dc,cij->ijd", first.weight[:, :, 0, 0], U)))
+    h = relu(normalized(norm2, torch.einsum("ed,ijd->ije", second.weight[:, :, 0, 0], h))).permute(2, 0, 1)
     flat = torch.stack([relu((whole.weight[k, 0] * h[k // 4]).sum() + whole.bias[k]) for k in range(32)])
-    close(output.logits[0], (net.classifier(x[0].mean(dim=0)) + net.regularized(flat)) / 2)
+    classified, regularized = net.classifier(x[0].mean(dim=0)), net.regularized(flat)
+    close(output.logits[0], (classified + regularized) / 2)
+    close(torch.stack(output.auxiliary[1:])[:, 0], torch.stack([classified, regularized]))
 
 
 # TDRG
@@ -944,7 +986,7 @@ def test_rnn_attention_against_a_loop() -> None:
     x, box = torch.randn(1, 9, D_O).double(), grid_boxes(3)
     data = AssignmentBatch(x, box[None], torch.ones(1, 9, dtype=torch.bool), batch().label_vectors)
     output = net(data)
-    X = (x[0] @ net.project.weight[:, :, 0, 0].T + net.project.bias).T.view(12, 3, 3)
+    X = (x[0] @ net.project.weight.T + net.project.bias).T.view(12, 3, 3)
     region, h, c = torch.tensor([1.0, 1.0, 0.0, 0.0]).double(), torch.zeros(12).double(), torch.zeros(12).double()
     scores, regions = [], []
     for k in range(4):
@@ -1043,6 +1085,15 @@ def test_windows_of_a_map() -> None:
     close(windows(X), torch.stack(expected, dim=1))
 
 
+def test_windows_cover_the_map() -> None:
+    """Of 10 x 10 cells: sides of 10, 5 and 2 cells; the last cell is in a window of each size."""
+    X = torch.zeros(1, 1, 10, 10)
+    X[..., -1, -1] = 1
+    found = windows(X)[0, :, 0]
+    assert found.shape == (1 + 4**2 + 9**2,)
+    assert [int(part.sum()) for part in found.split([1, 16, 81])] == [1, 1, 1]
+
+
 def test_detection_scores_against_a_loop() -> None:
     x, y = torch.randn(2, 2, 5, 3).double()
     found = detection_log_scores(x, y).exp()
@@ -1060,8 +1111,8 @@ def test_kd_wsd_against_a_loop() -> None:
     output = net(data)
 
     def features(part: Any, cells: list[int]) -> Tensor:
-        conv, (lin1, _, _, lin2, _, _) = part.map[0], part.layers
-        maps = [relu(conv.weight[:, :, 0, 0] @ x[0, i] + conv.bias) for i in cells]
+        (lin1, _, _, lin2, _, _) = part.layers
+        maps = [relu(part.map[0](x[0, i])) for i in cells]
         return relu(lin2(relu(lin1(torch.stack(maps).amax(dim=0)))))
 
     regions = [list(range(9)), *([3 * i + j for i in (a, a + 1) for j in (b, b + 1)] for a in (0, 1) for b in (0, 1))]

@@ -6,6 +6,7 @@ The instances of whole-image baselines are a grid of locations (``detector.grid_
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -14,8 +15,9 @@ from torch_geometric.data import HeteroData
 
 from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.graphs.batch import AssignmentBatch, check_sizes
-from gm_mlic.nn.mlp import ConcatMLP, init_linear
+from gm_mlic.nn.mlp import init_linear
 from gm_mlic.nn.output import ModelOutput
+from gm_mlic.nn.prior import Standardize
 from gm_mlic.targets import normalize_targets
 
 #: Slope of LeakyReLU for negative values, in models with a GCN.
@@ -105,6 +107,20 @@ def reset_parameters(module: nn.Module) -> None:
             reset_parameters(child)
 
 
+def init_uniform(*modules: nn.Module) -> None:
+    r"""Initialize linear layers as torch does: uniform in :math:`\pm 1 / \sqrt{\mathrm{fan\ in}}`, weights and biases.
+
+    For models that keep the initialization of their authors' code.
+    """
+    for layer in (layer for module in modules for layer in module.modules()):
+        weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+        if weight is not None:
+            bound = 1 / math.sqrt(weight.shape[0] if isinstance(layer, GCNLayer) else weight[0].numel())
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+
 class Composite(nn.Module):
     """A module whose parameters are those of its submodules."""
 
@@ -115,6 +131,9 @@ class Composite(nn.Module):
 
 class WholeImageModel(Composite):
     """Base of whole-image models. Their instances are a grid of locations; boxes work as well.
+
+    Features are standardized (:class:`~gm_mlic.nn.Standardize`) by :meth:`fit_features`, since those of a frozen
+    backbone have any scale. In the papers, the backbone is trained.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -132,13 +151,20 @@ class WholeImageModel(Composite):
         super().__init__()
         self.instance_dim, self.num_labels, self.label_dim, self.width = instance_dim, num_labels, label_dim, width
         self._shown = shown if width is None else {"width": width, **shown}
+        self.standardize = Standardize(instance_dim)
+
+    def fit_features(self, features: Tensor, label_vectors: Tensor, class_vectors: Tensor | None = None) -> None:
+        """Compute mean and deviation of features (N, D) of training locations; the other arguments are not used."""
+        self.standardize.fit(features)
 
     def as_batch(self, data: HeteroData | AssignmentBatch) -> AssignmentBatch:
-        """The dense form of ``data``, as of :func:`as_batch`; also refuses edges to candidates only."""
+        """The dense form of ``data``, as of :func:`as_batch`, with standardized features; also refuses edges to
+        candidates only.
+        """
         batch = as_batch(data, self.num_labels, self.instance_dim, self.label_dim)
         if batch.match_mask.shape[2] > 1:
             raise ConfigError("Whole-image models need complete matching edges: build the graphs without candidates.")
-        return batch
+        return replace(batch, x=self.standardize(batch.x))
 
     def __repr__(self) -> str:
         sizes = [n for n in (self.instance_dim, self.label_dim, self.num_labels) if n is not None]
@@ -151,6 +177,15 @@ class LeCunLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         init_linear(self)
+
+
+class HeLinear(nn.Linear):
+    """A Linear with the initialization of He et al. (ICCV 2015), for use before a ReLU."""
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class LogitLinear(LeCunLinear):
@@ -264,22 +299,23 @@ class DecoderLayer(Composite):
     r"""A layer of a transformer decoder, with LayerNorm after each step (Vaswani et al., NeurIPS 2017, section 3.1).
 
     .. math::
-        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, Q, Q)) \text{, with self_attention} \\
-        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q, F + \mathrm{pos}, F)) \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q + q, Q + q, Q)) \text{, with self_attention} \\
+        Q &\leftarrow \mathrm{LN}(Q + \mathrm{MultiHead}(Q + q, F + \mathrm{pos}, F)) \\
         Q &\leftarrow \mathrm{LN}(Q + \mathrm{MLP}(Q))
 
-    Unlike ``torch.nn.TransformerDecoderLayer`` it adds positions to the keys only, and returns the attention. Without
-    the first step and with F = Q it is a layer of a transformer encoder.
+    Unlike ``torch.nn.TransformerDecoderLayer`` it adds queries q and positions, as in DETR (Carion et al., ECCV 2020),
+    and returns the attention. Without the first step and with F = Q it is a layer of a transformer encoder.
 
     Args:
         channels: d.
         heads: of both attentions.
-        dropout: of attention weights and of the terms added to Q.
+        dropout: of attention weights, of the terms added to Q and of the MLP's hidden layer.
         hidden_channels: size of the MLP's hidden layer (default: 4 d).
         self_attention: whether it has the first step.
 
     Shapes:
-        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d) or None, mask (B, M) bool, False where padded, or None
+        - **input:** Q (B, C, d), F (B, M, d), pos (B, M, d) or None, mask (B, M) bool, False where padded, or None,
+          q (C, d) or None
         - **output:** Q (B, C, d), attention (B, M, C), the mean over heads
 
     Raises:
@@ -302,16 +338,22 @@ class DecoderLayer(Composite):
             nn.MultiheadAttention(channels, heads, dropout, batch_first=True) if self_attention else None
         )
         self.cross_attention = nn.MultiheadAttention(channels, heads, dropout, batch_first=True)
-        self.mlp = ConcatMLP([channels], hidden_channels or 4 * channels, channels)
+        hidden = hidden_channels or 4 * channels
+        self.mlp = nn.Sequential(
+            HeLinear(channels, hidden), nn.ReLU(), nn.Dropout(dropout), LeCunLinear(hidden, channels)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2 + self_attention))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, Q: Tensor, F: Tensor, pos: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, Q: Tensor, F: Tensor, pos: Tensor | None, mask: Tensor | None, q: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self.self_attention is not None:
-            update, _ = self.self_attention(Q, Q, Q, need_weights=False)
+            own = Q if q is None else Q + q
+            update, _ = self.self_attention(own, own, Q, need_weights=False)
             Q = self.norms[0](Q + self.dropout(update))
         keys, padded = F if pos is None else F + pos, None if mask is None else ~mask
-        update, attention = self.cross_attention(Q, keys, F, key_padding_mask=padded)
+        update, attention = self.cross_attention(Q if q is None else Q + q, keys, F, key_padding_mask=padded)
         Q = self.norms[-2](Q + self.dropout(update))
         Q = self.norms[-1](Q + self.dropout(self.mlp(Q)))
         return Q, attention.transpose(1, 2)

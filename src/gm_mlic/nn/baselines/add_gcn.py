@@ -17,6 +17,7 @@ from gm_mlic.nn.baselines._common import (
     LeCunLinear,
     LogitLinear,
     WholeImageModel,
+    init_uniform,
     location_output,
 )  # fmt: skip
 from gm_mlic.nn.output import ModelOutput
@@ -40,8 +41,9 @@ class ADDGCN(WholeImageModel):
     :math:`m_{ic}`.
 
     The formulas were compared with the authors' code, not with the paper's text. Both sums with V, and the maximum, are
-    those of the code. Left out are its batch normalization of the global vector, by which the result of an image would
-    depend on the batch, its biases in the GCN, and its second LeakyReLU in each layer of the GCN.
+    those of the code, and so is the initialization, uniform in :math:`\pm 1 / \sqrt{\mathrm{fan\ in}}`. Left out are
+    its batch normalization of the global vector, with which a batch of one image could not be trained, its biases in
+    the GCN, and its second LeakyReLU in each layer of the GCN.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -63,14 +65,11 @@ class ADDGCN(WholeImageModel):
         self.dynamic_adjacency = DynamicAdjacency(width, width, num_labels)
         self.dynamic_conv = GCNLayer(width, width)
         self.classifiers = LabelClassifiers(num_labels, width)
-        self._reset_adjacency()
-
-    def _reset_adjacency(self) -> None:
-        nn.init.normal_(self.static_adjacency, std=1 / math.sqrt(self.num_labels))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._reset_adjacency()
+        init_uniform(*self.children())
+        nn.init.uniform_(self.static_adjacency, -1 / math.sqrt(self.num_labels), 1 / math.sqrt(self.num_labels))
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = self.as_batch(data)

@@ -56,8 +56,8 @@ class CTran(WholeImageModel):
     labels (VOC) are always unknown. The mean over labels thus includes zeros for given labels; the authors' code sums.
 
     The match logits are the attention of labels to locations in the last layer. Neither positions, word vectors nor
-    co-occurrences are used, as in the authors' code. The formulas and defaults were compared with that code, not with
-    the paper's text.
+    co-occurrences are used, as in the authors' code, in which the state of unknown labels is a fixed random vector. The
+    formulas and defaults were compared with that code, not with the paper's text.
 
     Args:
         instance_dim: D, size of a location's feature.

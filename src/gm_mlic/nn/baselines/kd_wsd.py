@@ -8,7 +8,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, max_pool2d, ms
 from torch_geometric.data import HeteroData
 
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import Composite, LogitLinear, WholeImageModel, from_map, location_output, to_map
+from gm_mlic.nn.baselines._common import Composite, HeLinear, LogitLinear, WholeImageModel, location_output, to_map
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Fraction, Positive, checked
@@ -22,7 +22,8 @@ TEACHER, STUDENT = 0.5, 5.0
 def windows(X: Tensor) -> Tensor:
     """The maximum of each channel in square windows of a map, as proposals.
 
-    Sides are those of ``SIDES``, rounded to cells; windows of a size overlap by half.
+    Sides are those of ``SIDES``, rounded to cells. Windows are half a side apart, and the last ones may extend over
+    the border.
 
     Args:
         X: (B, d, G, G).
@@ -31,7 +32,7 @@ def windows(X: Tensor) -> Tensor:
         (B, R, d).
     """
     sides = [max(1, round(part * X.shape[-1])) for part in SIDES]
-    pooled = [max_pool2d(X, side, stride=max(1, side // 2)).flatten(2) for side in sides]
+    pooled = [max_pool2d(X, side, stride=max(1, side // 2), ceil_mode=True).flatten(2) for side in sides]
     return torch.cat(pooled, dim=2).transpose(1, 2)
 
 
@@ -60,19 +61,19 @@ class RegionFeatures(Composite):
         dropout: after both layers.
 
     Shapes:
-        - **map:** (B, in_channels, G, G) to (B, d, G, G)
+        - **map:** (..., in_channels) to (..., d), for each cell
         - **input:** pooled cells (..., d)
         - **output:** (..., d)
     """
 
     def __init__(self, in_channels: int, channels: int, dropout: float) -> None:
         super().__init__()
-        self.map = nn.Sequential(nn.Conv2d(in_channels, channels, 1), nn.ReLU())
+        self.map = nn.Sequential(HeLinear(in_channels, channels), nn.ReLU())
         self.layers = nn.Sequential(
-            nn.Linear(channels, channels),
+            HeLinear(channels, channels),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(channels, channels),
+            HeLinear(channels, channels),
             nn.ReLU(),
             nn.Dropout(dropout),
         )
@@ -101,7 +102,7 @@ class KDWSD(WholeImageModel):
     teacher is a weakly supervised detector (WSDDN): it learns to find the windows of labels from labels of images.
     The third term distills its features of windows (feature level), the fourth its probabilities (prediction level).
     No gradient of these flows into the teacher. In evaluation there is no teacher; the logits are the student's. The
-    match logits are the scores of each cell of the map as a region.
+    match logits are the scores of each location as a region.
 
     The networks and losses were compared with the definitions that the authors published, not with the paper's text.
     Different here: teacher and student are trained together, not one after the other (the authors train the teacher,
@@ -142,17 +143,16 @@ class KDWSD(WholeImageModel):
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = self.as_batch(data)
-        X = to_map(batch.x, batch.box, batch.mask, self.map_size)
-        S = self.student.map(X)
+        f = self.student.map(batch.x)
+        S = to_map(f, batch.box, batch.mask, self.map_size)
         logits = self.classifier(self.student(S.amax(dim=(2, 3))))
-        cells = self.classifier(self.student(S.flatten(2).transpose(1, 2)))
         auxiliary, loss = None, None
         if self.training:
-            v, u = self.teacher(windows(self.teacher.map(X))).to(X.dtype), self.student(windows(S)).to(X.dtype)
+            T = to_map(self.teacher.map(batch.x), batch.box, batch.mask, self.map_size)
+            v, u = self.teacher(windows(T)).to(logits.dtype), self.student(windows(S)).to(logits.dtype)
             classes, proposals = self.classes(v), self.proposals(v)
-            log_p = detection_log_scores(classes, proposals).clamp(max=-torch.finfo(X.dtype).eps)
+            log_p = detection_log_scores(classes, proposals).clamp(max=-torch.finfo(logits.dtype).eps)
             auxiliary = (log_p - torch.log1p(-log_p.exp()),)
             soft = detection_log_scores(classes / TEACHER, proposals / TEACHER).exp().detach().clamp(max=1)
             loss = mse_loss(u, v.detach()) + binary_cross_entropy_with_logits(logits / STUDENT, soft)
-        values = from_map(cells.transpose(1, 2).unflatten(2, X.shape[2:]), batch.box)
-        return location_output(logits, values, batch, auxiliary=auxiliary, loss=loss)
+        return location_output(logits, self.classifier(self.student(f)), batch, auxiliary=auxiliary, loss=loss)

@@ -96,8 +96,8 @@ class PLA(WholeImageModel):
 
     The formulas, the alignment and the sizes were compared with the authors' code, not with the paper's text. Different
     from the code: in the code, a label that is predicted only after step n stays at any free step, and END has its own
-    embedding for the first step. The code first trains the encoder by binary cross-entropy, and averages weights
-    (SWA).
+    embedding for the first step, and in one version the attention has a dropout of 0.5. The code first trains the
+    encoder by binary cross-entropy, and averages weights (SWA).
 
     Args:
         instance_dim: D, size of a location's feature.

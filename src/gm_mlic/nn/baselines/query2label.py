@@ -47,12 +47,13 @@ class Query2Label(WholeImageModel):
 
     .. math::
         F &= \mathrm{Linear}(f) \\
-        Q_l, a &= \mathrm{DecoderLayer}(Q_{l-1}, F), \qquad l = 1, \ldots, L \\
-        s_c &= w_c^\top Q_{L,c} + b_c
+        Q_0 &= 0, \qquad Q_l, a = \mathrm{DecoderLayer}(Q_{l-1}, F, q), \qquad l = 1, \ldots, L \\
+        s_c &= w_c^\top \mathrm{LN}(Q_L)_c + b_c
 
-    :math:`Q_0` are learned queries, one for each label; neither word vectors nor co-occurrences are used. Positions are
-    encoded by :func:`position_encoding`. The match logits are the last layer's attention a. Unlike here, the authors'
-    code has by default one encoder layer before the decoder, and its decoder has no self-attention of the queries.
+    q are learned queries, one for each label, which each layer adds to its states, as in the authors' code; neither
+    word vectors nor co-occurrences are used. Positions are encoded by :func:`position_encoding`. The match logits are
+    the last layer's attention a. Unlike here, the authors' code has by default one encoder layer before the decoder,
+    and its decoder has no self-attention of the queries. Here the first layer has none, since :math:`Q_0` is zero.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -65,7 +66,7 @@ class Query2Label(WholeImageModel):
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
-        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`Q_L`
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``label_states`` are :math:`\mathrm{LN}(Q_L)`
     """
 
     @checked
@@ -84,7 +85,8 @@ class Query2Label(WholeImageModel):
         super().__init__(instance_dim, num_labels, width=width, layers=layers)
         self.project = LeCunLinear(instance_dim, width)
         self.queries = nn.Parameter(torch.empty(num_labels, width))
-        self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, dropout, self_attention=i > 0) for i in range(layers))
+        self.norm = nn.LayerNorm(width)
         self.classifiers = LabelClassifiers(num_labels, width)
         nn.init.normal_(self.queries)
 
@@ -96,7 +98,8 @@ class Query2Label(WholeImageModel):
         batch = self.as_batch(data)
         F = self.project(batch.x)
         pos = position_encoding(batch.box, F.shape[-1])
-        Q = self.queries.expand(F.shape[0], -1, -1)
+        Q = F.new_zeros(F.shape[0], *self.queries.shape)
         for layer in self.layers:
-            Q, attention = layer(Q, F, pos, batch.mask)
+            Q, attention = layer(Q, F, pos, batch.mask, self.queries)
+        Q = self.norm(Q)
         return location_output(self.classifiers(Q), attention, batch, Q)

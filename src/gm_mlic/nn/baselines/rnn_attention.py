@@ -10,7 +10,7 @@ from torch.nn.functional import grid_sample
 from torch_geometric.data import HeteroData
 
 from gm_mlic.graphs.batch import AssignmentBatch
-from gm_mlic.nn.baselines._common import LeCunLinear, WholeImageModel, location_output, to_map
+from gm_mlic.nn.baselines._common import HeLinear, LeCunLinear, WholeImageModel, location_output, to_map
 from gm_mlic.nn.output import ModelOutput
 from gm_mlic.registry import register_model
 from gm_mlic.schema import Positive, checked
@@ -103,8 +103,9 @@ class RNNAttention(WholeImageModel):
     The paper's text was not available: formulas and constants are from memory, and were compared with a third-party
     implementation, not with the authors' code. Decided here: the configured loss replaces the paper's squared distance
     of softmax probabilities; the 1 x 1 convolution to ``width`` channels, which is also the size of f, h and z (the
-    paper: VGG-16, 512 channels, and fully connected layers of 4096); regions are sampled with ``region_size`` cells
-    instead of being pooled to them; anchors for other K than 5 are on the circle through the paper's four.
+    paper: VGG-16, 512 channels, and fully connected layers of 4096), and the ReLU of f; regions are sampled with
+    ``region_size`` cells instead of being pooled to them; anchors for other K than 5 are on the circle through the
+    paper's four.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -131,16 +132,16 @@ class RNNAttention(WholeImageModel):
     ) -> None:
         super().__init__(instance_dim, num_labels, width=width, regions=regions, map_size=map_size)
         self.regions, self.region_size, self.map_size = regions, region_size, map_size
-        self.project = nn.Conv2d(instance_dim, width, 1)
-        self.region = nn.Linear(width * region_size**2, width)
+        self.project = LeCunLinear(instance_dim, width)
+        self.region = HeLinear(width * region_size**2, width)
         self.lstm = nn.LSTMCell(width, width)
-        self.hidden = nn.Linear(width, width)
+        self.hidden = HeLinear(width, width)
         self.scores = LeCunLinear(width, num_labels)
         self.localization = Localization(width)
 
     def forward(self, data: HeteroData | AssignmentBatch) -> ModelOutput:
         batch = self.as_batch(data)
-        X = self.project(to_map(batch.x, batch.box, batch.mask, self.map_size))
+        X = to_map(self.project(batch.x), batch.box, batch.mask, self.map_size)
         with torch.autocast(X.device.type, enabled=False):  # rounded regions would be others, rounded logits equal
             logits, regions = self.look(X.to(batch.x.dtype))
         logits, best = logits.max(dim=1)

@@ -15,6 +15,12 @@ from gm_mlic.schema import Positive, checked
 FILTERS = 4
 
 
+def block(in_channels: int, out_channels: int, size: int) -> tuple[nn.Module, ...]:
+    """A convolution that keeps the size of the map, batch normalization and a ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, size, padding=size // 2, bias=False)
+    return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
+
+
 @register_model("srn")
 class SRN(WholeImageModel):
     r"""SRN, from "Learning Spatial Regularization with Image-level Supervisions" (Zhu et al., CVPR 2017).
@@ -29,13 +35,17 @@ class SRN(WholeImageModel):
             s = \tfrac{1}{2} ( \hat y^{cls} + \hat y^{sr} )
 
     :math:`f_{att}` has convolutions of 1 x 1, 3 x 3 and 1 x 1 cells, :math:`f_{sr}` two of 1 x 1 and one of the whole
-    map, with four filters for each single input map, and a linear layer. A ReLU follows each convolution but the last
-    of :math:`f_{att}`. X is the map of the locations (``to_map``), on which the sums over i run. The match logits are
-    the weighted attention U. The training loss is applied to :math:`\hat y^{att}` as well.
+    map, with four filters for each single input map, and a linear layer. Batch normalization and a ReLU follow each
+    convolution, but only a ReLU the one of the whole map, and nothing the last of :math:`f_{att}`. X is the map of the
+    locations (``to_map``), on which the sums over i run. The match logits are the weighted attention U. The training
+    loss is applied to :math:`\hat y^{att}, \hat y^{cls}` and :math:`\hat y^{sr}` as well.
 
-    The paper's text was not available: formulas, sections and sizes are written from memory of it, and were compared
-    with nothing. Decided here: the paper trains in four stages, this model in one. The paper computes X and
-    :math:`\hat y^{cls}` from two layers of a ResNet-101; graphs have the features of one layer, which is used for both.
+    The paper's text was not available: formulas, sections and sizes are written from memory of it; the layers were
+    compared with third-party implementations, not with the authors' code. Decided here: the paper trains the three
+    scores one after the other, then all layers together; this model trains all at once. The convolution of the whole
+    map has no batch normalization, since it has one value per image and channel, and a batch may have one image. The
+    paper computes X and :math:`\hat y^{cls}` from two layers of a ResNet-101; graphs have the features of one layer,
+    which is used for both.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -45,7 +55,8 @@ class SRN(WholeImageModel):
 
     Shapes:
         - **input:** an assignment graph or a batch of them; only its instances are used
-        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``auxiliary`` is :math:`\hat y^{att}`
+        - **output:** :class:`~gm_mlic.nn.ModelOutput`; ``auxiliary`` are :math:`\hat y^{att}, \hat y^{cls}` and
+          :math:`\hat y^{sr}`
     """
 
     @checked
@@ -55,18 +66,14 @@ class SRN(WholeImageModel):
         super().__init__(instance_dim, num_labels, width=width, map_size=map_size)
         self.map_size = map_size
         self.attention = nn.Sequential(
-            nn.Conv2d(instance_dim, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(),
+            *block(instance_dim, width, 1),
+            *block(width, width, 3),
             nn.Conv2d(width, num_labels, 1, bias=False),  # a constant cancels in the softmax
         )
         self.confidence = LogitLinear(instance_dim, num_labels)
         self.regularization = nn.Sequential(
-            nn.Conv2d(num_labels, width, 1),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-            nn.ReLU(),
+            *block(num_labels, width, 1),
+            *block(width, width, 1),
             nn.Conv2d(width, FILTERS * width, map_size, groups=width),
             nn.ReLU(),
             nn.Flatten(),
@@ -81,5 +88,10 @@ class SRN(WholeImageModel):
         S = self.confidence(X.flatten(2).transpose(1, 2)).transpose(1, 2)
         U = (S.sigmoid() * A).unflatten(2, X.shape[2:])
         classified = self.classifier(mean_pool(batch.x, batch.mask))
-        logits = (classified + self.regularized(self.regularization(U))) / 2
-        return location_output(logits, from_map(U, batch.box), batch, auxiliary=((A * S).sum(dim=2),))
+        regularized = self.regularized(self.regularization(U))
+        return location_output(
+            (classified + regularized) / 2,
+            from_map(U, batch.box),
+            batch,
+            auxiliary=((A * S).sum(dim=2), classified, regularized),
+        )

@@ -21,6 +21,7 @@ from gm_mlic.nn.baselines._common import (
     LogitLinear,
     WholeImageModel,
     from_map,
+    init_uniform,
     location_output,
     to_map,
 )  # fmt: skip
@@ -70,9 +71,10 @@ class TDRG(WholeImageModel):
     Neither word vectors nor co-occurrences are used.
 
     The formulas and defaults were compared with the authors' code, not with the paper's text; from the code are the two
-    weights, 5 %, the sum with V and the missing position encoding. Decided here: the paper has a third scale, from an
-    earlier layer of the backbone; graphs have the features of one layer. The MLP has a ReLU instead of a GELU. As in
-    the model add_gcn, there are no batch normalization, no bias and one LeakyReLU in the GCN.
+    weights, 5 %, the sum with V, the missing position encoding and the initialization of the graph of labels. Decided
+    here: the paper has a third scale, from an earlier layer of the backbone; graphs have the features of one layer. The
+    MLP has a ReLU instead of a GELU. As in the model add_gcn, there are no batch normalization, no bias and one
+    LeakyReLU in the GCN.
 
     Args:
         instance_dim: D, size of a location's feature.
@@ -117,6 +119,14 @@ class TDRG(WholeImageModel):
         self.adjacency = DynamicAdjacency(2 * width, 2 * width, num_labels)
         self.conv = GCNLayer(2 * width, 2 * width)
         self.classifiers = LabelClassifiers(num_labels, 2 * width)
+        self._init_graph()
+
+    def _init_graph(self) -> None:
+        init_uniform(self.activation, self.project, self.guidance, self.adjacency, self.conv, self.classifiers)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._init_graph()
 
     def encode(self, X: Tensor) -> Tensor:
         """Map (B, d, G, G) to (B, G^2, d), by the transformer encoder."""
