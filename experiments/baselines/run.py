@@ -344,13 +344,14 @@ def collect(study: Study) -> None:
     names = [name for name in ROWS if any(run["row"] == name for run in runs)]
     measures = [key for key in runs[0] if key not in ("row", "lr", "seed", "val_mAP", "parameters", "train_seconds")]
     head = [
-        "model", "input", "rates", "lr", "seeds", *measures, "parameters", "GFLOPs per image", "images/s",
+        "model", "input", "rates", "lr", "seeds", *measures,
+        "parameters", "GFLOPs per image", "images/s", "training, minutes",
         *(f"{title}, paper" for title in PAPER.values()),
     ]  # fmt: skip
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     if study.data.name == "scenes":
         limit = [f"{value:.1f}" for value in known_limit().values()]
-        lines.append(["upper bound", "", "", "", "", *limit, *[""] * (3 + len(PAPER))])
+        lines.append(["upper bound", "", "", "", "", *limit, *[""] * (4 + len(PAPER))])
     cost, printed = costs(study, names), printed_in_the_paper()
     for name in names:
         row = ROWS[name]
@@ -358,7 +359,8 @@ def collect(study: Study) -> None:
         of = [run for run in runs if run["row"] == name and run["lr"] == study.best_rate(name)]
         parameters, gflops, speed = cost[name]
         spread = [mean_and_std([float(run[measure]) for run in of]) for measure in measures]
-        sizes = [f"{parameters:,}", f"{gflops:.3g}", f"{speed:,.0f}"]
+        minutes = statistics.median(float(run["train_seconds"]) for run in of) / 60
+        sizes = [f"{parameters:,}", f"{gflops:.3g}", f"{speed:,.0f}", f"{minutes:.1f}"]
         theirs = printed.pop(row.model, [""] * len(PAPER))  # in the first row of the model
         lines.append([row.title, row.input, rates, f"{float(of[0]['lr']):g}", str(len(of)), *spread, *sizes, *theirs])
     table = "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
