@@ -7,9 +7,9 @@
     python experiments/baselines/run.py scenes --only ml_gcn --override trainer.max_epochs=1     # a trial
 
 scenes.csv and animals.csv have a row per finished run; delete a row to repeat the run. scenes.md and animals.md are the
-tables. Runs and instance stores are in runs/baselines/ of the current folder, and so are all results of a trial.
-Several processes may train different rows. SHARED contains data/voc2012-animals, data/glove and detector/nanodet.py,
-which needs ncnn.
+tables, scenes.png and animals.png the figures. Runs and instance stores are in runs/baselines/ of the current folder,
+and so are all results of a trial. Several processes may train different rows. SHARED contains data/voc2012-animals,
+data/glove and detector/nanodet.py, which needs ncnn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from typing import Any
 with contextlib.suppress(ImportError):
     import ncnn  # noqa: F401 - before torch: each has an OpenMP runtime
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.lines import Line2D
 from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,6 +79,7 @@ ROWS = {
     "detector_labels": Row("detector's own labels", "detector_labels", "boxes"),
     "mil_max": Row("max-pooled MIL (HCP)", "mil_max", "boxes"),
     "gm_mlic": Row("GM-MLIC", "gm_mlic", "boxes", ["model=gm_mlic_small"]),
+    "gm_mlic-prior": Row("GM-MLIC, detector as prior", "gm_mlic", "boxes", ["model=gm_mlic_photos"]),
     "gap_linear": Row("global pooling (ResNet-101)", "gap_linear", "grid"),
     "ml_gcn": Row("ML-GCN", "ml_gcn", "grid"),
     "cma": Row("CMA", "cma", "grid"),
@@ -368,6 +371,30 @@ def collect(study: Study) -> None:
     print(table)
     print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}")
     (study.folder / f"{study.data.name}.md").write_text(table)
+    draw(study, measures, study.folder / f"{study.data.name}.png")
+
+
+def draw(study: Study, measures: Sequence[str], path: Path) -> None:
+    """Each measure of each row: a dot for a seed, a line for the mean."""
+    names = [name for name in ROWS if study.tried(name)]
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(2.2 * len(measures) + 2, 0.24 * len(names) + 1), layout="constrained", sharey=True
+    )
+    colors = {"boxes": "tab:blue", "grid": "tab:orange"}
+    for axis, measure in zip(axes, measures, strict=True):
+        for y, name in enumerate(names):
+            runs = [run for run in study.read() if run["row"] == name and run["lr"] == study.best_rate(name)]
+            values, color = [float(run[measure]) for run in runs], colors[ROWS[name].input]
+            axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5, markersize=4)
+            axis.plot([statistics.mean(values)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2)
+        axis.set_title(measure, fontsize=10)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0].set_yticks(range(len(names)), [ROWS[name].title for name in names])
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    handles = [Line2D([], [], marker="o", color=color, label=f"on {kind}") for kind, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def mean_and_std(values: list[float]) -> str:
