@@ -57,6 +57,17 @@ def test_untrusted_config_is_refused_before_running(attack, tmp_path, monkeypatc
     assert lines[0].startswith("gm-mlic: error: configs/experiment/nice.yaml: ")
 
 
+def test_a_config_that_includes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n")
+    assert run(["train", "--config-dir", "configs", "experiment=mine"]) == 2
+    assert "a file of --config-dir includes itself" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("flag", [["--config-dir", "configs"], ["--config-dir=configs"], ["-cd", "configs"]])
 def test_a_custom_experiment(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,10 @@ def _user_error(error: BaseException, command: str, arguments: Sequence[str]) ->
         return f"{returns[0]!r}: remove the carriage return; scripts need Unix line ends."
     if sys.flags.optimize and "override_parser" in "".join(traceback.format_tb(error.__traceback__)):
         return "Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O."
+    if isinstance(error, RecursionError) and any(
+        argument.startswith(("--config-dir", "-cd")) for argument in arguments
+    ):
+        return "a file of --config-dir includes itself: check the lists `defaults:` in this folder."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return config_error(error, command)
     if isinstance(error, OSError) and error.errno in _USER_OS_ERRORS:
