@@ -57,14 +57,23 @@ def test_untrusted_config_is_refused_before_running(attack, tmp_path, monkeypatc
     assert lines[0].startswith("gm-mlic: error: configs/experiment/nice.yaml: ")
 
 
-def test_a_config_that_includes_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ("defaults:\n  - mine\n", "a file of --config-dir includes itself"),
+        ("defaults: override\n", "defaults must be a list (got str)"),
+        ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        ("trainer:\n", "trainer has no value: set it with trainer=OPTION."),
+    ],
+)
+def test_a_damaged_config(
+    content: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs" / "experiment").mkdir(parents=True)
-    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n")
+    (tmp_path / "configs" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}")
     assert run(["train", "--config-dir", "configs", "experiment=mine"]) == 2
-    assert "a file of --config-dir includes itself" in capsys.readouterr().err.splitlines()[-1]
+    assert line in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "runs").exists()
 
 

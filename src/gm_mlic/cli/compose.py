@@ -125,7 +125,7 @@ def check(command: str, config: DictConfig, *, complete: bool = True) -> DictCon
     """
     OmegaConf.set_struct(config, False)
     for group, default in COMMANDS[command].groups.items():  # Hydra leaves out a group without an option
-        if group in SECTIONS and group not in config:
+        if group in SECTIONS and config.get(group) is None:
             if default is not None:
                 raise ConfigError(f"{group} has no value: set it with {group}=OPTION.")
             config[group] = None

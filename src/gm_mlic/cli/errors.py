@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+import yaml
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -70,6 +71,8 @@ def _user_error(error: BaseException, command: str, arguments: Sequence[str]) ->
         return f"{returns[0]!r}: remove the carriage return; scripts need Unix line ends."
     if sys.flags.optimize and "override_parser" in "".join(traceback.format_tb(error.__traceback__)):
         return "Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O."
+    if isinstance(error, yaml.YAMLError) or (isinstance(error, ValueError) and "Invalid defaults list" in text):
+        return str(error)  # of a file of --config-dir
     if isinstance(error, RecursionError) and any(
         argument.startswith(("--config-dir", "-cd")) for argument in arguments
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -258,7 +259,7 @@ class Predictor:
         check_positive(batch_size=batch_size)
         label_cache = None
         rest = iter([photos] if isinstance(photos, (str, Path, Image.Image)) else photos)
-        while batch := list(islice(rest, batch_size)):
+        while batch := list(islice(rest, min(batch_size, sys.maxsize))):
             detected = self._detect(batch, skipped)
             if not detected:
                 continue
