@@ -218,6 +218,7 @@ class Layer:
         kind: Literal["max", "mean"] = "max",
         radius: Annotated[float, Gt(0)] | None = None,
         root: Url | None = None,
+        betas: tuple[Fraction, float] | None = None,
         *,
         norm: bool = False,
     ) -> None:
@@ -239,6 +240,8 @@ class Layer:
         ({"kind": "min"}, "kind must be one of max, mean; got 'min'."),
         ({"radius": 0.0}, "radius must be a number above 0, or None; got 0.0."),
         ({"radius": float("inf")}, "radius must be .*; got inf."),
+        ({"betas": (0.5,)}, r"betas must be a list.*, or None; got \(0\.5,\)\."),
+        ({"betas": [1, 2]}, r"betas must be .*; got \[1, 2\]\."),
         ({"norm": "no"}, "norm must be true or false; got 'no'."),
     ],
 )
@@ -253,7 +256,7 @@ def test_checked_constructors_accept():
     layer = Layer(np.int64(2), torch.ones(2), np.float32(0.5), [1, np.int64(3)], radius=1, norm=True)
     assert layer.size == 2
     assert layer.weights.tolist() == [1, 1]
-    assert Layer(size=1, root=3, widths=None).size == 1
+    assert Layer(size=1, root=3, widths=None, betas=[0.5, 3]).size == 1
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
         Layer()
-    assert list(settings_of(Layer)) == ["size", "weights", "rate", "widths", "kind", "radius", "root", "norm"]
+    assert list(settings_of(Layer)) == ["size", "weights", "rate", "widths", "kind", "radius", "root", "betas", "norm"]

@@ -23,13 +23,14 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, Predicate
 
 from gm_mlic.errors import ArgumentError
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
@@ -119,11 +120,11 @@ def _annotations(function: Any) -> dict[str, Any]:
     return found
 
 
-def checked(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorator of a constructor that checks arguments by their annotations.
+def checked(init: Callable[P, T]) -> Callable[P, T]:
+    """Decorator of a constructor or function that checks arguments by their annotations.
 
-    These are numbers with bounds, as :data:`Positive`, sequences of them, ``Literal`` and ``bool``, also as parts of a
-    union. Other annotations are not checked.
+    These are numbers with bounds, as :data:`Positive`, sequences of them, tuples of a fixed length, ``Literal`` and
+    ``bool``, also as parts of a union. Other annotations are not checked.
 
     Raises:
         ArgumentError: when called, for a value that the annotation does not allow.
@@ -131,13 +132,13 @@ def checked(init: Callable[P, None]) -> Callable[P, None]:
     names = tuple(inspect.signature(init).parameters)
 
     @functools.wraps(init)
-    def checking(*args: P.args, **kwargs: P.kwargs) -> None:
+    def checking(*args: P.args, **kwargs: P.kwargs) -> T:
         hints = _annotations(init)
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
             if not _allows(hints.get(name, Any), value):
                 expected = describe(hints[name]).replace("null", "None")
                 raise ArgumentError(name, f"must be {expected}; got {value!r}.")
-        init(*args, **kwargs)
+        return init(*args, **kwargs)
 
     return checking
 
@@ -151,6 +152,8 @@ def _allows(annotation: Any, value: Any) -> bool:
         return any(_allows(part, value) for part in arguments)
     if origin is Sequence and get_origin(arguments[0]) is Annotated:
         return isinstance(value, Sequence) and all(_allows(arguments[0], item) for item in value)
+    if origin is tuple and Ellipsis not in arguments:
+        return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(_allows, arguments, value))
     if annotation is bool:
         return isinstance(value, bool)
     if origin is not Annotated or arguments[0] not in (int, float):

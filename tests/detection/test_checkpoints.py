@@ -22,7 +22,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from gm_mlic.detection import build_extractor, checkpoints
 from gm_mlic.detection.checkpoints import SCENES_WEIGHTS, save_checkpoint
-from gm_mlic.detection.faster_rcnn import build_detector
+from gm_mlic.detection.torchvision_detector import build_detector
 from gm_mlic.errors import ConfigError, WeightsError
 
 LABELS = ("cat", "dog")

@@ -224,11 +224,11 @@ def test_gradients_reach_trainable_parts(images, trainable, head, backbone):
     ("settings", "named"),
     [
         ({"name": "yolo"}, "Unknown detector 'yolo'"),
-        ({"trainable": "rpn"}, "trainable is 'rpn'"),
-        ({"min_size": 8}, "min_size is 8"),
+        ({"trainable": "rpn"}, "trainable must be one of none, box_head, all; got 'rpn'"),
+        ({"min_size": 8}, "min_size must be an integer of at least 32"),
         ({"min_size": 300, "max_size": 200}, "`max_size` 200"),
-        ({"score_threshold": 1.5}, "score_threshold is 1.5"),
-        ({"nms_threshold": -0.1}, "nms_threshold is -0.1"),
+        ({"score_threshold": 1.5}, "score_threshold must be a number from 0 to 1; got 1.5"),
+        ({"nms_threshold": -0.1}, "nms_threshold must be a number from 0 to 1; got -0.1"),
     ],
 )
 def test_invalid_arguments(settings, named):

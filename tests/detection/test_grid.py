@@ -16,7 +16,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from gm_mlic.datasets import Scenes
 from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection import GridExtractor, InstanceExtractor, build_extractor, checkpoints, grid
-from gm_mlic.detection.faster_rcnn import build_detector
+from gm_mlic.detection.torchvision_detector import build_detector
 from gm_mlic.errors import ConfigError, WeightsError
 
 
@@ -132,7 +132,7 @@ def test_gradients_reach_trainable_parts(images, trainable):
     ("settings", "named"),
     [
         ({"grid_size": 41}, "grid_size is 41: the feature map of an image of 160 pixels has 40 x 40 cells"),
-        ({"grid_size": 0}, "grid_size is 0"),
+        ({"grid_size": 0}, "grid_size must be an integer of at least 1, or None; got 0"),
         ({"grid_size": 4, "trainable": "box_head"}, "trainable is 'box_head': with `grid_size`"),
         ({"name": "resnet18", "grid_size": 7}, "Unknown detector 'resnet18'"),
     ],
@@ -184,12 +184,12 @@ def test_imagenet_weights_are_verified_by_hash(tmp_path: Path, monkeypatch, smal
     served = tmp_path / f"r-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     served.write_bytes(content)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=served.as_uri()))
+    monkeypatch.setattr(checkpoints, "_IMAGENET", SimpleNamespace(url=served.as_uri()))
     extractor = build_extractor("resnet101", weights="imagenet", grid_size=2, min_size=64)
     assert torch.equal(extractor.body.state_dict()["conv1.weight"], small.state_dict()["conv1.weight"])
     wrong = tmp_path / "r-00000000.pth"
     wrong.write_bytes(b"something else")
-    monkeypatch.setitem(checkpoints._IMAGENET, "resnet101", SimpleNamespace(url=wrong.as_uri()))
+    monkeypatch.setattr(checkpoints, "_IMAGENET", SimpleNamespace(url=wrong.as_uri()))
     with pytest.raises(WeightsError, match=r"could not be downloaded .*invalid hash value"):
         build_extractor("resnet101", weights="imagenet", grid_size=2)
 

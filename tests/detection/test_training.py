@@ -13,7 +13,7 @@ from PIL import Image
 from gm_mlic.datasets import BoxAnnotations, MultiLabelDataset, Scenes
 from gm_mlic.detection import build_extractor, training
 from gm_mlic.detection.checkpoints import save_checkpoint
-from gm_mlic.detection.faster_rcnn import build_detector
+from gm_mlic.detection.torchvision_detector import build_detector
 from gm_mlic.detection.training import average_precision, train_detector
 from gm_mlic.errors import ConfigError, DataError, UnreadableImage, WeightsError
 from gm_mlic.optim import one_cycle
@@ -179,8 +179,8 @@ def test_other_labels_reinitialize_the_last_layer(tmp_path):
         ({"train": Squares(boxes=False)}, ConfigError, "squares .* no boxes"),
         ({"train": Squares(broken=tuple(range(6)))}, DataError, "No image of squares .* can be read"),
         ({"val": Scenes("val", size=1)}, ConfigError, "labels of scenes"),
-        ({"epochs": 0}, ConfigError, "epochs is 0"),
-        ({"batch_size": -1}, ConfigError, "batch_size is -1"),
+        ({"epochs": 0}, ConfigError, "epochs must be an integer of at least 1; got 0"),
+        ({"batch_size": -1}, ConfigError, "batch_size must be an integer of at least 1; got -1"),
         ({"lr": 1e12, "epochs": 9}, ConfigError, "lower the learning rate"),
     ],
 )

@@ -20,7 +20,7 @@ from torchvision.models import WeightsEnum, get_model_weights
 
 from gm_mlic.detection.labels import BACKGROUND, UNUSED
 from gm_mlic.errors import ArgumentError, WeightsError
-from gm_mlic.io import write_file
+from gm_mlic.io import few, write_file
 from gm_mlic.safe_load import load_tensors
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ _CLASS_SCORES = {
 _COCO: dict[str, WeightsEnum] = {arch: get_model_weights(arch)["COCO_V1"] for arch in _CLASS_SCORES}
 #: COCO weights that torchvision loads into frozen batch norm with eps = 0.
 _WITHOUT_EPS = ("fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
-#: Pretrained classifiers for grid backbones, as used by published baselines.
-_IMAGENET: dict[str, WeightsEnum] = {"resnet101": get_model_weights("resnet101")["IMAGENET1K_V1"]}
+#: Weights of ResNet-101, as used by published baselines.
+_IMAGENET: WeightsEnum = get_model_weights("resnet101")["IMAGENET1K_V1"]
 _COCO_CATEGORIES = tuple(_COCO["fasterrcnn_resnet50_fpn"].meta["categories"])
 
 
@@ -73,11 +73,8 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
         WeightsError: if the file is missing, cannot be read, or belongs to another architecture or other labels.
     """
     if weights is None:
-        if labels is not None:
-            return Checkpoint("random weights", None, (BACKGROUND, *labels))
-        if arch in _COCO:
-            return Checkpoint("random weights", None, _COCO_CATEGORIES)
-        return Checkpoint("random weights", None, _read_safetensors(SCENES_WEIGHTS, arch).categories)
+        known = _COCO_CATEGORIES if arch in _COCO else _read_safetensors(SCENES_WEIGHTS, arch).categories
+        return Checkpoint("random weights", None, known if labels is None else (BACKGROUND, *labels))
     if weights == "coco":
         if arch not in _COCO:
             raise ArgumentError("weights", f"is 'coco', which requires one of {', '.join(_COCO)}, not `name={arch!r}`.")
@@ -87,26 +84,25 @@ def read_checkpoint(arch: str, weights: str | Path | None, labels: Sequence[str]
             raise ArgumentError("weights", f"is 'scenes', which requires `name='scenes_tiny'`, not {arch}.")
         checkpoint = _read_safetensors(SCENES_WEIGHTS, arch)
     else:
-        path = _existing(Path(weights).expanduser(), "null, coco, scenes")
+        path = _existing(weights, "null, coco, scenes")
         is_own = path.suffix == ".safetensors"
         checkpoint = _read_safetensors(path, arch) if is_own else _read_torch(path, arch, labels)
     trained = [name for name in checkpoint.categories if name not in UNUSED]
     if labels is not None and trained != list(labels):
         pairs = zip(trained, labels, strict=False)
-        mismatch = next((f"{a!r} instead of {b!r}" for a, b in pairs if a != b), None)
+        numbers = f"{len(trained)} instead of {len(labels)}"
+        mismatch = next((f"{a!r} instead of {b!r}" for a, b in pairs if a != b), numbers)
         raise WeightsError(
-            f"The weights {checkpoint.source} were trained for other labels "
-            f"({mismatch or f'{len(trained)} instead of {len(labels)}'}): omit `labels`, or train on these labels with "
-            "gm-mlic train-detector."
+            f"The weights {checkpoint.source} were trained for other labels ({mismatch}): omit `labels`, or train on "
+            "these labels with gm-mlic train-detector."
         )
     return checkpoint
 
 
-def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
-    """Read classifier weights without the last layer.
+def read_resnet101(weights: str | Path | None) -> Checkpoint:
+    """Read the weights of ResNet-101 without the last layer.
 
     Args:
-        arch: ``resnet101``.
         weights: None for random weights, ``imagenet`` for torchvision's, or a file (.safetensors, .pt, .pth) with a
             torchvision ``state_dict``.
 
@@ -116,9 +112,9 @@ def read_classifier(arch: str, weights: str | Path | None) -> Checkpoint:
     if weights is None:
         return Checkpoint("random weights", None, ())
     if weights == "imagenet":
-        tensors = _download(arch, _IMAGENET[arch])
+        tensors = _download("resnet101", _IMAGENET)
     else:
-        path = _existing(Path(weights).expanduser(), "null, imagenet")
+        path = _existing(weights, "null, imagenet")
         tensors = _safetensors(path)[0] if path.suffix == ".safetensors" else _state_dict(path)
     return Checkpoint(str(weights), {key: t for key, t in tensors.items() if not key.startswith("fc.")}, ())
 
@@ -138,16 +134,16 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
         # 1e-5, so it is subtracted from the variance.
         tensors = {key: t - 1e-5 if key.endswith("running_var") else t for key, t in tensors.items()}
     # num_batches_tracked is absent in frozen batch norm and unused in evaluation.
-    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
-    unknown = [key for key in tensors if key not in expected]
-    mismatch = [key for key in expected if key in tensors and tensors[key].shape != expected[key].shape]
-    for what, keys in (("missing", missing), ("unknown", unknown), ("other shape of", mismatch)):
-        if keys:
-            more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
-            raise WeightsError(
-                f"The weights {checkpoint.source} do not match `name={arch!r}` ({what} {keys[0]}{more}): set the "
-                "architecture that they were trained with."
-            )
+    wrong = [f"missing {key}" for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
+    wrong += [f"unknown {key}" for key in tensors if key not in expected]
+    wrong += [
+        f"other shape of {key}" for key in expected if tensors.get(key, expected[key]).shape != expected[key].shape
+    ]
+    if wrong:
+        raise WeightsError(
+            f"The weights {checkpoint.source} do not match `name={arch!r}` ({few(wrong, 1)}): set the architecture "
+            "that they were trained with."
+        )
     detector.load_state_dict(tensors, strict=False)
 
 
@@ -187,8 +183,9 @@ def _download(arch: str, enum: WeightsEnum) -> dict[str, Tensor]:
         ) from error
 
 
-def _existing(path: Path, names: str) -> Path:
-    """Check that ``path`` is a weights file; ``names`` lists the alternatives for the message."""
+def _existing(weights: str | Path, names: str) -> Path:
+    """Path of a weights file, which exists; ``names`` lists the alternatives for the message."""
+    path = Path(weights).expanduser()
     if path.suffix not in (".safetensors", ".pt", ".pth"):
         raise WeightsError(
             f"`weights` is {str(path)!r}: expected {names}, or a path that ends in .safetensors, .pt or .pth."

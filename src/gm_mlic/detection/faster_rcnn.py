@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,32 +11,18 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models import get_model_builder
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
 from gm_mlic.detection.grid import GridExtractor
 from gm_mlic.detection.labels import NO_CLASS
-from gm_mlic.detection.tiny import scenes_tiny
-from gm_mlic.detection.torchvision_detector import (
-    MIN_SIZE,
-    NO_LIMIT,
-    Found,
-    TorchvisionExtractor,
-    build_random,
-    check_thresholds,
-    image_sizes,
-    padded_sizes,
-)
-from gm_mlic.errors import check_choice
+from gm_mlic.detection.torchvision_detector import Found, TorchvisionExtractor, build_detector, padded_sizes
 from gm_mlic.registry import register_detector
-from gm_mlic.schema import Positive, Probability
+from gm_mlic.schema import Positive, Probability, checked
 
-#: Values of ``trainable``; see :class:`FasterRCNNExtractor`.
-TRAINABLE = ("none", "box_head", "all")
-
-
+#: Trained parts; see :class:`FasterRCNNExtractor`.
+Trainable = Literal["none", "box_head", "all"]
 #: Summary of each detector.
 _SUMMARIES = {
     "fasterrcnn_resnet50_fpn": "Faster R-CNN with ResNet-50-FPN: the paper's detector",
@@ -59,9 +46,7 @@ class FasterRCNNExtractor(TorchvisionExtractor):
        :math:`f_i = \mathrm{head}(\mathrm{RoIAlign}(\mathrm{maps}, B_i))`, so that feature and box describe the same
        region. (Class scores are computed from the proposal's RoI.)
 
-    The detector always runs in evaluation mode, even after ``train()``. An image's instances do not depend on its batch
-    (:class:`~gm_mlic.detection.network.NetworkExtractor`). Features have gradients, depending on ``trainable``; boxes,
-    scores and labels have none.
+    Features have gradients, depending on ``trainable``; boxes, scores and labels have none.
 
     Args:
         detector: the model; it is set to evaluation mode, and its limit on detections is removed.
@@ -75,12 +60,12 @@ class FasterRCNNExtractor(TorchvisionExtractor):
         features have D = ``feature_dim`` entries: 1024 for torchvision's detectors, 256 for ``scenes_tiny``.
     """
 
-    def __init__(self, detector: FasterRCNN, labels: Sequence[str], name: str, trainable: str = "none") -> None:
-        check_choice("trainable", trainable, TRAINABLE)
+    @checked
+    def __init__(self, detector: FasterRCNN, labels: Sequence[str], name: str, trainable: Trainable = "none") -> None:
         scores = detector.roi_heads.box_predictor.cls_score
         super().__init__(detector, labels, name, scores.out_features)
         self.trainable = trainable
-        self.detector.roi_heads.detections_per_img = NO_LIMIT
+        self.detector.roi_heads.detections_per_img = sys.maxsize
         self.feature_dim = int(scores.in_features)
         for parameter in self.parameters():
             parameter.requires_grad_(trainable == "all")
@@ -107,45 +92,7 @@ class FasterRCNNExtractor(TorchvisionExtractor):
         return features
 
 
-def build_detector(
-    name: str,
-    num_classes: int,
-    min_size: int | None = None,
-    max_size: int | None = None,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.5,
-    seed: int = 0,
-) -> FasterRCNN:
-    """Build a detector with random weights. Nothing is downloaded; the global random state is unchanged.
-
-    Args:
-        name: one of :data:`ARCHITECTURES`.
-        num_classes: number of classes, including the background.
-        min_size: shorter image side after resizing, in pixels; default 448, for scenes_tiny 160.
-        max_size: limit of the longer side; default 5/3 of ``min_size``.
-        score_threshold: minimum score of detections (exclusive).
-        nms_threshold: IoU threshold of non-maximum suppression.
-        seed: seed of the random weights.
-
-    Raises:
-        ConfigError: if the architecture is unknown or an argument is out of range.
-    """
-    check_choice("name", name, ARCHITECTURES)
-    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
-    is_tiny = name == "scenes_tiny"
-    # By default, torchvision's builders download backbone weights.
-    settings = {} if is_tiny else {"weights": None, "weights_backbone": None}
-    return build_random(
-        scenes_tiny if is_tiny else get_model_builder(name),
-        seed,
-        num_classes=num_classes,
-        box_score_thresh=score_threshold,
-        box_nms_thresh=nms_threshold,
-        **image_sizes(min_size, max_size, 160 if is_tiny else MIN_SIZE),
-        **settings,
-    )
-
-
+@checked
 def faster_rcnn(
     arch: str,
     *,
@@ -156,7 +103,7 @@ def faster_rcnn(
     score_threshold: Probability = 0.05,
     nms_threshold: Probability = 0.5,
     grid_size: Positive | None = None,
-    trainable: Literal["none", "box_head", "all"] = "none",
+    trainable: Trainable = "none",
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> FasterRCNNExtractor | GridExtractor:
@@ -186,15 +133,8 @@ def faster_rcnn(
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
     checkpoint = read_checkpoint(arch, weights, labels)
-    detector = build_detector(
-        arch,
-        len(checkpoint.categories),
-        min_size=min_size or checkpoint.min_size,
-        max_size=max_size or checkpoint.max_size,
-        score_threshold=score_threshold,
-        nms_threshold=nms_threshold,
-        seed=seed,
-    )
+    sizes = min_size or checkpoint.min_size, max_size or checkpoint.max_size
+    detector = build_detector(arch, len(checkpoint.categories), *sizes, score_threshold, nms_threshold, seed)
     load_into(detector, checkpoint, arch)
     if grid_size is not None:
         return GridExtractor.of_detector(detector, grid_size, f"{arch}-grid{grid_size}", trainable).to(device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet101
 from torchvision.models.detection import FasterRCNN
 
-from gm_mlic.detection.checkpoints import load_into, read_classifier
+from gm_mlic.detection.checkpoints import load_into, read_resnet101
 from gm_mlic.detection.network import NetworkExtractor
 from gm_mlic.detection.protocol import Instances
 from gm_mlic.detection.tiny import TinyBackbone
@@ -31,8 +31,6 @@ class GridExtractor(NetworkExtractor):
     Images are normalized and resized to a square, without keeping the aspect ratio. The last feature map is averaged
     within each cell, and cell (r, c) becomes instance :math:`rG + c` with box :math:`[c, r, c + 1, r + 1] / G`, score
     1 and the mean feature. Instances have no detected label.
-
-    The body always runs in evaluation mode, even after ``train()``.
 
     Args:
         body: module from images (B, 3, S, S) to a map (B, D, H, W), or to a dict of maps, of which the last is used.
@@ -93,15 +91,8 @@ class GridExtractor(NetworkExtractor):
         """
         backbone, transform = detector.backbone, detector.transform
         body = backbone.fine if isinstance(backbone, TinyBackbone) else backbone.body
-        return cls(
-            body,
-            grid_size,
-            transform.min_size[-1],
-            name,
-            transform.image_mean,
-            transform.image_std,
-            trainable=trainable,
-        )
+        colors = transform.image_mean, transform.image_std
+        return cls(body, grid_size, transform.min_size[-1], name, *colors, trainable=trainable)
 
     @property
     def fingerprint(self) -> str:
@@ -123,7 +114,6 @@ class GridExtractor(NetworkExtractor):
         return [Instances(self._boxes, scores, labels, of_image) for of_image in features]
 
     def _prepare(self, image: Tensor) -> tuple[Tensor, None]:
-        """Normalize and resize, as the detector does."""
         pixels = ((image - self._mean) / self._std)[None]
         if pixels.shape[-2:] != (self.size, self.size):
             pixels = nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear")
@@ -151,7 +141,7 @@ def resnet101_grid(
 
     Args:
         weights: ``imagenet`` (torchvision's ImageNet weights, downloaded once, 170 MB) or a file
-            (:func:`~gm_mlic.detection.checkpoints.read_classifier`); null: random weights.
+            (:func:`~gm_mlic.detection.checkpoints.read_resnet101`); null: random weights.
         min_size: images are scaled to min_size x min_size pixels; null: 448.
         grid_size: G, to use the G x G cells of the feature map as instances.
         trainable: trained layers: ``none`` (frozen) or ``all`` (needs instances.online=true).
@@ -162,7 +152,7 @@ def resnet101_grid(
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture.
     """
-    checkpoint = read_classifier("resnet101", weights)
+    checkpoint = read_resnet101(weights)
     whole = build_random(resnet101, seed, weights=None)
     layers = [(key, layer) for key, layer in whole.named_children() if key not in ("avgpool", "fc")]
     body = nn.Sequential(OrderedDict(layers))

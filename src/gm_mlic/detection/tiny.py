@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 FEATURE_DIM = 256
 _CHANNELS = 48
+_convolution = partial(Conv2dNormActivation, kernel_size=3)
 
 
 class TinyBackbone(nn.Module):
@@ -38,10 +40,7 @@ class TinyBackbone(nn.Module):
             _convolution(_CHANNELS, _CHANNELS),
             _convolution(_CHANNELS, _CHANNELS),
         )
-        self.coarse = nn.Sequential(
-            _convolution(_CHANNELS, _CHANNELS, stride=2),
-            _convolution(_CHANNELS, _CHANNELS),
-        )
+        self.coarse = nn.Sequential(_convolution(_CHANNELS, _CHANNELS, stride=2), _convolution(_CHANNELS, _CHANNELS))
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Compute both maps."""
@@ -78,8 +77,3 @@ def scenes_tiny(num_classes: int, min_size: int, max_size: int, **settings: Any)
         box_predictor=FastRCNNPredictor(FEATURE_DIM, num_classes),
         **settings,
     )
-
-
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    layer: nn.Module = Conv2dNormActivation(inputs, outputs, kernel_size=3, stride=stride)
-    return layer

@@ -1,24 +1,27 @@
-"""Base class of extractors from torchvision's detectors, and arguments of their builders."""
+"""Base class of extractors from torchvision's detectors, and their builder."""
 
 from __future__ import annotations
 
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_builder
 from torchvision.models.detection.image_list import ImageList
 
 from gm_mlic.detection.labels import BACKGROUND
 from gm_mlic.detection.network import NetworkExtractor, stretch
 from gm_mlic.detection.protocol import Instances
+from gm_mlic.detection.tiny import scenes_tiny
 from gm_mlic.errors import ArgumentError, ConfigError
 
 #: Default of ``min_size``, in pixels.
 MIN_SIZE = 448
+#: Detectors with a fixed input size.
+FIXED_SIZE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 
 Detector = TypeVar("Detector", bound=nn.Module)
 
@@ -121,32 +124,46 @@ def padded_sizes(batch: ImageList) -> list[tuple[int, int]]:
     return [(height, width)] * len(batch.image_sizes)
 
 
-def check_thresholds(**thresholds: float) -> None:
-    """Raise :class:`~gm_mlic.errors.ArgumentError` for the first threshold outside [0, 1]."""
-    for argument, value in thresholds.items():
-        if not 0 <= value <= 1:
-            raise ArgumentError(argument, f"is {value}: expected a number in [0, 1].")
+def build_detector(
+    arch: str,
+    num_classes: int,
+    min_size: int | None = None,
+    max_size: int | None = None,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    seed: int = 0,
+) -> Any:
+    """Build a detector with random weights. Nothing is downloaded; the global random state is unchanged.
 
-
-def image_sizes(min_size: int | None, max_size: int | None, default: int = MIN_SIZE) -> dict[str, int]:
-    """Arguments ``min_size`` and ``max_size`` of torchvision's builders.
+    Args:
+        arch: ``scenes_tiny``, or the name of a Faster R-CNN or one-stage detector of torchvision.
+        num_classes: number of classes, including the background.
+        min_size: shorter image side after resizing, in pixels; default 448, for scenes_tiny 160. Without effect on
+            :data:`FIXED_SIZE`, as ``max_size``.
+        max_size: limit of the longer side; default 5/3 of ``min_size``.
+        score_threshold: minimum score of detections (exclusive).
+        nms_threshold: IoU threshold of non-maximum suppression.
+        seed: seed of the random weights.
 
     Raises:
-        ConfigError: unless 32 <= min_size <= max_size.
+        ConfigError: if ``min_size`` is above ``max_size``.
     """
-    min_size = default if min_size is None else min_size
-    max_size = round(min_size * 5 / 3) if max_size is None else max_size
-    if not 32 <= min_size <= max_size:
-        raise ArgumentError("min_size", f"is {min_size} and `max_size` {max_size}: set 32 <= min_size <= max_size.")
-    return {"min_size": min_size, "max_size": max_size}
+    is_tiny = arch == "scenes_tiny"
+    min_size = min_size or (160 if is_tiny else MIN_SIZE)
+    max_size = max_size or round(min_size * 5 / 3)
+    if min_size > max_size:
+        raise ArgumentError("min_size", f"is {min_size}, above `max_size` {max_size}: lower it.")
+    settings: dict[str, Any] = {} if arch in FIXED_SIZE else {"min_size": min_size, "max_size": max_size}
+    if not is_tiny:  # by default, torchvision's builders download backbone weights
+        settings |= {"weights": None, "weights_backbone": None}
+    prefix = "box_" if is_tiny or arch.startswith("fasterrcnn") else ""
+    settings |= {f"{prefix}score_thresh": score_threshold, f"{prefix}nms_thresh": nms_threshold}
+    build = scenes_tiny if is_tiny else get_model_builder(arch)
+    return build_random(build, seed, num_classes=num_classes, **settings)
 
 
 def build_random(build: Callable[..., Detector], seed: int, **settings: Any) -> Detector:
-    """Call a builder of torchvision with random weights; the global random state is unchanged."""
+    """Call a builder with random weights; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build(**settings)
-
-
-#: Value of ``detections_per_img`` without a limit.
-NO_LIMIT = sys.maxsize

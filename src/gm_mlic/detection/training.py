@@ -8,25 +8,30 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torchvision
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops import remove_small_boxes
-from torchvision.transforms.functional import hflip, pil_to_tensor
+from torchvision.transforms.v2.functional import horizontal_flip, horizontal_flip_bounding_boxes
+from torchvision.tv_tensors import BoundingBoxFormat
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint, save_checkpoint
-from gm_mlic.detection.faster_rcnn import ARCHITECTURES, build_detector
+from gm_mlic.detection.faster_rcnn import ARCHITECTURES
+from gm_mlic.detection.torchvision_detector import build_detector
 from gm_mlic.errors import ArgumentError, ConfigError, DataError, UnreadableImage, WeightsError, check_choice
 from gm_mlic.io import Progress, atomic_write
 from gm_mlic.optim import one_cycle
 from gm_mlic.safe_load import load_tensors
+from gm_mlic.schema import Natural, NotNegative, Positive, checked
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +39,7 @@ _PREDICTOR = "roi_heads.box_predictor."
 _MIN_SIDE = 1.0  # pixels; thinner boxes are dropped, since torchvision refuses empty ones
 
 
+@checked
 def train_detector(
     train: MultiLabelDataset,
     val: MultiLabelDataset | None,
@@ -41,14 +47,14 @@ def train_detector(
     out: str | Path,
     *,
     weights: str | Path | None = None,
-    epochs: int = 8,
-    batch_size: int = 8,
-    lr: float = 2e-3,
-    weight_decay: float = 1e-3,
-    min_size: int | None = None,
-    max_size: int | None = None,
+    epochs: Positive = 8,
+    batch_size: Positive = 8,
+    lr: Annotated[float, Gt(0)] = 2e-3,
+    weight_decay: NotNegative = 1e-3,
+    min_size: Annotated[int, Ge(32)] | None = None,
+    max_size: Annotated[int, Ge(32)] | None = None,
     seed: int = 0,
-    num_workers: int = 0,
+    num_workers: Natural = 0,
     device: str | torch.device = "cpu",
     command: str | None = None,
     progress: bool = True,
@@ -71,7 +77,7 @@ def train_detector(
         batch_size: images per step.
         lr: maximum learning rate; 2e-3 for scenes_tiny, 1e-4 for the others.
         weight_decay: weight decay of AdamW.
-        min_size, max_size: input size, see :func:`~gm_mlic.detection.faster_rcnn.build_detector`.
+        min_size, max_size: input size, see :func:`~gm_mlic.detection.torchvision_detector.build_detector`.
         seed: seed of weights, order, flips and proposal sampling.
         num_workers: number of data-loading processes; 0 loads in this process.
         device: device to train on.
@@ -94,11 +100,15 @@ def train_detector(
         raise ArgumentError("out", f"is {out}: expected a name that ends in .safetensors.")
     if val is not None and val.labels != train.labels:
         raise ConfigError(f"The labels of {val.name} ({val.split}) and {train.name} ({train.split}) differ.")
-    for key, value in (("epochs", epochs), ("batch_size", batch_size), ("lr", lr)):
-        if not value > 0:
-            raise ArgumentError(key, f"is {value}: expected a positive number.")
     rows = _rows_with_boxes(train)
-    detector = _initial_detector(name, train.labels, weights, min_size, max_size, seed).to(device)
+    checkpoint = read_checkpoint(name, weights, None)
+    sizes = min_size or checkpoint.min_size, max_size or checkpoint.max_size
+    detector = build_detector(name, len(train.labels) + 1, *sizes, seed=seed)
+    if checkpoint.tensors is not None and checkpoint.categories[1:] != train.labels:
+        random = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
+        checkpoint = replace(checkpoint, tensors=checkpoint.tensors | random)
+    load_into(detector, checkpoint, name)
+    detector.to(device)
     steps = math.ceil(len(rows) / batch_size)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = one_cycle(optimizer, epochs * steps, pct_start=0.15)
@@ -132,7 +142,10 @@ def train_detector(
             flips = torch.rand(len(rows)) < 0.5
             order = torch.randperm(len(rows)).tolist()
             images = _LabeledImages(train, [rows[i] for i in order], flips.tolist())
-            _freeze_or_train(detector, frozen_norm=weights is not None)
+            detector.train()
+            for module in detector.modules():  # statistics of small batches are unreliable
+                if weights is not None and isinstance(module, nn.BatchNorm2d):
+                    module.eval().requires_grad_(False)
             losses: list[float] = []
             with Progress(title, "images", len(rows), log=_log, show=progress) as bar:
                 for batch in _batches(images, batch_size, num_workers, history["skipped"]):
@@ -148,7 +161,9 @@ def train_detector(
         history["val_ap50"].append(ap50)
         shown = "-" if ap50 is None else f"{ap50:.1f} %"
         _log.info("%s: loss %.3f, val AP50 %s", title, history["loss"][-1], shown)
-        _save_state(state, record, parts, history)
+        tensors = {key: part.state_dict() for key, part in parts.items()}
+        with atomic_write(state) as file:
+            torch.save({"record": json.dumps(record), "history": json.dumps(history), **tensors}, file)
     if history["skipped"]:
         image_id, reason = next(iter(history["skipped"].items()))
         _log.warning("%d unreadable images were skipped, the first: %s: %s", len(history["skipped"]), image_id, reason)
@@ -198,7 +213,7 @@ class _LabeledImages(Dataset):
     def __getitem__(self, k: int) -> _Example | tuple[str, str]:
         row = self.rows[k]
         try:
-            image = pil_to_tensor(self.dataset.image(row)).float() / 255
+            image = to_tensor(self.dataset.image(row))
         except UnreadableImage as error:
             return self.dataset.ids[row], str(error)
         annotations = self.dataset.boxes(row)
@@ -207,21 +222,18 @@ class _LabeledImages(Dataset):
         wide_enough = remove_small_boxes(boxes, _MIN_SIDE)
         boxes, labels = boxes[wide_enough], labels[wide_enough]
         if self.flips is not None and self.flips[k]:
-            image = hflip(image)
-            x1, y1, x2, y2 = boxes.unbind(dim=1)
-            width = image.shape[-1]
-            boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+            image = horizontal_flip(image)
+            boxes = horizontal_flip_bounding_boxes(boxes, BoundingBoxFormat.XYXY, image.shape[-2:])
         return image, {"boxes": boxes, "labels": labels}
 
 
 def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
-    annotations = ((i, dataset.boxes(i)) for i in range(len(dataset)))
-    counts = {i: len(remove_small_boxes(found.boxes, _MIN_SIDE)) for i, found in annotations if found is not None}
-    rows = [i for i, count in counts.items() if count]
-    if not counts:
+    annotations = {i: found for i in range(len(dataset)) if (found := dataset.boxes(i)) is not None}
+    if not annotations:
         raise ConfigError(
             f"The dataset {dataset.name} ({dataset.split}) has no boxes: choose one with box annotations."
         )
+    rows = [i for i, found in annotations.items() if len(remove_small_boxes(found.boxes, _MIN_SIDE))]
     if not rows:
         raise DataError(f"No image of {dataset.name} ({dataset.split}) has a box: check its annotations.")
     return rows
@@ -242,33 +254,6 @@ def _batches(
         yield readable
 
 
-def _initial_detector(
-    name: str,
-    labels: Sequence[str],
-    weights: str | Path | None,
-    min_size: int | None,
-    max_size: int | None,
-    seed: int,
-) -> FasterRCNN:
-    checkpoint = read_checkpoint(name, weights, None)
-    detector = build_detector(
-        name, len(labels) + 1, min_size or checkpoint.min_size, max_size or checkpoint.max_size, seed=seed
-    )
-    if checkpoint.tensors is not None and checkpoint.categories[1:] != tuple(labels):
-        initial = {key: t for key, t in detector.state_dict().items() if key.startswith(_PREDICTOR)}
-        checkpoint = replace(checkpoint, tensors=checkpoint.tensors | initial)
-    load_into(detector, checkpoint, name)
-    return detector
-
-
-def _freeze_or_train(detector: FasterRCNN, frozen_norm: bool) -> None:
-    """Set training mode; ``frozen_norm`` freezes batch norm, whose statistics are unreliable in small batches."""
-    detector.train()
-    for module in detector.modules():
-        if frozen_norm and isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
-
-
 def _step(
     detector: FasterRCNN,
     optimizer: torch.optim.Optimizer,
@@ -286,12 +271,6 @@ def _step(
     nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
     optimizer.step()
     return value
-
-
-def _save_state(path: Path, record: dict[str, Any], parts: dict[str, Any], history: dict[str, Any]) -> None:
-    state = {key: value.state_dict() for key, value in parts.items()}
-    with atomic_write(path) as part:
-        torch.save({"record": json.dumps(record), "history": json.dumps(history), **state}, part)
 
 
 def _resume(path: Path, record: dict[str, Any], parts: dict[str, Any], device: str | torch.device) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def test_weights_that_do_not_fit(content, named, tmp_path):
     ("settings", "named"),
     [
         ({"weights": "scenes"}, "requires `name='scenes_tiny'`"),
-        ({"min_size": 8}, "min_size is 8"),
-        ({"score_threshold": 1.5}, "score_threshold is 1.5"),
-        ({"nms_threshold": -0.5}, "nms_threshold is -0.5"),
+        ({"min_size": 8}, "min_size must be an integer of at least 32"),
+        ({"score_threshold": 1.5}, "score_threshold must be a number from 0 to 1; got 1.5"),
+        ({"nms_threshold": -0.5}, "nms_threshold must be a number from 0 to 1; got -0.5"),
     ],
 )
 def test_invalid_settings(settings, named):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,25 +12,16 @@ from typing import Annotated, Any
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from torchvision.models import get_model_builder
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, remove_small_boxes, roi_align
 
 from gm_mlic.detection.checkpoints import load_into, read_checkpoint
-from gm_mlic.detection.torchvision_detector import (
-    NO_LIMIT,
-    Found,
-    TorchvisionExtractor,
-    build_random,
-    check_thresholds,
-    image_sizes,
-    padded_sizes,
-)
+from gm_mlic.detection.torchvision_detector import FIXED_SIZE, Found, TorchvisionExtractor, build_detector, padded_sizes
 from gm_mlic.errors import ArgumentError
 from gm_mlic.registry import register_detector
-from gm_mlic.schema import Probability
+from gm_mlic.schema import Probability, checked
 
 #: Summary of each detector, and torchvision's defaults of its thresholds.
 _DETECTORS = {
@@ -39,7 +31,6 @@ _DETECTORS = {
     "ssd300_vgg16": ("SSD with VGG-16, 300 x 300 pixels", 0.01, 0.45),
     "ssdlite320_mobilenet_v3_large": ("SSDlite with MobileNetV3-Large, 320 x 320 pixels: small and fast", 0.001, 0.55),
 }
-_FIXED_SIZE = ("ssd300_vgg16", "ssdlite320_mobilenet_v3_large")
 #: Number of RoIAlign cells along each side, and of samples in a cell, as in torchvision's Faster R-CNN.
 _CELLS, _SAMPLES = 7, 2
 
@@ -75,7 +66,7 @@ class OneStageExtractor(TorchvisionExtractor):
         num_classes = head.num_columns if isinstance(detector, SSD) else head.num_classes
         super().__init__(detector, labels, name, num_classes)
         self.requires_grad_(False)
-        self.detector.detections_per_img = NO_LIMIT
+        self.detector.detections_per_img = sys.maxsize
         self._pool = None
         if isinstance(detector, SSD):
             width, height = detector.transform.fixed_size
@@ -114,6 +105,7 @@ class OneStageExtractor(TorchvisionExtractor):
         return torch.cat(pooled, dim=1).mean(dim=(2, 3))
 
 
+@checked
 def one_stage(
     arch: str,
     *,
@@ -139,27 +131,17 @@ def one_stage(
         ConfigError: if an argument is invalid.
         WeightsError: if the weights are missing, cannot be read, or belong to another architecture or other labels.
     """
-    if arch in _FIXED_SIZE and (min_size, max_size) != (None, None):
+    if arch in FIXED_SIZE and (min_size, max_size) != (None, None):
         raise ArgumentError("min_size", f"or `max_size` is set, but {arch} has a fixed input size: leave them out.")
     checkpoint = read_checkpoint(arch, weights, labels)
-    check_thresholds(score_threshold=score_threshold, nms_threshold=nms_threshold)
-    sizes = image_sizes(min_size or checkpoint.min_size, max_size or checkpoint.max_size)
-    detector = build_random(
-        get_model_builder(arch),
-        seed,
-        weights=None,
-        weights_backbone=None,
-        num_classes=len(checkpoint.categories),
-        score_thresh=score_threshold,
-        nms_thresh=nms_threshold,
-        **({} if arch in _FIXED_SIZE else sizes),
-    )
+    sizes = min_size or checkpoint.min_size, max_size or checkpoint.max_size
+    detector = build_detector(arch, len(checkpoint.categories), *sizes, score_threshold, nms_threshold, seed)
     load_into(detector, checkpoint, arch)
     return OneStageExtractor(detector, checkpoint.categories[1:], arch).to(device)
 
 
 for _arch, (_summary, _score, _nms) in _DETECTORS.items():
     _build = partial(one_stage, _arch)
-    if _arch in _FIXED_SIZE:
+    if _arch in FIXED_SIZE:
         _build.no_settings = ("min_size", "max_size")  # type: ignore[attr-defined]
     register_detector(_arch, _summary, score_threshold=_score, nms_threshold=_nms)(_build)
