@@ -1,15 +1,18 @@
-"""Atomic writes and hashes of files, texts of messages, progress, and the limit of unpacked sizes."""
+"""Atomic writes and hashes of files, kept results, texts of messages, progress, and the limit of unpacked sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from logging import Logger
+from logging import Logger, getLogger
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+log = getLogger(__name__)
 
 #: Limit against decompression bombs: growth factor, applied above ``ALWAYS_FINE`` bytes.
 MAX_GROWTH, ALWAYS_FINE = 200, 1 << 30
@@ -56,6 +59,22 @@ def sha256(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def kept(file: Path, state: Any, compute: Callable[[], Any], what: str) -> Any:
+    """Result of a slow step ``what``, which is kept in ``file`` until ``state`` changes; both as in JSON.
+
+    In a read-only folder it is computed each time.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        stored, result = json.loads(file.read_bytes())
+        if stored == state:
+            return result
+    log.info("%s.", what)
+    result = compute()
+    with contextlib.suppress(OSError):
+        file.write_text(json.dumps([state, result]))
+    return result
 
 
 def first_line(error: BaseException) -> str:

@@ -15,30 +15,23 @@ BACKGROUND, NO_CLASS = "__background__", "N/A"
 UNUSED = (BACKGROUND, NO_CLASS)
 
 
-def read_labels(labels: str | Path | Sequence[str]) -> tuple[str, ...]:
-    """Class names from a list, or a text file with one name per line.
+def read_labels(labels: str | Path | Sequence[str], where: str = "the class names") -> tuple[str, ...]:
+    """Class names from a list (``where`` is its place for messages), or a text file with one name per line.
 
     Raises:
-        ArgumentError: if the file cannot be read, or a name is empty or repeated.
+        ArgumentError: if the file cannot be read, or a name is empty or repeated, except :data:`UNUSED`.
     """
     if isinstance(labels, (str, Path)):
-        path = Path(labels).expanduser()
+        where = f"the class names of {labels}"
         try:
-            names = tuple(line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines())
+            lines = Path(labels).expanduser().read_text(encoding="utf-8").rstrip().splitlines()
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not a UTF-8 text file"
             raise ArgumentError(
                 "labels", f"is {labels}: cannot read it ({reason}): expected a list, or a file with a name per line."
             ) from error
-    else:
-        names = tuple(labels)
-    check_labels(names, f"the class names of {labels}" if isinstance(labels, (str, Path)) else "the class names")
-    return names
-
-
-def check_labels(names: Sequence[str], where: str) -> None:
-    """Raise :class:`~gm_mlic.errors.ArgumentError` unless names are non-empty and unique, except :data:`UNUSED`."""
-    used = [name for name in names if name not in UNUSED]
+        labels = [line.strip() for line in lines]
+    used = [name for name in labels if name not in UNUSED]
     if not used:
         raise ArgumentError("labels", f"has no names: {where} are empty.")
     for name in used:
@@ -46,6 +39,7 @@ def check_labels(names: Sequence[str], where: str) -> None:
             raise ArgumentError("labels", f"has the empty name {name!r} in {where}.")
         if used.count(name) > 1:
             raise ArgumentError("labels", f"has {name!r} more than once in {where}.")
+    return tuple(labels)
 
 
 def label_of_class(names: Sequence[str], first_class: int = 0) -> tuple[tuple[str, ...], Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -91,6 +91,5 @@ def _placed(instances: Instances, place: tuple[float, float, float, float], *, m
 def _merged(found: list[Instances], m: int) -> Instances:
     """The ``m`` most confident instances of all views; an empty view's placeholder only where all are empty."""
     detected = [part for part in found if bool(((part.detected_labels >= 0) | (part.scores > 0)).any())] or found[:1]
-    names = [field.name for field in fields(Instances)]
-    merged = Instances(**{name: torch.cat([getattr(part, name) for part in detected]) for name in names})
+    merged = Instances(**{name: torch.cat([getattr(part, name) for part in detected]) for name in vars(found[0])})
     return merged.at(merged.scores.argsort(descending=True, stable=True)[:m])

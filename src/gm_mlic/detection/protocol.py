@@ -150,14 +150,7 @@ def detect(
 
 
 def check_detected(extractor: InstanceExtractor, found: Any, m: int, name: object) -> None:
-    """Raise :class:`~gm_mlic.errors.StoreError` if the result of an extractor for one image violates the protocol.
-
-    Args:
-        extractor: the extractor.
-        found: the result.
-        m: maximum number of instances.
-        name: the image, for the message.
-    """
+    """Raise :class:`~gm_mlic.errors.StoreError` if the result for the image ``name`` violates the protocol."""
     if (problem := _instances_problem(found, m, extractor.feature_dim, len(extractor.labels))) is not None:
         raise StoreError(f"The detector {extractor.name} returned, for {name}, {problem}.")
 

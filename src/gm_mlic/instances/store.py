@@ -35,10 +35,7 @@ An incomplete store is the folder ``<path>.partial`` with the same files, some b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +48,7 @@ from gm_mlic.datasets.base import MultiLabelDataset
 from gm_mlic.detection.protocol import InstanceExtractor, Instances
 from gm_mlic.errors import StoreError, check_positive
 from gm_mlic.instances.manifest import AGAIN, MANIFEST, TARGETS, Manifest, Specs, block_name, job_fields
-from gm_mlic.io import first_line, sha256
-
-log = logging.getLogger(__name__)
+from gm_mlic.io import first_line, kept, sha256
 
 #: Stores up to this size are verified each time, in about a second.
 _SMALL_BYTES = 1 << 30
@@ -68,9 +63,6 @@ class BlockArray:
 
     Args:
         blocks: arrays (B, ...); the last one may have fewer rows.
-
-    Attributes:
-        shape, dtype: as of an array.
     """
 
     def __init__(self, blocks: Sequence[np.ndarray]) -> None:
@@ -116,10 +108,10 @@ class InstanceStore:
         self.manifest = manifest
         specs = [manifest.block_specs(len(rows)) for rows in manifest.blocks()]
         blocks = [read_tensors(path / block_name(block), spec)[0] for block, spec in enumerate(specs)]
-        of = {name: [tensors[name] for tensors in blocks] for name in specs[0]}
-        self.features, self.boxes = BlockArray(of["features"]), BlockArray(of["boxes"])
-        self.scores, self.detected_labels = BlockArray(of["scores"]), BlockArray(of["detected_labels"])
-        self.counts = np.concatenate(of["counts"])
+        arrays = {name: BlockArray([tensors[name] for tensors in blocks]) for name in specs[0]}
+        self.features, self.boxes = arrays["features"], arrays["boxes"]
+        self.scores, self.detected_labels = arrays["scores"], arrays["detected_labels"]
+        self.counts = np.asarray(arrays["counts"])
         self.counts.flags.writeable = False
         targets, _ = read_tensors(path / TARGETS, manifest.target_specs())
         self.targets, self.difficult = targets["targets"], targets.get("difficult")
@@ -235,24 +227,14 @@ class InstanceStore:
                 )
 
     def verify_once(self) -> None:
-        """Run :meth:`verify`, for stores above 1 GB only if the files changed since the last time.
-
-        Raises:
-            StoreError: if a file differs.
-        """
-        stats = {name: (self.path / name).stat() for name in self.manifest.files}
-        if sum(stat.st_size for stat in stats.values()) <= _SMALL_BYTES:
-            return self.verify()
-        state = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]).encode()
-        stamp = self.path.with_name(f".{self.path.name}.verified")
-        with contextlib.suppress(OSError):
-            if stamp.read_bytes() == state:
-                return None
-        log.info("Verifying the instance store %s.", self.path)
-        self.verify()
-        with contextlib.suppress(OSError):  # without write permission, verify each time
-            stamp.write_bytes(state)
-        return None
+        """Run :meth:`verify`, for stores above 1 GB only if the files changed since the last time."""
+        stats = [(self.path / name).stat() for name in self.manifest.files]
+        if sum(stat.st_size for stat in stats) <= _SMALL_BYTES:
+            self.verify()
+        else:
+            stamp = self.path.with_name(f".{self.path.name}.verified")
+            state = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+            kept(stamp, state, self.verify, f"Verifying the instance store {self.path}")
 
 
 def partial_path(path: Path) -> Path:

@@ -240,7 +240,7 @@ def test_missing_photos(photos: Photos, tmp_path: Path) -> None:
     first, second = look_up(skipping, ["d.jpg", "a"])
     assert first == f"d.jpg has no instances in {path}"
     assert len(second) == M["a"]
-    with pytest.raises(DataError, match=r"None of 1 photos has instances in .*, e\.g\. d\.jpg; it has a\."):
+    with pytest.raises(DataError, match=r"1 of 1 photo has no instances in .*: d\.jpg; it has a, c, sub/b: check"):
         skipping.check_ids(["d.jpg"])
     assert skipping.fingerprint == extractor.fingerprint
 
@@ -376,7 +376,7 @@ def test_invalid_files(photos: Photos, tmp_path: Path) -> None:
         "counts.npz": "there are 3 image_ids, but rows of 2 photos",
         "beyond.npz": r"photo 2 has the rows \[8, 17\] of 8",
         "neither.npz": r"boxes have shape \(8, 4\): expected \(N, M, 4\), or \(total, 4\) and counts \(N,\)",
-        "twice.npz": "image_ids has 'a' more than once",
+        "twice.npz": r"twice\.npz has the photo 'a' more than once: make ids unique",
         "short.h5": r"scores have shape \(2, 5\), expected 3 rows",
     }.items():
         with pytest.raises(DataError, match=message) as caught:
@@ -479,5 +479,5 @@ def test_folder_of_files_for_each_split(photos: Photos, tmp_path: Path) -> None:
     saved(padded(second), path / "val.h5")
     assert build_extractor("precomputed", path=str(path)).fingerprint != before
     saved(padded(first), path / "test.npz")
-    with pytest.raises(DataError, match=r"splits: the photo 'a' is in several files: make ids unique"):
+    with pytest.raises(DataError, match=r"splits has the photo 'a' more than once: make ids unique"):
         build_extractor("precomputed", path=str(path))

@@ -13,16 +13,17 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Interval
+from annotated_types import Gt
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.ops import batched_nms, box_convert, roi_align
 
-from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
+from gm_mlic.detection.labels import label_of_class, read_labels
 from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ArgumentError, ConfigError, WeightsError, check_positive
 from gm_mlic.io import first_line, sha256
 from gm_mlic.registry import register_detector
+from gm_mlic.schema import Positive, Probability, checked
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ _GRAY = 114 / 255
 #: Cells of RoIAlign, whose mean is the feature.
 _CELLS = 7
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_AboveZero = Annotated[float, Gt(0)]
 
 
 @register_detector("onnx")
@@ -90,6 +92,7 @@ class ONNXDetector:
 
     name = "onnx"
 
+    @checked
     def __init__(
         self,
         weights: str | Path,
@@ -103,21 +106,21 @@ class ONNXDetector:
         activation: Literal["none", "sigmoid", "softmax"] = "none",
         box_format: Literal["xyxy", "xywh", "cxcywh"] | None = None,
         box_units: Literal["pixels", "fraction"] = "pixels",
-        size: Annotated[int, Ge(1)] | list[int] | None = None,
+        size: Positive | tuple[Positive, Positive] | None = None,
         resize: Literal["letterbox", "stretch"] = "letterbox",
         value_range: Literal[1, 255] = 1,
-        mean: list[float] | None = None,
-        std: list[Annotated[float, Gt(0)]] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[_AboveZero, _AboveZero, _AboveZero] | None = None,
         channels: Literal["rgb", "bgr"] = "rgb",
-        score_threshold: Annotated[float, Interval(ge=0, le=1)] = 0.05,
-        nms_threshold: Annotated[float, Interval(ge=0, le=1)] | None = 0.5,
+        score_threshold: Probability = 0.05,
+        nms_threshold: Probability | None = 0.5,
         device: str | torch.device = "cpu",
     ) -> None:
         self.path = Path(weights).expanduser()
         self._files, self._session = _read(self.path, torch.device(device))
         self.activation, self.box_units, self.resize, self.channels = activation, box_units, resize, channels
         self.value_range, self.score_threshold, self.nms_threshold = value_range, score_threshold, nms_threshold
-        self.mean, self.std = _per_channel("mean", mean, 0.0), _per_channel("std", std, 1.0)
+        self.mean, self.std = [float(x) for x in mean or [0] * 3], [float(x) for x in std or [1] * 3]
         metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         self._input, self._dtype, shape, self._size_input = self._inputs()
         self.size = _input_size(self.path, shape, size, metadata)
@@ -194,14 +197,11 @@ class ONNXDetector:
         """Class names in the file, as Ultralytics writes them: the text of a dict or list."""
         try:
             names = ast.literal_eval(metadata["names"])
-            names = tuple(names[key] for key in sorted(names)) if isinstance(names, dict) else tuple(names)
-            check_labels(names, f"the metadata of {self.path}")
-            return names
+            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else list(names)
+            return read_labels(names, f"the metadata of {self.path}")
         except (KeyError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise ArgumentError(
-                "labels",
-                f"is missing, and {self.path} has no class names: give a list, or a file with a name per line.",
-            ) from error
+            problem = f"is missing, and {self.path} has no class names: give a list, or a file with a name per line."
+            raise ArgumentError("labels", problem) from error
 
     # The outputs
 
@@ -378,23 +378,20 @@ class ONNXDetector:
                 return torch.zeros(1, self.feature_dim)
             return scores[row][:, self._label_of_class >= 0]
         output: Tensor = torch.from_numpy(found[self._features].astype(np.float32))
-        pooled: Tensor
+        features: Tensor
         if output.dim() == 4:
             h, w = output.shape[-2:]
             rois = boxes * boxes.new_tensor([w / self.size[1], h / self.size[0]] * 2)
-            pooled = roi_align(output, [rois], _CELLS, aligned=True).mean(dim=(2, 3))
+            features = roi_align(output, [rois], _CELLS, aligned=True).mean(dim=(2, 3))
         else:
             rows = output.reshape(-1, self.feature_dim)
-            if row is None:
-                pooled = rows.mean(dim=0, keepdim=True) if len(rows) else torch.zeros(1, self.feature_dim)
-            elif len(rows) == len(scores):
-                pooled = rows[row]
-            else:
+            if len(rows) != len(scores):
                 raise WeightsError(
                     f"{self.path}: the output {self._features!r} has {len(rows)} rows for {len(scores)} boxes."
                 )
-        self._check("features", pooled, image)
-        return pooled
+            features = rows[row] if row is not None else rows.sum(dim=0, keepdim=True) / max(len(rows), 1)
+        self._check("features", features, image)
+        return features
 
     def _check(self, key: str, tensor: Tensor, image: Tensor) -> None:
         if not bool(tensor.isfinite().all()):
@@ -456,36 +453,22 @@ def _external(graph: Any) -> Iterator[str]:
         yield from (entry.value for entry in tensor.external_data if entry.key == "location")
 
 
-def _input_size(
-    path: Path, shape: list[Any], size: int | list[int] | None, metadata: dict[str, str]
-) -> tuple[int, int]:
-    """Height and width of the input."""
+def _input_size(path: Path, shape: list[Any], size: Any, metadata: dict[str, str]) -> tuple[int, int]:
+    """Height and width of the input, from its shape, the setting, or the metadata of Ultralytics."""
     if size is None and all(isinstance(side, int) for side in shape):
         size = shape
-    if size is None:
-        try:
-            size = [int(side) for side in ast.literal_eval(metadata["imgsz"])]
-        except (KeyError, ValueError, SyntaxError, TypeError):
-            raise ArgumentError(
-                "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
-            ) from None
-    sides = [size, size] if isinstance(size, int) else list(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ArgumentError("size", f"is {size}: expected a number, or [height, width], in pixels.")
-    for given, static in zip(sides, shape, strict=True):
-        if isinstance(static, int) and static != given:
-            raise ArgumentError("size", f"is {size}, but {path} takes images of {shape[0]} x {shape[1]}: leave it out.")
-    return sides[0], sides[1]
-
-
-def _per_channel(argument: str, values: list[float] | None, default: float) -> list[float]:
-    if values is None:
-        return [default] * 3
-    if len(values) != 3:
-        raise ArgumentError(argument, f"has {len(values)} values, expected 3: one for each channel.")
-    if argument == "std" and min(values) <= 0:
-        raise ArgumentError(argument, f"is {list(values)}: expected values above 0.")
-    return [float(value) for value in values]
+    if isinstance(size, int):
+        size = size, size
+    try:
+        height, width = ast.literal_eval(metadata["imgsz"]) if size is None else size
+        found = max(1, int(height)), max(1, int(width))
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        raise ArgumentError(
+            "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
+        ) from None
+    if any(isinstance(static, int) and static != side for static, side in zip(shape, found, strict=True)):
+        raise ArgumentError("size", f"is {size}, but {path} takes images of {shape[0]} x {shape[1]}: leave it out.")
+    return found
 
 
 def _size_or(size: Any, default: int) -> int:

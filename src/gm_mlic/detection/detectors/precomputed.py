@@ -11,7 +11,6 @@ import math
 import re
 import zipfile
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,10 +21,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
-from gm_mlic.detection.labels import check_labels, label_of_class, read_labels
+from gm_mlic.detection.labels import label_of_class, read_labels
 from gm_mlic.detection.protocol import ROUNDING, Instances
 from gm_mlic.errors import ConfigError, DataError, check_positive
-from gm_mlic.io import few, first_line, sha256
+from gm_mlic.io import few, first_line, kept, sha256
 from gm_mlic.registry import register_detector
 from gm_mlic.safe_load import load_arrays
 
@@ -64,9 +63,7 @@ _SMALL_BYTES = 1 << 28
 
 @register_detector("precomputed")
 class Precomputed:
-    """Instances of any detector, read from files.
-
-    This is a :class:`~gm_mlic.detection.protocol.LookupExtractor`: instances are looked up by image id, not computed.
+    """Instances of any detector, read from files by image id (:class:`~gm_mlic.detection.protocol.LookupExtractor`).
 
     ``path`` is a folder with an ``.npz`` file for each photo, an HDF5 file with a group for each photo, or one ``.npz``
     or HDF5 file whose arrays hold all photos, or a folder of these, such as one for each split. A photo matches the
@@ -106,20 +103,21 @@ class Precomputed:
         self.path = Path(path).expanduser()
         self.box_format, self.box_units, self.missing = box_format, box_units, missing
         self._sources = _open(self.path)
-        self._keys = [key for source in self._sources for key in source.keys]
-        if len(set(self._keys)) != len(self._keys):
-            repeated = next(key for key, count in Counter(self._keys).items() if count > 1)
-            raise DataError(f"{self.path}: the photo {repeated!r} is in several files: make ids unique.")
+        self._source_of: dict[str, _Source] = {}
+        for source in self._sources:
+            for key in source.keys:
+                if key in self._source_of:
+                    raise DataError(f"{self.path} has the photo {key!r} more than once: make ids unique.")
+                self._source_of[key] = source
+        self._keys = list(self._source_of)
         self._names = _Names(self._keys)
-        found = next((source.labels for source in self._sources if source.labels), None)
-        if (self.path / LABELS_FILE).is_file():
-            found = read_labels(self.path / LABELS_FILE)
-        if labels is not None:
-            found = read_labels(labels)
-        elif found:
-            check_labels(found, f"the class names in {self.path}")
-        self.labels, self._label_of_class = label_of_class(found or (), first_class)
-        self._num_classes = len(found or ())
+        if labels is None and (self.path / LABELS_FILE).is_file():
+            labels = self.path / LABELS_FILE
+        if labels is None:
+            labels = next((source.labels for source in self._sources if source.labels), None)
+        names = () if labels is None else read_labels(labels, f"the class names of {self.path}")
+        self.labels, self._label_of_class = label_of_class(names, first_class)
+        self._num_classes = len(names)
         first, arrays = self._sources[0].read(self._keys[:1])[self._keys[0]]
         self.needs_sizes = box_units == "pixels" and "width" not in arrays
         self._has_features = "features" in arrays
@@ -138,15 +136,15 @@ class Precomputed:
         """SHA-256 (hex) of the settings, the class names, and the content of the files.
 
         The content of an ``.npz`` file is known by the names, sizes and CRC-32 of its arrays, in the directory at its
-        end. Reading it takes well under a millisecond, does not depend on compression or times, and is the same on
-        another machine. Of an HDF5 file all bytes are read; above 256 MB, their SHA-256 is stored in the file
-        ``.NAME.sha256`` beside it and used until its size or time changes.
+        end. Of an HDF5 file all bytes are read; above 256 MB, their SHA-256 is kept in the file ``.NAME.sha256`` beside
+        it until its size or time changes.
         """
         # Not `missing`: it does not change the instances of a photo.
         settings = [self.labels, self._label_of_class.tolist(), self.box_format, self.box_units]
         digest = hashlib.sha256(json.dumps(["precomputed", *settings]).encode())
-        for part in (part for source in self._sources for part in source.content()):
-            digest.update(json.dumps(part).encode())
+        for source in self._sources:
+            for part in source.content():
+                digest.update(json.dumps(part).encode())
         return digest.hexdigest()
 
     def __call__(self, images: Sequence[Tensor], m: int) -> list[Instances]:
@@ -159,15 +157,12 @@ class Precomputed:
     def check_ids(self, ids: Sequence[str]) -> None:
         """Raise :class:`~gm_mlic.errors.DataError` if photos have no entry, unless ``missing="skip"``."""
         without = [name for name in ids if self._names.find(name) is None]
+        have = f"photo{'s' * (len(ids) > 1)} {'has' if len(without) == 1 else 'have'}"
+        problem = f"{len(without):,} of {len(ids):,} {have} no instances in {self.path}: {few(without)}"
         if without and self.missing == "error":
-            have = f"photo{'s' * (len(ids) > 1)} {'has' if len(without) == 1 else 'have'}"
-            raise DataError(
-                f"{len(without):,} of {len(ids):,} {have} no instances in {self.path}: {few(without)}: add them, or "
-                "set `missing='skip'` to leave photos out."
-            )
+            raise DataError(f"{problem}: add them, or set `missing='skip'` to leave photos out.")
         if without and len(without) == len(ids):
-            has = f"{few(without)}; it has {self._keys[0]}"
-            raise DataError(f"None of {len(ids):,} photos has instances in {self.path}, e.g. {has}.")
+            raise DataError(f"{problem}; it has {few(self._keys)}: check the names.")
 
     def look_up(self, ids: Sequence[str], sizes: Sequence[tuple[int, int] | None], m: int) -> list[Instances | str]:
         """Instances of photos; see :meth:`gm_mlic.detection.protocol.LookupExtractor.look_up`.
@@ -183,14 +178,11 @@ class Precomputed:
             self.check_ids(ids)
         entries: dict[str, _Entry] = {}
         for source in self._sources:
-            entries |= source.read([key for key in keys if key is not None and key in source.keys])
-        found: list[Instances | str] = []
-        for name, key, size in zip(ids, keys, sizes, strict=True):
-            if key is None:
-                found.append(f"{name} has no instances in {self.path}")
-            else:
-                found.append(self._instances(*entries[key], size).top(m))
-        return found
+            entries |= source.read([key for key in keys if key is not None and self._source_of[key] is source])
+        return [
+            f"{name} has no instances in {self.path}" if key is None else self._instances(*entries[key], size).top(m)
+            for name, key, size in zip(ids, keys, sizes, strict=True)
+        ]
 
     def log_corrections(self) -> None:
         """Log how many boxes were clipped or left out since the last call, if any."""
@@ -210,9 +202,8 @@ class Precomputed:
             raise DataError(f"{where} has {'no ' if self._has_features else ''}features, unlike the first photo.")
         boxes = self._boxes(where, parts["boxes"], self._size(where, arrays, size))
         scores, labels = self._scored(where, parts, len(boxes))
-        whole = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        self._dropped += int((~whole).sum())
-        keep = whole.nonzero().flatten()
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero().flatten()
+        self._dropped += len(boxes) - len(keep)
         keep = keep[scores[keep].sort(descending=True, stable=True).indices]
         if self._has_features:
             features = parts["features"].float()
@@ -299,24 +290,19 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
     if "boxes" not in arrays:
         raise DataError(f"{where} has no boxes: expected the array {' or '.join(KEYS['boxes'])}.")
     found: dict[str, Tensor] = {}
-    shape = arrays["boxes"].shape
-    count = shape[0] if len(shape) else 0
+    total = count = len(np.atleast_1d(arrays["boxes"]))
     if "count" in arrays:
         number = _number(where, "count", arrays["count"])
         if number != int(number) or not 0 <= number <= count:
             raise DataError(f"{where}: the number of boxes is {number:g}, but there are {count}.")
         count = int(number)
-    for key in _SHAPES:
-        if key not in arrays:
-            continue
-        array, (dimensions, wanted) = arrays[key], _SHAPES[key]
+    for key, (dimensions, wanted) in ((key, _SHAPES[key]) for key in _SHAPES if key in arrays):
+        array = arrays[key]
         if array.dtype.kind not in "fiub":
             raise DataError(f"{where}: {key} are {array.dtype}, expected numbers.")
-        if key == "features" and array.ndim == 2 and len(array) != shape[0] and array.shape[1] == shape[0]:
+        if key == "features" and array.ndim == 2 and len(array) != total and array.shape[1] == total:
             array = array.T  # some published files have a column for each box
-        if key == "classes" and array.ndim == 2 and array.shape[1] == 1:
-            array = array[:, 0]
-        if array.ndim not in dimensions or len(array) != shape[0] or (key == "boxes" and array.shape[1] != 4):
+        if array.ndim not in dimensions or len(array) != total or (key == "boxes" and array.shape[1] != 4):
             raise DataError(f"{where}: {key} have shape {array.shape}, expected {wanted} with M = {count} boxes.")
         rows = array[:count]
         if not np.isfinite(rows).all():
@@ -418,8 +404,8 @@ class _Source(ABC):
         labels: class names, if there are any.
     """
 
-    keys: dict[str, Any]
-    labels: tuple[str, ...] | None = None
+    keys: Collection[str]
+    labels: list[str] | None = None
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -437,14 +423,13 @@ class _Folder(_Source):
     """An ``.npz`` file for each photo."""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
-        super().__init__(path)
-        self.keys = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
+        self.keys = self._files = {file.relative_to(path).with_suffix("").as_posix(): file for file in files}
 
     def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
-        return {key: (str(self.keys[key]), _by_key(_load(self.keys[key], _ALL_NAMES))) for key in keys}
+        return {key: (str(self._files[key]), _by_key(_load(self._files[key], _ALL_NAMES))) for key in keys}
 
     def content(self) -> Iterator[Any]:
-        for key, file in self.keys.items():
+        for key, file in self._files.items():
             yield [key, _content(file)]
 
 
@@ -465,13 +450,10 @@ class _Table(_Source):
             small = ("ids", "count", "offsets", "spans", "width", "height", "labels")
             self._small = {key: np.asarray(arrays[key][...]) for key in small if key in arrays}
             shapes = {key: array.shape for key, array in arrays.items()}
-        ids = _texts(path, "image_ids", self._small["ids"])
-        self.keys = {name: i for i, name in enumerate(ids)}
-        if len(self.keys) != len(ids):
-            repeated = next(name for name in self.keys if ids.count(name) > 1)
-            raise DataError(f"{path}: image_ids has {repeated!r} more than once.")
+        self.keys = ids = _texts(path, "image_ids", self._small["ids"])
         if not ids:
             raise DataError(f"{path} has no photos: image_ids is empty.")
+        self._row = {name: i for i, name in enumerate(ids)}
         self.labels = _texts(path, "labels", self._small["labels"]) if "labels" in self._small else None
         self._spans = self._find_spans(len(ids), shapes["boxes"])
         for key in (*_SHAPES, "width", "height"):
@@ -515,7 +497,7 @@ class _Table(_Source):
         found = {}
         with self._arrays() as arrays:
             for key in keys:
-                i = self.keys[key]
+                i = self._row[key]
                 rows: Any = i if self._spans is None else slice(*self._spans[i].tolist())
                 entry = {name: np.asarray(arrays[name][rows]) for name in _SHAPES if name in arrays}
                 entry |= {name: np.asarray(arrays[name][i]) for name in single if name in arrays}
@@ -528,25 +510,24 @@ class _Groups(_Source):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.keys = {}
         with _hdf5(path) as file:
-            self._find(file, "")
+            self.keys = list(self._find(file, ""))
             if "labels" in file:
                 self.labels = _texts(path, "labels", np.asarray(_datasets(path, file)["labels"][...]))
         if not self.keys:
             raise DataError(f"{path} has no boxes: expected a group for each photo, or arrays with image_ids.")
 
-    def _find(self, group: Any, prefix: str) -> None:
-        """Collect the groups with boxes."""
+    def _find(self, group: Any, prefix: str) -> Iterator[str]:
+        """Names of the groups with boxes."""
         import h5py
 
         for name in group:
             inner = _member(self._path, group, name)
             if isinstance(inner, h5py.Group):
                 if any(key in inner for key in KEYS["boxes"]):
-                    self.keys[prefix + name] = None
+                    yield prefix + name
                 else:
-                    self._find(inner, f"{prefix}{name}/")
+                    yield from self._find(inner, f"{prefix}{name}/")
 
     def read(self, keys: Sequence[str]) -> dict[str, _Entry]:
         found = {}
@@ -612,18 +593,15 @@ def _datasets(path: Path, group: Any) -> dict[str, Any]:
     return found
 
 
-def _texts(path: Path, name: str, array: np.ndarray) -> tuple[str, ...]:
+def _texts(path: Path, name: str, array: np.ndarray) -> list[str]:
     """A list of names or numbers as strings."""
     if array.ndim != 1 or array.dtype.kind not in "iuSUO":
         raise DataError(f"{path}: {name} is {array.dtype} of shape {array.shape}, expected strings (N,).")
-    return tuple(item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in array.tolist())
+    return [item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item) for item in array.tolist()]
 
 
 def _content(file: Path) -> Any:
-    """Names, sizes and CRC-32 of the arrays of an ``.npz`` file; SHA-256 of an HDF5 file.
-
-    The SHA-256 of a large file is stored beside it until its size or time changes.
-    """
+    """Names, sizes and CRC-32 of the arrays of an ``.npz`` file; SHA-256 of an HDF5 file."""
     if file.suffix.lower() == ".npz":
         try:
             with zipfile.ZipFile(file) as archive:
@@ -631,16 +609,7 @@ def _content(file: Path) -> Any:
         except (OSError, zipfile.BadZipFile) as error:
             raise DataError(f"{file} is not an .npz file, or damaged: write it again with numpy.savez.") from error
     stat = file.stat()
-    state = [stat.st_size, stat.st_mtime_ns]
-    stamp = file.with_name(f".{file.name}.sha256")
-    if stat.st_size > _SMALL_BYTES:
-        with contextlib.suppress(OSError, ValueError, TypeError, IndexError):
-            stored = json.loads(stamp.read_text())
-            if stored[:2] == state:
-                return str(stored[2])
-        log.info("Computing the SHA-256 of %s.", file)
-    found = sha256(file)
-    if stat.st_size > _SMALL_BYTES:
-        with contextlib.suppress(OSError):  # a read-only folder: computed each time
-            stamp.write_text(json.dumps([*state, found]))
-    return found
+    if stat.st_size <= _SMALL_BYTES:
+        return sha256(file)
+    stamp, state = file.with_name(f".{file.name}.sha256"), [stat.st_size, stat.st_mtime_ns]
+    return kept(stamp, state, lambda: sha256(file), f"Computing the SHA-256 of {file}")
