@@ -672,11 +672,11 @@ def test_dataset_errors_are_raised_unchanged(dataset, tmp_path, workers, monkeyp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"m": 0}, "m must be 1 or more, got 0"),
-        ({"m": -1}, "m must be 1 or more, got -1"),
-        ({"views": -1}, "views must be 0 or more, got -1"),
-        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"num_workers": -1}, "num_workers must be 0 or more, got -1"),
+        ({"m": 0}, "m must be an integer of at least 1; got 0"),
+        ({"m": -1}, "m must be an integer of at least 1; got -1"),
+        ({"views": -1}, "views must be an integer of at least 0; got -1"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
+        ({"num_workers": -1}, "num_workers must be an integer of at least 0; got -1"),
         ({"shard": (2, 2)}, r"shard is \(2, 2\)"),
         ({"shard": (0, 0)}, r"shard is \(0, 0\)"),
     ],

@@ -156,9 +156,11 @@ def check_size(path: Path, size: tuple[int, int], annotated: tuple[int, int], wh
         )
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as (3, H, W) float32 in [0, 1]."""
-    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy, as torch requires
+def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """An RGB image, or its pixels (H, W, 3) uint8, as (3, H, W) float32 in [0, 1]."""
+    if isinstance(image, Image.Image) and image.mode != "RGB":
+        image = image.convert("RGB")
+    array = np.array(image)  # a writable copy, as torch requires
     return torch.from_numpy(array).permute(2, 0, 1).contiguous().to(torch.float32) / 255.0
 
 

@@ -14,19 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets
+from gm_mlic.datasets.images import to_tensor
 from gm_mlic.detection.protocol import InstanceExtractor, Instances, LookupExtractor, check_detected, detect
-from gm_mlic.errors import ArgumentError, ConfigError, check_positive
+from gm_mlic.errors import ArgumentError, ConfigError
 from gm_mlic.instances.image_loader import ImageViews, Views, read_batches
 from gm_mlic.instances.manifest import MANIFEST, Manifest, job_fields
 from gm_mlic.instances.store import InstanceStore
 from gm_mlic.instances.writer import StoreWriter
 from gm_mlic.io import Progress
+from gm_mlic.schema import Natural, Positive, checked
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,18 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 
 
+@checked
 def extract(
     dataset: MultiLabelDataset,
     extractor: InstanceExtractor,
     path: str | Path,
     *,
-    m: int,
-    views: int = 0,
-    view_size: int = 448,
-    view_seed: int = 0,
-    batch_size: int = 8,
-    num_workers: int = 0,
+    m: Positive,
+    views: Natural = 0,
+    view_size: Positive = 448,
+    view_seed: Natural = 0,
+    batch_size: Positive = 8,
+    num_workers: Natural = 0,
     overwrite: bool = False,
     shard: tuple[int, int] = (0, 1),
     together: bool = False,
@@ -81,10 +82,6 @@ def extract(
     """
     path = Path(path)
     index, shards = shard
-    check_positive(m=m, batch_size=batch_size, view_size=view_size)
-    for argument, value in (("views", views), ("num_workers", num_workers), ("view_seed", view_seed)):
-        if value < 0:
-            raise ArgumentError(argument, f"must be 0 or more, got {value}.")
     if not 0 <= index < shards:
         raise ArgumentError("shard", f"is ({index}, {shards}): expected (i, n) with 0 <= i < n.")
     check_targets(dataset.ids, dataset.labels, dataset.targets, dataset.difficult)
@@ -171,15 +168,8 @@ def _extract(
 def _instances(
     extractor: InstanceExtractor, ids: Sequence[str], images: Sequence[Views], job: Manifest
 ) -> list[list[Instances] | str]:
-    """Instances of each view of each image, or the reason why it has none.
-
-    Args:
-        extractor: detects them, or looks them up.
-        ids: ids of the images.
-        images: views of each image, or the reason why it is unreadable; an empty list if no size is needed.
-        job: number of instances and views.
-    """
-    results: dict[int, Any] = {i: image if isinstance(image, str) else [] for i, image in enumerate(images)}
+    """Instances of each view of each image, or the reason why it has none."""
+    results: list[Any] = [image if isinstance(image, str) else [] for image in images]
     readable = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
     if isinstance(extractor, LookupExtractor):
         sizes = [(image[0].shape[1], image[0].shape[0]) if image else None for image in readable.values()]
@@ -188,12 +178,12 @@ def _instances(
             results[i] = found if isinstance(found, str) else [found]
             if not isinstance(found, str):
                 check_detected(extractor, found, job.m, f"image {ids[i]!r}")
-        return list(results.values())
+        return results
     for view in range(1 + job.views if readable else 0):
-        batch = [_to_tensor(image[view]) for image in readable.values()]
+        batch = [to_tensor(image[view]) for image in readable.values()]
+        names = [f"image {ids[i]!r}{f', augmented view {view}' if view else ''}" for i in readable]
         try:
             with torch.no_grad():
-                names = [f"image {ids[i]!r}{f', augmented view {view}' if view else ''}" for i in readable]
                 detected = detect(extractor, batch, job.m, names)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
@@ -201,9 +191,4 @@ def _instances(
             ) from error
         for i, instances in zip(readable, detected, strict=True):
             results[i].append(instances)
-    return list(results.values())
-
-
-def _to_tensor(image: np.ndarray) -> Tensor:
-    # equals gm_mlic.datasets.images.to_tensor
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous().float().div(255)
+    return results

@@ -28,13 +28,7 @@ Views = list[np.ndarray] | str
 
 
 class ImageViews:
-    """The views of each image of a dataset.
-
-    Args:
-        dataset: the images.
-        job: number, size and seed of the views.
-        needed: False: return no views, for extractors that need no images.
-    """
+    """The views of each image of a dataset by row; none unless ``needed``, for extractors that need no images."""
 
     def __init__(self, dataset: MultiLabelDataset, job: Manifest, needed: bool = True) -> None:
         self.dataset, self.needed = dataset, needed

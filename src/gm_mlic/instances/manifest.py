@@ -127,10 +127,9 @@ class Manifest:
             return cls(**values)
         except OSError as error:
             raise StoreError(f"Cannot read the manifest {file}: {error.strerror}.") from error
-        except LookupError as error:
-            raise StoreError(f"The manifest {file} is damaged (field {error} is missing): {AGAIN}.") from error
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"The manifest {file} is damaged ({error}): {AGAIN}.") from error
+        except (LookupError, ValueError, TypeError) as error:
+            problem = f"field {error} is missing" if isinstance(error, LookupError) else error
+            raise StoreError(f"The manifest {file} is damaged ({problem}): {AGAIN}.") from error
 
     def differences(self, requested: Manifest) -> Iterator[str]:
         """Differences from the job of another manifest, the most informative first."""
