@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -148,14 +147,9 @@ def load_into(detector: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Write a checkpoint (.safetensors) with ``record`` in its header, and the record as JSON in the same folder.
+    """Write a ``state_dict`` (.safetensors) with ``record`` in its header, and the record as .json beside it.
 
-    Both writes are atomic.
-
-    Args:
-        path: the weights file.
-        tensors: the detector's ``state_dict``.
-        record: metadata, at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
+    Both writes are atomic. The record has at least ``arch``, ``labels``, ``min_size`` and ``max_size``.
     """
     text = json.dumps(dict(record), indent=2, ensure_ascii=False)
     on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -206,22 +200,16 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_safetensors(path: Path, arch: str) -> Checkpoint:
     tensors, metadata = _safetensors(path)
-    header = metadata.get("gm_mlic")
-    if header is None:
-        raise WeightsError(
-            f"The weights file {path} has no label names, so it was not written by gm-mlic train-detector: save its "
-            "tensors with torch.save(state_dict, path) as .pt, and set `labels`."
-        )
     try:
-        record = json.loads(header)
+        record = json.loads(metadata["gm_mlic"])
         checkpoint = Checkpoint(
             str(path), tensors, (BACKGROUND, *record["labels"]), int(record["min_size"]), int(record["max_size"])
         )
         trained_arch = record["arch"]
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"The weights file {path} has a header without arch, labels, min_size or max_size: write it with "
-            "gm-mlic train-detector."
+            f"The weights file {path} lacks the header of gm-mlic train-detector (arch, labels, min_size, max_size): "
+            "save tensors of other programs with torch.save(state_dict, path) as .pt, and set `labels`."
         ) from error
     if trained_arch != arch:
         raise WeightsError(f"The weights file {path} is for `name={trained_arch!r}`, not {arch}.")
@@ -233,12 +221,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_tensors(path)
     except (OSError, ValueError) as error:
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            raise WeightsError(
-                f"The weights file {path} contains more than tensors, or is damaged: save it with "
-                "torch.save(model.state_dict(), path)."
-            ) from error
-        raise WeightsError(f"The weights file {path} cannot be read ({error}): copy it again.") from error
+        remedy = "copy it again, or save it with torch.save(model.state_dict(), path)"
+        raise WeightsError(f"The weights file {path} cannot be read ({error}): {remedy}.") from error
     if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):  # torchvision's training script
         tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):

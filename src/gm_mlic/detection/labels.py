@@ -45,9 +45,7 @@ def read_labels(labels: str | Path | Sequence[str], where: str = "the class name
 def label_of_class(names: Sequence[str], first_class: int = 0) -> tuple[tuple[str, ...], Tensor]:
     """Labels: names without :data:`UNUSED` and repetitions; and the label index of each class number, -1 for none.
 
-    Args:
-        names: names of the classes first_class, first_class + 1, ...
-        first_class: number of the first class.
+    The names are those of the classes first_class, first_class + 1, ...
     """
     labels = tuple(dict.fromkeys(name for name in names if name not in UNUSED))
     index = [-1] * first_class + [labels.index(name) if name in labels else -1 for name in names]

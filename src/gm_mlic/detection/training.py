@@ -149,8 +149,6 @@ def train_detector(
             losses: list[float] = []
             with Progress(title, "images", len(rows), log=_log, show=progress) as bar:
                 for batch in _batches(images, batch_size, num_workers, history["skipped"]):
-                    if not batch:
-                        continue
                     losses.append(_step(detector, optimizer, batch, device, title))
                     schedule.step()
                     bar.advance(len(batch), f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
@@ -188,12 +186,9 @@ def average_precision(
     detector.eval()
     with Progress(f"AP on {dataset.split}", "images", len(images), log=_log, show=progress) as bar, torch.no_grad():
         for batch in _batches(images, batch_size, num_workers, {}):
-            if batch:
-                detections = detector([image.to(device) for image, _ in batch])
-                metric.update(
-                    [{key: value.cpu() for key, value in of_image.items()} for of_image in detections],
-                    [target for _, target in batch],
-                )
+            found = detector([image.to(device) for image, _ in batch])
+            on_cpu = [{key: value.cpu() for key, value in of_image.items()} for of_image in found]
+            metric.update(on_cpu, [target for _, target in batch])
             bar.advance(len(batch))
     return float(100 * metric.compute()["map_50"])
 
@@ -242,16 +237,16 @@ def _rows_with_boxes(dataset: MultiLabelDataset) -> list[int]:
 def _batches(
     images: _LabeledImages, batch_size: int, num_workers: int, skipped: dict[str, str]
 ) -> Iterator[list[_Example]]:
-    """Batches of examples; unreadable images are added to ``skipped``."""
-    loader = DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list)
-    for batch in loader:
+    """Non-empty batches of examples; unreadable images are added to ``skipped``."""
+    for batch in DataLoader(images, batch_size, num_workers=num_workers, collate_fn=list):
         readable = []
         for first, second in batch:
             if isinstance(first, str):
                 skipped[first] = second
             else:
                 readable.append((first, second))
-        yield readable
+        if readable:
+            yield readable
 
 
 def _step(

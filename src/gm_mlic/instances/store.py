@@ -126,13 +126,9 @@ class InstanceStore:
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            if partial_path(path).is_dir():
-                raise StoreError(
-                    f"The instance store {path} is incomplete: call gm_mlic.extract (or run gm-mlic extract) with the "
-                    "same arguments again to resume."
-                )
             what = "is not an instance store (no manifest.json)" if path.exists() else "does not exist"
-            raise StoreError(f"The instance store {path} {what}: create it with gm_mlic.extract (or gm-mlic extract).")
+            what = "is incomplete" if partial_path(path).is_dir() else what
+            raise StoreError(f"The store {path} {what}: gm_mlic.extract (gm-mlic extract) creates or resumes it.")
         manifest = Manifest.read(path / MANIFEST)
         if list(manifest.files) != manifest.file_names():
             raise StoreError(f"The manifest {path / MANIFEST} is damaged (wrong names of files): {AGAIN}.")

@@ -136,21 +136,20 @@ class StoreWriter:
                 self._skipped[image] = result
                 continue
             for view, instances in enumerate(result):
-                slots = {name: tensor[row - block_rows[0], view : view + 1] for name, tensor in self._tensors.items()}
-                self._fill(slots, instances, f"image {image!r}, view {view}")
+                self._fill((row - block_rows[0], view), instances, f"image {image!r}, view {view}")
         if rows[-1] == block_rows[-1]:
             with self._writing():
                 write_file(self._file(block), save(self._tensors, {"skipped": json.dumps(self._skipped)}))
             self.release([block])
 
-    def _fill(self, slots: dict[str, np.ndarray], instances: Instances, image: str) -> None:
-        """Copy ``instances`` into the (1, m, ...) slots of one view."""
-        slots["counts"][...] = M = len(instances)
-        for name in ("features", "boxes", "scores", "detected_labels"):
-            # values above 65504 overflow float16 to inf
-            with np.errstate(over="ignore"):
-                slots[name][0, :M] = getattr(instances, name).detach().cpu().numpy()
-            if name != "detected_labels" and not np.isfinite(slots[name]).all():
+    def _fill(self, view: tuple[int, int], instances: Instances, image: str) -> None:
+        """Copy ``instances`` into the slots of one view."""
+        self._tensors["counts"][view] = len(instances)
+        for name, values in vars(instances).items():
+            slots = self._tensors[name][view][: len(instances)]
+            with np.errstate(over="ignore"):  # values above 65504 overflow float16 to inf
+                slots[...] = values.detach().cpu().numpy()
+            if not np.isfinite(slots).all():
                 raise StoreError(
                     f"The detector {self.job.detector} returned, for {image}, {name} that are too large for float16: "
                     "check its weights."

@@ -256,34 +256,36 @@ class ONNXDetector:
             for key, name in self._outputs.items()
             if name is not None and key != "features"
         }
-        boxes, scores, classes = arrays["boxes"], arrays.get("scores"), arrays.get("classes")
-        if self.format not in _SEPARATE:
-            rows = boxes.reshape(boxes.shape[-2:])
-            boxes, values = (rows.T if self._by_column else rows).tensor_split([4], dim=1)
-            if self.format == "rows":
-                return boxes, values[:, 0], values[:, 1].round().long()
+        has_class = self.format in ("detections", "rows")
+        if self.format in _SEPARATE:
+            parts = {k: a.reshape(-1, 1 if has_class and k != "boxes" else a.shape[-1]) for k, a in arrays.items()}
+            N = min(map(len, parts.values()))
+            for key, part in parts.items():
+                if len(part) != N:
+                    self._refuse(key, arrays[key].shape, f"{N} rows, as in another output")
+            rows = torch.cat(list(parts.values()), dim=1)
+        else:
+            rows = arrays["boxes"].reshape(arrays["boxes"].shape[-2:])
+            rows = rows.T if self._by_column else rows
+        boxes, values = rows.tensor_split([4], dim=1)
+        if has_class:
+            if values.shape[1] != 2:
+                self._refuse("boxes", arrays["boxes"].shape, "(N, 4), or (N, 5) with the score")
+            score, number = values.unbind(dim=1)
+            return boxes, self._activated(score) if "scores" in arrays else score, number.round().long()
+        if self.format == "yolo_objectness":
             scores = self._activated(values)
-            return boxes, scores if self.format == "yolo" else scores[:, :1] * scores[:, 1:], None
-        width = 4 if scores is not None else 5
-        N = classes.numel() if classes is not None else boxes.numel() // width
-        if boxes.numel() != N * width or boxes.shape[-1] != width:
-            self._refuse("boxes", boxes, f"({N if classes is not None else 'N'}, {width})")
-        boxes = boxes.reshape(N, width)
-        if classes is not None:
-            scores = boxes[:, 4] if scores is None else self._activated(scores.flatten())
-            if scores.numel() != N:
-                self._refuse("scores", arrays["scores"], f"({N},), as the classes")
-            return boxes[:, :4], scores, classes.flatten().round().long()
-        assert scores is not None
+            return boxes, scores[:, :1] * scores[:, 1:], None
         columns = len(self._label_of_class)
-        background = self.activation == "softmax" and scores.shape[-1] == columns + 1
-        if scores.shape[-1] != columns + background or scores.numel() != N * scores.shape[-1]:
-            self._refuse("scores", scores, f"({N}, {columns}): a column for each class, from number 0")
-        return boxes, self._activated(scores.reshape(N, -1))[:, :columns], None
+        background = self.activation == "softmax" and values.shape[1] == columns + 1
+        if values.shape[1] != columns + background:
+            expected = f"({len(rows)}, {columns}): a column for each class, from number 0"
+            self._refuse("scores", arrays["scores"].shape, expected)
+        return boxes, self._activated(values)[:, :columns], None
 
-    def _refuse(self, key: str, tensor: Tensor, expected: str) -> None:
+    def _refuse(self, key: str, shape: Sequence[int], expected: str) -> None:
         raise WeightsError(
-            f"{self.path}: the output {self._outputs[key]!r} has shape {tuple(tensor.shape)}, expected {expected}: set "
+            f"{self.path}: the output {self._outputs[key]!r} has shape {tuple(shape)}, expected {expected}: set "
             "`format`, `labels`, or the names of the outputs."
         )
 
@@ -299,10 +301,7 @@ class ONNXDetector:
             return len(self.labels)
         shape = found[self._features].shape
         if len(shape) not in (2, 3, 4) or (len(shape) > 2 and shape[0] != 1):
-            raise WeightsError(
-                f"{self.path}: the output {self._features!r} has shape {shape}, expected a map (1, D, h, w) or "
-                "features (N, D) of the boxes."
-            )
+            self._refuse("features", shape, "a map (1, D, h, w), or features (N, D) of the boxes")
         return int(shape[1] if len(shape) == 4 else shape[-1])
 
     # An image
@@ -386,9 +385,7 @@ class ONNXDetector:
         else:
             rows = output.reshape(-1, self.feature_dim)
             if len(rows) != len(scores):
-                raise WeightsError(
-                    f"{self.path}: the output {self._features!r} has {len(rows)} rows for {len(scores)} boxes."
-                )
+                self._refuse("features", output.shape, f"({len(scores)}, D), as there are {len(scores)} boxes")
             features = rows[row] if row is not None else rows.sum(dim=0, keepdim=True) / max(len(rows), 1)
         self._check("features", features, image)
         return features
@@ -457,10 +454,9 @@ def _input_size(path: Path, shape: list[Any], size: Any, metadata: dict[str, str
     """Height and width of the input, from its shape, the setting, or the metadata of Ultralytics."""
     if size is None and all(isinstance(side, int) for side in shape):
         size = shape
-    if isinstance(size, int):
-        size = size, size
+    sides = (size, size) if isinstance(size, int) else size
     try:
-        height, width = ast.literal_eval(metadata["imgsz"]) if size is None else size
+        height, width = ast.literal_eval(metadata["imgsz"]) if sides is None else sides
         found = max(1, int(height)), max(1, int(width))
     except (KeyError, ValueError, SyntaxError, TypeError):
         raise ArgumentError(

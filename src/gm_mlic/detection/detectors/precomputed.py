@@ -269,12 +269,12 @@ class Precomputed:
                 )
             best, label = scores[:, -C:][:, self._label_of_class[-C:] >= 0].max(dim=1)
             return best, label
-        if classes is None:
+        if classes is None or bool((classes == -1).all()):
             return scores, torch.full((count,), -1)
-        if not self.labels and bool((classes != -1).any()):
+        if not self.labels:
             raise DataError(f"{where} has classes, but their names are unknown: set `labels`, or all classes to -1.")
         columns = len(self._label_of_class)
-        wrong = ((classes < -1) | (classes >= max(columns, 1)) | (classes != classes.round())).nonzero().flatten()
+        wrong = ((classes < -1) | (classes >= columns) | (classes != classes.round())).nonzero().flatten()
         if len(wrong):
             row = int(wrong[0])
             raise DataError(
@@ -282,7 +282,7 @@ class Precomputed:
                 "`first_class`."
             )
         number = classes.long()
-        return scores, torch.where(number < 0, -1, self._label_of_class[number]) if self.labels else number
+        return scores, torch.where(number < 0, -1, self._label_of_class[number])
 
 
 def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -548,9 +548,7 @@ def _by_key(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _load(file: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     try:
         return load_arrays(file, names)
-    except OSError as error:
-        raise DataError(f"Cannot read {file}: {error.strerror}.") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}): write it again with numpy.savez.") from error
 
 
