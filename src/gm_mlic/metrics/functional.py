@@ -209,13 +209,9 @@ def area(at: Array, ends: Array | None, ap: APRule) -> float:
     if ap in ("envelope", "voc11"):  # precision is maximal at positives
         precision = np.maximum.accumulate(precision[::-1])[::-1]
     if ap == "voc11":
-        precision = precision[eleven_points(n)]
+        # The first of the n positives that reaches recall 0, 0.1, ..., 1.
+        precision = precision[np.maximum((np.arange(11) * n + 9) // 10, 1) - 1]
     return float(precision.mean())
-
-
-def eleven_points(n: int) -> Array:
-    """(11,) index of the first of n positives that reaches recall 0, 0.1, ..., 1."""
-    return np.maximum((np.arange(11) * n + 9) // 10, 1) - 1
 
 
 @dataclass(frozen=True)
