@@ -32,7 +32,8 @@ def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
-    """Save a figure with fonts for all of its texts."""
+    """Save a figure with fonts for all of its texts; the folder is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     families = [family for path in _fonts_for(_letters(text.get_text() for text in texts)) if (family := _family(path))]
     for text in texts if families else ():
