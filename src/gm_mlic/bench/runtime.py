@@ -255,12 +255,7 @@ def shares(
 ) -> dict[str, float]:
     """Time per image of the stages of prediction, and of a training step.
 
-    Args:
-        detector: the instance extractor.
-        images: batch of images (3, H, W) in [0, 1].
-        case: the case of the network.
-        device: device of the network; the detector has its own.
-        repeats: timed rounds.
+    ``images`` are (3, H, W) in [0, 1]. ``device`` is that of the network; the detector has its own.
 
     Returns:
         Median seconds per image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the

@@ -167,13 +167,8 @@ def for_each_label(
 def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Array, Array]:
     """Sort the counted images of one label by descending score (stable), and locate its positives.
 
-    Args:
-        scores: (N,) float32 or float64 in [0, 1].
-        positive: (N,) bool.
-        counted: (N,) bool; None for all.
-
-    Returns:
-        ``order`` (M,) rows, and ``at`` (n,) ascending positions: ``order[at]`` are the positives.
+    Arguments are (N,); ``counted`` is None for all images. Returns ``order`` (M,) rows, and ``at`` (n,) ascending
+    positions: ``order[at]`` are the positives.
     """
     rows = None if counted is None or counted.all() else np.flatnonzero(counted)
     order = _descending(scores if rows is None else scores[rows])

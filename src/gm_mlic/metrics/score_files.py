@@ -260,11 +260,7 @@ def _align(table: Table, truth: Table) -> Tensor:
 
 
 def check_label_lists(lists: Sequence[tuple[str | Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
-    """Common labels of all files that have label names, or None.
-
-    Raises:
-        DataError: if labels or their order differ.
-    """
+    """Common labels of all files that have label names, or None; DataError if labels or their order differ."""
     known = [(path, labels) for path, labels in lists if labels is not None]
     for path, labels in known[1:]:
         first, expected = known[0]

@@ -52,13 +52,7 @@ def picture_grid(
     """Write a picture of images with numbered boxes; the labels and their box numbers are below each image.
 
     Labels whose boxes are equal or nearly so share a number. Green: predicted and present; red: predicted, absent;
-    brown, dashed: present, not predicted.
-
-    Args:
-        path: the output file; its suffix is the file format.
-        panels: images and their labels.
-        title: title of the picture.
-        columns: panels per row.
+    brown, dashed: present, not predicted. The suffix of ``path`` is the file format.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle

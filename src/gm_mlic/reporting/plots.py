@@ -72,10 +72,7 @@ def draw_training(groups: Sequence[Group]) -> Figure:
 def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floating]], seed: int = 0) -> Figure:
     """Label states in two dimensions (t-SNE on cosine distance), with one panel per entry of ``states``.
 
-    Panels with more than 40 labels are larger and stacked vertically.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
+    Panels with more than 40 labels are larger and stacked vertically. ImportError without scikit-learn.
     """
     from sklearn.manifold import TSNE
 

@@ -126,11 +126,7 @@ class ModelMetadata:
 
     @classmethod
     def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> ModelMetadata:
-        """Metadata from the JSON form of everything except the label vectors.
-
-        Raises:
-            TypeError, ValueError: for invalid content.
-        """
+        """Metadata from the JSON form of everything except the label vectors; TypeError or ValueError if invalid."""
         metadata = cls.from_checkpoint({**content, "label_vectors": label_vectors})
         check_fields(metadata, "label_vectors")
         labels = metadata.labels
@@ -198,11 +194,7 @@ def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:
-    """Load the checkpoint's weights whose names start with ``prefix`` into ``model``.
-
-    Raises:
-        WeightsError: if names or shapes differ.
-    """
+    """Load weights whose names start with ``prefix`` into ``model``; WeightsError if names or shapes differ."""
     weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     try:
         model.load_state_dict(weights)

@@ -265,11 +265,7 @@ class Predictor:
 
     @torch.no_grad()
     def assignment_graph(self, photo: Photo) -> HeteroData:
-        """Assignment graph of one photo as ``HeteroData``, on the predictor's device.
-
-        Raises:
-            UnreadableImage: if the photo cannot be read.
-        """
+        """Assignment graph of one photo as ``HeteroData``, on the predictor's device; UnreadableImage if unreadable."""
         (detected,) = self._detect([photo], None)
         return self._to_graph(detected.instances)
 

@@ -73,11 +73,7 @@ class ModelCard:
 
     @classmethod
     def from_config(cls, content: Any) -> ModelCard:
-        """Model card from the JSON form of :func:`dataclasses.asdict`.
-
-        Raises:
-            TypeError, ValueError: for invalid content.
-        """
+        """Model card from the JSON form of :func:`dataclasses.asdict`; TypeError if the content is invalid."""
         card = cls(**content)
         check_fields(card)
         return card
