@@ -154,13 +154,11 @@ class MultiLabelMetrics(Metric):
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """:meth:`collected` of this process. The rows replace the batches to save memory."""
-        if not len(self.scores):
+        if not len(self.ids) or not len(dim_zero_cat(self.ids)):
             raise DataError("There are no scores to evaluate: call update first.")
         for name in _STATES:
             setattr(self, name, [dim_zero_cat(getattr(self, name))])
         ids = self.ids[0]
-        if len(ids) == 0:
-            raise DataError("There are no scores to evaluate: call update first.")
         if bool((ids < 0).any()):
             if not bool((ids < 0).all()):
                 raise DataError("Some rows have ids and some do not: pass ids to every update or to none.")

@@ -79,8 +79,7 @@ def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floati
     many = len(labels) > 40
     shape = (len(states), 1) if many else (1, len(states))
     width, height = (10.5, 7.5) if many else (5.6, 5.2)
-    size = (width * shape[1], height * shape[0])
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width * shape[1], height * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for axis, (title, values) in zip(axes.flat, states.items(), strict=True):
         perplexity = min(30.0, max(1.0, (len(labels) - 1) / 3))
