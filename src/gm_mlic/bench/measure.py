@@ -42,10 +42,7 @@ def synchronize(device: str) -> None:
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each of ``runs``, ``repeats`` times, interleaved: a, b, c, a, b, c, ...
 
-    Args:
-        runs: functions to time, by name; each should be warmed up (caches, compilation).
-        repeats: number of rounds.
-        device: ``cuda`` synchronizes the GPU before and after each run.
+    Each should be warmed up (caches, compilation). ``cuda`` synchronizes the GPU before and after each run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):

@@ -29,18 +29,10 @@ INSTANCE_DIM, LABEL_DIM = 1024, 300
 
 @dataclass(frozen=True)
 class Case:
-    """Benchmark case: problem sizes and model settings.
+    """Benchmark case: its name in tables, m instances per image, C labels, images per batch, and model settings.
 
-    Attributes:
-        name: name in tables.
-        m: instances per image.
-        C: number of labels.
-        k: number of blocks.
-        batch: images per batch.
-        fusion: ``concat`` or ``product``.
-        norm: LayerNorm: ``none``, ``encoder`` or ``all``.
-        num_label_neighbors: neighbors in the label graph; None: complete label graph.
-        precision: ``float32``, or ``bfloat16`` for autocast.
+    k, ``fusion`` and ``norm`` are those of :class:`~gm_mlic.nn.GMMLIC`. ``num_label_neighbors`` is None for a complete
+    label graph. ``precision`` is ``float32``, or ``bfloat16`` for autocast.
     """
 
     name: str
@@ -75,23 +67,19 @@ CURVES: dict[str, tuple[int, ...]] = {
 
 
 class Execution:
-    """Execution of one case: model, data and optimizer.
-
-    Args:
-        case: the benchmark case.
-        name: one of :data:`EXECUTIONS`.
-        device: ``cpu`` or ``cuda``.
-    """
+    """Model, data and optimizer of one case, for one of :data:`EXECUTIONS`."""
 
     def __init__(self, case: Case, name: str, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.case, self.device = case, device
         label_vectors = torch.randn(case.C, LABEL_DIM)
-        graphs = _graphs(case, label_vectors, edge_attr=name == "sparse")
-        self.data: HeteroData | AssignmentBatch = graphs
+        options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": name == "sparse"}
+        graph = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
+        graphs = AssignmentGraphDataset(RandomStore(case.batch, case.m, case.C, INSTANCE_DIM), graph)
+        data: HeteroData | AssignmentBatch = Batch.from_data_list([graphs[i] for i in range(case.batch)])
         if name != "sparse":
-            self.data = AssignmentBatch.from_hetero_data(graphs)
-        self.data = self.data.to(device)
+            data = AssignmentBatch.from_hetero_data(data)
+        self.data = data.to(device)
         torch.manual_seed(1)
         self.model = GMMLIC(
             INSTANCE_DIM,
@@ -126,16 +114,6 @@ class Execution:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=half)
 
 
-def _graphs(case: Case, label_vectors: Tensor, *, edge_attr: bool) -> HeteroData:
-    """A batch of assignment graphs with random instances."""
-    options = {"num_label_neighbors": case.num_label_neighbors, "edge_attr": edge_attr}
-    transform = AssignmentGraph(label_vectors, m=case.m, **options)  # type: ignore[arg-type]
-    store = RandomStore(case.batch, case.m, case.C, INSTANCE_DIM)
-    graphs = AssignmentGraphDataset(store, transform)
-    batch: HeteroData = Batch.from_data_list([graphs[i] for i in range(case.batch)])
-    return batch
-
-
 def flops(case: Case, execution: str) -> dict[str, int]:
     """FLOPs of the matrix products of a forward pass and of a training step.
 
@@ -166,7 +144,7 @@ def compare(
     """Compare time and memory of the executions of one case.
 
     Args:
-        case: the benchmark case.
+        case: problem sizes and model settings.
         executions: names from :data:`EXECUTIONS`.
         repeats: timed rounds of forward passes and of training steps, after a warm-up of each.
         device: ``cpu`` or ``cuda``.
@@ -193,17 +171,14 @@ def compare(
             run.train()  # compiles, so that allocations of the compiler are not measured
         rows[name] = {"memory": peak_bytes(run.train, device)}
     dtype = torch.bfloat16 if case.precision == "bfloat16" else torch.float32
-
-    def measured_rate() -> float:
-        return matrix_rate(case.batch * case.m * case.C, 512, device, dtype)
-
-    rates = [measured_rate()]  # before, between and after the runs, since clock rates vary
+    product = (case.batch * case.m * case.C, 512, device, dtype)
+    rates = [matrix_rate(*product)]  # before, between and after the runs, since clock rates vary
     for mode, rounds in zip(("forward", "train"), repeats, strict=True):
         log(f"{case.name}: {mode}, {rounds} rounds of {', '.join(runs)}")
         timings = interleaved({name: getattr(run, mode) for name, run in runs.items()}, rounds, device)
         for name, seconds in timings.items():
             rows[name][mode] = {"median": median(seconds), "all": seconds}
-        rates.append(measured_rate())
+        rates.append(matrix_rate(*product))
     rate = max(rates)
     for name in runs:
         count = flops(case, name)
@@ -267,12 +242,12 @@ def grow(
         executions, repeats: see :func:`compare`.
         **options: see :func:`compare`.
     """
-
-    def point(curve: str, value: int) -> dict[str, Any]:
-        case = replace(start, name=f"{curve}={value}", **{curve: value})  # type: ignore[arg-type]
-        return compare(case, executions, repeats=repeats, **options)
-
-    return {curve: [point(curve, value) for value in CURVES[curve]] for curve in curves}
+    points: dict[str, list[dict[str, Any]]] = {curve: [] for curve in curves}
+    for curve, results in points.items():
+        for value in CURVES[curve]:
+            case = replace(start, name=f"{curve}={value}", **{curve: value})  # type: ignore[arg-type]
+            results.append(compare(case, executions, repeats=repeats, **options))
+    return points
 
 
 def shares(
@@ -280,12 +255,7 @@ def shares(
 ) -> dict[str, float]:
     """Time per image of the stages of prediction, and of a training step.
 
-    Args:
-        detector: the instance extractor.
-        images: batch of images (3, H, W) in [0, 1].
-        case: the case of the network.
-        device: device of the network; the detector has its own.
-        repeats: timed rounds.
+    ``images`` are (3, H, W) in [0, 1]. ``device`` is that of the network; the detector has its own.
 
     Returns:
         Median seconds per image: ``detection``; ``data``, reading a batch from an instance store; ``graph``, the

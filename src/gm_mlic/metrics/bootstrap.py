@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gm_mlic.errors import DataError, check_positive
 from gm_mlic.metrics.conventions import APRule, Convention, get_convention
-from gm_mlic.metrics.functional import area, check_scores, for_each_label, in_threads, ranking, tie_ends
-from gm_mlic.targets import DifficultRule, TargetFormat, as_table, normalize_targets, positives_and_counted
+from gm_mlic.metrics.functional import area, checked_targets, for_each_label, in_threads, ranking, tie_ends
+from gm_mlic.targets import DifficultRule, TargetFormat, positives_and_counted
 
 Array = np.ndarray[Any, Any]
 #: Results of :func:`_ranked` for one label, by rule of difficult labels.
@@ -77,13 +77,11 @@ def bootstrap_map(
     """
     check_positive(resamples=resamples)
     chosen = [get_convention(convention) for convention in conventions]
-    scores, targets = [as_table("scores", table) for table in scores], as_table("targets", targets)
-    difficult = None if difficult is None else as_table("difficult", difficult, targets.device)
-    if not len(targets):
+    checked = [checked_targets(table, targets, difficult, target_format, allow_all_present) for table in scores]
+    _, present, difficult = checked[0]
+    N = len(present)
+    if not N:
         raise DataError("There are no scores to evaluate: pass at least one image.")
-    for table in scores:
-        check_scores(table, targets)
-    present, difficult = normalize_targets(targets, difficult, target_format, allow_all_present=allow_all_present)
     # Without difficult labels, the rules for them are equivalent.
     any_difficult = difficult is not None and bool(difficult.any())
     wanted = [(rule.ap, rule.difficult_ap if any_difficult else "ignore") for rule in chosen]
@@ -92,9 +90,8 @@ def bootstrap_map(
     def rank_label(scores: Array, present: Array, difficult: Array | None) -> _Ranked:
         return {rule: _ranked(scores, present, difficult, rule) for _, rule in rules}
 
-    models = [for_each_label(rank_label, table, present, difficult) for table in scores]
+    models = [for_each_label(rank_label, table, present, difficult) for table, _, _ in checked]
     draw = np.random.default_rng(seed)
-    N = len(targets)
     result = np.empty((len(scores), len(conventions), resamples))
     for first in range(0, resamples, _BATCH):
         count = min(_BATCH, resamples - first)
@@ -128,20 +125,14 @@ def _resampled(labels: Sequence[_Ranked], rules: Sequence[tuple[APRule, Difficul
 
 
 def _ranked(scores: Array, present: Array, difficult: Array | None, rule: DifficultRule) -> tuple[Array, Array, Array]:
-    """Rows (M,) of one label by descending score, up to the last positive and its ties.
-
-    Also the positions (n,) of the positives, and the number (n,) of images that score at least as high as each.
-    """
+    """Rows (M,) of a label by descending score up to the last positive, positions (n,) of positives, and tie ends."""
     order, at = ranking(scores, *positives_and_counted(present, difficult, rule))
     ends = tie_ends(scores[order], at)
     return order[: ends[-1] if len(at) else 0].astype(np.int32), at, ends
 
 
 def _places(drawn: Array, order: Array, at: Array, ends: Array) -> tuple[Array, Array]:
-    """Arguments of :func:`area` for a resample with ``drawn`` (N,) copies of each image.
-
-    The copies of an image have adjacent places.
-    """
+    """Arguments of :func:`area` for a resample with ``drawn`` (N,) copies of each image."""
     seen = drawn[order].cumsum(dtype=np.int64)
     n = drawn[order[at]]
     offset = np.repeat(seen[at] - n.cumsum(dtype=np.int64), n)  # images before each copy that are not positives

@@ -47,15 +47,15 @@ class Convention:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(hints[field.name])
             if field.name != "threshold":
-                check_choice(field.name, value, allowed)
-        if hasattr(self.threshold, "tolist"):  # a tensor or an array
-            object.__setattr__(self, "threshold", self.threshold.tolist())
-        if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
-        each = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        for value in each:
+                check_choice(field.name, getattr(self, field.name), get_args(hints[field.name]))
+        threshold: Any = self.threshold
+        if hasattr(threshold, "tolist"):  # a tensor or an array
+            threshold = threshold.tolist()
+        if isinstance(threshold, Sequence) and not isinstance(threshold, str):
+            threshold = tuple(threshold)
+        object.__setattr__(self, "threshold", threshold)
+        for value in threshold if isinstance(threshold, tuple) else (threshold,):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ArgumentError("threshold", f"is {value!r}: expected a number in [0, 1], as the scores.")
 

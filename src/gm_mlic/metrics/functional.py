@@ -167,13 +167,8 @@ def for_each_label(
 def ranking(scores: Array, positive: Array, counted: Array | None) -> tuple[Array, Array]:
     """Sort the counted images of one label by descending score (stable), and locate its positives.
 
-    Args:
-        scores: (N,) float32 or float64 in [0, 1].
-        positive: (N,) bool.
-        counted: (N,) bool; None for all.
-
-    Returns:
-        ``order`` (M,) rows, and ``at`` (n,) ascending positions: ``order[at]`` are the positives.
+    Arguments are (N,); ``counted`` is None for all images. Returns ``order`` (M,) rows, and ``at`` (n,) ascending
+    positions: ``order[at]`` are the positives.
     """
     rows = None if counted is None or counted.all() else np.flatnonzero(counted)
     order = _descending(scores if rows is None else scores[rows])
@@ -209,13 +204,9 @@ def area(at: Array, ends: Array | None, ap: APRule) -> float:
     if ap in ("envelope", "voc11"):  # precision is maximal at positives
         precision = np.maximum.accumulate(precision[::-1])[::-1]
     if ap == "voc11":
-        precision = precision[eleven_points(n)]
+        # The first of the n positives that reaches recall 0, 0.1, ..., 1.
+        precision = precision[np.maximum((np.arange(11) * n + 9) // 10, 1) - 1]
     return float(precision.mean())
-
-
-def eleven_points(n: int) -> Array:
-    """(11,) index of the first of n positives that reaches recall 0, 0.1, ..., 1."""
-    return np.maximum((np.arange(11) * n + 9) // 10, 1) - 1
 
 
 @dataclass(frozen=True)

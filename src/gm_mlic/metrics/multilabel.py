@@ -99,26 +99,22 @@ class MultiLabelMetrics(Metric):
             ArgumentError: if ``difficult`` is not a bool mask of this shape, or is given with ``voc``.
         """
         scores = as_table("scores", scores)
-        # Half precision is converted to float32 exactly (ties stay ties); float64 is kept.
-        kept = scores.detach().to(torch.promote_types(scores.dtype, torch.float32), copy=True)
-        if not scores.is_floating_point():
-            kept = scores
+        if scores.is_floating_point():
+            # Half precision is converted to float32 exactly (ties stay ties); float64 is kept.
+            scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32), copy=True)
         _, present, difficult = checked_targets(
-            kept, targets, difficult, self.target_format, self.allow_all_present, self.num_labels
+            scores, targets, difficult, self.target_format, self.allow_all_present, self.num_labels
         )
-        if ids is None:
-            rows = torch.full((len(kept),), -1, dtype=torch.int64, device=kept.device)
-        else:
-            rows = torch.as_tensor(ids, device=kept.device)
-            if rows.shape != (len(kept),) or rows.is_floating_point() or (rows.numel() and rows.min() < 0):
-                raise DataError(f"ids must be {len(kept)} integers >= 0, one per row of scores.")
-            rows = rows.to(torch.int64, copy=True)
-        self.scores.append(kept)
-        self.targets.append(present.to(kept.device))
+        N, device = len(scores), scores.device
+        rows = torch.full((N,), -1, device=device) if ids is None else torch.as_tensor(ids, device=device)
+        if ids is not None and (rows.shape != (N,) or rows.is_floating_point() or bool((rows < 0).any())):
+            raise DataError(f"ids must be {N} integers >= 0, one per row of scores.")
+        self.scores.append(scores)
+        self.targets.append(present.to(device))
         self.difficult.append(
-            torch.zeros_like(self.targets[-1]) if difficult is None else difficult.to(kept.device, copy=True)
+            torch.zeros_like(self.targets[-1]) if difficult is None else difficult.to(device, copy=True)
         )
-        self.ids.append(rows)
+        self.ids.append(rows.to(torch.int64, copy=True))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes; a process without images contributes no rows."""
@@ -158,13 +154,11 @@ class MultiLabelMetrics(Metric):
 
     def _rows(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """:meth:`collected` of this process. The rows replace the batches to save memory."""
-        if not len(self.scores):
+        if not len(self.ids) or not len(dim_zero_cat(self.ids)):
             raise DataError("There are no scores to evaluate: call update first.")
         for name in _STATES:
             setattr(self, name, [dim_zero_cat(getattr(self, name))])
         ids = self.ids[0]
-        if len(ids) == 0:
-            raise DataError("There are no scores to evaluate: call update first.")
         if bool((ids < 0).any()):
             if not bool((ids < 0).all()):
                 raise DataError("Some rows have ids and some do not: pass ids to every update or to none.")

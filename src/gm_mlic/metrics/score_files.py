@@ -30,9 +30,9 @@ class Table:
 
     path: Path
     values: Tensor
-    difficult: Tensor | None
-    ids: tuple[str, ...] | None
-    labels: tuple[str, ...] | None
+    difficult: Tensor | None = None
+    ids: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,17 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
             raise DataError(f"unknown suffix; save {key} as {', '.join(_READERS)}.")
         if not path.is_file():
             raise DataError(f"no such file; set the path of the {key}.")
-        values, difficult, ids, labels = _READERS[path.suffix](path, key)
-        if values.ndim != 2 or not len(values) or values.is_complex():
-            raise DataError(f"{key} have shape {tuple(values.shape)}, expected numbers (images, labels).")
-        for what, names, size in (("image id", ids, len(values)), ("label", labels, values.shape[1])):
-            if names is None:
-                continue
-            if len(names) != size:
-                raise DataError(f"{len(names)} {what}s for {key} of shape {tuple(values.shape)}.")
+        table = _READERS[path.suffix](path, key)
+        shape = tuple(table.values.shape)
+        if len(shape) != 2 or not shape[0] or table.values.is_complex():
+            raise DataError(f"{key} have shape {shape}, expected numbers (images, labels).")
+        for what, names, size in (("image id", table.ids, shape[0]), ("label", table.labels, shape[1])):
+            if names is not None and len(names) != size:
+                raise DataError(f"{len(names)} {what}s for {key} of shape {shape}.")
             for name, count in Counter(names).most_common(1):
                 if count > 1:
                     raise DataError(f"the {what} {name!r} occurs more than once: {what}s must be unique.")
-    return Table(path, values, difficult, ids, labels)
+    return table
 
 
 @contextlib.contextmanager
@@ -161,10 +160,7 @@ def _named(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error}") from error
 
 
-Content = tuple[Tensor, "Tensor | None", "tuple[str, ...] | None", "tuple[str, ...] | None"]
-
-
-def _read_arrays(path: Path, key: str) -> Content:
+def _read_arrays(path: Path, key: str) -> Table:
     """Read an ``.npz`` or ``.pt`` file."""
     try:
         content = (load_arrays if path.suffix == ".npz" else load_tensors)(path)
@@ -181,7 +177,7 @@ def _read_arrays(path: Path, key: str) -> Content:
         if first_other_value(mask, (0, 1)) is not None:
             raise DataError("difficult must be a mask of bool, or of 1 and 0.")
         difficult = mask.bool()
-    return _numbers(key, content), difficult, _names("ids", content), _names("labels", content)
+    return Table(path, _numbers(key, content), difficult, _names("ids", content), _names("labels", content))
 
 
 def _numbers(key: str, content: Mapping[str, Any]) -> Tensor:
@@ -201,7 +197,7 @@ def _names(key: str, content: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(map(str, names))
 
 
-def _read_csv(path: Path, key: str) -> Content:
+def _read_csv(path: Path, key: str) -> Table:
     firsts: list[str] = []
     rest: list[np.ndarray[Any, Any]] = []
     try:
@@ -219,9 +215,9 @@ def _read_csv(path: Path, key: str) -> Content:
         raise DataError(f"not a CSV file in UTF-8 ({error}).") from error
     values = np.stack(rest) if rest else np.empty((0, len(header) - 1))
     if header[0].lower() in _ID_HEADERS or not any(map(_is_number, firsts)):
-        return torch.from_numpy(values), None, tuple(firsts), tuple(header[1:])
+        return Table(path, torch.from_numpy(values), None, tuple(firsts), tuple(header[1:]))
     column = [_cells([first], key, header, f"image {i}") for i, first in enumerate(firsts)]
-    return torch.from_numpy(np.concatenate([np.stack(column), values], axis=1)), None, None, tuple(header)
+    return Table(path, torch.from_numpy(np.concatenate([np.stack(column), values], axis=1)), labels=tuple(header))
 
 
 def _cells(cells: list[str], key: str, columns: list[str], where: str) -> np.ndarray[Any, Any]:
@@ -244,20 +240,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-_READERS: Mapping[str, Callable[[Path, str], Content]] = {
-    ".npz": _read_arrays,
-    ".csv": _read_csv,
-    ".pt": _read_arrays,
-}
+_READERS: Mapping[str, Callable[[Path, str], Table]] = {".npz": _read_arrays, ".csv": _read_csv, ".pt": _read_arrays}
 
 
 def _align(table: Table, truth: Table) -> Tensor:
     """Scores with rows in the order of the targets."""
     scores = table.values
     with _named(table.path):
-        if scores.shape != truth.values.shape:
-            shapes = f"scores {tuple(scores.shape)} and targets {tuple(truth.values.shape)} ({truth.path})"
-            raise DataError(f"{shapes} differ in shape.")
         check_scores(scores, truth.values)
         if table.ids is None or truth.ids is None or table.ids == truth.ids:
             return scores
@@ -271,11 +260,7 @@ def _align(table: Table, truth: Table) -> Tensor:
 
 
 def check_label_lists(lists: Sequence[tuple[str | Path, tuple[str, ...] | None]]) -> tuple[str, ...] | None:
-    """Common labels of all files that have label names, or None.
-
-    Raises:
-        DataError: if labels or their order differ.
-    """
+    """Common labels of all files that have label names, or None; DataError if labels or their order differ."""
     known = [(path, labels) for path, labels in lists if labels is not None]
     for path, labels in known[1:]:
         first, expected = known[0]

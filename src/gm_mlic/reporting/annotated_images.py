@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,24 +49,18 @@ def label_box(entry: Mapping[str, Any]) -> LabelBox:
 def picture_grid(
     path: Path, panels: Sequence[tuple[Image.Image, Sequence[LabelBox]]], title: str, columns: int = 4
 ) -> None:
-    """Write a PNG of images with numbered boxes; the labels and their box numbers are below each image.
+    """Write a picture of images with numbered boxes; the labels and their box numbers are below each image.
 
     Labels whose boxes are equal or nearly so share a number. Green: predicted and present; red: predicted, absent;
-    brown, dashed: present, not predicted.
-
-    Args:
-        path: the output file.
-        panels: images and their labels.
-        title: title of the picture.
-        columns: panels per row.
+    brown, dashed: present, not predicted. The suffix of ``path`` is the file format.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     from gm_mlic.reporting.fonts import save_figure
 
-    rows = math.ceil(len(panels) / columns)
-    lines = [max(len(found) for _, found in panels[r * columns : (r + 1) * columns]) for r in range(rows)]
+    starts = range(0, len(panels), columns)
+    lines = [max(len(found) for _, found in panels[first : first + columns]) for first in starts]
     heights = [inches for n in lines for inches in (2.9, 0.22 * n + 0.15)]
     figure = Figure(figsize=(columns * 3.15, sum(heights) + 0.75))
     figure.suptitle(title, x=0.012, ha="left", fontsize=12, fontweight="bold", y=1 - 0.12 / figure.get_figheight())
@@ -78,15 +71,14 @@ def picture_grid(
         (0.49, "missed", "present, not predicted (dashed box)"),
     ):
         figure.text(x, legend_y, f"{_MARKS[kind]} {words}", color=COLORS[kind], fontsize=10)
-    grid = figure.add_gridspec(
-        2 * rows, columns, height_ratios=heights, hspace=0.03, wspace=0.05,
-        left=0.01, right=0.99, bottom=0.005, top=1 - 0.68 / figure.get_figheight(),
-    )  # fmt: skip
+    grid = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights)
+    figure.subplots_adjust(0.01, 0.005, 0.99, 1 - 0.68 / figure.get_figheight(), wspace=0.05, hspace=0.03)
+    for cell in grid.flat:
+        cell.set_axis_off()
     for i, (image, found) in enumerate(panels):
         row, column = divmod(i, columns)
-        axes = figure.add_subplot(grid[2 * row, column])
+        axes, below = grid[2 * row : 2 * row + 2, column]
         axes.imshow(np.asarray(image), interpolation="bilinear")
-        axes.set_axis_off()
         numbers = _box_numbers([label.box for label in found])
         for n in sorted(set(numbers)):
             same_box = [label for label, number in zip(found, numbers, strict=True) if number == n]
@@ -101,15 +93,12 @@ def picture_grid(
                 x1, y1, str(n), color="white", fontsize=8, fontweight="bold", ha="left", va="bottom", clip_on=False,
                 bbox={"facecolor": COLORS[kind], "edgecolor": "none", "pad": 1.2},
             )  # fmt: skip
-        below = figure.add_subplot(grid[2 * row + 1, column])
-        below.set_axis_off()
         below.set_ylim(max(1, lines[row]), 0)
         for line, label in enumerate(found):
             text = f"{numbers[line]}  {_MARKS[label.kind]} {label.name}"
             style: dict[str, Any] = {"color": COLORS[label.kind], "fontsize": 10, "va": "center", "parse_math": False}
             below.text(0.02, line + 0.5, text, **style)
             below.text(0.97, line + 0.5, f"{label.score:.2f}", ha="right", **style)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=110, facecolor="white")
 
 
@@ -135,8 +124,8 @@ def annotated(
     for number, box in enumerate(boxes):
         color = _PALETTE[number % len(_PALETTE)]
         x1, y1, x2, y2 = (v * factor for v in box)
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline="white", width=line + 1)
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=color, width=line)
+        for outline, thickness in (("white", line + 1), (color, line)):
+            draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=outline, width=thickness)
     for number, box in enumerate(boxes):  # texts are drawn over all boxes
         same_box = [label for label, n in zip(labels, numbers, strict=True) if n == number + 1]
         text = "\n".join(f"{name} {p:.2f}" for name, p, _ in same_box)

@@ -38,7 +38,6 @@ def explanation_picture(explanation: Explanation, photo: Image.Image, path: Path
     figure.suptitle(title)
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a label may hold dollar signs
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=120)
 
 
@@ -81,11 +80,10 @@ def _matrix(axis: Axes, explanation: Explanation) -> None:
     axis.set_yticks(range(len(rows)), names, fontsize=8)
     axis.set_xticks(range(len(columns)), [prediction.labels[c] for c in columns], rotation=45, ha="right", fontsize=8)
     for x, c in enumerate(columns):
-        if prediction.probabilities[c] < _PREDICTED:
-            continue
-        y = rows.index(instance) if (instance := int(prediction.match_logits[:, c].argmax())) in rows else None
-        if y is not None:
-            axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=1.5, ec="white"))
+        instance = int(prediction.match_logits[:, c].argmax())
+        if prediction.probabilities[c] >= _PREDICTED and instance in rows:
+            mark = (x - 0.5, rows.index(instance) - 0.5)
+            axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=1.5, ec="white"))
     mark = (columns.index(chosen) - 0.5, rows.index(explanation.instance) - 0.5)
     axis.add_patch(Rectangle(mark, 1, 1, fill=False, lw=2.5, ec=_ARGMAX))
     gray = "; gray: no edge" if np.isnan(matrix).any() else ""

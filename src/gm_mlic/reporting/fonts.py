@@ -17,6 +17,10 @@ from PIL import ImageFont
 
 log = logging.getLogger(__name__)
 
+_NO_FONT = (
+    "No installed font has the letters %s: pictures show boxes instead. For Chinese, Japanese and Korean, install "
+    "fonts-noto-cjk (Debian, Ubuntu), google-noto-sans-cjk-fonts (Fedora) or another font with these letters."
+)
 #: Missing letters that were logged.
 _warned: list[str] = []
 
@@ -32,7 +36,8 @@ def pillow_font(text: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
-    """Save a figure with fonts for all of its texts."""
+    """Save a figure with fonts for all of its texts; the folder is created if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [text for text in figure.findobj(Text) if isinstance(text, Text)]
     families = [family for path in _fonts_for(_letters(text.get_text() for text in texts)) if (family := _family(path))]
     for text in texts if families else ():
@@ -42,7 +47,7 @@ def save_figure(figure: Figure, path: Path, **settings: Any) -> None:
     finder.setLevel(logging.ERROR)  # a font may be installed in one weight only
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # logged by _log_missing
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # logged by _fonts_for
             figure.savefig(path, **settings)
     finally:
         finder.setLevel(level)
@@ -61,22 +66,13 @@ def _fonts_for(letters: frozenset[str]) -> tuple[Path, ...]:
         best = max(_installed(), key=lambda path: len(missing & _letters_of(path)), default=OWN)
         found = missing & _letters_of(best)
         if not found:
-            _log_missing("".join(sorted(missing)))
+            if not _warned:  # once per process: each photo may have other labels
+                _warned.extend(sorted(missing))
+                log.warning(_NO_FONT, "".join(_warned[:10]) + ("..." if len(_warned) > 10 else ""))
             break
         chosen.append(best)
         missing -= found
     return tuple(chosen)
-
-
-def _log_missing(letters: str) -> None:
-    if _warned:  # once per process: each photo may have other labels
-        return
-    _warned.append(letters)
-    log.warning(
-        "No installed font has the letters %s: pictures show boxes instead. For Chinese, Japanese and Korean, install "
-        "fonts-noto-cjk (Debian, Ubuntu), google-noto-sans-cjk-fonts (Fedora) or another font with these letters.",
-        letters[:10] + ("..." if len(letters) > 10 else ""),
-    )
 
 
 @functools.cache

@@ -31,12 +31,7 @@ def _removed(edge_types: Sequence[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """Group of finished runs that differ only in the seed.
-
-    Attributes:
-        name: the settings that distinguish the group from others in a report.
-        runs: the runs, sorted by seed.
-    """
+    """Finished runs that differ only in the seed, sorted by it; ``name`` has the settings that distinguish them."""
 
     name: str
     runs: tuple[Run, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ def draw_sweep(families: Sequence[Sequence[Group]], key: str, label: str) -> Fig
     """Test mAP by a setting: mean over seeds with a band of one standard deviation."""
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axis = figure.subplots()
-    for family, color in zip(families, _colors(len(families)), strict=True):
+    for family, color in zip(families, itertools.cycle(PALETTE)):
         points = sorted((float(group.setting(key)), list(group.values("mAP").values())) for group in family)
         x = [value for value, _ in points]
         mean = np.array([statistics.mean(values) for _, values in points])
@@ -51,7 +52,7 @@ def draw_training(groups: Sequence[Group]) -> Figure:
     """Training loss and val mAP by epoch, with a line per run and a color per group."""
     figure = Figure(figsize=(9.5, 3.4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for group, color in zip(groups, _colors(len(groups)), strict=True):
+    for group, color in zip(groups, itertools.cycle(PALETTE)):
         for number, run in enumerate(group.runs):
             for axis, name in zip(axes, ("train/loss", "val/mAP"), strict=True):
                 points = [(row["epoch"], row[name]) for row in run.epochs if name in row and "epoch" in row]
@@ -71,18 +72,14 @@ def draw_training(groups: Sequence[Group]) -> Figure:
 def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floating]], seed: int = 0) -> Figure:
     """Label states in two dimensions (t-SNE on cosine distance), with one panel per entry of ``states``.
 
-    Panels with more than 40 labels are larger and stacked vertically.
-
-    Raises:
-        ImportError: if scikit-learn is not installed.
+    Panels with more than 40 labels are larger and stacked vertically. ImportError without scikit-learn.
     """
     from sklearn.manifold import TSNE
 
     many = len(labels) > 40
     shape = (len(states), 1) if many else (1, len(states))
     width, height = (10.5, 7.5) if many else (5.6, 5.2)
-    size = (width * shape[1], height * shape[0])
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width * shape[1], height * shape[0]), layout="constrained")
     axes = figure.subplots(*shape, squeeze=False)
     for axis, (title, values) in zip(axes.flat, states.items(), strict=True):
         perplexity = min(30.0, max(1.0, (len(labels) - 1) / 3))
@@ -95,10 +92,6 @@ def draw_label_map(labels: Sequence[str], states: Mapping[str, NDArray[np.floati
         axis.set_yticks([])
         axis.margins(0.12)
     return figure
-
-
-def _colors(number: int) -> list[str]:
-    return [PALETTE[n % len(PALETTE)] for n in range(number)]
 
 
 def _family_name(family: Sequence[Group], key: str) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import importlib.resources
-import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import mimetypes
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -16,7 +16,6 @@ from typing import Any
 
 import jinja2
 import yaml
-from PIL import Image
 
 from gm_mlic._version import __version__
 from gm_mlic.datasets.images import read_image
@@ -26,14 +25,14 @@ from gm_mlic.reporting import plots
 from gm_mlic.reporting.annotated_images import label_box, picture_grid
 from gm_mlic.reporting.groups import ABLATIONS, Group, ablation_families, families, group_runs, paired, spread
 from gm_mlic.reporting.runs import as_typed, unusual
-from gm_mlic.reporting.tables import gap, markdown_table, number
+from gm_mlic.reporting.tables import F1_METRICS, gap, markdown_table, number
 from gm_mlic.runs import EXAMPLES, LABEL_STATES, Run, RunFolderError, flat_settings, varying
 from gm_mlic.safe_load import load_arrays
 
 log = logging.getLogger(__name__)
 
-ALL = ("CP", "CR", "CF1", "OP", "OR", "OF1")
-METRICS = ("mAP", *ALL, *(f"top3/{name}" for name in ALL))
+#: Metrics over all labels, and over the top three labels of each image.
+ALL, TOP3 = ("mAP", *F1_METRICS), tuple(f"top3/{name}" for name in F1_METRICS)
 #: Exceptions raised by damaged files of a run.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, UnreadableImage)
 _CURVES = {"graph.m": "m, instances per image", "model.k": "k, convolution blocks"}
@@ -61,13 +60,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """Section of the report.
-
-    Attributes:
-        title, text: heading and introduction.
-        items: tables and pictures.
-        groups: groups of the runs in the items; their commands, settings and seeds are listed below each item.
-    """
+    """Section of the report; commands, settings and seeds of its ``groups`` of runs are listed below each item."""
 
     title: str
     text: str
@@ -145,12 +138,11 @@ def read_paper() -> dict[str, Any]:
 
 def _method(groups: Sequence[Group]) -> Group:
     """Group that represents the method: the best on val of those without ablation, or of all if each has one."""
-    return max([group for group in groups if group.ablation == "full"] or groups, key=_best_val)
+    return max([group for group in groups if group.ablation == "full"] or groups, key=_val_map)
 
 
-def _best_val(group: Group) -> float:
-    values = group.values("mAP", "val").values()
-    return sum(values) / len(values) if values else -1.0
+def _val_map(group: Group) -> float:
+    return mean(group.values("mAP", "val").values())
 
 
 # Sections
@@ -194,7 +186,7 @@ def _paper_table(dataset: str, groups: Sequence[Group], paper: Mapping[str, Any]
 def _metrics(dataset: str, groups: Sequence[Group]) -> Iterator[Section]:
     """Metrics of all groups, and AP of each label."""
     items = []
-    for title, names in (("All labels", ("mAP", *ALL)), ("Top 3 labels", tuple(f"top3/{name}" for name in ALL))):
+    for title, names in (("All labels", ALL), ("Top 3 labels", TOP3)):
         cells = ((spread(list(group.values(name).values())) for name in names) for group in groups)
         rows = [[group.name, str(len(group.runs)), *row] for group, row in zip(groups, cells, strict=True)]
         head = ["", "runs", *(name.removeprefix("top3/") for name in names)]
@@ -205,7 +197,7 @@ def _metrics(dataset: str, groups: Sequence[Group]) -> Iterator[Section]:
 
 
 def _label_table(dataset: str, groups: Sequence[Group]) -> Section:
-    best = {id(group) for group in sorted(groups, key=_best_val, reverse=True)[:6]}
+    best = {id(group) for group in sorted(groups, key=_val_map, reverse=True)[:6]}
     columns = [group for group in groups if id(group) in best]  # in the order of the tables above
     labels = list((columns[0].runs[0].result or {})["test"]["AP"])
     rows = [[label, *(spread(group.label_values(label)) for group in columns)] for label in labels]
@@ -223,8 +215,8 @@ def _ablations(groups: Sequence[Group], paper: Mapping[str, Any]) -> Iterator[Se
     for family in found:
         full = family[0]
         theirs = paper.get(full.dataset, {}).get("ablation", {})
-        measures = [name for name in ("mAP", *ALL) if name in theirs.get("full", {})]
-        metrics = [name for name in ("mAP", *ALL) if name in {"mAP", "CF1", "OF1", *measures}]
+        measures = [name for name in ALL if name in theirs.get("full", {})]
+        metrics = [name for name in ALL if name in {"mAP", "CF1", "OF1", *measures}]
         rows = []
         for group in family:
             cells = [spread(list(group.values(name).values())) for name in metrics]
@@ -280,9 +272,9 @@ def _photos(group: Group, out: Path) -> Iterator[Section]:
         return
     if not panels:
         return
-    picture_grid(out / "photos.png", panels, f"{group.name}: top 3 labels and their argmax boxes")
+    picture_grid(out / "photos.jpg", panels, f"{group.name}: top 3 labels and their argmax boxes")
     text = f"As the paper's Figure 3, from {run.path}: the first test photos, without selection."
-    picture = Picture("Top 3 labels and their argmax boxes", "photos.png")
+    picture = Picture("Top 3 labels and their argmax boxes", "photos.jpg")
     yield Section("Photos", text, [picture], [Group(group.name, (run,))])
 
 
@@ -310,21 +302,15 @@ def _label_states(group: Group, out: Path) -> Iterator[Section]:
 
 
 def _unfinished(runs: Sequence[Run]) -> Iterator[Section]:
-    if runs:
-        keys = varying(runs)
-        foreign = "metrics.json is from another version: run the command again with overwrite=true"
-        rows = [
-            [
-                str(run.path),
-                run.state if run.result is None else "damaged",
-                settings,
-                run.error or ("" if run.result is None else foreign),
-            ]
-            for run, settings in zip(runs, unusual(runs, keys), strict=True)
-        ]
+    rows = []
+    for run, settings in zip(runs, unusual(runs, varying(runs)), strict=True):
+        state, error = run.state, run.error or ""
+        if run.result is not None:
+            state, error = "damaged", "metrics.json is from another version: run the command again with overwrite=true"
+        rows.append([str(run.path), state, settings, error])
+    if rows:
         text = "These runs are in no table. Run their commands again to resume them."
-        table = Table("", ["run", "state", "settings", "error"], rows)
-        yield Section("Unfinished runs", text, [table])
+        yield Section("Unfinished runs", text, [Table("", ["run", "state", "settings", "error"], rows)])
 
 
 # Provenance
@@ -342,15 +328,13 @@ def made_by(groups: Sequence[Group]) -> list[tuple[str, str]]:
         f"{r['detector']['name']} ({as_typed(run.setting('detector.weights'))})"
         for run, r in zip(runs, results, strict=True)
     ]
+    sizes = [", ".join(f"{n} {split}" for split, n in result["dataset"]["sizes"].items()) for result in results]
     facts = [
         ("seeds", all_of(sorted({int(run.setting("seed", 0)) for run in runs}))),
         ("metric convention", all_of([result["convention"] for result in results])),
         ("detector (weights)", all_of(weights)),
         ("label vectors", all_of([result.get("label_vectors", "-") for result in results])),
-        (
-            "images",
-            all_of([", ".join(f"{n} {s}" for s, n in result["dataset"]["sizes"].items()) for result in results]),
-        ),
+        ("images", all_of(sizes)),
         ("versions", all_of([", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results])),
         ("revision", all_of([result.get("revision", "-") for result in results])),
     ]
@@ -399,22 +383,16 @@ def _md(text: str) -> str:
 def _page(title: str, sections: Sequence[Section], out: Path) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = importlib.resources.files("gm_mlic.reporting").joinpath("report.html.jinja").read_text()
-    inline: Callable[[str], str] = lambda file: _data_uri(out / file)  # noqa: E731 - a filter
     return environment.from_string(template).render(
         title=title,
         sections=sections,
         version=__version__,
         made_by=made_by,
-        inline=inline,
+        inline=lambda file: _data_uri(out / file),
         is_picture=lambda item: isinstance(item, Picture),
     )
 
 
 def _data_uri(path: Path) -> str:
     """Data URI of a picture."""
-    if path.name == "photos.png":  # as JPEG, a tenth of the size
-        buffer = io.BytesIO()
-        with Image.open(path) as image:
-            image.convert("RGB").save(buffer, "JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return f"data:{mimetypes.guess_type(path)[0]};base64,{base64.b64encode(path.read_bytes()).decode()}"

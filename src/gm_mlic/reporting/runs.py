@@ -44,8 +44,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
     changes = unusual(runs, differing) if several else []
     table.add_column("val mAP", justify="right")
     table.add_column("test mAP", justify="right")
-    order = sorted(range(len(runs)), key=lambda i: [_order(runs[i].setting(key)) for key in keys])
-    for i, run in ((i, runs[i]) for i in order):
+    for i in sorted(range(len(runs)), key=lambda i: [_order(runs[i].setting(key)) for key in keys]):
+        run = runs[i]
         best = max((row["val/mAP"] for row in run.epochs if "val/mAP" in row), default=None)
         test = run.result["test"].get("mAP") if run.result is not None else None
         table.add_row(
@@ -90,14 +90,11 @@ def _distinct(runs: Sequence[Run], keys: Sequence[str]) -> list[str]:
     Numbers with three or more values are always kept (a search samples each independently), unless one follows from
     another.
     """
+    columns = {key: [as_typed(run.setting(key)) for run in runs] for key in keys}
     kept: dict[tuple[Any, ...], str] = {}
-    for key in keys:
-        values = [as_typed(run.setting(key)) for run in runs]
-        pattern: tuple[Any, ...] = tuple(values.index(value) for value in values)
-        if key not in followers(keys) and len(set(values)) > 2 and not any(_order(run.setting(key))[0] for run in runs):
-            pattern = (key, *pattern)
-        if pattern not in kept or len(max(values, key=len)) < max(
-            len(as_typed(run.setting(kept[pattern]))) for run in runs
-        ):
-            kept[pattern] = key
+    for key in sorted(keys, key=lambda key: len(max(columns[key], key=len))):
+        pattern = tuple(map(columns[key].index, columns[key]))
+        is_number = all(isinstance(run.setting(key), (int, float)) for run in runs)
+        is_sampled = is_number and len(set(pattern)) > 2 and key not in followers(keys)
+        kept.setdefault((key, *pattern) if is_sampled else pattern, key)
     return [key for key in keys if key in kept.values()]

@@ -19,11 +19,7 @@ _NOTE = "x: improvement over sparse; of peak: share of the matrix product's FLOP
 
 
 def runtime_rows(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """Name of each case, with a row per execution: medians, and improvement over sparse.
-
-    Args:
-        results: results of :func:`gm_mlic.bench.compare`.
-    """
+    """Name of each case of :func:`gm_mlic.bench.compare`, with a row per execution: medians, gain over sparse."""
     rows = []
     for result in results:
         case = result["case"]
@@ -57,13 +53,7 @@ def runtime_tables(results: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 
 def shares_table(seconds: Mapping[str, float], images: int, detector: str) -> Table:
-    """Table of the time per image of the stages of prediction.
-
-    Args:
-        seconds: result of :func:`gm_mlic.bench.shares`.
-        images: images per batch.
-        detector: name of the detector.
-    """
+    """Table of the time per image of the stages of prediction (:func:`gm_mlic.bench.shares`)."""
     total = sum(seconds[part] for part in ("detection", "data", "graph"))
     names = {"detection": f"detection ({detector})", "data": "data (from a store)", "graph": "graph network"}
     rows = [(n, f"{1000 * seconds[part]:.1f}", f"{100 * seconds[part] / total:.1f} %") for part, n in names.items()]

@@ -33,9 +33,7 @@ def overview_table(
 ) -> Table:
     """Table of image and label counts, with a column per split.
 
-    Args:
-        splits: statistics of the splits.
-        unreadable: images that cannot be decoded, by split; None: not checked.
+    ``unreadable`` are the images that cannot be decoded, by split; None: not checked.
     """
     cells: dict[str, Callable[[DatasetStatistics], str]] = {
         "images": lambda stats: f"{stats.images:,}",
@@ -119,7 +117,6 @@ def statistics_picture(path: Path, stats: DatasetStatistics) -> None:
     order = np.concatenate([occurring[grouped(stats.together[np.ix_(occurring, occurring)], stats.images)], absent])
     scale = figure.add_axes(((width - right + 0.22) / width, bottom / height, 0.16 / width, min(side, 3.2) / height))
     _heat_map(axes(matrix, side), scale, stats, order, font)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(figure, path, dpi=110, facecolor="white")
 
 

@@ -15,8 +15,8 @@ from gm_mlic.io import few
 #: Columns of the comparison of models, in the order of the literature.
 COMPARISON = ("mAP", "CF1", "OF1", "top3/CF1", "top3/OF1")
 
-#: Columns of the table of one model.
-_ONE = ("CP", "CR", "CF1", "OP", "OR", "OF1")
+#: Metrics of predicted labels.
+F1_METRICS = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 
 
 def number(value: float | None) -> str:
@@ -45,57 +45,33 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], texts: in
 def comparison(
     rows: Iterable[tuple[str, Mapping[str, Any]]], columns: Sequence[str] = COMPARISON
 ) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table that compares models.
-
-    Args:
-        rows: names and metric values in percent.
-        columns: names of the metrics.
-    """
+    """Head and rows of a table that compares models, from their names and metrics in percent."""
     head = ["", *(column.replace("top3/", "top-3 ") for column in columns)]
     return head, [[name, *(number(values.get(column)) for column in columns)] for name, values in rows]
-
-
-def metrics_table(
-    values: Mapping[str, Any], convention: str, title: str, fitted: Mapping[str, Any] | None = None
-) -> Table:
-    """Metrics of one model, over all labels and over the top three of each image.
-
-    Args:
-        values: metric values in percent.
-        convention: convention of the metrics.
-        title: title of the table.
-        fitted: metric values with fitted thresholds, for two more rows.
-    """
-    rows = [("all", "", values), ("top 3", "top3/", values)]
-    if fitted is not None:
-        rows += [("all, fitted thresholds", "", fitted), ("top 3, fitted thresholds", "top3/", fitted)]
-    cells = ([name, *(number(source.get(prefix + column)) for column in _ONE)] for name, prefix, source in rows)
-    return text_table(f"{title}: mAP {number(values['mAP'])}", [f"{convention}, %", *_ONE], cells)
 
 
 def print_metrics(
     values: Mapping[str, Any], convention: str, title: str, evaluation: Mapping[str, Any] | None = None
 ) -> None:
-    """Print :func:`metrics_table` on stdout.
+    """Print the metrics of one model in percent, over all labels and over the top three of each image.
 
-    Args:
-        values, convention, title: see :func:`metrics_table`.
-        evaluation: further results of ``gm-mlic eval``: ``calibrated``, ``intervals``, ``bootstrap``.
+    Further results of ``gm-mlic eval`` are in ``evaluation``: ``calibrated``, ``intervals``, ``bootstrap``.
     """
     found = evaluation or {}
+    rows = [("all", "", values), ("top 3", "top3/", values)]
+    if (fitted := found.get("calibrated")) is not None:
+        rows += [("all, fitted thresholds", "", fitted), ("top 3, fitted thresholds", "top3/", fitted)]
+    cells = ([name, *(number(source.get(prefix + column)) for column in F1_METRICS)] for name, prefix, source in rows)
     console = Console()
-    console.print(metrics_table(values, convention, title, found.get("calibrated")))
+    heading = f"{title}: mAP {number(values['mAP'])}"
+    console.print(text_table(heading, [f"{convention}, %", *F1_METRICS], cells))
     if "intervals" in found:
         low, high = map(number, found["intervals"][convention])
         console.print(f"95 % interval of mAP: {low} to {high} ({_resamples(found)}).", highlight=False)
 
 
 def evaluation_table(result: Mapping[str, Any]) -> Table:
-    """Metrics of all conventions side by side, in 80 columns.
-
-    Args:
-        result: result of :func:`gm_mlic.metrics.evaluate_scores`.
-    """
+    """Metrics of all conventions side by side, in 80 columns, from :func:`gm_mlic.metrics.evaluate_scores`."""
     metrics = result["metrics"]
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     made.add_column("%", no_wrap=True)
@@ -124,7 +100,7 @@ def evaluation_table(result: Mapping[str, Any]) -> Table:
             made.add_section()
             if heading and not prefix:
                 made.add_row(f"[italic]{heading}[/]")
-            for column in _ONE:
+            for column in F1_METRICS:
                 add(words + column, (values[prefix + column] for values in source.values()))
     return made
 

@@ -44,7 +44,7 @@ def build_app(predictor: Predictor, hosts: list[str], embedding: dict[str, Any] 
         embedding: overrides of the embedding settings for additional labels.
     """
     served = _Served(predictor, embedding or {})
-    routes = [Route(f"/{name}", _file(name)) for name in _PAGE]
+    routes = [Route(f"/{name}", _file) for name in _PAGE]
     routes += [Route("/model", served.model), Route("/predict", served.predict, methods=["POST"])]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
 
@@ -114,12 +114,10 @@ class _Served:
         return self._last[1]
 
 
-def _file(name: str) -> Any:
-    async def endpoint(request: Request) -> Response:
-        content = (resources.files("gm_mlic.serving") / (name or "page.html")).read_bytes()
-        return Response(content, media_type=_PAGE[name], headers=_HEADERS)
-
-    return endpoint
+async def _file(request: Request) -> Response:
+    name = request.url.path.removeprefix("/")
+    content = (resources.files("gm_mlic.serving") / (name or "page.html")).read_bytes()
+    return Response(content, media_type=_PAGE[name], headers=_HEADERS)
 
 
 def _json(content: dict[str, Any], status: int = 200) -> Response:

@@ -31,13 +31,10 @@ _TOP = 3
 
 @dataclass
 class Examples:
-    """Predictions for the first images of a test split.
+    """Predictions for the first images of a test split, by image.
 
-    Attributes:
-        rows: rows of the images in the dataset.
-        scores: (C,) per image, in [0, 1].
-        boxes: (C, 4) per image, the argmax box of each label.
-        label_states: (C, d) per image, label nodes after the last block; empty for models without label nodes.
+    They are its row in the dataset, scores (C,) in [0, 1], argmax boxes (C, 4), and label nodes after the last block
+    (C, d), if the model has label nodes.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -52,18 +49,12 @@ class Examples:
             return
         self.rows += batch.row[:count].tolist()  # type: ignore[index]
         self.scores += torch.sigmoid(output.logits[:count].float()).cpu()
-        self.boxes += [_argmax_boxes(batch, output, i).cpu() for i in range(count)]
+        for i, instances in enumerate(output.argmax_instance[:count]):
+            dense = isinstance(batch, AssignmentBatch)
+            boxes = batch.box[i] if dense else batch[INSTANCE].box[batch[INSTANCE].ptr[i] :]  # type: ignore[index]
+            self.boxes.append(boxes[instances].cpu())
         if output.label_states is not None:
             self.label_states += output.label_states[:count].float().cpu()
-
-
-def _argmax_boxes(batch: AssignmentBatch | HeteroData, output: ModelOutput, i: int) -> Tensor:
-    """Argmax boxes (C, 4) of image ``i``."""
-    if isinstance(batch, AssignmentBatch):
-        return batch.box[i, output.argmax_instance[i]]
-    first = batch[INSTANCE].ptr[i] if "ptr" in batch[INSTANCE] else 0
-    box: Tensor = batch[INSTANCE].box[first + output.argmax_instance[i]]
-    return box
 
 
 def write_examples(

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gm_mlic.config import section
-from gm_mlic.datasets import MultiLabelDataset, label_ratio
+from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.base import check_dataset
 from gm_mlic.detection import InstanceExtractor, LookupExtractor, MultiViewExtractor, build_extractor
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
-from gm_mlic.embeddings import LabelEmbedding, embed_classes, embed_labels, labels_of, labels_of_classes
+from gm_mlic.embeddings import embed_classes, labels_of, labels_of_classes
 from gm_mlic.errors import ConfigError, DataError, config_keys
 from gm_mlic.graphs import AssignmentBatchDataset, AssignmentGraph, AssignmentGraphDataset, label_candidates
 from gm_mlic.instances import InstanceStore, extract
@@ -30,6 +30,7 @@ from gm_mlic.nn import FeatureStatistics
 from gm_mlic.nn.baselines import LabelStatistics
 from gm_mlic.optim import build_optimizer, check_schedule
 from gm_mlic.registry import DATASETS, LOSSES, MODELS
+from gm_mlic.schema import as_typed
 from gm_mlic.targets import positives_and_counted
 from gm_mlic.zoo.metadata import ModelMetadata
 
@@ -42,11 +43,7 @@ SPLITS = ("train", "val", "test")
 
 
 def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
-    """Build one split of ``config.dataset``.
-
-    Raises:
-        ConfigError: for an unknown dataset or split.
-    """
+    """Build one split of ``config.dataset``; ConfigError for an unknown dataset or split."""
     if split not in SPLITS:
         raise ConfigError(f"split={split}: expected one of {', '.join(SPLITS)}.")
     with config_keys("dataset", split="split", size=f"dataset.sizes.{split}"):
@@ -56,11 +53,7 @@ def build_dataset(config: DictConfig, split: str) -> MultiLabelDataset:
 
 
 def build_datasets(config: DictConfig, splits: Sequence[str] = SPLITS) -> dict[str, MultiLabelDataset]:
-    """Build splits of ``config.dataset``.
-
-    Raises:
-        DataError: if their labels differ.
-    """
+    """Build splits of ``config.dataset``; DataError if their labels differ."""
     datasets = {split: build_dataset(config, split) for split in splits}
     first = splits[0]
     for split, dataset in datasets.items():
@@ -89,38 +82,22 @@ def check_lookup(config: DictConfig, extractor: InstanceExtractor, datasets: Seq
     """
     if not isinstance(extractor, LookupExtractor):
         return
-    for key, value, off in (
-        ("instances.online", bool(config.instances.online), False),
-        ("instances.num_augmentations", config.instances.num_augmentations, 0),
-        ("graph.views", config.graph.views, 1),
-    ):
-        if value != off:
+    for key, off in (("instances.online", False), ("instances.num_augmentations", 0), ("graph.views", 1)):
+        if (value := OmegaConf.select(config, key)) != off:
             raise ConfigError(
-                f"{key}={value} with the detector {extractor.name}: its files have only the instances of whole photos. "
-                f"Set {key}={off}.".replace("True", "true").replace("False", "false")
+                f"{key}={as_typed(value)} with the detector {extractor.name}: its files have only the instances of "
+                f"whole photos. Set {key}={as_typed(off)}."
             )
     with config_keys("detector"):
         for dataset in datasets:
             extractor.check_ids(dataset.ids)
 
 
-def store_path(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> Path:
-    """Path of the store of one split: in ``instances.path``, or a folder with the hash of everything it depends on."""
-    instances = config.instances
-    if instances.path is not None:
-        return Path(instances.path) / dataset.split
-    views = _views(config, dataset.split)
-    m = stored_instances(config, dataset.split)
-    depends_on = [dataset.fingerprint, extractor.fingerprint, m, instances.batch_size]
-    depends_on += [views, instances.view_size] if views else []
-    digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
-    return Path(instances.root) / dataset.name / f"{dataset.split}-{extractor.name}-{digest}"
-
-
 def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: InstanceExtractor) -> InstanceStore | None:
     """Open the store of one split, or extract it; an interrupted extraction is resumed.
 
-    Processes of one torchrun or srun job share the images.
+    It is in ``instances.path``, or in a folder named with the hash of everything it depends on. Processes of one
+    torchrun or srun job share the images.
 
     Returns:
         The complete store; None if the shard of this process is finished and others are not.
@@ -128,22 +105,29 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     Raises:
         StoreError: if the store at ``instances.path`` was made for another dataset or detector.
     """
-    instances = config.instances
+    instances, split = config.instances, dataset.split
     check_lookup(config, extractor, [dataset])
-    if dataset.split != "train" and config.graph.views > 1:
+    m, views = stored_instances(config, split), instances.num_augmentations if split == "train" else 0
+    if split != "train" and config.graph.views > 1:
         with config_keys("graph"):
             extractor = MultiViewExtractor(extractor, config.graph.views)
+    if instances.path is not None:
+        path = Path(instances.path) / split
+    else:
+        depends_on = [dataset.fingerprint, extractor.fingerprint, m, instances.batch_size]
+        depends_on += [views, instances.view_size] if views else []
+        digest = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:8]
+        path = Path(instances.root) / dataset.name / f"{split}-{extractor.name}-{digest}"
     ranks = rank_info()
     index, shards = (ranks.rank, ranks.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
-    path = store_path(config, dataset, extractor)
     keys = {"m": "detector.max_instances", "views": "instances.num_augmentations", "path": "instances.root"}
     with config_keys("instances", **keys):
         store = extract(
             dataset,
             extractor,
             path,
-            m=stored_instances(config, dataset.split),
-            views=_views(config, dataset.split),
+            m=m,
+            views=views,
             view_size=instances.view_size,
             batch_size=instances.batch_size,
             num_workers=resolve_num_workers(instances.num_workers, resolve_device(config.trainer.accelerator)),
@@ -153,10 +137,8 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
         )
     if store is not None and store.manifest.skipped:
         names = list(store.manifest.skipped)
-        log.warning(
-            "%s: %d of %d images cannot be read and are left out: %s%s",
-            dataset.split, len(names), len(dataset), ", ".join(names[:5]), ", ..." if len(names) > 5 else "",
-        )  # fmt: skip
+        text = "%s: %d of %d images cannot be read and are left out: %s"
+        log.warning(text, split, len(names), len(dataset), few(names, 5))
     return store
 
 
@@ -165,18 +147,7 @@ def stored_instances(config: DictConfig, split: str) -> int:
     return int(config.detector.max_instances * (1 if split == "train" else config.graph.views))
 
 
-def _views(config: DictConfig, split: str) -> int:
-    """Number of augmented views; evaluation splits have none."""
-    return int(config.instances.num_augmentations) if split == "train" else 0
-
-
 # Labels and graphs
-
-
-def build_embedding(config: DictConfig, labels: Sequence[str]) -> LabelEmbedding:
-    """Label vectors of ``config.embedding``."""
-    with config_keys("embedding"):
-        return embed_labels(labels, **section(config, "embedding"))
 
 
 def graph_settings(config: DictConfig) -> dict[str, Any]:
@@ -216,13 +187,7 @@ def prior_tables(
 
 
 def learn_candidates(store: InstanceStore, m: int, labels_per_class: int) -> list[list[int]]:
-    """Label candidates of each detector class (:func:`~gm_mlic.graphs.label_candidates`), learned from a store.
-
-    Args:
-        store: store of the training images.
-        m: instances per image.
-        labels_per_class: candidates per class.
-    """
+    """Label candidates of each detector class (:func:`~gm_mlic.graphs.label_candidates`), learned from a store."""
     detected_label = torch.from_numpy(store.detected_labels[store.rows, 0, :m]).long()
     score = torch.from_numpy(store.scores[store.rows, 0, :m])
     difficult = None if store.difficult is None else store.difficult[store.rows]
@@ -287,17 +252,11 @@ def fit_features(
     model.fit_features(features, label_vectors, words)
 
 
-def build_loss(config: DictConfig, train: MultiLabelDataset) -> torch.nn.Module:
-    """Build ``config.loss``, with r_c of the training split if it has such an argument.
+def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
+    """Build ``config.loss``, with label frequencies r_c (C,) if it has such an argument.
 
     It does not validate targets, which would synchronize the GPU at every step; the datasets validate them.
     """
-    ratio = torch.from_numpy(label_ratio(train.targets, train.difficult))
-    return loss_of(config, ratio)
-
-
-def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
-    """Build ``config.loss`` for label frequencies (C,)."""
     settings = section(config, "loss")
     given: dict[str, Any] = {"label_ratio": ratio, "validate_args": False}
     accepted = LOSSES.arguments(settings["name"])

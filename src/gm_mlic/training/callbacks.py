@@ -19,14 +19,9 @@ log = logging.getLogger(__name__)
 class EpochLog(Callback):
     """Progress bar of each epoch, and at its end a row of ``metrics.csv`` (epochs from 1) and a log line.
 
-    The log line has train loss, val mAP and best val mAP. There is no bar if stderr is not a terminal.
-
     The file is replaced atomically at each epoch, so a killed run loses no rows. A resumed run keeps the rows up to the
     epoch of its checkpoint (Lightning's CSVLogger deletes the file). The seconds of an epoch that it resumes include
     those before the checkpoint.
-
-    Args:
-        path: the output file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,7 +54,7 @@ class EpochLog(Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.monotonic() - self._begin
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "seconds": f"{seconds:.3f}"}
-        mAP, before = float(values["val/mAP"]), [float(row["val/mAP"]) for row in self._rows]
+        mAP, best = float(values["val/mAP"]), max((float(r["val/mAP"]) for r in self._rows), default=float("-inf"))
         self._rows.append({**row, "lr": f"{lr:.6g}", **values})
         names = list(dict.fromkeys(name for row in self._rows for name in row))
         with atomic_write(self.path) as part, part.open("w", newline="") as file:
@@ -68,8 +63,7 @@ class EpochLog(Callback):
             writer.writerows(self._rows)
         log.info(
             "%s  train loss %.4f  val mAP %5.2f  best %5.2f  %.1f s%s",
-            _title(trainer), float(values["train/loss"]), mAP, max([mAP, *before]), seconds,
-            " *" if mAP > max(before, default=float("-inf")) else "",
+            _title(trainer), float(values["train/loss"]), mAP, max(mAP, best), seconds, " *" if mAP > best else "",
         )  # fmt: skip
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:

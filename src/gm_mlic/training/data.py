@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torch_geometric.loader import DataLoader as GraphLoader
+from torch_geometric.data import Batch
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -43,14 +42,10 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class GraphData(LightningDataModule):
-    """Data module with the loaders of a run.
+    """Data module with the loaders of a run: batches of graphs, or of images, by split.
 
-    Args:
-        splits: dataset of each split: graphs, dense batches of graphs, or images.
-        batch_size: images per step and process.
-        seed: seed of the order of training images.
-        num_workers: worker processes of each loader.
-        first: (epoch, step) at which training starts; (0, 0) unless a run is resumed.
+    ``batch_size`` is that of each process, ``seed`` that of the order of training images, and ``first`` the (epoch,
+    step) at which training starts.
     """
 
     def __init__(
@@ -82,16 +77,14 @@ class GraphData(LightningDataModule):
         return self._loader(split, range(rank, len(self.splits[split]), world_size))  # type: ignore[arg-type]
 
     def _rank(self) -> tuple[int, int]:
-        """Rank and world size."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def _loader(self, split: str, sampler: Any) -> DataLoader[Any]:
-        settings: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "sampler": sampler,
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-        }
-        collate = getattr(self.splits[split], "collate", None)  # PyG's loader collates graphs
-        loader: Any = GraphLoader if collate is None else partial(DataLoader, collate_fn=collate)
-        return loader(self.splits[split], **settings)  # type: ignore[no-any-return]
+        return DataLoader(
+            self.splits[split],
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=getattr(self.splits[split], "collate", Batch.from_data_list),
+        )

@@ -28,12 +28,7 @@ _CHECK_EVERY = 50
 
 
 class DivergedError(GMMLICError):
-    """The loss is NaN or infinite.
-
-    Attributes:
-        epoch, step: first epoch (from 1) and step with such a loss.
-        rows: dataset rows of the images in that batch, on this process.
-    """
+    """The loss is NaN or infinite, first at ``epoch`` (from 1) and ``step``, for images in ``rows`` of the dataset."""
 
     def __init__(self, message: str, epoch: int, step: int, rows: list[int]) -> None:
         super().__init__(message)
@@ -91,9 +86,6 @@ class MLICModule(LightningModule):
         #: Steps whose loss has not been checked yet, with the rows of their batches.
         self._recent: deque[tuple[int, Tensor | None]] = deque(maxlen=_CHECK_EVERY + 1)
         self._label_cache: LabelCache | None = None
-
-    def forward(self, batch: Any) -> Any:
-        return self.model(batch)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if isinstance(batch, OnlineBatch):  # the detector moves its images to its own device
@@ -205,7 +197,7 @@ class MLICModule(LightningModule):
         values: dict[str, Any] = self.metrics.compute()
         self.metrics.reset()
         for name, value in values.items():
-            if torch.as_tensor(value).numel() == 1 and name != "AP":
+            if name != "AP":
                 self.log(f"{split}/{name}", float(value), rank_zero_only=True)
         return values
 

@@ -16,11 +16,8 @@ from gm_mlic.instances import OnlineBatch
 class OnlineGraphs(nn.Module):
     """Detector and assignment-graph transform for batches of images.
 
-    Args:
-        extractor: the detector. Only a trained one is registered as a sub-module and saved in checkpoints.
-        graph: the transform with label vectors and m.
-        dense: return an :class:`~gm_mlic.graphs.AssignmentBatch`; otherwise a batch of ``HeteroData``.
-        trained: whether the detector is trained.
+    It makes an :class:`~gm_mlic.graphs.AssignmentBatch` if ``dense``, otherwise a batch of ``HeteroData``. Only a
+    ``trained`` detector is a sub-module, which is saved in checkpoints.
     """
 
     def __init__(self, extractor: InstanceExtractor, graph: AssignmentGraph, *, dense: bool, trained: bool) -> None:
@@ -32,7 +29,6 @@ class OnlineGraphs(nn.Module):
 
     @property
     def extractor(self) -> Any:
-        """The detector, trained or frozen."""
         return self.detector if self._frozen is None else self._frozen[0]
 
     def forward(self, batch: OnlineBatch, device: torch.device) -> AssignmentBatch | HeteroData:
@@ -44,12 +40,7 @@ class OnlineGraphs(nn.Module):
         difficult = None if batch.difficult is None else batch.difficult.to(device)
         if self.dense:
             return collate_instances(found, self.graph, device, y=targets, row=rows, difficult=difficult)
-        graphs = []
-        for i, instances in enumerate(found):
-            data = to_hetero_data(instances)
-            data.y, data.row = targets[i, None], rows[i, None]
-            if difficult is not None:
-                data.difficult = difficult[i, None]
-            graphs.append(self.graph(data.to("cpu")))
+        graphs = [self.graph(to_hetero_data(instances).to("cpu")) for instances in found]
         collated: HeteroData = Batch.from_data_list(graphs).to(device)
+        collated.y, collated.row, collated.difficult = targets, rows, difficult
         return collated

@@ -47,11 +47,8 @@ class PreemptionCheckpoint(Callback):
     """Callback that saves a checkpoint and stops after the step in which SIGINT or SIGTERM arrives.
 
     During validation, the run stops after the epoch. A second signal stops it immediately. All processes stop at the
-    same step. The callback can also save periodically. Train within :func:`restored_signal_handlers`.
-
-    Args:
-        path: the checkpoint file.
-        minutes: minutes between saves within an epoch; None: save on a signal only.
+    same step. It also saves within an epoch after each ``minutes``, unless None. Train within
+    :func:`restored_signal_handlers`.
     """
 
     def __init__(self, path: Path, minutes: float | None) -> None:

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from gm_mlic._version import __version__
 from gm_mlic.config import changed_settings, finish, require_values, section
-from gm_mlic.datasets.base import MultiLabelDataset
+from gm_mlic.datasets import MultiLabelDataset, label_ratio
 from gm_mlic.detection import InstanceExtractor
 from gm_mlic.detection.protocol import checked_fingerprint
 from gm_mlic.device import resolve_device, resolve_num_workers
 from gm_mlic.distributed import rank_info
+from gm_mlic.embeddings import embed_labels
 from gm_mlic.errors import ConfigError, StoreError, Terminated, WeightsError, config_keys
 from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.instances import InstanceStore, OnlineImages
@@ -105,11 +106,9 @@ def _train(
 ) -> dict[str, Any]:
     finished = run_dir / RESULT
     first = rank_info().rank == 0
-    _check_foreign(run_dir)
+    _check_folder(config, run_dir)
     if config.overwrite:
         _forget(run_dir, wait=not first)
-    else:
-        _check_same_run(config, run_dir)
     if finished.exists():
         log.info("%s: already finished (overwrite=true starts it again).", run_dir)
         result: dict[str, Any] = json.loads(finished.read_text())
@@ -127,8 +126,7 @@ def _train(
     if first:
         write_file(run_dir / CONFIG, OmegaConf.to_yaml(config, resolve=True))
     with Tracker(config, run_dir, sweep, _revision()) as tracker:
-        callbacks = training_callbacks(config, run_dir) + tracker.callbacks
-        trainer = build_trainer(config, run_dir, callbacks)
+        trainer = build_trainer(config, run_dir, [*training_callbacks(config, run_dir), tracker])
         data = {split: split_data(config, dataset, extractor) for split, dataset in datasets.items()}
         if config.graph.labels_per_class is not None:
             store = data["train"].store
@@ -251,16 +249,13 @@ def _online_graphs(config: DictConfig, metadata: ModelMetadata, graph: Assignmen
 def build_module(
     config: DictConfig, dataset: MultiLabelDataset, extractor: Any, *, custom: bool = False
 ) -> tuple[MLICModule, AssignmentGraph, Tensor | None]:
-    """Build the Lightning module, its graph transform for the labels of ``dataset``, and the vectors of the classes.
+    """Build the Lightning module, its graph transform for the labels of a training split, and the class vectors.
 
-    Args:
-        config: the config.
-        dataset: the training split.
-        extractor: the detector.
-        custom: whether it is another one than that of the config; then it is passed to ``Predictor`` again.
+    A ``custom`` detector is another one than that of the config, and is passed to ``Predictor`` again.
     """
     labels = tuple(dataset.labels)
-    embedding = build.build_embedding(config, labels)
+    with config_keys("embedding"):
+        embedding = embed_labels(labels, **section(config, "embedding"))
     model = build.model_settings(
         config,
         instance_dim=extractor.feature_dim,
@@ -289,7 +284,7 @@ def build_module(
     seed_everything(config.seed, workers=True, verbose=False)  # directly before the weights are initialized
     module = MLICModule(
         build.build_model(metadata, dataset),
-        build.build_loss(config, dataset),
+        build.loss_of(config, torch.from_numpy(label_ratio(dataset.targets, dataset.difficult))),
         build.build_metrics(config, labels),
         section(config, "optimizer"),
         section(config, "scheduler"),
@@ -310,13 +305,9 @@ def _fit(
     run_dir: Path,
 ) -> None:
     layout = module.metadata.graph["layout"]
-    augment = {"train": config.instances.num_augmentations > 0, "val": False}
-    graphs = {"train": graph, "val": module.metadata.build_graph(evaluation=True)}
-    splits = {
-        split: _readable(data[split], graphs[split], layout, augment=augment[split], seed=config.seed)
-        for split in augment
-    }
-    splits["train"].passes = build.passes(config, len(splits["train"]), trainer.world_size)
+    train = _readable(data["train"], graph, layout, augment=config.instances.num_augmentations > 0, seed=config.seed)
+    train.passes = build.passes(config, len(train), trainer.world_size)
+    val = _readable(data["val"], module.metadata.build_graph(evaluation=True), layout)
     last, content = _newest(run_dir / "checkpoints")
     first = (0, 0)
     if content is not None:
@@ -325,7 +316,7 @@ def _fit(
             return
         log.info("resuming %s after epoch %d%s", run_dir, first[0], f" and {first[1]} steps" if first[1] else "")
     workers = resolve_num_workers(config.trainer.num_workers, resolve_device(config.trainer.accelerator))
-    loaders = GraphData(splits, config.trainer.batch_size, config.seed, workers, first)
+    loaders = GraphData({"train": train, "val": val}, config.trainer.batch_size, config.seed, workers, first)
     if config.trainer.compile:
         # In place, which keeps the names in checkpoints; dynamic, for batches of all sizes.
         module.model.compile(dynamic=True)
@@ -367,10 +358,7 @@ def _stopped_early(content: dict[str, Any]) -> bool:
 
 
 def _test(config: DictConfig, checkpoint: Path, data: SplitData, extractor: Any) -> tuple[MLICModule, ScoredImages]:
-    """Test a checkpoint on one split; returns the module with the results, and the scores.
-
-    Used by ``gm-mlic train`` and ``gm-mlic eval``.
-    """
+    """Test a checkpoint on one split; returns the module with the results, and the scores."""
     metadata, content = read_checkpoint(checkpoint)
     model = metadata.build_model()
     load_weights(model, content, checkpoint)
@@ -400,23 +388,19 @@ def _write_scores(path: Path, images: ScoredImages) -> None:
 # The run folder
 
 
-def _check_foreign(run_dir: Path) -> None:
-    """Raise ConfigError if ``run_dir`` has a file ``config.yaml`` that no run has written."""
-    of_a_run = (STATE, RESULT, "checkpoints/last.ckpt")
-    if (run_dir / CONFIG).exists() and not any((run_dir / name).exists() for name in of_a_run):
-        raise ConfigError(f"run_dir={run_dir} has a file {CONFIG} that is not of a run: choose another run_dir.")
-
-
-def _check_same_run(config: DictConfig, run_dir: Path) -> None:
-    """Raise ConfigError if ``run_dir`` holds a run with other settings, which must not be resumed."""
+def _check_folder(config: DictConfig, run_dir: Path) -> None:
+    """Raise ConfigError if the config in ``run_dir`` is of no run, or of one that must not be resumed."""
     path = run_dir / CONFIG
+    if not path.exists():
+        return
     begun = any((run_dir / name).exists() for name in ("checkpoints/last.ckpt", RESULT))
-    if not begun or not path.is_file():
+    if not begun and not (run_dir / STATE).exists():
+        raise ConfigError(f"run_dir={run_dir} has a file {CONFIG} that is not of a run: choose another run_dir.")
+    if not begun or config.overwrite:
         return
     before = OmegaConf.load(path)
     assert isinstance(before, DictConfig)
-    changed = changed_settings(before, config)
-    if changed:
+    if changed := changed_settings(before, config):
         raise ConfigError(
             f"run_dir={run_dir} holds a run with other settings ({', '.join(changed[:5])}): choose another run_dir, or "
             "overwrite=true to start it again."

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -39,16 +39,13 @@ _F1 = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 _KINDS = {"right": 1, "wrong": 2, "missed": 3}
 
 
-class Tracker:
-    """Context manager for one W&B run; does nothing without ``logger=wandb``.
+class Tracker(Callback):
+    """Context manager and callback for one W&B run; does nothing without ``logger=wandb``.
 
     Errors of W&B after the start are logged as warnings and training continues: the run folder is complete without it.
 
-    Args:
-        config: a config with the section ``logger``.
-        run_dir: the run folder.
-        sweep: folder of the multirun of this run; its name is the default W&B group.
-        revision: revision of the code, added to W&B's config.
+    The default W&B group is the name of the folder ``sweep``, the multirun of this run. ``revision`` is that of the
+    code.
 
     Raises:
         ConfigError: on entering, if W&B is not installed, not logged in or not reachable.
@@ -57,32 +54,24 @@ class Tracker:
     def __init__(self, config: DictConfig, run_dir: Path, sweep: str | None, revision: str | None) -> None:
         self.config, self.run_dir, self.sweep, self.revision = config, run_dir, sweep, revision
         self.run: Any = None
-        self._wandb: Any = None
 
     def __enter__(self) -> Tracker:
         if self.config.logger.name == "wandb" and rank_info().rank == 0:
-            try:
-                import wandb
-            except ImportError as error:
-                raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
-            self._wandb, self.run = wandb, self._start(wandb)
+            self.run = self._start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # Always: a second wandb.init in this process would reuse an open run.
         if self.run is not None:
             with _not_fatal("the end of the run"):
                 self.run.finish(exit_code=0 if error is None else 1)
             self.run = None
 
-    @property
-    def callbacks(self) -> list[Callback]:
-        """Callbacks for the trainer."""
-        return [] if self.run is None else [_Epochs(self.run)]
-
-    def _start(self, wandb: ModuleType) -> Any:
+    def _start(self) -> Any:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError("logger=wandb: W&B is not installed: pip install 'gm-mlic[wandb]'.") from error
         settings = self.config.logger
         if os.environ.get("WANDB_MODE") not in (None, "", *_MODES):
             raise ConfigError(f"WANDB_MODE={os.environ['WANDB_MODE']}: expected one of {', '.join(_MODES)}.")
@@ -126,47 +115,43 @@ class Tracker:
             run.define_metric(f"{split}/loss", step_metric="epoch", summary="min")
         for name in ("mAP", *_F1, *(f"top3/{name}" for name in _F1)):
             run.define_metric(f"val/{name}", step_metric="epoch", summary="max")
-        where = "in " + str(self.run_dir / "wandb") if offline else run.url
-        log.info("W&B: %s", where)
+        log.info("W&B: %s", f"in {self.run_dir / 'wandb'}" if offline else run.url)
         return run
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Log the values of ``metrics.csv``."""
+        if self.run is None:
+            return
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        with _not_fatal(f"epoch {trainer.current_epoch + 1}"):
+            self.run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
 
     def log_result(self, result: Mapping[str, Any]) -> None:
         """Log the test: metrics as summaries, tables of AP per label and of photos, and the tested checkpoint."""
         if self.run is None:
             return
         with _not_fatal("the result"):
+            import wandb
+
             test = {name: value for name, value in result["test"].items() if name != "AP"}
             summary = {f"test/{name}": value for name, value in test.items()}
             self.run.summary.update({**summary, "best_epoch": result["best_epoch"]})
             folder = self.run_dir / EXAMPLES
-            photos = [_photo(self._wandb, folder, e) for e in json.loads((folder / "examples.json").read_text())]
-            labels, table = [list(pair) for pair in result["test"]["AP"].items()], self._wandb.Table
+            photos = [_photo(folder, example) for example in json.loads((folder / "examples.json").read_text())]
+            labels = [list(pair) for pair in result["test"]["AP"].items()]
             self.run.log(
                 {
-                    "test/AP": table(columns=["label", "AP"], data=labels),
-                    "test/photos": table(columns=["id", "photo", "present", "predicted"], data=photos),
+                    "test/AP": wandb.Table(columns=["label", "AP"], data=labels),
+                    "test/photos": wandb.Table(columns=["id", "photo", "present", "predicted"], data=photos),
                 }
             )
             if self.config.logger.log_model:
                 name = self.config.trainer.checkpoint
                 metadata = {"val/mAP": result["val"]["mAP"]} | test
-                artifact = self._wandb.Artifact(f"{self.run.id}-{name}", type="model", metadata=metadata)
+                artifact = wandb.Artifact(f"{self.run.id}-{name}", type="model", metadata=metadata)
                 artifact.add_file(str(self.run_dir / "checkpoints" / f"{name}.ckpt"))
                 self.run.log_artifact(artifact, aliases=[name])
-
-
-class _Epochs(Callback):
-    """Callback that logs the values of ``metrics.csv``."""
-
-    def __init__(self, run: Any) -> None:
-        self._run = run
-
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-            with _not_fatal(f"epoch {trainer.current_epoch + 1}"):
-                self._run.log({"epoch": trainer.current_epoch + 1, "lr": lr, **values})
 
 
 def _settings(wandb: ModuleType) -> Any:
@@ -204,8 +189,10 @@ def _ablation(config: DictConfig) -> str:
     return "+".join(f"no_{name}" for name in RELATIONS if name not in present) or "full"
 
 
-def _photo(wandb: ModuleType, folder: Path, example: Mapping[str, Any]) -> list[Any]:
+def _photo(folder: Path, example: Mapping[str, Any]) -> list[Any]:
     """Row of the table of photos, with boxes as a W&B overlay."""
+    import wandb
+
     boxes = [
         {
             "position": dict(zip(("minX", "minY", "maxX", "maxY"), found["box"], strict=True)),

@@ -53,10 +53,7 @@ def strategies() -> tuple[str, ...]:
 def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[Callback] = ()) -> Trainer:
     """Build a Lightning trainer without Lightning's own logger, progress bar and summary.
 
-    Args:
-        config: a config with the section ``trainer``.
-        run_dir: the run folder; None for evaluation, which saves no checkpoints.
-        callbacks: callbacks of the trainer.
+    Without ``run_dir``, for evaluation, it saves no checkpoints.
 
     Raises:
         ConfigError: if accelerator, devices, strategy or precision are not available.
@@ -68,6 +65,9 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             "docs/reliability.md)."
         )
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, finds only bugs
+    deterministic = settings.deterministic
+    if deterministic == "auto":
+        deterministic = resolve_device(settings.accelerator) == "cpu"
     try:
         trainer = Trainer(
             accelerator=settings.accelerator,
@@ -75,7 +75,7 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             num_nodes=settings.num_nodes,
             strategy=settings.strategy,
             precision=settings.precision,
-            deterministic="warn" if _is_deterministic(config) else None,
+            deterministic="warn" if deterministic else None,
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip_val,
             callbacks=list(callbacks),
@@ -107,11 +107,6 @@ def build_trainer(config: DictConfig, run_dir: Path | None, callbacks: Sequence[
             "node, trainer.num_nodes to the number of nodes, and trainer.strategy=ddp."
         )
     return trainer
-
-
-def _is_deterministic(config: DictConfig) -> bool:
-    value = config.trainer.deterministic
-    return bool(resolve_device(config.trainer.accelerator) == "cpu" if value == "auto" else value)
 
 
 def training_callbacks(config: DictConfig, run_dir: Path) -> list[Callback]:

@@ -138,11 +138,7 @@ class ExplainedModel(nn.Module):
 def _removals(
     data: HeteroData, edge_types: Mapping[EdgeType, EdgeSpec], explained: Mapping[str, int], names: tuple[str, ...]
 ) -> Iterator[tuple[tuple[Any, str, str, int | str], HeteroData]]:
-    """Edges that carry a message to one of the ``explained`` nodes, each with the graph without it.
-
-    Yields:
-        (edge type, source type, target type, sender) and the graph without the edge.
-    """
+    """Edge type, source type, target type and sender of each message to the ``explained`` nodes; graph without it."""
     for edge_type in data.edge_types:
         edge_index = data[edge_type].edge_index.cpu()
         degree = torch.bincount(edge_index[1])
@@ -150,11 +146,9 @@ def _removals(
         for sender, receiver in ((0, 1), (1, 0)) if bidirectional else ((0, 1),):
             source, target = edge_type[::2][sender], edge_type[::2][receiver]
             edges = edge_index[receiver] == explained[target]
-            if edge_type == MATCHES:  # not the scored edge itself
-                edges &= edge_index[sender] != explained[source]
+            if edge_type == MATCHES:  # not the scored edge itself; and each label needs a match logit
+                edges &= (edge_index[sender] != explained[source]) & (degree[edge_index[1]] > 1)
             for e in edges.nonzero().flatten().tolist():
-                if edge_type == MATCHES and degree[edge_index[1, e]] == 1:
-                    continue  # each label needs a match logit
                 node = int(edge_index[sender, e])
                 neighbor = names[node] if source == LABEL else node
                 yield (edge_type, source, target, neighbor), _without(data, edge_type, e)

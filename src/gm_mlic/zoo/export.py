@@ -172,11 +172,8 @@ def export(
         return _export(network, inputs, free, MATCH_OUTPUTS, trials, path, form, names)
     extractor = predictor.detector
     if part == "all" and predictor.metadata.views > 1:
-        raise ArgumentError(
-            "part",
-            f"is {part!r}, but the model uses {predictor.metadata.views} views of a photo: export "
-            "`part='network'` and `part='detector'`.",
-        )
+        problem = f"is {part!r}, but the model uses {predictor.metadata.views} views of a photo: export "
+        raise ArgumentError("part", problem + "`part='network'` and `part='detector'`.")
     if not isinstance(extractor, FasterRCNNExtractor):
         problem = f"is {part!r}, but {extractor.name} is no Faster R-CNN of torchvision: export `part='network'`."
         raise ArgumentError("part", problem)
@@ -189,12 +186,11 @@ def export(
         detector = FixedDetector(extractor, (height, width), m).eval()
     scenes = Scenes("test", size=4)
     photos = [(to_tensor(scenes.image(i).resize((width, height))),) for i in range(4)]
-    module, outputs = (
-        (detector, ["features", "boxes", "mask", "scores", "detected_labels"])
-        if part == "detector"
-        else (PhotoNetwork(detector, network).eval(), [*MATCH_OUTPUTS, "boxes", "mask"])
-    )
-    return _export(module, photos[0], None, outputs, photos[1:], path, form, names)
+    if part == "detector":
+        outputs = ["features", "boxes", "mask", "scores", "detected_labels"]
+        return _export(detector, photos[0], None, outputs, photos[1:], path, form, names)
+    outputs = [*MATCH_OUTPUTS, "boxes", "mask"]
+    return _export(PhotoNetwork(detector, network).eval(), photos[0], None, outputs, photos[1:], path, form, names)
 
 
 class ExportError(GMMLICError):
@@ -220,10 +216,8 @@ def _export(
         else:
             _write_onnx(module, inputs, free, outputs, names, unchecked)
             run = _loaded_onnx(unchecked)
-        worst = 0.0
-        for trial in trials:
-            for name, found, expected in zip(outputs, run(trial), module(*trial), strict=True):
-                worst = max(worst, _difference(name, found, expected))
+        pairs = (zip(outputs, run(trial), module(*trial), strict=True) for trial in trials)
+        worst = max(_difference(*pair) for of_trial in pairs for pair in of_trial)
         if not worst <= TOLERANCE:
             raise ExportError(f"{path}: differs from the model by {worst:.1e}, file removed. Please report this.")
     return worst

@@ -16,6 +16,7 @@ from gm_mlic.graphs import AssignmentGraph
 from gm_mlic.io import first_line
 from gm_mlic.registry import MODELS
 from gm_mlic.safe_load import load_tensors
+from gm_mlic.schema import settings_of
 
 #: Key of the metadata in a Lightning checkpoint.
 KEY = "gm_mlic"
@@ -80,10 +81,9 @@ class ModelMetadata:
         for name in ("candidates", "class_labels"):
             if (lists := settings.get(name)) is None:
                 continue
-            if not isinstance(lists, list) or not lists or not all(isinstance(numbers, list) for numbers in lists):
-                raise ValueError(f"graph.{name} is not a list of labels for each class")
-            if not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
-                raise ValueError(f"graph.{name} are not indices of its {C} labels")
+            are_lists = isinstance(lists, list) and lists and all(isinstance(numbers, list) for numbers in lists)
+            if not are_lists or not all(type(c) is int and 0 <= c < C for numbers in lists for c in numbers):
+                raise ValueError(f"graph.{name} is not a list of indices of its {C} labels for each class")
             settings[name] = torch.tensor([[c in numbers for c in range(C)] for numbers in lists])
         if (counts := settings.get("label_counts")) is not None:
             if not isinstance(counts, list) or not all(type(n) in (int, float) for n in counts):
@@ -98,17 +98,11 @@ class ModelMetadata:
         label_source: str,
         class_labels: list[list[int]] | None = None,
     ) -> ModelMetadata:
-        """Copy for other labels.
+        """Copy for C' other labels; ``class_labels`` are their indices by detector class, for models that read classes.
 
         Labels that the model was not trained on are candidates of every class and have 0 training images. With a prior
         and shrinkage, only the prior scores those that are classes of the detector, which is better than what is
         learned for other labels (experiments/photos).
-
-        Args:
-            labels: C' names.
-            label_vectors: (C', D_l).
-            label_source: source of the vectors.
-            class_labels: indices of the labels of each detector class, for models that read classes.
         """
         graph, before = dict(self.graph), {label: c for c, label in enumerate(self.labels)}
         if (lists := graph.get("candidates")) is not None:
@@ -130,26 +124,14 @@ class ModelMetadata:
     def from_checkpoint(cls, content: dict[str, Any]) -> ModelMetadata:
         return cls(**{**content, "labels": tuple(content["labels"])})
 
-    def to_config(self) -> dict[str, Any]:
-        """JSON-compatible dict of everything except the label vectors."""
-        return {name: value for name, value in self.to_checkpoint().items() if name != "label_vectors"}
-
     @classmethod
     def from_config(cls, content: dict[str, Any], label_vectors: Tensor) -> ModelMetadata:
-        """Metadata from the output of :meth:`to_config`.
-
-        Raises:
-            TypeError, ValueError: for invalid content.
-        """
+        """Metadata from the JSON form of everything except the label vectors; TypeError or ValueError if invalid."""
         metadata = cls.from_checkpoint({**content, "label_vectors": label_vectors})
-        kinds: dict[str, type] = {"model": dict, "graph": dict, "detector_settings": dict, "embedding": dict}
-        kinds |= {"label_source": str, "detector": str, "detector_fingerprint": str}
-        for name, kind in kinds.items():
-            if not isinstance(getattr(metadata, name), kind):
-                raise TypeError(f"{name} is not a {kind.__name__}")
+        check_fields(metadata, "label_vectors")
         labels = metadata.labels
-        if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels):
-            raise ValueError("labels are not unique strings")
+        if len(set(labels)) != len(labels):
+            raise ValueError("labels are not unique")
         if label_vectors.dim() != 2 or len(label_vectors) != len(labels):
             raise ValueError(f"{len(labels)} labels, but label vectors of shape {tuple(label_vectors.shape)}")
         return metadata
@@ -186,6 +168,13 @@ class ModelMetadata:
             )
 
 
+def check_fields(found: object, *others: str) -> None:
+    """Raise TypeError unless all fields of a dataclass, except ``others``, have JSON content of the annotated types."""
+    for name, field in settings_of(type(found), others).items():  # type: ignore[arg-type]
+        if not field.accepts(getattr(found, name)):
+            raise TypeError(f"{name} is not {field.expected}")
+
+
 def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
     """Read a checkpoint; returns its metadata and its full content.
 
@@ -205,11 +194,7 @@ def read_checkpoint(path: Path) -> tuple[ModelMetadata, dict[str, Any]]:
 
 
 def load_weights(model: torch.nn.Module, content: dict[str, Any], path: Path, prefix: str = "model.") -> None:
-    """Load the checkpoint's weights whose names start with ``prefix`` into ``model``.
-
-    Raises:
-        WeightsError: if names or shapes differ.
-    """
+    """Load weights whose names start with ``prefix`` into ``model``; WeightsError if names or shapes differ."""
     weights = {name.removeprefix(prefix): w for name, w in content["state_dict"].items() if name.startswith(prefix)}
     try:
         model.load_state_dict(weights)

@@ -73,17 +73,16 @@ class Prediction:
 
     def top(self, k: int = 3) -> list[LabelPrediction]:
         """The k most probable labels, highest probability first."""
-        order = np.argsort(-self.probabilities, kind="stable")[:k]
-        return [self._label(int(c)) for c in order]
+        found = []
+        for c in np.argsort(-self.probabilities, kind="stable")[:k]:
+            instance = int(self.match_logits[:, c].argmax())
+            x1, y1, x2, y2 = map(float, self.boxes[instance])
+            found.append(LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), instance))
+        return found
 
     def above(self, threshold: float = 0.5) -> list[LabelPrediction]:
         """The labels with a probability of at least ``threshold``, highest first."""
         return [label for label in self.top(len(self.labels)) if label.probability >= threshold]
-
-    def _label(self, c: int) -> LabelPrediction:
-        instance = int(self.match_logits[:, c].argmax())
-        x1, y1, x2, y2 = map(float, self.boxes[instance])
-        return LabelPrediction(self.labels[c], float(self.probabilities[c]), (x1, y1, x2, y2), instance)
 
 
 class _Detected(NamedTuple):
@@ -178,10 +177,8 @@ class Predictor:
 
         Args:
             name: a local folder, or USER/NAME on the Hugging Face hub (needs the extra ``hub``).
-            device: device of the model and the detector.
             revision: branch, tag or commit on the hub.
-            extractor: the detector, if it is a custom one.
-            **detector_settings: changed detector settings, e.g. ``weights="elsewhere.safetensors"``.
+            device, extractor, detector_settings: see :meth:`from_checkpoint`.
 
         Raises:
             WeightsError: if the model does not exist or is damaged, or the detector differs from training.
@@ -189,14 +186,13 @@ class Predictor:
         folder = find_pretrained(name, revision)
         metadata, model, card = read_pretrained(folder)
         settings = metadata.detector_settings | detector_settings
-        body_weights = None
-        if settings.get("weights") == DETECTOR:
-            body_weights = folder / DETECTOR if settings.get("grid_size") is not None else None
-            settings["weights"] = None if body_weights else folder / DETECTOR
+        file = folder / DETECTOR
+        if in_folder := settings.get("weights") == DETECTOR:
+            settings["weights"] = None if settings.get("grid_size") is not None else file
         if extractor is None:
             extractor = _built(settings, device, folder, metadata.detector)
-            if body_weights is not None and isinstance(extractor, GridExtractor):
-                load_weights(extractor.body, {"state_dict": load_safely(body_weights)}, body_weights, prefix="")
+            if in_folder and isinstance(extractor, GridExtractor):
+                load_weights(extractor.body, {"state_dict": load_safely(file)}, file, prefix="")
         metadata.check_extractor(extractor, folder)
         return cls(model.to(device), metadata, extractor, card)
 
@@ -269,11 +265,7 @@ class Predictor:
 
     @torch.no_grad()
     def assignment_graph(self, photo: Photo) -> HeteroData:
-        """Assignment graph of one photo as ``HeteroData``, on the predictor's device.
-
-        Raises:
-            UnreadableImage: if the photo cannot be read.
-        """
+        """Assignment graph of one photo as ``HeteroData``, on the predictor's device; UnreadableImage if unreadable."""
         (detected,) = self._detect([photo], None)
         return self._to_graph(detected.instances)
 

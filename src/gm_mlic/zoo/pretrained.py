@@ -18,7 +18,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import jinja2
@@ -33,7 +32,7 @@ from gm_mlic.detection import FasterRCNNExtractor, GridExtractor, InstanceExtrac
 from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.io import first_line, write_file
 from gm_mlic.registry import MODELS
-from gm_mlic.zoo.metadata import ModelMetadata, load_weights
+from gm_mlic.zoo.metadata import ModelMetadata, check_fields, load_weights
 
 CONFIG, MODEL, LABEL_VECTORS = "config.json", "model.safetensors", "label_vectors.safetensors"
 DETECTOR, CARD = "detector.safetensors", "README.md"
@@ -74,19 +73,9 @@ class ModelCard:
 
     @classmethod
     def from_config(cls, content: Any) -> ModelCard:
-        """Model card from the JSON form of :func:`dataclasses.asdict`.
-
-        Raises:
-            TypeError, ValueError: for invalid content.
-        """
+        """Model card from the JSON form of :func:`dataclasses.asdict`; TypeError if the content is invalid."""
         card = cls(**content)
-        for name in ("dataset", "convention", "license"):
-            if not isinstance(getattr(card, name), (str, NoneType)):
-                raise TypeError(f"card.{name} is not a string")
-        for name, kinds in (("sizes", int), ("metrics", (int, float)), ("training", object)):
-            value = getattr(card, name)
-            if not isinstance(value, dict) or not all(isinstance(v, kinds) for v in value.values()):
-                raise TypeError(f"card.{name} is not a table of numbers")
+        check_fields(card)
         return card
 
 
@@ -101,7 +90,8 @@ def write_pretrained(
     _save(folder / MODEL, model.state_dict())
     _save(folder / LABEL_VECTORS, {"label_vectors": metadata.label_vectors})
     write_file(folder / CARD, model_card(folder.name, metadata, card, sum(p.numel() for p in model.parameters())))
-    content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **metadata.to_config()}
+    content = {"library": "gm-mlic", "version": __version__, "format": FORMAT, **metadata.to_checkpoint()}
+    del content["label_vectors"]
     content["card"] = asdict(card)
     write_file(folder / CONFIG, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return folder
