@@ -249,7 +249,7 @@ def test_unreadable_photo_and_wrong_size(root: Path) -> None:
 
 def test_invalid_arguments(root: Path) -> None:
     for key, value in (("split", "trainval"), ("unlabeled", "yes"), ("label_order", "random"), ("val_fraction", 1.0)):
-        assert refused(root, ConfigError, **{key: value}).startswith(f"{key} is ")
+        assert refused(root, ConfigError, **{key: value}).startswith(f"{key} must be ")
 
 
 # ---- Real photos ----

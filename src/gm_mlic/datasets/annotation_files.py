@@ -1,4 +1,4 @@
-"""Annotation readers. Each format gives one row per image; malformed files are errors.
+"""Annotation readers. Each format gives one row per image; malformed files raise :class:`DataError`.
 
 A file is decoded to records, whose values become file names, labels and splits (``annotation_rows.py``). Tables are in
 ``annotation_tables.py``, YOLO and Pascal VOC in ``annotation_folders.py``, JSON Lines and COCO JSON here.
@@ -26,18 +26,12 @@ from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 
-__all__ = ["SUFFIXES", "Annotations", "ImageRow", "TableFormat", "close_to", "read_annotations", "read_text"]
-
 
 def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None = None) -> Annotations:
-    """Read one annotation file. The suffix selects the format.
-
-    ``.csv``, ``.tsv`` and ``.txt`` are tables. Their delimiter is comma, semicolon, tab or bar, whichever makes the
-    file column appear in the first line. ``.jsonl`` and ``.ndjson`` are JSON Lines. ``.json`` is COCO's instances
-    format. ``.yaml`` is YOLO's ``data.yaml``. A folder has YOLO's text files or Pascal VOC's XML files.
+    """Read an annotation file, whose suffix selects the format, or a folder of them.
 
     Args:
-        path: the file.
+        path: the file or folder.
         form: column names and conventions.
         folder: the photos; default: the folder of the file.
 

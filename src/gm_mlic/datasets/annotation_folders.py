@@ -29,11 +29,7 @@ _CLASS_FILES = ("classes.txt", "obj.names")
 
 
 def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
-    """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``.
-
-    Raises:
-        DataError: if it has neither, or a file is malformed.
-    """
+    """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``."""
     files = [path for path in source.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
     if any(path.suffix.lower() == ".xml" for path in files):
         return None, _read_voc(source, sorted(path for path in files if path.suffix.lower() == ".xml"))
@@ -54,11 +50,7 @@ def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]
 
 
 def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
-    """Read YOLO's ``data.yaml``, its images and their text files.
-
-    Raises:
-        DataError: if a file is missing or malformed.
-    """
+    """Read YOLO's ``data.yaml``, its images and their text files."""
     try:
         content = yaml.safe_load(read_text(source.path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -241,7 +233,7 @@ def _image_sets(folder: Path) -> dict[str, str]:
         if not source.is_file() or (train == "trainval" and name == "val"):
             continue
         for line in filter(str.strip, read_text(source).splitlines()):
-            image = line.split()[0] if len(line.split()) == 2 and line.split()[1] in ("0", "1", "-1") else line.strip()
+            image = line.strip()
             if splits.setdefault(image, split) != split:
                 raise DataError(
                     f"{source} lists the image {shown(image)}, which is also in {splits[image]}: an image belongs to "
@@ -316,11 +308,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
-    """Parse an XML file without document type and entities.
-
-    Raises:
-        DataError: if it cannot be read, is not valid, or declares a document type; ``remedy`` ends the message.
-    """
+    """Parse an XML file, which may declare neither a document type nor entities; ``remedy`` ends messages."""
     content = read_bytes(source, remedy)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
@@ -332,7 +320,7 @@ def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
 
 
 def xml_number(element: ElementTree.Element, path: str, where: str, default: str = "") -> float:
-    """Finite number at a path below an element; raises :class:`DataError`, which starts with ``where``, for another."""
+    """Finite number at a path below an element; ``where`` starts messages."""
     text = element.findtext(path) or default
     try:
         value = float(text)
@@ -350,9 +338,6 @@ def voc_objects(
 
     VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax. If ``size`` (width, height) is
     given, boxes are clipped to it, and those without area are None. With ``boxed``, each object must have a box.
-
-    Raises:
-        DataError: if a box is malformed or outside of the image; the message starts with ``where``.
     """
     for number, item in enumerate(root.iter("object")):
         place, box = f"{where}: object number {number}", None

@@ -58,11 +58,7 @@ def place(where: str) -> str:
 
 
 def label_names(names: Iterable[Any], where: str) -> tuple[str, ...]:
-    """Label names of a list, without surrounding spaces.
-
-    Raises:
-        DataError: if one is blank, no text or repeated; ``where`` starts the message.
-    """
+    """Label names of a list, without surrounding spaces; an error if one is blank, no text or repeated."""
     labels: dict[str, None] = {}
     for name in names:
         if not isinstance(name, str) or not name.strip():
@@ -80,19 +76,10 @@ def is_finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class TableFormat:
-    """Column names and conventions of an annotation file.
+    """Column names and conventions of an annotation file: arguments of :class:`~gm_mlic.datasets.CustomDataset`.
 
-    Attributes:
-        file: column (CSV) or key (JSON Lines) of the image file name.
-        labels: column or key of the label list. A CSV without this column has one column per label.
-        split: column or key (in COCO JSON, of an ``images`` entry) with the value train, val or test.
-        separator: text between the labels of one cell.
-        suffix: appended to every file name of a CSV or JSON Lines file.
-        ignore: CSV columns that are not labels.
-        target_format: values of a label column. ``binary``: 1 present, 0 absent. ``voc``: 1 present, 0 difficult,
-            -1 absent.
-        missing_value: empty cells and NaN in label columns: ``absent`` or ``error``.
-        known: labels that are given apart from the file. A text such as ``None`` is a label only if it is one of them.
+    ``file``, ``labels`` and ``split`` are its ``columns``, ``ignore`` is ``ignore_columns``, and ``known`` its
+    ``labels``: a text such as ``None`` is a label only if it is one of them.
     """
 
     file: str = "file"
@@ -137,12 +124,7 @@ class ImageRow(NamedTuple):
     other: Mapping[str, Any] = {}
 
     def image(self, root: Path) -> Image.Image:
-        """The photo as RGB, upright.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-            DataError: if its size differs from the annotated one.
-        """
+        """The photo as RGB, upright; an error if its size differs from the annotated one."""
         image = read_image(root / self.file)
         if self.size is not None:
             check_size(root / self.file, image.size, self.size, self.where)
@@ -178,13 +160,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Source:
-    """One annotation file that is being read.
-
-    Attributes:
-        path: the file, or a folder of files.
-        form: column names and conventions.
-        folder: the photos.
-    """
+    """One annotation file, or a folder of them, that is being read."""
 
     path: Path
     form: TableFormat
@@ -202,11 +178,7 @@ class Source:
         return tuple(f"{self.path}: {text}" for text in texts)
 
     def file(self, name: Any, where: str, suffix: str = "") -> str:
-        """Path of a photo relative to the dataset's root. See :meth:`PhotoFolder.locate`.
-
-        Raises:
-            DataError: if it is no file name, or outside the folder.
-        """
+        """Path of a photo relative to the dataset's root (:meth:`PhotoFolder.locate`)."""
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or _NO_TEXT.search(name):
             raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
         file = self.folder.locate(name + suffix)
@@ -300,11 +272,7 @@ def _list_items(text: str) -> list[Any] | None:
 
 
 def merge_rows(source: Source, rows: Iterable[ImageRow]) -> list[ImageRow]:
-    """One row per image: rows that differ in nothing but their labels are merged.
-
-    Raises:
-        DataError: if rows of the same image differ in anything else.
-    """
+    """One row per image: rows that differ in nothing but their labels are merged, other differences are errors."""
     merged: dict[str, ImageRow] = {}
     for row in rows:
         first = merged.setdefault(row.file, row)

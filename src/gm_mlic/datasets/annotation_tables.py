@@ -38,11 +38,7 @@ _SUSPICIOUS = re.compile(
 
 
 def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
-    """Read a table: labels that columns declare, if any, and one row per record.
-
-    Raises:
-        DataError: if it is malformed.
-    """
+    """Read a table: labels that columns declare, if any, and one row per record."""
     form, path = source.form, source.path
     header, records = _open_table(source, read_text(path))
     position = {name: n for n, name in enumerate(header)}
@@ -86,11 +82,7 @@ def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
 
 
 def read_text(source: Path, remedy: str = "check the path and the permissions") -> str:
-    """Read a UTF-8 text file, without its byte order mark.
-
-    Raises:
-        DataError: if it cannot be read or is not UTF-8.
-    """
+    """Content of a UTF-8 text file, without its byte order mark."""
     content = read_bytes(source, remedy)
     save = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -12,10 +12,10 @@ from gm_mlic.datasets.annotation_rows import label_mask
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
 from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.download import Archive, fetch
-from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import DataError, check_choice
+from gm_mlic.datasets.splits import Split, rows_of
+from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed, Url
+from gm_mlic.schema import Fraction, Seed, Url, checked
 
 _SERVER = "http://images.cocodataset.org"
 _IMAGES = {
@@ -88,10 +88,11 @@ class COCO2014(MultiLabelDataset):
 
     name = "coco2014"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         unlabeled: Literal["drop", "keep"] = "drop",
@@ -99,9 +100,6 @@ class COCO2014(MultiLabelDataset):
         download: bool = False,
         mirror: Url | None = None,
     ) -> None:
-        check_choice("unlabeled", unlabeled, ("drop", "keep"))
-        check_choice("label_order", label_order, ("name", "id"))
-        check_split(split, val_fraction)
         self.split = split
         self.root = Path(root)
         archive = "val2014" if split == "test" else "train2014"

@@ -27,10 +27,6 @@ def read_instances(
         label_order: sort labels by ``name`` (alphabetical) or by category ``id``.
         source: rules of a custom dataset for file names and splits; its annotations may have no box. Default: names are
             kept, and each annotation has a box.
-
-    Raises:
-        DataError: if the file or an entry is malformed, an id or a name is duplicated, or an annotation names an
-            unknown image or category or has an invalid box.
     """
     content = _load(path)
     labels = _categories(content, path, label_order)
@@ -68,8 +64,7 @@ def read_instances(
 def clip_box(box: Box, size: tuple[int, int], where: str) -> Box | None:
     """Clip (x1, y1, x2, y2) to an image of ``size`` (width, height); None if no area is left.
 
-    Raises:
-        DataError: if it exceeds the border by more than :data:`BOX_TOLERANCE` pixels; ``where`` starts the message.
+    A box that exceeds the border by more than :data:`BOX_TOLERANCE` pixels is an error; ``where`` starts the message.
     """
     (x1, y1, x2, y2), (width, height) = box, size
     if max(-x1, -y1, x2 - width, y2 - height) > BOX_TOLERANCE:

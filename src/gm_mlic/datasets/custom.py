@@ -15,24 +15,18 @@ import numpy as np
 from annotated_types import DocInfo
 from PIL import Image
 
-from gm_mlic.datasets.annotation_files import (
-    SUFFIXES,
-    Annotations,
-    TableFormat,
-    close_to,
-    read_annotations,
-    read_text,
-)
-from gm_mlic.datasets.annotation_rows import label_mask, label_names, shown
+from gm_mlic.datasets.annotation_files import SUFFIXES, read_annotations
+from gm_mlic.datasets.annotation_rows import Annotations, TableFormat, label_mask, label_names, shown
+from gm_mlic.datasets.annotation_tables import close_to, read_text
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import image_size
 from gm_mlic.datasets.photo_folder import PhotoFolder, file_size, inside
-from gm_mlic.datasets.splits import SPLITS, check_split, stratified
-from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
+from gm_mlic.datasets.splits import SPLITS, Split, stratified
+from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed
+from gm_mlic.schema import Fraction, Seed, checked
 
 log = logging.getLogger(__name__)
 
@@ -47,27 +41,20 @@ COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split"
 class CustomDataset(MultiLabelDataset):
     r"""Image folder with labels from one or several annotation files.
 
-    The suffix of an annotation file selects its format (UTF-8, with or without a byte order mark):
+    docs/own_photos.md describes the formats. A table (``.csv``, ``.tsv``, ``.txt``) lists the labels of an image in the
+    column ``labels`` (``cat;dog`` or ``["cat", "dog"]``; empty: none), or has a column with 1 or 0 for each label::
 
-    * ``.csv``, ``.tsv``, ``.txt``: a table whose first line names the columns, after optional lines ``# comment`` and
-      ``sep=;``; delimiter comma, semicolon, tab or bar. Either the column ``labels`` lists the labels (``cat;dog`` or
-      ``["cat", "dog"]``; empty: none), or each label has a column with 1 or 0. Spaces around names and cells are
-      ignored::
+        file,labels,split                  file,cat,dog
+        a.jpg,cat;dog,train                a.jpg,1,1
+        b.jpg,,test                        b.jpg,0,0
 
-          file,labels,split                  file,cat,dog
-          a.jpg,cat;dog,train                a.jpg,1,1
-          b.jpg,,test                        b.jpg,0,0
+    Rows of the same image that differ only in their labels are merged, as in exports with one row per label. JSON Lines
+    (``.jsonl``, ``.ndjson``) have boxes in pixels, which may replace the label list::
 
-      Rows of the same image that differ only in their labels are merged, as in exports with one row per label.
+        {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    * ``.jsonl``, ``.ndjson``: one object per line; boxes are in pixels and may replace the label list::
-
-          {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
-
-    * ``.json``: COCO's instances format, with the checks of :class:`~gm_mlic.datasets.coco.COCO2014`. Annotations may
-      have no box.
-    * ``.yaml``: YOLO's ``data.yaml`` with ``images/`` and ``labels/*.txt``. Polygons become boxes.
-    * a folder: Pascal VOC's XML files, or YOLO's text files with ``classes.txt``.
+    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`, but annotations may have no
+    box. Polygons of YOLO become boxes.
 
     *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
     characters, URL-encoding and Label Studio's upload prefix are resolved. Names and symbolic links that lead out of
@@ -127,18 +114,16 @@ class CustomDataset(MultiLabelDataset):
 
     name = "custom"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         annotations: Annotated[
-            str | Path | Mapping[Literal["train", "val", "test"], str | Path],
+            str | Path | Mapping[Split, str | Path],
             DocInfo("a file name, or {train: FILE, val: FILE, test: FILE}"),
         ] = "labels.csv",
-        folders: Annotated[
-            Mapping[Literal["train", "val", "test"], str], DocInfo("{train: FOLDER, val: FOLDER, test: FOLDER}")
-        ]
-        | None = None,
+        folders: Annotated[Mapping[Split, str], DocInfo("{train: FOLDER, val: FOLDER, test: FOLDER}")] | None = None,
         labels: Annotated[str | Path | Sequence[str], DocInfo("a file name or a list of names")] | None = None,
         columns: Mapping[str, str | None] = COLUMNS,
         separator: str = ";",
@@ -151,12 +136,6 @@ class CustomDataset(MultiLabelDataset):
         test_fraction: Fraction = 0.2,
         seed: Seed = 0,
     ) -> None:
-        check_split(split, val_fraction)
-        check_choice("target_format", target_format, ("binary", "voc"))
-        check_choice("missing_value", missing_value, ("absent", "error"))
-        check_choice("missing", missing, ("error", "drop"))
-        if not 0.0 <= test_fraction < 1.0:
-            raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
         if not separator:
             raise ArgumentError("separator", "is empty: set it to the text between the labels of one cell.")
         unknown = [key for key in columns if key not in ("file", "labels", "split")]

@@ -14,11 +14,11 @@ from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets, read_bytes
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.photo_folder import PhotoFolder, inside
-from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ConfigError, DataError, check_choice
+from gm_mlic.datasets.splits import Split, rows_of
+from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed
+from gm_mlic.schema import Fraction, Seed, checked
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +73,16 @@ class NUSWIDE(MultiLabelDataset):
 
     name = "nuswide"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         unlabeled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:
-        check_split(split, val_fraction)
-        check_choice("unlabeled", unlabeled, ("keep", "drop"))
         if download:
             raise ConfigError(f"`download=True`: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)

@@ -13,10 +13,10 @@ from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import check_size, image_size, read_image
-from gm_mlic.datasets.splits import check_split, rows_of
+from gm_mlic.datasets.splits import Split, rows_of
 from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed, Url
+from gm_mlic.schema import Fraction, Seed, Url, checked
 
 #: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
@@ -35,16 +35,16 @@ class _VOC(MultiLabelDataset):
     train_set: ClassVar[tuple[str, Archive]]
     test_set: ClassVar[tuple[str, Archive]]
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         download: bool = False,
         mirror: Url | None = None,
     ) -> None:
-        check_split(split, val_fraction)
         self.split, self.root = split, Path(root)
         image_set, archive = self.test_set if split == "test" else self.train_set
         if download:
