@@ -235,10 +235,6 @@ class TestFetch:
         fetch([server.archive("a.tar", TAR), test], tmp_path)
         assert tree(tmp_path) == CONTENT | other
 
-    def test_archive_is_unpacked_into_a_subfolder(self, server: Server, tmp_path: Path) -> None:
-        fetch([server.archive("a.zip", zip_bytes({"x.json": b"{}"}), into="notes", holds=("notes/x.json",))], tmp_path)
-        assert tree(tmp_path) == {"notes/x.json": b"{}"}
-
     def test_deleted_files_are_restored_without_download(self, server: Server, tmp_path: Path) -> None:
         archive = server.archive("a.tar", TAR)
         fetch([archive], tmp_path)

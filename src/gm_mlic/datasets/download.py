@@ -64,13 +64,12 @@ _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive of a dataset and its target folder.
+    """One archive of a dataset.
 
     Attributes:
         url: address; the last part of its path is the file name.
         hash: ``md5:HEX`` or ``sha256:HEX`` of the archive, in lower case.
         size: expected size in bytes, used in messages and for progress if the server sends no size; not verified.
-        into: folder, relative to the root, in which it is unpacked.
         holds: paths, relative to the root, that exist once it is unpacked. The last file of the archive is a better
             indicator than a folder, which exists from the first file on.
     """
@@ -78,7 +77,6 @@ class Archive:
     url: str
     hash: str
     size: int | None = None
-    into: str = "."
     holds: tuple[str, ...] = ()
 
     @property
@@ -167,12 +165,11 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
-    return not _moving(root / archive.into, archive.name).exists() and all((root / p).exists() for p in archive.holds)
+    return not _moving(root, archive.name).exists() and all((root / path).exists() for path in archive.holds)
 
 
 def _fetch(archive: Archive, root: Path, folder: Path) -> None:
-    into = root / archive.into
-    _finish_move(into, archive.name)
+    _finish_move(root, archive.name)
     if _is_unpacked(archive, root):
         return
     file = next((file for file in (root / archive.name, folder / archive.name) if file.is_file()), None)
@@ -183,11 +180,11 @@ def _fetch(archive: Archive, root: Path, folder: Path) -> None:
             f"{file} has the wrong hash {digest}, expected {archive.hash}: remove it and run the same command again to "
             "download it."
         )
-    unpack(file, into)
+    unpack(file, root)
     missing = [path for path in archive.holds if not (root / path).exists()]
     if missing:
-        raise DataError(f"{file} was unpacked to {into}, but {missing[0]} is missing: it is the wrong archive.")
-    log.info("Unpacked %s to %s; the archive (%s) is no longer needed.", file, into, decimal(file.stat().st_size))
+        raise DataError(f"{file} was unpacked to {root}, but {missing[0]} is missing: it is the wrong archive.")
+    log.info("Unpacked %s to %s; the archive (%s) is no longer needed.", file, root, decimal(file.stat().st_size))
 
 
 def _digest(file: Path, archive: Archive) -> str:
