@@ -11,47 +11,34 @@ import numpy as np
 #: and aeroplane 0.49 (an alternative spelling), couch and bed 0.47.
 _SIMILAR = 0.5
 
-#: Alternative spellings, tried in order and only for missing words. VOC's compounds are first (tvmonitor is tv in
-#: published vectors); the others are compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one
-#: table can be used for all of them.
+_SYNONYMS = (
+    ("motorbike", "motorcycle"), ("sofa", "couch"), ("donut", "doughnut"), ("harbor", "harbour"), ("racket", "racquet"),
+    ("grey", "gray"),
+)  # fmt: skip
+_COMPOUNDS = (
+    "wine glass", "fire hydrant", "teddy bear", "hot dog", "traffic light", "stop sign", "parking meter", "sports ball",
+    "baseball bat", "baseball glove", "tennis racket",
+)  # fmt: skip
+#: Alternative spellings, tried in order and only for missing words. They are VOC's compounds (tvmonitor is tv in
+#: published vectors), and compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one table can be
+#: used for all of them.
 ALIASES: dict[str, tuple[str, ...]] = {
+    **{a: (b,) for pair in _SYNONYMS for a, b in (pair, pair[::-1])},
+    **{name.replace(" ", ""): (name,) for name in _COMPOUNDS},
     "tvmonitor": ("tv", "tv monitor", "television"),
+    "tv": ("television", "tvmonitor"),
     "pottedplant": ("potted plant", "plant"),
     "diningtable": ("dining table", "table"),
     "aeroplane": ("airplane", "plane"),
     "airplane": ("aeroplane", "plane"),
     "plane": ("airplane", "aeroplane"),
-    "motorbike": ("motorcycle",),
-    "motorcycle": ("motorbike",),
-    "sofa": ("couch",),
-    "couch": ("sofa",),
-    "tv": ("television", "tvmonitor"),
-    "donut": ("doughnut",),
-    "doughnut": ("donut",),
     "drier": ("dryer",),
     "hairdrier": ("hair dryer", "hairdryer"),
     "cellphone": ("cell phone", "phone"),
-    "wineglass": ("wine glass",),
-    "firehydrant": ("fire hydrant",),
-    "teddybear": ("teddy bear",),
-    "hotdog": ("hot dog",),
-    "trafficlight": ("traffic light",),
-    "stopsign": ("stop sign",),
-    "parkingmeter": ("parking meter",),
-    "sportsball": ("sports ball",),
-    "baseballbat": ("baseball bat",),
-    "baseballglove": ("baseball glove",),
-    "tennisracket": ("tennis racket",),
-    "harbor": ("harbour",),
-    "harbour": ("harbor",),
     "nighttime": ("night time", "night"),
     "cityscape": ("skyline",),
     "railroad": ("railway",),
     "skis": ("ski",),
-    "racket": ("racquet",),
-    "racquet": ("racket",),
-    "grey": ("gray",),
-    "gray": ("grey",),
 }
 
 
@@ -61,6 +48,11 @@ def words_of(label: str) -> list[str]:
     ``"Wine_Glass"`` and ``"wine glass"`` give ``["wine", "glass"]``.
     """
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", label.lower())
+
+
+def compact(name: str) -> str:
+    """Words of a name without spaces, so that ``potted plant`` equals ``pottedplant``."""
+    return "".join(words_of(name))
 
 
 def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
@@ -136,5 +128,4 @@ def _singular(name: str) -> Iterable[str]:
 
 
 def _aliases(name: str) -> Iterable[str]:
-    compact = "".join(words_of(name))
-    return [compact, *("".join(words_of(alias)) for alias in ALIASES.get(compact, ()))]
+    return [compact(name), *map(compact, ALIASES.get(compact(name), ()))]
