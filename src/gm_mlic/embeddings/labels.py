@@ -132,7 +132,9 @@ def glove(
         entries, dim = read_table(path)
         pieces = {label: _from_table(label, entries) for label in labels}
     else:
-        entries, dim = read_words(path, _wanted(labels))
+        words = {word for label in labels for word in words_of(label)}
+        parts = {part for word in words for alias in ALIASES.get(word, ()) for part in words_of(alias)}
+        entries, dim = read_words(path, words | parts)
         pieces = {label: [_word(word, entries) for word in words_of(label)] for label in labels}
     used: dict[str, tuple[str, ...]] = {}
     for label in labels:
@@ -171,12 +173,6 @@ def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
 
 #: Source entries of each word of a label; None for words that are missing under every spelling.
 _Pieces = list["tuple[str, ...] | None"]
-
-
-def _wanted(labels: Sequence[str]) -> set[str]:
-    """Words of all labels, including alternative spellings."""
-    words = {word for label in labels for word in words_of(label)}
-    return words | {part for word in words for alias in ALIASES.get(word, ()) for part in words_of(alias)}
 
 
 def _word(word: str, entries: dict[str, np.ndarray]) -> tuple[str, ...] | None:

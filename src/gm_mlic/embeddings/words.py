@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -55,6 +55,16 @@ def compact(name: str) -> str:
     return "".join(words_of(name))
 
 
+#: Spellings of a name that are compared, in this order: exact, without case and punctuation, in singular and plural,
+#: and alternatives.
+_SPELLINGS: tuple[Callable[[str], list[str]], ...] = (
+    lambda name: [name],
+    lambda name: [" ".join(words_of(name))],
+    lambda name: [" ".join(words_of(name)), " ".join(words_of(name)).removesuffix("s")],
+    lambda name: [compact(name), *map(compact, ALIASES.get(compact(name), ()))],
+)
+
+
 def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     """Label index of each detector class; -1 for classes without an equivalent label.
 
@@ -62,7 +72,7 @@ def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     each step considers only labels and classes that are not matched yet. Several classes can match one label.
     """
     label_of = [-1] * len(classes)
-    for spellings in (_exact, _normalized, _singular, _aliases):
+    for spellings in _SPELLINGS:
         free = [c for c in range(len(labels)) if c not in label_of]
         known = {spelling: c for c in reversed(free) for spelling in spellings(labels[c])}
         for k, name in enumerate(classes):
@@ -112,20 +122,3 @@ def labels_of_classes(
 def _unnamed(found: list[list[int]], labels: Sequence[str]) -> list[int]:
     named = {c for of_class in found for c in of_class}
     return [c for c in range(len(labels)) if c not in named]
-
-
-def _exact(name: str) -> Iterable[str]:
-    return [name]
-
-
-def _normalized(name: str) -> Iterable[str]:
-    return [" ".join(words_of(name))]
-
-
-def _singular(name: str) -> Iterable[str]:
-    (plain,) = _normalized(name)
-    return [plain, plain.removesuffix("s")]
-
-
-def _aliases(name: str) -> Iterable[str]:
-    return [compact(name), *map(compact, ALIASES.get(compact(name), ()))]
