@@ -42,8 +42,7 @@ class NUSWIDE(MultiLabelDataset):
 
     The lists name photos as ``FOLDER\NAME.jpg``. Many photos were removed from Flickr; missing photos are dropped,
     listed in ``missing``, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and ``val``
-    split the training list by a seeded random permutation of all its lines. Photos are dropped afterwards, so the split
-    does not depend on which photos are missing.
+    split the training list at random (:func:`~gm_mlic.datasets.splits.rows_of`), before photos are dropped.
 
     ============ ============= ========= =================
     list         images        labels    present
@@ -131,8 +130,7 @@ class NUSWIDE(MultiLabelDataset):
         folders = (self.root / "TrainTestLabels", self.root / "Groundtruth" / "TrainTestLabels")
         source = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
         # Parsed as bytes: a million one-digit lines take milliseconds.
-        values = np.frombuffer(read_bytes(source, _BY_HAND), dtype=np.uint8)
-        values = values[~np.isin(values, np.frombuffer(b"\r\n \t", dtype=np.uint8))]
+        values = np.frombuffer(read_bytes(source, _BY_HAND).translate(None, b"\r\n \t"), dtype=np.uint8)
         wrong = np.flatnonzero((values != ord("0")) & (values != ord("1")))
         if wrong.size:
             raise DataError(

@@ -256,14 +256,10 @@ def _kit_centers(u: Array, relation: Array, d: int) -> Array:
 
 
 def _place(origin: Array, extent: Array, wanted: Array, dice: Array, size: int) -> Array:
-    """Place singles and lone anchors without overlap; fills ``origin`` and returns (n,) bool, True if all fit.
+    """Place singles and lone anchors without overlap; returns (n,) bool, True if all fit.
 
-    Args:
-        origin: (n, 8, 2); the kit slots are read, the others written.
-        extent: (n, 8, 2).
-        wanted: (n, 8) mask of slots with an object.
-        dice: (n, 6, candidates, 2) random numbers in [0, 1).
-        size: image size in pixels.
+    ``origin`` (n, 8, 2) has the kits, and the others are written to it. ``wanted`` (n, 8) is True for slots with an
+    object; ``dice`` (n, 6, candidates, 2) are random numbers in [0, 1).
     """
     rows, fits = np.arange(len(origin)), np.ones(len(origin), dtype=bool)
     taken = wanted & (np.arange(_SLOTS) < 2)
@@ -397,21 +393,16 @@ class Scenes(MultiLabelDataset):
         self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)
         self.labels = LABELS
         self.ids = tuple(f"{split}-{i:05d}" for i in range(size))
-        self._look_of = self._looks()
-        self._layout = _lay_out(split, int(size), self.seed, self.hard_fraction, self.image_size, self._look_of)
-        self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
-        row, slot = np.nonzero(self._layout.label >= 0)
-        self.targets[row, self._layout.label[row, slot]] = 1
-
-    def _looks(self) -> Array:
-        """(22,) look index of each label."""
-        names = {label: label for label in LABELS}
+        names = {label: label for label in LABELS}  # of the label whose look each label has
         for p in range(self.context_pairs):
             names[LABELS[4 * ((p + 1) % 4) + 3]] = LABELS[4 * p + 2]
         for _, beside, above in _FAMILIES[: self.spatial_pairs]:
             names[above] = beside
-        keys = list(_LOOK_OF_LABEL)
-        return np.array([keys.index(names[label]) for label in LABELS])
+        self._look_of = np.array([list(_LOOK_OF_LABEL).index(names[label]) for label in LABELS])
+        self._layout = _lay_out(split, int(size), self.seed, self.hard_fraction, self.image_size, self._look_of)
+        self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
+        row, slot = np.nonzero(self._layout.label >= 0)
+        self.targets[row, self._layout.label[row, slot]] = 1
 
     @property
     def fingerprint(self) -> str:
