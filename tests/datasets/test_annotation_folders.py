@@ -262,7 +262,7 @@ def test_yolo_without_label_files(yolo: Path):
         path.unlink()
     message = refused(yolo, "data.yaml")
     assert f"no image has a file with its labels: expected {yolo / 'labels' / 'train' / 'a.txt'}" in message
-    assert "set `annotations='data.yaml'`" in refused(yolo, "labels")
+    assert f"set `annotations='{yolo / 'data.yaml'}'`" in refused(yolo, "labels")
     (yolo / "data.yaml").unlink()
     assert "is a folder without annotations: expected .xml files" in refused(yolo, "labels")
 

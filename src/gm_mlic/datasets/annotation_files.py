@@ -55,9 +55,6 @@ def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None =
     return Annotations(path, labels, tuple(rows), source.notes())
 
 
-# ---- JSON Lines ----
-
-
 def _read_lines(source: Source) -> tuple[None, list[ImageRow]]:
     rows = []
     # splitlines() would also split at characters that JSON allows inside strings.
@@ -97,8 +94,7 @@ def _object_row(entry: dict[str, Any], source: Source, where: str) -> ImageRow:
     for _, label in boxes or ():
         if label not in labels:
             raise DataError(f"{where} has a box with label {shown(label)}, not in its {key}{close_to(label, labels)}")
-    split = source.split(entry[form.split], where) if form.split is not None and form.split in entry else None
-    return source.row(entry[form.file], where, split, labels, other={}, boxes=boxes)
+    return source.row(entry[form.file], where, source.split(entry, where), labels, other={}, boxes=boxes)
 
 
 def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
@@ -120,11 +116,8 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
     return tuple(parsed)
 
 
-# ---- COCO JSON ----
-
-
 def _read_coco(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
-    labels, rows = read_instances(source.path, source=source)
+    labels, rows = read_instances(source)
     return labels, list(rows.values())
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
@@ -26,6 +27,7 @@ from gm_mlic.io import few, first_line
 _ROUNDING = 0.01
 #: Files with one class name per line, in the order of preference.
 _CLASS_FILES = ("classes.txt", "obj.names")
+_LAST_IMAGES = re.compile(r"^(.*/)?images/", re.DOTALL)
 
 
 def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
@@ -38,7 +40,7 @@ def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]
             if (folder / name).is_file():
                 return _read_yolo_folder(source, folder / name)
         if (folder / "data.yaml").is_file():
-            file = _below_root(source, folder / "data.yaml") or (folder / "data.yaml").absolute()
+            file = (folder / "data.yaml").absolute()
             raise DataError(f"{source.path} is a folder of YOLO labels: set `annotations='{file}'`.")
     raise DataError(
         f"{source.path} is a folder without annotations: expected .xml files (Pascal VOC), or .txt files and "
@@ -148,11 +150,9 @@ def _yolo_rows(
     """A row per image. An image without a text file has no labels."""
     rows, without = [], []
     for image, split in images:
-        parts = list(image.parts)
-        if "images" in parts[:-1]:  # the last one
-            parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
-        found = source.folder.find(PurePosixPath(*parts).with_suffix(".txt"))
-        file = source.folder.root / (found or PurePosixPath(*parts).with_suffix(".txt"))
+        name = PurePosixPath(_LAST_IMAGES.sub(r"\1labels/", str(image))).with_suffix(".txt")
+        found = source.folder.find(name)
+        file = source.folder.root / (found or name)
         boxes: dict[tuple[Box, str], None] = {}
         if not file.resolve().is_relative_to(source.folder.root.resolve()):
             raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")

@@ -140,8 +140,7 @@ def label_mask(rows: Sequence[ImageRow], labels: Sequence[str], which: Literal["
     return mask
 
 
-@dataclass(frozen=True)
-class Annotations:
+class Annotations(NamedTuple):
     """Content of one annotation file.
 
     Attributes:
@@ -205,11 +204,14 @@ class Source:
         row = ImageRow(self.file(name, where, self.form.suffix), where, *values)
         return row._replace(boxes=boxes, other=other)
 
-    def split(self, value: Any, where: str) -> str:
-        """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid."""
-        split = split_called(value)
+    def split(self, record: Mapping[str, Any], where: str) -> str | None:
+        """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid; None without the key."""
+        if self.form.split is None or self.form.split not in record:
+            return None
+        split = split_called(record[self.form.split])
         if split is None:
-            raise DataError(f"{where} has {self.form.split} {shown(value)}: expected train, val or test.")
+            value = shown(record[self.form.split])
+            raise DataError(f"{where} has {self.form.split} {value}: expected train, val or test.")
         return split
 
     def labels_of_text(self, text: str, where: str) -> tuple[str, ...]:

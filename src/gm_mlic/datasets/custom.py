@@ -53,8 +53,7 @@ class CustomDataset(MultiLabelDataset):
 
         {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`, but annotations may have no
-    box. Polygons of YOLO become boxes.
+    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`. Polygons of YOLO become boxes.
 
     *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
     characters, URL-encoding and Label Studio's upload prefix are resolved. Names and symbolic links that lead out of
@@ -173,8 +172,8 @@ class CustomDataset(MultiLabelDataset):
         if not chosen.size:
             raise DataError(_empty(split, splits, read, val_fraction, test_fraction))
 
-        sizes = [file_size(self.root / rows[i].file) for i in chosen]
-        absent = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
+        sizes = {int(i): file_size(self.root / rows[i].file) for i in chosen}
+        absent = [rows[i].file for i, size in sizes.items() if size is None]
         if absent:
             message = f"{len(absent)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
             examples = few(absent) + _similar_file(self.root, absent[0])
@@ -182,8 +181,8 @@ class CustomDataset(MultiLabelDataset):
                 raise DataError(f"{message} ({examples}): restore them, or drop them with `missing='drop'`.")
             log.warning("%s and are dropped: %s", message, examples)
         self.missing = tuple(absent)
-        self._bytes = [size for size in sizes if size is not None]
-        kept = [int(i) for i, size in zip(chosen, sizes, strict=True) if size is not None]
+        kept = [i for i, size in sizes.items() if size is not None]
+        self._bytes = [sizes[i] for i in kept]
         self._rows = [rows[i] for i in kept]
         self.ids = tuple(row.file for row in self._rows)
         self.targets = targets[kept].astype(np.int8)
@@ -195,12 +194,7 @@ class CustomDataset(MultiLabelDataset):
         return hashlib.sha256(json.dumps([super().fingerprint, self._bytes]).encode()).hexdigest()
 
     def image(self, i: int) -> Image.Image:
-        """The photo of row ``i`` as RGB, upright.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-            DataError: if its size differs from the one in COCO JSON.
-        """
+        """The photo of row ``i``; raises :class:`DataError` if its size differs from the annotated one."""
         return self._rows[i].image(self.root)
 
     def boxes(self, i: int) -> BoxAnnotations | None:
@@ -236,6 +230,8 @@ def _read_all(
         if folders:
             raise ArgumentError("folders", "needs `annotations` with one file per split.")
         return [read_annotations(_path(root, annotations, "annotations"), form, PhotoFolder(root))]
+    if not annotations:
+        raise ArgumentError("annotations", "is empty: name an annotation file.")
     for split in annotations:
         if split not in SPLITS:
             raise ArgumentError("annotations", f"has the key {split!r}: expected train, val or test.")
@@ -257,10 +253,7 @@ def _read_all(
             if row.split not in (None, split):
                 raise DataError(f"{row.where} has split {row.split!r}, but `annotations` lists its file as {split!r}.")
             first[row.file] = row.where
-        rows = tuple(row._replace(split=split) for row in part.rows)
-        read.append(Annotations(part.source, part.labels, rows, part.notes))
-    if not read:
-        raise ArgumentError("annotations", "is empty: name an annotation file.")
+        read.append(part._replace(rows=tuple(row._replace(split=split) for row in part.rows)))
     return read
 
 
@@ -303,8 +296,7 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
             first_at.setdefault(label, str(part.source))
         for row in part.rows:
             for label in (*row.present, *row.difficult):
-                if label not in first_at:
-                    first_at[label] = row.where
+                first_at.setdefault(label, row.where)
     if allowed is not None:
         for label, where in first_at.items():
             if label not in allowed:
