@@ -21,7 +21,7 @@ from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.datasets.photo_folder import inside
 from gm_mlic.errors import DataError
-from gm_mlic.io import few, first_line
+from gm_mlic.io import first_line
 
 #: Overhang of a box over the image border that is rounding, as a fraction of the image.
 _ROUNDING = 0.01
@@ -32,9 +32,9 @@ _LAST_IMAGES = re.compile(r"^(.*/)?images/", re.DOTALL)
 
 def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
     """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``."""
-    files = [path for path in source.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    if any(path.suffix.lower() == ".xml" for path in files):
-        return None, _read_voc(source, sorted(path for path in files if path.suffix.lower() == ".xml"))
+    files = sorted(path for path in source.path.rglob("[!.]*") if path.suffix.lower() == ".xml" and path.is_file())
+    if files:
+        return None, _read_voc(source, files)
     for folder in (source.path, source.path.parent):
         for name in _CLASS_FILES:
             if (folder / name).is_file():
@@ -59,7 +59,7 @@ def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
         raise DataError(f"{source.path} is not valid YAML ({first_line(error)}): correct the file.") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        if set(names) != set(range(len(names))):
             raise DataError(f"{source.path} has names with the keys {shown(list(names))}: expected 0, 1, 2 and so on.")
         names = [names[n] for n in range(len(names))]
     if not isinstance(content, dict) or not isinstance(names, list) or not names:
@@ -148,30 +148,25 @@ def _yolo_rows(
     source: Source, images: list[tuple[PurePosixPath, str | None]], labels: tuple[str, ...], keypoints: bool
 ) -> list[ImageRow]:
     """A row per image. An image without a text file has no labels."""
-    rows, without = [], []
+    rows = []
     for image, split in images:
         name = PurePosixPath(_LAST_IMAGES.sub(r"\1labels/", str(image))).with_suffix(".txt")
         found = source.folder.find(name)
         file = source.folder.root / (found or name)
         boxes: dict[tuple[Box, str], None] = {}
-        if not file.resolve().is_relative_to(source.folder.root.resolve()):
-            raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")
         if found is not None:
             for number, line in enumerate(read_text(file).splitlines(), start=1):
                 if line.strip():
                     label, box = _yolo_box(line.split(), labels, keypoints, f"{file}: line {number}")
                     boxes[box, label] = None
         else:
-            without.append(file)
+            source.note(
+                "{count} images have no text file and are read as images without labels, such as {example}", file.name
+            )
         present = tuple(dict.fromkeys(label for _, label in boxes))
         rows.append(ImageRow(str(image), str(file), split, present, boxes=tuple(boxes), relative=True))
-    if rows and len(without) == len(rows):
-        raise DataError(f"{source.path}: no image has a file with its labels: expected {without[0]}.")
-    if without:
-        source.note(
-            "{example}", f"{len(without)} images have no text file and are read as images without labels: "
-            f"{few([file.name for file in without])}"
-        )  # fmt: skip
+    if rows and not any(Path(row.where).is_file() for row in rows):
+        raise DataError(f"{source.path}: no image has a file with its labels: expected {rows[0].where}.")
     return rows
 
 
@@ -211,16 +206,14 @@ def _read_voc(source: Source, files: list[Path]) -> list[ImageRow]:
     """A row per XML file. The lists of ``ImageSets/Main``, if any, are the splits."""
     splits = _image_sets(source.path.parent / "ImageSets" / "Main")
     find = _photo_of(source)
-    rows, unlisted = [], []
+    rows = []
     for file in files:
         if splits and file.stem not in splits:
-            unlisted.append(file.stem)
+            source.note(
+                "{count} images are in no list of ImageSets/Main and are left out, such as {example}", file.stem
+            )
         else:
             rows.append(_voc_row(source, file, splits.get(file.stem), find))
-    if unlisted:
-        source.note(
-            "{example}", f"{len(unlisted)} images are in no list of ImageSets/Main and are left out: {few(unlisted)}"
-        )
     return rows
 
 

@@ -193,16 +193,13 @@ class Source:
 
     def is_photo(self, name: str) -> bool:
         """Whether a text is the name of an existing photo."""
-        if not 0 < len(name) <= _MAX_NAME:
-            return False
         file = self.folder.locate(name + self.form.suffix)
         return file is not None and file_size(self.folder.root / file) is not None
 
     def row(self, name: Any, where: str, *values: Any, other: Mapping[str, Any], boxes: Any = None) -> ImageRow:
         """A row of the photo ``name``. Two names of one photo that differ by more than their folder are not merged."""
-        other = {**other, self.form.file: _base_name(name) if isinstance(name, str) else name}
-        row = ImageRow(self.file(name, where, self.form.suffix), where, *values)
-        return row._replace(boxes=boxes, other=other)
+        file = self.file(name, where, self.form.suffix)
+        return ImageRow(file, where, *values, boxes=boxes, other={**other, self.form.file: _base_name(name)})
 
     def split(self, record: Mapping[str, Any], where: str) -> str | None:
         """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid; None without the key."""

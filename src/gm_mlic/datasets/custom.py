@@ -56,8 +56,8 @@ class CustomDataset(MultiLabelDataset):
     COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`. Polygons of YOLO become boxes.
 
     *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
-    characters, URL-encoding and Label Studio's upload prefix are resolved. Names and symbolic links that lead out of
-    ``root`` are errors.
+    characters, URL-encoding and Label Studio's upload prefix are resolved. Names that lead out of ``root`` are errors;
+    symbolic links are followed.
 
     *Targets.* A label is present or absent; images without labels are kept. In the column ``labels``, ``nan``,
     ``None``, ``NULL`` and ``N/A`` are no label, unless ``labels`` lists them. With ``target_format="voc"``, tables with
