@@ -198,8 +198,8 @@ class Source:
 
     def row(self, name: Any, where: str, *values: Any, other: Mapping[str, Any], boxes: Any = None) -> ImageRow:
         """A row of the photo ``name``. Two names of one photo that differ by more than their folder are not merged."""
-        file = self.file(name, where, self.form.suffix)
-        return ImageRow(file, where, *values, boxes=boxes, other={**other, self.form.file: _base_name(name)})
+        row = ImageRow(self.file(name, where, self.form.suffix), where, *values)
+        return row._replace(boxes=boxes, other={**other, self.form.file: _base_name(name)})
 
     def split(self, record: Mapping[str, Any], where: str) -> str | None:
         """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid; None without the key."""
