@@ -285,7 +285,7 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
         (["dataset=voc2007", "dataset.root=nowhere"], "dataset.download=true fetches it."),
         (["plugins=mine"], "plugins=mine: expected a list: plugins=[mine]."),
         (["dataset.image_size=64"], "dataset.image_size=64: expected an integer from 96 to 640."),
-        (["dataset.sizes.train=20000000"], "dataset.sizes.train is 20000000: expected an integer from 1 to 10000000."),
+        (["dataset.sizes.train=20000000"], "dataset.sizes.train=20000000: expected an integer from 1 to 10000000."),
         (["detector.weights=cocoo"], "detector.weights is 'cocoo': expected null, coco, scenes"),
         (["detector.weights=coco"], "detector.weights is 'coco', which requires one of fasterrcnn_"),
         (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300 and detector.max_size 200: "),

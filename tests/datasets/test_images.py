@@ -183,7 +183,7 @@ FRAMES = [np.full((6, 8, 3), color, dtype=np.uint8) for color in ((255, 0, 0), (
 def test_first_frame_of_animated_files(
     tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_has_logged_animated", False)
+    monkeypatch.setattr(images, "_logged", [])
     first, second = (Image.fromarray(frame) for frame in FRAMES)
     options = {"lossless": True} if suffix == "webp" else {}
     for name in ("a", "b"):

@@ -130,7 +130,7 @@ def test_missing_lists_error_names_the_downloads(tmp_path: Path) -> None:
     [
         ({"split": "dev"}, "train, val, test"),
         ({"unlabeled": "maybe"}, "keep, drop"),
-        ({"val_fraction": -0.1}, "expected a fraction in"),
+        ({"val_fraction": -0.1}, "val_fraction must be a number of at least 0 and below 1"),
         ({"split": "val", "val_fraction": 0}, "leaves no image"),
         ({"download": True}, "copy the photos, available from the authors on request, to Flickr/"),
     ],

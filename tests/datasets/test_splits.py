@@ -7,21 +7,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gm_mlic.datasets.splits import holdout, stratified
+from gm_mlic.datasets.splits import rows_of, stratified
+from gm_mlic.errors import ConfigError
 
 
-@given(st.integers(1, 300), st.floats(0, 0.99), st.integers(0, 9))
-def test_holdout_partitions_the_rows(count: int, fraction: float, seed: int) -> None:
-    val, train = (holdout(count, fraction, seed, side) for side in (True, False))
-    assert sorted([*val, *train]) == list(range(count))
-    assert len(val) == (max(1, round(fraction * count)) if fraction else 0)
-    assert (np.diff(val) > 0).all()
-    assert (np.diff(train) > 0).all()
-    assert (holdout(count, fraction, seed, True) == val).all()
+@given(st.integers(2, 300), st.floats(0, 0.99), st.integers(0, 9))
+def test_val_and_train_partition_the_rows(count: int, fraction: float, seed: int) -> None:
+    held_out = max(1, round(fraction * count)) if fraction else 0
+    assert (rows_of("test", count, fraction, seed) == np.arange(count)).all()
+    if 0 < held_out < count:
+        val, train = (rows_of(split, count, fraction, seed) for split in ("val", "train"))
+        assert sorted([*val, *train]) == list(range(count))
+        assert len(val) == held_out
+        assert (np.diff(val) > 0).all()
+        assert (np.diff(train) > 0).all()
+        assert (rows_of("val", count, fraction, seed) == val).all()
+    else:
+        empty, full = ("train", "val") if held_out else ("val", "train")
+        assert (rows_of(full, count, fraction, seed) == np.arange(count)).all()
+        with pytest.raises(ConfigError, match="leaves no image"):
+            rows_of(empty, count, fraction, seed)
 
 
-def test_holdout_depends_on_the_seed() -> None:
-    assert holdout(1000, 0.1, 0, True).tolist() != holdout(1000, 0.1, 1, True).tolist()
+def test_rows_depend_on_the_seed() -> None:
+    assert rows_of("val", 1000, 0.1, 0).tolist() != rows_of("val", 1000, 0.1, 1).tolist()
 
 
 @given(st.integers(0, 60), st.integers(1, 6), st.floats(0, 1), st.integers(0, 99))

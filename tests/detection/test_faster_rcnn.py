@@ -148,8 +148,8 @@ def test_empty_batch(extractor):
 
 
 def test_built_in_weights_detect_objects_and_looks(extractor, scenes, images):
-    looks = [{o.look for o in scenes.explain(i)} for i in range(SCENES)]
-    look_of = {o.label: o.look for i in range(SCENES) for o in scenes.explain(i)}
+    look_of = dict(zip(scenes.labels, scenes._look_of.tolist(), strict=True))
+    looks = [set(scenes._look_of[scenes.boxes(i).labels].tolist()) for i in range(SCENES)]
     objects = hits = right = 0
     for i, found in enumerate(extractor(images, m=16)):
         annotated = scenes.boxes(i)

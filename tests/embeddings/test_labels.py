@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from gm_mlic.datasets import voc
-from gm_mlic.embeddings import ALIASES, embed_labels, hashed_vectors, labels_of, words_of
+from gm_mlic.embeddings import ALIASES, embed_labels, labels_of, words_of
 from gm_mlic.errors import ConfigError, DataError
 
 WORDS = {
@@ -274,6 +274,10 @@ def test_damaged_tables(tmp_path: Path) -> None:
 
 
 # ---- hashed ----
+
+
+def hashed_vectors(labels: list[str], dim: int, seed: int = 0) -> np.ndarray:
+    return embed_labels(labels, "hashed", dim=dim, seed=seed).vectors.numpy()
 
 
 def test_hashed_vectors_are_reproducible() -> None:

@@ -6,7 +6,7 @@ from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, label_ratio
 from gm_mlic.datasets.coco import COCO2014
 from gm_mlic.datasets.custom import CustomDataset
 from gm_mlic.datasets.nuswide import NUSWIDE
-from gm_mlic.datasets.scenes import SceneObject, Scenes
+from gm_mlic.datasets.scenes import Scenes
 from gm_mlic.datasets.voc import VOC2007, VOC2012
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "BoxAnnotations",
     "CustomDataset",
     "MultiLabelDataset",
-    "SceneObject",
     "Scenes",
     "label_ratio",
 ]

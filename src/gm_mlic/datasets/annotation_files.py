@@ -1,4 +1,4 @@
-"""Annotation readers. Each format gives one row per image; malformed files are errors.
+"""Annotation readers. Each format gives one row per image; malformed files raise :class:`DataError`.
 
 A file is decoded to records, whose values become file names, labels and splits (``annotation_rows.py``). Tables are in
 ``annotation_tables.py``, YOLO and Pascal VOC in ``annotation_folders.py``, JSON Lines and COCO JSON here.
@@ -26,18 +26,12 @@ from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.photo_folder import PhotoFolder
 from gm_mlic.errors import DataError
 
-__all__ = ["SUFFIXES", "Annotations", "ImageRow", "TableFormat", "close_to", "read_annotations", "read_text"]
-
 
 def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None = None) -> Annotations:
-    """Read one annotation file. The suffix selects the format.
-
-    ``.csv``, ``.tsv`` and ``.txt`` are tables. Their delimiter is comma, semicolon, tab or bar, whichever makes the
-    file column appear in the first line. ``.jsonl`` and ``.ndjson`` are JSON Lines. ``.json`` is COCO's instances
-    format. ``.yaml`` is YOLO's ``data.yaml``. A folder has YOLO's text files or Pascal VOC's XML files.
+    """Read an annotation file, whose suffix selects the format, or a folder of them.
 
     Args:
-        path: the file.
+        path: the file or folder.
         form: column names and conventions.
         folder: the photos; default: the folder of the file.
 
@@ -59,9 +53,6 @@ def read_annotations(path: Path, form: TableFormat, folder: PhotoFolder | None =
             f"{rows[stated.index(False)].where} has no {form.split!r}, but other images do: set it for all or none."
         )
     return Annotations(path, labels, tuple(rows), source.notes())
-
-
-# ---- JSON Lines ----
 
 
 def _read_lines(source: Source) -> tuple[None, list[ImageRow]]:
@@ -103,8 +94,7 @@ def _object_row(entry: dict[str, Any], source: Source, where: str) -> ImageRow:
     for _, label in boxes or ():
         if label not in labels:
             raise DataError(f"{where} has a box with label {shown(label)}, not in its {key}{close_to(label, labels)}")
-    split = source.split(entry[form.split], where) if form.split is not None and form.split in entry else None
-    return source.row(entry[form.file], where, split, labels, other={}, boxes=boxes)
+    return source.row(entry[form.file], where, source.split(entry, where), labels, other={}, boxes=boxes)
 
 
 def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
@@ -126,11 +116,8 @@ def _object_boxes(boxes: Any, where: str) -> tuple[tuple[Box, str], ...]:
     return tuple(parsed)
 
 
-# ---- COCO JSON ----
-
-
 def _read_coco(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
-    labels, rows = read_instances(source.path, source=source)
+    labels, rows = read_instances(source)
     return labels, list(rows.values())
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
@@ -20,29 +21,26 @@ from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import IMAGE_SUFFIXES
 from gm_mlic.datasets.photo_folder import inside
 from gm_mlic.errors import DataError
-from gm_mlic.io import few, first_line
+from gm_mlic.io import first_line
 
 #: Overhang of a box over the image border that is rounding, as a fraction of the image.
 _ROUNDING = 0.01
 #: Files with one class name per line, in the order of preference.
 _CLASS_FILES = ("classes.txt", "obj.names")
+_LAST_IMAGES = re.compile(r"^(.*/)?images/", re.DOTALL)
 
 
 def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
-    """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``.
-
-    Raises:
-        DataError: if it has neither, or a file is malformed.
-    """
-    files = [path for path in source.path.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    if any(path.suffix.lower() == ".xml" for path in files):
-        return None, _read_voc(source, sorted(path for path in files if path.suffix.lower() == ".xml"))
+    """Read a folder of Pascal VOC's XML files, or of YOLO's text files with a file ``classes.txt``."""
+    files = sorted(path for path in source.path.rglob("[!.]*") if path.suffix.lower() == ".xml" and path.is_file())
+    if files:
+        return None, _read_voc(source, files)
     for folder in (source.path, source.path.parent):
         for name in _CLASS_FILES:
             if (folder / name).is_file():
                 return _read_yolo_folder(source, folder / name)
         if (folder / "data.yaml").is_file():
-            file = _below_root(source, folder / "data.yaml") or (folder / "data.yaml").absolute()
+            file = (folder / "data.yaml").absolute()
             raise DataError(f"{source.path} is a folder of YOLO labels: set `annotations='{file}'`.")
     raise DataError(
         f"{source.path} is a folder without annotations: expected .xml files (Pascal VOC), or .txt files and "
@@ -54,18 +52,14 @@ def read_folder(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]
 
 
 def read_yolo(source: Source) -> tuple[tuple[str, ...], list[ImageRow]]:
-    """Read YOLO's ``data.yaml``, its images and their text files.
-
-    Raises:
-        DataError: if a file is missing or malformed.
-    """
+    """Read YOLO's ``data.yaml``, its images and their text files."""
     try:
         content = yaml.safe_load(read_text(source.path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{source.path} is not valid YAML ({first_line(error)}): correct the file.") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        if set(names) != set(range(len(names))):
             raise DataError(f"{source.path} has names with the keys {shown(list(names))}: expected 0, 1, 2 and so on.")
         names = [names[n] for n in range(len(names))]
     if not isinstance(content, dict) or not isinstance(names, list) or not names:
@@ -154,32 +148,25 @@ def _yolo_rows(
     source: Source, images: list[tuple[PurePosixPath, str | None]], labels: tuple[str, ...], keypoints: bool
 ) -> list[ImageRow]:
     """A row per image. An image without a text file has no labels."""
-    rows, without = [], []
+    rows = []
     for image, split in images:
-        parts = list(image.parts)
-        if "images" in parts[:-1]:  # the last one
-            parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
-        found = source.folder.find(PurePosixPath(*parts).with_suffix(".txt"))
-        file = source.folder.root / (found or PurePosixPath(*parts).with_suffix(".txt"))
+        name = PurePosixPath(_LAST_IMAGES.sub(r"\1labels/", str(image))).with_suffix(".txt")
+        found = source.folder.find(name)
+        file = source.folder.root / (found or name)
         boxes: dict[tuple[Box, str], None] = {}
-        if not file.resolve().is_relative_to(source.folder.root.resolve()):
-            raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")
         if found is not None:
             for number, line in enumerate(read_text(file).splitlines(), start=1):
                 if line.strip():
                     label, box = _yolo_box(line.split(), labels, keypoints, f"{file}: line {number}")
                     boxes[box, label] = None
         else:
-            without.append(file)
+            source.note(
+                "{count} images have no text file and are read as images without labels, such as {example}", file.name
+            )
         present = tuple(dict.fromkeys(label for _, label in boxes))
         rows.append(ImageRow(str(image), str(file), split, present, boxes=tuple(boxes), relative=True))
-    if rows and len(without) == len(rows):
-        raise DataError(f"{source.path}: no image has a file with its labels: expected {without[0]}.")
-    if without:
-        source.note(
-            "{example}", f"{len(without)} images have no text file and are read as images without labels: "
-            f"{few([file.name for file in without])}"
-        )  # fmt: skip
+    if rows and not any(Path(row.where).is_file() for row in rows):
+        raise DataError(f"{source.path}: no image has a file with its labels: expected {rows[0].where}.")
     return rows
 
 
@@ -219,16 +206,14 @@ def _read_voc(source: Source, files: list[Path]) -> list[ImageRow]:
     """A row per XML file. The lists of ``ImageSets/Main``, if any, are the splits."""
     splits = _image_sets(source.path.parent / "ImageSets" / "Main")
     find = _photo_of(source)
-    rows, unlisted = [], []
+    rows = []
     for file in files:
         if splits and file.stem not in splits:
-            unlisted.append(file.stem)
+            source.note(
+                "{count} images are in no list of ImageSets/Main and are left out, such as {example}", file.stem
+            )
         else:
             rows.append(_voc_row(source, file, splits.get(file.stem), find))
-    if unlisted:
-        source.note(
-            "{example}", f"{len(unlisted)} images are in no list of ImageSets/Main and are left out: {few(unlisted)}"
-        )
     return rows
 
 
@@ -241,7 +226,7 @@ def _image_sets(folder: Path) -> dict[str, str]:
         if not source.is_file() or (train == "trainval" and name == "val"):
             continue
         for line in filter(str.strip, read_text(source).splitlines()):
-            image = line.split()[0] if len(line.split()) == 2 and line.split()[1] in ("0", "1", "-1") else line.strip()
+            image = line.strip()
             if splits.setdefault(image, split) != split:
                 raise DataError(
                     f"{source} lists the image {shown(image)}, which is also in {splits[image]}: an image belongs to "
@@ -316,11 +301,7 @@ class _NoDoctype(ElementTree.TreeBuilder):
 
 
 def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
-    """Parse an XML file without document type and entities.
-
-    Raises:
-        DataError: if it cannot be read, is not valid, or declares a document type; ``remedy`` ends the message.
-    """
+    """Parse an XML file, which may declare neither a document type nor entities; ``remedy`` ends messages."""
     content = read_bytes(source, remedy)
     try:
         parser = ElementTree.XMLParser(target=_NoDoctype())
@@ -332,7 +313,7 @@ def parse_xml(source: Path, remedy: str) -> ElementTree.Element:
 
 
 def xml_number(element: ElementTree.Element, path: str, where: str, default: str = "") -> float:
-    """Finite number at a path below an element; raises :class:`DataError`, which starts with ``where``, for another."""
+    """Finite number at a path below an element; ``where`` starts messages."""
     text = element.findtext(path) or default
     try:
         value = float(text)
@@ -350,9 +331,6 @@ def voc_objects(
 
     VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax. If ``size`` (width, height) is
     given, boxes are clipped to it, and those without area are None. With ``boxed``, each object must have a box.
-
-    Raises:
-        DataError: if a box is malformed or outside of the image; the message starts with ``where``.
     """
     for number, item in enumerate(root.iter("object")):
         place, box = f"{where}: object number {number}", None

@@ -58,11 +58,7 @@ def place(where: str) -> str:
 
 
 def label_names(names: Iterable[Any], where: str) -> tuple[str, ...]:
-    """Label names of a list, without surrounding spaces.
-
-    Raises:
-        DataError: if one is blank, no text or repeated; ``where`` starts the message.
-    """
+    """Label names of a list, without surrounding spaces; an error if one is blank, no text or repeated."""
     labels: dict[str, None] = {}
     for name in names:
         if not isinstance(name, str) or not name.strip():
@@ -80,19 +76,10 @@ def is_finite(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class TableFormat:
-    """Column names and conventions of an annotation file.
+    """Column names and conventions of an annotation file: arguments of :class:`~gm_mlic.datasets.CustomDataset`.
 
-    Attributes:
-        file: column (CSV) or key (JSON Lines) of the image file name.
-        labels: column or key of the label list. A CSV without this column has one column per label.
-        split: column or key (in COCO JSON, of an ``images`` entry) with the value train, val or test.
-        separator: text between the labels of one cell.
-        suffix: appended to every file name of a CSV or JSON Lines file.
-        ignore: CSV columns that are not labels.
-        target_format: values of a label column. ``binary``: 1 present, 0 absent. ``voc``: 1 present, 0 difficult,
-            -1 absent.
-        missing_value: empty cells and NaN in label columns: ``absent`` or ``error``.
-        known: labels that are given apart from the file. A text such as ``None`` is a label only if it is one of them.
+    ``file``, ``labels`` and ``split`` are its ``columns``, ``ignore`` is ``ignore_columns``, and ``known`` its
+    ``labels``: a text such as ``None`` is a label only if it is one of them.
     """
 
     file: str = "file"
@@ -137,12 +124,7 @@ class ImageRow(NamedTuple):
     other: Mapping[str, Any] = {}
 
     def image(self, root: Path) -> Image.Image:
-        """The photo as RGB, upright.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-            DataError: if its size differs from the annotated one.
-        """
+        """The photo as RGB, upright; an error if its size differs from the annotated one."""
         image = read_image(root / self.file)
         if self.size is not None:
             check_size(root / self.file, image.size, self.size, self.where)
@@ -158,8 +140,7 @@ def label_mask(rows: Sequence[ImageRow], labels: Sequence[str], which: Literal["
     return mask
 
 
-@dataclass(frozen=True)
-class Annotations:
+class Annotations(NamedTuple):
     """Content of one annotation file.
 
     Attributes:
@@ -178,13 +159,7 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Source:
-    """One annotation file that is being read.
-
-    Attributes:
-        path: the file, or a folder of files.
-        form: column names and conventions.
-        folder: the photos.
-    """
+    """One annotation file, or a folder of them, that is being read."""
 
     path: Path
     form: TableFormat
@@ -202,11 +177,7 @@ class Source:
         return tuple(f"{self.path}: {text}" for text in texts)
 
     def file(self, name: Any, where: str, suffix: str = "") -> str:
-        """Path of a photo relative to the dataset's root. See :meth:`PhotoFolder.locate`.
-
-        Raises:
-            DataError: if it is no file name, or outside the folder.
-        """
+        """Path of a photo relative to the dataset's root (:meth:`PhotoFolder.locate`)."""
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or _NO_TEXT.search(name):
             raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
         file = self.folder.locate(name + suffix)
@@ -222,22 +193,22 @@ class Source:
 
     def is_photo(self, name: str) -> bool:
         """Whether a text is the name of an existing photo."""
-        if not 0 < len(name) <= _MAX_NAME:
-            return False
         file = self.folder.locate(name + self.form.suffix)
         return file is not None and file_size(self.folder.root / file) is not None
 
     def row(self, name: Any, where: str, *values: Any, other: Mapping[str, Any], boxes: Any = None) -> ImageRow:
         """A row of the photo ``name``. Two names of one photo that differ by more than their folder are not merged."""
-        other = {**other, self.form.file: _base_name(name) if isinstance(name, str) else name}
         row = ImageRow(self.file(name, where, self.form.suffix), where, *values)
-        return row._replace(boxes=boxes, other=other)
+        return row._replace(boxes=boxes, other={**other, self.form.file: _base_name(name)})
 
-    def split(self, value: Any, where: str) -> str:
-        """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid."""
-        split = split_called(value)
+    def split(self, record: Mapping[str, Any], where: str) -> str | None:
+        """``train``, ``val`` or ``test``, also in another spelling, such as Train or valid; None without the key."""
+        if self.form.split is None or self.form.split not in record:
+            return None
+        split = split_called(record[self.form.split])
         if split is None:
-            raise DataError(f"{where} has {self.form.split} {shown(value)}: expected train, val or test.")
+            value = shown(record[self.form.split])
+            raise DataError(f"{where} has {self.form.split} {value}: expected train, val or test.")
         return split
 
     def labels_of_text(self, text: str, where: str) -> tuple[str, ...]:
@@ -300,11 +271,7 @@ def _list_items(text: str) -> list[Any] | None:
 
 
 def merge_rows(source: Source, rows: Iterable[ImageRow]) -> list[ImageRow]:
-    """One row per image: rows that differ in nothing but their labels are merged.
-
-    Raises:
-        DataError: if rows of the same image differ in anything else.
-    """
+    """One row per image: rows that differ in nothing but their labels are merged, other differences are errors."""
     merged: dict[str, ImageRow] = {}
     for row in rows:
         first = merged.setdefault(row.file, row)

@@ -38,18 +38,13 @@ _SUSPICIOUS = re.compile(
 
 
 def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
-    """Read a table: labels that columns declare, if any, and one row per record.
-
-    Raises:
-        DataError: if it is malformed.
-    """
+    """Read a table: labels that columns declare, if any, and one row per record."""
     form, path = source.form, source.path
     header, records = _open_table(source, read_text(path))
-    position = {name: n for n, name in enumerate(header)}
     for name in form.ignore:
-        if name not in position:
+        if name not in header:
             raise DataError(f"{path} has no column {name!r}, listed in `ignore_columns`{close_to(name, header)}")
-    listed = form.labels is not None and form.labels in position
+    listed = form.labels in header
     others = [name for name in header if name not in (form.file, form.labels, form.split, *form.ignore)]
     if not listed and not others:
         raise DataError(
@@ -57,19 +52,21 @@ def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
             "its name."
         )
     if not listed and "" in others:
-        raise DataError(f"{path}: column {position[''] + 1} has no name: remove it (pandas: to_csv(..., index=False)).")
+        raise DataError(
+            f"{path}: column {header.index('') + 1} has no name: remove it (pandas: to_csv(..., index=False))."
+        )
     rows = []
     for line, record in records:
         where = f"{path}: line {line}"
-        split = source.split(record[position[form.split]], where) if form.split in position else None
-        cells = {column: record[position[column]] for column in others}
+        split = source.split(record, where)
+        cells = {column: record[column] for column in others}
         if listed:
-            labels: tuple[tuple[str, ...], ...] = (source.labels_of_text(record[position[str(form.labels)]], where),)
+            labels: tuple[tuple[str, ...], ...] = (source.labels_of_text(record[str(form.labels)], where),)
             other: dict[str, Any] = {column: cell.strip() for column, cell in cells.items()}
         else:
             labels = _labels_of_cells(source, cells, where)
             other = {"labels": labels}
-        rows.append(source.row(record[position[form.file]].strip(), where, split, *labels, other=other))
+        rows.append(source.row(record[form.file].strip(), where, split, *labels, other=other))
     if listed:
         return None, rows
     if form.target_format == "voc" and rows and all(len(r.present) + len(r.difficult) == len(others) for r in rows):
@@ -86,15 +83,9 @@ def read_table(source: Source) -> tuple[tuple[str, ...] | None, list[ImageRow]]:
 
 
 def read_text(source: Path, remedy: str = "check the path and the permissions") -> str:
-    """Read a UTF-8 text file, without its byte order mark.
-
-    Raises:
-        DataError: if it cannot be read or is not UTF-8.
-    """
+    """Content of a UTF-8 text file, without its byte order mark."""
     content = read_bytes(source, remedy)
     save = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{source} is UTF-16: {save}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -116,7 +107,7 @@ def close_to(name: str, names: Iterable[str]) -> str:
 # ---- Text to records ----
 
 
-def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+def _open_table(source: Source, text: str) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
     """Column names, and an iterator over the remaining records with their line numbers."""
     path, file = source.path, source.form.file
     text, delimiters = _without_preamble(path, text)
@@ -189,8 +180,8 @@ def _records(source: Path, text: str, delimiter: str) -> Iterator[tuple[int, lis
 
 def _completed(
     source: Source, header: list[str], delimiter: str, records: Iterable[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str]]]:
-    """Records with one field per column. If the delimiter separates labels too, surplus fields are further labels."""
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Records as cells by column. If the delimiter separates labels too, surplus fields are further labels."""
     listed = source.form.labels in header
     column = header.index(str(source.form.labels)) if listed and delimiter == source.form.separator else None
     for line, record in records:
@@ -203,7 +194,7 @@ def _completed(
                 f"{source.path}: line {line} has {len(record)} fields, but the first line has {len(header)}: quote "
                 f"fields that contain the delimiter{hint}."
             )
-        yield line, record
+        yield line, dict(zip(header, record, strict=True))
 
 
 # ---- Records to labels ----

@@ -8,35 +8,30 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gm_mlic.datasets.annotation_rows import label_mask
+from gm_mlic.datasets.annotation_rows import Source, TableFormat, label_mask
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
 from gm_mlic.datasets.coco_format import read_instances
 from gm_mlic.datasets.download import Archive, fetch
-from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import DataError, check_choice
+from gm_mlic.datasets.photo_folder import PhotoFolder
+from gm_mlic.datasets.splits import Split, rows_of
+from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed, Url
+from gm_mlic.schema import Fraction, Seed, Url, checked
 
-_SERVER = "http://images.cocodataset.org"
+
+def _official(path: str, md5: str, size: int, *holds: str) -> Archive:
+    return Archive(f"http://images.cocodataset.org/{path}.zip", f"md5:{md5}", size, holds)
+
+
+_FORM = TableFormat(file="file_name", split=None)
+_TRAIN, _VAL = "train2014/COCO_train2014_000000000009.jpg", "val2014/COCO_val2014_000000000042.jpg"
 _IMAGES = {
-    "train2014": Archive(
-        f"{_SERVER}/zips/train2014.zip",
-        "md5:0da8c0bd3d6becc4dcb32757491aca88",
-        13_510_573_713,
-        holds=("train2014/COCO_train2014_000000000009.jpg",),
-    ),
-    "val2014": Archive(
-        f"{_SERVER}/zips/val2014.zip",
-        "md5:a3d79f5ed8d289b7a7554ce06a5782b3",
-        6_645_013_297,
-        holds=("val2014/COCO_val2014_000000000042.jpg",),
-    ),
+    "train2014": _official("zips/train2014", "0da8c0bd3d6becc4dcb32757491aca88", 13_510_573_713, _TRAIN),
+    "val2014": _official("zips/val2014", "a3d79f5ed8d289b7a7554ce06a5782b3", 6_645_013_297, _VAL),
 }
-_ANNOTATIONS = Archive(
-    f"{_SERVER}/annotations/annotations_trainval2014.zip",
-    "md5:0a379cfc70b0e71301e0f377548639bd",
-    252_872_794,
-    holds=("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
+_JSON = [f"annotations/instances_{archive}.json" for archive in _IMAGES]
+_ANNOTATIONS = _official(
+    "annotations/annotations_trainval2014", "0a379cfc70b0e71301e0f377548639bd", 252_872_794, *_JSON
 )
 
 
@@ -51,9 +46,8 @@ class COCO2014(MultiLabelDataset):
         root/annotations/instances_train2014.json
         root/annotations/instances_val2014.json
 
-    As in the literature, ``val2014`` is the test set. ``train`` and ``val`` split ``train2014`` by a seeded random
-    permutation of its images (ordered by id): ``round(val_fraction * N)`` images, at least one, are ``val``. With
-    ``val_fraction=0`` all of ``train2014`` is ``train``.
+    As in the literature, ``val2014`` is the test set. ``train`` and ``val`` split the images of ``train2014``, ordered
+    by id, at random (:func:`~gm_mlic.datasets.splits.rows_of`).
 
     ============ ========================= ============== ==========
     archive      images with a label       all images     labels
@@ -88,10 +82,11 @@ class COCO2014(MultiLabelDataset):
 
     name = "coco2014"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         unlabeled: Literal["drop", "keep"] = "drop",
@@ -99,9 +94,6 @@ class COCO2014(MultiLabelDataset):
         download: bool = False,
         mirror: Url | None = None,
     ) -> None:
-        check_choice("unlabeled", unlabeled, ("drop", "keep"))
-        check_choice("label_order", label_order, ("name", "id"))
-        check_split(split, val_fraction)
         self.split = split
         self.root = Path(root)
         archive = "val2014" if split == "test" else "train2014"
@@ -116,7 +108,7 @@ class COCO2014(MultiLabelDataset):
                     f"COCO's {what} is missing: expected {path} under `root` ({self.root}); `download=True` fetches it."
                 )
 
-        self.labels, rows = read_instances(source, label_order)
+        self.labels, rows = read_instances(Source(source, _FORM, PhotoFolder(self.folder)), label_order)
         keys = [key for key, row in rows.items() if unlabeled == "keep" or row.present]
         keys = [keys[n] for n in rows_of(split, len(keys), val_fraction, seed)]
         self._rows = [rows[key] for key in keys]
@@ -126,12 +118,7 @@ class COCO2014(MultiLabelDataset):
         check_targets(self.ids, self.labels, self.targets)
 
     def image(self, i: int) -> Image.Image:
-        """The photo of row ``i`` as RGB, upright.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-            DataError: if its size differs from the annotated one.
-        """
+        """The photo of row ``i``; raises :class:`DataError` if its size differs from the annotated one."""
         return self._rows[i].image(self.folder)
 
     def boxes(self, i: int) -> BoxAnnotations:

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, is_finite, shown
+from gm_mlic.datasets.annotation_rows import Box, ImageRow, Source, is_finite, label_names, shown
 from gm_mlic.datasets.base import read_bytes
-from gm_mlic.datasets.photo_folder import inside
 from gm_mlic.errors import DataError
 
 #: Largest overhang of a box over the image border in pixels (rounding in annotations) that is clipped, not refused.
@@ -16,25 +15,17 @@ BOX_TOLERANCE = 2.0
 
 
 def read_instances(
-    path: Path, label_order: Literal["name", "id"] = "name", source: Source | None = None
+    source: Source, label_order: Literal["name", "id"] = "name"
 ) -> tuple[tuple[str, ...], dict[int, ImageRow]]:
     """Read label names, and a row per image by image id, ascending.
 
-    Labels of crowd regions are present; boxes are without crowd regions and boxes without area.
-
-    Args:
-        path: the file.
-        label_order: sort labels by ``name`` (alphabetical) or by category ``id``.
-        source: rules of a custom dataset for file names and splits; its annotations may have no box. Default: names are
-            kept, and each annotation has a box.
-
-    Raises:
-        DataError: if the file or an entry is malformed, an id or a name is duplicated, or an annotation names an
-            unknown image or category or has an invalid box.
+    Labels of crowd regions and of annotations without a box are present; boxes are without crowd regions and boxes
+    without area. Labels are sorted by ``name`` (alphabetical) or by category ``id``.
     """
+    path = source.path
     content = _load(path)
     labels = _categories(content, path, label_order)
-    images = _images(content, path, source)
+    images = _images(content, source)
     present: dict[int, set[str]] = {key: set() for key in images}
     boxes: dict[int, list[tuple[Box, str]]] = {key: [] for key in images}
     unboxed: set[int] = set()
@@ -49,10 +40,10 @@ def read_instances(
             category = shown(entry["category_id"])
             raise DataError(f"{where} (image id {key}) has unknown category_id {category}: correct the file.")
         present[key].add(label)
-        if source is not None and entry.get("bbox") in (None, []):
+        if entry.get("bbox") in (None, []):
             unboxed.add(key)
             continue
-        box = _box(entry.get("bbox"), images[key], f"{where} (image id {key}, {images[key].file}) has bbox")
+        box = _box(entry["bbox"], images[key], f"{where} (image id {key}, {images[key].file}) has bbox")
         if box is not None and not entry.get("iscrowd", 0):
             boxes[key].append((box, label))
     names = tuple(labels.values())
@@ -68,8 +59,7 @@ def read_instances(
 def clip_box(box: Box, size: tuple[int, int], where: str) -> Box | None:
     """Clip (x1, y1, x2, y2) to an image of ``size`` (width, height); None if no area is left.
 
-    Raises:
-        DataError: if it exceeds the border by more than :data:`BOX_TOLERANCE` pixels; ``where`` starts the message.
+    A box that exceeds the border by more than :data:`BOX_TOLERANCE` pixels is an error; ``where`` starts the message.
     """
     (x1, y1, x2, y2), (width, height) = box, size
     if max(-x1, -y1, x2 - width, y2 - height) > BOX_TOLERANCE:
@@ -101,36 +91,27 @@ def _integer(entry: dict[str, Any], key: str, where: str) -> int:
 
 def _categories(content: dict[str, Any], path: Path, order: str) -> dict[int, str]:
     """Label names by category id, in the order of the labels."""
-    names: dict[int, str] = {}
+    names: dict[int, Any] = {}
     for n, entry in enumerate(content["categories"]):
         key = _integer(entry, "id", f"{path}: category number {n}")
-        name = entry.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"{path}: category {key} has name {shown(name)}: expected a string.")
-        if key in names or name in names.values():
-            raise DataError(f"{path}: category {key} ({shown(name)}) occurs twice: ids and names must be unique.")
-        names[key] = name
-    return dict(sorted(names.items(), key=lambda item: item[1] if order == "name" else item[0]))
+        if key in names:
+            raise DataError(f"{path}: category {key} occurs twice: ids must be unique.")
+        names[key] = entry.get("name")
+    labels = zip(names, label_names(names.values(), f"{path}: categories"), strict=True)
+    return dict(sorted(labels, key=lambda item: item[1] if order == "name" else item[0]))
 
 
-def _images(content: dict[str, Any], path: Path, source: Source | None) -> dict[int, ImageRow]:
+def _images(content: dict[str, Any], source: Source) -> dict[int, ImageRow]:
     """Rows without labels by image id."""
     rows: dict[int, ImageRow] = {}
     files: set[str] = set()
     for n, entry in enumerate(content["images"]):
-        key = _integer(entry, "id", f"{path}: image number {n}")
-        where = f"{path}: image id {key}"
+        key = _integer(entry, "id", f"{source.path}: image number {n}")
+        where = f"{source.path}: image id {key}"
         width, height = (_integer(entry, side, where) for side in ("width", "height"))
         if width < 1 or height < 1:
             raise DataError(f"{where} has size {width} x {height}: both must be at least 1.")
-        file, split = entry.get("file_name"), None
-        if not isinstance(file, str) or not file:
-            raise DataError(f"{where} has file_name {shown(file)}: expected a file name.")
-        if source is not None:
-            file = source.file(file, where)
-            split = source.split(entry[source.form.split], where) if source.form.split in entry else None
-        elif inside(file) is None:
-            raise DataError(f"{where} has file_name {shown(file)}: it must stay inside the image folder.")
+        file, split = source.file(entry.get("file_name"), where), source.split(entry, where)
         if key in rows or file in files:
             raise DataError(f"{where} ({shown(file)[1:-1]}) occurs twice: ids and file names must be unique.")
         files.add(file)

@@ -15,24 +15,18 @@ import numpy as np
 from annotated_types import DocInfo
 from PIL import Image
 
-from gm_mlic.datasets.annotation_files import (
-    SUFFIXES,
-    Annotations,
-    TableFormat,
-    close_to,
-    read_annotations,
-    read_text,
-)
-from gm_mlic.datasets.annotation_rows import label_mask, label_names, shown
+from gm_mlic.datasets.annotation_files import SUFFIXES, read_annotations
+from gm_mlic.datasets.annotation_rows import Annotations, TableFormat, label_mask, label_names, shown
+from gm_mlic.datasets.annotation_tables import close_to, read_text
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_targets
 from gm_mlic.datasets.coco_format import clip_box
 from gm_mlic.datasets.images import image_size
 from gm_mlic.datasets.photo_folder import PhotoFolder, file_size, inside
-from gm_mlic.datasets.splits import SPLITS, check_split, stratified
-from gm_mlic.errors import ArgumentError, DataError, UnreadableImage, check_choice
+from gm_mlic.datasets.splits import SPLITS, Split, stratified
+from gm_mlic.errors import ArgumentError, DataError, UnreadableImage
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed
+from gm_mlic.schema import Fraction, Seed, checked
 
 log = logging.getLogger(__name__)
 
@@ -47,31 +41,23 @@ COLUMNS: Mapping[str, str | None] = {"file": "file", "labels": "labels", "split"
 class CustomDataset(MultiLabelDataset):
     r"""Image folder with labels from one or several annotation files.
 
-    The suffix of an annotation file selects its format (UTF-8, with or without a byte order mark):
+    docs/own_photos.md describes the formats. A table (``.csv``, ``.tsv``, ``.txt``) lists the labels of an image in the
+    column ``labels`` (``cat;dog`` or ``["cat", "dog"]``; empty: none), or has a column with 1 or 0 for each label::
 
-    * ``.csv``, ``.tsv``, ``.txt``: a table whose first line names the columns, after optional lines ``# comment`` and
-      ``sep=;``; delimiter comma, semicolon, tab or bar. Either the column ``labels`` lists the labels (``cat;dog`` or
-      ``["cat", "dog"]``; empty: none), or each label has a column with 1 or 0. Spaces around names and cells are
-      ignored::
+        file,labels,split                  file,cat,dog
+        a.jpg,cat;dog,train                a.jpg,1,1
+        b.jpg,,test                        b.jpg,0,0
 
-          file,labels,split                  file,cat,dog
-          a.jpg,cat;dog,train                a.jpg,1,1
-          b.jpg,,test                        b.jpg,0,0
+    Rows of the same image that differ only in their labels are merged, as in exports with one row per label. JSON Lines
+    (``.jsonl``, ``.ndjson``) have boxes in pixels, which may replace the label list::
 
-      Rows of the same image that differ only in their labels are merged, as in exports with one row per label.
+        {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    * ``.jsonl``, ``.ndjson``: one object per line; boxes are in pixels and may replace the label list::
-
-          {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
-
-    * ``.json``: COCO's instances format, with the checks of :class:`~gm_mlic.datasets.coco.COCO2014`. Annotations may
-      have no box.
-    * ``.yaml``: YOLO's ``data.yaml`` with ``images/`` and ``labels/*.txt``. Polygons become boxes.
-    * a folder: Pascal VOC's XML files, or YOLO's text files with ``classes.txt``.
+    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`. Polygons of YOLO become boxes.
 
     *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
-    characters, URL-encoding and Label Studio's upload prefix are resolved. Names and symbolic links that lead out of
-    ``root`` are errors.
+    characters, URL-encoding and Label Studio's upload prefix are resolved. Names that lead out of ``root`` are errors;
+    symbolic links are followed.
 
     *Targets.* A label is present or absent; images without labels are kept. In the column ``labels``, ``nan``,
     ``None``, ``NULL`` and ``N/A`` are no label, unless ``labels`` lists them. With ``target_format="voc"``, tables with
@@ -127,18 +113,16 @@ class CustomDataset(MultiLabelDataset):
 
     name = "custom"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         annotations: Annotated[
-            str | Path | Mapping[Literal["train", "val", "test"], str | Path],
+            str | Path | Mapping[Split, str | Path],
             DocInfo("a file name, or {train: FILE, val: FILE, test: FILE}"),
         ] = "labels.csv",
-        folders: Annotated[
-            Mapping[Literal["train", "val", "test"], str], DocInfo("{train: FOLDER, val: FOLDER, test: FOLDER}")
-        ]
-        | None = None,
+        folders: Annotated[Mapping[Split, str], DocInfo("{train: FOLDER, val: FOLDER, test: FOLDER}")] | None = None,
         labels: Annotated[str | Path | Sequence[str], DocInfo("a file name or a list of names")] | None = None,
         columns: Mapping[str, str | None] = COLUMNS,
         separator: str = ";",
@@ -151,12 +135,6 @@ class CustomDataset(MultiLabelDataset):
         test_fraction: Fraction = 0.2,
         seed: Seed = 0,
     ) -> None:
-        check_split(split, val_fraction)
-        check_choice("target_format", target_format, ("binary", "voc"))
-        check_choice("missing_value", missing_value, ("absent", "error"))
-        check_choice("missing", missing, ("error", "drop"))
-        if not 0.0 <= test_fraction < 1.0:
-            raise ArgumentError("test_fraction", f"is {test_fraction}: expected a fraction in [0, 1).")
         if not separator:
             raise ArgumentError("separator", "is empty: set it to the text between the labels of one cell.")
         unknown = [key for key in columns if key not in ("file", "labels", "split")]
@@ -194,8 +172,8 @@ class CustomDataset(MultiLabelDataset):
         if not chosen.size:
             raise DataError(_empty(split, splits, read, val_fraction, test_fraction))
 
-        sizes = [file_size(self.root / rows[i].file) for i in chosen]
-        absent = [rows[i].file for i, size in zip(chosen, sizes, strict=True) if size is None]
+        sizes = {int(i): file_size(self.root / rows[i].file) for i in chosen}
+        absent = [rows[i].file for i, size in sizes.items() if size is None]
         if absent:
             message = f"{len(absent)} of {len(chosen)} images of split {split!r} are missing in {self.root}"
             examples = few(absent) + _similar_file(self.root, absent[0])
@@ -203,8 +181,8 @@ class CustomDataset(MultiLabelDataset):
                 raise DataError(f"{message} ({examples}): restore them, or drop them with `missing='drop'`.")
             log.warning("%s and are dropped: %s", message, examples)
         self.missing = tuple(absent)
-        self._bytes = [size for size in sizes if size is not None]
-        kept = [int(i) for i, size in zip(chosen, sizes, strict=True) if size is not None]
+        kept = [i for i, size in sizes.items() if size is not None]
+        self._bytes = [sizes[i] for i in kept]
         self._rows = [rows[i] for i in kept]
         self.ids = tuple(row.file for row in self._rows)
         self.targets = targets[kept].astype(np.int8)
@@ -216,12 +194,7 @@ class CustomDataset(MultiLabelDataset):
         return hashlib.sha256(json.dumps([super().fingerprint, self._bytes]).encode()).hexdigest()
 
     def image(self, i: int) -> Image.Image:
-        """The photo of row ``i`` as RGB, upright.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded.
-            DataError: if its size differs from the one in COCO JSON.
-        """
+        """The photo of row ``i``; raises :class:`DataError` if its size differs from the annotated one."""
         return self._rows[i].image(self.root)
 
     def boxes(self, i: int) -> BoxAnnotations | None:
@@ -257,6 +230,8 @@ def _read_all(
         if folders:
             raise ArgumentError("folders", "needs `annotations` with one file per split.")
         return [read_annotations(_path(root, annotations, "annotations"), form, PhotoFolder(root))]
+    if not annotations:
+        raise ArgumentError("annotations", "is empty: name an annotation file.")
     for split in annotations:
         if split not in SPLITS:
             raise ArgumentError("annotations", f"has the key {split!r}: expected train, val or test.")
@@ -278,10 +253,7 @@ def _read_all(
             if row.split not in (None, split):
                 raise DataError(f"{row.where} has split {row.split!r}, but `annotations` lists its file as {split!r}.")
             first[row.file] = row.where
-        rows = tuple(row._replace(split=split) for row in part.rows)
-        read.append(Annotations(part.source, part.labels, rows, part.notes))
-    if not read:
-        raise ArgumentError("annotations", "is empty: name an annotation file.")
+        read.append(part._replace(rows=tuple(row._replace(split=split) for row in part.rows)))
     return read
 
 
@@ -324,8 +296,7 @@ def _labels(read: Sequence[Annotations], allowed: tuple[str, ...] | None) -> tup
             first_at.setdefault(label, str(part.source))
         for row in part.rows:
             for label in (*row.present, *row.difficult):
-                if label not in first_at:
-                    first_at[label] = row.where
+                first_at.setdefault(label, row.where)
     if allowed is not None:
         for label, where in first_at.items():
             if label not in allowed:

@@ -5,8 +5,7 @@ A call that is interrupted at any point, even by ``kill -9``, is resumed by call
 - Bytes are appended to ``downloads/NAME.part``. ``NAME`` exists only after its hash was verified. If the hash is wrong
   since the bytes of an earlier call are of another version of the file, the download restarts.
 - Archives are unpacked to ``.NAME.unpacking`` inside the target folder, so that moving needs no copying. When all
-  members are checked and written, this folder is renamed to ``.NAME.moving`` and its content is moved into place.
-  Before ``.NAME.moving`` exists, no target file is touched; while it exists, the move must be completed.
+  members are checked and written, its content is moved into place. While it exists, the archive counts as not unpacked.
 
 A file lock in ``downloads`` serializes the processes that use one root.
 """
@@ -64,13 +63,12 @@ _BAD_NAME = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errn
 
 @dataclass(frozen=True)
 class Archive:
-    """One archive of a dataset and its target folder.
+    """One archive of a dataset.
 
     Attributes:
         url: address; the last part of its path is the file name.
         hash: ``md5:HEX`` or ``sha256:HEX`` of the archive, in lower case.
         size: expected size in bytes, used in messages and for progress if the server sends no size; not verified.
-        into: folder, relative to the root, in which it is unpacked.
         holds: paths, relative to the root, that exist once it is unpacked. The last file of the archive is a better
             indicator than a folder, which exists from the first file on.
     """
@@ -78,7 +76,6 @@ class Archive:
     url: str
     hash: str
     size: int | None = None
-    into: str = "."
     holds: tuple[str, ...] = ()
 
     @property
@@ -130,7 +127,7 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
 
     Existing files of the same names are replaced; other files are kept. An archive is refused, before any target file
     is touched, if it is damaged, has a member with an absolute path, ``..``, a link or a device, or exceeds the size
-    limits. Concurrent calls with the same folder are not safe.
+    limits. If the call is interrupted, repeat it. Concurrent calls with the same folder are not safe.
 
     Args:
         archive_file: zip if the name ends in ``.zip``, else tar.
@@ -142,14 +139,10 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
         OSError: if the disk is full or cannot be written.
     """
     archive_file, into = Path(archive_file), Path(into)
-    if not archive_file.is_file():
-        raise DataError(f"{archive_file}: no such file.")
-    into.mkdir(parents=True, exist_ok=True)
-    _finish_move(into, archive_file.name)
-    staging = into / f".{archive_file.name}.unpacking"
+    staging = _staging(into, archive_file.name)
     if staging.exists():
         shutil.rmtree(staging)
-    staging.mkdir()
+    staging.mkdir(parents=True)
     try:
         _unpack(archive_file, staging)
     except BaseException as error:
@@ -159,20 +152,17 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
             raise
         # on damaged archives, the readers raise errors of many classes
         raise DataError(f"{archive_file} cannot be unpacked ({first_line(error)}): download it again.") from error
-    staging.rename(_moving(into, archive_file.name))
-    _finish_move(into, archive_file.name)
+    _merge(staging, into)
 
 
 # --- single archive ---
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
-    return not _moving(root / archive.into, archive.name).exists() and all((root / p).exists() for p in archive.holds)
+    return not _staging(root, archive.name).exists() and all((root / path).exists() for path in archive.holds)
 
 
 def _fetch(archive: Archive, root: Path, folder: Path) -> None:
-    into = root / archive.into
-    _finish_move(into, archive.name)
     if _is_unpacked(archive, root):
         return
     file = next((file for file in (root / archive.name, folder / archive.name) if file.is_file()), None)
@@ -183,11 +173,11 @@ def _fetch(archive: Archive, root: Path, folder: Path) -> None:
             f"{file} has the wrong hash {digest}, expected {archive.hash}: remove it and run the same command again to "
             "download it."
         )
-    unpack(file, into)
+    unpack(file, root)
     missing = [path for path in archive.holds if not (root / path).exists()]
     if missing:
-        raise DataError(f"{file} was unpacked to {into}, but {missing[0]} is missing: it is the wrong archive.")
-    log.info("Unpacked %s to %s; the archive (%s) is no longer needed.", file, into, decimal(file.stat().st_size))
+        raise DataError(f"{file} was unpacked to {root}, but {missing[0]} is missing: it is the wrong archive.")
+    log.info("Unpacked %s to %s; the archive (%s) is no longer needed.", file, root, decimal(file.stat().st_size))
 
 
 def _digest(file: Path, archive: Archive) -> str:
@@ -358,25 +348,18 @@ def _zip_members(raw: BinaryIO) -> Iterator[_Member]:
             yield member.filename, member.file_size, is_plain, partial(archive.extract, member)
 
 
-def _moving(into: Path, name: str) -> Path:
-    return into / f".{name}.moving"
-
-
-def _finish_move(into: Path, name: str) -> None:
-    """Complete the move of ``.NAME.moving`` into place, if it exists."""
-    moving = _moving(into, name)
-    if moving.is_dir():
-        _merge(moving, into)
-        moving.rmdir()
+def _staging(into: Path, name: str) -> Path:
+    return into / f".{name}.unpacking"
 
 
 def _merge(source: Path, target: Path) -> None:
+    """Move the content of a folder into another one, and remove it."""
     for entry in sorted(source.iterdir()):
         place = target / entry.name
         if entry.is_dir() and place.is_dir():
             _merge(entry, place)
-            entry.rmdir()
         elif place.exists() and (entry.is_dir() or place.is_dir()):
             raise DataError(f"{place} is in the way: remove it and run the same command again to resume.")
         else:
             shutil.move(entry, place)  # a rename, unless a folder is a link to another disk
+    source.rmdir()

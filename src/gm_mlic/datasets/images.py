@@ -33,6 +33,8 @@ _ORIENTATION = 0x0112
 
 #: Formats whose further images are frames or pages. Those of other formats are previews, depth maps or layers.
 _ANIMATED = frozenset({"GIF", "PNG", "WEBP", "TIFF", "AVIF"})
+#: The animated file that is in the log; only the first one is.
+_logged: list[str] = []
 
 #: Brands in the first bytes of HEIC and AVIF files.
 _HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"avif", b"avis")
@@ -57,17 +59,14 @@ def read_image(path: str | Path) -> Image.Image:
         image.load()
         result = _to_rgb(_upright(image))
         with contextlib.suppress(Exception):  # of the second frame
-            if image.format in _ANIMATED and getattr(image, "is_animated", False):
-                _log_animated(str(path))
+            if image.format in _ANIMATED and getattr(image, "is_animated", False) and not _logged:
+                _logged.append(str(path))
+                log.warning("%s has several frames: only the first one is read, as of all animated files", path)
         return result
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Width and height after :func:`read_image`, from the file header only.
-
-    Raises:
-        UnreadableImage: as :func:`read_image`, if the header shows it.
-    """
+    """Width and height after :func:`read_image`, from the file header only; raises UnreadableImage as it does."""
     with _opened(Path(path)) as image:
         width, height = image.size
         try:
@@ -135,16 +134,6 @@ def _register_heif() -> bool:
         return False
     register_heif_opener()
     return True
-
-
-def _log_animated(path: str) -> None:
-    global _has_logged_animated
-    if not _has_logged_animated:
-        _has_logged_animated = True
-        log.warning("%s has several frames: only the first one is read, as of all animated files", path)
-
-
-_has_logged_animated = False
 
 
 def check_size(path: Path, size: tuple[int, int], annotated: tuple[int, int], where: str) -> None:

@@ -14,11 +14,11 @@ from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.base import MultiLabelDataset, check_targets, read_bytes
 from gm_mlic.datasets.images import read_image
 from gm_mlic.datasets.photo_folder import PhotoFolder, inside
-from gm_mlic.datasets.splits import check_split, rows_of
-from gm_mlic.errors import ConfigError, DataError, check_choice
+from gm_mlic.datasets.splits import Split, rows_of
+from gm_mlic.errors import ConfigError, DataError
 from gm_mlic.io import few
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed
+from gm_mlic.schema import Fraction, Seed, checked
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class NUSWIDE(MultiLabelDataset):
 
     The lists name photos as ``FOLDER\NAME.jpg``. Many photos were removed from Flickr; missing photos are dropped,
     listed in ``missing``, and counted in a warning. Ids are the names in the lists, with ``/``. ``train`` and ``val``
-    split the training list by a seeded random permutation of all its lines. Photos are dropped afterwards, so the split
-    does not depend on which photos are missing.
+    split the training list at random (:func:`~gm_mlic.datasets.splits.rows_of`), before photos are dropped.
 
     ============ ============= ========= =================
     list         images        labels    present
@@ -73,17 +72,16 @@ class NUSWIDE(MultiLabelDataset):
 
     name = "nuswide"
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         unlabeled: Literal["keep", "drop"] = "keep",
         download: bool = False,
     ) -> None:
-        check_split(split, val_fraction)
-        check_choice("unlabeled", unlabeled, ("keep", "drop"))
         if download:
             raise ConfigError(f"`download=True`: {_BY_HAND} ({Path(root)}).")
         self.split, self.root = split, Path(root)
@@ -132,8 +130,7 @@ class NUSWIDE(MultiLabelDataset):
         folders = (self.root / "TrainTestLabels", self.root / "Groundtruth" / "TrainTestLabels")
         source = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
         # Parsed as bytes: a million one-digit lines take milliseconds.
-        values = np.frombuffer(read_bytes(source, _BY_HAND), dtype=np.uint8)
-        values = values[~np.isin(values, np.frombuffer(b"\r\n \t", dtype=np.uint8))]
+        values = np.frombuffer(read_bytes(source, _BY_HAND).translate(None, b"\r\n \t"), dtype=np.uint8)
         wrong = np.flatnonzero((values != ord("0")) & (values != ord("1")))
         if wrong.size:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import stat
@@ -52,21 +53,12 @@ class PhotoFolder:
         The name is relative to the folder, or absolute and inside it. ``\`` separates folders. Composed and decomposed
         characters (NFC, NFD) are equal, as on macOS. If no such file exists, the spellings of annotation tools are
         tried: URL-encoding, Label Studio's upload prefix, and the folder ``images`` that exports add. If none exists
-        either, the name is returned as it is, for the caller to report.
-
-        Args:
-            name: file name in an annotation.
-
-        Returns:
-            The path as spelled on disk; None if it could be outside the folder.
+        either, the name is returned as it is, for the caller to report; None if it could be outside the folder.
         """
         exact = self._relative(name)
-        found = None if exact is None else self.find(self.below / exact)
-        for spelling in self._spellings(name) if found is None else ():
-            if (other := inside(spelling)) is not None and (found := self.find(self.below / other)) is not None:
-                break
-        if found is not None:
-            return str(found)
+        for path in itertools.chain([exact], map(inside, self._spellings(name))):
+            if path is not None and (found := self.find(self.below / path)) is not None:
+                return str(found)
         return None if exact is None else str(self.below / exact)
 
     def find(self, path: PurePosixPath) -> PurePosixPath | None:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from numbers import Integral, Real
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,22 +21,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
-from gm_mlic.errors import ArgumentError, check_choice
+from gm_mlic.datasets.splits import Split
+from gm_mlic.errors import check_positive
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Positive, Probability, Seed
+from gm_mlic.schema import Probability, Seed, checked
 
 Array = NDArray[Any]
 
 #: Part of the fingerprint: increment it when the same parameters give other pixels or scenes.
 RELEASE = 1
 
-THEMES = ("kitchen", "sport", "garden", "harbor")
 #: Per theme t: two labels with unique looks, then the first label of pair t, then the second label of pair t - 1.
 _THEME_LABELS = (
-    ("mug", "cheese", "lemon", "doughnut"),
-    ("kite", "dumbbell", "cricket bat", "tennis ball"),
-    ("clover", "flower pot", "marigold", "fence post"),
-    ("sailboat", "crate", "life ring", "starfish"),
+    ("mug", "cheese", "lemon", "doughnut"),  # kitchen
+    ("kite", "dumbbell", "cricket bat", "tennis ball"),  # sport
+    ("clover", "flower pot", "marigold", "fence post"),  # garden
+    ("sailboat", "crate", "life ring", "starfish"),  # harbor
 )
 #: Per spatial family: the anchor, the twin beside it, the twin above or below it.
 _FAMILIES = (("house", "gate", "hatch"), ("moon", "comet", "satellite"))
@@ -55,6 +54,7 @@ _JITTER = 4
 _OCCLUDED = (45, 60)  # percent of a glyph's area
 
 SIZES = {"train": 2000, "val": 500, "test": 1000}
+_Size = Annotated[int, Interval(ge=1, le=10_000_000)]
 _KIT_SLOTS, _SINGLE_SLOTS, _LONE_SLOT, _SLOTS = (0, 1), slice(2, 7), 7, 8
 _PLAIN, _IS_SMALL, _IS_OCCLUDED = 0, 1, 2
 _CANDIDATES = 48  # positions tried per object before the scene is redrawn
@@ -119,7 +119,7 @@ class _Look:
     height: int = 100
 
 
-_OWN_LOOKS = {
+_LOOK_OF_LABEL = {
     "mug": _Look(
         "blue mug",
         lambda x, y: (x <= 350) | (_ball(x, y, 350, 0, 650) & ~_ball(x, y, 350, 0, 330)),
@@ -138,17 +138,14 @@ _OWN_LOOKS = {
     ),
     "house": _Look("dark red house", _house, (150, 32, 44)),
     "moon": _Look("pale crescent", _crescent, (250, 240, 185), 80),
-}
-_SHARED_LOOKS = {
+    # Looks of the first label of a pair, which both labels can have.
     "lemon": _Look("yellow disc", _ball, (240, 222, 40)),
     "cricket bat": _Look("brown bar", lambda x, y: (abs(x) <= 1000) & (abs(y) <= 1000), (122, 74, 36), 38),
     "marigold": _Look("orange star", _star, (250, 128, 28)),
     "life ring": _Look("red ring", lambda x, y: _ball(x, y) & ~_ball(x, y, r=480), (232, 62, 62)),
     "gate": _Look("purple arch", lambda x, y: ~((abs(x) < 480) & (y > -380)), (122, 68, 190), 88),
     "comet": _Look("teal plus", lambda x, y: (abs(x) <= 340) | (abs(y) <= 340), (22, 165, 165)),
-}
-#: Looks of the second labels of pairs that do not share a look.
-_SPARE_LOOKS = {
+    # Looks of the second label of a pair, if they do not share one.
     "tennis ball": _Look("lime split disc", lambda x, y: _ball(x, y) & (abs(y) > 170), (178, 232, 50)),
     "fence post": _Look("sky-blue arrow", _arrow, (110, 190, 245), 80),
     "starfish": _Look("pink saltire", lambda x, y: (abs(x - y) <= 480) | (abs(x + y) <= 480), (250, 150, 190)),
@@ -156,7 +153,7 @@ _SPARE_LOOKS = {
     "hatch": _Look("olive hexagon", _hexagon, (122, 128, 40)),
     "satellite": _Look("navy hourglass", lambda x, y: abs(x) <= 180 + abs(y) * 82 // 100, (34, 42, 112), 84),
 }
-_LOOKS = (*_OWN_LOOKS.values(), *_SHARED_LOOKS.values(), *_SPARE_LOOKS.values())
+_LOOKS = tuple(_LOOK_OF_LABEL.values())
 
 
 @lru_cache(maxsize=4096)
@@ -259,14 +256,10 @@ def _kit_centers(u: Array, relation: Array, d: int) -> Array:
 
 
 def _place(origin: Array, extent: Array, wanted: Array, dice: Array, size: int) -> Array:
-    """Place singles and lone anchors without overlap; fills ``origin`` and returns (n,) bool, True if all fit.
+    """Place singles and lone anchors without overlap; returns (n,) bool, True if all fit.
 
-    Args:
-        origin: (n, 8, 2); the kit slots are read, the others written.
-        extent: (n, 8, 2).
-        wanted: (n, 8) mask of slots with an object.
-        dice: (n, 6, candidates, 2) random numbers in [0, 1).
-        size: image size in pixels.
+    ``origin`` (n, 8, 2) has the kits, and the others are written to it. ``wanted`` (n, 8) is True for slots with an
+    object; ``dice`` (n, 6, candidates, 2) are random numbers in [0, 1).
     """
     rows, fits = np.arange(len(origin)), np.ones(len(origin), dtype=bool)
     taken = wanted & (np.arange(_SLOTS) < 2)
@@ -318,14 +311,9 @@ def _lay_out(split: str, size: int, seed: int, hard_fraction: float, image_size:
 # --- Upper bound ---
 
 
-def _label_given_theme() -> Array:
-    """(4, 16) q_t(a), the probability that a single in a scene of theme t has label a."""
-    return np.kron(np.eye(4), np.full(4, (1 - STRAY) / 4)) + STRAY / 16
-
-
-def _context_posteriors(label: Array, look_of: Array) -> tuple[Array, Array]:
-    """Posteriors of themes (n, 4) and theme labels (n, 16) given the looks of the singles (n, s)."""
-    q = _label_given_theme()
+def _theme_label_posteriors(label: Array, look_of: Array) -> Array:
+    """Posteriors (n, 16) of theme labels given the looks of the singles ``label`` (n, s)."""
+    q = np.kron(np.eye(4), np.full(4, (1 - STRAY) / 4)) + STRAY / 16  # (4, 16): P(a single has label a | theme)
     same = look_of[:16, None] == look_of[None, :16]
     q_look = q @ same  # (4, 16): q_t of the look of label a
     share = q / q_look  # P(label a | theme, the look of a)
@@ -338,44 +326,7 @@ def _context_posteriors(label: Array, look_of: Array) -> tuple[Array, Array]:
         absent *= np.where(has_look[:, None], 1.0 - share, 1.0)
     theme /= theme.sum(axis=1, keepdims=True)
     # Rounded, so that equal posteriors tie and certain ones are 0 and 1 on every machine.
-    return theme, np.round(np.einsum("nt,nta->na", theme, 1.0 - absent), 12)
-
-
-def _mean_average_precision(scores: Array, targets: Array) -> float:
-    """Mean AP in percent over labels with positives; AP is the mean precision at the ranks of the positives.
-
-    Ties keep the row order.
-    """
-    order = np.argsort(-scores, axis=0, kind="stable")
-    hits = np.take_along_axis(targets == 1, order, axis=0)
-    precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
-    positives = hits.sum(axis=0)
-    has_positives = positives > 0
-    return float(100 * ((precision * hits).sum(axis=0)[has_positives] / positives[has_positives]).mean())
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object of a scene and the rule that determines its label.
-
-    Attributes:
-        label: true label.
-        look: name of its appearance; labels of a pair can share one look.
-        box: (x1, y1, x2, y2) in pixels.
-        rule: evidence for the label, given all looks and boxes: ``unique look``,
-            ``context: seen with ... -> theme ... 0.93`` or ``spatial: beside the house``.
-        probability: posterior that the label is present in the scene; its entry of ``limit_scores``.
-        small: drawn at reduced size.
-        occluded: about half covered by a gray patch.
-    """
-
-    label: str
-    look: str
-    box: tuple[int, int, int, int]
-    rule: str
-    probability: float
-    small: bool
-    occluded: bool
+    return np.asarray(np.einsum("nt,nta->na", theme, 1.0 - absent).round(12))
 
 
 @register_dataset("scenes")
@@ -422,51 +373,36 @@ class Scenes(MultiLabelDataset):
     no_settings = ("size",)
     detector = "scenes_tiny"
 
+    @checked
     def __init__(
         self,
-        split: str = "train",
-        size: int | None = None,
+        split: Split = "train",
+        size: _Size | None = None,
         seed: Seed = 0,
         context_pairs: Annotated[int, Interval(ge=0, le=4)] = 4,
         spatial_pairs: Annotated[int, Interval(ge=0, le=2)] = 2,
         hard_fraction: Probability = 0.3,
         image_size: Annotated[int, Interval(ge=96, le=640)] = 160,
         *,
-        sizes: Mapping[str, Positive] = SIZES,
+        sizes: Mapping[str, _Size] = SIZES,
     ) -> None:
-        check_choice("split", split, SIZES)
         size = sizes[split] if size is None else size
-        for key, value, kind, low, high in (
-            ("size", size, Integral, 1, 10_000_000),
-            ("seed", seed, Integral, 0, 2**63 - 1),
-            ("context_pairs", context_pairs, Integral, 0, 4),
-            ("spatial_pairs", spatial_pairs, Integral, 0, 2),
-            ("image_size", image_size, Integral, 96, 640),
-            ("hard_fraction", hard_fraction, Real, 0, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                expected = "an integer" if kind is Integral else "a number"
-                raise ArgumentError(key, f"is {value!r}: expected {expected} from {low} to {high}.")
+        check_positive(size=size)
         self.split, self.seed = split, int(seed)
         self.context_pairs, self.spatial_pairs = int(context_pairs), int(spatial_pairs)
         self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)
         self.labels = LABELS
         self.ids = tuple(f"{split}-{i:05d}" for i in range(size))
-        self._look_of = self._looks()
-        self._layout = _lay_out(split, int(size), self.seed, self.hard_fraction, self.image_size, self._look_of)
-        self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
-        row, slot = np.nonzero(self._layout.label >= 0)
-        self.targets[row, self._layout.label[row, slot]] = 1
-
-    def _looks(self) -> Array:
-        """(22,) look index of each label."""
-        names = {label: label for label in LABELS}
+        names = {label: label for label in LABELS}  # of the label whose look each label has
         for p in range(self.context_pairs):
             names[LABELS[4 * ((p + 1) % 4) + 3]] = LABELS[4 * p + 2]
         for _, beside, above in _FAMILIES[: self.spatial_pairs]:
             names[above] = beside
-        keys = (*_OWN_LOOKS, *_SHARED_LOOKS, *_SPARE_LOOKS)
-        return np.array([keys.index(names[label]) for label in LABELS])
+        self._look_of = np.array([list(_LOOK_OF_LABEL).index(names[label]) for label in LABELS])
+        self._layout = _lay_out(split, int(size), self.seed, self.hard_fraction, self.image_size, self._look_of)
+        self.targets = np.zeros((size, len(LABELS)), dtype=np.int8)
+        row, slot = np.nonzero(self._layout.label >= 0)
+        self.targets[row, self._layout.label[row, slot]] = 1
 
     @property
     def fingerprint(self) -> str:
@@ -478,9 +414,7 @@ class Scenes(MultiLabelDataset):
 
     def image(self, i: int) -> Image.Image:
         """Draw the image of row ``i``: RGB, ``image_size`` square, deterministic."""
-        return Image.fromarray(self._draw(range(len(self))[i]))
-
-    def _draw(self, i: int) -> NDArray[np.uint8]:
+        i = range(len(self))[i]
         size, scene = self.image_size, self._layout
         rng = _streams(self.seed, self.split, 5, i)
         # Background: one tone, smooth color gradients, finer gray texture; pixel noise is added last.
@@ -500,7 +434,7 @@ class Scenes(MultiLabelDataset):
                 _occlude(canvas, (x, y, w, h), covered, style)
         canvas += rng.integers(0, 27, canvas.shape, dtype=np.uint8)
         canvas -= 13
-        return np.ascontiguousarray(canvas.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        return Image.fromarray(np.ascontiguousarray(canvas.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)))
 
     def boxes(self, i: int) -> BoxAnnotations:
         """Boxes of all objects of row ``i``, in full extent even if occluded."""
@@ -524,50 +458,22 @@ class Scenes(MultiLabelDataset):
 
         for theme labels. Posteriors of anchors and twins are 0 or 1, since look and geometry determine them.
         """
-        _, theme_labels = _context_posteriors(self._layout.label[:, _SINGLE_SLOTS], self._look_of)
-        spatial = self.targets[:, 16:].astype(np.float64)
-        return np.concatenate([theme_labels, spatial], axis=1)
+        theme_labels = _theme_label_posteriors(self._layout.label[:, _SINGLE_SLOTS], self._look_of)
+        return np.concatenate([theme_labels, self.targets[:, 16:]], axis=1)
 
     def best_map(self) -> float:
         """Upper bound of mAP in percent: the mAP of :attr:`limit_scores`.
 
-        AP is the mean precision at the ranks of a label's positives. Ranking by the exact posterior maximizes its
-        expectation; on a finite split, a method can exceed it slightly at random.
+        AP is the mean precision at the ranks of a label's positives; ties keep the row order, and labels without
+        positives are not counted. Ranking by the exact posterior maximizes its expectation; on a finite split, a method
+        can exceed it slightly at random.
         """
-        return _mean_average_precision(self.limit_scores, self.targets)
-
-    def explain(self, i: int) -> list[SceneObject]:
-        """All objects of row ``i`` and the rules that determine their labels, in the order of :meth:`boxes`."""
-        i = range(len(self))[i]
-        label = self._layout.label[i]
-        theme, theme_labels = _context_posteriors(label[None, _SINGLE_SLOTS], self._look_of)
-        objects = []
-        for slot in np.flatnonzero(label >= 0):
-            a = int(label[slot])
-            (x, y), (w, h) = self._layout.origin[i, slot].tolist(), self._layout.extent[i, slot].tolist()
-            if (self._look_of == self._look_of[a]).sum() == 1:
-                rule = "unique look"
-            elif a < 16:
-                others = [int(b) for s, b in enumerate(label) if 2 <= s < _LONE_SLOT and b >= 0 and s != slot]
-                seen = ", ".join(dict.fromkeys(_LOOKS[self._look_of[b]].name for b in others))
-                likely = int(theme[0].argmax())
-                rule = f"context: seen with {seen} -> theme {THEMES[likely]} {theme[0, likely]:.2f}"
-            else:
-                where = "beside" if (a - 16) % 3 == 1 else "above or below"
-                rule = f"spatial: {where} the {_FAMILIES[(a - 16) // 3][0]}"
-            kind = self._layout.kind[i, slot]
-            objects.append(
-                SceneObject(
-                    label=LABELS[a],
-                    look=_LOOKS[self._look_of[a]].name,
-                    box=(x, y, x + w, y + h),
-                    rule=rule,
-                    probability=float(theme_labels[0, a]) if a < 16 else 1.0,
-                    small=bool(kind == _IS_SMALL),
-                    occluded=bool(kind == _IS_OCCLUDED),
-                )
-            )
-        return objects
+        order = np.argsort(-self.limit_scores, axis=0, kind="stable")
+        hits = np.take_along_axis(self.targets == 1, order, axis=0)
+        precision = np.cumsum(hits, axis=0) / np.arange(1, len(hits) + 1)[:, None]
+        positives = hits.sum(axis=0)
+        occurs = positives > 0
+        return float(100 * ((precision * hits).sum(axis=0)[occurs] / positives[occurs]).mean())
 
 
 def _occlude(canvas: Array, box: tuple[int, int, int, int], covered: Array, style: Array) -> None:

@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import numpy as np
 
-from gm_mlic.errors import ArgumentError, check_choice
+from gm_mlic.errors import ArgumentError
 from gm_mlic.targets import normalize_targets
 
-SPLITS = ("train", "val", "test")
-
-
-def check_split(split: str, val_fraction: float) -> None:
-    """Raise :class:`~gm_mlic.errors.ConfigError` unless ``split`` is known and the fraction is in [0, 1)."""
-    check_choice("split", split, SPLITS)
-    if not 0.0 <= val_fraction < 1.0:
-        raise ArgumentError("val_fraction", f"is {val_fraction}: expected a fraction in [0, 1).")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[str, ...] = get_args(Split)
 
 
 def rows_of(split: str, count: int, val_fraction: float, seed: int) -> np.ndarray:
-    """Rows of ``split`` in an official set of ``count`` images: all for ``test``, else one part of :func:`holdout`.
+    """Rows of ``split`` in an official set of ``count`` images, ascending.
+
+    ``test`` has all rows. Otherwise, ``val`` has ``round(val_fraction * count)`` rows of a seeded permutation, at least
+    one unless the fraction is 0, and ``train`` the others.
 
     Raises:
         ConfigError: if the split is empty.
     """
     if split == "test":
         return np.arange(count)
-    rows = holdout(count, val_fraction, seed, split == "val")
+    held_out = max(1, round(val_fraction * count)) if val_fraction else 0
+    order = np.random.default_rng(seed).permutation(count)
+    rows = np.sort(order[:held_out] if split == "val" else order[held_out:])
     if count and not rows.size:
         raise ArgumentError(
             "val_fraction", f"is {val_fraction}, which leaves no image of {count} for split {split!r}: change it."
         )
     return rows
-
-
-def holdout(count: int, fraction: float, seed: int, held_out: bool) -> np.ndarray:
-    """Row numbers of one part of a random split.
-
-    Args:
-        count: N, total number of rows.
-        fraction: fraction to hold out: ``round(fraction * N)`` rows, at least one unless the fraction is 0.
-        seed: seed of the permutation.
-        held_out: return the held-out rows (True) or the others.
-
-    Returns:
-        Row numbers, ascending.
-    """
-    size = max(1, round(fraction * count)) if fraction else 0
-    order = np.random.default_rng(seed).permutation(count)
-    return np.sort(order[:size] if held_out else order[size:])
 
 
 def stratified(targets: np.ndarray, fraction: float, seed: int) -> np.ndarray:

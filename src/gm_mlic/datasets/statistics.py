@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,7 @@ from gm_mlic.errors import DataError
 from gm_mlic.targets import normalize_targets
 
 
-@dataclass(frozen=True)
-class CoOccurrence:
+class CoOccurrence(NamedTuple):
     """Co-occurrence of label ``other`` with label ``given``.
 
     Attributes:
@@ -87,17 +86,10 @@ class DatasetStatistics:
         probability = np.where(self.positives[:, None] >= support, np.nan_to_num(self.conditional), 0.0)
         np.fill_diagonal(probability, 0.0)
         order = np.lexsort((-self.together.ravel(), -probability.ravel()))[:count]
-        pairs = (divmod(int(flat), len(self.labels)) for flat in order)
         return [
-            CoOccurrence(
-                self.labels[a],
-                self.labels[b],
-                float(probability[a, b]),
-                int(self.together[a, b]),
-                float(self.ratio[b]),
-            )
-            for a, b in pairs
-            if probability[a, b] > 0
+            CoOccurrence(self.labels[a], self.labels[b], float(p), int(self.together[a, b]), float(self.ratio[b]))
+            for a, b in (divmod(int(flat), len(self.labels)) for flat in order)
+            if (p := probability[a, b]) > 0
         ]
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from gm_mlic.datasets.annotation_tables import read_text
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset, check_images, check_targets
 from gm_mlic.datasets.download import Archive, fetch
 from gm_mlic.datasets.images import check_size, image_size, read_image
-from gm_mlic.datasets.splits import check_split, rows_of
+from gm_mlic.datasets.splits import Split, rows_of
 from gm_mlic.errors import DataError
 from gm_mlic.registry import register_dataset
-from gm_mlic.schema import Fraction, Seed, Url
+from gm_mlic.schema import Fraction, Seed, Url, checked
 
 #: The 20 classes in VOC's (alphabetical) order.
 LABELS = (
@@ -24,7 +24,12 @@ LABELS = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-_SERVER = "http://host.robots.ox.ac.uk/pascal/VOC"
+
+def _official(year: int, image_set: str, name: str, md5: str, size: int) -> tuple[str, Archive]:
+    """An image set and its archive."""
+    url = f"http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}.tar"
+    holds = (f"VOCdevkit/VOC{year}/ImageSets/Main/aeroplane_{image_set}.txt",)
+    return image_set, Archive(url, f"md5:{md5}", size, holds)
 
 
 class _VOC(MultiLabelDataset):
@@ -35,16 +40,16 @@ class _VOC(MultiLabelDataset):
     train_set: ClassVar[tuple[str, Archive]]
     test_set: ClassVar[tuple[str, Archive]]
 
+    @checked
     def __init__(
         self,
         root: str | Path,
-        split: str = "train",
+        split: Split = "train",
         val_fraction: Fraction = 0.1,
         seed: Seed = 0,
         download: bool = False,
         mirror: Url | None = None,
     ) -> None:
-        check_split(split, val_fraction)
         self.split, self.root = split, Path(root)
         image_set, archive = self.test_set if split == "test" else self.train_set
         if download:
@@ -70,23 +75,15 @@ class _VOC(MultiLabelDataset):
 
     def _image_set(self, image_set: str) -> tuple[list[str], np.ndarray]:
         """Ids, and values (N, 20) in {1, 0, -1}, of an official image set, from its 20 class files."""
-        ids: list[str] = []
-        columns: list[np.ndarray] = []
-        for label in LABELS:
-            source = self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt"
-            listed, column = _class_file(source)
-            if not columns:
-                ids = listed
-                if len(set(ids)) != len(ids):
-                    duplicate = next(image_id for image_id in ids if ids.count(image_id) > 1)
-                    raise DataError(f"{source} lists image {duplicate} twice: extract the archive again.")
-            elif listed != ids:
-                first = f"{LABELS[0]}_{image_set}.txt"
-                mismatch = sorted(set(listed) ^ set(ids))
-                what = f"image {mismatch[0]} is only in one of them" if mismatch else "their order differs"
-                raise DataError(f"{source} and {first} list different images ({what}): extract the archive again.")
-            columns.append(column)
-        return ids, np.stack(columns, axis=1)
+        files = [self.folder / "ImageSets" / "Main" / f"{label}_{image_set}.txt" for label in LABELS]
+        lists, columns = zip(*map(_class_file, files), strict=True)
+        for source, ids in zip(files, lists, strict=True):
+            if len(set(ids)) != len(ids):
+                duplicate = next(image_id for image_id in ids if ids.count(image_id) > 1)
+                raise DataError(f"{source} lists image {duplicate} twice: extract the archive again.")
+            if ids != lists[0]:
+                raise DataError(f"{source} and {files[0].name} list different images: extract the archive again.")
+        return lists[0], np.stack(columns, axis=1)
 
     def image(self, i: int) -> Image.Image:
         return read_image(self.folder / "JPEGImages" / f"{self.ids[i]}.jpg")
@@ -124,8 +121,7 @@ class VOC2007(_VOC):
         root/VOCdevkit/VOC2007/Annotations/ID.xml
 
     As in the literature, ``trainval`` is the training set and ``test`` the test set. ``train`` and ``val`` split
-    ``trainval`` by a seeded random permutation: ``round(val_fraction * N)`` images, at least one, are ``val``. With
-    ``val_fraction=0`` all of ``trainval`` is ``train``.
+    ``trainval`` at random (:func:`~gm_mlic.datasets.splits.rows_of`).
 
     A target is 1 if the image has an object of the class that is not difficult, else 0. ``difficult`` marks pairs of
     image and class with difficult objects only (0 in the class files). The loss and the metrics define how these are
@@ -153,24 +149,8 @@ class VOC2007(_VOC):
 
     name = "voc2007"
     year = 2007
-    train_set = (
-        "trainval",
-        Archive(
-            f"{_SERVER}/voc2007/VOCtrainval_06-Nov-2007.tar",
-            "md5:c52e279531787c972589f7e41ab4ae64",
-            460_032_000,
-            holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_trainval.txt",),
-        ),
-    )
-    test_set = (
-        "test",
-        Archive(
-            f"{_SERVER}/voc2007/VOCtest_06-Nov-2007.tar",
-            "md5:b6e924de25625d8de591ea690078ad9f",
-            451_020_800,
-            holds=("VOCdevkit/VOC2007/ImageSets/Main/aeroplane_test.txt",),
-        ),
-    )
+    train_set = _official(2007, "trainval", "VOCtrainval_06-Nov-2007", "c52e279531787c972589f7e41ab4ae64", 460_032_000)
+    test_set = _official(2007, "test", "VOCtest_06-Nov-2007", "b6e924de25625d8de591ea690078ad9f", 451_020_800)
 
 
 @register_dataset("voc2012", root="data/voc2012")
@@ -191,14 +171,8 @@ class VOC2012(_VOC):
 
     name = "voc2012"
     year = 2012
-    _archive = Archive(
-        f"{_SERVER}/voc2012/VOCtrainval_11-May-2012.tar",
-        "md5:6cd6e144f989b92b3379bac3b3de84fd",
-        1_999_639_040,
-        holds=("VOCdevkit/VOC2012/ImageSets/Main/aeroplane_train.txt",),
-    )
-    train_set = ("train", _archive)
-    test_set = ("val", _archive)
+    train_set = _official(2012, "train", "VOCtrainval_11-May-2012", "6cd6e144f989b92b3379bac3b3de84fd", 1_999_639_040)
+    test_set = ("val", train_set[1])
 
 
 def _class_file(source: Path) -> tuple[list[str], np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from gm_mlic.embeddings.hashed import hashed_vectors
 from gm_mlic.embeddings.labels import LabelEmbedding, embed_classes, embed_labels
 from gm_mlic.embeddings.words import ALIASES, labels_of, labels_of_classes, words_of
 
@@ -11,7 +10,6 @@ __all__ = [
     "LabelEmbedding",
     "embed_classes",
     "embed_labels",
-    "hashed_vectors",
     "labels_of",
     "labels_of_classes",
     "words_of",

@@ -36,16 +36,11 @@ def read_words(path: str | Path, words: Collection[str]) -> tuple[dict[str, np.n
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, raw in enumerate(lines, start=1):
                 line = raw.rstrip()
-                if not line:
+                if not line or (number == 1 and _is_header(line)):
                     continue
-                if not dim:
-                    if number == 1 and _is_header(line):
-                        continue
-                    dim = _trailing_numbers(line)
-                    if not dim:
-                        raise DataError(_malformed(path, number, "expected a word and its numbers"))
-                if line.count(b" ") < dim:
-                    raise DataError(_malformed(path, number, f"expected a word and {dim} numbers"))
+                dim = dim or _trailing_numbers(line)
+                if not dim or line.count(b" ") < dim:
+                    raise DataError(_malformed(path, number, f"expected a word and {dim or 'its'} numbers"))
                 written = line[: line.index(b" ")].decode("utf-8", "replace")
                 word = written.lower()
                 if word not in words or word in exact:

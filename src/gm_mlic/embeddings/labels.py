@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from gm_mlic.embeddings.glove import read_words
-from gm_mlic.embeddings.hashed import hashed_vectors
-from gm_mlic.embeddings.table import read_table, table_key
-from gm_mlic.embeddings.words import ALIASES, words_of
+from gm_mlic.embeddings.table import read_table
+from gm_mlic.embeddings.words import ALIASES, compact, words_of
 from gm_mlic.errors import ConfigError, DataError, check_choice, check_positive
 from gm_mlic.registry import EMBEDDINGS, register_embedding
 from gm_mlic.schema import Positive, Seed
@@ -77,9 +77,11 @@ def embed_labels(
 
 @register_embedding("hashed")
 def hashed(labels: Sequence[str], dim: Positive = 300, seed: Seed = 0) -> LabelEmbedding:
-    """Random vectors seeded by a hash of each word: no download, no semantics.
+    r"""Random vectors seeded by a hash of each word: no download, no semantics.
 
-    See :func:`~gm_mlic.embeddings.hashed.hashed_vectors`.
+    The values of a word's vector are independent and standard normal, drawn from the SHA-256 of seed and word. A label
+    of n words is :math:`\frac{1}{\sqrt{n}} \sum_w v_w`, so that its norm, about :math:`\sqrt{D}`, does not depend on n.
+    The vectors are the same on every machine.
 
     Args:
         labels: C unique names.
@@ -87,9 +89,21 @@ def hashed(labels: Sequence[str], dim: Positive = 300, seed: Seed = 0) -> LabelE
         seed: seed of the vectors.
     """
     check_positive(dim=dim)
-    words = {label: tuple(words_of(label)) or (label,) for label in labels}
-    vectors = torch.from_numpy(hashed_vectors(labels, dim, seed))
-    return LabelEmbedding(tuple(labels), vectors, f"hashed (dim {dim}, seed {seed})", words)
+    words = {label: tuple(words_of(label)) or (label,) for label in labels}  # without letters or digits: unchanged
+    drawn = [np.stack([_word_vector(word, dim, seed) for word in words[label]]) for label in labels]
+    vectors = np.stack([of_label.sum(axis=0) / np.sqrt(len(of_label)) for of_label in drawn]).astype(np.float32)
+    return LabelEmbedding(tuple(labels), torch.from_numpy(vectors), f"hashed (dim {dim}, seed {seed})", words)
+
+
+def _word_vector(word: str, dim: int, seed: int) -> np.ndarray:
+    """Box-Muller on the integers of the digests, rounded to five decimals for platform independence."""
+    pairs = (dim + 1) // 2
+    blocks = -(-pairs * 2 // 8)  # a digest holds eight 32-bit integers
+    digests = b"".join(hashlib.sha256(f"{seed}:{block}:{word}".encode()).digest() for block in range(blocks))
+    uniform = (np.frombuffer(digests, dtype="<u4")[: pairs * 2].astype(np.float64) + 0.5) / 2.0**32
+    radius, angle = np.sqrt(-2.0 * np.log(uniform[:pairs])), 2.0 * np.pi * uniform[pairs:]
+    normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:dim]
+    return np.round(normal, 5)
 
 
 @register_embedding("glove")
@@ -118,8 +132,10 @@ def glove(
         entries, dim = read_table(path)
         pieces = {label: _from_table(label, entries) for label in labels}
     else:
-        entries, dim = read_words(path, _wanted(labels))
-        pieces = {label: [_word(word, entries, str) for word in words_of(label)] for label in labels}
+        words = {word for label in labels for word in words_of(label)}
+        parts = {part for word in words for alias in ALIASES.get(word, ()) for part in words_of(alias)}
+        entries, dim = read_words(path, words | parts)
+        pieces = {label: [_word(word, entries) for word in words_of(label)] for label in labels}
     used: dict[str, tuple[str, ...]] = {}
     for label in labels:
         known = [piece for piece in pieces[label] if piece is not None]
@@ -133,7 +149,7 @@ def glove(
         if used[label]:
             vectors[row] = np.mean([entries[entry] for entry in used[label]], axis=0)
     if unknown and oov == "hashed":
-        filled = hashed_vectors(unknown, dim, seed)
+        filled = hashed(unknown, dim, seed).vectors.numpy()
         norms = np.linalg.norm(vectors, axis=1)[[bool(used[label]) for label in labels]]
         if norms.size:
             filled *= np.median(norms) / np.linalg.norm(filled, axis=1, keepdims=True)
@@ -159,27 +175,16 @@ def embed_classes(classes: Sequence[str], **settings: Any) -> Tensor:
 _Pieces = list["tuple[str, ...] | None"]
 
 
-def _wanted(labels: Sequence[str]) -> set[str]:
-    """Words of all labels, including alternative spellings."""
-    words = {word for label in labels for word in words_of(label)}
-    return words | {part for word in words for alias in ALIASES.get(word, ()) for part in words_of(alias)}
-
-
-def _word(word: str, entries: dict[str, np.ndarray], key: Callable[[str], str]) -> tuple[str, ...] | None:
-    if key(word) in entries:
-        return (key(word),)
-    for alias in ALIASES.get(word, ()):
-        parts = tuple(key(part) for part in words_of(alias))
-        if all(part in entries for part in parts):
-            return parts
-    return None
+def _word(word: str, entries: dict[str, np.ndarray]) -> tuple[str, ...] | None:
+    spellings = ([word], *map(words_of, ALIASES.get(word, ())))
+    return next((tuple(parts) for parts in spellings if all(part in entries for part in parts)), None)
 
 
 def _from_table(label: str, entries: dict[str, np.ndarray]) -> _Pieces:
-    for name in (label, *ALIASES.get(table_key(label), ())):
-        if table_key(name) in entries:
-            return [(table_key(name),)]
-    return [_word(word, entries, table_key) for word in words_of(label)]
+    for name in (label, *ALIASES.get(compact(label), ())):
+        if compact(name) in entries:
+            return [(compact(name),)]
+    return [_word(word, entries) for word in words_of(label)]
 
 
 def _out_of_vocabulary(unknown: list[str], pieces: dict[str, _Pieces], oov: str, path: Path) -> str:

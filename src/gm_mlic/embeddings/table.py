@@ -9,18 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gm_mlic.embeddings.words import words_of
+from gm_mlic.embeddings.words import compact
 from gm_mlic.errors import DataError
 from gm_mlic.io import first_line
 from gm_mlic.safe_load import load_arrays, load_tensors
 
 #: Errors of damaged or unexpected files.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
-
-
-def table_key(name: str) -> str:
-    """Lookup key of a name: its words without spaces, so that ``potted plant`` equals ``pottedplant``."""
-    return "".join(words_of(name))
 
 
 def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
@@ -30,7 +25,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     with ``labels`` and ``vectors``, or a dict from name to vector.
 
     Returns:
-        Vectors (D,) float32 by :func:`table_key` of their names, and D.
+        Vectors (D,) float32 by the :func:`compact <gm_mlic.embeddings.words.compact>` form of their names, and D.
 
     Raises:
         DataError: if the file is missing, malformed, or contains NaN or infinity.
@@ -51,7 +46,7 @@ def read_table(path: str | Path) -> tuple[dict[str, np.ndarray], int]:
     for name, vector in zip(names, vectors, strict=True):
         if not np.isfinite(vector).all():
             raise DataError(f"{path}: the vector of {name!r} contains NaN or infinity: replace it.")
-        key = table_key(name)
+        key = compact(name)
         if key in table and not np.array_equal(table[key], vector):
             raise DataError(f"{path}: {name!r} occurs twice with different vectors: keep one of them.")
         table[key] = vector

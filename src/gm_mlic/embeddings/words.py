@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,47 +11,34 @@ import numpy as np
 #: and aeroplane 0.49 (an alternative spelling), couch and bed 0.47.
 _SIMILAR = 0.5
 
-#: Alternative spellings, tried in order and only for missing words. VOC's compounds are first (tvmonitor is tv in
-#: published vectors); the others are compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one
-#: table can be used for all of them.
+_SYNONYMS = (
+    ("motorbike", "motorcycle"), ("sofa", "couch"), ("donut", "doughnut"), ("harbor", "harbour"), ("racket", "racquet"),
+    ("grey", "gray"),
+)  # fmt: skip
+_COMPOUNDS = (
+    "wine glass", "fire hydrant", "teddy bear", "hot dog", "traffic light", "stop sign", "parking meter", "sports ball",
+    "baseball bat", "baseball glove", "tennis racket",
+)  # fmt: skip
+#: Alternative spellings, tried in order and only for missing words. They are VOC's compounds (tvmonitor is tv in
+#: published vectors), and compounds and synonyms that differ between VOC, COCO and NUS-WIDE, so that one table can be
+#: used for all of them.
 ALIASES: dict[str, tuple[str, ...]] = {
+    **{a: (b,) for pair in _SYNONYMS for a, b in (pair, pair[::-1])},
+    **{name.replace(" ", ""): (name,) for name in _COMPOUNDS},
     "tvmonitor": ("tv", "tv monitor", "television"),
+    "tv": ("television", "tvmonitor"),
     "pottedplant": ("potted plant", "plant"),
     "diningtable": ("dining table", "table"),
     "aeroplane": ("airplane", "plane"),
     "airplane": ("aeroplane", "plane"),
     "plane": ("airplane", "aeroplane"),
-    "motorbike": ("motorcycle",),
-    "motorcycle": ("motorbike",),
-    "sofa": ("couch",),
-    "couch": ("sofa",),
-    "tv": ("television", "tvmonitor"),
-    "donut": ("doughnut",),
-    "doughnut": ("donut",),
     "drier": ("dryer",),
     "hairdrier": ("hair dryer", "hairdryer"),
     "cellphone": ("cell phone", "phone"),
-    "wineglass": ("wine glass",),
-    "firehydrant": ("fire hydrant",),
-    "teddybear": ("teddy bear",),
-    "hotdog": ("hot dog",),
-    "trafficlight": ("traffic light",),
-    "stopsign": ("stop sign",),
-    "parkingmeter": ("parking meter",),
-    "sportsball": ("sports ball",),
-    "baseballbat": ("baseball bat",),
-    "baseballglove": ("baseball glove",),
-    "tennisracket": ("tennis racket",),
-    "harbor": ("harbour",),
-    "harbour": ("harbor",),
     "nighttime": ("night time", "night"),
     "cityscape": ("skyline",),
     "railroad": ("railway",),
     "skis": ("ski",),
-    "racket": ("racquet",),
-    "racquet": ("racket",),
-    "grey": ("gray",),
-    "gray": ("grey",),
 }
 
 
@@ -63,6 +50,21 @@ def words_of(label: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", label.lower())
 
 
+def compact(name: str) -> str:
+    """Words of a name without spaces, so that ``potted plant`` equals ``pottedplant``."""
+    return "".join(words_of(name))
+
+
+#: Spellings of a name that are compared, in this order: exact, without case and punctuation, in singular and plural,
+#: and alternatives.
+_SPELLINGS: tuple[Callable[[str], list[str]], ...] = (
+    lambda name: [name],
+    lambda name: [" ".join(words_of(name))],
+    lambda name: [" ".join(words_of(name)), " ".join(words_of(name)).removesuffix("s")],
+    lambda name: [compact(name), *map(compact, ALIASES.get(compact(name), ()))],
+)
+
+
 def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     """Label index of each detector class; -1 for classes without an equivalent label.
 
@@ -70,7 +72,7 @@ def labels_of(classes: Sequence[str], labels: Sequence[str]) -> list[int]:
     each step considers only labels and classes that are not matched yet. Several classes can match one label.
     """
     label_of = [-1] * len(classes)
-    for spellings in (_exact, _normalized, _singular, _aliases):
+    for spellings in _SPELLINGS:
         free = [c for c in range(len(labels)) if c not in label_of]
         known = {spelling: c for c in reversed(free) for spelling in spellings(labels[c])}
         for k, name in enumerate(classes):
@@ -120,21 +122,3 @@ def labels_of_classes(
 def _unnamed(found: list[list[int]], labels: Sequence[str]) -> list[int]:
     named = {c for of_class in found for c in of_class}
     return [c for c in range(len(labels)) if c not in named]
-
-
-def _exact(name: str) -> Iterable[str]:
-    return [name]
-
-
-def _normalized(name: str) -> Iterable[str]:
-    return [" ".join(words_of(name))]
-
-
-def _singular(name: str) -> Iterable[str]:
-    (plain,) = _normalized(name)
-    return [plain, plain.removesuffix("s")]
-
-
-def _aliases(name: str) -> Iterable[str]:
-    compact = "".join(words_of(name))
-    return [compact, *("".join(words_of(alias)) for alias in ALIASES.get(compact, ()))]
