@@ -35,10 +35,7 @@ _MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 def check_arguments(arguments: Sequence[str]) -> list[Path]:
-    """Check a command line and the configs of its ``--config-dir``.
-
-    Returns:
-        The folders given as ``--config-dir``.
+    """Check a command line and the configs of its ``--config-dir``; returns these folders.
 
     Raises:
         ConfigError: for flags or keys that are not allowed.

@@ -15,13 +15,7 @@ from gm_mlic.io import first_line, write_file
 
 
 def build_workspace(entity: str, project: str) -> Any:
-    """Build the workspace: curves, sweeps over m and k, ablations, labels, photos.
-
-    Panels read the names logged by :mod:`gm_mlic.training.tracking`.
-
-    Raises:
-        ConfigError: if ``wandb-workspaces`` is not installed.
-    """
+    """The workspace: curves, sweeps over m and k, ablations, labels, photos, as :mod:`gm_mlic.training.tracking` logs."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws

@@ -20,14 +20,9 @@ from gm_mlic.training import build
 
 
 def describe(config: DictConfig) -> dict[str, Any]:
-    """Print the statistics of ``config.dataset`` and write them to ``config.run_dir``.
+    """Print the statistics of ``config.dataset`` and write them to ``config.run_dir``; returns ``statistics.json``.
 
-    Returns:
-        Content of ``statistics.json``.
-
-    Raises:
-        GMMLICError: if the dataset cannot be read. Missing and unreadable images and labels without a vector are
-            listed instead, if the settings of the dataset allow them.
+    Missing and unreadable images and labels without a vector are listed, if the settings of the dataset allow them.
     """
     datasets = build.build_datasets(config, config.splits)
     splits = [statistics(dataset) for dataset in datasets.values()]

@@ -23,12 +23,7 @@ _RECEIVER = {"instance": "the argmax instance", "label": "this label"}
 
 
 def explain_photo(config: DictConfig) -> Path:
-    """Explain one label of one photo; returns the path of the picture.
-
-    Raises:
-        UnreadableImage: if the photo cannot be read.
-        ConfigError: if the label is unknown, or the model has no graph.
-    """
+    """Explain one label of one photo; returns the path of the picture."""
     predictor = load(config)
     photo = read_image(config.image)
     found = explain(predictor, config.image, config.label)  # by its name: instances may be looked up

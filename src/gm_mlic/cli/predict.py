@@ -42,12 +42,7 @@ COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2",
 def predict(config: DictConfig) -> dict[str, str]:
     """Predict photos, write the files and print the labels of the first photos.
 
-    Returns:
-        Unreadable photos, with the reason.
-
-    Raises:
-        DataError: if there is no readable photo.
-        WeightsError: if the model cannot be loaded.
+    Returns unreadable photos, with the reason.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
     predictor = load(config)
@@ -120,8 +115,7 @@ def new_labels(config: DictConfig) -> dict[str, str]:
 def find_photos(names: Sequence[str]) -> list[Path]:
     """Photos of files, folders and glob patterns, without duplicates; files of a folder are sorted by name.
 
-    Args:
-        names: files, folders or patterns; a string may contain several, separated by commas.
+    A name may be several, separated by commas.
 
     Raises:
         DataError: for a name without photos.
