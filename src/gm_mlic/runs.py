@@ -132,11 +132,7 @@ def _damaged(path: Path) -> RunFolderError:
 
 
 def read_epochs(path: Path) -> tuple[dict[str, float], ...]:
-    """Rows of the ``metrics.csv`` of a run folder; empty if it has none.
-
-    Raises:
-        RunFolderError: if the file is damaged.
-    """
+    """Rows of the ``metrics.csv`` of a run folder; empty if it has none. Raises RunFolderError if it is damaged."""
     file = path / EPOCHS
     if not file.is_file():
         return ()
