@@ -149,18 +149,18 @@ def _allows(annotation: Any, value: Any) -> bool:
     try:
         # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions. YAML reads
         # .inf and .nan as numbers; JSON has none.
-        content = json.dumps(value, default=_plain_number, allow_nan=False)
+        content = json.dumps(value, default=_as_json, allow_nan=False)
         _adapter(annotation).validate_json(content, strict=True)
     except ValueError:  # of json, and the base class of pydantic's error
         return False
     return True
 
 
-def _plain_number(value: Any) -> Any:
-    """A number of NumPy as one of Python; the text of other values."""
+def _as_json(value: Any) -> Any:
+    """A number or sequence of another package as one of Python; the text of other values."""
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return str(value)
+    return list(value) if isinstance(value, Sequence) else str(value)
 
 
 def summary_of(build: Callable[..., Any]) -> str:
