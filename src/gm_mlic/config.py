@@ -257,11 +257,7 @@ _NARROWER: Mapping[str, Mapping[str, Any]] = {
 
 
 def settings_of_section(key: str, name: str | None = None) -> Mapping[str, Setting]:
-    """Settings of a section.
-
-    Args:
-        key: a key of :data:`SECTIONS`.
-        name: its ``name``, for sections that have one.
+    """Settings of a section of :data:`SECTIONS`, with its ``name`` if it has one.
 
     Raises:
         ConfigError: if the name is not registered.
@@ -287,12 +283,9 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
     """Add missing settings with their defaults, derive those that follow from others, and check all values.
 
     Args:
-        config: the composed config; it is changed.
+        config: the composed config, which is changed and returned.
         fields: settings outside of sections; None: they are not checked.
         complete: whether all settings must have a value.
-
-    Returns:
-        The config.
 
     Raises:
         ConfigError: for the first unknown setting, or missing or invalid value.
@@ -311,11 +304,7 @@ def finish(config: DictConfig, fields: Mapping[str, Setting] | None = None, *, c
 
 
 def require_values(config: DictConfig) -> None:
-    """Check that no setting is missing.
-
-    Raises:
-        ConfigError: for the first one that is.
-    """
+    """Raise ConfigError for the first setting without a value."""
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     for key in sorted(OmegaConf.missing_keys(own)):
         raise ConfigError(f"{key} has no value: set it with {key}=VALUE.")
@@ -361,13 +350,7 @@ def _plain(parent: DictConfig, name: str) -> Any:
 
 
 def unknown(key: str, known: Iterable[str], kind: str = "") -> str:
-    """Error message for an unknown key, with a suggestion and the known settings of its section.
-
-    Args:
-        key: the unknown key.
-        known: settings of its section.
-        kind: kind of the section, for the message.
-    """
+    """Error message for an unknown key, with a suggestion and the known settings of its section (of a ``kind``)."""
     parent, _, name = key.rpartition(".")
     known = sorted(known)
     section = f" of {parent}{kind}" if parent else ""

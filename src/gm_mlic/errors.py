@@ -3,8 +3,8 @@
 A message is one line: what is wrong, where, and what to do next. Exceptions other than :class:`GMMLICError` are
 reported as internal errors.
 
-Messages refer to library arguments, between backticks (```download=True```). :func:`config_keys` replaces them by
-config keys (``dataset.download=true``).
+Messages name library arguments, between backticks (```download=True```), which :func:`config_keys` replaces by config
+keys (``dataset.download=true``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class ConfigError(GMMLICError):
 class ArgumentError(ConfigError, ValueError):
     """Invalid argument of a function or class.
 
-    The message names the argument; the command line adds the config group, so that ``k must be 1 or more`` becomes
-    ``model.k must be 1 or more``.
+    The message names the argument, and :func:`config_keys` makes ``model.k must be ...`` of ``k must be ...``.
 
     Args:
         argument: name of the argument.
@@ -79,12 +78,6 @@ def config_keys(section: str = "", **keys: str) -> Iterator[None]:
     Args:
         section: config section of the arguments, for example ``dataset``; empty for the top level.
         **keys: full config keys of arguments with another name in the config.
-
-    Example:
-        >>> with config_keys("model"):
-        ...     raise ArgumentError("k", "must be 1 or more, got 0.")
-        Traceback (most recent call last):
-        gm_mlic.errors.ConfigError: model.k must be 1 or more, got 0.
     """
 
     def key_of(argument: str) -> str:

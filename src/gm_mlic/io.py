@@ -112,8 +112,7 @@ class Progress:
 
         screen = console.Console(stderr=True)
         is_bar = show and screen.is_terminal
-        texts = (progress.TextColumn(text) for text in ("{task.description}", "{task.fields[state]}"))
-        columns = (next(texts), progress.BarColumn(), next(texts))
+        columns = ("{task.description}", progress.BarColumn(), "{task.fields[state]}")
         self._bar = progress.Progress(*columns, console=screen, transient=True, disable=not is_bar)
         self._task = self._bar.add_task(what, total=total, completed=done, state="")
         self._amount: Callable[[float], str] = lambda n: str(round(n, 1))

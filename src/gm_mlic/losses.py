@@ -18,7 +18,7 @@ class MultiLabelLoss(nn.Module):
 
     For numerical stability, losses are computed from logits, in float32 (float64 stays float64). With
     ``difficult="ignore"``, they are means over the pairs that are not difficult. The loss of an empty batch is NaN, as
-    in torch.
+    in torch. Inputs, shapes and errors below are those of all losses.
 
     Args:
         label_ratio: (C,), the fraction of training images with label c.
@@ -36,7 +36,7 @@ class MultiLabelLoss(nn.Module):
         - **output:** scalar
 
     Raises:
-        ArgumentError: if a ratio is not in [0, 1], or an option is unknown; in ``forward``, if shapes differ, or a
+        ArgumentError: if a ratio is not in [0, 1], or a setting is not valid; in ``forward``, if shapes differ, or a
             difficult mask is given with ``voc``.
         DataError: in ``forward``, if targets do not match the format.
     """
@@ -118,14 +118,6 @@ class WeightedBCE(MultiLabelLoss):
         beta: :math:`\beta`, the weight of rare labels (0: unweighted; the paper uses 0 on VOC 2007 and 0.4 on COCO and
             NUS-WIDE).
         difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
-
-    Shapes:
-        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
-        - **output:** scalar
-
-    Raises:
-        ArgumentError: if beta is negative or not finite, and as in :class:`MultiLabelLoss`.
-        DataError: as in :class:`MultiLabelLoss`.
     """
 
     _own = ("beta",)
@@ -170,14 +162,6 @@ class AsymmetricLoss(MultiLabelLoss):
         gamma_negative: :math:`\gamma_-` (default: 4, the paper's).
         margin: m, the probability below which an absent label has no loss (default: 0.05, the paper's).
         difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
-
-    Shapes:
-        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
-        - **output:** scalar
-
-    Raises:
-        ArgumentError: if a setting is out of range, and as in :class:`MultiLabelLoss`.
-        DataError: as in :class:`MultiLabelLoss`.
     """
 
     _own = ("gamma_positive", "gamma_negative", "margin")
@@ -221,14 +205,6 @@ class FocalLoss(MultiLabelLoss):
         gamma: :math:`\gamma`, focus on hard pairs (default: 2, the paper's).
         alpha: :math:`\alpha`, weight of present labels; absent ones have 1 - alpha (default: 0.25, the paper's).
         difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`.
-
-    Shapes:
-        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
-        - **output:** scalar
-
-    Raises:
-        ArgumentError: if a setting is out of range, and as in :class:`MultiLabelLoss`.
-        DataError: as in :class:`MultiLabelLoss`.
     """
 
     _own = ("gamma", "alpha")
@@ -273,10 +249,6 @@ class WARPLoss(MultiLabelLoss):
         label_ratio: see :class:`MultiLabelLoss`; only C is used.
         difficult, target_format, allow_all_present, validate_args: see :class:`MultiLabelLoss`; with
             ``difficult="ignore"``, they are neither present nor absent.
-
-    Shapes:
-        - **input:** logits (B, C); targets (B, C); difficult (B, C), or None
-        - **output:** scalar
     """
 
     def loss(self, logits: Tensor, positive: Tensor, counted: Tensor | None) -> Tensor:

@@ -54,13 +54,9 @@ for _name, _class in vars(torch.optim).items():
 
 
 def build_optimizer(settings: Mapping[str, Any], groups: Iterable[Any]) -> torch.optim.Optimizer:
-    """Build ``optimizer.name`` with its arguments.
-
-    Args:
-        settings: the config section, without ``detector_lr``.
-        groups: parameters, or parameter groups.
-    """
+    """Build the optimizer of a config section, without its ``detector_lr``, for parameters or parameter groups."""
     arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    arguments.pop("detector_lr", None)
     with _rejections(settings["name"]):
         optimizer: torch.optim.Optimizer = OPTIMIZERS.build(str(arguments.pop("name")), **arguments, params=groups)
     return optimizer
@@ -69,16 +65,10 @@ def build_optimizer(settings: Mapping[str, Any], groups: Iterable[Any]) -> torch
 def build_scheduler(
     settings: Mapping[str, Any], optimizer: torch.optim.Optimizer, steps: int, epochs: int
 ) -> dict[str, Any]:
-    """Build ``scheduler.name`` with its arguments, as Lightning's ``lr_scheduler``.
+    """Build the scheduler of a config section, as Lightning's ``lr_scheduler``, for a training of so many steps.
 
     OneCycleLR advances with each step, all others with the last step of each epoch: the checkpoint at the end of an
     epoch is saved before Lightning would advance them.
-
-    Args:
-        settings: the config section.
-        optimizer: the optimizer.
-        steps: steps of the whole training.
-        epochs: epochs of the whole training.
     """
     given = {"optimizer": optimizer, "steps": steps}
     arguments = {**settings, **{key: v for key, v in given.items() if key in SCHEDULERS.arguments(settings["name"])}}
@@ -90,14 +80,9 @@ def build_scheduler(
 
 
 def check_schedule(settings: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Check settings of ``scheduler``, of which torch rejects some only in the first steps.
+    """Raise ArgumentError for settings of a scheduler that torch rejects, some of them only in the first steps.
 
-    Args:
-        settings: the config section.
-        optimizer: an optimizer that is not used otherwise.
-
-    Raises:
-        ArgumentError: if torch rejects them.
+    ``optimizer`` is not used otherwise.
     """
     with _rejections(settings["name"]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of steps without optimizer.step()

@@ -205,37 +205,28 @@ def register_model(name: str, summary: str | None = None, **preset: Any) -> Call
 
 
 def register_detector(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
-    """Decorator: register a detector, a class or function that returns an
+    """Decorator as :func:`register_model`: register a detector, a class or function that returns an
     :class:`~gm_mlic.detection.InstanceExtractor`, for ``detector.name``.
 
     It is called with its settings and, if it has such an argument, ``device``.
-
-    Args:
-        name, summary, preset: see :func:`register_model`.
     """
     return DETECTORS.register(name, summary, **preset)
 
 
 def register_dataset(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
-    """Decorator: register a dataset, a class or function that returns a
+    """Decorator as :func:`register_model`: register a dataset, a class or function that returns a
     :class:`~gm_mlic.datasets.MultiLabelDataset`, for ``dataset.name``.
 
     It is called with its settings and ``split``: ``train``, ``val`` or ``test``.
-
-    Args:
-        name, summary, preset: see :func:`register_model`.
     """
     return DATASETS.register(name, summary, **preset)
 
 
 def register_embedding(name: str, summary: str | None = None, **preset: Any) -> Callable[[Builder], Builder]:
-    """Decorator: register a function from labels to a :class:`~gm_mlic.embeddings.LabelEmbedding`, for
-    ``embedding.name``.
+    """Decorator as :func:`register_model`: register a function from labels to a
+    :class:`~gm_mlic.embeddings.LabelEmbedding`, for ``embedding.name``.
 
     It is called with its settings and ``labels``, unique names.
-
-    Args:
-        name, summary, preset: see :func:`register_model`.
     """
     return EMBEDDINGS.register(name, summary, **preset)
 
@@ -280,20 +271,21 @@ def import_plugins(modules: Sequence[str]) -> None:
     if modules and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     for name in modules:
+        package = name.partition(".")[0]
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"plugins={name}: expected the name of a module, e.g. my_package.my_module.")
         if name.endswith(".py") and Path(name).is_file():
             raise ConfigError(f"plugins={name}: name the module without .py: plugins=[{name.removesuffix('.py')}].")
         try:
             module = importlib.import_module(name)
-            _plugin_packages.add(name.partition(".")[0])
+            _plugin_packages.add(package)
         except Terminated:
             raise
         except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]:
+            if isinstance(error, ModuleNotFoundError) and error.name == package:
                 hint = "no such module; install it, or start gm-mlic in its folder"
             else:
-                hint = f"{first_line(error).rstrip('.')}{_place(error, name)}; correct it"
+                hint = f"{first_line(error).rstrip('.')}{_places(error).get(package, '')}; correct it"
             raise ConfigError(f"plugins={name}: {hint}.") from error
         for here, own in ((Path(f"{name}.py"), f"{name}.py"), (Path(name, "__init__.py"), f"the folder {name}")):
             if here.is_file() and not here.samefile(getattr(module, "__file__", None) or "/"):
@@ -302,24 +294,17 @@ def import_plugins(modules: Sequence[str]) -> None:
 
 def plugin_failure(error: BaseException) -> str | None:
     """Error message for an exception that was raised by a plugin, or by what it calls; None for others."""
-    package = next((name for name in _frames(error) if name.partition(".")[0] in _plugin_packages), None)
-    if package is None:
+    places = [(package, place) for package, place in _places(error).items() if package in _plugin_packages]
+    if not places:
         return None
-    name = package.partition(".")[0]
+    name, place = places[0]
     message = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
-    return f"the plugin {name} failed: {message}{_place(error, name)}; correct it, or see --verbose."
+    return f"the plugin {name} failed: {message}{place}; correct it, or see --verbose."
 
 
-def _frames(error: BaseException) -> list[str]:
-    """Names of the modules in a traceback."""
-    return [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
-
-
-def _place(error: BaseException, package: str) -> str:
-    """File and line of a package in a traceback, the last one; empty if it is not in it, as for a syntax error."""
-    lines = [
-        f" ({Path(frame.f_code.co_filename).name}, line {number})"
-        for frame, number in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).partition(".")[0] == package.partition(".")[0]
-    ]
-    return lines[-1] if lines else ""
+def _places(error: BaseException) -> dict[str, str]:
+    """Packages in a traceback, with the last file and line of each: `` (FILE, line NUMBER)``."""
+    return {
+        str(frame.f_globals.get("__name__")).partition(".")[0]: f" ({Path(frame.f_code.co_filename).name}, line {line})"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    }

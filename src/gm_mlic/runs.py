@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -132,11 +132,7 @@ def _damaged(path: Path) -> RunFolderError:
 
 
 def read_epochs(path: Path) -> tuple[dict[str, float], ...]:
-    """Rows of the ``metrics.csv`` of a run folder; empty if it has none.
-
-    Raises:
-        RunFolderError: if the file is damaged.
-    """
+    """Rows of the ``metrics.csv`` of a run folder; empty if it has none. Raises RunFolderError if it is damaged."""
     file = path / EPOCHS
     if not file.is_file():
         return ()
@@ -199,17 +195,15 @@ def decisive(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys and values of the settings that affect the result of a run."""
-    leaves: dict[str, Any] = {}
+    return dict(_leaves(decisive(config)))
 
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if isinstance(value, Mapping):
-                walk(value, f"{prefix}{key}.")
-            else:
-                leaves[f"{prefix}{key}"] = value
 
-    walk(decisive(config), "")
-    return leaves
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 # Writing

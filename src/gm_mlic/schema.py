@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import numbers
 import pkgutil
 import re
@@ -25,7 +24,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import DocInfo, Ge, Gt, Interval, Le, Len, Lt, Predicate
+from annotated_types import DocInfo, Ge, Interval, Len, Predicate
 
 from gm_mlic.errors import ArgumentError
 
@@ -75,16 +74,7 @@ class Setting:
 
     def accepts(self, value: Any) -> bool:
         """Whether ``value``, as read from YAML, is valid."""
-        if value == "" and self.default != "":
-            return False
-        try:
-            # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions. YAML reads
-            # .inf and .nan as numbers; JSON has none.
-            content = json.dumps(value, default=str, allow_nan=False)
-            _adapter(self.annotation).validate_json(content, strict=True)
-        except ValueError:  # of json, and the base class of pydantic's error
-            return False
-        return True
+        return (value != "" or self.default == "") and _allows(self.annotation, value)
 
 
 @functools.cache
@@ -135,7 +125,8 @@ def checked(init: Callable[P, T]) -> Callable[P, T]:
     def checking(*args: P.args, **kwargs: P.kwargs) -> T:
         hints = _annotations(init)
         for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-            if not _allows(hints.get(name, Any), value):
+            part = _checkable(hints.get(name, Any))
+            if part is not Any and not _allows(part, value):
                 expected = describe(hints[name]).replace("null", "None")
                 raise ArgumentError(name, f"must be {expected}; got {value!r}.")
         return init(*args, **kwargs)
@@ -143,35 +134,36 @@ def checked(init: Callable[P, T]) -> Callable[P, T]:
     return checking
 
 
-def _allows(annotation: Any, value: Any) -> bool:
-    """Whether an annotation allows a value; True for annotations that are not checked."""
+def _checkable(annotation: Any) -> Any:
+    """An annotation, with Any for its parts that :func:`checked` does not check."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is type(None) or origin is Literal:
-        return value in (arguments or (None,))
     if origin in (Union, types.UnionType):
-        return any(_allows(part, value) for part in arguments)
-    if origin is Sequence and get_origin(arguments[0]) is Annotated:
-        return isinstance(value, Sequence) and all(_allows(arguments[0], item) for item in value)
+        return Union[tuple(map(_checkable, arguments))]  # noqa: UP007 - of a tuple
     if origin is tuple and Ellipsis not in arguments:
-        return isinstance(value, Sequence) and len(value) == len(arguments) and all(map(_allows, arguments, value))
-    if annotation is bool:
-        return isinstance(value, bool)
-    if origin is not Annotated or arguments[0] not in (int, float):
-        return True
-    kind = numbers.Integral if arguments[0] is int else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+        return tuple[tuple(map(_checkable, arguments))]  # type: ignore[misc]
+    is_number = origin is Annotated and arguments[0] in (int, float)
+    is_list = origin is Sequence and get_origin(arguments[0]) is Annotated
+    is_checked = is_number or is_list or origin is Literal or annotation in (bool, type(None))
+    return annotation if is_checked else Any
+
+
+def _allows(annotation: Any, value: Any) -> bool:
+    """Whether an annotation allows a value, as read from YAML or given in Python."""
+    try:
+        # As JSON, in which lists stand for tuples, and strings for paths. Strict: no other conversions. YAML reads
+        # .inf and .nan as numbers; JSON has none.
+        content = json.dumps(value, default=_as_json, allow_nan=False)
+        _adapter(annotation).validate_json(content, strict=True)
+    except ValueError:  # of json, and the base class of pydantic's error
         return False
-    bounds = [part for c in arguments[1:] for part in (c if hasattr(c, "__iter__") else [c])]
-    return all(_WITHIN[type(bound)](value, bound) for bound in bounds if type(bound) in _WITHIN)
+    return True
 
 
-_WITHIN: dict[type, Callable[[Any, Any], bool]] = {
-    Ge: lambda value, bound: value >= bound.ge,
-    Gt: lambda value, bound: value > bound.gt,
-    Le: lambda value, bound: value <= bound.le,
-    Lt: lambda value, bound: value < bound.lt,
-    Predicate: lambda value, bound: bound.func(value),
-}
+def _as_json(value: Any) -> Any:
+    """A number or sequence of another package as one of Python; the text of other values."""
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return list(value) if isinstance(value, Sequence) else str(value)
 
 
 def summary_of(build: Callable[..., Any]) -> str:

@@ -126,12 +126,10 @@ def _check_values(targets: Tensor | np.ndarray, target_format: str, allow_all_pr
         if other == -1:
             advice = "pass target_format='voc' if 0 means difficult and -1 absent, or write absent labels as 0."
         raise DataError(f"targets contain {other:g}: {advice}")
-    if voc and not allow_all_present and 0 not in targets.shape and not _any_absent(targets):
+    if not voc or allow_all_present or 0 in targets.shape:
+        return
+    if not (_is_signed(targets) and bool((targets == -1).any())):
         raise DataError(
             "targets contain no -1, so no label is absent: pass target_format='binary' if 0 means absent, or "
             "allow_all_present=True."
         )
-
-
-def _any_absent(targets: Tensor | np.ndarray) -> bool:
-    return _is_signed(targets) and bool((targets == -1).any())

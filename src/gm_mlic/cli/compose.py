@@ -41,8 +41,7 @@ def compose(
     """Compose and check the config of ``gm-mlic COMMAND OVERRIDES``.
 
     Args:
-        command: name of the command, e.g. ``train``.
-        overrides: Hydra overrides, as on the command line.
+        command, overrides: as on the command line.
         folders: further folders of configs.
         return_hydra_config: keep the ``hydra`` section.
         complete: whether all settings must have a value.
@@ -54,15 +53,8 @@ def compose(
 
 
 def check_jobs(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
-    """Check all jobs of a multirun. Of a search, whose jobs are unknown before it runs, the first values are checked.
-
-    Args:
-        command: name of the command.
-        overrides: Hydra overrides, with lists of values.
-        folders: further folders of configs.
-
-    Raises:
-        ConfigError: as :func:`compose`, for the first invalid job.
+    """Check all jobs of a multirun, as :func:`compose`. Of a search, whose jobs are unknown before it runs, the first
+    values are checked.
     """
     parse = OverridesParser.create().parse_overrides
     fixed = [override.input_line for override in parse(list(overrides)) if not override.is_sweep_override()]
@@ -113,16 +105,7 @@ def _added_if_unknown(command: str, override: str) -> str:
 
 
 def check(command: str, config: DictConfig, *, complete: bool = True) -> DictConfig:
-    """Complete and check a composed config; returns it.
-
-    Args:
-        command: name of the command.
-        config: the config; it is changed.
-        complete: whether all settings must have a value.
-
-    Raises:
-        ConfigError: as :func:`compose`.
-    """
+    """Complete and check a composed config, which is changed, as :func:`compose`; returns it."""
     OmegaConf.set_struct(config, False)
     for group, default in COMMANDS[command].groups.items():  # Hydra leaves out a group without an option
         if group in SECTIONS and config.get(group) is None:

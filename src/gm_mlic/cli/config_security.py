@@ -35,15 +35,12 @@ _MOST_VALUES, _DEEPEST = 100_000, 50
 
 
 def check_arguments(arguments: Sequence[str]) -> list[Path]:
-    """Check a command line and the configs of its ``--config-dir``.
-
-    Returns:
-        The folders given as ``--config-dir``.
+    """Check a command line and the configs of its ``--config-dir``; returns these folders.
 
     Raises:
         ConfigError: for flags or keys that are not allowed.
     """
-    folders = []
+    folders, modes = [], []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         if argument.startswith("-"):
             flag, _, value = argument.partition("=")
@@ -53,6 +50,8 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
                 raise ConfigError(f"{flag}: expected one of job, hydra, all.")
             if flag in ("--config-dir", "-cd"):
                 folders.append(Path(value or following))
+            if flag in _MODES:
+                modes.append(flag)
         elif argument.lstrip("+~").startswith("hydra.searchpath"):
             raise ConfigError(f"{argument}: pass a folder of configs as --config-dir DIR.")
         elif "=" in argument:
@@ -63,7 +62,6 @@ def check_arguments(arguments: Sequence[str]) -> list[Path]:
                 raise ConfigError(f"{argument}: write sweep=[{value}] to run every combination of these.")
             if _CALLS.search(key) or "_target_" in value:
                 raise ConfigError(f"{argument}: settings may not name classes to call.")
-    modes = [argument.partition("=")[0] for argument in arguments if argument.partition("=")[0] in _MODES]
     if len(modes) > 1:
         raise ConfigError(f"{modes[0]} excludes {modes[1]}.")
     for folder in folders:

@@ -15,13 +15,7 @@ from gm_mlic.io import first_line, write_file
 
 
 def build_workspace(entity: str, project: str) -> Any:
-    """Build the workspace: curves, sweeps over m and k, ablations, labels, photos.
-
-    Panels read the names logged by :mod:`gm_mlic.training.tracking`.
-
-    Raises:
-        ConfigError: if ``wandb-workspaces`` is not installed.
-    """
+    """The workspace: curves, sweeps, ablations, labels and photos, as logged by :mod:`gm_mlic.training.tracking`."""
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
@@ -71,11 +65,13 @@ def dashboard(config: DictConfig) -> None:
     """Save the workspace at W&B; without a login, write its definition to ``config.out``."""
     try:
         import wandb
+        from requests.utils import get_netrc_auth  # of a package that wandb needs
     except ImportError as error:
         raise ConfigError("The dashboard needs W&B: pip install 'gm-mlic[wandb]'.") from error
     offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
     entity = config.entity
-    if not offline and (os.environ.get("WANDB_API_KEY") or _is_logged_in(wandb)):
+    # `wandb login` writes its key to the netrc file.
+    if not offline and (os.environ.get("WANDB_API_KEY") or get_netrc_auth(str(wandb.setup().settings.base_url))):
         try:
             api = wandb.Api(timeout=20)
             entity = entity or api.default_entity
@@ -94,17 +90,3 @@ def dashboard(config: DictConfig) -> None:
         content = workspace._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
     write_file(out, json.dumps(content, indent=2) + "\n")
     print(f"dashboard: definition in {out}; to save it at W&B, run `wandb login` and then this command again.")
-
-
-def _is_logged_in(wandb: Any) -> bool:
-    """Whether the netrc file has a key for the server, as written by ``wandb login``."""
-    import netrc
-
-    host = str(wandb.setup().settings.base_url).split("//")[-1].split("/")[0].split(":")[0]
-    for path in (os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"):
-        if path and Path(path).is_file():
-            try:
-                return netrc.netrc(str(path)).authenticators(host) is not None
-            except (netrc.NetrcParseError, OSError):
-                return False
-    return False

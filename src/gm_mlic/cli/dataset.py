@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from gm_mlic.config import section
-from gm_mlic.datasets import MultiLabelDataset
 from gm_mlic.datasets.statistics import statistics, unreadable_images
 from gm_mlic.embeddings import embed_labels
 from gm_mlic.io import Progress
@@ -20,18 +19,18 @@ from gm_mlic.training import build
 
 
 def describe(config: DictConfig) -> dict[str, Any]:
-    """Print the statistics of ``config.dataset`` and write them to ``config.run_dir``.
+    """Print the statistics of ``config.dataset`` and write them to ``config.run_dir``; returns ``statistics.json``.
 
-    Returns:
-        Content of ``statistics.json``.
-
-    Raises:
-        GMMLICError: if the dataset cannot be read. Missing and unreadable images and labels without a vector are
-            listed instead, if the settings of the dataset allow them.
+    Missing and unreadable images and labels without a vector are listed, if the settings of the dataset allow them.
     """
     datasets = build.build_datasets(config, config.splits)
     splits = [statistics(dataset) for dataset in datasets.values()]
-    unreadable = {split: _check(dataset) for split, dataset in datasets.items()} if config.check else None
+    unreadable = None
+    if config.check:
+        unreadable = {
+            split: unreadable_images(dataset, Progress(f"{split}: reading", "images", len(dataset)).track)
+            for split, dataset in datasets.items()
+        }
     labels = splits[0].labels
     unknown = None if config.get("embedding") is None else _unknown_labels(config, labels)
 
@@ -45,7 +44,9 @@ def describe(config: DictConfig) -> dict[str, Any]:
     if unknown is not None:
         source = config.embedding.get("path", config.embedding.name)
         title = f"{len(unknown)} of {len(labels)} labels are out of vocabulary ({source})"
-        _list(title, unknown, every=True)
+        _list(title, unknown, most=len(unknown))
+        if not unknown:
+            print(f"{title}.")
 
     folder = Path(config.run_dir)
     pictures = [folder / f"{split}.png" for split in datasets]
@@ -62,10 +63,6 @@ def describe(config: DictConfig) -> dict[str, Any]:
     return content
 
 
-def _check(dataset: MultiLabelDataset) -> dict[str, str]:
-    return unreadable_images(dataset, Progress(f"{dataset.split}: reading", "images", len(dataset)).track)
-
-
 def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:
     """Labels with an out-of-vocabulary word."""
     settings = section(config, "embedding")
@@ -73,12 +70,8 @@ def _unknown_labels(config: DictConfig, labels: tuple[str, ...]) -> list[str]:
     return list(embedding.out_of_vocabulary)
 
 
-def _list(title: str, names: Iterable[str], every: bool = False) -> None:
-    """Print a title and up to ten names, or nothing without names; with ``every``, all names, and always the title."""
-    names = list(names)
+def _list(title: str, names: Sequence[str], most: int = 10) -> None:
+    """Print a title and up to ``most`` names; nothing without names."""
     if names:
-        printed = names if every else names[:10]
-        more = "" if len(printed) == len(names) else f"\n  ... and {len(names) - len(printed):,} more (statistics.json)"
-        print(f"{title}:\n  " + "\n  ".join(printed) + more)
-    elif every:
-        print(f"{title}.")
+        more = f"\n  ... and {len(names) - most:,} more (statistics.json)" if len(names) > most else ""
+        print(f"{title}:\n  " + "\n  ".join(names[:most]) + more)

@@ -41,8 +41,7 @@ _PICTURED = "product"
 def demo(config: DictConfig) -> list[tuple[str, dict[str, Any]]]:
     """Train three models on one instance store; compare them with the upper bound and the detector.
 
-    Returns:
-        Rows of the table: names and test metrics.
+    Returns names and test metrics, the rows of the table.
     """
     begin = time.monotonic()
     run_dir = Path(config.run_dir)

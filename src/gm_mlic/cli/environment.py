@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 
@@ -13,20 +14,11 @@ def prepare_process() -> None:
     # the speed on two cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    _keep_freed_memory()
-    os.environ["MPLBACKEND"] = "agg"  # figures are only written to files; the user's backend may need a screen
-
-
-def _keep_freed_memory() -> None:
-    """Make glibc keep freed memory for reuse; other C libraries are not changed.
-
-    By default glibc maps and zeroes the pages of each large tensor again, a quarter of the time of a graph network on a
-    CPU.
-    """
-    try:
+    # By default glibc maps and zeroes the pages of each large tensor again, a quarter of the time of a graph network on
+    # a CPU. Other C libraries are not changed.
+    with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written to files; the user's backend may need a screen

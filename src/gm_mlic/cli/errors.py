@@ -48,13 +48,7 @@ _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't allocate|not enough) memor
 
 
 def explain(error: BaseException, command: str, arguments: Sequence[str]) -> tuple[str, int]:
-    """Error message in one line, and exit code.
-
-    Args:
-        error: the exception.
-        command: the command that raised it.
-        arguments: arguments of the command, used for suggestions.
-    """
+    """Error message in one line, and exit code, for an exception of ``gm-mlic COMMAND ARGUMENTS``."""
     message = _user_error(error, command, arguments)
     if message is None:
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -73,9 +67,7 @@ def _user_error(error: BaseException, command: str, arguments: Sequence[str]) ->
         return "Hydra's parser needs assertions: unset PYTHONOPTIMIZE, or run Python without -O."
     if isinstance(error, yaml.YAMLError) or (isinstance(error, ValueError) and "Invalid defaults list" in text):
         return str(error)  # of a file of --config-dir
-    if isinstance(error, RecursionError) and any(
-        argument.startswith(("--config-dir", "-cd")) for argument in arguments
-    ):
+    if isinstance(error, RecursionError) and any(a.startswith(("--config-dir", "-cd")) for a in arguments):
         return "a file of --config-dir includes itself: check the lists `defaults:` in this folder."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return config_error(error, command)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.table import Table
 
 from gm_mlic.cli.predict import load
 from gm_mlic.datasets.images import read_image
 from gm_mlic.reporting.explanation import explanation_picture
+from gm_mlic.reporting.tables import text_table
 from gm_mlic.zoo import Explanation, explain
 
 #: Number of printed influences; the file has all.
@@ -23,12 +23,7 @@ _RECEIVER = {"instance": "the argmax instance", "label": "this label"}
 
 
 def explain_photo(config: DictConfig) -> Path:
-    """Explain one label of one photo; returns the path of the picture.
-
-    Raises:
-        UnreadableImage: if the photo cannot be read.
-        ConfigError: if the label is unknown, or the model has no graph.
-    """
+    """Explain one label of one photo; returns the path of the picture."""
     predictor = load(config)
     photo = read_image(config.image)
     found = explain(predictor, config.image, config.label)  # by its name: instances may be looked up
@@ -37,18 +32,16 @@ def explain_photo(config: DictConfig) -> Path:
     explanation_picture(found, photo, picture)
     numbers = json.dumps(as_dict(found, str(config.image)), indent=1, ensure_ascii=False)
     picture.with_suffix(".json").write_text(numbers, encoding="utf-8", errors="backslashreplace")
-    table = Table(
-        title=f"{found.label}: argmax instance {found.instance}, logit {found.logit:.2f}", title_justify="left"
-    )
+    title = f"{found.label}: argmax instance {found.instance}, logit {found.logit:.2f}"
+    parts = None
     if found.prior is not None:
         learned = found.match_logit - found.prior
-        table.caption = f"match logit {found.match_logit:.2f} = detector {found.prior:+.2f}, learned {learned:+.2f}"
-        table.caption_justify = "left"
-    table.add_column("edge", overflow="fold")
-    table.add_column("contribution to the logit", justify="right")
-    for influence in found.influences[:_PRINTED]:
-        edge = f"{influence.source} {influence.neighbor} to {_RECEIVER[influence.target]} ({influence.edge_type[1]})"
-        table.add_row(edge, f"{influence.change:+.3f}")
+        parts = f"match logit {found.match_logit:.2f} = detector {found.prior:+.2f}, learned {learned:+.2f}"
+    rows = [
+        (f"{i.source} {i.neighbor} to {_RECEIVER[i.target]} ({i.edge_type[1]})", f"{i.change:+.3f}")
+        for i in found.influences[:_PRINTED]
+    ]
+    table = text_table(title, ("edge", "contribution to the logit"), rows, caption=parts, caption_justify="left")
     Console(highlight=False, markup=False).print(table)
     print(f"{picture} and {picture.with_suffix('.json').name}: match matrix and all {len(found.influences)} edges")
     return picture

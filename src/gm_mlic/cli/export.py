@@ -21,12 +21,7 @@ SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 
 
 def export(config: DictConfig) -> Path:
-    """Export a model; returns the path of the output.
-
-    Raises:
-        WeightsError: if the model cannot be loaded, or its upload fails.
-        ConfigError: for settings that exclude each other.
-    """
+    """Export a model; returns the path of the output."""
     if config.push is not None and config.format != "pretrained":
         raise ConfigError(f"push={config.push} needs format=pretrained, got format={config.format}.")
     predictor = load(config)

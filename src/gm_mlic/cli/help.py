@@ -6,7 +6,6 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,38 +23,32 @@ _FOOTER = (
 
 def print_help(command: str, config: DictConfig) -> None:
     """Print the help of a command, with the settings of a config composed for it."""
-    print("\n".join(help_lines(command, config, max(40, min(100, shutil.get_terminal_size((100, 24)).columns)))))
-
-
-def help_lines(command: str, config: DictConfig, width: int = 100) -> Iterator[str]:
-    """The lines of :func:`print_help`."""
+    width = max(40, min(100, shutil.get_terminal_size((100, 24)).columns))
     kind = COMMANDS[command]
     text = (inspect.getdoc(kind) or "").replace("::\n\n", ":\n")
-    yield f"gm-mlic {command}: {text.partition('Args:')[0].rstrip()}"
+    print(f"gm-mlic {command}: {text.partition('Args:')[0].rstrip()}")
     if kind.groups:
-        yield "\nConfig groups, set with group=option:"
+        print("\nConfig groups, set with group=option:")
     for group in kind.groups:
         listed = f"{group}: {', '.join(options(group))}"
-        yield textwrap.fill(listed, width, initial_indent="  ", subsequent_indent="      ")
-    yield "\nSettings, changed with KEY=VALUE:"
+        print(textwrap.fill(listed, width, initial_indent="  ", subsequent_indent="      "))
+    print("\nSettings, changed with KEY=VALUE:")
     for key, setting in fields_of(command).items():
-        yield from _setting(config, key, key, setting, width)
-    for section in kind.groups:
-        if section not in SECTIONS:
-            continue
+        _print_setting(config, key, key, setting, width)
+    for section in filter(SECTIONS.__contains__, kind.groups):
         if config.get(section) is None:
-            yield f"\n{section}: set {section}=OPTION."
+            print(f"\n{section}: set {section}=OPTION.")
             continue
         name = config[section].name if isinstance(SECTIONS[section], Registry) else None
-        yield f"\n{section}" + (f" ({name})" if name else "") + ":"
+        print(f"\n{section} ({name}):" if name else f"\n{section}:")
         for key, setting in settings_of_section(section, name).items():
-            yield from _setting(config[section], key, f"{section}.{key}", setting, width)
-    yield "\n" + textwrap.fill(_FOOTER, width)
+            _print_setting(config[section], key, f"{section}.{key}", setting, width)
+    print("\n" + textwrap.fill(_FOOTER, width))
 
 
-def _setting(parent: DictConfig, name: str, path: str, setting: Setting, width: int) -> Iterator[str]:
+def _print_setting(parent: DictConfig, name: str, path: str, setting: Setting, width: int) -> None:
     value = OmegaConf.to_container(parent, resolve=False)[name]  # type: ignore[index, call-overload]
-    yield f"  {path}={as_typed(value)}"
+    print(f"  {path}={as_typed(value)}")
     text = re.split(r"(?<=[.;]) (?=If |\()", setting.text)[0] if len(setting.text) > 400 else setting.text
     expected = "" if setting.expected == "a value" else f" [{setting.expected}]"
-    yield textwrap.fill(f"{text}{expected}".strip(), width, initial_indent="      ", subsequent_indent="      ")
+    print(textwrap.fill(f"{text}{expected}".strip(), width, initial_indent="      ", subsequent_indent="      "))

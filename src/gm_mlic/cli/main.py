@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any
 
 from gm_mlic._version import __version__
-from gm_mlic.cli.environment import prepare_process
 from gm_mlic.cli.settings import COMMANDS, summary
 from gm_mlic.distributed import rank_info
 from gm_mlic.errors import Terminated
@@ -78,7 +77,6 @@ def run(argv: list[str]) -> int:
         return 2
     # Makes Hydra raise errors instead of printing them and exiting.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    prepare_process()
     before = _handle_sigterm()
     # Only rank 0 prints, but each rank reports its own errors.
     rank = rank_info().rank

@@ -221,8 +221,7 @@ def _network(config: DictConfig, C: int, feature_dim: int, device: str) -> dict[
     with config_keys("model"):
         model = MODELS.build(**settings).to(device)
     loss_of = build.loss_of(config, torch.full((C,), 0.05)).to(device)
-    settings = {key: value for key, value in section(config, "optimizer").items() if key != "detector_lr"}
-    optimizer = build_optimizer({**settings, "lr": 1e-6}, model.parameters())
+    optimizer = build_optimizer({**section(config, "optimizer"), "lr": 1e-6}, model.parameters())
     half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(config.trainer.precision)
     autocast = partial(torch.autocast, torch.device(device).type, half, enabled=half is not None)
     full = config.trainer.batch_size

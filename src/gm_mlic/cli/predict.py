@@ -15,13 +15,13 @@ from typing import Any
 from omegaconf import DictConfig
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from gm_mlic.datasets.images import IMAGE_SUFFIXES, read_image
 from gm_mlic.device import require_device
 from gm_mlic.errors import DataError
 from gm_mlic.io import Progress
 from gm_mlic.reporting.annotated_images import annotated
+from gm_mlic.reporting.tables import text_table
 from gm_mlic.zoo import LabelPrediction, Prediction, Predictor
 
 log = logging.getLogger(__name__)
@@ -42,12 +42,7 @@ COLUMNS = ("image", "label", "probability", "predicted", "x1", "y1", "x2", "y2",
 def predict(config: DictConfig) -> dict[str, str]:
     """Predict photos, write the files and print the labels of the first photos.
 
-    Returns:
-        Unreadable photos, with the reason.
-
-    Raises:
-        DataError: if there is no readable photo.
-        WeightsError: if the model cannot be loaded.
+    Returns unreadable photos, with the reason.
     """
     photos = find_photos([config.images] if isinstance(config.images, str) else list(config.images))
     predictor = load(config)
@@ -57,9 +52,7 @@ def predict(config: DictConfig) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_pictures(folder)
     skipped: dict[str, str] = {}
-    table = Table(title=f"top labels of {min(len(photos), _PRINTED)} photos", title_justify="left")
-    for head in ("photo", "labels"):
-        table.add_column(head, overflow="fold")
+    printed: list[tuple[str, str]] = []
     with (
         (folder / _LINES).open("w", buffering=1, **_UTF_8) as lines,  # flushed before each picture is drawn
         (folder / "predictions.csv").open("w", newline="", **_UTF_8) as rows,
@@ -81,7 +74,8 @@ def predict(config: DictConfig) -> dict[str, str]:
                     [prediction.photo, item.label, f"{item.probability:.6f}", predicted, *box, item.instance]
                 )
             if done < _PRINTED:
-                table.add_row(str(prediction.photo), ", ".join(f"{f.label} {f.probability:.2f}" for f in found))
+                labels = ", ".join(f"{item.label} {item.probability:.2f}" for item in found)
+                printed.append((str(prediction.photo), labels))
             if config.pictures:
                 least = min(_DRAWN, config.threshold)
                 drawn = [(item.label, item.probability, item.box) for item in found if item.probability >= least]
@@ -93,7 +87,8 @@ def predict(config: DictConfig) -> dict[str, str]:
         log.warning("left out: %s", reason)
     if not done:
         raise DataError(f"None of the {len(photos)} photos can be read. The first: {next(iter(skipped.values()))}")
-    Console(highlight=False, markup=False).print(table)
+    title = f"top labels of {min(len(photos), _PRINTED)} photos"
+    Console(highlight=False, markup=False).print(text_table(title, ("photo", "labels"), printed, texts=2))
     written = [_LINES, "predictions.csv", *([f"{_PICTURES}/"] if config.pictures else [])]
     print(f"{done} of {len(photos)} photos; folder: {folder} ({', '.join(written)})")
     return skipped
@@ -120,8 +115,7 @@ def new_labels(config: DictConfig) -> dict[str, str]:
 def find_photos(names: Sequence[str]) -> list[Path]:
     """Photos of files, folders and glob patterns, without duplicates; files of a folder are sorted by name.
 
-    Args:
-        names: files, folders or patterns; a string may contain several, separated by commas.
+    A name may be several, separated by commas.
 
     Raises:
         DataError: for a name without photos.

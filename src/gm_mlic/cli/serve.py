@@ -14,11 +14,7 @@ from gm_mlic.errors import ConfigError
 
 
 def serve(config: DictConfig) -> None:
-    """Serve the page until interrupted.
-
-    Raises:
-        ConfigError: if the extra is not installed, or the address is not available.
-    """
+    """Serve the page until interrupted."""
     try:
         import uvicorn
 

@@ -95,8 +95,7 @@ class Train(Command):
 
     Args:
         seed: seed of initial weights, order of images and augmentation. Splits depend on dataset.seed.
-        run_dir: run folder. The default contains a hash of the settings that change the result, so the same command
-            resumes an unfinished run and prints the result of a finished one.
+        run_dir: run folder. The default contains a hash of the settings that change the result.
         overwrite: true: delete an earlier run in run_dir and start again.
     """
 
@@ -164,8 +163,7 @@ class Eval(Command):
     Files: prints the metrics of all published conventions side by side, with 95 % bootstrap intervals of mAP, and
     writes them, with AP of each label, to runs/eval-NAME/NAME.json.
     A .csv file has a header (id, then the label names) and a line per image. An .npz or .pt file has entries scores or
-    targets (images, labels), and optionally ids and labels. Targets are 1 (present) and 0 (absent), or with
-    target_format=voc 1 (present), 0 (difficult) and -1 (absent).
+    targets (images, labels), and optionally ids, labels, and difficult, a mask of difficult labels.
 
     Examples::
 
@@ -182,9 +180,9 @@ class Eval(Command):
             null: evaluate scores instead.
         split: train, val or test.
         overrides: changed settings of the run, as a list: overrides=[dataset.root=/elsewhere,metrics.threshold=0.3]
-        scores: file of scores: .npz or .pt with an entry scores (and optionally ids and labels), or .csv.
-        targets: file of targets: .npz or .pt with an entry targets (and optionally ids, labels, and difficult, a mask
-            of difficult labels), or .csv. It may be the file of scores. Rows are matched by id if both have ids.
+        scores: file of scores: .npz, .pt or .csv.
+        targets: file of targets: .npz, .pt or .csv; it may be the file of scores. Rows are matched by id if both have
+            ids.
         target_format: format of targets: binary (1 present, 0 absent) or voc (1 present, 0 difficult, -1 absent).
         allow_all_present: true: accept voc targets without any -1. false: reject them, since 0 most likely means
             absent.
@@ -461,8 +459,7 @@ class Demo(Command):
 
     Args:
         seed: seed of initial weights, order of images and augmentation.
-        run_dir: run folder. The default contains a hash of all settings, so the same command resumes an unfinished
-            demo.
+        run_dir: run folder. The default contains a hash of all settings: the same command resumes the demo.
         overwrite: true: delete an earlier demo in run_dir and start again.
     """
 

@@ -30,7 +30,7 @@ def text_table(
     """Table for the terminal. The first ``texts`` columns are aligned left, the others (numbers) right."""
     made = Table(title=title, title_justify="left", **settings)
     for number, name in enumerate(head):
-        made.add_column(name, justify="left" if number < texts else "right")
+        made.add_column(name, justify="left" if number < texts else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made

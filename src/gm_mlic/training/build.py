@@ -266,10 +266,8 @@ def loss_of(config: DictConfig, ratio: torch.Tensor) -> torch.nn.Module:
 
 def check_optimizer(config: DictConfig) -> None:
     """Check the settings of the optimizer and its schedule, which are built only when training starts."""
-    settings = section(config, "optimizer")
-    settings.pop("detector_lr", None)
     with config_keys("optimizer"):
-        optimizer = build_optimizer(settings, [torch.nn.Parameter(torch.zeros(1, 1))])
+        optimizer = build_optimizer(section(config, "optimizer"), [torch.nn.Parameter(torch.zeros(1, 1))])
     with config_keys("scheduler"):
         check_schedule(section(config, "scheduler"), optimizer)
 
