@@ -288,7 +288,7 @@ def test_extract_in_two_shards(photos: Path, capsys: pytest.CaptureFixture[str])
         (["dataset.sizes.train=20000000"], "dataset.sizes.train=20000000: expected an integer from 1 to 10000000."),
         (["detector.weights=cocoo"], "detector.weights is 'cocoo': expected null, coco, scenes"),
         (["detector.weights=coco"], "detector.weights is 'coco', which requires one of fasterrcnn_"),
-        (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300 and detector.max_size 200: "),
+        (["detector.min_size=300", "detector.max_size=200"], "detector.min_size is 300, above detector.max_size 200: "),
         (["embedding=glove", "embedding.path=none.txt"], "do not exist: check embedding.path."),
     ],
     ids=lambda settings: settings[-1] if isinstance(settings, list) else "",

@@ -127,7 +127,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "graph.m=1,2: add -m to run each of these values, or write graph.m=[1,2] for a list",
         ),
         (["train", "sweep=m,k"], "sweep=m,k: write sweep=[m,k] to run every combination of these."),
-        (["train", "graph.m=${graph.q}"], "Interpolation key 'graph.q' not found full_key: graph.m"),
+        (["train", "graph.m=${graph.q}"], "graph.m: ${graph.q} is no setting; gm-mlic train --help"),
         (["train", "graph.m=true"], "graph.m=true: expected an integer of at least 1."),
         (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected an integer of at least 1, or a list"),
         (["train", "dataset.context_pairs=9"], "dataset.context_pairs=9: expected an integer from 0 to 4."),

@@ -10,7 +10,12 @@ from collections.abc import Sequence
 
 import yaml
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from gm_mlic.errors import GMMLICError
 from gm_mlic.io import first_line
@@ -121,6 +126,9 @@ def config_error(error: BaseException, command: str) -> str:
         found = re.search(r"(?:[Mm]issing mandatory value: |node ')([\w.]+)", message)
         key = found[1] if found else str(getattr(error, "full_key", "") or "a setting")
         return f"{key} has no value: set it with {key}=VALUE."
+    if isinstance(error, InterpolationKeyError):
+        name = re.search(r"'([^']*)'", message)
+        return f"{error.full_key}: ${{{name[1] if name else ''}}} is no setting; gm-mlic {command} --help lists them."
     if several := re.match(r"Ambiguous value for argument '([^']*?)=([^']*)'", message):
         key, values = several.groups()
         return f"{key}={values}: add -m to run each of these values, or write {key}=[{values}] for a list."
