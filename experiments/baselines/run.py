@@ -21,7 +21,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,8 @@ def network(config: DictConfig) -> tuple[torch.nn.Module, AssignmentBatch]:
         score=torch.rand(BATCH, m, generator=generator),
         detected_label=torch.zeros(BATCH, m, dtype=torch.int64),
     )
+    confidence = torch.rand(BATCH, m, batch.num_labels, generator=generator)  # used by the detector as prior
+    batch = replace(batch, confidence=confidence, label_counts=torch.ones(batch.num_labels))
     return module.model.eval(), batch
 
 
