@@ -81,12 +81,16 @@ ROWS = {
     "gm_mlic": Row("GM-MLIC", "gm_mlic", "boxes", ["model=gm_mlic_small"]),
     "gm_mlic-prior": Row("GM-MLIC, detector as prior", "gm_mlic", "boxes", ["model=gm_mlic_photos"]),
     "gap_linear": Row("global pooling (ResNet-101)", "gap_linear", "grid"),
+    "gap_linear-asl": Row("global pooling, asymmetric loss (ASL)", "gap_linear", "grid", ["loss=asymmetric"]),
     "ml_gcn": Row("ML-GCN", "ml_gcn", "grid"),
     "cma": Row("CMA", "cma", "grid"),
     "add_gcn": Row("ADD-GCN", "add_gcn", "grid", ["model.width=256"]),
     "tsgcn": Row("TSGCN", "tsgcn", "grid", ["model.width=256"]),
     "query2label": Row("Query2Label", "query2label", "grid", ["model.width=64"]),
     "ml_decoder": Row("ML-Decoder", "ml_decoder", "grid", ["model.width=64", "model.hidden=256"]),
+    "ml_decoder-asl": Row(
+        "ML-Decoder, asymmetric loss", "ml_decoder", "grid", ["model.width=64", "model.hidden=256", "loss=asymmetric"]
+    ),
     "c_tran": Row("C-Tran", "c_tran", "grid", ["model.width=64"]),
     "cnn_rnn": Row("CNN-RNN", "cnn_rnn", "grid"),
     "pla": Row("PLA", "pla", "grid", ["model.width=64", "model.hidden=256"]),
