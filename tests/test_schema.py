@@ -256,7 +256,7 @@ def test_checked_constructors_accept():
     layer = Layer(np.int64(2), torch.ones(2), np.float32(0.5), [1, np.int64(3)], radius=1, norm=True)
     assert layer.size == 2
     assert layer.weights.tolist() == [1, 1]
-    assert Layer(size=1, root=3, widths=None, betas=[0.5, 3]).size == 1
+    assert Layer(size=1, root=3, widths=None, betas=np.array([0.5, 3])).size == 1
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
         Layer()
     assert list(settings_of(Layer)) == ["size", "weights", "rate", "widths", "kind", "radius", "root", "betas", "norm"]

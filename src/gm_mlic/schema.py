@@ -160,10 +160,12 @@ def _allows(annotation: Any, value: Any) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """A number or sequence of another package as one of Python; the text of other values."""
+    """A number, sequence or array of another package as one of Python; the text of other values."""
     if isinstance(value, numbers.Real):
         return int(value) if isinstance(value, numbers.Integral) else float(value)
-    return list(value) if isinstance(value, Sequence) else str(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def summary_of(build: Callable[..., Any]) -> str:

@@ -309,6 +309,7 @@ def test_lists_of_overrides_are_quoted(typed: str, parsed: list[str]):
         *((same, True, same) for same in ("images=a/*.jpg", "labels=[a,b c]", "labels='a,b'", "labels=null", "top=3")),
         ("seed=1,2", True, "seed=1,2"),
         ("labels=[猫,'a, b',zèbre]", True, "labels=['猫','a, b','zèbre']"),
+        ("labels=[moon (full (big), round),mug]", True, "labels=['moon (full (big), round)','mug']"),
         ("dataset.root=Käse", True, "dataset.root='Käse'"),
         ("dataset.root=ä,b", False, "dataset.root=ä,b"),  # a sweep
         *((same, True, same) for same in ("dataset.root='Käse'", "model.k=(1", "--config-dir=ä", "images=")),

@@ -148,7 +148,7 @@ def test_difficult_labels_require_voc_format(tmp_path: Path):
         ("file,labels,split\na.jpg,cat,\n", "line 2 has split ''"),
         ("file,labels\na.jpg,cat\0\n", "line 2 has a NUL character"),
         ("file,labels\na.jpg,café\n".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9)"),
-        ("file,labels\na.jpg,cat\n".encode("utf-16"), "line 1 is not UTF-8 (byte 0xff): save it as UTF-8"),
+        ("file,labels\na.jpg,cat\n".encode("utf-16"), "is UTF-16"),
         (b"\x89PNG\r\n\x1a\n\0\0\0", "is not UTF-8"),
     ],
 )

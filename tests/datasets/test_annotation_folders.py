@@ -342,7 +342,7 @@ def test_voc(voc: Path):
 
 def test_voc_image_sets(voc: Path, caplog: pytest.LogCaptureFixture):
     write(voc / "ImageSets" / "Main" / "train.txt", "a\n")
-    write(voc / "ImageSets" / "Main" / "test.txt", "b\n\n")
+    write(voc / "ImageSets" / "Main" / "test.txt", "b -1\n\n")
     assert read(voc, "Annotations").ids == ("JPEGImages/a.jpg",)
     assert read(voc, "Annotations", "test").ids == ("JPEGImages/b.png",)
     (line,) = caplog.messages

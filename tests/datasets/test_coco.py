@@ -178,7 +178,7 @@ def twice(kind: str, **change: object) -> Callable[[Content], None]:
         (first("images", file_name="..\\secret.jpg"), "must stay inside"),
         (first("images", file_name="C:secret.jpg"), "must stay inside"),
         (first("images", file_name=""), "expected a file name"),
-        (first("images", file_name=7), "expected a file name"),
+        (first("images", file_name=7), "has file_name 7: expected a file name"),
         (first("categories", name=None), "categories has the label None"),
         (twice("categories"), "category 18 occurs twice"),
         (twice("categories", id=19), "categories has the label 'dog' twice"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -110,6 +111,19 @@ def test_unreadable_images_are_recorded_and_reported(dataset, tmp_path, caplog):
         store.instances(2)
     assert "2 of 21 images are unreadable" in caplog.text
     assert "0002.jpg" in caplog.text
+
+
+def test_further_fields_of_instances_are_not_stored(dataset, tmp_path, undisturbed):
+    @dataclasses.dataclass(frozen=True)
+    class Masked(Instances):
+        masks: torch.Tensor
+
+    class Extractor(PixelExtractor):
+        def __call__(self, images, m):
+            return [Masked(*vars(found).values(), torch.ones(len(found))) for found in super().__call__(images, m)]
+
+    extract(dataset, Extractor(), tmp_path / "store", **SETTINGS)
+    assert files_of(tmp_path / "store") == undisturbed[0]
 
 
 def test_no_readable_image_is_a_data_error(dataset, tmp_path):

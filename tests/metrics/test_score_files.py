@@ -163,6 +163,7 @@ def corrupt(values: np.ndarray, value: float) -> np.ndarray:
         ({"scores": SCORES[:, :2], "labels": None}, {}, r"differ in shape"),
         ({"scores": SCORES[0], "ids": None, "labels": None}, {}, r"s\.npz: scores have shape \(3,\)"),
         ({"scores": SCORES[:0], "ids": None}, {}, r"s\.npz: scores have shape \(0, 3\)"),
+        ({"scores": SCORES[:, :0], "labels": None}, {}, r"s\.npz: scores have shape \(4, 0\)"),
         ({"scores": SCORES.astype(str)}, {}, r"s\.npz: .*numbers"),
         ({"scores": SCORES.astype(complex)}, {}, r"s\.npz: .*numbers"),
         ({}, {"targets": corrupt(TARGETS, 2)}, r"t\.npz: targets contain 2"),

@@ -100,6 +100,14 @@ def test_evaluate_and_predict(folder: Path, tmp_path: Path) -> None:
         list(skipping(photos[:1]))
 
 
+def test_errors_of_files_name_settings_of_the_detector(folder: Path, tmp_path: Path) -> None:
+    for file in (folder / "files").glob("*.npz"):
+        with np.load(file) as arrays:
+            np.savez(tmp_path / file.name, **{**arrays, "classes": np.full(len(arrays["scores"]), 7)})
+    with pytest.raises(DataError, match=r"check detector\.labels and detector\.first_class"):
+        train(config(tmp_path, "run"), extractor=looked_up(tmp_path))
+
+
 def test_files_of_another_detector(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", boxes=np.ones((1, 4)), features=np.ones((1, 3)), classes=np.zeros(1))
     with pytest.raises(WeightsError, match="trained on features of length 9, the precomputed ones have length 3"):

@@ -287,7 +287,7 @@ def _with_quotes(argument: str, one_run: bool) -> str:
     ``labels=[été]`` to ``labels=['été']``, and ``overrides=[a=1,b=[2,3]]`` to ``overrides=['a=1','b=[2,3]']``.
     """
     key, _, value = argument.partition("=")
-    if not value or argument.startswith("-") or (value[0] in _QUOTES and value[0] == value[-1]):
+    if not value or argument.startswith("-") or (value[0] in "'\"" and value[0] == value[-1]):
         return argument
     is_list = value[0] == "[" and value[-1] == "]"
     try:
@@ -304,8 +304,17 @@ def _with_quotes(argument: str, one_run: bool) -> str:
 
 def _with_quoted_items(value: str) -> str:
     """Quote the items of ``[A,B]``, except those that are quoted."""
-    items = [item.strip() for item in _ITEM.findall(value[1:-1])]
-    return f"[{','.join(item if item[0] in _QUOTES else _quoted(item) for item in items if item)}]"
+    items, depth, quote = [""], 0, ""
+    for character in value[1:-1]:
+        if character in "'\"" and quote in ("", character):
+            quote = "" if quote else character
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quote:
+            items.append("")
+        else:
+            items[-1] += character
+    quoted = (item if item[0] in "'\"" else _quoted(item) for item in map(str.strip, items) if item)
+    return f"[{','.join(quoted)}]"
 
 
 def _quoted(text: str) -> str:
@@ -329,9 +338,6 @@ _SHOWS_CONFIG = {"--cfg", "-c"}
 _TAKES_VALUE = {*_SHOWS_CONFIG, "--config-dir", "-cd", "--package", "-p"}
 _MULTIRUN = {"-m", "--multirun"}
 
-#: Quotes, and an item of a list: commas in quotes or brackets do not end it.
-_QUOTES = "'\""
-_ITEM = re.compile(r"""(?:'[^']*'|"[^"]*"|\[[^]]*\]|\{[^}]*\}|\([^)]*\)|[^,])+""")
 #: Settings that name files, folders or labels.
 _NAMES = {"checkpoint", "embedding.path", "image", "images", "label", "labels", "run_dir", "out"}
 

@@ -226,7 +226,7 @@ def _image_sets(folder: Path) -> dict[str, str]:
         if not source.is_file() or (train == "trainval" and name == "val"):
             continue
         for line in filter(str.strip, read_text(source).splitlines()):
-            image = line.strip()
+            image = line.split()[0] if re.fullmatch(r"\S+\s+(0|-?1)", line.strip()) else line.strip()
             if splits.setdefault(image, split) != split:
                 raise DataError(
                     f"{source} lists the image {shown(image)}, which is also in {splits[image]}: an image belongs to "

@@ -176,14 +176,15 @@ class Source:
         texts = (text.format(count=count, example=example) for text, (count, example) in self._notes.items())
         return tuple(f"{self.path}: {text}" for text in texts)
 
-    def file(self, name: Any, where: str, suffix: str = "") -> str:
-        """Path of a photo relative to the dataset's root (:meth:`PhotoFolder.locate`)."""
+    def file(self, name: Any, where: str, suffix: str = "", key: str | None = None) -> str:
+        """Path of a photo relative to the dataset's root (:meth:`PhotoFolder.locate`); messages name the ``key``."""
+        key = key or self.form.file
         if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME or _NO_TEXT.search(name):
-            raise DataError(f"{where} has {self.form.file} {shown(name)}: expected a file name.")
+            raise DataError(f"{where} has {key} {shown(name)}: expected a file name.")
         file = self.folder.locate(name + suffix)
         if file is None:
             raise DataError(
-                f"{where} has {self.form.file} {shown(name)}: it must stay inside the image folder (no other absolute "
+                f"{where} has {key} {shown(name)}: it must stay inside the image folder (no other absolute "
                 "path, no .., no drive or network path)."
             )
         plain, found = _base_name(name + suffix), _base_name(file)

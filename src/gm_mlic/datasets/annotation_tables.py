@@ -86,6 +86,8 @@ def read_text(source: Path, remedy: str = "check the path and the permissions") 
     """Content of a UTF-8 text file, without its byte order mark."""
     content = read_bytes(source, remedy)
     save = "save it as UTF-8 (in a spreadsheet: CSV UTF-8)."
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{source} is UTF-16: {save}")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

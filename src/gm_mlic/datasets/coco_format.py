@@ -111,7 +111,8 @@ def _images(content: dict[str, Any], source: Source) -> dict[int, ImageRow]:
         width, height = (_integer(entry, side, where) for side in ("width", "height"))
         if width < 1 or height < 1:
             raise DataError(f"{where} has size {width} x {height}: both must be at least 1.")
-        file, split = source.file(entry.get("file_name"), where), source.split(entry, where)
+        file = source.file(entry.get("file_name"), where, key="file_name")
+        split = source.split(entry, where)
         if key in rows or file in files:
             raise DataError(f"{where} ({shown(file)[1:-1]}) occurs twice: ids and file names must be unique.")
         files.add(file)

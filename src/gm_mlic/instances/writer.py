@@ -145,10 +145,10 @@ class StoreWriter:
     def _fill(self, view: tuple[int, int], instances: Instances, image: str) -> None:
         """Copy ``instances`` into the slots of one view."""
         self._tensors["counts"][view] = len(instances)
-        for name, values in vars(instances).items():
+        for name in ("features", "boxes", "scores", "detected_labels"):  # not the fields of a subclass
             slots = self._tensors[name][view][: len(instances)]
             with np.errstate(over="ignore"):  # values above 65504 overflow float16 to inf
-                slots[...] = values.detach().cpu().numpy()
+                slots[...] = getattr(instances, name).detach().cpu().numpy()
             if not np.isfinite(slots).all():
                 raise StoreError(
                     f"The detector {self.job.detector} returned, for {image}, {name} that are too large for float16: "

@@ -140,7 +140,7 @@ def read_table(path: str | Path, key: Literal["scores", "targets"]) -> Table:
             raise DataError(f"no such file; set the path of the {key}.")
         table = _READERS[path.suffix](path, key)
         shape = tuple(table.values.shape)
-        if len(shape) != 2 or not shape[0] or table.values.is_complex():
+        if len(shape) != 2 or not all(shape) or table.values.is_complex():
             raise DataError(f"{key} have shape {shape}, expected numbers (images, labels).")
         for what, names, size in (("image id", table.ids, shape[0]), ("label", table.labels, shape[1])):
             if names is not None and len(names) != size:

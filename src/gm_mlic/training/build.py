@@ -121,7 +121,8 @@ def build_store(config: DictConfig, dataset: MultiLabelDataset, extractor: Insta
     ranks = rank_info()
     index, shards = (ranks.rank, ranks.world_size) if instances.shard is None else map(int, instances.shard.split("/"))
     keys = {"m": "detector.max_instances", "views": "instances.num_augmentations", "path": "instances.root"}
-    with config_keys("instances", **keys):
+    keys |= {name: f"instances.{name}" for name in ("view_size", "batch_size", "num_workers", "overwrite", "shard")}
+    with config_keys("detector", **keys):  # the other arguments are the detector's
         store = extract(
             dataset,
             extractor,

@@ -28,7 +28,8 @@ from exported import (
 from torch import Tensor
 
 from gm_mlic.detection import InstanceExtractor, Instances, LookupExtractor, build_extractor
-from gm_mlic.errors import ConfigError, GMMLICError, WeightsError
+from gm_mlic.detection.detectors import onnx as onnx_detector
+from gm_mlic.errors import ArgumentError, ConfigError, GMMLICError, WeightsError
 from gm_mlic.registry import DETECTORS
 
 SIZE = (64, 96)
@@ -337,6 +338,11 @@ def test_dynamic_size_and_external_data(dynamic: Path, images: list[Tensor], tmp
         ("separate", {"labels": ["a", "a", "b"]}, r"labels has 'a' more than once"),
         ("separate", {"features": "maps"}, r"features is 'maps': .* no such output, but boxes .*, map \(1, 6, 4, 4\)"),
         ("separate", {"format": "detections"}, r"classes is missing: name one of the outputs .*: boxes, scores, map"),
+        (
+            "separate",
+            {"boxes": "scores", "activation": "softmax"},
+            r"'scores' has shape \(1, 16, 3\), expected \(N, 4\)",
+        ),
         ("separate", {"boxes": "map", "scores": "scores"}, r"'map' has shape|'scores' has shape"),
         (
             "separate",
@@ -394,6 +400,12 @@ def test_invalid_files(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=message) as caught:
             build_extractor("onnx", weights=str(tmp_path / f"{name}.onnx"), labels=LABELS)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("imgsz", ["[0,-5]", "[1,2,3]", "[1e999,64]", "640.5", "{"])
+def test_invalid_size_in_the_metadata(imgsz: str) -> None:
+    with pytest.raises(ArgumentError, match=r"size is"):
+        onnx_detector._input_size(Path("x.onnx"), ["height", "width"], None, {"imgsz": imgsz})
 
 
 def test_invalid_results(folder: Path) -> None:

@@ -129,13 +129,13 @@ def refused(weights, *named: str, error: type[GMMLICError] = WeightsError, **set
 
 
 def test_missing_files(copied, tmp_path):
-    refused(tmp_path / "none", "none", "is no folder: expected a folder, or a name on the hub")
-    refused("a name with spaces", "a name with spaces", "cannot be read")
+    refused(tmp_path / "none", "none", "does not exist")
+    refused("a name with spaces", "a name with spaces", "does not exist")
     (tmp_path / "file.bin").write_bytes(b"")
-    refused(tmp_path / "file.bin", "file.bin", "is no folder")
-    refused(tmp_path, str(tmp_path), "cannot be read", "a folder with config.json")
+    refused(tmp_path / "file.bin", "is a file")
+    refused(tmp_path, "has no config.json", "save_pretrained")
     (copied / "preprocessor_config.json").unlink()
-    refused(copied, "cannot be read", "containing a preprocessor_config.json")
+    refused(copied, "has no preprocessor_config.json")
 
 
 def test_hub_is_unreachable(monkeypatch):

@@ -120,7 +120,8 @@ class ONNXDetector:
         self._files, self._session = _read(self.path, torch.device(device))
         self.activation, self.box_units, self.resize, self.channels = activation, box_units, resize, channels
         self.value_range, self.score_threshold, self.nms_threshold = value_range, score_threshold, nms_threshold
-        self.mean, self.std = [float(x) for x in mean or [0] * 3], [float(x) for x in std or [1] * 3]
+        self.mean = [0.0] * 3 if mean is None else [float(x) for x in mean]
+        self.std = [1.0] * 3 if std is None else [float(x) for x in std]
         metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         self._input, self._dtype, shape, self._size_input = self._inputs()
         self.size = _input_size(self.path, shape, size, metadata)
@@ -256,32 +257,30 @@ class ONNXDetector:
             for key, name in self._outputs.items()
             if name is not None and key != "features"
         }
-        has_class = self.format in ("detections", "rows")
-        if self.format in _SEPARATE:
-            parts = {k: a.reshape(-1, 1 if has_class and k != "boxes" else a.shape[-1]) for k, a in arrays.items()}
-            N = min(map(len, parts.values()))
-            for key, part in parts.items():
-                if len(part) != N:
-                    self._refuse(key, arrays[key].shape, f"{N} rows, as in another output")
-            rows = torch.cat(list(parts.values()), dim=1)
-        else:
-            rows = arrays["boxes"].reshape(arrays["boxes"].shape[-2:])
-            rows = rows.T if self._by_column else rows
-        boxes, values = rows.tensor_split([4], dim=1)
-        if has_class:
-            if values.shape[1] != 2:
-                self._refuse("boxes", arrays["boxes"].shape, "(N, 4), or (N, 5) with the score")
-            score, number = values.unbind(dim=1)
-            return boxes, self._activated(score) if "scores" in arrays else score, number.round().long()
-        if self.format == "yolo_objectness":
+        boxes, scores, classes = arrays["boxes"], arrays.get("scores"), arrays.get("classes")
+        if self.format not in _SEPARATE:
+            rows = boxes.reshape(boxes.shape[-2:])
+            boxes, values = (rows.T if self._by_column else rows).tensor_split([4], dim=1)
+            if self.format == "rows":
+                return boxes, values[:, 0], values[:, 1].round().long()
             scores = self._activated(values)
-            return boxes, scores[:, :1] * scores[:, 1:], None
+            return boxes, scores if self.format == "yolo" else scores[:, :1] * scores[:, 1:], None
+        width = 4 if scores is not None else 5
+        N = classes.numel() if classes is not None else boxes.numel() // width
+        if boxes.numel() != N * width or boxes.shape[-1] != width:
+            self._refuse("boxes", boxes.shape, f"({N if classes is not None else 'N'}, {width})")
+        boxes = boxes.reshape(N, width)
+        if classes is not None:
+            scores = boxes[:, 4] if scores is None else self._activated(scores.flatten())
+            if scores.numel() != N:
+                self._refuse("scores", arrays["scores"].shape, f"({N},), as the classes")
+            return boxes[:, :4], scores, classes.flatten().round().long()
+        assert scores is not None
         columns = len(self._label_of_class)
-        background = self.activation == "softmax" and values.shape[1] == columns + 1
-        if values.shape[1] != columns + background:
-            expected = f"({len(rows)}, {columns}): a column for each class, from number 0"
-            self._refuse("scores", arrays["scores"].shape, expected)
-        return boxes, self._activated(values)[:, :columns], None
+        background = self.activation == "softmax" and scores.shape[-1] == columns + 1
+        if scores.shape[-1] != columns + background or scores.numel() != N * scores.shape[-1]:
+            self._refuse("scores", scores.shape, f"({N}, {columns}): a column for each class, from number 0")
+        return boxes, self._activated(scores.reshape(N, -1))[:, :columns], None
 
     def _refuse(self, key: str, shape: Sequence[int], expected: str) -> None:
         raise WeightsError(
@@ -450,21 +449,26 @@ def _external(graph: Any) -> Iterator[str]:
         yield from (entry.value for entry in tensor.external_data if entry.key == "location")
 
 
-def _input_size(path: Path, shape: list[Any], size: Any, metadata: dict[str, str]) -> tuple[int, int]:
-    """Height and width of the input, from its shape, the setting, or the metadata of Ultralytics."""
+def _input_size(
+    path: Path, shape: list[Any], size: int | Sequence[int] | None, metadata: dict[str, str]
+) -> tuple[int, int]:
+    """Height and width of the input."""
     if size is None and all(isinstance(side, int) for side in shape):
         size = shape
-    sides = (size, size) if isinstance(size, int) else size
-    try:
-        height, width = ast.literal_eval(metadata["imgsz"]) if sides is None else sides
-        found = max(1, int(height)), max(1, int(width))
-    except (KeyError, ValueError, SyntaxError, TypeError):
-        raise ArgumentError(
-            "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
-        ) from None
-    if any(isinstance(static, int) and static != side for static, side in zip(shape, found, strict=True)):
-        raise ArgumentError("size", f"is {size}, but {path} takes images of {shape[0]} x {shape[1]}: leave it out.")
-    return found
+    if size is None:
+        try:
+            size = [int(side) for side in ast.literal_eval(metadata["imgsz"])]
+        except (KeyError, ValueError, SyntaxError, TypeError, OverflowError):
+            raise ArgumentError(
+                "size", f"is missing, and {path} takes images of any size: give one number, or [height, width]."
+            ) from None
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ArgumentError("size", f"is {size}: expected a number, or [height, width], in pixels.")
+    for given, static in zip(sides, shape, strict=True):
+        if isinstance(static, int) and static != given:
+            raise ArgumentError("size", f"is {size}, but {path} takes images of {shape[0]} x {shape[1]}: leave it out.")
+    return sides[0], sides[1]
 
 
 def _size_or(size: Any, default: int) -> int:

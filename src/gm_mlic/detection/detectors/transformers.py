@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ MODEL_TYPES = {
 }
 #: Least length in pixels of the shorter side of a resized image; patches and strides are not larger.
 _LEAST_SIDE = 32
+#: Names on the hub: model, or owner/model.
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class TransformersExtractor(NetworkExtractor):
@@ -161,14 +164,12 @@ def transformers_detector(
         raise ConfigError(
             "The detector 'transformers' needs the package transformers: pip install 'gm-mlic[transformers]'."
         ) from error
-    folder = Path(weights).expanduser()
-    source = str(folder) if folder.is_dir() else str(weights)
-    if not folder.is_dir() and (folder.exists() or source.count("/") > 1):
-        raise WeightsError(f"`weights` is {source!r}, which is no folder: expected a folder, or a name on the hub.")
+    source = str(Path(weights).expanduser()) if Path(weights).expanduser().exists() else str(weights)
+    _check_source(source)
     given = {"revision": revision, "trust_remote_code": False}
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # missing tensors are an error below
-    if folder.is_dir() or not sys.stderr.isatty():
+    if Path(source).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source, **given)
@@ -209,6 +210,21 @@ def transformers_detector(
     if min_size is not None:
         processor.size = _resized(dict(processor.size), min_size)
     return TransformersExtractor(model, processor, score_threshold).to(device)
+
+
+def _check_source(source: str) -> None:
+    """Raise WeightsError if ``source`` is neither a folder with a model nor a name on the hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        for name in ("config.json", "preprocessor_config.json"):
+            if not (folder / name).is_file():
+                raise WeightsError(
+                    f"The folder {source} has no {name}: write it with save_pretrained of the model and its image "
+                    "processor."
+                )
+    elif folder.exists() or not _HUB_NAME.fullmatch(source):
+        what = "is a file" if folder.exists() else "does not exist"
+        raise WeightsError(f"`weights` is {source!r}, which {what}: expected a folder, or a name on the hub.")
 
 
 def _resized(size: dict[str, Any], min_size: int) -> dict[str, int]:
