@@ -63,6 +63,7 @@ def test_untrusted_config_is_refused_before_running(attack, tmp_path, monkeypatc
         ("defaults:\n  - mine\n", "a file of --config-dir includes itself"),
         ("defaults: override\n", "defaults must be a list (got str)"),
         ("seed: 1\nseed: 2\n", "found duplicate key seed"),
+        ("- seed\n", "experiment/mine.yaml: expected settings, as KEY: VALUE."),
         ("trainer:\n", "trainer has no value: set it with trainer=OPTION."),
     ],
 )

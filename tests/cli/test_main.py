@@ -101,7 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         (["train-detector", "detector=onnx"], " train-detector is for Faster R-CNN of torchvision, e.g. detector=mob"),
         (["train", "-m", "seed=0,1", "graph.m=3,0"], "graph.m=0: expected an integer of at least 1."),
-        (["train", "sweep=m", "model.k=0"], "model.k=0: expected an integer of at least 1."),
+        (["train", "sweep=m", "model.k=0"], "model.k=0: expected an integer from 1 to 100."),
         (["train", "experimant=scenes"], "experimant: unknown setting; did you mean experiment? Settings: abl"),
         (
             ["train", "+graph.q=1"],
@@ -132,8 +132,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["train", "model.widths=[a,null]"], "model.widths=[a, null]: expected an integer of at least 1, or a list"),
         (["train", "dataset.context_pairs=9"], "dataset.context_pairs=9: expected an integer from 0 to 4."),
         (["train", "graph.m=-1"], "graph.m=-1: expected an integer of at least 1."),
-        (["train", "model.k=0"], "model.k=0: expected an integer of at least 1."),
-        (["train", "model.k=two"], "model.k=two: expected an integer of at least 1."),
+        (["train", "model.k=0"], "model.k=0: expected an integer from 1 to 100."),
+        (["train", "model.k=two"], "model.k=two: expected an integer from 1 to 100."),
         (
             ["train", "model.k=3", "model.widths=[8,8]"],
             "widths=[8, 8] has 2 widths, model.k=3: set one width per block.",

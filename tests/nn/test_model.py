@@ -438,7 +438,7 @@ def test_model_accepts_other_labels() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "^k must be an integer of at least 1; got 0"),
+        ({"k": 0}, "^k must be an integer from 1 to 100; got 0"),
         ({"k": -1, "widths": None}, "^k must be"),
         ({"k": 3}, "^widths must have k = 3"),
         ({"widths": (6, 0)}, "^widths must be an integer of at least 1, or a list of integers of at least 1"),
@@ -449,8 +449,8 @@ def test_model_accepts_other_labels() -> None:
         ({"edge_types": "spatial"}, "^edge_types must be names among"),
         ({"edge_types": SPATIAL}, "^edge_types must be names among"),
         ({"edge_types": None}, "^edge_types must be names among .* got None"),
-        ({"k": 2.0}, "^k must be an integer of at least 1; got 2.0"),
-        ({"k": True}, "^k must be an integer of at least 1; got True"),
+        ({"k": 2.0}, "^k must be an integer from 1 to 100; got 2.0"),
+        ({"k": True}, "^k must be an integer from 1 to 100; got True"),
         ({"widths": 0}, "^widths must be an integer of at least 1, or a list .*; got 0"),
         ({"widths": 2.5}, "^widths must be an integer of at least 1, or a list .*, or None; got 2.5"),
     ],

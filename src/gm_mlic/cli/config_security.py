@@ -78,6 +78,8 @@ def _check_file(file: Path, folder: Path) -> None:
         documents = list(yaml.safe_load_all(text))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not readable YAML: {' '.join(str(error).split())}") from error
+    if not all(isinstance(document, (dict, type(None))) for document in documents):
+        raise ConfigError(f"{file}: expected settings, as KEY: VALUE.")
     problem = None
     # The package of a file, to which its keys belong, follows from its header, folder and name.
     if re.search(r"^#\s*@package\b.*\bhydra", text, re.MULTILINE) or "hydra" in _parts(str(file.relative_to(folder))):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from annotated_types import DocInfo, Predicate
+from annotated_types import DocInfo, Interval, Predicate
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_geometric.data import HeteroData
@@ -168,7 +168,7 @@ class GMMLIC(nn.Module):
     Args:
         instance_dim: D_o, size of an instance's feature f.
         label_dim: D_l, size of a label's vector w (300 for the paper's GloVe).
-        k: number of blocks; 2 in the paper.
+        k: number of blocks, up to 100; 2 in the paper.
         widths: size of the features after each block, one for all or a list of k; null: k - 1 times 512, then 256 (the
             paper's).
         encoder_width: size of the encoded features; null: that of the first block.
@@ -215,7 +215,7 @@ class GMMLIC(nn.Module):
         self,
         instance_dim: Dim,
         label_dim: Dim,
-        k: Positive = 2,
+        k: Annotated[int, Interval(ge=1, le=100)] = 2,
         widths: Positive | Sequence[Positive] | None = None,
         encoder_width: Positive | None = None,
         fusion: Fusion = "product",

@@ -199,7 +199,8 @@ class Precomputed:
         """Checked and sorted instances of one photo."""
         parts = _rows(where, arrays)
         if ("features" in parts) != self._has_features:
-            raise DataError(f"{where} has {'no ' if self._has_features else ''}features, unlike the first photo.")
+            has = "no features" if self._has_features else "features"
+            raise DataError(f"{where} has {has}, unlike the first photo: write all files in one way.")
         boxes = self._boxes(where, parts["boxes"], self._size(where, arrays, size))
         scores, labels = self._scored(where, parts, len(boxes))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1).nonzero().flatten()
