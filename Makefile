@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## run the demo (7 minutes on 2 cores)
 test: $(INSTALLED) ## run the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not scatter"
 
-test-slow: $(INSTALLED) ## run the slow tests: kills, full disks, multiple processes, exports, compilation (about 40 minutes)
+test-slow: $(INSTALLED) ## run the slow tests: kills, full disks, multiple processes, exports, compilation (about 25 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 # torch-scatter has no binary wheel on PyPI, so it is built against the installed torch.
