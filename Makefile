@@ -27,7 +27,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## run the demo (7 minutes on 2 cores)
+demo: $(INSTALLED) ## run the demo (3 minutes on 2 cores)
 	$(BIN)/gm-mlic demo
 
 test: $(INSTALLED) ## run the fast tests
