@@ -340,9 +340,17 @@ def test_voc(voc: Path):
         read(voc, "Annotations").image(0)
 
 
+def test_links_of_yolo_out_of_the_root_are_refused(yolo: Path, tmp_path_factory: pytest.TempPathFactory):
+    file = next((yolo / "labels").rglob("*.txt"))
+    outside = tmp_path_factory.mktemp("outside") / "a.txt"
+    file.rename(outside)
+    file.symlink_to(outside)
+    assert "is a link to a place outside" in refused(yolo, "data.yaml")
+
+
 def test_voc_image_sets(voc: Path, caplog: pytest.LogCaptureFixture):
     write(voc / "ImageSets" / "Main" / "train.txt", "a\n")
-    write(voc / "ImageSets" / "Main" / "test.txt", "b -1\n\n")
+    write(voc / "ImageSets" / "Main" / "test.txt", "b  -1\n\n")
     assert read(voc, "Annotations").ids == ("JPEGImages/a.jpg",)
     assert read(voc, "Annotations", "test").ids == ("JPEGImages/b.png",)
     (line,) = caplog.messages

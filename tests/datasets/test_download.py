@@ -183,7 +183,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def has_no_traces(root: Path) -> bool:
     """Whether no partial files are left."""
-    return not [p for p in root.rglob("*") if p.suffix in (".part", ".json", ".unpacking")]
+    return not [p for p in root.rglob("*") if p.suffix in (".part", ".json", ".unpacking", ".moving")]
 
 
 class TestFetch:
@@ -678,6 +678,10 @@ class TestUnpack:
         file.write_bytes(tar_bytes(content) if suffix == "tar" else zip_bytes(content))
         check_refused(file, place, "cannot be unpacked")
 
+    def test_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="no such file"):
+            unpack(tmp_path / "a.tar", tmp_path / "target")
+
     def test_python_without_the_data_filter(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (place.parent / "a.tar").write_bytes(TAR)
         monkeypatch.delattr(tarfile, "data_filter")
@@ -836,26 +840,26 @@ class TestProcesses:
         assert has_no_traces(tmp_path)
 
     @pytest.mark.parametrize(
-        ("before", "moved"),
+        ("before", "left"),
         [
             # between two members, before any file is in place
             (
                 "extract = download.tarfile.TarFile.extract\n"
                 "            download.tarfile.TarFile.extract = lambda *arguments, **settings: "
                 "(extract(*arguments, **settings), os.kill(os.getpid(), signal.SIGKILL))",
-                False,
+                ".a.tar.unpacking",
             ),
             # between two moves, with some files in place
             (
                 "rest, move = [1, 2], shutil.move\n"
                 "            download.shutil.move = lambda a, b: "
                 "(move(a, b) if rest.pop() else 0) if rest else os.kill(os.getpid(), signal.SIGKILL)",
-                True,
+                ".a.tar.moving",
             ),
         ],
         ids=["unpacking", "moving"],
     )
-    def test_killed_while_unpacking(self, server: Server, tmp_path: Path, before: str, moved: bool) -> None:
+    def test_killed_while_unpacking(self, server: Server, tmp_path: Path, before: str, left: str) -> None:
         # existing folders, so that files are moved individually; the ``holds`` file is moved before others
         for folder in ("ImageSets/Main", "JPEGImages"):
             (tmp_path / "VOCdevkit/VOC2007" / folder).mkdir(parents=True)
@@ -863,9 +867,11 @@ class TestProcesses:
         child = Child(archive, tmp_path, before).start()
         code, errors = child.end()
         assert code == -signal.SIGKILL, errors
-        assert (tmp_path / ".a.tar.unpacking").is_dir()
-        assert (tmp_path / archive.holds[0]).exists() == moved
+        assert (tmp_path / left).is_dir()
+        assert (tmp_path / archive.holds[0]).exists() == (left == ".a.tar.moving")
         assert not (tmp_path / LAST).exists()
+        if left == ".a.tar.moving":  # complete, needs no archive
+            (tmp_path / "downloads" / "a.tar").unlink()
         fetch([archive], tmp_path)
         assert tree(tmp_path) == CONTENT
         assert has_no_traces(tmp_path)

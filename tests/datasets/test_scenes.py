@@ -350,6 +350,12 @@ def test_invalid_arguments(argument: dict[str, object]) -> None:
     assert f"got {value!r}" in message
 
 
+@pytest.mark.parametrize("count", [0, 20_000_000])
+def test_invalid_size_of_a_split(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"size must be 1 .*got {count}"):
+        Scenes("train", sizes={"train": count})
+
+
 def test_statistics_in_the_docstring() -> None:
     table = re.findall(
         r"^ +(train|val|test) +(\d+) +(\d+) +([\d.]+) +([\d.]+) to ([\d.]+) +([\d.]+)$", str(Scenes.__doc__), re.M

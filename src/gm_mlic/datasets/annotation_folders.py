@@ -154,6 +154,8 @@ def _yolo_rows(
         found = source.folder.find(name)
         file = source.folder.root / (found or name)
         boxes: dict[tuple[Box, str], None] = {}
+        if not file.resolve().is_relative_to(source.folder.root.resolve()):
+            raise DataError(f"{file} is a link to a place outside {source.folder.root}: copy it into this folder.")
         if found is not None:
             for number, line in enumerate(read_text(file).splitlines(), start=1):
                 if line.strip():

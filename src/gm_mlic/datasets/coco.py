@@ -108,7 +108,7 @@ class COCO2014(MultiLabelDataset):
                     f"COCO's {what} is missing: expected {path} under `root` ({self.root}); `download=True` fetches it."
                 )
 
-        self.labels, rows = read_instances(Source(source, _FORM, PhotoFolder(self.folder)), label_order)
+        self.labels, rows = read_instances(Source(source, _FORM, PhotoFolder(self.folder)), label_order, boxed=True)
         keys = [key for key, row in rows.items() if unlabeled == "keep" or row.present]
         keys = [keys[n] for n in rows_of(split, len(keys), val_fraction, seed)]
         self._rows = [rows[key] for key in keys]

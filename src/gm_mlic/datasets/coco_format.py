@@ -15,12 +15,13 @@ BOX_TOLERANCE = 2.0
 
 
 def read_instances(
-    source: Source, label_order: Literal["name", "id"] = "name"
+    source: Source, label_order: Literal["name", "id"] = "name", *, boxed: bool = False
 ) -> tuple[tuple[str, ...], dict[int, ImageRow]]:
     """Read label names, and a row per image by image id, ascending.
 
     Labels of crowd regions and of annotations without a box are present; boxes are without crowd regions and boxes
-    without area. Labels are sorted by ``name`` (alphabetical) or by category ``id``.
+    without area. Labels are sorted by ``name`` (alphabetical) or by category ``id``. With ``boxed``, each annotation
+    must have a box.
     """
     path = source.path
     content = _load(path)
@@ -40,10 +41,10 @@ def read_instances(
             category = shown(entry["category_id"])
             raise DataError(f"{where} (image id {key}) has unknown category_id {category}: correct the file.")
         present[key].add(label)
-        if entry.get("bbox") in (None, []):
+        if not boxed and entry.get("bbox") in (None, []):
             unboxed.add(key)
             continue
-        box = _box(entry["bbox"], images[key], f"{where} (image id {key}, {images[key].file}) has bbox")
+        box = _box(entry.get("bbox"), images[key], f"{where} (image id {key}, {images[key].file}) has bbox")
         if box is not None and not entry.get("iscrowd", 0):
             boxes[key].append((box, label))
     names = tuple(labels.values())
@@ -91,14 +92,14 @@ def _integer(entry: dict[str, Any], key: str, where: str) -> int:
 
 def _categories(content: dict[str, Any], path: Path, order: str) -> dict[int, str]:
     """Label names by category id, in the order of the labels."""
-    names: dict[int, Any] = {}
+    names: dict[int, str] = {}
     for n, entry in enumerate(content["categories"]):
         key = _integer(entry, "id", f"{path}: category number {n}")
-        if key in names:
-            raise DataError(f"{path}: category {key} occurs twice: ids must be unique.")
-        names[key] = entry.get("name")
-    labels = zip(names, label_names(names.values(), f"{path}: categories"), strict=True)
-    return dict(sorted(labels, key=lambda item: item[1] if order == "name" else item[0]))
+        (name,) = label_names([entry.get("name")], f"{path}: category {key}")
+        if key in names or name in names.values():
+            raise DataError(f"{path}: category {key} ({shown(name)}) occurs twice: ids and names must be unique.")
+        names[key] = name
+    return dict(sorted(names.items(), key=lambda item: item[1] if order == "name" else item[0]))
 
 
 def _images(content: dict[str, Any], source: Source) -> dict[int, ImageRow]:

@@ -53,11 +53,12 @@ class CustomDataset(MultiLabelDataset):
 
         {"file": "a.jpg", "labels": ["cat"], "boxes": [[10, 20, 110, 90, "cat"]], "split": "train"}
 
-    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`. Polygons of YOLO become boxes.
+    COCO's format (``.json``) is checked as by :class:`~gm_mlic.datasets.coco.COCO2014`, but annotations may have no
+    box. Polygons of YOLO become boxes.
 
     *File names* are relative to ``root``, or absolute and inside it. Windows separators, composed and decomposed
-    characters, URL-encoding and Label Studio's upload prefix are resolved. Names that lead out of ``root`` are errors;
-    symbolic links are followed.
+    characters, URL-encoding and Label Studio's upload prefix are resolved. Names that lead out of ``root`` are
+    errors, and so are links of YOLO's text files that do; links of photos are followed.
 
     *Targets.* A label is present or absent; images without labels are kept. In the column ``labels``, ``nan``,
     ``None``, ``NULL`` and ``N/A`` are no label, unless ``labels`` lists them. With ``target_format="voc"``, tables with

@@ -5,7 +5,8 @@ A call that is interrupted at any point, even by ``kill -9``, is resumed by call
 - Bytes are appended to ``downloads/NAME.part``. ``NAME`` exists only after its hash was verified. If the hash is wrong
   since the bytes of an earlier call are of another version of the file, the download restarts.
 - Archives are unpacked to ``.NAME.unpacking`` inside the target folder, so that moving needs no copying. When all
-  members are checked and written, its content is moved into place. While it exists, the archive counts as not unpacked.
+  members are checked and written, this folder is renamed to ``.NAME.moving`` and its content is moved into place.
+  Before ``.NAME.moving`` exists, no target file is touched; while it exists, the move must be completed.
 
 A file lock in ``downloads`` serializes the processes that use one root.
 """
@@ -127,7 +128,7 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
 
     Existing files of the same names are replaced; other files are kept. An archive is refused, before any target file
     is touched, if it is damaged, has a member with an absolute path, ``..``, a link or a device, or exceeds the size
-    limits. If the call is interrupted, repeat it. Concurrent calls with the same folder are not safe.
+    limits. Concurrent calls with the same folder are not safe.
 
     Args:
         archive_file: zip if the name ends in ``.zip``, else tar.
@@ -139,7 +140,10 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
         OSError: if the disk is full or cannot be written.
     """
     archive_file, into = Path(archive_file), Path(into)
-    staging = _staging(into, archive_file.name)
+    if not archive_file.is_file():
+        raise DataError(f"{archive_file}: no such file.")
+    _finish_move(into, archive_file.name)
+    staging = into / f".{archive_file.name}.unpacking"
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
@@ -152,17 +156,19 @@ def unpack(archive_file: str | Path, into: str | Path) -> None:
             raise
         # on damaged archives, the readers raise errors of many classes
         raise DataError(f"{archive_file} cannot be unpacked ({first_line(error)}): download it again.") from error
-    _merge(staging, into)
+    staging.rename(_moving(into, archive_file.name))
+    _finish_move(into, archive_file.name)
 
 
 # --- single archive ---
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
-    return not _staging(root, archive.name).exists() and all((root / path).exists() for path in archive.holds)
+    return not _moving(root, archive.name).exists() and all((root / path).exists() for path in archive.holds)
 
 
 def _fetch(archive: Archive, root: Path, folder: Path) -> None:
+    _finish_move(root, archive.name)
     if _is_unpacked(archive, root):
         return
     file = next((file for file in (root / archive.name, folder / archive.name) if file.is_file()), None)
@@ -348,8 +354,14 @@ def _zip_members(raw: BinaryIO) -> Iterator[_Member]:
             yield member.filename, member.file_size, is_plain, partial(archive.extract, member)
 
 
-def _staging(into: Path, name: str) -> Path:
-    return into / f".{name}.unpacking"
+def _moving(into: Path, name: str) -> Path:
+    return into / f".{name}.moving"
+
+
+def _finish_move(into: Path, name: str) -> None:
+    """Complete the move of ``.NAME.moving`` into place, if it exists."""
+    if _moving(into, name).is_dir():
+        _merge(_moving(into, name), into)
 
 
 def _merge(source: Path, target: Path) -> None:

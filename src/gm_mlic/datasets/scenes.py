@@ -22,7 +22,7 @@ from PIL import Image
 
 from gm_mlic.datasets.base import BoxAnnotations, MultiLabelDataset
 from gm_mlic.datasets.splits import Split
-from gm_mlic.errors import check_positive
+from gm_mlic.errors import ArgumentError, check_positive
 from gm_mlic.registry import register_dataset
 from gm_mlic.schema import Probability, Seed, checked
 
@@ -54,7 +54,8 @@ _JITTER = 4
 _OCCLUDED = (45, 60)  # percent of a glyph's area
 
 SIZES = {"train": 2000, "val": 500, "test": 1000}
-_Size = Annotated[int, Interval(ge=1, le=10_000_000)]
+_MOST = 10_000_000
+_Size = Annotated[int, Interval(ge=1, le=_MOST)]
 _KIT_SLOTS, _SINGLE_SLOTS, _LONE_SLOT, _SLOTS = (0, 1), slice(2, 7), 7, 8
 _PLAIN, _IS_SMALL, _IS_OCCLUDED = 0, 1, 2
 _CANDIDATES = 48  # positions tried per object before the scene is redrawn
@@ -387,7 +388,9 @@ class Scenes(MultiLabelDataset):
         sizes: Mapping[str, _Size] = SIZES,
     ) -> None:
         size = sizes[split] if size is None else size
-        check_positive(size=size)
+        check_positive(size=size)  # `checked` does not check the values of `sizes`
+        if size > _MOST:
+            raise ArgumentError("size", f"must be 1 to {_MOST}, got {size}.")
         self.split, self.seed = split, int(seed)
         self.context_pairs, self.spatial_pairs = int(context_pairs), int(spatial_pairs)
         self.hard_fraction, self.image_size = float(hard_fraction), int(image_size)

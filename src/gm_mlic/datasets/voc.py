@@ -82,7 +82,11 @@ class _VOC(MultiLabelDataset):
                 duplicate = next(image_id for image_id in ids if ids.count(image_id) > 1)
                 raise DataError(f"{source} lists image {duplicate} twice: extract the archive again.")
             if ids != lists[0]:
-                raise DataError(f"{source} and {files[0].name} list different images: extract the archive again.")
+                mismatch = sorted(set(ids) ^ set(lists[0]))
+                what = f"image {mismatch[0]} is only in one of them" if mismatch else "their order differs"
+                raise DataError(
+                    f"{source} and {files[0].name} list different images ({what}): extract the archive again."
+                )
         return lists[0], np.stack(columns, axis=1)
 
     def image(self, i: int) -> Image.Image:

@@ -185,6 +185,15 @@ def test_ties_keep_the_order_of_the_file(tmp_path: Path) -> None:
     assert look_up(extractor, ["a"])[0].detected_labels.tolist() == [-1] * 4
 
 
+def test_classes_in_one_column(tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "a.npz", boxes=np.tile([0, 0, 1, 1], (2, 1)), scores=np.array([0.9, 0.5]),
+        classes=np.array([[1], [0]]), features=np.ones((2, 1)),
+    )  # fmt: skip
+    extractor = build_extractor("precomputed", path=str(tmp_path), box_units="fraction", labels=["cat", "dog"])
+    assert look_up(extractor, ["a"])[0].detected_labels.tolist() == [1, 0]
+
+
 def test_scores_beyond_one_by_rounding(tmp_path: Path) -> None:
     scores = np.array([1 + 2e-7, 0.5, -1e-7])
     np.savez(tmp_path / "a.npz", boxes=np.tile([0, 0, 1, 1], (3, 1)), scores=scores, features=np.ones((3, 1)))

@@ -303,6 +303,8 @@ def _rows(where: str, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
             raise DataError(f"{where}: {key} are {array.dtype}, expected numbers.")
         if key == "features" and array.ndim == 2 and len(array) != total and array.shape[1] == total:
             array = array.T  # some published files have a column for each box
+        if key == "classes" and array.ndim == 2 and array.shape[1] == 1:
+            array = array[:, 0]
         if array.ndim not in dimensions or len(array) != total or (key == "boxes" and array.shape[1] != 4):
             raise DataError(f"{where}: {key} have shape {array.shape}, expected {wanted} with M = {count} boxes.")
         rows = array[:count]
